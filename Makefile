@@ -1,0 +1,35 @@
+# make demo   compress a real ImageNet network without data, and see what it says about photographs
+# make test   style, types, tests
+# make clean  remove the environment and what the demo wrote
+#
+# PYTHON=python3.12 make demo picks another interpreter; everything is installed into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DELETE_ON_ERROR:
+.PHONY: demo test clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV)
+	if [ -f demo-out/lbyl.json ]; then rm -rf demo-out; fi
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: lbyl needs Python 3.10 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch and torchvision are named so that the resolver takes a pair that was built together.
+# The stamp is written last: an interrupted installation is taken up again.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet torch torchvision --editable '.[$*]'
+	touch $@

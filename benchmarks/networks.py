@@ -1,0 +1,155 @@
+"""The published networks that the benchmarks restore, and the images that they are tested on.
+
+Definitions are our own; names of layers follow the published state dicts. See `paper.py` for where the files
+come from.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lbyl.sources import load_weights
+
+
+class LeNet300100(nn.Module):
+    """784-300-100-10, fully connected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ip1 = nn.Linear(28 * 28, 300)
+        self.ip2 = nn.Linear(300, 100)
+        self.ip3 = nn.Linear(100, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.ip1(x.flatten(1)))
+        return self.ip3(torch.relu(self.ip2(hidden)))
+
+
+class ActivatedFirst(nn.Module):
+    """A basic block that starts with the activation, and so has none after its sum."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if (inputs, stride) != (outputs, 1):
+            project = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample = nn.Sequential(project, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return shortcut + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+
+
+class CifarResNet(nn.Module):
+    """ResNet-(6n+2) for 32 x 32 images with the Neuron Merging authors' blocks."""
+
+    def __init__(self, depth: int = 56, classes: int = 10) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(blocks, 16, 16)
+        self.layer2 = self._stage(blocks, 16, 32)
+        self.layer3 = self._stage(blocks, 32, 64)
+        self.fc = nn.Linear(64, classes)
+
+    @staticmethod
+    def _stage(blocks: int, inputs: int, outputs: int) -> nn.Sequential:
+        first = ActivatedFirst(inputs, outputs, outputs // inputs)
+        return nn.Sequential(first, *(ActivatedFirst(outputs, outputs, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)))))
+        return self.fc(torch.relu(x).mean((2, 3)))
+
+
+def lenet_300_100(data: Path) -> LeNet300100:
+    """The LBYL authors' weights."""
+    net = LeNet300100()
+    load_weights(net, data / "weights" / "lenet_300_100.pth.tar")
+    return net.eval()
+
+
+def resnet56(data: Path) -> CifarResNet:
+    """The Neuron Merging authors' weights."""
+    net = CifarResNet(56)
+    load_weights(net, data / "weights" / "resnet56_cifar10.pth.tar")
+    return net.eval()
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 as the demo builds it, with its ImageNet weights."""
+    examples = str(Path(__file__).parent.parent / "examples")
+    if examples not in sys.path:
+        sys.path.append(examples)
+    import efficientnet_lite0 as example  # pyright: ignore[reportMissingImports]
+
+    return example.model()
+
+
+@dataclass(frozen=True)
+class Images:
+    """Preprocessed images and their classes."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    @torch.no_grad()
+    def accuracy(self, net: nn.Module, batch: int = 500) -> float:
+        """Top-1 accuracy in percent, rounded to two decimals."""
+        right = 0
+        for pixels, labels in zip(self.pixels.split(batch), self.labels.split(batch), strict=True):
+            # This layout is what convolutions on CPU are quickest in.
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            right += int((net(pixels).argmax(1) == labels).sum())
+        return round(100 * right / len(self.labels), 2)
+
+
+def _read(file: Path, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Images:
+    with np.load(file, allow_pickle=False) as arrays:
+        return _normalized(arrays["images"], arrays["labels"], mean, deviation)
+
+
+def _normalized(
+    pixels: np.ndarray, labels: np.ndarray, mean: tuple[float, ...], deviation: tuple[float, ...]
+) -> Images:
+    x = torch.from_numpy(pixels).float() / 255
+    x = x.unsqueeze(1) if x.dim() == 3 else x.movedim(3, 1)
+    shape = (1, -1, 1, 1)
+    x = (x - torch.tensor(mean).reshape(shape)) / torch.tensor(deviation).reshape(shape)
+    return Images(x.contiguous(), torch.from_numpy(labels.astype(np.int64)))
+
+
+def fashion_mnist(data: Path) -> Images:
+    """The FashionMNIST test set, pixels scaled to [-1, 1]."""
+    return _read(data / "data" / "fashion_mnist_test.npz", (0.5,), (0.5,))
+
+
+def cifar10(data: Path) -> Images:
+    """The CIFAR-10 test set, normalized as the networks were trained."""
+    return _read(data / "data" / "cifar10_test.npz", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+def imagenet(data: Path) -> Images:
+    """1,300 ImageNet validation images, all of each at 224 px, as EfficientNet-Lite0 takes them."""
+    from PIL import Image
+
+    with np.load(data / "data" / "imagenet_val1300_227.npz", allow_pickle=False) as arrays:
+        blob, offsets, labels = arrays["blob"].tobytes(), arrays["offsets"], arrays["labels"]
+    pixels = np.empty((len(labels), 224, 224, 3), np.uint8)
+    for index in range(len(labels)):
+        with Image.open(io.BytesIO(blob[offsets[index] : offsets[index + 1]])) as file:
+            pixels[index] = np.asarray(file.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC))
+    return _normalized(pixels, labels, (127 / 255,), (128 / 255,))

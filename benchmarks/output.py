@@ -1,0 +1,65 @@
+"""One JSON file a benchmark, all of one shape, so that `tables.py` can render any of them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of measurements; ``None`` marks what was not measured or not published."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+
+@dataclass
+class Run:
+    """Everything that one run of a benchmark found out; ``details`` are tables for docs/results.md alone."""
+
+    name: str
+    title: str
+    command: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
+    details: list[Table] = field(default_factory=list)
+    measurements: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def write(self) -> Path:
+        """Write ``benchmarks/results/NAME.json``."""
+        RESULTS.mkdir(exist_ok=True)
+        data = {
+            "title": self.title,
+            "command": self.command,
+            "lbyl": version("lbyl"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "settings": self.settings,
+            "tables": [asdict(table) for table in self.tables],
+            "details": [asdict(table) for table in self.details],
+            "measurements": self.measurements,
+        }
+        path = RESULTS / f"{self.name}.json"
+        # A benchmark that is stopped while it writes must not lose what it had.
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        draft.replace(path)
+        return path

@@ -1,0 +1,5 @@
+"""``python -m lbyl``."""
+
+from lbyl.cli import main
+
+main()

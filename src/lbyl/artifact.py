@@ -1,0 +1,134 @@
+"""The saved folder: ``model.safetensors`` and ``lbyl.json``, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from lbyl.errors import ArtifactError, InputError, SurgeryError
+from lbyl.plan import Plan
+from lbyl.report import Report
+from lbyl.sources import is_rebuildable, load_source
+from lbyl.surgery import cut_copy
+
+WEIGHTS = "model.safetensors"
+MANIFEST = "lbyl.json"
+_LARGEST_MANIFEST = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``lbyl.json`` holds: the plan, the report, and the fingerprint of the weights."""
+
+    plan: Plan
+    report: Report
+    sha256: str
+
+
+def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Report) -> Path:
+    """Write a compressed model into a new folder.
+
+    Everything goes to a temporary folder beside it first, which is then renamed: a reader never sees half.
+
+    Raises:
+        InputError: the path exists, or its parent does not.
+    """
+    target = Path(path)
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target} exists already; choose another folder or remove it first")
+    if not target.parent.is_dir():
+        raise InputError(f"{target.parent} is not a folder; create it first")
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            save_model(model, str(stage / WEIGHTS), metadata={"format": "pt"})
+            manifest = {
+                "plan": plan.to_dict(),
+                "report": report.to_dict(),
+                "sha256": _digest(stage / WEIGHTS),
+            }
+            with (stage / MANIFEST).open("w", encoding="utf-8") as file:
+                json.dump(manifest, file)
+                file.flush()
+                os.fsync(file.fileno())
+            stage.chmod(0o755)
+            stage.rename(target)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise InputError(f"can't write {target}: {error.strerror or error}") from error
+    return target
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read ``lbyl.json`` of a saved folder.
+
+    Raises:
+        ArtifactError: no such folder, or a damaged or foreign file.
+    """
+    file = Path(path) / MANIFEST
+    if not file.is_file():
+        raise ArtifactError(f"{path} is no folder saved by lbyl: it has no {MANIFEST}")
+    if file.stat().st_size > _LARGEST_MANIFEST:
+        raise ArtifactError(f"{file} is larger than {_LARGEST_MANIFEST // 2**20} MiB: no lbyl plan")
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} is damaged: {error}") from error
+    if not isinstance(data, dict) or not {"plan", "report", "sha256"} <= data.keys():
+        raise ArtifactError(f"{file} is damaged: plan, report or sha256 is missing")
+    return Manifest(Plan.from_dict(data["plan"]), Report.from_dict(data["report"]), str(data["sha256"]))
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Rebuild a compressed network from a saved folder.
+
+    Args:
+        path: the folder that ``result.save`` wrote.
+        model: a fresh, unpruned instance of the architecture (it is not changed); may be left out when the
+            plan knows a ``timm:`` or ``torchvision:`` source.
+
+    Returns:
+        The smaller network, in evaluation mode.
+
+    Raises:
+        ArtifactError: another architecture, a truncated or tampered file, an unknown version.
+        InputError: no model was passed and the plan knows no source.
+    """
+    manifest = read_manifest(path)
+    plan = manifest.plan
+    if model is None:
+        if plan.source is None or not is_rebuildable(plan.source):
+            raise InputError(f"{path}: the plan does not know how to build the model; pass lbyl.load(path, model)")
+        model = load_source(plan.source, pretrained=False)
+    plan.check_model(model)
+    weights = Path(path) / WEIGHTS
+    if not weights.is_file():
+        raise ArtifactError(f"{weights} is missing")
+    if _digest(weights) != manifest.sha256:
+        raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
+    try:
+        smaller = cut_copy(model, plan.cuts)
+        load_model(smaller, str(weights))
+    except (SafetensorError, SurgeryError, RuntimeError) as error:
+        raise ArtifactError(f"{weights} does not fit its plan: {str(error).splitlines()[0]}") from error
+    return smaller.eval()
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

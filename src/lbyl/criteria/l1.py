@@ -1,0 +1,20 @@
+"""The L1 norm of a filter (Li et al. 2017, "Pruning Filters for Efficient ConvNets")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class L1:
+    """The L1 norm of a filter (Li et al. 2017, "Pruning Filters for Efficient ConvNets")."""
+
+    def score(
+        self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator
+    ) -> Float[Tensor, " channels"]:
+        """One score a channel; the lowest go first."""
+        return filters.abs().sum(1)

@@ -1,0 +1,20 @@
+"""The L2 norm of a filter: the paper's criterion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class L2:
+    """The L2 norm of a filter: the paper's criterion."""
+
+    def score(
+        self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator
+    ) -> Float[Tensor, " channels"]:
+        """One score a channel; the lowest go first."""
+        return filters.norm(dim=1)

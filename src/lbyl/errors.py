@@ -1,0 +1,27 @@
+"""The errors that lbyl raises on purpose. Each message names the layer, the sizes and the way out."""
+
+from __future__ import annotations
+
+
+class LbylError(Exception):
+    """Base class: catch this one to catch whatever lbyl raises on purpose."""
+
+
+class InputError(LbylError, ValueError):
+    """A setting, an input or a file that can't be used."""
+
+
+class TraceError(LbylError):
+    """``torch.export`` can't trace the model on the example inputs."""
+
+
+class SurgeryError(LbylError):
+    """A cut does not fit the model it is applied to."""
+
+
+class VerificationError(LbylError):
+    """The cut network does not compute what the masked one computes."""
+
+
+class ArtifactError(LbylError):
+    """A saved folder is damaged, foreign, or of an unknown version."""

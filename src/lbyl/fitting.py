@@ -1,0 +1,535 @@
+"""Restoration by least squares: probe the network, solve each reader, move the statistics, measure."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.activations import ACTIVATIONS
+from lbyl.assessment import Assessment, relative_error
+from lbyl.filters import State, describe, paper_form_applies, seats
+from lbyl.graph import NOT_OURS, Graph, Norm, Reader, Slot
+from lbyl.inputs import ExampleInputs
+from lbyl.moments import ChannelMoments, ClosedFormSource, Probes, Progress
+from lbyl.probing import ReaderCall, run
+from lbyl.regression import ChannelSums, Columns, Moments, PatchSums, Prior, Solution, solve
+from lbyl.renorm import renormalize, statistics, transplant
+from lbyl.restoration import Restoration, Restored, fold
+from lbyl.restorers.base import Delivery, nothing_delivered
+from lbyl.restorers.least_squares import LeastSquares
+from lbyl.selection import Choice, Selection, generator_for
+from lbyl.surgery import tensors_of
+
+
+@dataclass(frozen=True)
+class Site:
+    """A reader that loses input channels.
+
+    Attributes:
+        reader: the layer.
+        dropped: for every input channel, whether it goes.
+        bias: where a constant can be added to its output: its bias, or the running mean of the batch norm
+            that follows it (``sign`` is then -1, for the mean is subtracted); None where there is neither.
+        choices: the selection's indices of the groups that it reads and that lose channels.
+    """
+
+    reader: Reader
+    dropped: Tensor
+    bias: str | None
+    sign: int
+    choices: tuple[int, ...]
+
+
+@dataclass
+class _Errors:
+    """Powers of the reader's output: all of it, what pruning loses, what is still lost after restoration."""
+
+    total: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+
+
+def sites(graph: Graph, selection: Selection) -> tuple[Site, ...]:
+    """Every reader that loses input channels, in execution order."""
+    index_of = {group.name: index for index, group in enumerate(graph.groups)}
+    dropped_of = {index_of[choice.group.name]: set(choice.drop) for choice in selection.choices}
+    order = {index_of[choice.group.name]: number for number, choice in enumerate(selection.choices)}
+    norms = {
+        producer.weight.parameter: producer.stages[0]
+        for group in graph.groups
+        for producer in group.producers
+        if producer.stages
+    }
+    found = []
+    for reader in graph.readers:
+        dropped = torch.tensor([channel in dropped_of.get(group, ()) for group, channel in reader.columns])
+        if not bool(dropped.any()):
+            continue
+        norm = norms.get(reader.weight)
+        if reader.bias:
+            bias, sign = reader.bias, 1
+        elif isinstance(norm, Norm):
+            bias, sign = norm.mean, -1
+        else:
+            bias, sign = None, 1
+        groups = dict.fromkeys(group for group, _ in reader.columns if group in order)
+        found.append(Site(reader, dropped, bias, sign, tuple(order[group] for group in groups)))
+    return tuple(found)
+
+
+def fit(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    selection: Selection,
+    settings: LeastSquares,
+    seed: int,
+    progress: Progress | None = None,
+) -> Restoration:
+    """Restore every reader of a pruned group by least squares on moments.
+
+    Args:
+        model: the unpruned network in evaluation mode; nothing in it is changed.
+        inputs: example inputs; probes follow their shapes and dtypes.
+        graph: the channel graph.
+        selection: which channels go.
+        settings: the restorer.
+        seed: for probes and sampled positions.
+        progress: called as ``progress(stage, done, total)``.
+    """
+    state = tensors_of(model)
+    found = sites(graph, selection)
+    seconds: dict[str, float] = {}
+    notes: list[str] = []
+    errors: dict[int, _Errors] = defaultdict(_Errors)
+    group_notes: dict[int, list[str]] = defaultdict(list)
+    values: dict[str, Tensor] = {}
+    with torch.no_grad():
+        pruned = {site.reader.weight: masked(site, state) for site in found}
+
+    started = time.perf_counter()
+    probes = None
+    if isinstance(settings.moments, ClosedFormSource):
+        with torch.no_grad():
+            _closed_form(
+                selection,
+                state,
+                settings.moments,
+                found,
+                settings.strength(False),
+                values,
+                errors,
+                group_notes,
+            )
+        seconds["solve"] = time.perf_counter() - started
+    else:
+        probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
+        seconds["probe"] = time.perf_counter() - started
+        if probes.note:
+            notes.append(probes.note)
+        started = time.perf_counter()
+        with torch.no_grad():
+            _measured(
+                model,
+                graph,
+                selection,
+                state,
+                probes,
+                found,
+                settings,
+                seed,
+                values,
+                errors,
+                group_notes,
+                progress,
+            )
+        seconds["solve"] = time.perf_counter() - started
+
+    assessment = None
+    started = time.perf_counter()
+    if probes is not None:
+        with torch.no_grad():
+            original = statistics(model, {}, probes)
+            world = original if probes.batch_statistics else {}
+
+            def error(candidate: Mapping[str, Tensor]) -> float:
+                reference = transplant({}, state, world)
+                return relative_error(model, reference, transplant(candidate, state, world), probes.held_out)
+
+            before, after = error(pruned), error(values)
+            if settings.renorm and original:
+                moved = renormalize(model, values, probes, original)
+                lower = error(moved)
+                if lower < after:
+                    values, after = moved, lower
+                else:
+                    notes.append(f"renorm left out: error on held-out probes {after:.3g} without, {lower:.3g} with")
+        assessment = Assessment(before, after)
+        seconds["renorm"] = time.perf_counter() - started
+
+    rows = []
+    for number, choice in enumerate(selection.choices):
+        power = errors[number]
+        scale = max(power.total, 1e-300)
+        rows.append(
+            Restored(
+                choice.group.name,
+                None,
+                0.0,
+                "; ".join(dict.fromkeys(group_notes[number])),
+                ((power.before / scale) ** 0.5, (power.after / scale) ** 0.5) if power.total else None,
+            )
+        )
+    return Restoration(values, tuple(rows), assessment, tuple(notes), seconds)
+
+
+def masked(site: Site, state: State) -> Tensor:
+    """The reader's weight with its dropped columns zero: plain pruning."""
+    weight = state[site.reader.weight].detach().clone()
+    rows = len(weight) // site.reader.blocks
+    for number, gone in enumerate(site.dropped.chunk(site.reader.blocks)):
+        weight[number * rows : (number + 1) * rows][:, gone.to(weight.device)] = 0
+    return weight
+
+
+# -- from the running network --------------------------------------------------------------------------
+
+
+def _measured(
+    model: nn.Module,
+    graph: Graph,
+    selection: Selection,
+    state: State,
+    probes: Probes,
+    found: tuple[Site, ...],
+    settings: LeastSquares,
+    seed: int,
+    values: dict[str, Tensor],
+    errors: dict[int, _Errors],
+    notes: dict[int, list[str]],
+    progress: Progress | None,
+) -> None:
+    """Collect moments and solve, as many readers at a time as the budget allows, in execution order."""
+    waiting = list(found)
+    while waiting:
+        taken: dict[str, tuple[Site, PatchSums | list[tuple[int, Slot, ChannelSums]]]] = {}
+        cost = 0
+        while waiting:
+            site = waiting[0]
+            sums, bytes_needed, note = _sums(site, selection, state, settings, seed)
+            if taken and cost + bytes_needed > settings.budget:
+                break
+            cost += bytes_needed
+            taken[site.reader.weight] = (site, sums)
+            waiting.pop(0)
+            if note:
+                for number in site.choices:
+                    notes[number].append(note)
+
+        def on_read(call: ReaderCall, taken: Mapping[str, tuple[Site, object]] = taken) -> None:
+            if call.weight in taken:
+                sums = taken[call.weight][1]
+                for item in [sums] if isinstance(sums, PatchSums) else [entry[2] for entry in sums]:  # pyright: ignore
+                    item.add(call, state[call.weight].detach())
+
+        for batch in probes.batches:
+            run(
+                model,
+                batch,
+                on_read=on_read,
+                batch_statistics=probes.batch_statistics,
+                stop_after=list(taken)[-1] if graph.readers[-1].weight not in taken else None,
+            )
+        for site, sums in taken.values():
+            if isinstance(sums, PatchSums):
+                _solve_patches(site, sums, selection, state, settings, values, errors, notes)
+            else:
+                _solve_channels(site, sums, selection, state, settings, values, errors, notes)
+        if progress:
+            progress("solving", len(found) - len(waiting), len(found))
+
+
+def _sums(
+    site: Site, selection: Selection, state: State, settings: LeastSquares, seed: int
+) -> tuple[PatchSums | list[tuple[int, Slot, ChannelSums]], int, str]:
+    """Empty accumulators for one reader, their size in bytes, and a note when "patch" had to give way."""
+    reader = site.reader
+    weight = state[reader.weight]
+    generator = generator_for(seed, f"{reader.weight}#positions")
+    taps = weight[0, 0].numel() if weight.dim() > 2 else 1
+    keep = [torch.nonzero(~gone).flatten() for gone in site.dropped.chunk(reader.blocks)]
+    drop = [torch.nonzero(gone).flatten() for gone in site.dropped.chunk(reader.blocks)]
+    size = sum((len(k) * taps) ** 2 * 8 for k in keep)
+    note = ""
+    if settings.solve == "patch" and reader.op != "conv3d":
+        if size <= settings.budget:
+            device = weight.device
+            columns = Columns(tuple(k.to(device) for k in keep), tuple(d.to(device) for d in drop))
+            return PatchSums(columns, settings.positions, generator), size, ""
+        note = f"{reader.layer}: solved by mix, patch moments would take {size / 2**20:.0f} MiB"
+    entries = []
+    for number in site.choices:
+        choice = selection.choices[number]
+        slot = next(slot for slot in choice.group.readers if slot.parameter == reader.weight)
+        index = seats(slot, choice.group.width).to(weight.device)
+        entries.append((number, slot, ChannelSums(index, settings.positions, generator)))
+    return entries, sum(selection.choices[n].group.width ** 2 * 8 for n, *_ in entries), note
+
+
+def _solve_patches(
+    site: Site,
+    sums: PatchSums,
+    selection: Selection,
+    state: State,
+    settings: LeastSquares,
+    values: dict[str, Tensor],
+    errors: dict[int, _Errors],
+    notes: dict[int, list[str]],
+) -> None:
+    weight = masked(site, state)
+    values[site.reader.weight] = weight
+    if not sums.blocks:
+        for number in site.choices:
+            notes[number].append(f"{site.reader.layer} was not seen in the forward pass: pruned without restoration")
+        return
+    rows = len(weight) // site.reader.blocks
+    shift = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    expected = None
+    if len(site.choices) == 1 and all(group != NOT_OURS for group, _ in site.reader.columns):
+        choice = selection.choices[site.choices[0]]
+        slot = next(slot for slot in choice.group.readers if slot.parameter == site.reader.weight)
+        if NOT_OURS not in slot.channels:
+            gram, trust = expected_moments(choice, state, settings)
+            expected = None if gram is None else (_by_column(gram, slot, choice.group.width), trust)
+    solutions: list[Solution] = []
+    for number, (keep, drop, moments) in enumerate(zip(sums.columns.keep, sums.columns.drop, sums.blocks, strict=True)):
+        if not len(drop):
+            continue
+        out = slice(number * rows, (number + 1) * rows)
+        prior = _patch_prior(site, keep, drop, number, state[site.reader.weight].detach()[out], expected)
+        ridge = settings.strength(prior is not None)
+        solution = solve(moments, ridge, centered=site.bias is not None, prior=prior)
+        added = solution.coefficients.T.reshape(rows, len(keep), *weight.shape[2:])
+        weight[out][:, keep] += added.to(weight.dtype)
+        shift[out] = solution.shift
+        solutions.append(solution)
+        if solution.singular:
+            for choice in site.choices:
+                notes[choice].append(f"{site.reader.layer}: singular moments, solved by pseudo-inverse")
+    _absorb(site, shift, state, values)
+    count, total, square = sums.output
+    power = float((square / count - (total / count).square()).sum())
+    before, after = (float(sum(getattr(s, side).sum() for s in solutions)) for side in ("before", "after"))
+    for choice in site.choices:
+        _add(errors[choice], power, before, after)
+
+
+def _by_column(gram: Tensor, slot: Slot, width: int) -> Tensor:
+    """Channel moments spread over a reader's input columns; different places of a channel are unrelated."""
+    channels = torch.tensor(slot.channels)
+    place = torch.empty_like(channels)
+    for number, column in enumerate(seats(slot, width).T):
+        place[column[column >= 0]] = number
+    return gram[channels][:, channels] * (place[:, None] == place[None, :])
+
+
+def _patch_prior(
+    site: Site, keep: Tensor, drop: Tensor, number: int, kernel: Tensor, expected: tuple[Tensor, float] | None
+) -> Prior | None:
+    """Expected patch moments of one block of a reader: taps are unrelated, channels as the weights say."""
+    if expected is None:
+        return None
+    first = number * len(site.dropped) // site.reader.blocks
+    gram = expected[0].to(kernel.device)
+    kept, between = gram[first + keep][:, first + keep], gram[first + keep][:, first + drop]
+    taps = kernel[0, 0].numel() if kernel.dim() > 2 else 1
+    gone = kernel[:, drop].reshape(len(kernel), len(drop), taps).double()
+    pp = torch.kron(kept, torch.eye(taps, dtype=kept.dtype, device=kept.device))
+    pr = torch.einsum("kd,odt->kto", between, gone).reshape(-1, len(kernel))
+    return Prior(pp, pr, expected[1])
+
+
+def _solve_channels(
+    site: Site,
+    entries: list[tuple[int, Slot, ChannelSums]],
+    selection: Selection,
+    state: State,
+    settings: LeastSquares,
+    values: dict[str, Tensor],
+    errors: dict[int, _Errors],
+    notes: dict[int, list[str]],
+) -> None:
+    values[site.reader.weight] = masked(site, state)
+    for number, slot, sums in entries:
+        if sums.moments is None or sums.columns is None:
+            notes[number].append(f"{site.reader.layer} was not seen in the forward pass: pruned without restoration")
+            continue
+        n = sums.moments.count
+        mean = sums.moments.p / n
+        centered = site.bias is not None
+        power = sums.moments.pp / n - (torch.outer(mean, mean) if centered else 0)
+        moments = ChannelMoments(mean.cpu(), power.cpu())
+        columns = (sums.columns / n).cpu()
+        expected, trust = expected_moments(selection.choices[number], state, settings)
+        ridge = settings.strength(expected is not None)
+        prior = None if expected is None else (expected, trust)
+        _deliver(site, number, slot, selection, moments, columns, state, ridge, values, errors, notes, prior)
+
+
+# -- from the weights alone ----------------------------------------------------------------------------
+
+
+def _closed_form(
+    selection: Selection,
+    state: State,
+    source: ClosedFormSource,
+    found: tuple[Site, ...],
+    ridge: float,
+    values: dict[str, Tensor],
+    errors: dict[int, _Errors],
+    notes: dict[int, list[str]],
+) -> None:
+    made: dict[int, ChannelMoments | str] = {}
+    for number, choice in enumerate(selection.choices):
+        obstacle = paper_form_applies(choice.group, state)
+        if obstacle:
+            made[number] = f"pruned without restoration: the weights-only form does not apply, {obstacle}"
+            notes[number].append(str(made[number]))
+            continue
+        activation = next((step.op for step in choice.group.steps if step.op in ACTIVATIONS), None)
+        kernel = tuple(state[choice.group.producers[0].weight.parameter].shape[2:])
+        made[number] = source.moments(describe(choice.group, state), kernel, activation)
+    for site in found:
+        values[site.reader.weight] = masked(site, state)
+        for number in site.choices:
+            moments = made[number]
+            if isinstance(moments, str):
+                continue
+            for slot in selection.choices[number].group.readers:
+                if slot.parameter != site.reader.weight:
+                    continue
+                channels = torch.tensor(slot.channels)
+                columns = torch.where(channels == NOT_OURS, 0.0, moments.mean[channels.clamp_min(0)])
+                _deliver(site, number, slot, selection, moments, columns, state, ridge, values, errors, notes)
+
+
+def _deliver(
+    site: Site,
+    number: int,
+    slot: Slot,
+    selection: Selection,
+    moments: ChannelMoments,
+    columns: Tensor,
+    state: State,
+    ridge: float,
+    values: dict[str, Tensor],
+    errors: dict[int, _Errors],
+    notes: dict[int, list[str]],
+    prior: tuple[Tensor, float] | None = None,
+) -> None:
+    """Solve for S on channel moments, fold it into the reader, and keep the mean of its output."""
+    choice = selection.choices[number]
+    keep, drop = choice.tensors()
+    delivery, resid, singular = deliver_from_moments(choice, moments.covariance, ridge, prior)
+    source = state[slot.parameter].detach()
+    old = values[slot.parameter].clone()
+    new = fold(values[slot.parameter], source, slot, choice.group.width, keep, drop, delivery)
+    values[slot.parameter] = new
+    if singular:
+        notes[number].append(f"{site.reader.layer}: singular moments, solved by pseudo-inverse")
+    # What the dropped columns gave on average, less what the restored ones now give in their stead.
+    rows, per_block = len(source) // slot.blocks, len(slot.channels) // slot.blocks
+    ours = torch.tensor(slot.channels) != NOT_OURS
+    gone = (site.dropped & ours).to(source.device)
+    shift = torch.zeros(len(source), dtype=torch.float64, device=source.device)
+    means = columns.to(source.device)
+    for index in range(slot.blocks):
+        out, inside = (
+            slice(index * rows, (index + 1) * rows),
+            slice(index * per_block, (index + 1) * per_block),
+        )
+        change = (new - old)[out].double().flatten(2).sum(2) if source.dim() > 2 else (new - old)[out].double()
+        full = source[out].double().flatten(2).sum(2) if source.dim() > 2 else source[out].double()
+        shift[out] = (full * gone[inside]) @ means[inside] - change @ means[inside]
+    _absorb(site, shift, state, values)
+    # Channels count by the energy that the reader gives them; correlations between them are left out.
+    energy = _energy(slot, source, choice.group.width)
+    variance = moments.covariance.diagonal()
+    _add(
+        errors[number],
+        float((energy * variance).sum()),
+        float((energy * variance)[drop].sum()),
+        float((energy[drop] * resid).sum()),
+    )
+
+
+def expected_moments(choice: Choice, state: State, settings: LeastSquares) -> tuple[Tensor | None, float]:
+    """What the weights alone say about the channels' covariance, and how far to trust it; None for not at all."""
+    trust = settings.prior
+    if trust is None:
+        trust = 0.0 if any(producer.normalized for producer in choice.group.producers) else 0.5
+    if trust == 0 or paper_form_applies(choice.group, state):
+        return None, 0.0
+    filters = describe(choice.group, state).weight
+    filters = filters - filters.mean(1, keepdim=True)
+    return filters @ filters.T, trust
+
+
+def deliver_from_moments(
+    choice: Choice, covariance: Tensor, ridge: float, prior: tuple[Tensor, float] | None = None
+) -> tuple[Delivery, Tensor, bool]:
+    """S for a whole group, block by block; with the variance of each dropped channel that is left over."""
+    keep, drop = choice.tensors()
+    labels = torch.tensor(choice.group.blocks)
+    delivery = nothing_delivered(len(keep), len(drop))
+    left = torch.zeros(len(drop), dtype=torch.float64)
+    singular = False
+    for label in torch.unique(labels):
+        k, d = torch.nonzero(labels[keep] == label).flatten(), torch.nonzero(labels[drop] == label).flatten()
+        inside_k, inside_d = keep[k], drop[d]
+        zeros = torch.zeros(len(k), dtype=torch.float64), torch.zeros(len(d), dtype=torch.float64)
+        block = Moments(
+            1,
+            zeros[0],
+            zeros[1],
+            covariance[inside_k][:, inside_k],
+            covariance[inside_k][:, inside_d],
+            covariance.diagonal()[inside_d],
+        )
+        expected = None
+        if prior is not None:
+            expected = Prior(prior[0][inside_k][:, inside_k], prior[0][inside_k][:, inside_d], prior[1])
+        solution = solve(block, ridge, centered=False, prior=expected)
+        delivery.matrix[k[:, None], d[None, :]] = solution.coefficients
+        left[d] = solution.after
+        singular = singular or solution.singular
+    return delivery, left, singular
+
+
+# -- shared --------------------------------------------------------------------------------------------
+
+
+def _absorb(site: Site, shift: Tensor, state: State, values: dict[str, Tensor]) -> None:
+    if site.bias is None:
+        return
+    old = values.get(site.bias, state[site.bias].detach())
+    values[site.bias] = (old.double() + site.sign * shift).to(old.dtype)
+
+
+def _energy(slot: Slot, source: Tensor, width: int) -> Tensor:
+    per_block = source.detach().double().square().reshape(slot.blocks, -1, *source.shape[1:])
+    column = per_block.sum(1).reshape(len(slot.channels), -1).sum(1).cpu()
+    channels = torch.tensor(slot.channels)
+    ours = channels != NOT_OURS
+    return torch.zeros(width, dtype=torch.float64).index_add_(0, channels[ours], column[ours])
+
+
+def _add(errors: _Errors, total: float, before: float, after: float) -> None:
+    errors.total += total
+    errors.before += before
+    errors.after += after

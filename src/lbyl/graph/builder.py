@@ -1,0 +1,225 @@
+"""The mutable state of one trace. Rules call it; `trace` turns it into a frozen Graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lbyl.graph.ids import NOBODY, Ids, compact, small, varies
+from lbyl.graph.types import Depthwise, Norm, Step
+
+_LARGEST_FREE_PARAMETER = 4_000_000
+
+
+@dataclass(frozen=True)
+class ParameterRef:
+    """A parameter or buffer, by name, as it stands in the traced program."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class SlotRecord:
+    """A slot in the making: ids along one dimension of one parameter."""
+
+    parameter: str
+    dim: int
+    ids: Tensor
+    role: str  # "producer" | "carrier" | "reader"
+    blocks: int = 1
+
+
+@dataclass
+class ProducerRecord:
+    """A producer in the making."""
+
+    layer: str
+    weight: str
+    bias: str | None
+    ids: Tensor
+    stages: list[Norm | Depthwise] = field(default_factory=list)
+
+
+@dataclass
+class ReaderRecord:
+    """A reader in the making."""
+
+    layer: str
+    weight: str
+    bias: str | None
+    op: str
+    blocks: int
+    calls: int = 1
+
+
+@dataclass
+class Builder:
+    """Everything that the rules find out while the traced program is walked once."""
+
+    ids: Ids = field(default_factory=Ids)
+    slots: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
+    producers: dict[str, ProducerRecord] = field(default_factory=dict)
+    readers: dict[str, ReaderRecord] = field(default_factory=dict)
+    pins: list[tuple[Tensor, str]] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+    equal: list[tuple[Tensor, int]] = field(default_factory=list)
+    steps: list[tuple[Tensor, Step]] = field(default_factory=list)
+    barriers: list[str] = field(default_factory=list)
+    pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)
+    """Values that are one producer's output mapped linearly, channel by channel, and nothing else yet."""
+    _free: dict[str, Tensor] = field(default_factory=dict)
+
+    # -- ids ------------------------------------------------------------------------------------------
+
+    def shadow(self, value: Any) -> Tensor | None:
+        """The ids of a traced value; a parameter gets one id an element the first time it is asked for."""
+        if isinstance(value, Tensor):
+            return compact(self.ids.find(small(value)).expand(value.shape))
+        if isinstance(value, ParameterRef):
+            if value.name not in self._free:
+                count = int(torch.Size(value.shape).numel())
+                if count > _LARGEST_FREE_PARAMETER:
+                    return None
+                self._free[value.name] = self.ids.fresh(count).reshape(value.shape)
+            return self._free[value.name]
+        return None
+
+    def channels(self, shadow: Tensor, axis: int) -> Tensor | None:
+        """Ids along ``axis``; None when they also change along another dimension."""
+        shadow = compact(self.ids.find(small(shadow)).expand(shadow.shape))
+        if any(varies(shadow, dim) for dim in range(shadow.dim()) if dim != axis % shadow.dim()):
+            return None
+        return shadow.movedim(axis, 0).reshape(shadow.shape[axis], -1)[:, 0]
+
+    def spread(self, ids: Tensor, axis: int, shape: Iterable[int]) -> Tensor:
+        """A shadow of ``shape`` that carries ``ids`` along ``axis`` and is constant elsewhere."""
+        shape = tuple(shape)
+        view = [1] * len(shape)
+        view[axis] = shape[axis]
+        return ids.reshape(view).expand(shape)
+
+    def follow(self, node: fx.Node) -> ProducerRecord | None:
+        """The producer whose output is this node's first argument, when nobody else sees that value."""
+        source = node.args[0]
+        return self.pure.get(source) if isinstance(source, fx.Node) and len(source.users) == 1 else None
+
+    # -- findings -------------------------------------------------------------------------------------
+
+    def slot(self, parameter: str, dim: int, ids: Tensor, role: str, blocks: int = 1) -> Tensor:
+        """Record that ``ids`` run along a parameter's dimension; a second use merges with the first."""
+        known = self.slots.get((parameter, dim))
+        if known is None:
+            self.slots[parameter, dim] = SlotRecord(parameter, dim, ids, role, blocks)
+            return ids
+        mixed = (known.ids == NOBODY) != (ids == NOBODY)
+        if bool(mixed.any()):
+            self.pin(torch.cat([known.ids[mixed], ids[mixed]]), f"{parameter} is also used on uncuttable values")
+        self.ids.union(known.ids, ids)
+        return known.ids
+
+    def produce(self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int) -> Tensor:
+        """Issue ``count`` new channels for a layer, or the same ones again when it runs a second time."""
+        record = self.producers.get(weight)
+        if record is None:
+            record = ProducerRecord(layer, weight, bias, self.ids.fresh(count))
+            self.producers[weight] = record
+            self.slot(weight, 0, record.ids, "producer")
+            self.pure[node] = record
+        else:
+            # A layer that runs twice has no single batch norm after it.
+            self.pure = {key: value for key, value in self.pure.items() if value is not record}
+            if bias != record.bias:
+                # Layers with a tied weight may have biases of their own; no one filter describes both.
+                self.step(record.ids, "bias", layer_name(node), parametric=True)
+        if bias:
+            self.slot(bias, 0, record.ids, "carrier")
+        return record.ids
+
+    def read(self, layer: str, weight: str, bias: str | None, op: str, ids: Tensor, blocks: int = 1) -> None:
+        """Record that a layer mixes these channels along dimension 1 of its weight."""
+        self.slot(weight, 1, ids, "reader", blocks)
+        if weight in self.readers:
+            self.readers[weight].calls += 1
+        else:
+            self.readers[weight] = ReaderRecord(layer, weight, bias, op, blocks)
+
+    def step(self, ids: Tensor, op: str, layer: str, parametric: bool = False) -> None:
+        """Record that the channels pass through an operation."""
+        self.steps.append((ids, Step(op, layer, parametric)))
+
+    def pin(self, ids: Tensor, reason: str) -> None:
+        """Forbid cutting these channels."""
+        ids = torch.unique(small(ids))
+        ids = ids[ids != NOBODY]
+        if ids.numel():
+            self.pins.append((ids, reason))
+
+    def barrier(self, node: fx.Node, values: Iterable[Any], why: str) -> Any:
+        """Pin every channel among ``values`` and return an output that is nobody's."""
+        ids = [small(value).reshape(-1) for value in _tensors(values)]
+        ids += [self._free[v.name].reshape(-1) for v in values if isinstance(v, ParameterRef) and v.name in self._free]
+        if ids and bool((torch.cat(ids) != NOBODY).any()):
+            self.barriers.append(why)
+            self.pin(torch.cat(ids), why)
+        return nobody_like(node)
+
+    def finish_free_parameters(self) -> None:
+        """Give each directly used parameter a slot along the dimension that carries channels, or pin it."""
+        for name, shadow in self._free.items():
+            roots = self.ids.find(shadow)
+            shared = self._issued(roots)
+            if not bool(shared.any()):
+                continue
+            for dim in range(shadow.dim()):
+                rows = roots.movedim(dim, 0).reshape(shadow.shape[dim], -1)
+                if bool((rows == rows[:, :1]).all()):
+                    self.slots.setdefault((name, dim), SlotRecord(name, dim, rows[:, 0], "carrier"))
+                    break
+            else:
+                self.pin(roots[shared], f"{name} carries channels along more than one dimension")
+
+    def _issued(self, roots: Tensor) -> Tensor:
+        issued = [self.ids.find(record.ids) for record in self.producers.values()]
+        return torch.isin(roots, torch.cat(issued)) if issued else torch.zeros_like(roots, dtype=torch.bool)
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def nobody_like(node: fx.Node) -> Any:
+    """A shadow without channels for whatever a node returns."""
+    val = node.meta.get("val")
+    if isinstance(val, Tensor):
+        return torch.zeros((), dtype=torch.int64).expand(tuple(int(size) for size in val.shape))
+    if isinstance(val, (list, tuple)):
+        return [
+            torch.zeros((), dtype=torch.int64).expand(tuple(int(s) for s in item.shape))
+            if isinstance(item, Tensor)
+            else item
+            for item in val
+        ]
+    return val
+
+
+def output_shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's (single) output."""
+    return tuple(int(size) for size in node.meta["val"].shape)
+
+
+def layer_name(node: fx.Node) -> str:
+    """Dotted name of the module that a node was traced in; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return path.split("@")[0]

@@ -1,0 +1,71 @@
+"""Channel ids and their union-find, vectorized over tensors of ids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NOBODY = 0
+"""The id of whatever is no channel: images, constants, padding. It is never merged with another id."""
+
+
+class Ids:
+    """A union-find over integer channel ids; the smallest member of a class stands for it."""
+
+    def __init__(self) -> None:
+        self._parent = torch.zeros(1, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def fresh(self, count: int) -> Tensor:
+        """``count`` ids that were never used before."""
+        new = torch.arange(len(self._parent), len(self._parent) + count)
+        self._parent = torch.cat([self._parent, new])
+        return new
+
+    def find(self, ids: Tensor) -> Tensor:
+        """The representative of each id; same shape."""
+        roots = self._parent[ids]
+        while True:
+            above = self._parent[roots]
+            if torch.equal(above, roots):
+                return roots
+            roots = above
+
+    def union(self, a: Tensor, b: Tensor) -> None:
+        """Merge ``a[i]`` with ``b[i]`` for every i; pairs that hold NOBODY are left out."""
+        a, b = a.reshape(-1), b.reshape(-1)
+        real = (a != NOBODY) & (b != NOBODY)
+        a, b = a[real], b[real]
+        while a.numel():
+            a, b = self.find(a), self.find(b)
+            apart = a != b
+            a, b = a[apart], b[apart]
+            low, high = torch.minimum(a, b), torch.maximum(a, b)
+            # Several pairs may name the same `high`; all but one go round the loop again.
+            self._parent.scatter_reduce_(0, high, low, "amin")
+
+
+def compact(shadow: Tensor) -> Tensor:
+    """The same values, with stride 0 along every dimension in which they do not change."""
+    shape = shadow.shape
+    for dim in range(shadow.dim()):
+        if shadow.shape[dim] > 1:
+            first = shadow.narrow(dim, 0, 1)
+            if shadow.stride(dim) == 0 or bool((shadow == first).all()):
+                shadow = first
+    return shadow.expand(shape)
+
+
+def varies(shadow: Tensor, dim: int) -> bool:
+    """Whether a compact shadow changes along ``dim``."""
+    return shadow.shape[dim] > 1 and shadow.stride(dim) != 0
+
+
+def small(shadow: Tensor) -> Tensor:
+    """A view with every stride-0 dimension narrowed to one index: all distinct values, few repeats."""
+    for dim in range(shadow.dim()):
+        if shadow.shape[dim] > 1 and shadow.stride(dim) == 0:
+            shadow = shadow.narrow(dim, 0, 1)
+    return shadow

@@ -1,0 +1,108 @@
+"""Operations that treat every element by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
+from lbyl.graph.ids import NOBODY, compact, small, varies
+from lbyl.graph.rules import rule
+
+_SILENT = (
+    "alias",
+    "clone",
+    "contiguous",
+    "detach",
+    "dropout",
+    "feature_dropout",
+    "to",
+    "type_as",
+    "lift_fresh_copy",
+)
+
+
+@rule(*_SILENT, "_to_copy", "identity")
+def unchanged(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The value stays what it was in evaluation mode."""
+    return args[0]
+
+
+@rule(
+    "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh",
+    "hardswish", "hardsigmoid", "log_sigmoid", "softplus", "softsign", "clamp", "clamp_min", "clamp_max", "abs",
+    "neg", "exp", "log", "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "erf", "sign", "hardshrink",
+    "softshrink", "threshold", "nan_to_num",
+)  # fmt: skip
+def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """y = f(x), element by element."""
+    x = builder.shadow(args[0])
+    if x is None:
+        return builder.barrier(node, args, f"{node.target} on an unknown value")
+    builder.step(small(x).reshape(-1), str(node.target).split(".")[1].rstrip("_"), layer_name(node))
+    return x
+
+
+@rule("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "pow", "prelu", "where", "lerp", "addcmul")
+def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """y = f(a, b, ...): channels that meet at one element belong together."""
+    name = str(node.target).split(".")[1].rstrip("_")
+    operands = [arg for arg in args if isinstance(arg, Tensor | ParameterRef)]
+    shadows = [builder.shadow(operand) for operand in operands]
+    if not shadows or any(shadow is None for shadow in shadows):
+        return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on an unknown value")
+    shape = output_shape(node)
+    if name == "prelu" and isinstance(operands[1], ParameterRef):
+        weight = shadows[1]
+        assert weight is not None
+        shadows[1] = weight.reshape([1, -1] + [1] * (len(shape) - 2))
+    result = shadows[0]
+    assert result is not None
+    for other in shadows[1:]:
+        assert other is not None
+        result = _merge(builder, name, layer_name(node), result, other, shape)
+    issued = small(result).reshape(-1)
+    builder.step(issued, name, layer_name(node), any(isinstance(o, ParameterRef) for o in operands))
+    return result
+
+
+def _merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    a, b = _lift(builder, a, b, len(shape), layer), _lift(builder, b, a, len(shape), layer)
+    a, b = a.expand(shape), b.expand(shape)
+    # Only where either one changes is there anything to compare.
+    for dim in range(len(shape)):
+        if shape[dim] > 1 and not varies(a, dim) and not varies(b, dim):
+            a, b = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1)
+    pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)], 1), dim=0)
+    left, right = builder.ids.find(pairs).unbind(1)
+    if name in ("add", "sub", "rsub", "lerp", "addcmul"):
+        summed = (left != right) & builder._issued(left) & builder._issued(right)
+        builder.sums.append(pairs[summed].reshape(-1))
+    builder.ids.union(left, right)
+    return torch.where(a == NOBODY, b, a).expand(shape)
+
+
+def _lift(builder: Builder, shadow: Tensor, other: Tensor, rank: int, layer: str) -> Tensor:
+    """Fit a shadow's rank; where it is stretched over channels of ``other``, its own must stay whole."""
+    shadow = shadow.reshape([1] * (rank - shadow.dim()) + list(shadow.shape))
+    other = compact(other.reshape([1] * (rank - other.dim()) + list(other.shape)))
+    stretched = [d for d in range(rank) if shadow.shape[d] == 1 and other.shape[d] > 1 and varies(other, d)]
+    if stretched:
+        if shadow.numel() == 1 or not _changes_outside(shadow, stretched):
+            builder.pin(shadow, f"broadcast over other channels in {layer!r}")
+        return torch.full_like(small(shadow), NOBODY).expand(shadow.shape)
+    # A full-sized operand that is nobody's can't be cut along, so what meets it can't be cut either.
+    fixed = compact(shadow)
+    if bool((small(fixed) == NOBODY).all()):
+        if any(shadow.shape[d] > 1 and varies(other, d) for d in range(rank)):
+            builder.pin(other, f"combined with a value of fixed size in {layer!r}")
+    elif bool((small(fixed) == NOBODY).any()):
+        mask = (shadow == NOBODY).expand(torch.broadcast_shapes(shadow.shape, other.shape))
+        builder.pin(other.expand(mask.shape)[mask], f"combined with a padded value in {layer!r}")
+    return shadow
+
+
+def _changes_outside(shadow: Tensor, dims: list[int]) -> bool:
+    return any(varies(compact(shadow), d) for d in range(shadow.dim()) if d not in dims)

@@ -1,0 +1,51 @@
+"""Pooling, resampling and reductions over axes that carry no channels."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, fx
+
+from lbyl.graph.builder import Builder, layer_name, output_shape
+from lbyl.graph.ids import compact, varies
+from lbyl.graph.rules import rule
+
+_POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)]
+_RESAMPLE = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "bilinear2d", "bicubic2d", "trilinear3d")]
+
+
+@rule(*_POOLS, *_RESAMPLE)
+def pool(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pooling over the trailing axes: each channel by itself."""
+    name = str(node.target).split(".")[1]
+    match = re.search(r"(\d)d", name)
+    assert match is not None
+    x = args[0]
+    if not isinstance(x, Tensor):
+        return builder.barrier(node, args, f"{name} on an unknown value")
+    x, shape = compact(builder.ids.find(x)), output_shape(node)
+    spatial = range(x.dim() - int(match[1]), x.dim())
+    if any(varies(x, d) for d in spatial):
+        return builder.barrier(node, args, f"{name} over channels in {layer_name(node)!r}")
+    for d in spatial:
+        x = x.narrow(d, 0, 1)
+    builder.step(x.reshape(-1), name, layer_name(node))
+    return x.expand(shape)
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "norm", "logsumexp")
+def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A reduction over axes that carry no channels keeps each channel by itself."""
+    name, x = str(node.target).split(".")[1], args[0]
+    dims = args[1] if len(args) > 1 else kwargs.get("dim")
+    if not isinstance(x, Tensor) or dims is None:
+        return builder.barrier(node, args, f"{name} over all axes in {layer_name(node)!r}")
+    x = compact(builder.ids.find(x))
+    dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+    if any(varies(x, d) for d in dims):
+        return builder.barrier(node, args, f"{name} over channels in {layer_name(node)!r}")
+    for d in dims:
+        x = x.narrow(d, 0, 1)
+    builder.step(x.reshape(-1), name, layer_name(node))
+    return x.reshape(output_shape(node))

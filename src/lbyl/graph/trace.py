@@ -1,0 +1,239 @@
+"""From a model to its channel graph, by way of `torch.export`.
+
+The traced program is only read: what gets cut later are the user's own modules. Each value in the program
+gets a *shadow*, an integer tensor of the same shape that says which channel every element belongs to. One walk
+over the program then finds out what belongs together (see `lbyl.graph.rules`).
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.fx.node import map_arg
+
+from lbyl.errors import TraceError
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
+from lbyl.graph.ids import NOBODY
+from lbyl.graph.rules import find_rule
+from lbyl.graph.types import NOT_OURS, Graph, Group, Producer, Reader, Slot, Step
+from lbyl.inputs import ExampleInputs
+
+_NO_EFFECT = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_set_grad_enabled")
+
+
+def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
+    """Find the channel groups of a model in evaluation mode.
+
+    Args:
+        model: any module that ``torch.export`` can trace; it is not changed.
+        inputs: the example inputs, see :class:`lbyl.inputs.ExampleInputs`.
+
+    Raises:
+        TraceError: ``torch.export`` refused the model.
+    """
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
+    except Exception as error:
+        first = str(error).strip().splitlines()
+        raise TraceError(
+            f"torch.export can't trace {type(model).__name__}: {first[0] if first else type(error).__name__}. "
+            "Check that the model runs on the example inputs, or pass a part of it that can be traced."
+        ) from error
+
+    builder = Builder()
+    env: dict[fx.Node, Any] = {}
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+
+    def value(argument: Any) -> Any:
+        return map_arg(argument, lambda node: env[node])
+
+    uses = _last_uses(program.graph)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs.get(node.name)
+            named = spec is not None and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target
+            val = node.meta.get("val")
+            if named and isinstance(val, Tensor):
+                assert spec is not None
+                env[node] = ParameterRef(str(spec.target), tuple(val.shape))
+            else:
+                env[node] = nobody_like(node)
+        elif node.op == "call_function":
+            env[node] = _call(builder, node, value(node.args), value(node.kwargs))
+        elif node.op == "output":
+            for item in _flat(value(node.args)):
+                if isinstance(item, Tensor):
+                    builder.pin(item, "the model's output")
+        else:
+            env[node] = nobody_like(node)
+        for done in uses[node]:
+            env.pop(done, None)
+    builder.finish_free_parameters()
+    return _freeze(builder)
+
+
+def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target))
+    if name in _NO_EFFECT:
+        return None
+    rule = find_rule(name)
+    if rule is None:
+        everything = list(_flat(args)) + list(_flat(list(kwargs.values())))
+        where = layer_name(node)
+        return builder.barrier(node, everything, f"{name} in {where!r} has no rule" if where else f"{name} has no rule")
+    return rule(builder, node, args, kwargs)
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for source, node in last.items():
+        uses[node].append(source)
+    return uses
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _flat(item)]
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in _flat(item)]
+    return [value]
+
+
+# -- freezing -------------------------------------------------------------------------------------------
+
+
+def _freeze(builder: Builder) -> Graph:
+    find = builder.ids.find
+    group_of = torch.full((len(builder.ids),), NOT_OURS, dtype=torch.int64)  # root id -> group
+    channel_of = torch.full((len(builder.ids),), NOT_OURS, dtype=torch.int64)  # root id -> channel in it
+    members = _link_producers(builder)
+    widths: list[int] = []
+    for index, records in enumerate(members):
+        roots = _distinct(find(torch.cat([record.ids for record in records])))
+        group_of[roots] = index
+        channel_of[roots] = torch.arange(len(roots))
+        widths.append(len(roots))
+
+    carriers: list[list[Slot]] = [[] for _ in members]
+    readers: list[list[Slot]] = [[] for _ in members]
+    for record in builder.slots.values():
+        roots = find(record.ids)
+        owners = group_of[roots]
+        for index in torch.unique(owners[owners != NOT_OURS]).tolist():
+            channels = torch.where(owners == index, channel_of[roots], NOT_OURS)
+            slot = Slot(record.parameter, record.dim, tuple(channels.tolist()), record.blocks)
+            (readers if record.role == "reader" else carriers)[index].append(slot)
+
+    reasons: list[str | None] = [None] * len(members)
+    for ids, why in builder.pins:
+        for index in _groups_of(group_of, find(ids)):
+            reasons[index] = reasons[index] or why
+    coupled = {index for ids in builder.sums for index in _groups_of(group_of, find(ids))}
+    steps: list[list[Step]] = [[] for _ in members]
+    for ids, step in builder.steps:
+        for index in _groups_of(group_of, find(ids)):
+            if step not in steps[index]:
+                steps[index].append(step)
+
+    groups = []
+    for index, records in enumerate(members):
+        blocks, trouble = _blocks(builder, group_of, channel_of, index, widths[index])
+        reason = reasons[index] or trouble
+        if reason is None and not readers[index]:
+            reason = "no layer reads these channels"
+        if reason is None and widths[index] < 2:
+            reason = "a single channel"
+        slots = {(slot.parameter, slot.dim): slot for slot in carriers[index]}
+        producers = tuple(
+            Producer(record.layer, slots[record.weight, 0], record.bias, tuple(record.stages)) for record in records
+        )
+        groups.append(
+            Group(
+                producers[0].layer,
+                widths[index],
+                producers,
+                tuple(carriers[index]),
+                tuple(readers[index]),
+                blocks,
+                index in coupled,
+                tuple(steps[index]),
+                reason,
+            )
+        )
+    reading = tuple(
+        Reader(record.layer, record.weight, record.bias, record.op, record.blocks, columns, record.calls)
+        for record in builder.readers.values()
+        for roots in [find(builder.slots[record.weight, 1].ids)]
+        for columns in [tuple(zip(group_of[roots].tolist(), channel_of[roots].tolist(), strict=True))]
+    )
+    return Graph(tuple(groups), reading, tuple(dict.fromkeys(builder.barriers)))
+
+
+def _link_producers(builder: Builder) -> list[list[Any]]:
+    """Producers that share a channel form one group; in order of execution."""
+    owner: dict[int, int] = {}
+    sets: list[list[Any]] = []
+    for record in builder.producers.values():
+        roots = set(builder.ids.find(record.ids).tolist()) - {NOBODY}
+        met = sorted({owner[root] for root in roots if root in owner})
+        if met:
+            target = met[0]
+            for other in met[1:]:
+                sets[target] += sets[other]
+                sets[other] = []
+                owner = {root: target if index == other else index for root, index in owner.items()}
+        else:
+            target = len(sets)
+            sets.append([])
+        sets[target].append(record)
+        owner.update(dict.fromkeys(roots, target))
+    order = {id(record): position for position, record in enumerate(builder.producers.values())}
+    return [sorted(records, key=lambda record: order[id(record)]) for records in sets if records]
+
+
+def _distinct(ids: Tensor) -> Tensor:
+    """Distinct values in order of first appearance."""
+    return torch.tensor(list(dict.fromkeys(ids.tolist())), dtype=torch.int64)
+
+
+def _groups_of(group_of: Tensor, roots: Tensor) -> list[int]:
+    found = group_of[roots.reshape(-1)]
+    return torch.unique(found[found != NOT_OURS]).tolist()
+
+
+def _blocks(
+    builder: Builder, group_of: Tensor, channel_of: Tensor, index: int, width: int
+) -> tuple[tuple[int, ...], str | None]:
+    """Label the channels so that cutting equally many of every label suits all grouped convolutions."""
+    labels: list[list[tuple[int, ...]]] = [[] for _ in range(width)]
+    for ids, blocks in builder.equal:
+        roots = builder.ids.find(ids)
+        seats: dict[int, set[int]] = defaultdict(set)
+        for position, root in enumerate(roots.tolist()):
+            if group_of[root] == index:
+                seats[int(channel_of[root])].add(position * blocks // len(roots))
+        if seats:
+            for channel in range(width):
+                labels[channel].append(tuple(sorted(seats.get(channel, ()))))
+    names = [tuple(label) for label in labels]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    result = tuple(numbers[name] for name in names)
+    counts = {number: result.count(number) for number in numbers.values()}
+    if len(set(counts.values())) > 1:
+        return result, "grouped convolutions cut the channels into blocks of different sizes"
+    return result, None

@@ -1,0 +1,142 @@
+"""What tracing returns: frozen descriptions that name parameters and never hold a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NOT_OURS = -1
+"""Marks an index of a parameter's dimension that carries no channel of the group at hand."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One dimension of one parameter or buffer, and the group's channel that each index carries.
+
+    ``channels[j]`` is a channel number of the group, or ``NOT_OURS``. With ``blocks > 1`` the slot is the
+    input dimension of a grouped convolution: ``channels`` then runs over all its input channels, of which
+    the parameter stores ``len(channels) / blocks`` columns a filter.
+    """
+
+    parameter: str
+    dim: int
+    channels: tuple[int, ...]
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch normalization, by the names of its tensors; ``weight`` and ``bias`` may be missing."""
+
+    layer: str
+    weight: str | None
+    bias: str | None
+    mean: str
+    var: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """A depthwise convolution, by the names of its tensors."""
+
+    layer: str
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A layer that issues channels of the group.
+
+    ``stages`` are the linear maps of single channels that follow it with nothing in between: its batch norm,
+    and a depthwise convolution that no activation parts from it.
+    """
+
+    layer: str
+    weight: Slot
+    bias: str | None
+    stages: tuple[Norm | Depthwise, ...]
+
+    @property
+    def normalized(self) -> bool:
+        """Whether a batch norm follows directly."""
+        return any(isinstance(stage, Norm) for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation that the group's channels pass through between producer and reader."""
+
+    op: str
+    layer: str
+    parametric: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that must go together.
+
+    Attributes:
+        name: the first producer's layer name.
+        width: number of channels.
+        producers: the layers that issue these channels.
+        carriers: every slot that is sliced along with the channels, the producers' own among them.
+        readers: input dimensions of the layers that read the channels.
+        blocks: a label for each channel; every label must lose equally many (grouped convolutions).
+        coupled: a sum adds channels of different producers here (a residual stream).
+        steps: what lies between producers and readers, in execution order.
+        reason: why the group can't be pruned, or None when it can.
+    """
+
+    name: str
+    width: int
+    producers: tuple[Producer, ...]
+    carriers: tuple[Slot, ...]
+    readers: tuple[Slot, ...]
+    blocks: tuple[int, ...]
+    coupled: bool
+    steps: tuple[Step, ...]
+    reason: str | None
+
+    @property
+    def prunable(self) -> bool:
+        """Whether the group may lose channels at all."""
+        return self.reason is None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the producing layers."""
+        return tuple(producer.layer for producer in self.producers)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that mixes its input channels: where restoration can act.
+
+    ``columns[j]`` says which (group index, channel) stands at input channel ``j``; the group index is
+    ``NOT_OURS`` where the input is nobody's (the image, for one). ``calls`` counts how often the layer runs.
+    """
+
+    layer: str
+    weight: str
+    bias: str | None
+    op: str
+    blocks: int
+    columns: tuple[tuple[int, int], ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The channel graph of one model: all groups, all readers in execution order, all barriers."""
+
+    groups: tuple[Group, ...]
+    readers: tuple[Reader, ...]
+    barriers: tuple[str, ...]
+
+    def group(self, name: str) -> Group:
+        """The group of that name; raises ``KeyError`` where there is none."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)

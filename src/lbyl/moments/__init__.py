@@ -1,0 +1,26 @@
+"""Where second moments come from: one small class a source."""
+
+from __future__ import annotations
+
+from lbyl.moments.base import ChannelMoments, ClosedFormSource, Probes, ProbeSource, Progress
+from lbyl.moments.data import Data
+from lbyl.moments.dream import Dream
+from lbyl.moments.gaussian import Gaussian
+from lbyl.moments.noise import Noise
+from lbyl.moments.weights import Weights
+
+MOMENTS = {"weights": Weights, "gaussian": Gaussian, "noise": Noise, "dream": Dream, "data": Data}
+
+__all__ = [
+    "MOMENTS",
+    "ChannelMoments",
+    "ClosedFormSource",
+    "Data",
+    "Dream",
+    "Gaussian",
+    "Noise",
+    "ProbeSource",
+    "Probes",
+    "Progress",
+    "Weights",
+]

@@ -1,0 +1,63 @@
+"""Where second moments come from: two small protocols, one a way of looking, one a closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lbyl.filters import Filters
+from lbyl.inputs import ExampleInputs
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(stage, done, total)``."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Inputs to look at the network with.
+
+    Attributes:
+        batches: what moments are collected on.
+        held_out: a batch that no solve sees; reconstruction errors are measured on it.
+        batch_statistics: batch norms normalize with the probes' own statistics while moments are collected, so
+            that every channel has its trained mean and spread whatever the probes look like.
+        note: what the user should know ("" as a rule).
+    """
+
+    batches: tuple[ExampleInputs, ...]
+    held_out: ExampleInputs
+    batch_statistics: bool
+    note: str = ""
+
+
+@runtime_checkable
+class ProbeSource(Protocol):
+    """Makes inputs; moments are then read off the running network."""
+
+    def probes(
+        self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
+    ) -> Probes:
+        """Probes for a model that is called like ``inputs``."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChannelMoments:
+    """Mean and covariance of the channels that a group's readers see."""
+
+    mean: Float[Tensor, " channels"]
+    covariance: Float[Tensor, "channels channels"]
+
+
+@runtime_checkable
+class ClosedFormSource(Protocol):
+    """Gives moments from the weights alone, without running the network."""
+
+    def moments(self, filters: Filters, kernel: tuple[int, ...], activation: str | None) -> ChannelMoments:
+        """Moments of a group's channels after ``activation``; ``kernel`` is the producers' spatial shape."""
+        ...

@@ -1,0 +1,82 @@
+"""Dreamed probes: inputs moved until every batch norm sees its stored statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.errors import InputError
+from lbyl.inputs import ExampleInputs
+from lbyl.moments.base import Probes, Progress
+from lbyl.moments.synthesis import affordable, dead_leaves, held_out_size, pink, split, synthesize
+from lbyl.probing import frozen, run
+from lbyl.surgery import tensors_of
+
+_TINY = 1e-6
+"""Added to variances: a channel that never varied in training must not blow up the loss."""
+
+
+@dataclass(frozen=True)
+class Dream:
+    """The statistics part of DeepInversion (Yin et al., CVPR 2020), started from pink noise.
+
+    Adam moves the pixels, never a weight, until the batch mean and spread at every batch norm match the stored
+    running statistics. Dreams have the right statistics channel by channel but little structure; so moments are
+    taken on them and on as many synthetic scenes (dead leaves), which are the other way round.
+
+    Attributes:
+        images: dreams that moments are collected on, and scenes; a quarter more is dreamed and held out. None
+            takes as many as 1.6e10 multiply-accumulates a step allow, between 24 and 96.
+        steps: Adam steps, with a cosine schedule.
+        lr: step size, in units of the inputs (which start with unit variance).
+    """
+
+    images: int | None = None
+    steps: int = 40
+    lr: float = 0.05
+
+    def __post_init__(self) -> None:
+        if (self.images is not None and self.images < 2) or self.steps < 0 or self.lr <= 0:
+            raise InputError(f"{self}: at least 2 images, 0 steps or more, and a positive lr")
+
+    def probes(
+        self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
+    ) -> Probes:
+        """Dreamed inputs of the example's shapes."""
+        count = self.images or affordable(model, inputs, 1.6e10, 24, 96)
+        held = held_out_size(count)
+        start = synthesize(model, inputs, count + held, pink, generator).map(_channels_last)
+        pixels = [t.requires_grad_(True) for t in start.tensors() if t.is_floating_point()]
+        state = tensors_of(model)
+        terms: list[Tensor] = []
+
+        def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
+            stored = state[var_name] + _TINY
+            offset = (mean - state[mean_name]).square() / stored
+            spread = ((var + _TINY) / stored).sqrt() - 1
+            terms.append(offset.mean() + spread.square().mean())
+
+        optimizer = torch.optim.Adam(pixels, lr=self.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.steps, 1))
+        with frozen(model), torch.enable_grad():
+            for step in range(self.steps):
+                terms.clear()
+                run(model, start, on_norm=on_norm, batch_statistics=True)
+                if not terms:
+                    raise InputError("Dream: the network has no batch norm with running statistics; use lbyl.Noise")
+                optimizer.zero_grad()
+                torch.stack(terms).sum().backward()
+                optimizer.step()
+                schedule.step()
+                if progress:
+                    progress("dreaming", step + 1, self.steps)
+        train, test = split(start.map(lambda t: t.detach()), [count, held])
+        scenes = synthesize(model, inputs, count, dead_leaves, generator).map(_channels_last)
+        return Probes((train, scenes), test, batch_statistics=True)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    # Convolutions run faster in this layout on CPU, and the result does not depend on it.
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

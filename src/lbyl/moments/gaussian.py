@@ -1,0 +1,57 @@
+"""Gaussian moments: what batch norm says about each channel, and the filters about each pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lbyl.activations import ACTIVATIONS
+from lbyl.filters import Filters
+from lbyl.moments.base import ChannelMoments
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Sampled moments of jointly Gaussian pre-activations; no forward pass.
+
+    A batch norm's output has mean beta and deviation |gamma|. The correlation of two channels is taken from their
+    filters under an input whose pixels are correlated like a natural image's: ``rho_ij = v_i R v_j`` normalized,
+    with ``R = decay ** (distance between kernel taps)``. The activation is applied to samples of that Gaussian.
+
+    Attributes:
+        decay: correlation of neighboring pixels.
+        samples: draws from the Gaussian.
+    """
+
+    decay: float = 0.85
+    samples: int = 8192
+
+    def moments(self, filters: Filters, kernel: tuple[int, ...], activation: str | None) -> ChannelMoments:
+        """Mean and covariance after the activation."""
+        covariance = self._covariance(filters.weight, kernel)
+        deviation = covariance.diagonal().clamp_min(1e-30).sqrt()
+        if filters.normalized and filters.spread is not None:
+            covariance = covariance / torch.outer(deviation, deviation) * torch.outer(filters.spread, filters.spread)
+            mean = filters.center
+        else:
+            mean = filters.offset
+        values, vectors = torch.linalg.eigh(covariance)
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randn(self.samples, len(values), generator=generator, dtype=torch.float64)
+        z = (draws * values.clamp_min(0).sqrt()) @ vectors.T + mean
+        a = ACTIVATIONS[activation](z) if activation in ACTIVATIONS else z
+        average = a.mean(0)
+        a = a - average
+        return ChannelMoments(average, a.T @ a / len(a))
+
+    def _covariance(self, weight: Float[Tensor, "channels fan_in"], kernel: tuple[int, ...]) -> Tensor:
+        taps = int(torch.tensor(kernel).prod()) if kernel else 1
+        if taps == 1 or weight.shape[1] % taps:
+            return weight @ weight.T
+        grid = torch.cartesian_prod(*(torch.arange(size) for size in kernel)).double().reshape(taps, -1)
+        prior = self.decay ** torch.cdist(grid, grid)
+        rows = weight.reshape(len(weight), -1, taps)
+        return torch.einsum("aft,ts,bfs->ab", rows, prior, rows)

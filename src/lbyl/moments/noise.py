@@ -1,0 +1,44 @@
+"""Noise probes: one forward pass over synthetic images, with batch statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lbyl.errors import InputError
+from lbyl.inputs import ExampleInputs
+from lbyl.moments.base import Probes, Progress
+from lbyl.moments.synthesis import affordable, held_out_size, split, synthesize, varied_pink
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Pink (1 / f) noise of many contrasts; batch norms normalize with the probes' own statistics.
+
+    So every channel has its trained mean beta and spread gamma whatever the images are; what the noise adds are
+    correlations. Token ids are drawn at random.
+
+    Attributes:
+        images: probes that moments are collected on; a quarter more is held out. None takes as many as 1e10
+            multiply-accumulates allow, between 64 and 4096.
+        spectrum: the mean exponent of 1 / f; natural images have about 1.
+    """
+
+    images: int | None = None
+    spectrum: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.images is not None and self.images < 2:
+            raise InputError(f"Noise(images={self.images}): batch statistics need at least 2")
+
+    def probes(
+        self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
+    ) -> Probes:
+        """Synthetic inputs of the example's shapes."""
+        count = self.images or affordable(model, inputs, 1e10, 64, 4096)
+        held = held_out_size(count)
+        made = synthesize(model, inputs, count + held, lambda shape, g: varied_pink(shape, g, self.spectrum), generator)
+        train, test = split(made, [count, held])
+        return Probes((train,), test, batch_statistics=True)

@@ -1,0 +1,180 @@
+"""Making inputs out of nothing: images with natural statistics, random tokens, and the batches they form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from lbyl.inputs import ExampleInputs
+from lbyl.measure import count_macs
+
+Maker = Callable[[Sequence[int], torch.Generator], Tensor]
+"""Makes a floating-point input of a given shape, batch first."""
+
+
+def pink(shape: Sequence[int], generator: torch.Generator, spectrum: float = 1.0) -> Float[Tensor, "..."]:
+    """Noise whose amplitude falls as 1 / frequency ** spectrum over the spatial axes, like natural images'.
+
+    Every (image, channel) has zero mean and unit variance. Shapes ``[N, features]`` have no spatial axes and
+    get white noise.
+    """
+    white = torch.randn(tuple(shape), generator=generator)
+    if len(shape) < 3:
+        return white
+    axes = list(range(2, len(shape)))
+    radius = torch.zeros([1] * len(axes))
+    for position, axis in enumerate(axes):
+        frequency = torch.fft.fftfreq(shape[axis]) * shape[axis]
+        view = [1] * len(axes)
+        view[position] = -1
+        radius = radius + frequency.reshape(view).square()
+    gain = radius.sqrt().clamp_min(1.0).pow(-spectrum)
+    gain[(0,) * len(axes)] = 0
+    image = torch.fft.ifftn(torch.fft.fftn(white, dim=axes) * gain, dim=axes).real
+    return image / image.std(axes, keepdim=True, unbiased=False).clamp_min(1e-12)
+
+
+def varied_pink(shape: Sequence[int], generator: torch.Generator, spectrum: float = 1.0) -> Float[Tensor, "..."]:
+    """Pink noise in which every image has an exponent (``spectrum`` give or take 1) and a contrast of its own.
+
+    Every second image is clipped at one deviation, for real inputs are bounded: it has flat regions and edges.
+    """
+    count = shape[0]
+    images = torch.empty(tuple(shape))
+    classes = min(8, count)
+    for number in range(classes):
+        exponent = max(0.0, spectrum - 1 + 2 * (number + 0.5) / classes)
+        rows = torch.arange(number, count, classes)
+        images[rows] = pink((len(rows), *shape[1:]), generator, exponent)
+    view = [count] + [1] * (len(shape) - 1)
+    images = images * torch.exp(0.5 * torch.randn(view, generator=generator))
+    order = torch.randperm(count, generator=generator)
+    images[order[::2]] = images[order[::2]].clamp(-1, 1)
+    return images
+
+
+def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
+    """Images of opaque shapes that hide each other, with sizes of density 1 / r^3: a model of natural scenes.
+
+    Lee, Mumford, Huang: "Occlusion Models for Natural Images", IJCV 2001. Ellipses and rectangles, each with a
+    color (mostly gray), a gradient and a grain of pink noise. Shapes that are no images get :func:`pink`.
+    """
+    if len(shape) != 4 or min(shape[2:]) < 8:
+        return pink(shape, generator)
+    count, channels, height, width = shape
+    grain = [pink(shape, generator, exponent) for exponent in (1.0, 0.6)]
+
+    def color(leaves: int) -> Tensor:
+        shared = torch.randn(count, leaves, 1, generator=generator)
+        return shared + 0.4 * torch.randn(count, leaves, channels, generator=generator)
+
+    def uniform(leaves: int) -> Tensor:
+        return torch.rand(count, leaves, generator=generator)
+
+    images = color(1).reshape(count, channels, 1, 1) + 0.5 * grain[0]
+    side, leaves = float(max(height, width)), 400
+    largest, smallest = 0.5, 0.015
+    radius = side * (smallest**-2 + uniform(leaves) * (largest**-2 - smallest**-2)).rsqrt()
+    center_x, center_y = (uniform(leaves) * 1.2 - 0.1) * width, (uniform(leaves) * 1.2 - 0.1) * height
+    angle, square = uniform(leaves) * math.pi, uniform(leaves) < 0.3
+    aspect = torch.exp(0.4 * torch.randn(count, leaves, generator=generator))
+    gradient = 0.5 * torch.randn(count, leaves, 2, generator=generator)
+    strength = 0.25 * torch.exp(0.7 * torch.randn(count, leaves, generator=generator))
+    tone = color(leaves)
+    numbers = torch.stack([radius, center_x, center_y, angle, aspect, *gradient.unbind(2), strength], 2).tolist()
+    for image, rows in enumerate(numbers):
+        for leaf, (r, cx, cy, turn, stretch, slope_u, slope_v, amount) in enumerate(rows):
+            # Only the leaf's bounding box is painted.
+            reach = math.ceil(1.5 * r * max(stretch, 1 / stretch)) + 1
+            x0, x1 = max(0, int(cx) - reach), min(width, int(cx) + reach + 1)
+            y0, y1 = max(0, int(cy) - reach), min(height, int(cy) + reach + 1)
+            if x0 >= x1 or y0 >= y1:
+                continue
+            dx = torch.arange(x0, x1).float() - cx
+            dy = torch.arange(y0, y1).float()[:, None] - cy
+            u = (dx * math.cos(turn) + dy * math.sin(turn)) / (r * stretch)
+            v = (dy * math.cos(turn) - dx * math.sin(turn)) / (r / stretch)
+            far = torch.maximum(u.abs(), v.abs()) if square[image, leaf] else (u * u + v * v).sqrt()
+            mask = ((1 - far) * r + 0.5).clamp(0, 1)
+            shade = (slope_u * u + slope_v * v).clamp(-2, 2)
+            box = images[image, :, y0:y1, x0:x1]
+            paint = tone[image, leaf].reshape(-1, 1, 1) + shade + amount * grain[leaf % 2][image, :, y0:y1, x0:x1]
+            box += mask * (paint - box)
+    images = images - images.mean((0, 2, 3), keepdim=True)
+    return images / images.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+
+
+def synthesize(
+    model: nn.Module, inputs: ExampleInputs, count: int, make: Maker, generator: torch.Generator
+) -> ExampleInputs:
+    """Inputs like the example's, ``count`` of them: floats from ``make``, token ids at random, the rest repeated.
+
+    Tensors whose first axis is the batch axis (as long as the first tensor's) are replaced; others stay.
+    """
+    tensors = inputs.tensors()
+    batch = tensors[0].shape[0] if tensors[0].dim() else 0
+    vocabulary = _vocabularies(model, inputs) if any(not t.is_floating_point() for t in tensors) else {}
+
+    def replace(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or tensor.shape[0] != batch:
+            return tensor
+        shape = (count, *tensor.shape[1:])
+        if tensor.is_floating_point():
+            return make(shape, generator).to(tensor)
+        size = vocabulary.get(id(tensor))
+        if size is not None and tensor.dtype in (torch.int32, torch.int64):
+            return torch.randint(size, shape, generator=generator).to(tensor)
+        return tensor[:1].expand(shape).clone() if batch else tensor
+
+    return inputs.map(replace)
+
+
+def split(inputs: ExampleInputs, sizes: Sequence[int]) -> list[ExampleInputs]:
+    """Cut a batch into parts along its first axis."""
+    total, first, parts = sum(sizes), 0, []
+    for size in sizes:
+        here = slice(first, first + size)
+        parts.append(inputs.map(lambda t, here=here: t[here] if t.dim() and t.shape[0] == total else t))
+        first += size
+    return parts
+
+
+def affordable(model: nn.Module, inputs: ExampleInputs, macs: float, least: int, most: int) -> int:
+    """How many inputs one forward pass over all of them may have, for a number of multiply-accumulates."""
+    return round(max(least, min(most, macs / max(count_macs(model, inputs), 1) * batch_size(inputs))))
+
+
+def batch_size(inputs: ExampleInputs) -> int:
+    """Length of the first tensor's first axis."""
+    first = inputs.tensors()[0]
+    return first.shape[0] if first.dim() else 1
+
+
+def held_out_size(count: int) -> int:
+    """A quarter of the probes, at least two, is kept away from the solves."""
+    return max(2, math.ceil(count / 4))
+
+
+class _Lookups(TorchFunctionMode):
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is functional.embedding:
+            ids = args[0] if args else kwargs["input"]
+            table = args[1] if len(args) > 1 else kwargs["weight"]
+            self.sizes[id(ids)] = table.shape[0]
+        return func(*args, **kwargs)
+
+
+def _vocabularies(model: nn.Module, inputs: ExampleInputs) -> dict[int, int]:
+    with torch.no_grad(), _Lookups() as lookups:
+        inputs.call(model)
+    return lookups.sizes

@@ -1,0 +1,28 @@
+"""The paper's implicit moments: white-noise input, no activation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lbyl.filters import Filters
+from lbyl.moments.base import ChannelMoments
+
+
+@dataclass(frozen=True)
+class Weights:
+    """``G = V V^T + bn c c^T``: what least squares is given when only the weights are looked at.
+
+    With these moments, ``LeastSquares(solve="mix")`` is the paper's :class:`lbyl.LBYL`, with a ridge relative to
+    the mean diagonal.
+    """
+
+    bn: float = 1e-4
+
+    def moments(self, filters: Filters, kernel: tuple[int, ...], activation: str | None) -> ChannelMoments:
+        """Second moments; the mean is zero, for nothing is known of it."""
+        gram = filters.weight @ filters.weight.T
+        if filters.normalized:
+            gram = gram + self.bn * torch.outer(filters.offset, filters.offset)
+        return ChannelMoments(torch.zeros(len(gram), dtype=torch.float64), gram)

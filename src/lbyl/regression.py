@@ -1,0 +1,215 @@
+"""Least squares at a reader's input: streaming moments in float64, and the two solves that use them.
+
+Everything here is a function of tensors; what runs the network is in `lbyl.probing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from lbyl.probing import ReaderCall
+from lbyl.restorers.lbyl import solve_ridge
+
+_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass
+class Moments:
+    """Running sums over the positions at which a reader reads; float64.
+
+    With regressors ``p`` (what the cut reader will see) and targets ``r`` (what the dropped channels
+    contributed, or are): sums of p, r, p p^T, p r^T and r^2.
+    """
+
+    count: int
+    p: Float[Tensor, " regressors"]
+    r: Float[Tensor, " targets"]
+    pp: Float[Tensor, "regressors regressors"]
+    pr: Float[Tensor, "regressors targets"]
+    rr: Float[Tensor, " targets"]
+
+    @staticmethod
+    def zeros(regressors: int, targets: int, device: torch.device) -> Moments:
+        """Empty sums."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return Moments(
+            0,
+            empty(regressors),
+            empty(targets),
+            empty(regressors, regressors),
+            empty(regressors, targets),
+            empty(targets),
+        )
+
+    def add(self, p: Float[Tensor, "positions regressors"], r: Float[Tensor, "positions targets"]) -> None:
+        """Add positions. Products are taken in the inputs' precision, sums kept in float64."""
+        self.count += len(p)
+        self.p += p.sum(0, dtype=torch.float64)
+        self.r += r.sum(0, dtype=torch.float64)
+        self.pp += p.T @ p
+        self.pr += p.T @ r
+        self.rr += r.square().sum(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """``r ~ coefficients^T p + shift``, and the variance of r before and after."""
+
+    coefficients: Float[Tensor, "regressors targets"]
+    shift: Float[Tensor, " targets"]
+    before: Float[Tensor, " targets"]
+    after: Float[Tensor, " targets"]
+    singular: bool
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Second moments expected before anything was measured: centered, on any scale.
+
+    ``trust`` between 0 and 1 is the share that the prior gets once both are on one scale.
+    """
+
+    pp: Float[Tensor, "regressors regressors"]
+    pr: Float[Tensor, "regressors targets"]
+    trust: float
+
+
+def solve(moments: Moments, ridge: float, centered: bool, prior: Prior | None = None) -> Solution:
+    """Minimize ``E |r - B^T p - shift|^2 + ridge mean(diag G) |B|^2`` with ``G`` the (centered) moments of p.
+
+    The ridge is relative, so that it means the same whatever the scale of the activations. The penalty is on
+    what is *added* to the kept weights: with an infinite ridge the result is plain pruning. A prior is mixed
+    into the moments that are solved with, not into the errors that are reported.
+    """
+    n = max(moments.count, 1)
+    mean_p, mean_r = moments.p / n, moments.r / n
+    if not centered:
+        mean_p, mean_r = torch.zeros_like(mean_p), torch.zeros_like(mean_r)
+    gram = moments.pp / n - torch.outer(mean_p, mean_p)
+    cross = moments.pr / n - torch.outer(mean_p, mean_r)
+    power = moments.rr / n - mean_r.square()
+    trusted_gram, trusted_cross = gram, cross
+    if prior is not None and prior.trust > 0:
+        scale = gram.trace() / prior.pp.trace().clamp_min(1e-300)
+        trusted_gram = torch.lerp(gram, prior.pp * scale, prior.trust)
+        trusted_cross = torch.lerp(cross, prior.pr * scale, prior.trust)
+    strength = ridge * float(trusted_gram.diagonal().mean())
+    coefficients, singular = solve_ridge(trusted_gram, trusted_cross, strength)
+    # E (r - B^T p)^2 = E r^2 - 2 B.C + B.(G B)
+    after = power - 2 * (coefficients * cross).sum(0) + (coefficients * (gram @ coefficients)).sum(0)
+    return Solution(coefficients, mean_r - coefficients.T @ mean_p, power, after.clamp_min(0), singular)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which input channels of a reader stay and which go, block by block of a grouped convolution."""
+
+    keep: tuple[Int[Tensor, " kept"], ...]
+    drop: tuple[Int[Tensor, " dropped"], ...]
+
+
+@dataclass
+class PatchSums:
+    """Moments between the patches of kept channels and the dropped channels' share of the output."""
+
+    columns: Columns
+    positions: int  # at most this many a call
+    generator: torch.Generator
+    blocks: list[Moments] = field(default_factory=list)
+    output: list[Tensor] = field(default_factory=list)  # count, sum and sum of squares of the reader's output
+
+    def add(self, call: ReaderCall, weight: Tensor) -> None:
+        """Add one call of the reader."""
+        out = call.out if call.op == "linear" else call.out.flatten(2).transpose(1, 2)
+        out = out.reshape(-1, out.shape[-1]).double()
+        sums = [torch.tensor(float(len(out))), out.sum(0), out.square().sum(0)]
+        self.output = [a + b for a, b in zip(self.output, sums, strict=True)] if self.output else sums
+        number = len(self.columns.keep)
+        rows, width = len(weight) // number, call.x.shape[1 if call.op != "linear" else -1] // number
+        for index, (keep, drop) in enumerate(zip(self.columns.keep, self.columns.drop, strict=True)):
+            kernel = weight[index * rows : (index + 1) * rows]
+            if len(self.blocks) <= index:
+                taps = kernel[0, 0].numel() if kernel.dim() > 2 else 1
+                self.blocks.append(Moments.zeros(len(keep) * taps, rows, call.x.device))
+            if not len(drop):
+                continue
+            for p, r in self._positions(call, kernel, keep, drop, index * width):
+                self.blocks[index].add(p, r)
+
+    def _positions(
+        self, call: ReaderCall, kernel: Tensor, keep: Tensor, drop: Tensor, first: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Patches of the kept channels and the share of the dropped ones, position by position."""
+        kernel = kernel[:, drop]
+        keep, drop = keep + first, drop + first
+        if call.op == "linear":
+            x = call.x.reshape(-1, call.x.shape[-1])
+            chosen = _sample(len(x), self.positions, self.generator)
+            x = x if chosen is None else x[chosen.to(x.device)]
+            for part in x.split(max(1, _CHUNK_BYTES // (4 * x.shape[1]))):
+                yield part[:, keep], part[:, drop] @ kernel.T
+            return
+        x, kernel, stride, padding, dilation = _as_2d(call, kernel)
+        taps = kernel.shape[2:]
+        pixels = call.out[0, 0].numel()
+        chosen = _sample(pixels, max(1, self.positions // len(x)), self.generator)
+        for part in x.split(max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))):
+            r = functional.conv2d(part[:, drop], kernel, None, stride, padding, dilation).flatten(2)
+            if taps.numel() == 1 and not any(padding):
+                p = part[:, keep, :: stride[0], :: stride[1]].flatten(2)
+            else:
+                p = functional.unfold(part[:, keep], tuple(taps), dilation, padding, stride)
+            if chosen is not None:
+                p, r = p[:, :, chosen.to(p.device)], r[:, :, chosen.to(r.device)]
+            yield p.transpose(1, 2).reshape(-1, p.shape[1]), r.transpose(1, 2).reshape(-1, r.shape[1])
+
+
+@dataclass
+class ChannelSums:
+    """Moments among all channels of a group at a reader's input, all places of a channel pooled."""
+
+    index: Int[Tensor, "channels places"]
+    positions: int
+    generator: torch.Generator
+    moments: Moments | None = None
+    columns: Tensor | None = None  # sum of every input column by itself
+
+    def add(self, call: ReaderCall, weight: Tensor) -> None:
+        """Add one call of the reader."""
+        x = call.x if call.op == "linear" else call.x.flatten(2).transpose(1, 2)
+        x = x.reshape(-1, x.shape[-1])
+        chosen = _sample(len(x), max(1, self.positions // self.index.shape[1]), self.generator)
+        x = x if chosen is None else x[chosen.to(x.device)]
+        if self.moments is None or self.columns is None:
+            self.moments = Moments.zeros(len(self.index), 0, x.device)
+            self.columns = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        self.columns = self.columns + x.sum(0, dtype=torch.float64) * self.index.shape[1]
+        for part in x.split(max(1, _CHUNK_BYTES // (4 * x.shape[1]))):
+            p = part[:, self.index].transpose(1, 2).reshape(-1, len(self.index))
+            self.moments.add(p, p[:, :0])
+
+
+def _sample(available: int, wanted: int, generator: torch.Generator) -> Tensor | None:
+    """A random sample of positions, or None for all of them."""
+    return None if available <= wanted else torch.randperm(available, generator=generator)[:wanted]
+
+
+def _as_2d(
+    call: ReaderCall, kernel: Tensor
+) -> tuple[Tensor, Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
+    x = call.x
+    if call.op == "conv1d":
+        return (
+            x.unsqueeze(2), kernel.unsqueeze(2), (1, call.stride[0]), (0, call.padding[0]), (1, call.dilation[0])
+        )  # fmt: skip
+    stride, padding, dilation = ((pair[0], pair[1]) for pair in (call.stride, call.padding, call.dilation))
+    return x, kernel, stride, padding, dilation

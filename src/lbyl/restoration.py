@@ -1,0 +1,137 @@
+"""What the readers should weigh instead: new weights for every layer that reads a pruned group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lbyl.activations import ACTIVATIONS
+from lbyl.assessment import Assessment
+from lbyl.filters import State, describe, paper_form_applies, seats, subset
+from lbyl.graph import Slot
+from lbyl.moments import Progress
+from lbyl.restorers import Prune, Restorer
+from lbyl.restorers.base import Delivery, nothing_delivered
+from lbyl.restorers.terms import Terms, reconstruction_terms
+from lbyl.selection import Choice, Selection, generator_for
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What restoration did for one group."""
+
+    group: str
+    terms: Terms | None
+    seconds: float
+    note: str
+    errors: tuple[float, float] | None = None
+    """Relative error of the readers' outputs on the probes: after plain pruning, after restoration."""
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """New values of parameters and buffers, at their unpruned shapes: dropped columns are zero."""
+
+    values: dict[str, Tensor]
+    groups: tuple[Restored, ...]
+    assessment: Assessment | None = None
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def restore(
+    selection: Selection, state: State, restorer: Restorer, seed: int, progress: Progress | None = None
+) -> Restoration:
+    """Solve every group and fold its delivery matrix into the layers that read it.
+
+    The closed forms need the original weights only, so the order of the groups does not matter: a layer that
+    reads one group and produces another loses columns here and rows in surgery.
+    """
+    values: dict[str, Tensor] = {}
+    rows = []
+    for index, choice in enumerate(selection.choices):
+        started = time.perf_counter()
+        keep, drop = choice.tensors()
+        delivery, terms = deliver(choice, state, restorer, seed)
+        for slot in choice.group.readers:
+            weight = values.get(slot.parameter)
+            if weight is None:
+                weight = state[slot.parameter].detach().clone()
+            source = state[slot.parameter].detach()
+            values[slot.parameter] = fold(weight, source, slot, choice.group.width, keep, drop, delivery)
+        rows.append(Restored(choice.group.name, terms, time.perf_counter() - started, delivery.note))
+        if progress:
+            progress("restoring", index + 1, len(selection.choices))
+    return Restoration(values, tuple(rows))
+
+
+def deliver(choice: Choice, state: State, restorer: Restorer, seed: int) -> tuple[Delivery, Terms | None]:
+    """One group's delivery matrix and its error terms; block by block where grouped convolutions need it."""
+    group = choice.group
+    keep, drop = choice.tensors()
+    filters = describe(group, state)
+    obstacle = None if isinstance(restorer, Prune) else paper_form_applies(group, state)
+    if obstacle:
+        note = f"pruned without restoration: the weights-only form does not apply, {obstacle}"
+        return nothing_delivered(len(keep), len(drop), note), None
+    labels = torch.tensor(group.blocks)
+    whole = nothing_delivered(len(keep), len(drop))
+    notes = []
+    for label in torch.unique(labels):
+        members = torch.nonzero(labels == label).flatten()
+        in_keep, in_drop = torch.isin(keep, members), torch.isin(drop, members)
+        part = restorer.deliver(
+            subset(filters, members),
+            torch.searchsorted(members, keep[in_keep]),
+            torch.searchsorted(members, drop[in_drop]),
+            generator_for(seed, f"{group.name}#{int(label)}"),
+        )
+        whole.matrix[in_keep.nonzero(), in_drop.nonzero().T] = part.matrix
+        whole.scale[in_keep] = part.scale
+        notes.append(part.note)
+    delivery = replace(whole, note="; ".join(note for note in dict.fromkeys(notes) if note))
+    activation = next((step.op for step in group.steps if step.op in ACTIVATIONS), None)
+    generator = generator_for(seed, f"{group.name}#terms")
+    return delivery, reconstruction_terms(filters, keep, drop, delivery, activation, generator)
+
+
+def fold(
+    weight: Float[Tensor, "out columns *taps"],
+    source: Float[Tensor, "out columns *taps"],
+    slot: Slot,
+    width: int,
+    keep: Int[Tensor, " kept"],
+    drop: Int[Tensor, " dropped"],
+    delivery: Delivery,
+) -> Float[Tensor, "out columns *taps"]:
+    """``U'[:, K] = U[:, K] scale + U[:, D] S^T`` and ``U'[:, D] = 0``; ``weight`` is changed and returned.
+
+    Where a channel has several columns (after a flatten), the delivery holds for each of its places.
+    """
+    index = seats(slot, width)  # channels, places
+    per_block = len(slot.channels) // slot.blocks
+    rows = len(source) // slot.blocks
+    for number in range(slot.blocks):
+        out = slice(number * rows, (number + 1) * rows)
+        inside = (index >= number * per_block) & (index < (number + 1) * per_block)
+        here_k, here_d = inside[keep].any(1), inside[drop].any(1)
+        columns_k = index[keep[here_k]] - number * per_block
+        columns_d = index[drop[here_d]] - number * per_block
+        if not columns_k.numel() or not columns_d.numel():
+            continue
+        u = source[out]
+        s = delivery.matrix[here_k][:, here_d].to(u.device)
+        scale = delivery.scale[here_k].to(u.device)
+        # In place, for these are the largest tensors there are: rows, channels, places, taps.
+        restored, dropped = u[:, columns_k].to(torch.float64), u[:, columns_d].to(torch.float64)
+        restored *= scale.reshape([1, -1] + [1] * (restored.dim() - 2))
+        restored += torch.einsum("od...,kd->ok...", dropped, s)
+        target = weight[out]
+        target[:, columns_k] = restored.to(weight.dtype)
+        target[:, columns_d] = 0
+    return weight

@@ -1,0 +1,56 @@
+"""Least squares on measured moments: the paper's objective with the network's real second moments in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lbyl.errors import InputError
+from lbyl.moments import ClosedFormSource, Dream, ProbeSource
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Fit what the kept channels must do so that each reader's output stays what it was.
+
+    The paper's least squares assumes a white-noise input and no activation. Both assumptions go away when the
+    second moments ``G`` of the reader's real input stand in for ``V V^T``; the activation error is then inside
+    the objective. Moments come from inputs made without data (:class:`lbyl.Noise`, :class:`lbyl.Dream`), from
+    the weights alone (:class:`lbyl.Weights`, :class:`lbyl.Gaussian`), or from the user's own unlabelled
+    inputs (:class:`lbyl.Data`).
+
+    Attributes:
+        moments: where the second moments come from.
+        solve: "patch" fits the reader's whole kernel to the dropped channels' share of its output; "mix" fits
+            one number a channel pair (the delivery matrix S). They are the same for 1x1 kernels.
+        ridge: penalty on what is added to the kept weights, relative to the mean of the moments' diagonal. None
+            takes 0.1, or 0.001 where a prior already steadies the moments.
+        prior: between 0 and 1: how far probed moments are drawn towards the ones that the weights alone suggest
+            (the paper's ``V V^T``, each filter centered). None takes 0.5 for channels that no batch norm
+            keeps at their trained mean and spread, and 0 for the others.
+        renorm: move the batch-norm statistics downstream by what pruning changed, where that helps.
+        budget: bytes that one reader's patch moments may take; a larger reader is solved by "mix", which the
+            report says.
+        positions: at most so many positions of each reader enter the moments, a batch.
+    """
+
+    moments: ProbeSource | ClosedFormSource = field(default_factory=Dream)
+    solve: str = "patch"
+    ridge: float | None = None
+    prior: float | None = None
+    renorm: bool = True
+    budget: int = 512 * 2**20
+    positions: int = 20_000
+
+    def __post_init__(self) -> None:
+        if self.solve not in ("mix", "patch"):
+            raise InputError(f"LeastSquares(solve={self.solve!r}): choose 'mix' or 'patch'")
+        if self.ridge is not None and not self.ridge >= 0:
+            raise InputError(f"LeastSquares(ridge={self.ridge}): must be at least 0")
+        if self.prior is not None and not 0 <= self.prior <= 1:
+            raise InputError(f"LeastSquares(prior={self.prior}): must lie between 0 and 1")
+        if not isinstance(self.moments, ProbeSource | ClosedFormSource):
+            raise InputError(f"LeastSquares(moments={self.moments!r}): choose Weights, Gaussian, Noise, Dream or Data")
+
+    def strength(self, steadied: bool) -> float:
+        """The relative ridge, given whether a prior is mixed in."""
+        return self.ridge if self.ridge is not None else (1e-3 if steadied else 1e-1)

@@ -1,0 +1,138 @@
+"""Which channels go: a ratio for every group, and a criterion."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lbyl.criteria import Criterion
+from lbyl.errors import InputError
+from lbyl.filters import Filters, State, describe, subset
+from lbyl.graph import Graph, Group
+
+Ratio = float | Mapping[str, float]
+
+Choose = Callable[[Filters, int, torch.Generator], Int[Tensor, " kept"]]
+"""Returns which of some channels to keep: ``choose(filters, count, generator)``."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kept channels of one group, ascending."""
+
+    group: Group
+    keep: tuple[int, ...]
+
+    @property
+    def drop(self) -> tuple[int, ...]:
+        """The channels that go, ascending."""
+        kept = set(self.keep)
+        return tuple(channel for channel in range(self.group.width) if channel not in kept)
+
+    def tensors(self) -> tuple[Int[Tensor, " kept"], Int[Tensor, " dropped"]]:
+        """Kept and dropped channels as index tensors."""
+        return torch.tensor(self.keep, dtype=torch.int64), torch.tensor(self.drop, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choices for all groups that lose channels, and why each other group stays whole."""
+
+    choices: tuple[Choice, ...]
+    left: tuple[tuple[str, str], ...]
+
+
+def kept_count(width: int, ratio: float) -> int:
+    """floor(n (1 - ratio) + 1e-9), at least 1.
+
+    >>> kept_count(10, 0.9), kept_count(10, 0.5), kept_count(3, 1 / 3)
+    (1, 5, 2)
+    """
+    return max(1, math.floor(width * (1 - ratio) + 1e-9))
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for every group, so that no group's draws depend on another group."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63)
+
+
+def check_ratio(ratio: Ratio) -> None:
+    """Raise InputError for a share outside [0, 1)."""
+    for key, share in ratio.items() if isinstance(ratio, Mapping) else [("ratio", ratio)]:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise InputError(f"{key}={share!r}: the share of channels to drop must be at least 0 and below 1")
+
+
+def ratio_for(group: Group, ratio: Ratio) -> float:
+    """The ratio that applies to a group: the last pattern that matches its name or a producing layer's."""
+    if not isinstance(ratio, Mapping):
+        return float(ratio)
+    found = 0.0
+    for pattern, share in ratio.items():
+        if any(fnmatchcase(name, pattern) for name in (group.name, *group.layers)):
+            found = float(share)
+    return found
+
+
+def by_criterion(criterion: Criterion) -> Choose:
+    """Keep the channels that score highest; among equals, the first."""
+
+    def choose(filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
+        scores = criterion.score(filters.raw, generator)
+        if scores.shape != (len(filters.raw),):
+            raise InputError(
+                f"{type(criterion).__name__}.score returned shape {tuple(scores.shape)} for {len(filters.raw)} "
+                "filters; return one score a row"
+            )
+        return torch.argsort(scores, descending=True, stable=True)[:count]
+
+    return choose
+
+
+def select(graph: Graph, state: State, ratio: Ratio, scope: str, choose: Choose, seed: int) -> Selection:
+    """Choose the kept channels of every group in scope.
+
+    Raises:
+        InputError: an unknown scope, a ratio out of range, or a pattern that matches no group.
+    """
+    if scope not in ("inner", "all"):
+        raise InputError(f"scope={scope!r}: choose 'inner' (groups that no residual sum couples) or 'all'")
+    check_ratio(ratio)
+    if isinstance(ratio, Mapping):
+        names = {name for group in graph.groups for name in (group.name, *group.layers)}
+        for pattern in ratio:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise InputError(f"ratio: {pattern!r} matches no group or layer; lbyl.inspect lists their names")
+    choices, left = [], []
+    for group in graph.groups:
+        share = ratio_for(group, ratio)
+        if group.reason is not None:
+            left.append((group.name, group.reason))
+        elif scope == "inner" and group.coupled:
+            left.append((group.name, 'a residual sum couples it (scope="all" includes it)'))
+        elif share == 0:
+            left.append((group.name, "ratio 0"))
+        else:
+            keep = _keep(group, state, share, choose, seed)
+            if len(keep) < group.width:
+                choices.append(Choice(group, keep))
+            else:
+                left.append((group.name, f"{group.width} channels: nothing to drop at this ratio"))
+    return Selection(tuple(choices), tuple(left))
+
+
+def _keep(group: Group, state: State, share: float, choose: Choose, seed: int) -> tuple[int, ...]:
+    filters, labels = describe(group, state), torch.tensor(group.blocks)
+    keep = []
+    for label in torch.unique(labels).tolist():
+        members = torch.nonzero(labels == label).flatten()
+        generator = generator_for(seed, f"{group.name}#{label}")
+        keep.append(members[choose(subset(filters, members), kept_count(len(members), share), generator)])
+    return tuple(sorted(torch.cat(keep).tolist()))

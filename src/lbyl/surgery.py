@@ -1,0 +1,214 @@
+"""Cutting tensors: the only place that writes a weight. Callers hand it a model that is theirs to change."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.errors import SurgeryError
+from lbyl.graph import NOT_OURS
+from lbyl.selection import Selection
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keep these indices of one dimension of one parameter or buffer.
+
+    With ``blocks > 1`` the dimension is the input of a grouped convolution: ``size`` and ``keep`` count all
+    its input channels, of which the parameter stores ``size / blocks`` columns a filter.
+    """
+
+    parameter: str
+    dim: int
+    size: int
+    keep: tuple[int, ...]
+    blocks: int = 1
+
+
+def plan_cuts(selection: Selection) -> tuple[Cut, ...]:
+    """Every slice that a selection asks for, each parameter's dimension once."""
+    gone: dict[tuple[str, int], set[int]] = defaultdict(set)
+    slots = {}
+    for choice in selection.choices:
+        dropped = set(choice.drop)
+        for slot in (*choice.group.carriers, *choice.group.readers):
+            slots[slot.parameter, slot.dim] = slot
+            gone[slot.parameter, slot.dim] |= {
+                index for index, channel in enumerate(slot.channels) if channel != NOT_OURS and channel in dropped
+            }
+    cuts = []
+    for key, slot in slots.items():
+        keep = tuple(index for index in range(len(slot.channels)) if index not in gone[key])
+        cuts.append(Cut(slot.parameter, slot.dim, len(slot.channels), keep, slot.blocks))
+    return tuple(cuts)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, non-persistent buffers and tied names among them."""
+    found: dict[str, Tensor] = {}
+    found.update(model.named_parameters(remove_duplicate=False))
+    found.update(model.named_buffers(remove_duplicate=False))
+    return found
+
+
+def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Overwrite parameters and buffers in place, at their present shapes.
+
+    Raises:
+        SurgeryError: a name that the model has not, or a shape that does not fit.
+    """
+    state = tensors_of(model)
+    for name, value in values.items():
+        if name not in state:
+            raise SurgeryError(f"the model has no parameter or buffer {name!r}")
+        if state[name].shape != value.shape:
+            raise SurgeryError(f"{name}: the model has {_size(state[name])}, the new value is {_size(value)}")
+    with torch.no_grad():
+        for name, value in values.items():
+            state[name].copy_(value)
+
+
+def cut(model: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
+    """Slice parameters and buffers of ``model`` itself, and set the attributes that follow from their sizes.
+
+    Raises:
+        SurgeryError: a cut that does not fit the model; it is raised before anything is changed.
+    """
+    replaced = _sliced(model, cuts)
+    for path, module in model.named_modules():
+        _replace(path, module, module, replaced)
+    return model
+
+
+def cut_copy(model: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
+    """A cut copy of a model; what shrinks is never copied whole. The model itself is not changed.
+
+    Raises:
+        SurgeryError: a cut that does not fit the model.
+    """
+    replaced = _sliced(model, cuts)
+    # deepcopy takes what is in its memo for copied already.
+    twin = copy.deepcopy(model, dict(replaced))
+    for path, module in model.named_modules():
+        _replace(path, module, twin.get_submodule(path), replaced)
+    return twin
+
+
+def _sliced(model: nn.Module, cuts: Sequence[Cut]) -> dict[int, Tensor]:
+    """The sliced tensors, by the ids of those that they replace."""
+    state = tensors_of(model)
+    by_name: dict[str, list[Cut]] = defaultdict(list)
+    for item in cuts:
+        _check(item, state)
+        by_name[item.parameter].append(item)
+    replaced: dict[int, Tensor] = {}
+    for name, items in by_name.items():
+        old = state[name]
+        new = old.detach()
+        # Blocks of a grouped convolution are counted over all its rows, so they go before the rows do.
+        for item in sorted(items, key=lambda item: item.blocks == 1):
+            new = _slice(new, item)
+        new = new.clone(memory_format=torch.contiguous_format)
+        replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return replaced
+
+
+def _replace(path: str, module: nn.Module, target: nn.Module, replaced: Mapping[int, Tensor]) -> None:
+    """Put the sliced versions of a module's tensors into ``target``, with the attributes that follow."""
+    before: dict[str, Tensor] = {}
+    for name in ("_parameters", "_buffers"):
+        for key, tensor in getattr(module, name).items():
+            if tensor is not None and id(tensor) in replaced:
+                before[key] = tensor
+                getattr(target, name)[key] = replaced[id(tensor)]
+    if before:
+        _set_attributes(path, target, before)
+
+
+def _slice(tensor: Tensor, item: Cut) -> Tensor:
+    keep = torch.tensor(item.keep, dtype=torch.int64, device=tensor.device)
+    if item.blocks == 1:
+        return tensor.index_select(item.dim, keep)
+    width = item.size // item.blocks
+    parts = []
+    for number, rows in enumerate(tensor.chunk(item.blocks, 0)):
+        inside = keep[(keep >= number * width) & (keep < (number + 1) * width)] - number * width
+        parts.append(rows.index_select(1, inside))
+    return torch.cat(parts)
+
+
+def _check(item: Cut, state: Mapping[str, Tensor]) -> None:
+    tensor = state.get(item.parameter)
+    if tensor is None:
+        raise SurgeryError(f"the model has no parameter or buffer {item.parameter!r}: another architecture?")
+    stored = item.size // item.blocks if item.blocks else 0
+    if item.blocks < 1 or not 0 <= item.dim < tensor.dim() or tensor.shape[item.dim] != stored:
+        raise SurgeryError(
+            f"{item.parameter}: the cut expects {item.size} channels in dimension {item.dim}, "
+            f"the model has {_size(tensor)}: another architecture?"
+        )
+    keep = item.keep
+    if not keep or keep[0] < 0 or keep[-1] >= item.size or any(a >= b for a, b in pairwise(keep)):
+        raise SurgeryError(f"{item.parameter}: kept indices must rise within 0..{item.size - 1}, and not be empty")
+    if item.blocks > 1:
+        counts = [0] * item.blocks
+        for index in keep:
+            counts[index // stored] += 1
+        if len(set(counts)) > 1 or item.dim != 1 or tensor.shape[0] % item.blocks:
+            raise SurgeryError(f"{item.parameter}: a grouped convolution must keep equally many channels a block")
+
+
+def _set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Widths that a module remembers follow its tensors."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd) and "weight" in before:
+        assert isinstance(weight, Tensor)
+        old, transposed = before["weight"], module.transposed
+        if module.groups > 1 and old.shape[1] == 1:  # depthwise: the number of groups is the width
+            multiplier = old.shape[0] // module.groups
+            if weight.shape[0] % multiplier:
+                raise SurgeryError(f"{path}: {weight.shape[0]} filters do not fit a channel multiplier of {multiplier}")
+            module.groups = weight.shape[0] // multiplier
+        first, second = weight.shape[0], weight.shape[1] * module.groups
+        module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
+    elif isinstance(module, nn.Linear) and "weight" in before:
+        assert isinstance(weight, Tensor)
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = len({**module._parameters, **module._buffers}[next(iter(before))])  # pyright: ignore
+    else:
+        _set_by_value(module, before)
+
+
+_WIDTHS = (
+    "num_channels",
+    "num_features",
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "embedding_dim",
+)
+
+
+def _set_by_value(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """For unknown modules: a well-known attribute that held an old width gets the new one."""
+    for key, old in before.items():
+        new: Any = module._parameters.get(key)
+        new = new if new is not None else module._buffers[key]
+        for attribute in _WIDTHS:
+            value = getattr(module, attribute, None)
+            dim = 1 if attribute.startswith("in_") and old.dim() > 1 else 0
+            if isinstance(value, int) and value == old.shape[dim] != new.shape[dim]:
+                setattr(module, attribute, new.shape[dim])
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

@@ -1,0 +1,141 @@
+"""The cut network must compute what the masked one computes: checked in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.errors import InputError, LbylError, VerificationError
+from lbyl.inputs import ExampleInputs, output_tensors
+from lbyl.selection import Selection
+from lbyl.surgery import cut_copy, plan_cuts
+
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The largest difference of any output, relative to that output's largest magnitude."""
+
+    difference: float
+    tolerance: float
+    dtype: str
+
+
+def outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+    """The model's output tensors, detached.
+
+    Raises:
+        InputError: the model fails on these inputs.
+    """
+    try:
+        with torch.no_grad():
+            return [tensor.detach() for tensor in output_tensors(inputs.call(model))]
+    except LbylError:
+        raise
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the model does not run on the example inputs ({inputs.describe()}): {line}") from error
+
+
+@contextmanager
+def _widened(model: nn.Module) -> Iterator[None]:
+    """Each module's own tensors are float64 while it runs, so that no wide copy of the model is ever held."""
+    held: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def widen(module: nn.Module, args: Any) -> None:
+        tables = module._parameters, module._buffers
+        held.append((dict(tables[0]), dict(tables[1])))
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_floating_point():
+                    wide = tensor.detach().double()
+                    table[name] = nn.Parameter(wide, False) if isinstance(tensor, nn.Parameter) else wide  # pyright: ignore[reportArgumentType]
+
+    def restore(module: nn.Module, args: Any, output: Any) -> None:
+        parameters, buffers = held.pop()
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
+
+    hooks = []
+    for module in model.modules():
+        if module._parameters or module._buffers:
+            hooks.append(module.register_forward_pre_hook(widen, prepend=True))
+            hooks.append(module.register_forward_hook(restore, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _wide_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+    """The model's outputs in float64; the model itself stays as it is."""
+    try:
+        with _widened(model):
+            return outputs(model, inputs)
+    except InputError:
+        # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
+        return outputs(copy.deepcopy(model).double(), inputs)
+
+
+def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Largest absolute difference over largest magnitude, tensor by tensor; inf where shapes differ."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(expected, found, strict=True):
+        if not a.is_floating_point():
+            continue
+        gap = (a - b).abs().max() / a.abs().max().clamp_min(1e-300) if a.numel() else torch.zeros(())
+        worst = max(worst, float(gap) if bool(torch.isfinite(gap)) else float("inf"))
+    return worst
+
+
+def verify(masked: nn.Module, smaller: nn.Module, inputs: ExampleInputs, selection: Selection) -> Verification:
+    """Compare the cut network with the uncut one whose dropped columns are zero.
+
+    Raises:
+        VerificationError: the outputs differ; names the first group whose cut alone makes them differ.
+        InputError: the outputs are not finite, so nothing can be compared.
+    """
+    device = next((p.device for p in smaller.parameters()), torch.device("cpu"))
+    wide = inputs.to(device, torch.float64)
+    expected = _wide_outputs(masked, wide)
+    if not all(bool(torch.isfinite(t).all()) for t in expected if t.is_floating_point()):
+        raise InputError("the network's output on the example inputs is not finite (NaN or infinity in weights?)")
+    try:
+        found = _wide_outputs(smaller, wide)
+    except InputError as error:
+        raise _blame(masked, wide, selection, expected, str(error)) from error
+    gap = difference(expected, found)
+    if gap > TOLERANCE:
+        raise _blame(masked, wide, selection, expected, f"outputs differ by {gap:.2g} of their magnitude")
+    return Verification(gap, TOLERANCE, "float64")
+
+
+def _blame(
+    masked: nn.Module, inputs: ExampleInputs, selection: Selection, expected: list[Tensor], what: str
+) -> VerificationError:
+    """Find the first group that can't be cut, by halving: cutting a prefix of the groups works or fails."""
+    low, high = 0, len(selection.choices)  # cutting `low` groups works, cutting `high` fails
+    while high - low > 1:
+        middle = (low + high) // 2
+        part = Selection(selection.choices[:middle], ())
+        try:
+            found = _wide_outputs(cut_copy(masked, plan_cuts(part)), inputs)
+            works = difference(expected, found) <= TOLERANCE
+        except LbylError:
+            works = False
+        low, high = (middle, high) if works else (low, middle)
+    group = selection.choices[high - 1].group.name
+    return VerificationError(
+        f"group {group!r}: the cut network is not the masked one ({what}). "
+        f"Leave the group out with ratio={{'*': ..., {group!r}: 0}}."
+    )

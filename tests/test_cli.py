@@ -1,0 +1,381 @@
+"""The command line: every command, its JSON, its exit codes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+import textwrap
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import lbyl
+from lbyl.cli import CriterionName, MomentsName, RestorerName, _Stage, _TimeLeft, app
+from lbyl.criteria import CRITERIA
+from lbyl.images import preprocessing, read_images
+from lbyl.moments import MOMENTS
+from lbyl.restorers import RESTORERS
+from lbyl.sources import load_source
+
+RESNET = ("torchvision:resnet18", "--no-pretrained", "--input", "1x3x32x32")
+FACTORY = """
+    import torch
+    from torch import nn
+
+    print("factories may talk")
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+        )
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.hidden, self.out = nn.Embedding(4, 5), nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, ids, scale):
+            return self.out(self.hidden(self.embedding(ids)).relu()) * scale
+
+    tokens = Tokens
+    number = lambda: 3
+"""
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    file = tmp_path / "tiny.py"
+    file.write_text(textwrap.dedent(FACTORY))
+    return f"{file}:net"
+
+
+def command(*args: object):
+    return run(app, [str(arg) for arg in args])
+
+
+def compress(source: str, out: Path, *args: object):
+    return command("compress", source, "-o", out, "--input", "1x3x12x12", *args)
+
+
+def test_inspect_lists_groups(source: str) -> None:
+    result = command("inspect", source, "--input", "1x3x12x12")
+    assert result.exit_code == 0, result.output
+    assert "Channel groups" in result.stdout
+    assert "the model's output" in result.stdout
+
+
+def test_inspect_json_is_the_only_thing_on_stdout(source: str) -> None:
+    result = command("inspect", source, "--input", "1x3x12x12", "--json")
+    document = json.loads(result.stdout)
+    assert document["source"] == source
+    assert [group["name"] for group in document["groups"]] == ["0", "3", "8"]
+    assert document["groups"][0]["consumers"] == ["3"]
+    assert "factories may talk" in result.stderr
+
+
+def test_compress_saves_what_the_library_saves(source: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = compress(source, out, "--ratio", 0.5, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    assert "8 → 4" in result.stdout
+    assert f"saved to {out}" in result.stdout
+    net = load_source(source)
+    x = torch.randn(2, 3, 12, 12)
+    expected = lbyl.compress(net, x, ratio=0.5, seed=3).model
+    assert torch.equal(lbyl.load(out, net)(x), expected(x))
+
+
+def test_the_printed_line_loads_the_network(source: str, tmp_path: Path) -> None:
+    document = json.loads(compress(source, tmp_path / "out", "--json").stdout)
+    names: dict[str, torch.nn.Module] = {}
+    exec(document["load"], names)
+    assert names["net"](torch.zeros(1, 3, 12, 12)).shape == (1, 4)
+
+
+def test_torchvision_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = command("compress", *RESNET, "-o", out, "--ratio", 0.25, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["load"] == f"import lbyl; net = lbyl.load({str(out)!r})"
+    first = document["report"]["rows"][0]
+    assert (first["before"], first["after"]) == (64, 48)
+    assert document == json.loads(command("show", out, "--json").stdout)
+    shown = command("show", out)
+    assert shown.exit_code == 0
+    assert "torchvision:resnet18 on float32 1x3x32x32" in shown.stdout
+    assert "64 → 48" in shown.stdout
+    assert isinstance(lbyl.load(out), torch.nn.Module)
+
+
+def test_timm_knows_its_input_size() -> None:
+    result = command("inspect", "timm:test_resnet", "--no-pretrained", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["groups"]
+
+
+def test_settings_reach_the_plan(source: str, tmp_path: Path) -> None:
+    options = ("--ratio", "3=0.5", "--scope", "all", "--criterion", "l1", "--restore", "merge", "--no-verify")
+    result = compress(source, tmp_path / "out", *options, "--json")
+    document = json.loads(result.stdout)
+    settings = document["plan"]["settings"]
+    assert settings["ratio"] == {"3": 0.5}
+    assert (settings["scope"], settings["criterion"]["name"], settings["restore"]["name"]) == (
+        "all",
+        "L1",
+        "Merge",
+    )
+    assert [group["name"] for group in document["plan"]["groups"]] == ["3"]
+    assert document["report"]["verified"] is None
+
+
+def test_weights_are_loaded(source: str, tmp_path: Path) -> None:
+    net = load_source(source)
+    state = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in net.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    result = compress(source, tmp_path / "out", "--weights", tmp_path / "w.safetensors", "--restore", "lbyl")
+    assert result.exit_code == 0, result.output
+    assert torch.equal(lbyl.load(tmp_path / "out", net).state_dict()["8.bias"], state["8.bias"])
+
+
+def test_several_inputs_of_other_types(source: str) -> None:
+    source = source.replace(":net", ":tokens")
+    result = command("inspect", source, "--input", "int64:1x6", "--input", "1x1x1", "--json")
+    assert result.exit_code == 0, result.output
+    assert [group["width"] for group in json.loads(result.stdout)["groups"]][-2:] == [8, 2]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("inspect", "resnet18"), "names no model"),
+        (("inspect", "torchvision:resnet17"), "torchvision has no model 'resnet17'"),
+        (("inspect", "nowhere.py:net"), "no file nowhere.py"),
+        (("inspect", "no.such.package:net"), "can't be imported"),
+        (("inspect", "SOURCE"), "pass --input"),
+        (("inspect", "SOURCE", "--input", "1x4x12x12"), "torch.export can't trace"),
+        (("inspect", "SOURCE", "--weights", "none.safetensors"), "no weights at none.safetensors"),
+        (("inspect", "NUMBER"), "not a torch.nn.Module"),
+        (("compress", "SOURCE", "-o", "TMP"), "exists already"),
+        (("compress", "SOURCE", "-o", "TMP/a/b"), "is not a folder"),
+        (
+            ("compress", "SOURCE", "-o", "TMP/a", "--input", "1x3x12x12", "--ratio", "x=0.5"),
+            "matches no group",
+        ),
+        (("show", "TMP"), "no folder saved by lbyl"),
+        (("compress", "SOURCE", "-o", "TMP/a", "--data", "TMP/b"), "is no folder of images"),
+        (("compress", "SOURCE", "-o", "TMP/a", "--data", "TMP"), "no image in"),
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_mistakes_are_one_line_and_exit_code_1(
+    source: str, tmp_path: Path, args: tuple[str, ...], flags: tuple[str, ...], message: str
+) -> None:
+    words = {"SOURCE": source, "NUMBER": source.replace(":net", ":number")}
+    result = command(*(words.get(arg, arg).replace("TMP", str(tmp_path)) for arg in args), *flags)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    line = result.stderr.removeprefix("factories may talk\n")
+    assert line.startswith("error: ")
+    assert message in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("compress", "SOURCE"),
+        ("compress", "SOURCE", "-o", "o", "--ratio", "1"),
+        ("compress", "SOURCE", "-o", "o", "--ratio", "layer=half"),
+        ("compress", "SOURCE", "-o", "o", "--ratio", "0.1", "--ratio", "0.2"),
+        ("compress", "SOURCE", "-o", "o", "--restore", "magic"),
+        ("compress", "SOURCE", "-o", "o", "--input", "1x-3"),
+        ("inspect", "SOURCE", "--input", "text:1x3"),
+        ("inspect", "SOURCE", "--input", "large"),
+        ("prune", "SOURCE"),
+        ("compress", "SOURCE", "-o", "o", "--moments", "telepathy"),
+        ("compress", "SOURCE", "-o", "o", "--ridge", "-1"),
+        ("compress", "SOURCE", "-o", "o", "--restore", "lbyl", "--ridge", "1"),
+        ("compress", "SOURCE", "-o", "o", "--restore", "merge", "--moments", "noise"),
+        ("compress", "SOURCE", "-o", "o", "--restore", "prune", "--no-renorm"),
+        ("compress", "SOURCE", "-o", "o", "--moments", "weights", "--solve", "patch"),
+        ("compress", "SOURCE", "-o", "o", "--moments", "data"),
+        ("compress", "SOURCE", "-o", "o", "--moments", "noise", "--data", "folder"),
+        ("compress", "SOURCE", "-o", "o", "--mean", "0.5"),
+        ("compress", "SOURCE", "-o", "o", "--data", "folder", "--mean", "gray"),
+        ("compress", "SOURCE", "-o", "o", "--data", "folder", "--std", "0,1,1"),
+    ],
+)
+def test_usage_errors_exit_with_2(args: tuple[str, ...]) -> None:
+    result = command(*args)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_an_existing_folder_is_refused_before_any_code_runs(source: str, tmp_path: Path) -> None:
+    result = compress(source, tmp_path)
+    assert result.exit_code == 1
+    assert "factories may talk" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("names", "known"), [(CriterionName, CRITERIA), (RestorerName, RESTORERS), (MomentsName, MOMENTS)]
+)
+def test_every_name_of_the_library_is_an_option(names: type[Enum], known: dict[str, object]) -> None:
+    assert set(known) <= {name.value for name in names}
+
+
+def test_the_command_line_itself_does_not_import_torch() -> None:
+    code = """
+        import importlib.util, sys, types
+        package = types.ModuleType("lbyl")
+        package.__path__ = [sys.argv[1]]
+        sys.modules["lbyl"] = package
+        import lbyl.cli
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(Path(lbyl.__file__).parent)], check=True)
+
+
+def test_a_package_in_the_working_directory_is_found(source: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lbyl", "inspect", "tiny:net", "--input", "1x3x12x12", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["source"] == "tiny:net"
+
+
+def pictures(folder: Path, count: int, size: tuple[int, int] = (20, 16)) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for index in range(count):
+        place = folder / f"class{index % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(place / f"{index}.png")
+    return folder
+
+
+def restorer_of(result: Any) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["plan"]["settings"]["restore"]
+
+
+def test_least_squares_options_reach_the_plan(source: str, tmp_path: Path) -> None:
+    options = ("--moments", "noise", "--solve", "mix", "--ridge", 0.05, "--no-renorm")
+    found = restorer_of(compress(source, tmp_path / "out", *options, "--json"))
+    expected = {"name": "LeastSquares", "solve": "mix", "ridge": 0.05, "renorm": False}
+    assert found.items() >= expected.items()
+    assert found["moments"]["name"] == "Noise"
+    assert "moments=Noise(images=" in command("show", tmp_path / "out").stdout
+
+
+@pytest.mark.parametrize("moments", ["weights", "gaussian"])
+def test_moments_from_weights(source: str, tmp_path: Path, moments: str) -> None:
+    found = restorer_of(compress(source, tmp_path / "out", "--moments", moments, "--json"))
+    assert found["moments"]["name"].lower() == moments
+
+
+def test_a_folder_of_images(source: str, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "images", 30)
+    (folder / "notes.txt").write_text("not an image")
+    found = restorer_of(compress(source, tmp_path / "out", "--data", folder, "--json"))
+    assert found["moments"] == {"name": "Data", "batches": 2}
+    net = load_source(source)
+    batches = read_images(folder, *preprocessing("file.py:net", net, (1, 3, 12, 12)))
+    assert [batch.shape for batch in batches] == [(24, 3, 12, 12), (6, 3, 12, 12)]
+    restore = lbyl.LeastSquares(moments=lbyl.Data(batches, batches=2))
+    expected = lbyl.compress(net, torch.zeros(1, 3, 12, 12), restore=restore).model
+    x = torch.randn(2, 3, 12, 12)
+    assert torch.equal(lbyl.load(tmp_path / "out", net)(x), expected(x))
+
+
+def test_an_image_that_can_not_be_read(source: str, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "images", 2)
+    (folder / "broken.jpg").write_bytes(b"no JPEG")
+    result = compress(source, tmp_path / "out", "--data", folder)
+    assert result.exit_code == 1
+    assert "broken.jpg can't be read as an image" in result.stderr
+
+
+def test_of_many_images_a_seeded_draw_is_taken(tmp_path: Path) -> None:
+    folder = pictures(tmp_path, 100, (4, 4))
+    made = preprocessing("file.py:net", torch.nn.Identity(), (1, 3, 4, 4))
+    first, again, other = (torch.cat(read_images(folder, *made, seed)) for seed in (0, 0, 1))
+    assert first.shape == (96, 3, 4, 4)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_preprocessing_keeps_proportions_and_scales() -> None:
+    image = Image.new("RGB", (30, 10), (255, 0, 0))
+    image.paste((0, 255, 0), (10, 0, 20, 10))
+    net = torch.nn.Identity()
+    middle, _ = preprocessing("f.py:net", net, (1, 3, 10, 10), mean=(0.5,), std=(0.25,))
+    assert torch.equal(middle(image)[:, 5, 5], torch.tensor([-2.0, 2.0, -2.0]))
+    assert middle(image)[1].min() == 2
+    gray, mode = preprocessing("f.py:net", net, (1, 1, 8, 4), mean=(0.0,), std=(1.0,))
+    assert mode == "L"
+    assert gray(image.convert("L")).shape == (1, 8, 4)
+    default, _ = preprocessing("f.py:net", net, (1, 3, 10, 10))
+    published, _ = preprocessing("torchvision:resnet18", net, (1, 3, 224, 224))
+    red = Image.new("RGB", (300, 300), (255, 0, 0))
+    assert torch.allclose(default(red)[:, 0, 0], published(red)[:, 0, 0])
+
+
+def test_timm_models_know_their_preprocessing() -> None:
+    net: Any = load_source("timm:test_resnet", pretrained=False)
+    preprocess, _ = preprocessing("timm:test_resnet", net, (1, 3, 160, 160))
+    white = preprocess(Image.new("RGB", (200, 180), (255, 255, 255)))
+    assert white.shape == (3, 160, 160)
+    scales = zip(net.pretrained_cfg["mean"], net.pretrained_cfg["std"], strict=True)
+    assert white[:, 0, 0].tolist() == pytest.approx([(1 - mean) / std for mean, std in scales])
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers", "message"),
+    [
+        ((1, 5, 8, 8), None, "no batch of gray or RGB images"),
+        ((1, 16), None, "no batch of gray or RGB images"),
+        ((1, 1, 8, 8), None, "pass --mean and --std"),
+        ((1, 3, 8, 8), (0.5, 0.5), "--mean has 2 numbers"),
+    ],
+)
+def test_inputs_that_images_do_not_fit(shape: tuple[int, ...], numbers: tuple[float, ...] | None, message: str) -> None:
+    with pytest.raises(lbyl.InputError, match=message):
+        preprocessing("file.py:net", torch.nn.Identity(), shape, mean=numbers)
+
+
+def test_time_left_is_shown_where_work_is_counted() -> None:
+    seconds = itertools.count()
+    progress = Progress(
+        console=Console(file=io.StringIO()),
+        get_time=lambda: float(next(seconds)),
+        speed_estimate_period=3600,
+        auto_refresh=False,
+    )
+    stage, column = _Stage(progress, "loading"), _TimeLeft()
+    assert column.render(progress.tasks[0]).plain == ""
+    for step in range(1, 4):
+        stage.follow("dreaming", step, 10)
+    assert progress.tasks[0].description == "dreaming"
+    assert column.render(progress.tasks[0]).plain.endswith(" left")
+    stage.follow("solving", 5, 5)
+    assert (progress.tasks[0].description, progress.tasks[0].total) == ("cutting and verifying", None)

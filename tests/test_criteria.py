@@ -1,0 +1,81 @@
+"""Criteria against plain numpy, and what is scored."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from nets import compress, flat_convnet, images, mlp
+from torch import Tensor
+
+import lbyl
+from lbyl.criteria import CRITERIA
+from lbyl.filters import describe
+from lbyl.surgery import tensors_of
+
+FILTERS = torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def scores(name: str, seed: int = 0) -> np.ndarray:
+    return CRITERIA[name]().score(FILTERS, torch.Generator().manual_seed(seed)).numpy()
+
+
+def test_l1() -> None:
+    np.testing.assert_allclose(scores("l1"), np.abs(FILTERS.numpy()).sum(1))
+
+
+def test_l2() -> None:
+    np.testing.assert_allclose(scores("l2"), np.sqrt((FILTERS.numpy() ** 2).sum(1)))
+
+
+def test_geometric_median() -> None:
+    f = FILTERS.numpy()
+    expected = [sum(np.sqrt(((a - b) ** 2).sum()) for b in f) for a in f]
+    np.testing.assert_allclose(scores("gm"), expected)
+
+
+def test_random_is_seeded() -> None:
+    assert np.array_equal(scores("random", 1), scores("random", 1))
+    assert not np.array_equal(scores("random", 1), scores("random", 2))
+
+
+def test_the_bias_is_one_more_weight_without_a_batch_norm() -> None:
+    model = mlp(6, 10)
+    raw = describe(lbyl.inspect(model, images(2, 6)).graph.group("0"), tensors_of(model)).raw
+    expected = np.concatenate([model[0].weight.detach().numpy(), model[0].bias.detach().numpy()[:, None]], 1)
+    np.testing.assert_array_equal(raw.numpy(), expected.astype(np.float64))
+
+
+def test_the_weight_alone_is_scored_before_a_batch_norm() -> None:
+    model = flat_convnet()
+    raw = describe(lbyl.inspect(model, images(2, 3, 4, 4)).graph.group("0"), tensors_of(model)).raw
+    np.testing.assert_array_equal(raw.numpy(), model[0].weight.detach().double().reshape(8, -1).numpy())
+
+
+def test_compress_keeps_the_highest_scores() -> None:
+    model = flat_convnet()
+    norms = np.linalg.norm(model[0].weight.detach().double().numpy().reshape(8, -1), axis=1)
+    (group,) = compress(model, images(2, 3, 4, 4), ratio=0.5).plan.groups
+    assert group.keep == tuple(sorted(np.argsort(-norms)[:4].tolist()))
+
+
+def test_a_criterion_of_ones_own() -> None:
+    class Last:
+        def score(self, filters: Tensor, generator: torch.Generator) -> Tensor:
+            return torch.arange(len(filters))
+
+    (group,) = compress(mlp(6, 10), images(2, 6), criterion=Last(), ratio=0.7).plan.groups
+    assert group.keep == (7, 8, 9)
+
+
+def test_misuse_is_one_clear_error() -> None:
+    class Wrong:
+        def score(self, filters: Tensor, generator: torch.Generator) -> Tensor:
+            return filters
+
+    with pytest.raises(lbyl.InputError, match="one score a row"):
+        compress(mlp(), images(2, 6), criterion=Wrong())
+    with pytest.raises(lbyl.InputError, match="l1, l2, gm, random"):
+        compress(mlp(), images(2, 6), criterion="l3")
+    with pytest.raises(lbyl.InputError, match="no score"):
+        compress(mlp(), images(2, 6), criterion=object())  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,292 @@
+"""Least squares on probed moments: the solve, what it restores exactly, and what it must leave alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import lbyl
+import lbyl.inputs
+from lbyl.moments.synthesis import dead_leaves, pink, varied_pink
+from lbyl.probing import ReaderCall, run
+from lbyl.regression import Moments, Prior, solve
+
+
+def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights and batch-norm statistics, in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif tensor.is_floating_point():
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    return net.eval()
+
+
+def conv_net(reader: nn.Module | None = None) -> nn.Sequential:
+    reader = reader or nn.Conv2d(12, 6, 3, padding=1, bias=False)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        reader,
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
+
+
+def images(count: int = 16, side: int = 12, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_solution_is_the_ridge_minimizer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(200, 5, generator=generator, dtype=torch.float64) + 1
+    r = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    moments = Moments.zeros(5, 3, p.device)
+    moments.add(p[:120], r[:120])
+    moments.add(p[120:], r[120:])
+    found = solve(moments, 0.1, centered=True)
+    x, y = p - p.mean(0), r - r.mean(0)
+    strength = 0.1 * float((x.square().mean(0)).mean())
+    expected = torch.linalg.solve(x.T @ x / 200 + strength * torch.eye(5).double(), x.T @ y / 200)
+    torch.testing.assert_close(found.coefficients, expected)
+    torch.testing.assert_close(found.shift, r.mean(0) - expected.T @ p.mean(0))
+    torch.testing.assert_close(found.after, (y - x @ expected).square().mean(0))
+    torch.testing.assert_close(found.before, y.square().mean(0))
+
+
+def test_a_fully_trusted_prior_decides_alone() -> None:
+    moments = Moments(1, torch.zeros(2), torch.zeros(1), torch.eye(2), torch.ones(2, 1), torch.ones(1))
+    moments = Moments(1, *(t.double() for t in (moments.p, moments.r, moments.pp, moments.pr, moments.rr)))
+    prior = Prior(torch.tensor([[4.0, 0], [0, 4]]).double(), torch.tensor([[8.0], [0]]).double(), 1.0)
+    found = solve(moments, 0.0, centered=True, prior=prior)
+    torch.testing.assert_close(found.coefficients, torch.tensor([[2.0], [0.0]]).double())
+
+
+@pytest.mark.parametrize("how", ["patch", "mix"])
+def test_copies_of_kept_channels_are_restored_exactly(how: str) -> None:
+    net = randomize(conv_net())
+    with torch.no_grad():
+        for tensor in (net[0].weight, net[1].weight, net[1].bias, net[1].running_mean, net[1].running_var):
+            tensor[6:] = tensor[:6]
+        net[0].weight[6:] *= 0.5  # smaller, so that the copies are what L2 drops
+        net[1].running_mean[6:] *= 0.5
+        net[1].running_var[6:] = (net[1].running_var[:6] + net[1].eps) * 0.25 - net[1].eps
+    x = images()
+    restore = lbyl.LeastSquares(lbyl.Data([x]), solve=how, ridge=1e-9, renorm=False)
+    result = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore=restore)
+    fresh = images(seed=5)
+    torch.testing.assert_close(result.model(fresh), net(fresh), rtol=1e-3, atol=1e-4)
+    pruned = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore="prune")
+    assert (pruned.model(fresh) - net(fresh)).abs().max() > 1e-2
+
+
+READERS = {
+    "strided": nn.Conv2d(12, 6, 3, stride=2, padding=1),
+    "dilated": nn.Conv2d(12, 6, 3, dilation=2, bias=False),
+    "same": nn.Conv2d(12, 6, (2, 3), padding="same"),
+    "grouped": nn.Conv2d(12, 6, 3, padding=1, groups=3, bias=False),
+    "pointwise strided": nn.Conv2d(12, 6, 1, stride=2, bias=False),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_reported_error_is_the_measured_one(name: str) -> None:
+    """What the moments say is left of the error is what the reader's output shows on the same inputs."""
+    net = randomize(conv_net(READERS[name]))
+    x = images()
+    restore = lbyl.LeastSquares(lbyl.Data([x]), ridge=1e-2, renorm=False, positions=10**9)
+    result = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore=restore)
+    row = result.report.rows[0]
+    assert row.errors is not None
+    with torch.no_grad():
+        hidden, smaller = net[:3](x), result.model[:3](x)
+        expected, found = net[3](hidden), result.model[3](smaller)
+        # Without a bias the shift is in the mean of the next batch norm.
+        found = found - (result.model[4].running_mean - net[4].running_mean).reshape(1, -1, 1, 1)
+    gap = (found - expected).square().sum() / (expected - expected.mean((0, 2, 3), keepdim=True)).square().sum()
+    assert math.sqrt(float(gap)) == pytest.approx(row.errors[1], rel=1e-3)
+    assert row.errors[1] < row.errors[0]
+
+
+def test_flattened_readers_are_solved_column_by_column() -> None:
+    net = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)))
+    x = images(64, 6)
+    for how in ("patch", "mix"):
+        restore = lbyl.LeastSquares(lbyl.Data([x]), solve=how, prior=0.0)
+        result = lbyl.compress(net, x[:1], ratio=0.5, restore=restore)
+        pruned = lbyl.compress(net, x[:1], ratio=0.5, restore="prune")
+        gap, lost = ((m(x) - net(x)).square().mean() for m in (result.model, pruned.model))
+        assert gap < 0.5 * lost
+        # The mean is kept exactly.
+        torch.testing.assert_close(result.model(x).mean(0), net(x).mean(0), rtol=1e-3, atol=1e-3)
+
+
+def test_a_reader_over_budget_is_mixed_and_the_report_says_so() -> None:
+    restore = lbyl.LeastSquares(lbyl.Data([images()]), budget=1000)
+    result = lbyl.compress(randomize(conv_net()), images(1), ratio={"0": 0.5}, restore=restore)
+    assert "solved by mix" in result.report.rows[0].note
+
+
+def test_batch_statistics_have_the_right_gradient() -> None:
+    net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    found: list[torch.Tensor] = []
+
+    def gradient(x: torch.Tensor, out: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        loss = (
+            (out * torch.linspace(0, 1, out.numel()).reshape(out.shape)).sum() + mean.exp().sum() + var.square().sum()
+        )
+        return torch.autograd.grad(loss, x)[0]
+
+    x = images(4).requires_grad_(True)
+    out = run(
+        net, lbyl.inputs.ExampleInputs.of(x), on_norm=lambda _, __, m, v: found.extend((m, v)), batch_statistics=True
+    )
+    seen = gradient(x, out, *found)
+    hidden = net[0](x)
+    var, mean = torch.var_mean(hidden, (0, 2, 3), unbiased=False)
+    plain = functional.batch_norm(hidden, None, None, net[1].weight, net[1].bias, True, 0.0, net[1].eps)
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(seen, gradient(x, plain, mean, var), rtol=1e-3, atol=1e-4)
+
+
+def test_readers_see_their_padded_input() -> None:
+    net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(4 * 144, 2)))
+    calls: list[ReaderCall] = []
+    run(net, lbyl.inputs.ExampleInputs.of(images(2)), on_read=calls.append, stop_after="0.weight")
+    (call,) = calls
+    assert call.x.shape == (2, 3, 14, 14)
+    assert call.padding == (0, 0)
+
+
+@pytest.mark.parametrize("source", [lbyl.Noise(images=8), lbyl.Dream(images=8, steps=2)])
+def test_probing_leaves_the_model_alone(source: object) -> None:
+    net = randomize(conv_net())
+    net[0].weight.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    asking = [p.requires_grad for p in net.parameters()]
+    results = [
+        lbyl.compress(net, images(1), ratio={"0": 0.5}, restore=lbyl.LeastSquares(source), seed=3) for _ in range(2)
+    ]
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert [p.requires_grad for p in net.parameters()] == asking
+    first, second = (result.model.state_dict() for result in results)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_dreams_come_nearer_to_the_stored_statistics() -> None:
+    net = randomize(conv_net())
+    x = images(64) * 2 + 1
+    net.train()
+    for _ in range(60):
+        net(x)
+    net.eval()
+    inputs = lbyl.inputs.ExampleInputs.of(x[:1])
+
+    def distance(steps: int) -> float:
+        probes = lbyl.Dream(images=16, steps=steps).probes(net, inputs, torch.Generator().manual_seed(0), None)
+        gaps: list[float] = []
+        state = dict(net.named_buffers())
+
+        def on_norm(mean_name: str, var_name: str, mean: torch.Tensor, var: torch.Tensor) -> None:
+            gaps.append(float(((mean - state[mean_name]).square() / state[var_name]).mean()))
+
+        with torch.no_grad():
+            run(net, probes.batches[0], on_norm=on_norm, batch_statistics=True)
+        return sum(gaps)
+
+    assert distance(60) < 0.5 * distance(0)
+
+
+def test_auto_follows_the_batch_norms_and_says_why() -> None:
+    with_norm = lbyl.compress(randomize(conv_net()), images(1), ratio={"0": 0.5})
+    assert with_norm.plan.settings["restore"]["moments"]["name"] == "Dream"
+    assert "batch norm" in with_norm.report.notes[0]
+    mlp = randomize(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)))
+    without = lbyl.compress(mlp, torch.randn(1, 6))
+    assert without.plan.settings["restore"]["moments"]["name"] == "Noise"
+    assert without.report.assessment is not None
+    assert without.report.assessment.restored < without.report.assessment.pruned
+
+
+def test_token_inputs_are_drawn_from_the_vocabulary() -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up, self.down = nn.Embedding(11, 8), nn.Linear(8, 16), nn.Linear(16, 2)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.relu(self.up(self.embed(tokens)))).mean(1)
+
+    result = lbyl.compress(randomize(Bag()), torch.zeros(1, 5, dtype=torch.int64), ratio={"up": 0.5})
+    assert result.report.rows[0].after == 8
+    assert result.report.assessment is not None
+    assert 0 < result.report.assessment.restored < 1
+
+
+def test_dead_channels_do_not_poison_renorm() -> None:
+    net = randomize(conv_net())
+    with torch.no_grad():
+        net[3].weight[0] = 0  # a channel without variance
+        net[4].running_var[0] = 1e-12
+    result = lbyl.compress(net, images(1), ratio={"0": 0.5}, restore=lbyl.LeastSquares(lbyl.Noise(images=8)))
+    assert all(bool(torch.isfinite(t).all()) for t in result.model.state_dict().values())
+
+
+def test_gaussian_moments_match_the_closed_form_of_a_rectified_gaussian() -> None:
+    net = randomize(conv_net(), seed=4)
+    with torch.no_grad():
+        net[1].weight.fill_(2.0)
+        net[1].bias.fill_(0.5)
+    from lbyl.filters import describe
+    from lbyl.graph import trace
+    from lbyl.surgery import tensors_of
+
+    graph = trace(net, lbyl.inputs.ExampleInputs.of(images(1)))
+    moments = lbyl.Gaussian(samples=200_000).moments(describe(graph.group("0"), tensors_of(net)), (3, 3), "relu")
+    z = 0.5 / 2.0
+    density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    share = 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    assert moments.mean.numpy() == pytest.approx(0.5 * share + 2 * density, abs=0.03)
+
+
+# Some of the varied images are white on purpose.
+@pytest.mark.parametrize(("make", "least"), [(pink, 0.5), (varied_pink, 0.2), (dead_leaves, 0.5)])
+def test_synthetic_images_are_seeded_and_like_natural_ones(make, least: float) -> None:
+    shape = (16, 3, 32, 32)
+    a, b = (make(shape, torch.Generator().manual_seed(2)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert a.shape == shape
+    assert 0.5 < float(a.std()) < 1.5
+    neighbors = torch.corrcoef(torch.stack([a[..., 1:].flatten(), a[..., :-1].flatten()]))[0, 1]
+    assert neighbors > least
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: lbyl.LeastSquares(solve="both"),
+        lambda: lbyl.LeastSquares(ridge=-1.0),
+        lambda: lbyl.LeastSquares(prior=2.0),
+        lambda: lbyl.LeastSquares(moments="dream"),  # pyright: ignore
+        lambda: lbyl.Noise(images=1),
+        lambda: lbyl.Dream(steps=-1),
+        lambda: lbyl.compress(conv_net(), images(1), restore=lbyl.LeastSquares(lbyl.Data([]))),
+        lambda: lbyl.compress(
+            nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)), torch.zeros(1, 3), restore=lbyl.LeastSquares(lbyl.Dream())
+        ),
+    ],
+)
+def test_bad_settings_are_refused(wrong) -> None:
+    with pytest.raises(lbyl.InputError):
+        wrong()
