@@ -133,7 +133,18 @@ def test_every_restorer_in_every_scope(restore: lbyl.Restorer, scope: str) -> No
 
 def test_a_width_known_by_heart_names_the_group() -> None:
     with pytest.raises(lbyl.VerificationError, match=r"group 'second'.*'second': 0"):
-        compress(settle(HardCoded()), images(2, 6))
+        compress(settle(HardCoded()), images(2, 6), strict=True)
+
+
+@pytest.mark.parametrize("restore", ["prune", lbyl.LeastSquares(moments=lbyl.Noise(images=8))])
+def test_without_strict_a_width_known_by_heart_stays_whole_and_is_named(restore: str | lbyl.LeastSquares) -> None:
+    model, x = settle(HardCoded()), images(2, 6)
+    result = compress(model, x, restore=restore)
+    assert [group.name for group in result.plan.groups] == ["first"]
+    assert any(name == "second" and why.startswith("found by verification") for name, why in result.report.left)
+    assert result.report.verified is not None
+    # What stays whole keeps its weights, but for what restoration adds to the columns of "first".
+    assert torch.equal(result.model.get_parameter("head.weight"), model.get_parameter("head.weight"))
 
 
 def test_the_way_out_that_the_error_names_works() -> None:
@@ -151,7 +162,7 @@ def test_a_view_of_a_fixed_size_names_the_group() -> None:
             return self.head(self.b(self.a(x).relu()).relu().reshape(-1, 32))
 
     with pytest.raises(lbyl.VerificationError, match="group 'b'"):
-        compress(settle(Viewing()), images(2, 3, 2, 2))
+        compress(settle(Viewing()), images(2, 3, 2, 2), strict=True)
 
 
 def test_verification_can_be_switched_off() -> None:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -23,19 +23,22 @@ from torch import Tensor, nn
 
 from lbyl import artifact
 from lbyl.criteria import Criterion, resolve_criterion
-from lbyl.errors import InputError
+from lbyl.errors import InputError, SurgeryError, TraceError, VerificationError
 from lbyl.fitting import fit
 from lbyl.graph import Graph, trace
 from lbyl.inputs import ExampleInputs
 from lbyl.measure import count_macs, count_parameters
+from lbyl.modes import undisturbed
 from lbyl.moments import Progress
+from lbyl.parts import Part, part_of, traceable_parts
 from lbyl.plan import GroupPlan, Plan, architecture_of
 from lbyl.report import Report, Row
 from lbyl.restoration import Restored
 from lbyl.restoration import restore as solve
-from lbyl.restorers import LeastSquares, Restorer, choose_restorer, resolve_restorer
-from lbyl.selection import Choose, Ratio, Selection, by_criterion, check_ratio, select
-from lbyl.surgery import cut_copy, plan_cuts, tensors_of, write
+from lbyl.restorers import LeastSquares, Prune, Restorer, choose_restorer, resolve_restorer
+from lbyl.selection import Choose, Ratio, Selection, by_criterion, check_ratio, ratio_for, select
+from lbyl.surgery import cut_copy, plan_attributes, plan_cuts, tensors_of, write
+from lbyl.verification import Follow, cuttable
 from lbyl.verification import verify as check
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs
@@ -119,7 +122,7 @@ def inspect(model: nn.Module, example_inputs: Inputs) -> Inspection:
         InputError: inputs that are none of these.
         TraceError: ``torch.export`` can't trace the model on them.
     """
-    with _evaluating(model):
+    with undisturbed(model):
         return Inspection(trace(model, ExampleInputs.of(example_inputs)))
 
 
@@ -133,6 +136,8 @@ def compress(
     restore: str | Restorer | LeastSquares = "auto",
     seed: int = 0,
     verify: bool = True,
+    strict: bool = False,
+    submodule: str | None = None,
     source: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -149,6 +154,9 @@ def compress(
             that needs no data, and the report says which and why.
         seed: for whatever is drawn at random; equal seeds give equal results.
         verify: compare the cut network with the masked one in float64 (switch it off for huge models).
+        strict: raise where the model can't be traced whole or a group turns out not to be cuttable. Without it such
+            a model is compressed in the parts that can be traced, such a group stays whole, and the report says so.
+        submodule: compress only the submodule of this name ("backbone"), on what the model calls it with.
         source: where the model comes from, kept in the plan so that ``lbyl.load`` can rebuild it.
         progress: called as ``progress(stage, done, total)``.
 
@@ -167,36 +175,104 @@ def compress(
     inputs = ExampleInputs.of(example_inputs)
     check_ratio(ratio)
     scoring = resolve_criterion(criterion)
-    restorer, why = choose_restorer(model) if restore == "auto" else (resolve_restorer(restore), "")
+    order = _Order(ratio, scope, scoring, restore, seed, verify, strict, source, progress)
+    if restore != "auto":
+        resolve_restorer(restore)
     _check_weights(model)
     clock = _Clock()
+    if submodule is not None:
+        with clock("trace"):
+            part = part_of(model, inputs, submodule)
+        return _in_parts(model, inputs, order, [part], {}, (), clock)
+    try:
+        with clock("trace"), undisturbed(model):
+            graph = trace(model, inputs)
+    except TraceError as error:
+        if strict:
+            raise
+        with clock("trace"):
+            parts, untraced = traceable_parts(model, inputs)
+        if not parts:
+            raise
+        return _in_parts(model, inputs, order, parts, untraced, (f"{error} Compressed in parts instead.",), clock)
+    return _whole(model, inputs, graph, order, clock)
 
-    with clock("trace"), _evaluating(model):
-        graph = trace(model, inputs)
+
+@dataclass(frozen=True)
+class _Order:
+    """What `compress` was asked to do."""
+
+    ratio: Ratio
+    scope: str
+    criterion: Criterion
+    restore: str | Restorer | LeastSquares
+    seed: int
+    verify: bool
+    strict: bool
+    source: str | None
+    progress: Progress | None
+
+
+def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order, clock: _Clock) -> Result:
+    """Select, restore, cut and verify a model whose graph is known."""
+    restorer, why = choose_restorer(model) if order.restore == "auto" else (resolve_restorer(order.restore), "")
     with clock("select"):
         choose = getattr(restorer, "choose", None) if getattr(restorer, "chooses", False) else None
-        selection = select(graph, tensors_of(model), ratio, scope, cast(Choose, choose) or by_criterion(scoring), seed)
-    if not selection.choices:
-        reasons = "; ".join(f"{name}: {why}" for name, why in selection.left[:3])
-        raise InputError(f"no group can be pruned with these settings ({reasons or 'the model has no layer to cut'})")
-    with clock("restore"):
-        if isinstance(restorer, LeastSquares):
-            work = _copy(model).eval()
-            restoration = fit(work, inputs, graph, selection, restorer, seed, progress)
-        else:
-            # The user's own weights are only read, so that no copy of them is held meanwhile.
-            restoration = solve(selection, tensors_of(model), restorer, seed, progress)
-            work = _copy(model).eval()
-    with clock("cut"):
-        before = count_parameters(work), count_macs(work, inputs)
-        write(work, restoration.values)
-        restored, assessment = restoration.groups, restoration.assessment
-        notes = tuple(note for note in (why, *restoration.notes) if note)
-        seconds = dict(restoration.seconds)
-        del restoration
-        smaller = cut_copy(work, plan_cuts(selection))
-    with clock("verify"):
-        verified = check(work, smaller, inputs, selection).difference if verify else None
+        selection = select(
+            graph,
+            tensors_of(model),
+            order.ratio,
+            order.scope,
+            cast(Choose, choose) or by_criterion(order.criterion),
+            order.seed,
+        )
+    _check_selection(selection)
+    work: nn.Module | None = None
+    if isinstance(restorer, LeastSquares) and order.verify and not order.strict:
+        # Restoration is dear here, so what can't be cut is found out before it.
+        work = _copy(model).eval()
+        with clock("verify"):
+            masked = solve(selection, tensors_of(model), Prune(), order.seed).values
+            write(work, masked)
+            selection = _without_trouble(work, inputs, graph, selection)
+            write(work, {name: tensors_of(model)[name].detach() for name in masked})
+    for _ in range(3):
+        with clock("restore"):
+            if isinstance(restorer, LeastSquares):
+                work = work or _copy(model).eval()
+                restoration = fit(work, inputs, graph, selection, restorer, order.seed, order.progress)
+            else:
+                # The user's own weights are only read, so that no copy of them is held meanwhile.
+                restoration = solve(selection, tensors_of(model), restorer, order.seed, order.progress)
+                work = _copy(model).eval()
+        with clock("cut"):
+            with undisturbed(work):
+                before = count_parameters(work), count_macs(work, inputs)
+            write(work, restoration.values)
+            restored, assessment = restoration.groups, restoration.assessment
+            notes = tuple(note for note in (why, *restoration.notes) if note)
+            seconds = dict(restoration.seconds)
+            del restoration
+            attributes = plan_attributes(work, graph, selection)
+        try:
+            with clock("cut"):
+                smaller = cut_copy(work, plan_cuts(selection), attributes)
+            with clock("verify"):
+                verified = None
+                if order.verify:
+                    follow = _follower(work, graph)
+                    verified = check(work, smaller, inputs, selection, follow).difference
+        except (VerificationError, SurgeryError):
+            if order.strict or not order.verify:
+                raise
+            with clock("verify"):
+                selection = _without_trouble(work, inputs, graph, selection)
+            work = None
+            continue
+        break
+    else:
+        raise VerificationError("no part of the groups could be found that can be cut; inspect lists them")
+    with clock("verify"), undisturbed(smaller):
         after = count_parameters(smaller), count_macs(smaller, inputs)
 
     for name, module in model.named_modules():
@@ -213,22 +289,124 @@ def compress(
         assessment=assessment,
     )
     settings = {
-        "ratio": dict(ratio) if isinstance(ratio, Mapping) else ratio,
-        "scope": scope,
-        "criterion": _describe(restorer if choose else scoring),
+        "ratio": dict(order.ratio) if isinstance(order.ratio, Mapping) else order.ratio,
+        "scope": order.scope,
+        "criterion": _describe(restorer if choose else order.criterion),
         "restore": _describe(restorer),
-        "seed": seed,
+        "seed": order.seed,
     }
     plan = Plan(
         groups=tuple(GroupPlan(c.group.name, c.group.width, c.keep) for c in selection.choices),
         cuts=plan_cuts(selection),
         settings=settings,
         architecture=architecture_of(model),
-        source=source,
+        source=order.source,
         inputs=inputs.describe(),
         library=_version(),
+        attributes=attributes,
     )
     return Result(smaller, plan, report)
+
+
+def _check_selection(selection: Selection) -> None:
+    if not selection.choices:
+        reasons = "; ".join(f"{name}: {why}" for name, why in selection.left[:3])
+        raise InputError(f"no group can be pruned with these settings ({reasons or 'the model has no layer to cut'})")
+
+
+def _follower(model: nn.Module, graph: Graph) -> Follow:
+    return lambda part: plan_attributes(model, graph, part)
+
+
+def _without_trouble(masked: nn.Module, inputs: ExampleInputs, graph: Graph, selection: Selection) -> Selection:
+    """The selection without the groups that can't be cut, which are left whole by name."""
+    good, bad = cuttable(masked, inputs, selection, _follower(masked, graph))
+    left = (*selection.left, *((name, f"found by verification: {what}") for name, what in bad.items()))
+    found = Selection(good.choices, left)
+    if not found.choices:
+        raise VerificationError(
+            "no group can be cut: " + "; ".join(f"{name}: {what}" for name, what in list(bad.items())[:3])
+        )
+    return found
+
+
+def _in_parts(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    order: _Order,
+    parts: list[Part],
+    untraced: Mapping[str, str],
+    notes: tuple[str, ...],
+    clock: _Clock,
+) -> Result:
+    """Compress submodules each by itself and put them into a copy of the model."""
+    results: list[tuple[str, Result]] = []
+    left = [(path, f"not traced: {why}") for path, why in untraced.items()]
+    for part in parts:
+        own = replace(order, ratio=_ratio_within(order.ratio, part), source=None)
+        try:
+            results.append((part.path, _whole(model.get_submodule(part.path), part.inputs, part.graph, own, _Clock())))
+        except (InputError, VerificationError) as error:
+            if order.strict or len(parts) == 1:
+                raise
+            left.append((part.path, str(error)))
+    if not results:
+        raise InputError("no group of any traceable submodule can be pruned: " + "; ".join(why for _, why in left[:3]))
+    with clock("cut"):
+        # deepcopy takes what is in its memo for copied already.
+        smaller = copy.deepcopy(model, {id(model.get_submodule(path)): result.model for path, result in results})
+    with clock("verify"):
+        with undisturbed(model):
+            before = count_parameters(model), count_macs(model, inputs)
+        with undisturbed(smaller):
+            after = count_parameters(smaller), count_macs(smaller, inputs)
+    reports = [(path, result.report) for path, result in results]
+    differences = [report.verified for _, report in reports if report.verified is not None]
+    seconds = dict(clock.seconds)
+    for _, report in reports:
+        for stage, value in report.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + value
+    report = Report(
+        rows=tuple(replace(row, group=f"{path}.{row.group}") for path, report in reports for row in report.rows),
+        left=(*((f"{path}.{name}", why) for path, report in reports for name, why in report.left), *left),
+        barriers=tuple(f"{path}: {barrier}" for path, report in reports for barrier in report.barriers),
+        parameters=(before[0], after[0]),
+        macs=(before[1], after[1]),
+        verified=max(differences) if differences else None,
+        seconds=seconds,
+        notes=(*notes, *(f"{path}: {note}" for path, report in reports for note in report.notes)),
+        assessment=results[0][1].report.assessment if len(results) == 1 else None,
+    )
+    plans = [(path, result.plan) for path, result in results]
+    plan = Plan(
+        groups=tuple(replace(g, name=f"{path}.{g.name}") for path, plan in plans for g in plan.groups),
+        cuts=tuple(replace(c, parameter=f"{path}.{c.parameter}") for path, plan in plans for c in plan.cuts),
+        settings={
+            **plans[0][1].settings,
+            "ratio": dict(order.ratio) if isinstance(order.ratio, Mapping) else order.ratio,
+            "parts": [path for path, _ in plans],
+        },
+        architecture=architecture_of(model),
+        source=order.source,
+        inputs=inputs.describe(),
+        library=_version(),
+        attributes=tuple(
+            replace(a, module=f"{path}.{a.module}".rstrip(".")) for path, plan in plans for a in plan.attributes
+        ),
+    )
+    return Result(smaller, plan, report)
+
+
+def _ratio_within(ratio: Ratio, part: Part) -> Ratio:
+    """The ratios of a part's groups, which patterns name by their full names."""
+    if not isinstance(ratio, Mapping):
+        return ratio
+    full = {group.name: replace(group, name=f"{part.path}.{group.name}") for group in part.graph.groups}
+    named = {
+        name: replace(group, producers=tuple(replace(p, layer=f"{part.path}.{p.layer}") for p in group.producers))
+        for name, group in full.items()
+    }
+    return {name: ratio_for(group, ratio) for name, group in named.items()}
 
 
 def _pairs(selection: Selection, restored: tuple[Restored, ...]) -> Iterator[tuple[Any, Restored]]:
@@ -282,18 +460,6 @@ def _check_weights(model: nn.Module) -> None:
             if name in dict(model.named_buffers()):
                 continue  # attention masks hold -inf on purpose
             raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, module by module as it was before."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @dataclass

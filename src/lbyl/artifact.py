@@ -119,7 +119,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     if _digest(weights) != manifest.sha256:
         raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
     try:
-        smaller = cut_copy(model, plan.cuts)
+        smaller = cut_copy(model, plan.cuts, plan.attributes)
         load_model(smaller, str(weights))
     except (SafetensorError, SurgeryError, RuntimeError) as error:
         raise ArtifactError(f"{weights} does not fit its plan: {str(error).splitlines()[0]}") from error

@@ -121,7 +121,14 @@ def _raw_rows(group: Group, state: State) -> Float[Tensor, "channels fan_in"]:
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
+def columns_second(weight: Tensor, slot: Slot) -> Tensor:
+    """A view of a reader's weight with its input dimension second, as convolutions and linear layers have it."""
+    return weight.transpose(0, 1) if slot.dim == 0 else weight
+
+
 def _rows(tensor: Tensor, slot: Slot, width: int) -> Tensor:
+    if slot.dim and tensor.dim() > 1:
+        tensor = tensor.movedim(slot.dim, 0)
     flat = tensor.detach().to(torch.float64, copy=True).reshape(tensor.shape[0], -1)
     if slot.channels == tuple(range(width)):
         return flat  # the usual case, and then no copy of a large weight is made
@@ -158,7 +165,7 @@ def _effective(producer: Producer, group: Group, state: State) -> tuple[Tensor, 
 def _peak(group: Group, state: State) -> Tensor:
     peak = torch.zeros(group.width, dtype=torch.float64)
     for slot in group.readers:
-        weight = state[slot.parameter].detach().abs()
+        weight = columns_second(state[slot.parameter], slot).detach().abs()
         per_block = weight.reshape(slot.blocks, -1, *weight.shape[1:]).amax(1)  # blocks, in / blocks, taps
         column = per_block.reshape(len(slot.channels), -1).amax(1).to(torch.float64)
         channels = torch.tensor(slot.channels)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lbyl.errors import ArtifactError
-from lbyl.surgery import Cut, tensors_of
+from lbyl.surgery import Attribute, Cut, tensors_of
 
 VERSION = 1
 
@@ -32,6 +32,7 @@ class Plan:
     Attributes:
         groups: kept channels by group.
         cuts: every slice of every parameter and buffer.
+        attributes: every whole number that a module keeps and that follows the cut.
         settings: the arguments of :func:`lbyl.compress`.
         architecture: shape of every parameter and buffer of the unpruned model.
         source: where the unpruned model comes from ("timm:...", "torchvision:..."), or None.
@@ -47,6 +48,7 @@ class Plan:
     source: str | None
     inputs: str
     library: str
+    attributes: tuple[Attribute, ...] = ()
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -99,6 +101,16 @@ class Plan:
                 source=None if data["source"] is None else _text(data["source"]),
                 inputs=_text(data["inputs"]),
                 library=_text(data["library"]),
+                attributes=tuple(
+                    Attribute(
+                        _text(a["module"]),
+                        _text(a["name"]),
+                        None if a["place"] is None else _number(a["place"]),
+                        _number(a["old"]),
+                        _number(a["new"]),
+                    )
+                    for a in data.get("attributes", ())
+                ),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"the plan is damaged: {error!r}") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lbyl.activations import ACTIVATIONS
 from lbyl.assessment import Assessment
-from lbyl.filters import State, describe, paper_form_applies, seats, subset
+from lbyl.filters import State, columns_second, describe, paper_form_applies, seats, subset
 from lbyl.graph import Slot
 from lbyl.moments import Progress
 from lbyl.restorers import Prune, Restorer
@@ -62,8 +62,9 @@ def restore(
             weight = values.get(slot.parameter)
             if weight is None:
                 weight = state[slot.parameter].detach().clone()
-            source = state[slot.parameter].detach()
-            values[slot.parameter] = fold(weight, source, slot, choice.group.width, keep, drop, delivery)
+            source = columns_second(state[slot.parameter].detach(), slot)
+            fold(columns_second(weight, slot), source, slot, choice.group.width, keep, drop, delivery)
+            values[slot.parameter] = weight
         rows.append(Restored(choice.group.name, terms, time.perf_counter() - started, delivery.note))
         if progress:
             progress("restoring", index + 1, len(selection.choices))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
-from lbyl.graph import NOT_OURS
+from lbyl.graph import NOT_OURS, Graph
 from lbyl.selection import Selection
 
 
@@ -30,6 +30,47 @@ class Cut:
     size: int
     keep: tuple[int, ...]
     blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Set a whole number that a module keeps, or one place in a list of them, to what is left of it."""
+
+    module: str
+    name: str
+    place: int | None
+    old: int
+    new: int
+
+
+def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tuple[Attribute, ...]:
+    """Numbers that modules keep and that views and splits in them go by: heads, widths, split sizes.
+
+    Whichever whole number of such a module equals a size that shrinks is taken for it; verification judges.
+    Where two sizes of the same value shrink to different ones, neither is touched.
+    """
+    index_of = {group.name: index for index, group in enumerate(graph.groups)}
+    gone = {(index_of[c.group.name], channel) for c in selection.choices for channel in c.drop}
+    wanted: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for size in graph.sizes:
+        wanted[size.module, size.value].add(size.value - sum(column in gone for column in size.columns))
+    shrinking = {key: next(iter(new)) for key, new in wanted.items() if len(new) == 1}
+    places = {path for path, _ in shrinking}
+    found = []
+    for path, module in model.named_modules():
+        if path not in places:
+            continue
+        candidates: dict[int, list[tuple[str, int | None]]] = defaultdict(list)
+        for name, value in vars(module).items():
+            for place, item in enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]:
+                if type(item) is int and shrinking.get((path, item), item) != item:
+                    candidates[item].append((name, place))
+        for old, names in candidates.items():
+            # A number of heads may equal the size of one.
+            heads = [(name, place) for name, place in names if "head" in name and "dim" not in name]
+            for name, place in heads or names:
+                found.append(Attribute(path, name, place, old, shrinking[path, old]))
+    return tuple(found)
 
 
 def plan_cuts(selection: Selection) -> tuple[Cut, ...]:
@@ -75,7 +116,7 @@ def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             state[name].copy_(value)
 
 
-def cut(model: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
+def cut(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribute] = ()) -> nn.Module:
     """Slice parameters and buffers of ``model`` itself, and set the attributes that follow from their sizes.
 
     Raises:
@@ -84,10 +125,11 @@ def cut(model: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
     replaced = _sliced(model, cuts)
     for path, module in model.named_modules():
         _replace(path, module, module, replaced)
+    _finish(model, attributes)
     return model
 
 
-def cut_copy(model: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
+def cut_copy(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribute] = ()) -> nn.Module:
     """A cut copy of a model; what shrinks is never copied whole. The model itself is not changed.
 
     Raises:
@@ -98,7 +140,30 @@ def cut_copy(model: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
     twin = copy.deepcopy(model, dict(replaced))
     for path, module in model.named_modules():
         _replace(path, module, twin.get_submodule(path), replaced)
+    _finish(twin, attributes)
     return twin
+
+
+def _finish(model: nn.Module, attributes: Sequence[Attribute]) -> None:
+    modules = dict(model.named_modules())
+    for item in attributes:
+        module = modules.get(item.module)
+        value = getattr(module, item.name, None)
+        if isinstance(value, (list, tuple)) and item.place is not None and item.place < len(value):
+            items = list(value)
+            items[item.place] = item.new
+            kind: Any = type(value)
+            made = kind(*items) if hasattr(value, "_fields") else kind(items)
+            setattr(module, item.name, made)
+        elif type(value) is int and item.place is None and module is not None:
+            setattr(module, item.name, item.new)
+        else:
+            raise SurgeryError(f"{item.module}: no attribute {item.name!r} holds {item.old}: another architecture?")
+    # Modules that cache what they computed from their weights drop it when their mode is set.
+    modes = {module: module.training for module in modules.values()}
+    model.train(model.training)
+    for module, training in modes.items():
+        module.training = training
 
 
 def _sliced(model: nn.Module, cuts: Sequence[Cut]) -> dict[int, Tensor]:
@@ -181,6 +246,11 @@ def _set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) 
     elif isinstance(module, nn.Linear) and "weight" in before:
         assert isinstance(weight, Tensor)
         module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding) and isinstance(weight, Tensor):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
+        module.num_groups = module.num_groups * len(weight) // module.num_channels
+        module.num_channels = len(weight)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = len({**module._parameters, **module._buffers}[next(iter(before))])  # pyright: ignore
     else:

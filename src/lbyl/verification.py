@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError, LbylError, VerificationError
 from lbyl.inputs import ExampleInputs, output_tensors
-from lbyl.selection import Selection
-from lbyl.surgery import cut_copy, plan_cuts
+from lbyl.modes import undisturbed
+from lbyl.selection import Choice, Selection
+from lbyl.surgery import Attribute, cut_copy, plan_cuts
 
 TOLERANCE = 1e-6
+
+Follow = Callable[[Selection], Sequence[Attribute]]
+"""Which attributes follow the cut of a selection."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def _widened(model: nn.Module) -> Iterator[None]:
 def _wide_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     """The model's outputs in float64; the model itself stays as it is."""
     try:
-        with _widened(model):
+        with undisturbed(model), _widened(model):
             return outputs(model, inputs)
     except InputError:
         # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
@@ -98,43 +102,116 @@ def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     return worst
 
 
-def verify(masked: nn.Module, smaller: nn.Module, inputs: ExampleInputs, selection: Selection) -> Verification:
+def verify(
+    masked: nn.Module,
+    smaller: nn.Module,
+    inputs: ExampleInputs,
+    selection: Selection,
+    attribute: Follow = lambda selection: (),
+) -> Verification:
     """Compare the cut network with the uncut one whose dropped columns are zero.
+
+    ``attribute`` tells which attributes follow the cut of a part of the selection.
 
     Raises:
         VerificationError: the outputs differ; names the first group whose cut alone makes them differ.
         InputError: the outputs are not finite, so nothing can be compared.
     """
-    device = next((p.device for p in smaller.parameters()), torch.device("cpu"))
+    wide, expected = _reference(masked, inputs)
+    try:
+        found = _wide_outputs(smaller, wide)
+    except InputError as error:
+        raise _error(_first_bad(masked, wide, selection, expected, attribute), str(error)) from error
+    gap = difference(expected, found)
+    if gap > TOLERANCE:
+        what = f"outputs differ by {gap:.2g} of their magnitude"
+        raise _error(_first_bad(masked, wide, selection, expected, attribute), what)
+    return Verification(gap, TOLERANCE, "float64")
+
+
+def cuttable(
+    masked: nn.Module, inputs: ExampleInputs, selection: Selection, attribute: Follow = lambda selection: ()
+) -> tuple[Selection, dict[str, str]]:
+    """The part of a selection that can be cut, and what happens when each other group is.
+
+    Groups that stand at the same place of modules of one class share their code, so when one of them can't be cut,
+    the others are only tried together, in halves.
+
+    Args:
+        masked: the uncut network in which the dropped columns of the whole selection are zero.
+        inputs: what it is called with.
+        selection: what should go.
+        attribute: which attributes follow the cut of a part of the selection.
+    """
+    wide, expected = _reference(masked, inputs)
+    modules = dict(masked.named_modules())
+
+    def trouble(choices: Sequence[Choice]) -> str | None:
+        return _trouble(masked, wide, Selection(tuple(choices), ()), expected, attribute)
+
+    def kind(choice: Choice) -> tuple[Any, ...]:
+        parent, _, name = choice.group.name.rpartition(".")
+        above = parent.rpartition(".")[0]
+        return type(modules.get(above)), type(modules.get(parent)), name
+
+    good, bad = list(selection.choices), dict[str, str]()
+    while good and (why := trouble(good)) is not None:
+        culprit = _first_bad(masked, wide, Selection(tuple(good), ()), expected, attribute)
+        suspects = [choice for choice in good if kind(choice) == kind(culprit) and choice is not culprit]
+        alone = trouble([culprit])
+        bad[culprit.group.name] = alone or why
+        good = [choice for choice in good if choice is not culprit]
+        if alone is None or not suspects:
+            continue
+        rest = [choice for choice in good if choice not in suspects]
+        half = len(suspects) // 2
+        pieces = [p for p in (suspects[:half], suspects[half:]) if p]
+        if trouble(suspects) is None:
+            continue
+        for piece in pieces:
+            if trouble(piece) is None:
+                rest += piece
+            else:
+                bad |= {choice.group.name: alone for choice in piece}
+        good = [choice for choice in selection.choices if choice in rest]
+    return Selection(tuple(good), selection.left), bad
+
+
+def _reference(masked: nn.Module, inputs: ExampleInputs) -> tuple[ExampleInputs, list[Tensor]]:
+    """The inputs in float64 and what the masked network makes of them."""
+    device = next((p.device for p in masked.parameters()), torch.device("cpu"))
     wide = inputs.to(device, torch.float64)
     expected = _wide_outputs(masked, wide)
     if not all(bool(torch.isfinite(t).all()) for t in expected if t.is_floating_point()):
         raise InputError("the network's output on the example inputs is not finite (NaN or infinity in weights?)")
+    return wide, expected
+
+
+def _trouble(
+    masked: nn.Module, wide: ExampleInputs, part: Selection, expected: list[Tensor], attribute: Follow
+) -> str | None:
+    """What goes wrong when this part of the groups is cut out of the masked network; None where nothing does."""
     try:
-        found = _wide_outputs(smaller, wide)
-    except InputError as error:
-        raise _blame(masked, wide, selection, expected, str(error)) from error
-    gap = difference(expected, found)
-    if gap > TOLERANCE:
-        raise _blame(masked, wide, selection, expected, f"outputs differ by {gap:.2g} of their magnitude")
-    return Verification(gap, TOLERANCE, "float64")
+        gap = difference(expected, _wide_outputs(cut_copy(masked, plan_cuts(part), attribute(part)), wide))
+    except LbylError as error:
+        return str(error).rpartition("): ")[2] if isinstance(error, InputError) else str(error)
+    return None if gap <= TOLERANCE else f"outputs differ by {gap:.2g} of their magnitude"
 
 
-def _blame(
-    masked: nn.Module, inputs: ExampleInputs, selection: Selection, expected: list[Tensor], what: str
-) -> VerificationError:
-    """Find the first group that can't be cut, by halving: cutting a prefix of the groups works or fails."""
+def _first_bad(
+    masked: nn.Module, wide: ExampleInputs, selection: Selection, expected: list[Tensor], attribute: Follow
+) -> Choice:
+    """The first group that can't be cut, by halving: cutting a prefix of the groups works or fails."""
     low, high = 0, len(selection.choices)  # cutting `low` groups works, cutting `high` fails
     while high - low > 1:
         middle = (low + high) // 2
-        part = Selection(selection.choices[:middle], ())
-        try:
-            found = _wide_outputs(cut_copy(masked, plan_cuts(part)), inputs)
-            works = difference(expected, found) <= TOLERANCE
-        except LbylError:
-            works = False
+        works = _trouble(masked, wide, Selection(selection.choices[:middle], ()), expected, attribute) is None
         low, high = (middle, high) if works else (low, middle)
-    group = selection.choices[high - 1].group.name
+    return selection.choices[high - 1]
+
+
+def _error(choice: Choice, what: str) -> VerificationError:
+    group = choice.group.name
     return VerificationError(
         f"group {group!r}: the cut network is not the masked one ({what}). "
         f"Leave the group out with ratio={{'*': ..., {group!r}: 0}}."

@@ -36,12 +36,13 @@ class SlotRecord:
 
 @dataclass
 class ProducerRecord:
-    """A producer in the making."""
+    """A producer in the making; ``dim`` is its weight's output dimension."""
 
     layer: str
     weight: str
     bias: str | None
     ids: Tensor
+    dim: int = 0
     stages: list[Norm | Depthwise] = field(default_factory=list)
 
 
@@ -55,6 +56,7 @@ class ReaderRecord:
     op: str
     blocks: int
     calls: int = 1
+    dim: int = 1
 
 
 @dataclass
@@ -68,6 +70,9 @@ class Builder:
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     sums: list[Tensor] = field(default_factory=list)
     equal: list[tuple[Tensor, int]] = field(default_factory=list)
+    fixed: list[tuple[Tensor, tuple[int, ...], str]] = field(default_factory=list)
+    shapes: list[tuple[Tensor, str]] = field(default_factory=list)
+    computed: list[str] = field(default_factory=list)
     steps: list[tuple[Tensor, Step]] = field(default_factory=list)
     barriers: list[str] = field(default_factory=list)
     pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)
@@ -122,17 +127,22 @@ class Builder:
         self.ids.union(known.ids, ids)
         return known.ids
 
-    def produce(self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int) -> Tensor:
-        """Issue ``count`` new channels for a layer, or the same ones again when it runs a second time."""
+    def produce(self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int, dim: int = 0) -> Tensor:
+        """Issue ``count`` new channels for a layer, or the same ones again when it runs a second time.
+
+        ``dim`` is the dimension of the weight along which they run.
+        """
         record = self.producers.get(weight)
         if record is None:
-            record = ProducerRecord(layer, weight, bias, self.ids.fresh(count))
+            record = ProducerRecord(layer, weight, bias, self.ids.fresh(count), dim)
             self.producers[weight] = record
-            self.slot(weight, 0, record.ids, "producer")
+            self.slot(weight, dim, record.ids, "producer")
             self.pure[node] = record
         else:
             # A layer that runs twice has no single batch norm after it.
             self.pure = {key: value for key, value in self.pure.items() if value is not record}
+            if dim != record.dim:
+                self.pin(record.ids, f"{weight} makes channels along two dimensions")
             if bias != record.bias:
                 # Layers with a tied weight may have biases of their own; no one filter describes both.
                 self.step(record.ids, "bias", layer_name(node), parametric=True)
@@ -140,13 +150,17 @@ class Builder:
             self.slot(bias, 0, record.ids, "carrier")
         return record.ids
 
-    def read(self, layer: str, weight: str, bias: str | None, op: str, ids: Tensor, blocks: int = 1) -> None:
-        """Record that a layer mixes these channels along dimension 1 of its weight."""
-        self.slot(weight, 1, ids, "reader", blocks)
+    def read(
+        self, layer: str, weight: str, bias: str | None, op: str, ids: Tensor, blocks: int = 1, dim: int = 1
+    ) -> None:
+        """Record that a layer mixes these channels along a dimension of its weight."""
+        self.slot(weight, dim, ids, "reader", blocks)
         if weight in self.readers:
             self.readers[weight].calls += 1
+            if self.readers[weight].dim != dim:
+                self.pin(ids, f"{weight} is read along two dimensions")
         else:
-            self.readers[weight] = ReaderRecord(layer, weight, bias, op, blocks)
+            self.readers[weight] = ReaderRecord(layer, weight, bias, op, blocks, dim=dim)
 
     def step(self, ids: Tensor, op: str, layer: str, parametric: bool = False) -> None:
         """Record that the channels pass through an operation."""
@@ -158,6 +172,29 @@ class Builder:
         ids = ids[ids != NOBODY]
         if ids.numel():
             self.pins.append((ids, reason))
+
+    def fix(self, shadow: Tensor, dims: Iterable[int], reason: str) -> None:
+        """Forbid cutting along these dimensions. Judged at the end, when all that belongs together is known:
+        ids that turn out to be one whole head do not run along its inner dimension."""
+        rank = shadow.dim()
+        self.fixed.append((compact(shadow), tuple(d % rank for d in dims), reason))
+
+    def shaped(self, shadow: Tensor, node: fx.Node) -> None:
+        """Remember a shape that the model's code may have spelled out; judged at the end, like `fix`."""
+        shadow = compact(shadow)
+        if any(varies(shadow, d) for d in range(shadow.dim())):
+            self.shapes.append((shadow, layer_name(node)))
+
+    def join(self, shadow: Tensor, dims: Iterable[int]) -> Tensor:
+        """Make one channel of everything along these dimensions; returns the shadow without them varying."""
+        shadow = compact(shadow)
+        for dim in sorted({d % shadow.dim() for d in dims}):
+            if varies(shadow, dim):
+                first = shadow.narrow(dim, 0, 1)
+                size = small(shadow)
+                self.ids.union(size.narrow(dim, 0, 1).expand(size.shape), size)
+                shadow = first.expand(shadow.shape)
+        return shadow
 
     def barrier(self, node: fx.Node, values: Iterable[Any], why: str) -> Any:
         """Pin every channel among ``values`` and return an output that is nobody's."""
@@ -172,7 +209,7 @@ class Builder:
         """Give each directly used parameter a slot along the dimension that carries channels, or pin it."""
         for name, shadow in self._free.items():
             roots = self.ids.find(shadow)
-            shared = self._issued(roots)
+            shared = self.issued(roots)
             if not bool(shared.any()):
                 continue
             for dim in range(shadow.dim()):
@@ -183,7 +220,9 @@ class Builder:
             else:
                 self.pin(roots[shared], f"{name} carries channels along more than one dimension")
 
-    def _issued(self, roots: Tensor) -> Tensor:
+    def issued(self, roots: Tensor) -> Tensor:
+        """Which of these ids belong to the output channels of some layer."""
+        roots = self.ids.find(roots)
         issued = [self.ids.find(record.ids) for record in self.producers.values()]
         return torch.isin(roots, torch.cat(issued)) if issued else torch.zeros_like(roots, dtype=torch.bool)
 

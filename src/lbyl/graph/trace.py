@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch.fx.node import map_arg
 
 from lbyl.errors import TraceError
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
-from lbyl.graph.ids import NOBODY
+from lbyl.graph.ids import NOBODY, compact, small, varies
 from lbyl.graph.rules import find_rule
-from lbyl.graph.types import NOT_OURS, Graph, Group, Producer, Reader, Slot, Step
+from lbyl.graph.types import NOT_OURS, Graph, Group, Producer, Reader, Size, Slot, Step
 from lbyl.inputs import ExampleInputs
 
 _NO_EFFECT = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_set_grad_enabled")
@@ -76,13 +77,20 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
             env[node] = nobody_like(node)
         for done in uses[node]:
             env.pop(done, None)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            why = f"{path!r} is torch's MultiheadAttention, which insists on its width"
+            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                for record in [r for (p, _), r in builder.slots.items() if p == f"{path}.{name}".lstrip(".")]:
+                    if record.role == "producer":
+                        builder.pin(record.ids, why)
     builder.finish_free_parameters()
     return _freeze(builder)
 
 
 def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if node.target is operator.getitem:
-        return args[0][args[1]]
+        return args[0][args[1]] if isinstance(args[0], (list, tuple)) else nobody_like(node)
     schema = getattr(node.target, "_schema", None)
     name = schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target))
     if name in _NO_EFFECT:
@@ -140,7 +148,8 @@ def _freeze(builder: Builder) -> Graph:
             (readers if record.role == "reader" else carriers)[index].append(slot)
 
     reasons: list[str | None] = [None] * len(members)
-    for ids, why in builder.pins:
+    sizes, broken = _shapes(builder, group_of, channel_of)
+    for ids, why in [*builder.pins, *_fixed(builder), *broken]:
         for index in _groups_of(group_of, find(ids)):
             reasons[index] = reasons[index] or why
     coupled = {index for ids in builder.sums for index in _groups_of(group_of, find(ids))}
@@ -150,9 +159,15 @@ def _freeze(builder: Builder) -> Graph:
             if step not in steps[index]:
                 steps[index].append(step)
 
+    equal: list[list[tuple[Tensor, int]]] = [[] for _ in members]
+    for ids, blocks in builder.equal:
+        roots = find(ids)
+        for index in _groups_of(group_of, roots):
+            equal[index].append((roots, blocks))
+
     groups = []
     for index, records in enumerate(members):
-        blocks, trouble = _blocks(builder, group_of, channel_of, index, widths[index])
+        blocks, trouble = _blocks(equal[index], group_of, channel_of, index, widths[index])
         reason = reasons[index] or trouble
         if reason is None and not readers[index]:
             reason = "no layer reads these channels"
@@ -160,7 +175,8 @@ def _freeze(builder: Builder) -> Graph:
             reason = "a single channel"
         slots = {(slot.parameter, slot.dim): slot for slot in carriers[index]}
         producers = tuple(
-            Producer(record.layer, slots[record.weight, 0], record.bias, tuple(record.stages)) for record in records
+            Producer(record.layer, slots[record.weight, record.dim], record.bias, tuple(record.stages))
+            for record in records
         )
         groups.append(
             Group(
@@ -176,12 +192,38 @@ def _freeze(builder: Builder) -> Graph:
             )
         )
     reading = tuple(
-        Reader(record.layer, record.weight, record.bias, record.op, record.blocks, columns, record.calls)
+        Reader(record.layer, record.weight, record.bias, record.op, record.blocks, columns, record.calls, record.dim)
         for record in builder.readers.values()
-        for roots in [find(builder.slots[record.weight, 1].ids)]
+        for roots in [find(builder.slots[record.weight, record.dim].ids)]
         for columns in [tuple(zip(group_of[roots].tolist(), channel_of[roots].tolist(), strict=True))]
     )
-    return Graph(tuple(groups), reading, tuple(dict.fromkeys(builder.barriers)))
+    return Graph(tuple(groups), reading, tuple(dict.fromkeys(builder.barriers)), sizes)
+
+
+def _fixed(builder: Builder) -> Iterator[tuple[Tensor, str]]:
+    """Ids that do run along a dimension that must keep its size, with the reason."""
+    for shadow, dims, why in builder.fixed:
+        final = compact(builder.ids.find(shadow))
+        if any(varies(final, dim) for dim in dims):
+            yield small(final).reshape(-1), why
+
+
+def _shapes(
+    builder: Builder, group_of: Tensor, channel_of: Tensor
+) -> tuple[tuple[Size, ...], list[tuple[Tensor, str]]]:
+    """Sizes that the model's code may know by heart; and ids that leave no rectangle when some of them go."""
+    sizes: dict[Size, None] = {}
+    broken = []
+    for shadow, module in builder.shapes:
+        final = compact(builder.ids.find(shadow))
+        moving = [dim for dim in range(final.dim()) if varies(final, dim)]
+        if len(moving) > 1:
+            broken.append((small(final).reshape(-1), f"a view in {module!r} splits them in a pattern"))
+        elif moving:
+            roots = small(final).reshape(-1)
+            columns = tuple(zip(group_of[roots].tolist(), channel_of[roots].tolist(), strict=True))
+            sizes[Size(module, final.shape[moving[0]], columns)] = None
+    return tuple(sizes), broken
 
 
 def _link_producers(builder: Builder) -> list[list[Any]]:
@@ -217,23 +259,20 @@ def _groups_of(group_of: Tensor, roots: Tensor) -> list[int]:
 
 
 def _blocks(
-    builder: Builder, group_of: Tensor, channel_of: Tensor, index: int, width: int
+    equal: list[tuple[Tensor, int]], group_of: Tensor, channel_of: Tensor, index: int, width: int
 ) -> tuple[tuple[int, ...], str | None]:
     """Label the channels so that cutting equally many of every label suits all grouped convolutions."""
-    labels: list[list[tuple[int, ...]]] = [[] for _ in range(width)]
-    for ids, blocks in builder.equal:
-        roots = builder.ids.find(ids)
-        seats: dict[int, set[int]] = defaultdict(set)
-        for position, root in enumerate(roots.tolist()):
-            if group_of[root] == index:
-                seats[int(channel_of[root])].add(position * blocks // len(roots))
-        if seats:
-            for channel in range(width):
-                labels[channel].append(tuple(sorted(seats.get(channel, ()))))
-    names = [tuple(label) for label in labels]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    result = tuple(numbers[name] for name in names)
-    counts = {number: result.count(number) for number in numbers.values()}
-    if len(set(counts.values())) > 1:
-        return result, "grouped convolutions cut the channels into blocks of different sizes"
+    labels = torch.zeros(width, dtype=torch.int64)
+    for roots, blocks in equal:
+        ours = group_of[roots] == index
+        # Which blocks each channel has a seat in, as a row of zeros and ones.
+        seats = torch.zeros(width, blocks, dtype=torch.int64)
+        seats[channel_of[roots[ours]], (torch.arange(len(roots)) * blocks // len(roots))[ours]] = 1
+        rows = torch.unique(seats, dim=0, return_inverse=True)[1]
+        labels = torch.unique(labels * width + rows, return_inverse=True)[1]
+    # Numbered in order of appearance.
+    names = {label: number for number, label in enumerate(dict.fromkeys(labels.tolist()))}
+    result = tuple(names[label] for label in labels.tolist())
+    if len(set(torch.bincount(labels).tolist())) > 1:
+        return result, "the channels are split into blocks of different sizes"
     return result, None

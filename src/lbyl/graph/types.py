@@ -114,7 +114,8 @@ class Reader:
     """A layer that mixes its input channels: where restoration can act.
 
     ``columns[j]`` says which (group index, channel) stands at input channel ``j``; the group index is
-    ``NOT_OURS`` where the input is nobody's (the image, for one). ``calls`` counts how often the layer runs.
+    ``NOT_OURS`` where the input is nobody's (the image, for one). ``calls`` counts how often the layer runs;
+    ``dim`` is the dimension of the weight that holds the columns (0 for weights stored input first).
     """
 
     layer: str
@@ -124,15 +125,30 @@ class Reader:
     blocks: int
     columns: tuple[tuple[int, int], ...]
     calls: int
+    dim: int = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that a view or a split in some module asks for, and the channels that it counts.
+
+    The module may keep the number in an attribute (heads, a split size), which then follows the cut.
+    ``columns`` is as in :class:`Reader`.
+    """
+
+    module: str
+    value: int
+    columns: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The channel graph of one model: all groups, all readers in execution order, all barriers."""
+    """The channel graph of one model: all groups, all readers in execution order, all barriers, all sizes."""
 
     groups: tuple[Group, ...]
     readers: tuple[Reader, ...]
     barriers: tuple[str, ...]
+    sizes: tuple[Size, ...] = ()
 
     def group(self, name: str) -> Group:
         """The group of that name; raises ``KeyError`` where there is none."""

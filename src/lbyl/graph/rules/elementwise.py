@@ -34,7 +34,8 @@ def unchanged(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh",
     "hardswish", "hardsigmoid", "log_sigmoid", "softplus", "softsign", "clamp", "clamp_min", "clamp_max", "abs",
     "neg", "exp", "log", "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "erf", "sign", "hardshrink",
-    "softshrink", "threshold", "nan_to_num",
+    "softshrink", "threshold", "nan_to_num", "zero", "fill", "exp2", "expm1", "log1p", "floor", "ceil", "round",
+    "isnan", "isinf", "logical_not", "bitwise_not", "tril", "triu",
 )  # fmt: skip
 def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """y = f(x), element by element."""
@@ -45,7 +46,11 @@ def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     return x
 
 
-@rule("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "pow", "prelu", "where", "lerp", "addcmul")
+@rule(
+    "add", "sub", "rsub", "mul", "div", "maximum", "minimum", "pow", "prelu", "where", "lerp", "addcmul", "addcdiv",
+    "masked_fill", "eq", "ne", "gt", "lt", "ge", "le", "logical_and", "logical_or", "bitwise_and", "bitwise_or",
+    "remainder", "floor_divide", "fmod", "atan2",
+)  # fmt: skip
 def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """y = f(a, b, ...): channels that meet at one element belong together."""
     name = str(node.target).split(".")[1].rstrip("_")
@@ -62,13 +67,14 @@ def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     assert result is not None
     for other in shadows[1:]:
         assert other is not None
-        result = _merge(builder, name, layer_name(node), result, other, shape)
+        result = merge(builder, name, layer_name(node), result, other, shape)
     issued = small(result).reshape(-1)
     builder.step(issued, name, layer_name(node), any(isinstance(o, ParameterRef) for o in operands))
     return result
 
 
-def _merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+def merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Make one channel of what meets at an element of two values that broadcast to ``shape``."""
     a, b = _lift(builder, a, b, len(shape), layer), _lift(builder, b, a, len(shape), layer)
     a, b = a.expand(shape), b.expand(shape)
     # Only where either one changes is there anything to compare.
@@ -78,7 +84,7 @@ def _merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape:
     pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)], 1), dim=0)
     left, right = builder.ids.find(pairs).unbind(1)
     if name in ("add", "sub", "rsub", "lerp", "addcmul"):
-        summed = (left != right) & builder._issued(left) & builder._issued(right)
+        summed = (left != right) & builder.issued(left) & builder.issued(right)
         builder.sums.append(pairs[summed].reshape(-1))
     builder.ids.union(left, right)
     return torch.where(a == NOBODY, b, a).expand(shape)
@@ -86,23 +92,22 @@ def _merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape:
 
 def _lift(builder: Builder, shadow: Tensor, other: Tensor, rank: int, layer: str) -> Tensor:
     """Fit a shadow's rank; where it is stretched over channels of ``other``, its own must stay whole."""
-    shadow = shadow.reshape([1] * (rank - shadow.dim()) + list(shadow.shape))
+    shadow = compact(shadow.reshape([1] * (rank - shadow.dim()) + list(shadow.shape)))
     other = compact(other.reshape([1] * (rank - other.dim()) + list(other.shape)))
-    stretched = [d for d in range(rank) if shadow.shape[d] == 1 and other.shape[d] > 1 and varies(other, d)]
-    if stretched:
-        if shadow.numel() == 1 or not _changes_outside(shadow, stretched):
+    mine = [d for d in range(rank) if varies(shadow, d)]
+    theirs = [d for d in range(rank) if varies(other, d)]
+    stretched = [d for d in theirs if shadow.shape[d] == 1]
+    if stretched and not set(mine) & set(theirs):
+        # One value a position, or a single one, for all of the other's channels.
+        if not bool((small(shadow) == NOBODY).all()) and (not mine or bool(builder.issued(small(shadow)).any())):
             builder.pin(shadow, f"broadcast over other channels in {layer!r}")
         return torch.full_like(small(shadow), NOBODY).expand(shadow.shape)
     # A full-sized operand that is nobody's can't be cut along, so what meets it can't be cut either.
-    fixed = compact(shadow)
-    if bool((small(fixed) == NOBODY).all()):
-        if any(shadow.shape[d] > 1 and varies(other, d) for d in range(rank)):
-            builder.pin(other, f"combined with a value of fixed size in {layer!r}")
-    elif bool((small(fixed) == NOBODY).any()):
+    if bool((small(shadow) == NOBODY).all()):
+        full = [d for d in theirs if shadow.shape[d] > 1]
+        if full:
+            builder.fix(other, full, f"combined with a value of fixed size in {layer!r}")
+    elif bool((small(shadow) == NOBODY).any()):
         mask = (shadow == NOBODY).expand(torch.broadcast_shapes(shadow.shape, other.shape))
         builder.pin(other.expand(mask.shape)[mask], f"combined with a padded value in {layer!r}")
     return shadow
-
-
-def _changes_outside(shadow: Tensor, dims: list[int]) -> bool:
-    return any(varies(compact(shadow), d) for d in range(shadow.dim()) if d not in dims)

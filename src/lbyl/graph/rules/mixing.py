@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
+from lbyl.graph.ids import compact, small, varies
 from lbyl.graph.rules import rule
+from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.types import Depthwise
 
 
@@ -19,17 +21,67 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: s
     return args[index] if len(args) > index else kwargs.get(name, default)
 
 
+def mix(
+    builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, bias: ParameterRef | None, dim: int = 1
+) -> Any:
+    """A linear layer over the last axis whose weight holds the input along ``dim``."""
+    x = compact(builder.ids.find(x))
+    if x.shape[-1] > 1 and not varies(x, -1) and any(varies(x, d) for d in range(x.dim() - 1)):
+        # It mixes positions, the same way for every channel (the token mixing of MLP-Mixer).
+        builder.step(small(x).reshape(-1), "linear over positions", _layer(node, weight))
+        return x.narrow(-1, 0, 1).expand(output_shape(node))
+    ids = builder.channels(x, -1)
+    if ids is None:
+        return builder.barrier(node, [x, weight], f"linear in {layer_name(node)!r} on mixed axes")
+    layer, bias_name = _layer(node, weight), bias.name if bias else None
+    builder.read(layer, weight.name, bias_name, "linear", ids, dim=dim)
+    out = builder.produce(node, layer, weight.name, bias_name, weight.shape[1 - dim], 1 - dim)
+    return builder.spread(out, -1, output_shape(node))
+
+
 @rule("linear")
 def linear(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """y = x W^T + b, over the last axis."""
     x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
-    ids = builder.channels(x, -1) if isinstance(x, Tensor) else None
-    if ids is None or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
-        return builder.barrier(node, args, f"linear in {layer_name(node)!r} on mixed axes")
-    layer, bias_name = _layer(node, weight), bias.name if bias else None
-    builder.read(layer, weight.name, bias_name, "linear", ids)
-    out = builder.produce(node, layer, weight.name, bias_name, weight.shape[0])
+    if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
+        return builder.barrier(node, args, f"linear in {layer_name(node)!r} with a computed weight")
+    if isinstance(bias, Tensor):
+        # A bias computed from parameters (Swin V2 clears a part of it) is one more value that meets the output.
+        out = mix(builder, node, x, weight, None)
+        return merge(builder, "bias", layer_name(node), out, bias, output_shape(node))
+    return mix(builder, node, x, weight, bias)
+
+
+@rule("embedding")
+def embedding(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """y = W[i]: rows of a table; its columns are the channels."""
+    weight = args[0]
+    if not isinstance(weight, ParameterRef):
+        return builder.barrier(node, args, f"embedding in {layer_name(node)!r} with a computed table")
+    out = builder.produce(node, _layer(node, weight), weight.name, None, weight.shape[1], 1)
     return builder.spread(out, -1, output_shape(node))
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Transposed convolution: its weight is stored input first."""
+    x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
+    blocks = _argument(args, kwargs, 6, "groups", 1)
+    op = str(node.target).split(".")[1]
+    known = isinstance(x, Tensor) and isinstance(weight, ParameterRef) and isinstance(bias, ParameterRef | None)
+    ids = builder.channels(x, x.dim() - len(weight.shape) + 1) if known else None
+    if ids is None or (blocks > 1 and (weight.shape[1] != 1 or weight.shape[0] != blocks)):
+        return builder.barrier(node, args, f"grouped {op} in {layer_name(node)!r}")
+    axis, layer, bias_name = x.dim() - len(weight.shape) + 1, _layer(node, weight), bias.name if bias else None
+    if blocks > 1:
+        builder.step(ids, f"depthwise {op}", layer, parametric=True)
+        out = builder.slot(weight.name, 0, ids, "carrier")
+        if bias_name:
+            builder.slot(bias_name, 0, out, "carrier")
+    else:
+        builder.read(layer, weight.name, bias_name, op, ids, dim=0)
+        out = builder.produce(node, layer, weight.name, bias_name, weight.shape[1], 1)
+    return builder.spread(out, axis, output_shape(node))
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -39,6 +91,7 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     blocks = _argument(args, kwargs, 6, "groups", 1)
     op = str(node.target).split(".")[1]
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
+        builder.computed.append(layer_name(node))
         return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a computed weight")
     axis = x.dim() - len(weight.shape) + 1
     ids = builder.channels(x, axis)

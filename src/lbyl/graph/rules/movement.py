@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, layer_name, output_shape
-from lbyl.graph.ids import NOBODY, compact, varies
+from lbyl.graph.ids import NOBODY, compact, small, varies
 from lbyl.graph.rules import rule
+from lbyl.graph.rules.elementwise import merge
 
 
 @rule(
-    "permute", "transpose", "t", "unsqueeze", "squeeze", "select", "slice", "expand", "expand_as", "repeat", "flip",
-    "chunk", "split", "split_with_sizes", "unbind", "movedim", "swapaxes", "narrow", "unflatten", "tile", "roll",
-    "numpy_T", "broadcast_to", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "tensor_split",
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "expand_as", "flip", "movedim", "swapaxes", "roll", "numpy_T",
+    "broadcast_to", "pixel_unshuffle", "repeat_interleave",
 )  # fmt: skip
 def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the operation itself to the ids."""
@@ -23,28 +23,136 @@ def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     if x is None:
         return builder.barrier(node, args, f"{node.target} on an unknown value")
     assert callable(node.target)
-    moved = node.target(x, *args[1:], **kwargs)
-    return [compact(m) for m in moved] if isinstance(moved, (list, tuple)) else compact(moved)
+    return compact(node.target(x, *args[1:], **kwargs))
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "view_as", "reshape_as")
+@rule("view", "reshape", "_unsafe_view", "flatten", "view_as", "reshape_as", "unflatten", "channel_shuffle")
 def reshape(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A new shape; ids that end up along one axis in some pattern are the index map of what reads them."""
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on an unknown value")
-    return compact(x.reshape(output_shape(node)))
+    result = compact(x.reshape(output_shape(node)))
+    if "channel_shuffle" in str(node.target):
+        result = compact(torch.channel_shuffle(x, args[1]))
+        builder.shaped(x.reshape(x.shape[0], args[1], -1, *x.shape[2:]), node)
+    builder.shaped(result, node)
+    return result
+
+
+@rule("expand", "repeat", "tile")
+def repeat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Copies; the sizes may be spelled out."""
+    x = builder.shadow(args[0])
+    if x is None:
+        return builder.barrier(node, args, f"{node.target} on an unknown value")
+    assert callable(node.target)
+    result = compact(node.target(x, *args[1:], **kwargs))
+    builder.shaped(result, node)
+    return result
+
+
+@rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
+def split(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pieces along one axis; equal ones must stay equal."""
+    x = builder.shadow(args[0])
+    if x is None:
+        return builder.barrier(node, args, f"{node.target} on an unknown value")
+    assert callable(node.target)
+    pieces = [compact(piece) for piece in node.target(x, *args[1:], **kwargs)]
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.dim()
+    if varies(compact(builder.ids.find(x)), dim):
+        if len({piece.shape[dim] for piece in pieces}) == 1:
+            _halves(builder, x, dim, len(pieces))
+        # The whole, too: pieces may be asked for as a half of a width that the module knows.
+        for piece in (x, *pieces):
+            builder.shaped(piece, node)
+    return pieces
+
+
+@rule("slice", "narrow")
+def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A range of one axis; halves must stay equal, other bounds may be attributes of the module."""
+    x = builder.shadow(args[0])
+    if x is None:
+        return builder.barrier(node, args, f"{node.target} on an unknown value")
+    assert callable(node.target)
+    result = compact(node.target(x, *args[1:], **kwargs))
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
+    if result.shape != x.shape and varies(compact(builder.ids.find(x)), dim):
+        size, start = x.shape[dim], (args[2] if len(args) > 2 else kwargs.get("start")) or 0
+        start = max(start + size, 0) if start < 0 else min(start, size)
+        if 2 * result.shape[dim] == size and start in (0, size // 2):
+            _halves(builder, x, dim, 2)
+        builder.shaped(x, node)
+        builder.shaped(result, node)
+        if start:
+            builder.shaped(x.narrow(dim, 0, start), node)
+    return result
+
+
+def _halves(builder: Builder, x: Tensor, dim: int, pieces: int) -> None:
+    ids = builder.channels(x, dim)
+    if ids is not None:
+        builder.equal.append((ids, pieces))
+
+
+@rule("select", "unbind")
+def pick(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One index of an axis, which therefore must keep its size."""
+    x = builder.shadow(args[0])
+    if x is None:
+        return builder.barrier(node, args, f"{node.target} on an unknown value")
+    assert callable(node.target)
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    builder.fix(x, [dim], f"picked by index in {layer_name(node)!r}")
+    picked = node.target(x, *args[1:], **kwargs)
+    return [compact(item) for item in picked] if isinstance(picked, (list, tuple)) else compact(picked)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Channels become space: those that make one output channel go together."""
+    x, factor = args[0], args[1]
+    ids = builder.channels(x, -3) if isinstance(x, Tensor) else None
+    if ids is None:
+        return builder.barrier(node, args, f"pixel_shuffle in {layer_name(node)!r} on mixed axes")
+    joined = builder.join(ids.reshape(-1, factor**2), [1])[:, 0]
+    shape = output_shape(node)
+    return builder.spread(joined, len(shape) - 3, shape)
 
 
 @rule("cat", "concat", "concatenate", "stack")
 def cat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Concatenation: groups stay apart."""
-    shadows = [builder.shadow(item) for item in args[0]]
-    if any(shadow is None for shadow in shadows):
+    """Concatenation: groups stay apart along its axis, and go together along every other one."""
+    shadows = [shadow for item in args[0] if (shadow := builder.shadow(item)) is not None]
+    if len(shadows) < len(args[0]):
         return builder.barrier(node, args, f"{node.target} on an unknown value")
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    join = torch.stack if "stack" in str(node.target) else torch.cat
-    return compact(join([s for s in shadows if s is not None], dim))
+    if "stack" in str(node.target):
+        dim %= shadows[0].dim() + 1
+        shadows = [shadow.unsqueeze(dim) for shadow in shadows]
+    shadows = [compact(builder.ids.find(shadow)) for shadow in shadows if shadow.shape != (0,)]
+    dim %= shadows[0].dim()
+    if any(varies(shadow, d) for shadow in shadows for d in range(shadow.dim()) if d != dim):
+        shadows = _aligned(builder, shadows, dim, layer_name(node))
+    result = compact(torch.cat(shadows, dim))
+    if "stack" in str(node.target):
+        builder.shaped(result, node)
+    return result
+
+
+def _aligned(builder: Builder, shadows: list[Tensor], dim: int, layer: str) -> list[Tensor]:
+    """Pieces that are joined beside each other lose the same channels along the other axes."""
+    # A parameter (a class token, a position) has one id an element until it meets channels.
+    shadows = [s if bool(builder.issued(small(s)).any()) else builder.join(s, [dim]) for s in shadows]
+    if any(varies(shadow, dim) for shadow in shadows):
+        return shadows
+    slices = [shadow.narrow(dim, 0, 1) for shadow in shadows]
+    shared = slices[0]
+    for other in slices[1:]:
+        shared = merge(builder, "cat", layer, shared, other, tuple(shared.shape))
+    return [compact(builder.ids.find(shared)).expand(shadow.shape) for shadow in shadows]
 
 
 @rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
@@ -62,13 +170,27 @@ def pad(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
     return x.expand(shape)
 
 
-@rule("index_select")
-def index_select(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Picking along an axis by indices that the trace does not know."""
-    x = args[0]
-    if not isinstance(x, Tensor) or varies(compact(builder.ids.find(x)), args[1]):
-        return builder.barrier(node, args, f"index_select along channels in {layer_name(node)!r}")
-    return x.narrow(args[1], 0, 1).expand(output_shape(node))
+@rule("index_select", "index", "gather", "take_along_dim")
+def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Picking by indices that the trace does not know: along axes that carry no channels."""
+    name, x = str(node.target).split(".")[1], builder.shadow(args[0])
+    if x is None:
+        return builder.barrier(node, args, f"{name} on an unknown value")
+    indices = args[1] if name == "index" else [*([None] * (args[1] % x.dim())), args[2]]
+    picked = [d for d, item in enumerate(indices) if item is not None]
+    x = compact(builder.ids.find(x))
+    if not bool(builder.issued(small(x)).any()):
+        x = builder.join(x, picked)
+    if any(varies(x, d) for d in picked):
+        return builder.barrier(node, args, f"{name} along channels in {layer_name(node)!r}")
+    if name != "index":
+        for d in picked:
+            x = x.narrow(d, 0, 1)
+        return compact(x.expand(output_shape(node)))
+    places = tuple(
+        slice(None) if item is None else torch.zeros(tuple(item.shape), dtype=torch.int64) for item in indices
+    )
+    return compact(x[places])
 
 
 @rule(

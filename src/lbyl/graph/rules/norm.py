@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name
+from lbyl.graph.ids import small
 from lbyl.graph.rules import rule
 from lbyl.graph.types import Norm
 
@@ -32,4 +33,49 @@ def batch_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
         builder.pure[node] = producer
     else:
         builder.step(ids, "batch_norm", layer, parametric=True)
+    return x
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Statistics over the last axes: exact only while none of their channels goes."""
+    x, name = args[0], str(node.target).split(".")[1]
+    if not isinstance(x, Tensor):
+        return builder.barrier(node, args, f"{name} on an unknown value")
+    over = range(x.dim() - len(args[1]), x.dim())
+    builder.fix(x, over, f"{name} {layer_name(node)!r} takes statistics over them")
+    builder.step(small(x).reshape(-1), name, layer_name(node), parametric=True)
+    return x
+
+
+@rule("group_norm")
+def group_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Statistics over blocks of channels: a block goes as a whole."""
+    x, blocks = args[0], args[1]
+    tensors = [args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias"))]
+    ids = builder.channels(x, 1) if isinstance(x, Tensor) else None
+    if ids is None or not all(isinstance(t, ParameterRef | None) for t in tensors):
+        return builder.barrier(node, args, f"group_norm in {layer_name(node)!r} on mixed axes")
+    if blocks == 1:
+        builder.fix(x, [1], f"group_norm {layer_name(node)!r} takes statistics over them")
+        return x
+    rows = builder.join(ids.reshape(blocks, -1), [1])
+    for tensor in tensors:
+        if tensor is not None:
+            builder.slot(tensor.name, 0, ids, "carrier")
+    builder.step(rows.reshape(-1), "group_norm", layer_name(node), parametric=True)
+    return builder.spread(builder.ids.find(ids), 1, x.shape)
+
+
+@rule("instance_norm")
+def instance_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Statistics of each channel by itself."""
+    x, *tensors = args[:5]
+    ids = builder.channels(x, 1) if isinstance(x, Tensor) else None
+    if ids is None or not all(isinstance(t, ParameterRef | None) for t in tensors):
+        return builder.barrier(node, args, f"instance_norm in {layer_name(node)!r} on mixed axes")
+    for tensor in tensors:
+        if tensor is not None:
+            builder.slot(tensor.name, 0, ids, "carrier")
+    builder.step(ids, "instance_norm", layer_name(node), parametric=True)
     return x

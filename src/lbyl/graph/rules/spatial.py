@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, layer_name, output_shape
-from lbyl.graph.ids import compact, varies
+from lbyl.graph.ids import compact, small, varies
 from lbyl.graph.rules import rule
 
 _POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)]
@@ -34,18 +34,34 @@ def pool(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     return x.expand(shape)
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std", "norm", "logsumexp")
+@rule(
+    "mean", "sum", "amax", "amin", "var", "std", "norm", "logsumexp", "linalg_vector_norm", "max", "min", "softmax",
+    "_softmax", "log_softmax", "cumsum",
+)  # fmt: skip
 def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A reduction over axes that carry no channels keeps each channel by itself."""
+    """What takes several elements along some axes together keeps channels apart that run along other axes.
+
+    Where channels run along both (radix splits, heads), those that are taken together go together.
+    """
     name, x = str(node.target).split(".")[1], args[0]
-    dims = args[1] if len(args) > 1 else kwargs.get("dim")
-    if not isinstance(x, Tensor) or dims is None:
+    position = 2 if name in ("linalg_vector_norm", "norm") else 1
+    dims = args[position] if len(args) > position else kwargs.get("dim")
+    if not isinstance(x, Tensor) or dims is None or isinstance(dims, Tensor):
         return builder.barrier(node, args, f"{name} over all axes in {layer_name(node)!r}")
     x = compact(builder.ids.find(x))
     dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
     if any(varies(x, d) for d in dims):
-        return builder.barrier(node, args, f"{name} over channels in {layer_name(node)!r}")
+        if not any(varies(x, d) for d in range(x.dim()) if d not in dims):
+            return builder.barrier(node, args, f"{name} over channels in {layer_name(node)!r}")
+        x = compact(builder.ids.find(builder.join(x, dims)))
+    builder.step(small(x).reshape(-1), name, layer_name(node))
+    result = node.meta["val"]
+    if not isinstance(result, Tensor):
+        for d in dims:
+            x = x.narrow(d, 0, 1)
+        return [x.reshape(tuple(item.shape)) for item in result]
+    if tuple(result.shape) == tuple(x.shape):
+        return x
     for d in dims:
         x = x.narrow(d, 0, 1)
-    builder.step(x.reshape(-1), name, layer_name(node))
     return x.reshape(output_shape(node))

@@ -1,0 +1,319 @@
+"""Which architectures can be pruned, how far, and how fast; side by side with Torch-Pruning.
+
+    python benchmarks/coverage.py [--only GLOB] [--fresh] [--restore/--no-restore] [--peer/--no-peer]
+
+Every network of models.py gets random weights and loses 25 % of its channels by L2 norm: with scope="all" and
+scope="inner", without restoration (what counts here is which channels can go), and once more with least squares on
+a few noise probes, whose error on held-out probes must not be above that of plain pruning. A row passes when the cut
+network equals the masked one in float64, runs on a batch of two, and on images 32 pixels larger where the uncut
+network does.
+
+Torch-Pruning (`pip install torch-pruning`) gets the same networks with the layers that make the outputs left out, as
+its manual asks, and nothing else by hand; it passes when it removes parameters and the network then runs.
+
+Every cell runs in a process of its own, on one thread, so that its peak memory is its own and a crash is one row. The
+results are written after every network and what stands there is not computed again. No data is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+import warnings
+from collections.abc import Callable
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from models import MODELS, build
+from output import RESULTS, Run, Table
+from rich.console import Console
+from torch import Tensor, nn
+
+import lbyl
+from lbyl.errors import LbylError
+from lbyl.inputs import ExampleInputs, output_tensors
+from lbyl.measure import count_macs, count_parameters
+
+RATIO = 0.25
+PATIENCE = 900
+"""Seconds after which a cell is given up."""
+
+
+def memory(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 0
+    lines = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def ours(name: str, scope: str) -> dict[str, Any]:
+    """One compression without restoration."""
+    net, x = build(name)
+    parameters = dict(net.named_parameters())
+    start, started = memory("VmRSS"), time.perf_counter()
+    try:
+        result = lbyl.compress(net, x, ratio=RATIO, scope=scope, restore="prune")
+    except LbylError as error:
+        return {"passed": False, "why": f"{type(error).__name__}: {error}"[:300]}
+    seconds, report = time.perf_counter() - started, result.report
+    touched = {cut.parameter for cut in result.plan.cuts} & parameters.keys()
+    problem = runs_elsewhere(net, result.model, x)
+    return {
+        "passed": problem is None,
+        "why": problem,
+        "verified": report.verified,
+        "groups": len(report.rows),
+        "left": len(report.left),
+        "reasons": sorted({why[:160] for _, why in report.left}),
+        "found_by_verification": sum(why.startswith("found by verification") for _, why in report.left),
+        "in_parts": "parts" in result.plan.settings,
+        "prunable": sum(parameters[n].numel() for n in touched) / max(sum(p.numel() for p in parameters.values()), 1),
+        "parameters": report.parameters,
+        "macs": report.macs,
+        "seconds": round(seconds, 2),
+        "stages": {stage: round(value, 2) for stage, value in report.seconds.items()},
+        "peak_mib": round((memory("VmHWM") - start) / 2**20, 1),
+        "model_mib": round(sum(p.numel() * p.element_size() for p in parameters.values()) / 2**20, 1),
+    }
+
+
+def runs_elsewhere(net: nn.Module, smaller: nn.Module, x: Any) -> str | None:
+    """None when the smaller network takes what the original takes besides the example; else what fails."""
+
+    def twice(t: Tensor) -> Tensor:
+        return torch.cat([t, t]) if t.dim() else t
+
+    inputs = ExampleInputs.of(x)
+    variants: dict[str, Callable[[], ExampleInputs]] = {"a batch of two": lambda: inputs.map(twice)}
+    if isinstance(x, Tensor) and x.dim() == 4:
+        variants["larger images"] = lambda: ExampleInputs.of(torch.randn(1, 3, x.shape[2] + 32, x.shape[3] + 32))
+    for what, make in variants.items():
+        with torch.no_grad():
+            try:
+                wanted = [t.shape for t in output_tensors(make().call(net))]
+            except Exception:  # the original does not take it either
+                continue
+            try:
+                found = [t.shape for t in output_tensors(make().call(smaller))]
+            except Exception as error:
+                return f"fails on {what}: {error}"[:200]
+        if wanted != found and "Detection" not in type(net).__name__:
+            return f"other output shapes on {what}"
+    return None
+
+
+def restored(name: str) -> dict[str, Any]:
+    """One compression with least squares on a few noise probes; errors are on held-out probes."""
+    net, x = build(name)
+    started = time.perf_counter()
+    # Few and cheap: whether it works on this architecture is the question, not how well.
+    settings = lbyl.LeastSquares(moments=lbyl.Noise(images=4), positions=4000, budget=64 * 2**20)
+    try:
+        result = lbyl.compress(net, x, ratio=RATIO, scope="all", restore=settings, verify=False)
+    except LbylError as error:
+        return {"passed": False, "why": f"{type(error).__name__}: {error}"[:300]}
+    with torch.no_grad():
+        outputs = output_tensors(ExampleInputs.of(x).call(result.model))
+    finite = all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point())
+    found = result.report.assessment
+    better = found is None or found.restored <= found.pruned + 1e-6
+    return {
+        "passed": finite and better,
+        "why": None if finite and better else "not finite" if not finite else "larger error than plain pruning",
+        "errors": None if found is None else [found.pruned, found.restored],
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def peer(name: str) -> dict[str, Any]:
+    """The same cut by Torch-Pruning."""
+    import torch_pruning  # pyright: ignore[reportMissingImports]
+
+    net, x = build(name)
+    before = count_parameters(net), count_macs(net, ExampleInputs.of(x))
+    start, started = memory("VmRSS"), time.perf_counter()
+    try:
+        with torch.no_grad():
+            shapes = [t.shape for t in output_tensors(net(x))]
+        classes = {shape[1] for shape in shapes if len(shape) > 1}
+        heads = [
+            module
+            for module in net.modules()
+            if (isinstance(module, nn.Linear) and module.out_features in classes)
+            or (isinstance(module, nn.Conv2d) and module.out_channels in classes and module.kernel_size == (1, 1))
+        ]
+        pruner = torch_pruning.pruner.BasePruner(
+            net,
+            x,
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=RATIO,
+            ignored_layers=heads[-1:] if len(heads) > 3 else heads,
+        )
+        pruner.step()
+        seconds = time.perf_counter() - started
+        with torch.no_grad():
+            found = [t.shape for t in output_tensors(net(x))]
+    except Exception as error:
+        return {"passed": False, "why": f"{type(error).__name__}: {error}"[:200]}
+    after = count_parameters(net), count_macs(net, ExampleInputs.of(x))
+    passed = found == shapes and after[0] < before[0]
+    return {
+        "passed": passed,
+        "why": None if passed else "other output shapes" if found != shapes else "nothing removed",
+        "parameters": [before[0], after[0]],
+        "macs": [before[1], after[1]],
+        "seconds": round(seconds, 2),
+        "peak_mib": round((memory("VmHWM") - start) / 2**20, 1),
+    }
+
+
+CELLS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "all": lambda name: ours(name, "all"),
+    "inner": lambda name: ours(name, "inner"),
+    "restored": restored,
+    "peer": peer,
+}
+
+
+def _child(cell: str, name: str, pipe: Any) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        pipe.send(CELLS[cell](name))
+    except BaseException as error:
+        pipe.send({"passed": False, "why": f"{type(error).__name__}: {error}"[:300]})
+
+
+def isolated(cell: str, name: str) -> dict[str, Any]:
+    """Run one cell in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(cell, name, sender))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv() if receiver.poll(PATIENCE) else None
+    except EOFError:
+        found = {"passed": False, "why": "the process died"}
+    process.kill()
+    process.join()
+    return found or {"passed": False, "why": f"more than {PATIENCE} seconds"}
+
+
+def share_removed(cell: dict[str, Any] | None) -> float | None:
+    """Share of the parameters that went."""
+    if not cell or not cell["passed"]:
+        return None
+    before, after = cell["parameters"]
+    return 1 - after / before
+
+
+def percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.0%}"
+
+
+def tabulate(run: Run, names: list[str]) -> None:
+    """The table of all networks, and the totals."""
+    cells = {name: {c["cell"]: c for c in run.measurements if c["network"] == name} for name in names}
+    rows = []
+    for name in names:
+        here = cells[name]
+        whole, inner, probed, other = (here.get(key) for key in ("all", "inner", "restored", "peer"))
+        if not whole:
+            continue
+        macs = whole.get("macs")
+        rows.append(
+            [
+                name,
+                "yes" if whole["passed"] else whole["why"],
+                percent(whole.get("prunable")),
+                percent(share_removed(whole)),
+                percent(1 - macs[1] / macs[0]) if macs and macs[0] else None,
+                whole.get("seconds"),
+                whole.get("peak_mib"),
+                percent(share_removed(inner)),
+                " → ".join(f"{error:.2f}" for error in probed["errors"]) if probed and probed.get("errors") else None,
+                percent(share_removed(other)) or ("no" if other else None),
+                other.get("seconds") if other and other["passed"] else None,
+            ]
+        )
+    columns = [
+        "network",
+        "verified and runs",
+        "prunable",
+        "parameters removed",
+        "MACs removed",
+        "seconds",
+        "peak MiB",
+        "removed, inner",
+        "error pruned → restored",
+        "Torch-Pruning removed",
+        "its seconds",
+    ]
+    note = "Random weights, 25 % of the channels of every group, scope all unless it says inner, one thread."
+    run.tables = [Table("Coverage", columns, rows, note)]
+    done = [cells[name] for name in names if "all" in cells[name]]
+    both = [c for c in done if c["all"]["passed"] and c.get("peer", {}).get("passed")]
+    totals = [
+        ["networks", str(len(done)), None],
+        [
+            "pass",
+            str(sum(c["all"]["passed"] for c in done)),
+            str(sum(c.get("peer", {}).get("passed", 0) for c in done)),
+        ],
+        ["pass, inner", str(sum(c.get("inner", {}).get("passed", 0) for c in done)), None],
+        ["restored no worse", str(sum(c.get("restored", {}).get("passed", 0) for c in done)), None],
+    ]
+    if both:
+        for title, value in (
+            ("median parameters removed, where both pass", lambda c: percent(share_removed(c))),
+            ("median seconds, where both pass", lambda c: f"{c['seconds']:.1f}"),
+        ):
+            ranked = [sorted((c[k] for c in both), key=lambda c: share_removed(c) or 0) for k in ("all", "peer")]
+            if "seconds" in title:
+                totals.append([title, *(f"{median(c['seconds'] for c in cell):.1f}" for cell in ranked)])
+            else:
+                totals.append([title, *(percent(median(share_removed(c) or 0 for c in cell)) for cell in ranked)])
+    run.details = [Table("Totals", ["", "lbyl", "Torch-Pruning"], totals)]
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Glob over the networks' names.")] = "*",
+    fresh: Annotated[bool, typer.Option(help="Compute again what is known, for these networks.")] = False,
+    restore: Annotated[bool, typer.Option(help="The column with least squares.")] = True,
+    peer: Annotated[bool, typer.Option(help="The column of Torch-Pruning.")] = True,
+) -> None:
+    """Fill the table network by network."""
+    console = Console()
+    names = [name for name in MODELS if fnmatch(name, only)]
+    run = Run("coverage", "Coverage", "python benchmarks/coverage.py")
+    run.settings = {"ratio": RATIO, "criterion": "l2"}
+    file = RESULTS / "coverage.json"
+    known = json.loads(file.read_text(encoding="utf-8"))["measurements"] if file.is_file() else []
+    current = version("lbyl")
+    run.measurements = [cell for cell in known if cell["lbyl"] == current and not (fresh and cell["network"] in names)]
+    wanted = ["all", "inner", *(["restored"] if restore else []), *(["peer"] if peer else [])]
+    for name in names:
+        for cell in wanted:
+            if any(c["network"] == name and c["cell"] == cell for c in run.measurements):
+                continue
+            found = isolated(cell, name)
+            run.measurements.append({"network": name, "cell": cell, "lbyl": current, **found})
+            text = percent(share_removed(found)) if "parameters" in found else found.get("errors")
+            verdict = f"{text} in {found.get('seconds')} s" if found["passed"] else f"FAILED {found['why']}"
+            console.print(f"{name:40} {cell:9} {verdict}", soft_wrap=True)
+            tabulate(run, list(MODELS))
+            run.write()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,137 @@
+"""Products of two traced values: matrix multiplication, einsum, attention."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
+from lbyl.graph.ids import NOBODY, compact, small, varies
+from lbyl.graph.rules import rule
+from lbyl.graph.rules.elementwise import merge
+from lbyl.graph.rules.mixing import mix
+
+_Labeled = tuple[Tensor, str]
+
+
+def contract(builder: Builder, node: fx.Node, operands: Sequence[_Labeled], out: str) -> Tensor:
+    """Ids of a sum of products, in einsum's notation.
+
+    Factors that meet in a product go together, and so do the terms of a sum. For attention that makes one
+    channel of every head: queries and keys meet along the head's inner axis, which is summed over.
+    """
+    layer = layer_name(node)
+    operands = [(compact(builder.ids.find(shadow)), labels) for shadow, labels in operands]
+    sizes = {x: n for shadow, labels in operands for x, n in zip(labels, shadow.shape, strict=True) if n > 1}
+    moving = {x for shadow, labels in operands for d, x in enumerate(labels) if varies(shadow, d)}
+    space = [x for x in sizes if x in moving]
+    shape = tuple(sizes[x] for x in space)
+    result = torch.zeros([1] * len(space), dtype=torch.int64)
+    for shadow, labels in operands:
+        own = [x for x in space if x in labels]
+        for d, x in enumerate(labels):
+            if x not in own:
+                shadow = shadow.narrow(d, 0, 1)
+        places = [labels.index(x) for x in own]
+        rest = [d for d in range(len(labels)) if d not in places]
+        flat = shadow.permute(*places, *rest).reshape([shadow.shape[d] for d in places])
+        view = flat.reshape([flat.shape[own.index(x)] if x in own else 1 for x in space])
+        whole = tuple(max(a, b) for a, b in zip(result.shape, view.shape, strict=True))
+        if bool((small(result) == NOBODY).all()) and not any(varies(result, d) for d in range(result.dim())):
+            result = merge(builder, "matmul", layer, view, result, whole) if view.numel() > 1 else view
+        else:
+            result = _together(builder, result, view, whole)
+    result = compact(result.expand(shape))
+    summed = [d for d, x in enumerate(space) if x not in out]
+    result = builder.join(result, summed)
+    for d in summed:
+        result = result.narrow(d, 0, 1)
+    kept = [x for x in space if x in out]
+    result = result.reshape([sizes[x] for x in kept])
+    places = [kept.index(x) for x in out if x in kept]
+    result = result.permute(places)
+    view = [sizes[x] if x in kept else 1 for x in out]
+    found = compact(builder.ids.find(result.reshape(view)).expand(output_shape(node)))
+    builder.step(small(found).reshape(-1), str(node.target).split(".")[1], layer, parametric=True)
+    return found
+
+
+def _together(builder: Builder, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Every pair of factors is one channel, also where one is stretched over the other's axis."""
+    a, b = a.expand(shape), b.expand(shape)
+    builder.ids.union(a, b)
+    return torch.where(a == NOBODY, b, a)
+
+
+def _operand(builder: Builder, value: Any, other: Any) -> Tensor | None:
+    """A factor's shadow; a parameter whose axes are no channel axes of the other factor has no channels."""
+    if isinstance(value, ParameterRef) and isinstance(other, Tensor):
+        return torch.zeros((), dtype=torch.int64).expand(value.shape)
+    return builder.shadow(value)
+
+
+@rule("matmul", "bmm", "mm")
+def matmul(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """C = A B; with a parameter as the right factor, a linear layer whose weight is stored input first."""
+    a, b = args[:2]
+    if isinstance(a, Tensor) and isinstance(b, ParameterRef) and len(b.shape) == 2:
+        return mix(builder, node, a, b, None, dim=0)
+    left, right = _operand(builder, a, b), _operand(builder, b, a)
+    if left is None or right is None or left.dim() < 2 or right.dim() < 2:
+        return builder.barrier(node, args, f"matmul in {layer_name(node)!r} on an unknown value")
+    rank = max(left.dim(), right.dim())
+    lead = string.ascii_lowercase[: rank - 2]
+    first, second = lead[rank - left.dim() :] + "XY", lead[rank - right.dim() :] + "YZ"
+    return contract(builder, node, [(left, first), (right, second)], lead + "XZ")
+
+
+@rule("addmm", "baddbmm")
+def addmm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """C = bias + A B, the linear layer of GPT-2."""
+    bias, a, b = args[:3]
+    if (
+        isinstance(a, Tensor)
+        and isinstance(b, ParameterRef)
+        and isinstance(bias, ParameterRef)
+        and len(bias.shape) == 1
+        and not kwargs
+    ):
+        return mix(builder, node, a, b, bias, dim=0)
+    return builder.barrier(node, args, f"addmm in {layer_name(node)!r} on computed values")
+
+
+@rule("einsum")
+def einsum(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A sum of products with its labels spelled out."""
+    equation, values = str(args[0]).replace(" ", ""), list(args[1])
+    terms, arrow, out = equation.partition("->")
+    names = terms.split(",")
+    shadows = [_operand(builder, v, next((o for o in values if o is not v), None)) for v in values]
+    plain = arrow and "." not in equation and len(set(map(len, map(set, names)))) >= 1
+    if not plain or any(shadow is None for shadow in shadows) or any(len(set(n)) < len(n) for n in names):
+        return builder.barrier(node, args, f"einsum in {layer_name(node)!r}")
+    return contract(builder, node, [(s, n) for s, n in zip(shadows, names, strict=True) if s is not None], out)
+
+
+@rule("scaled_dot_product_attention")
+def attention(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """softmax(Q K^T + mask) V: a head goes as a whole; with grouped queries, all heads that share a key."""
+    names = ("query", "key", "value", "attn_mask")
+    given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    parts = [builder.shadow(given[name]) for name in names[:3]]
+    if any(part is None for part in parts):
+        return builder.barrier(node, args, f"attention in {layer_name(node)!r} on an unknown value")
+    q, k, v = (part for part in parts if part is not None)
+    if kwargs.get("enable_gqa") and q.dim() > 2:
+        k, v = (part.repeat_interleave(q.shape[-3] // part.shape[-3], -3) for part in (k, v))
+    lead = string.ascii_lowercase[: q.dim() - 2]
+    joined: list[_Labeled] = [(q, lead + "LE"), (k, lead + "SE"), (v, lead + "SF")]
+    mask = builder.shadow(given.get("attn_mask"))
+    if mask is not None and mask.dim() <= q.dim():
+        mask = mask.reshape([1] * (q.dim() - mask.dim()) + list(mask.shape))
+        joined.append((mask, lead + "LS"))
+    return contract(builder, node, joined, lead + "LF")
