@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,13 @@ class Attribute:
     new: int
 
 
+_NO_WIDTH = re.compile(
+    "window|patch|kernel|stride|pad|dilat|resol|image|img|grid|pool|position|index|depth|seq|bucket|dist|layer|vocab"
+    "|head_dim|head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
+)
+"""Names of numbers that equal a width by chance: sizes in space, and within heads, which go whole."""
+
+
 def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tuple[Attribute, ...]:
     """Numbers that modules keep and that views and splits in them go by: heads, widths, split sizes.
 
@@ -62,6 +70,8 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
             continue
         candidates: dict[int, list[tuple[str, int | None]]] = defaultdict(list)
         for name, value in vars(module).items():
+            if _NO_WIDTH.search(name):
+                continue
             for place, item in enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]:
                 if type(item) is int and shrinking.get((path, item), item) != item:
                     candidates[item].append((name, place))

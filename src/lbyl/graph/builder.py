@@ -65,7 +65,7 @@ class Builder:
 
     ids: Ids = field(default_factory=Ids)
     slots: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
-    producers: dict[str, ProducerRecord] = field(default_factory=dict)
+    producers: dict[tuple[str, int], ProducerRecord] = field(default_factory=dict)
     readers: dict[str, ReaderRecord] = field(default_factory=dict)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     sums: list[Tensor] = field(default_factory=list)
@@ -121,6 +121,8 @@ class Builder:
         if known is None:
             self.slots[parameter, dim] = SlotRecord(parameter, dim, ids, role, blocks)
             return ids
+        if known.role != role and "reader" in (known.role, role):
+            self.pin(torch.cat([known.ids, ids]), f"{parameter} is tied: it makes these channels and reads them")
         mixed = (known.ids == NOBODY) != (ids == NOBODY)
         if bool(mixed.any()):
             self.pin(torch.cat([known.ids[mixed], ids[mixed]]), f"{parameter} is also used on uncuttable values")
@@ -132,17 +134,15 @@ class Builder:
 
         ``dim`` is the dimension of the weight along which they run.
         """
-        record = self.producers.get(weight)
+        record = self.producers.get((weight, dim))
         if record is None:
             record = ProducerRecord(layer, weight, bias, self.ids.fresh(count), dim)
-            self.producers[weight] = record
+            self.producers[weight, dim] = record
             self.slot(weight, dim, record.ids, "producer")
             self.pure[node] = record
         else:
             # A layer that runs twice has no single batch norm after it.
             self.pure = {key: value for key, value in self.pure.items() if value is not record}
-            if dim != record.dim:
-                self.pin(record.ids, f"{weight} makes channels along two dimensions")
             if bias != record.bias:
                 # Layers with a tied weight may have biases of their own; no one filter describes both.
                 self.step(record.ids, "bias", layer_name(node), parametric=True)

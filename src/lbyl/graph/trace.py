@@ -11,6 +11,8 @@ import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -39,7 +41,8 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
         TraceError: ``torch.export`` refused the model.
     """
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        # A failed export prints the whole program; what matters of it is in the error.
+        with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
     except Exception as error:
@@ -60,7 +63,9 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec = specs.get(node.name)
-            named = spec is not None and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target
+            # What is not saved with the model is a constant: masks, rotary frequencies.
+            constant = spec is not None and spec.kind is InputKind.BUFFER and spec.persistent is False
+            named = spec is not None and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and not constant
             val = node.meta.get("val")
             if named and isinstance(val, Tensor):
                 assert spec is not None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like, output_shape
 from lbyl.graph.ids import NOBODY, compact, small, varies
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
@@ -25,6 +25,8 @@ def contract(builder: Builder, node: fx.Node, operands: Sequence[_Labeled], out:
     channel of every head: queries and keys meet along the head's inner axis, which is summed over.
     """
     layer = layer_name(node)
+    if not any(bool(builder.issued(small(shadow)).any()) for shadow, _ in operands):
+        return nobody_like(node)
     operands = [(compact(builder.ids.find(shadow)), labels) for shadow, labels in operands]
     sizes = {x: n for shadow, labels in operands for x, n in zip(labels, shadow.shape, strict=True) if n > 1}
     moving = {x for shadow, labels in operands for d, x in enumerate(labels) if varies(shadow, d)}
