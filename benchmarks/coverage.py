@@ -144,7 +144,7 @@ def peer(name: str) -> dict[str, Any]:
         with torch.no_grad():
             shapes = [t.shape for t in output_tensors(net(x))]
         classes = {shape[1] for shape in shapes if len(shape) > 1}
-        heads = [
+        heads: list[nn.Module] = [
             module
             for module in net.modules()
             if (isinstance(module, nn.Linear) and module.out_features in classes)
@@ -274,15 +274,10 @@ def tabulate(run: Run, names: list[str]) -> None:
         ["restored no worse", str(sum(c.get("restored", {}).get("passed", 0) for c in done)), None],
     ]
     if both:
-        for title, value in (
-            ("median parameters removed, where both pass", lambda c: percent(share_removed(c))),
-            ("median seconds, where both pass", lambda c: f"{c['seconds']:.1f}"),
-        ):
-            ranked = [sorted((c[k] for c in both), key=lambda c: share_removed(c) or 0) for k in ("all", "peer")]
-            if "seconds" in title:
-                totals.append([title, *(f"{median(c['seconds'] for c in cell):.1f}" for cell in ranked)])
-            else:
-                totals.append([title, *(percent(median(share_removed(c) or 0 for c in cell)) for cell in ranked)])
+        shares = [[share_removed(c[key]) or 0.0 for c in both] for key in ("all", "peer")]
+        seconds = [[c[key]["seconds"] for c in both] for key in ("all", "peer")]
+        totals.append(["median parameters removed, where both pass", *(percent(median(s)) for s in shares)])
+        totals.append(["median seconds, where both pass", *(f"{median(s):.1f}" for s in seconds)])
     run.details = [Table("Totals", ["", "lbyl", "Torch-Pruning"], totals)]
 
 

@@ -25,12 +25,13 @@ from lbyl import artifact
 from lbyl.criteria import Criterion, resolve_criterion
 from lbyl.errors import InputError, SurgeryError, TraceError, VerificationError
 from lbyl.fitting import fit
+from lbyl.folding import Fold, fold_computed
 from lbyl.graph import Graph, trace
 from lbyl.inputs import ExampleInputs
 from lbyl.measure import count_macs, count_parameters
 from lbyl.modes import undisturbed
 from lbyl.moments import Progress
-from lbyl.parts import Part, part_of, traceable_parts
+from lbyl.parts import Part, joined, part_of, traceable_parts
 from lbyl.plan import GroupPlan, Plan, architecture_of
 from lbyl.report import Report, Row
 from lbyl.restoration import Restored
@@ -69,9 +70,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The channel groups of a model; print it with Rich, or read ``graph``."""
+    """The channel groups of a model; print it with Rich, or read ``graph``.
+
+    Where the model could not be traced whole, ``graph`` holds the groups of the parts that could be, ``untraced``
+    names the others, and ``note`` says why.
+    """
 
     graph: Graph
+    untraced: tuple[tuple[str, str], ...] = ()
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Names, widths, producers, consumers, and why a group can't be pruned, as plain data."""
@@ -89,6 +96,8 @@ class Inspection:
                 for group in self.graph.groups
             ],
             "barriers": list(self.graph.barriers),
+            "untraced": dict(self.untraced),
+            "note": self.note,
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -105,25 +114,72 @@ class Inspection:
         yield table
         for barrier in self.graph.barriers:
             yield Text(f"barrier: {barrier}")
+        for name, why in self.untraced:
+            yield Text(f"not traced: {name} ({why})")
+        if self.note:
+            yield Text(f"note: {self.note}")
 
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-def inspect(model: nn.Module, example_inputs: Inputs) -> Inspection:
+def inspect(
+    model: nn.Module, example_inputs: Inputs, *, strict: bool = False, submodule: str | None = None
+) -> Inspection:
     """Find the channel groups of a model: names, widths, producers, consumers, prunable or why not.
 
     Args:
         model: the network; it is not changed.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        strict: raise where the model can't be traced whole, instead of looking at the parts that can.
+        submodule: look only at the submodule of this name.
 
     Raises:
-        InputError: inputs that are none of these.
+        InputError: inputs that are none of these, or no such submodule.
         TraceError: ``torch.export`` can't trace the model on them.
     """
-    with undisturbed(model):
-        return Inspection(trace(model, ExampleInputs.of(example_inputs)))
+    found = _trace(model, ExampleInputs.of(example_inputs), strict, submodule)
+    if found.graph is not None:
+        return Inspection(found.graph)
+    return Inspection(joined(found.parts), found.untraced, found.why)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A model with its graph; or the parts of it that could be traced, and why the rest could not."""
+
+    model: nn.Module
+    graph: Graph | None
+    folds: tuple[Fold, ...] = ()
+    parts: tuple[Part, ...] = ()
+    untraced: tuple[tuple[str, str], ...] = ()
+    why: str = ""
+
+
+def _trace(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule: str | None) -> _Traced:
+    if submodule is not None:
+        return _Traced(model, None, parts=(part_of(model, inputs, submodule),))
+    try:
+        with undisturbed(model):
+            graph = trace(model, inputs)
+    except TraceError as error:
+        if strict:
+            raise
+        try:
+            parts, untraced = traceable_parts(model, inputs)
+        except InputError:  # it does not even run, which the trace's error tells better
+            raise error from None
+        if not parts:
+            raise
+        return _Traced(model, None, (), tuple(parts), tuple(untraced.items()), f"{error} It is done in parts instead.")
+    if not graph.computed:
+        return _Traced(model, graph)
+    plain, folds = fold_computed(model, inputs, graph.computed)
+    if folds:
+        with undisturbed(plain):
+            graph = trace(plain, inputs)
+    return _Traced(plain, graph, folds)
 
 
 def compress(
@@ -180,22 +236,23 @@ def compress(
         resolve_restorer(restore)
     _check_weights(model)
     clock = _Clock()
-    if submodule is not None:
-        with clock("trace"):
-            part = part_of(model, inputs, submodule)
-        return _in_parts(model, inputs, order, [part], {}, (), clock)
-    try:
-        with clock("trace"), undisturbed(model):
-            graph = trace(model, inputs)
-    except TraceError as error:
-        if strict:
-            raise
-        with clock("trace"):
-            parts, untraced = traceable_parts(model, inputs)
-        if not parts:
-            raise
-        return _in_parts(model, inputs, order, parts, untraced, (f"{error} Compressed in parts instead.",), clock)
-    return _whole(model, inputs, graph, order, clock)
+    with clock("trace"):
+        traced = _trace(model, inputs, strict, submodule)
+    if traced.graph is None:
+        return _in_parts(model, inputs, order, traced, clock)
+    result, folds = _whole(traced.model, inputs, traced.graph, order, clock), traced.folds
+    if not folds:
+        return result
+    note = f"{len(folds)} layers that computed their weight on the fly ({folds[0].module}, ...) are plain layers now"
+    return Result(
+        result.model,
+        replace(result.plan, folds=folds, architecture=architecture_of(model)),
+        replace(
+            result.report,
+            notes=(note, *result.report.notes),
+            parameters=(count_parameters(model), result.report.parameters[1]),
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -334,20 +391,18 @@ def _in_parts(
     model: nn.Module,
     inputs: ExampleInputs,
     order: _Order,
-    parts: list[Part],
-    untraced: Mapping[str, str],
-    notes: tuple[str, ...],
+    traced: _Traced,
     clock: _Clock,
 ) -> Result:
     """Compress submodules each by itself and put them into a copy of the model."""
     results: list[tuple[str, Result]] = []
-    left = [(path, f"not traced: {why}") for path, why in untraced.items()]
-    for part in parts:
+    left = [(path, f"not traced: {why}") for path, why in traced.untraced]
+    for part in traced.parts:
         own = replace(order, ratio=_ratio_within(order.ratio, part), source=None)
         try:
             results.append((part.path, _whole(model.get_submodule(part.path), part.inputs, part.graph, own, _Clock())))
         except (InputError, VerificationError) as error:
-            if order.strict or len(parts) == 1:
+            if order.strict or len(traced.parts) == 1:
                 raise
             left.append((part.path, str(error)))
     if not results:
@@ -374,7 +429,10 @@ def _in_parts(
         macs=(before[1], after[1]),
         verified=max(differences) if differences else None,
         seconds=seconds,
-        notes=(*notes, *(f"{path}: {note}" for path, report in reports for note in report.notes)),
+        notes=(
+            *([traced.why] if traced.why else []),
+            *(f"{path}: {note}" for path, report in reports for note in report.notes),
+        ),
         assessment=results[0][1].report.assessment if len(results) == 1 else None,
     )
     plans = [(path, result.plan) for path, result in results]

@@ -16,6 +16,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from lbyl.errors import ArtifactError, InputError, SurgeryError
+from lbyl.folding import apply_folds
 from lbyl.plan import Plan
 from lbyl.report import Report
 from lbyl.sources import is_rebuildable, load_source
@@ -119,7 +120,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     if _digest(weights) != manifest.sha256:
         raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
     try:
-        smaller = cut_copy(model, plan.cuts, plan.attributes)
+        smaller = cut_copy(apply_folds(model, plan.folds), plan.cuts, plan.attributes)
         load_model(smaller, str(weights))
     except (SafetensorError, SurgeryError, RuntimeError) as error:
         raise ArtifactError(f"{weights} does not fit its plan: {str(error).splitlines()[0]}") from error

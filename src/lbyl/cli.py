@@ -273,6 +273,14 @@ NoPretrained = Annotated[
     bool,
     typer.Option("--no-pretrained", help="Random weights instead of the published ones (timm, torchvision)."),
 ]
+Submodule = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Only this submodule (backbone), on what the model calls it with."),
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Fail where something would be left whole because tracing or cutting it fails."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote.", show_default=False)]
 
@@ -299,6 +307,8 @@ def inspect(
     input: Inputs = None,
     seed: Seed = 0,
     no_pretrained: NoPretrained = False,
+    submodule: Submodule = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """List the channel groups of a model: names, widths, who reads them, prunable or why not."""
@@ -308,7 +318,7 @@ def inspect(
         model = _model(source, weights, not no_pretrained)
         inputs = _example_inputs(source, model, input, seed)
         stage("tracing")
-        inspection = lbyl.inspect(model, inputs)
+        inspection = lbyl.inspect(model, inputs, strict=strict, submodule=submodule)
     if as_json:
         _print_json({"source": source, **inspection.to_dict()})
     else:
@@ -395,6 +405,8 @@ def compress(
         typer.Option("--no-verify", help="Don't compare the cut network with the masked one (huge models)."),
     ] = False,
     no_pretrained: NoPretrained = False,
+    submodule: Submodule = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Drop channels, let the kept ones make up for them, and save the smaller network."""
@@ -424,6 +436,8 @@ def compress(
             criterion=criterion.value,
             seed=seed,
             verify=not no_verify,
+            strict=strict,
+            submodule=submodule,
             source=source,
             progress=stage.follow,
             # Left out, not repeated: "auto" is whatever the library does by itself.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from lbyl.errors import InputError, TraceError
-from lbyl.graph import Graph, trace
+from lbyl.graph import NOT_OURS, Graph, Group, Reader, Size, Slot, trace
 from lbyl.inputs import ExampleInputs
 from lbyl.modes import undisturbed
 from lbyl.verification import outputs
@@ -102,3 +102,50 @@ def traceable_parts(model: nn.Module, inputs: ExampleInputs) -> tuple[list[Part]
     for name, child in model.named_children():
         visit(name, child)
     return parts, left
+
+
+def joined(parts: Iterable[Part]) -> Graph:
+    """The graphs of several parts as one, with the names that the whole model has for everything."""
+    groups: list[Group] = []
+    readers: list[Reader] = []
+    barriers: list[str] = []
+    sizes: list[Size] = []
+    for part in parts:
+        first = len(groups)
+
+        def columns(pairs: tuple[tuple[int, int], ...], first: int = first) -> tuple[tuple[int, int], ...]:
+            return tuple((group if group == NOT_OURS else group + first, channel) for group, channel in pairs)
+
+        def name(text: str, path: str = part.path) -> str:
+            return f"{path}.{text}" if text else path
+
+        def slot(item: Slot, name: Callable[[str], str] = name) -> Slot:
+            return replace(item, parameter=name(item.parameter))
+
+        for group in part.graph.groups:
+            producers = tuple(
+                replace(p, layer=name(p.layer), weight=slot(p.weight), bias=p.bias and name(p.bias))
+                for p in group.producers
+            )
+            groups.append(
+                replace(
+                    group,
+                    name=name(group.name),
+                    producers=producers,
+                    carriers=tuple(map(slot, group.carriers)),
+                    readers=tuple(map(slot, group.readers)),
+                )
+            )
+        readers += [
+            replace(
+                reader,
+                layer=name(reader.layer),
+                weight=name(reader.weight),
+                bias=reader.bias and name(reader.bias),
+                columns=columns(reader.columns),
+            )
+            for reader in part.graph.readers
+        ]
+        barriers += [f"{part.path}: {barrier}" for barrier in part.graph.barriers]
+        sizes += [replace(size, module=name(size.module), columns=columns(size.columns)) for size in part.graph.sizes]
+    return Graph(tuple(groups), tuple(readers), tuple(barriers), tuple(sizes))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lbyl.errors import ArtifactError
+from lbyl.folding import Fold
 from lbyl.surgery import Attribute, Cut, tensors_of
 
 VERSION = 1
@@ -37,6 +38,7 @@ class Plan:
         architecture: shape of every parameter and buffer of the unpruned model.
         source: where the unpruned model comes from ("timm:...", "torchvision:..."), or None.
         inputs: dtype and shape of the example inputs.
+        folds: layers that computed their weight on the fly and are plain now.
         library: version of lbyl that made the plan.
         version: version of this format.
     """
@@ -49,6 +51,7 @@ class Plan:
     inputs: str
     library: str
     attributes: tuple[Attribute, ...] = ()
+    folds: tuple[Fold, ...] = ()
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -110,6 +113,9 @@ class Plan:
                         _number(a["new"]),
                     )
                     for a in data.get("attributes", ())
+                ),
+                folds=tuple(
+                    Fold(_text(f["module"]), _text(f["op"]), dict(f["arguments"])) for f in data.get("folds", ())
                 ),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -202,7 +202,9 @@ def _freeze(builder: Builder) -> Graph:
         for roots in [find(builder.slots[record.weight, record.dim].ids)]
         for columns in [tuple(zip(group_of[roots].tolist(), channel_of[roots].tolist(), strict=True))]
     )
-    return Graph(tuple(groups), reading, tuple(dict.fromkeys(builder.barriers)), sizes)
+    return Graph(
+        tuple(groups), reading, tuple(dict.fromkeys(builder.barriers)), sizes, tuple(dict.fromkeys(builder.computed))
+    )
 
 
 def _fixed(builder: Builder) -> Iterator[tuple[Tensor, str]]:

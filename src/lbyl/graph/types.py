@@ -143,12 +143,16 @@ class Size:
 
 @dataclass(frozen=True)
 class Graph:
-    """The channel graph of one model: all groups, all readers in execution order, all barriers, all sizes."""
+    """The channel graph of one model: all groups, all readers in execution order, all barriers, all sizes.
+
+    ``computed`` names modules whose weight is computed on the fly, which `lbyl.folding` can make plain.
+    """
 
     groups: tuple[Group, ...]
     readers: tuple[Reader, ...]
     barriers: tuple[str, ...]
     sizes: tuple[Size, ...] = ()
+    computed: tuple[str, ...] = ()
 
     def group(self, name: str) -> Group:
         """The group of that name; raises ``KeyError`` where there is none."""

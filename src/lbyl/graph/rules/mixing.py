@@ -44,6 +44,7 @@ def linear(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     """y = x W^T + b, over the last axis."""
     x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
+        builder.computed.append(layer_name(node))
         return builder.barrier(node, args, f"linear in {layer_name(node)!r} with a computed weight")
     if isinstance(bias, Tensor):
         # A bias computed from parameters (Swin V2 clears a part of it) is one more value that meets the output.
