@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import os
@@ -29,7 +28,7 @@ from lbyl.folding import Fold, fold_computed
 from lbyl.graph import Graph, trace
 from lbyl.inputs import ExampleInputs
 from lbyl.measure import count_macs, count_parameters
-from lbyl.modes import undisturbed
+from lbyl.modes import duplicate, undisturbed
 from lbyl.moments import Progress
 from lbyl.parts import Part, joined, part_of, traceable_parts
 from lbyl.plan import GroupPlan, Plan, architecture_of
@@ -287,7 +286,7 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
     work: nn.Module | None = None
     if isinstance(restorer, LeastSquares) and order.verify and not order.strict:
         # Restoration is dear here, so what can't be cut is found out before it.
-        work = _copy(model).eval()
+        work = duplicate(model).eval()
         with clock("verify"):
             masked = solve(selection, tensors_of(model), Prune(), order.seed).values
             write(work, masked)
@@ -296,15 +295,13 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
     for _ in range(3):
         with clock("restore"):
             if isinstance(restorer, LeastSquares):
-                work = work or _copy(model).eval()
+                work = work or duplicate(model).eval()
                 restoration = fit(work, inputs, graph, selection, restorer, order.seed, order.progress)
             else:
                 # The user's own weights are only read, so that no copy of them is held meanwhile.
                 restoration = solve(selection, tensors_of(model), restorer, order.seed, order.progress)
-                work = _copy(model).eval()
+                work = duplicate(model).eval()
         with clock("cut"):
-            with undisturbed(work):
-                before = count_parameters(work), count_macs(work, inputs)
             write(work, restoration.values)
             restored, assessment = restoration.groups, restoration.assessment
             notes = tuple(note for note in (why, *restoration.notes) if note)
@@ -315,10 +312,11 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
             with clock("cut"):
                 smaller = cut_copy(work, plan_cuts(selection), attributes)
             with clock("verify"):
-                verified = None
                 if order.verify:
-                    follow = _follower(work, graph)
-                    verified = check(work, smaller, inputs, selection, follow).difference
+                    found = check(work, smaller, inputs, selection, _follower(work, graph))
+                    verified, macs = found.difference, found.macs
+                else:
+                    verified, macs = None, _macs(work, smaller, inputs)
         except (VerificationError, SurgeryError):
             if order.strict or not order.verify:
                 raise
@@ -329,8 +327,6 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
         break
     else:
         raise VerificationError("no part of the groups could be found that can be cut; inspect lists them")
-    with clock("verify"), undisturbed(smaller):
-        after = count_parameters(smaller), count_macs(smaller, inputs)
 
     for name, module in model.named_modules():
         smaller.get_submodule(name).training = module.training
@@ -338,8 +334,8 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
         rows=tuple(_row(choice.group.width, len(choice.keep), r) for choice, r in _pairs(selection, restored)),
         left=selection.left,
         barriers=graph.barriers,
-        parameters=(before[0], after[0]),
-        macs=(before[1], after[1]),
+        parameters=(count_parameters(work), count_parameters(smaller)),
+        macs=macs,
         verified=verified,
         seconds={**{k: v for k, v in clock.seconds.items() if k != "restore" or not seconds}, **seconds},
         notes=notes,
@@ -408,13 +404,9 @@ def _in_parts(
     if not results:
         raise InputError("no group of any traceable submodule can be pruned: " + "; ".join(why for _, why in left[:3]))
     with clock("cut"):
-        # deepcopy takes what is in its memo for copied already.
-        smaller = copy.deepcopy(model, {id(model.get_submodule(path)): result.model for path, result in results})
+        smaller = duplicate(model, {id(model.get_submodule(path)): result.model for path, result in results})
     with clock("verify"):
-        with undisturbed(model):
-            before = count_parameters(model), count_macs(model, inputs)
-        with undisturbed(smaller):
-            after = count_parameters(smaller), count_macs(smaller, inputs)
+        macs = _macs(model, smaller, inputs)
     reports = [(path, result.report) for path, result in results]
     differences = [report.verified for _, report in reports if report.verified is not None]
     seconds = dict(clock.seconds)
@@ -425,8 +417,8 @@ def _in_parts(
         rows=tuple(replace(row, group=f"{path}.{row.group}") for path, report in reports for row in report.rows),
         left=(*((f"{path}.{name}", why) for path, report in reports for name, why in report.left), *left),
         barriers=tuple(f"{path}: {barrier}" for path, report in reports for barrier in report.barriers),
-        parameters=(before[0], after[0]),
-        macs=(before[1], after[1]),
+        parameters=(count_parameters(model), count_parameters(smaller)),
+        macs=macs,
         verified=max(differences) if differences else None,
         seconds=seconds,
         notes=(
@@ -467,6 +459,11 @@ def _ratio_within(ratio: Ratio, part: Part) -> Ratio:
     return {name: ratio_for(group, ratio) for name, group in named.items()}
 
 
+def _macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs) -> tuple[int, int]:
+    with undisturbed(before), undisturbed(after):
+        return count_macs(before, inputs), count_macs(after, inputs)
+
+
 def _pairs(selection: Selection, restored: tuple[Restored, ...]) -> Iterator[tuple[Any, Restored]]:
     return zip(selection.choices, restored, strict=True)
 
@@ -499,13 +496,6 @@ def _version() -> str:
         return version("lbyl")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise InputError(f"{type(model).__name__} can't be copied ({error}); lbyl only works on a copy") from error
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -63,9 +63,11 @@ def describe(group: Group, state: State) -> Filters:
         centers.append(offset if center is None else center)
         spreads.append(spread)
     known = [spread for spread in spreads if spread is not None]
+    effective = torch.cat(weights, 1) if len(weights) > 1 else weights[0]
     return Filters(
-        raw=_raw_rows(group, state),
-        weight=torch.cat(weights, 1) if len(weights) > 1 else weights[0],
+        # Without anything that follows, the filter is what the layer stores; no second copy of it is made.
+        raw=_raw_rows(group, state) if any(producer.stages for producer in group.producers) else effective,
+        weight=effective,
         offset=torch.stack(offsets).sum(0),
         normalized=any(producer.normalized for producer in group.producers),
         center=torch.stack(centers).sum(0),

@@ -6,7 +6,6 @@ layer with the weight that it computes today gives the same outputs, and can be 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lbyl.errors import SurgeryError
 from lbyl.inputs import ExampleInputs
-from lbyl.modes import undisturbed
+from lbyl.modes import duplicate, undisturbed
 from lbyl.surgery import tensors_of
 from lbyl.verification import outputs
 
@@ -62,7 +61,7 @@ def fold_computed(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str])
             hook.remove()
     if not watch.folds:
         return model, ()
-    twin = copy.deepcopy(model)
+    twin = duplicate(model)
     folds = []
     for path, (item, weight, bias) in watch.folds.items():
         layer = _place(twin, item)
@@ -83,7 +82,7 @@ def apply_folds(model: nn.Module, folds: Sequence[Fold]) -> nn.Module:
     """
     if not folds:
         return model
-    twin = copy.deepcopy(model)
+    twin = duplicate(model)
     for item in folds:
         _place(twin, item)
     return twin

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lbyl.errors import InputError
 
 _TORCH = frozenset(vars(nn.Module()))
 
@@ -36,6 +40,25 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 container.extend(content)
             else:
                 container.update(content)
+
+
+def duplicate(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy, with ``instead[id(part)]`` in place of some parts.
+
+    Raises:
+        InputError: the model holds something that can't be copied.
+    """
+    memo: dict[int, Any] = dict(instead or {})
+    for module in model.modules():
+        for value in _plain(module).values():
+            for tensor in pytree.tree_leaves(value):
+                # Results that a module keeps may hang on a gradient, which can't be copied.
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InputError(f"{type(model).__name__} can't be copied ({error}); lbyl only works on a copy") from error
 
 
 _CONTAINERS = (dict, list, set)

@@ -125,6 +125,9 @@ def fold(
         columns_d = index[drop[here_d]] - number * per_block
         if not columns_k.numel() or not columns_d.numel():
             continue
+        if not bool(delivery.matrix.any()) and bool((delivery.scale == 1).all()):
+            weight[out][:, columns_d] = 0
+            continue
         u = source[out]
         s = delivery.matrix[here_k][:, here_d].to(u.device)
         scale = delivery.scale[here_k].to(u.device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lbyl.errors import InputError, LbylError, VerificationError
 from lbyl.inputs import ExampleInputs, output_tensors
@@ -25,11 +26,15 @@ Follow = Callable[[Selection], Sequence[Attribute]]
 
 @dataclass(frozen=True)
 class Verification:
-    """The largest difference of any output, relative to that output's largest magnitude."""
+    """The largest difference of any output, relative to that output's largest magnitude.
+
+    ``macs`` are the multiply-accumulates of the two runs that were compared, before and after the cut.
+    """
 
     difference: float
     tolerance: float
     dtype: str
+    macs: tuple[int, int]
 
 
 def outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
@@ -117,16 +122,19 @@ def verify(
         VerificationError: the outputs differ; names the first group whose cut alone makes them differ.
         InputError: the outputs are not finite, so nothing can be compared.
     """
-    wide, expected = _reference(masked, inputs)
+    with FlopCounterMode(display=False) as before:
+        wide, expected = _reference(masked, inputs)
     try:
-        found = _wide_outputs(smaller, wide)
+        with FlopCounterMode(display=False) as after:
+            found = _wide_outputs(smaller, wide)
     except InputError as error:
         raise _error(_first_bad(masked, wide, selection, expected, attribute), str(error)) from error
     gap = difference(expected, found)
     if gap > TOLERANCE:
         what = f"outputs differ by {gap:.2g} of their magnitude"
         raise _error(_first_bad(masked, wide, selection, expected, attribute), what)
-    return Verification(gap, TOLERANCE, "float64")
+    macs = before.get_total_flops() // 2, after.get_total_flops() // 2
+    return Verification(gap, TOLERANCE, "float64", macs)
 
 
 def cuttable(

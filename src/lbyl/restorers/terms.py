@@ -41,8 +41,10 @@ def reconstruction_terms(
 ) -> Terms:
     """RE, BE and AE of a delivery matrix (LBYL, section 3.2)."""
     s = delivery.matrix
-    residual = filters.weight[drop] - s.T @ filters.weight[keep]
-    offset = filters.offset[drop] - s.T @ filters.offset[keep]
+    residual, offset = filters.weight[drop], filters.offset[drop]
+    if bool(s.any()):
+        residual = residual - s.T @ filters.weight[keep]
+        offset = offset - s.T @ filters.offset[keep]
     f = ACTIVATIONS.get(activation or "")
     lost = 0.0
     if f is not None and bool(s.any()):

@@ -70,6 +70,18 @@ def split(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     return pieces
 
 
+@rule("glu")
+def glu(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """a * sigmoid(b), a and b being the halves of one axis."""
+    x, dim = builder.shadow(args[0]), args[1] if len(args) > 1 else kwargs.get("dim", -1)
+    if x is None:
+        return builder.barrier(node, args, "glu on an unknown value")
+    _halves(builder, x, dim % x.dim(), 2)
+    a, b = x.chunk(2, dim)
+    builder.step(small(compact(a)).reshape(-1), "glu", layer_name(node))
+    return merge(builder, "glu", layer_name(node), compact(a), compact(b), output_shape(node))
+
+
 @rule("slice", "narrow")
 def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A range of one axis; halves must stay equal, other bounds may be attributes of the module."""

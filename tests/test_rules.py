@@ -1,0 +1,519 @@
+"""How channels pass through operations: each small network is cut in scope "all" and equals its masked self."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nets import images, settle
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lbyl
+from lbyl.graph import Graph
+
+
+def cut(model: nn.Module, inputs: object, ratio: float = 0.5, **options: object) -> lbyl.Result:
+    """Prune in scope "all" and take nothing back: whatever can't be cut is an error."""
+    result = lbyl.compress(model, inputs, ratio=ratio, scope="all", restore="prune", strict=True, **options)  # pyright: ignore
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-9
+    return result
+
+
+def widths(result: lbyl.Result) -> dict[str, tuple[int, int]]:
+    return {row.group: (row.before, row.after) for row in result.report.rows}
+
+
+def reasons(model: nn.Module, inputs: object) -> dict[str, str | None]:
+    graph: Graph = lbyl.inspect(model, inputs).graph  # pyright: ignore
+    return {group.name: group.reason for group in graph.groups}
+
+
+class Attention(nn.Module):
+    """Multi-head attention in three spellings, behind a layer norm, as vision transformers have it."""
+
+    def __init__(self, how: str, width: int = 12, heads: int = 4, fused: bool = True) -> None:
+        super().__init__()
+        self.how, self.num_heads, self.head_dim = how, heads, width // heads
+        self.attn_dim = width
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width) if fused else nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.q_norm = nn.LayerNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+        self.bias = nn.Parameter(torch.randn(heads, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, tokens, _ = x.shape
+        y = self.norm(x)
+        if isinstance(self.qkv, nn.ModuleList):
+            shape = count, tokens, self.num_heads, self.head_dim
+            q, k, v = (layer(y).view(shape).transpose(1, 2) for layer in self.qkv)
+        else:
+            shape = count, tokens, 3, self.num_heads, self.head_dim
+            q, k, v = self.qkv(y).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.q_norm(q)
+        if self.how == "fused":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.expand(-1, tokens, tokens))
+        elif self.how == "matmul":
+            y = ((q @ k.transpose(-2, -1)) * self.head_dim**-0.5 + self.bias).softmax(-1) @ v
+        else:
+            scores = torch.einsum("bhid,bhjd->bhij", q, k) * self.head_dim**-0.5 + self.bias
+            y = torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+        return x + self.proj(y.transpose(1, 2).reshape(count, tokens, self.attn_dim))
+
+
+class OnImage(nn.Sequential):
+    """Something on tokens of width 12, with a stem and a head around it. Input 5 x 7."""
+
+    def __init__(self, *inside: nn.Module) -> None:
+        super().__init__(nn.Linear(7, 12), *inside, nn.LayerNorm(12), nn.Linear(12, 3))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("how", ["fused", "matmul", "einsum"])
+def test_attention_loses_whole_heads(how: str, fused: bool) -> None:
+    model = settle(OnImage(Attention(how, fused=fused)))
+    result = cut(model, images(2, 5, 7))
+    name = "1.qkv" if fused else "1.qkv.0"
+    assert widths(result) == {name: (4, 2)}
+    attention = result.model[1]  # pyright: ignore
+    assert (attention.num_heads, attention.head_dim, attention.attn_dim) == (2, 3, 6)
+    assert attention.bias.shape == (2, 1, 1)
+    assert "layer_norm" in str(reasons(model, images(2, 5, 7))["0"])
+    # Another batch and another number of tokens, for nothing of the example's may have got stuck.
+    assert result.model(images(3, 9, 7)).shape == (3, 9, 3)
+
+
+class GroupedQueries(nn.Module):
+    """Six query heads share three keys and values, with rotary position tables."""
+
+    def __init__(self, native: bool) -> None:
+        super().__init__()
+        self.native, self.head_dim, self.num_key_value_groups = native, 4, 2
+        self.q, self.k, self.v, self.o = nn.Linear(12, 24), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(24, 12)
+        self.register_buffer("frequencies", torch.tensor([1.0, 0.1]), persistent=False)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        angle = torch.arange(x.shape[2])[:, None] * torch.cat([self.frequencies, self.frequencies])  # pyright: ignore
+        swapped = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+        return x * angle.cos().to(x) + swapped * angle.sin().to(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x, (12,))
+        q, k, v = (layer(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = self.rotated(q), self.rotated(k)
+        if not self.native:
+            k, v = (t[:, :, None].expand(-1, -1, self.num_key_value_groups, -1, -1).reshape(q.shape) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.native)
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_grouped_queries_go_with_their_key(native: bool) -> None:
+    result = cut(settle(OnImage(GroupedQueries(native))), images(2, 5, 7), 0.4)
+    assert widths(result) == {"1.q": (3, 1)}
+    inside = result.model[1]  # pyright: ignore
+    assert [layer.out_features for layer in (inside.q, inside.k, inside.v)] == [8, 4, 4]
+    assert (inside.head_dim, inside.num_key_value_groups) == (4, 2)
+
+
+class Cross(nn.Module):
+    """Cross-covariance attention: channels attend to channels within a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 3
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.temperature = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, tokens, _ = x.shape
+        y = self.qkv(F.layer_norm(x, (12,))).reshape(count, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 4, 1)
+        q, k, v = y[0], y[1], y[2]
+        attention = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature).softmax(-1)
+        return x + self.proj((attention @ v).permute(0, 3, 1, 2).flatten(2))
+
+
+def test_cross_covariance_attention_loses_whole_heads() -> None:
+    result = cut(settle(OnImage(Cross())), images(2, 5, 7), 0.3)
+    assert widths(result) == {"1.qkv": (3, 2)}
+    assert result.model[1].temperature.shape == (2, 1, 1)  # pyright: ignore
+
+
+class Gated(nn.Module):
+    """A gated hidden layer: two layers (SwiGLU), one layer in halves, or `torch.nn.functional.glu`."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.hidden = how, 8
+        self.up, self.down = nn.Linear(12, 16), nn.Linear(8, 12)
+        if how == "two":
+            self.up, self.gate = nn.Linear(12, 8), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x, (12,))
+        if self.how == "two":
+            y = F.silu(self.gate(y)) * self.up(y)
+        elif self.how == "glu":
+            y = F.glu(self.up(y))
+        elif self.how == "chunk":
+            a, b = self.up(y).chunk(2, -1)
+            y = F.gelu(a) * b
+        else:
+            a, b = self.up(y).split(self.hidden, -1)
+            y = F.gelu(a) * b
+        return x + self.down(y)
+
+
+@pytest.mark.parametrize("how", ["two", "chunk", "split", "glu"])
+def test_gated_hidden_layers(how: str) -> None:
+    result = cut(settle(OnImage(Gated(how))), images(2, 5, 7))
+    assert list(widths(result).values()) == [(8, 4)]
+    inside = result.model[1]  # pyright: ignore
+    assert inside.down.in_features == 4
+    if how == "split":
+        assert inside.hidden == 4
+
+
+class Tokens(nn.Module):
+    """A class token and positions beside patches, without any norm, so that the stream itself can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 3)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.positions = nn.Parameter(torch.randn(1, 5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patches(x).flatten(2).transpose(1, 2)
+        y = torch.cat([self.token.expand(len(y), -1, -1), y], 1) + self.positions
+        return self.head(y.relu()[:, 0])
+
+
+def test_class_tokens_and_positions_go_with_the_stream() -> None:
+    result = cut(settle(Tokens()), images(2, 3, 4, 4))
+    assert widths(result) == {"patches": (8, 4)}
+    assert result.model.token.shape == (1, 1, 4)  # pyright: ignore
+    assert result.model.positions.shape == (1, 5, 4)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [(nn.GroupNorm(4, 8), (4, 2)), (nn.GroupNorm(8, 8), (8, 4)), (nn.InstanceNorm2d(8, affine=True), (8, 4))],
+    ids=["four groups", "a group a channel", "instance"],
+)
+def test_group_and_instance_norms(norm: nn.Module, expected: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Flatten()).eval()
+    result = cut(model, images(2, 3, 6, 6))
+    assert widths(result) == {"0": expected}
+    assert result.model(images(1, 3, 6, 6)).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(1, 8), nn.LayerNorm([8, 4, 4])], ids=["one group for all", "layer norm"])
+def test_norms_over_all_channels_are_refused_by_name(norm: nn.Module) -> None:
+    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Flatten()))
+    found = reasons(model, images(2, 3, 6, 6))["0"]
+    assert "norm '1' takes statistics over them" in str(found)
+
+
+class Split(nn.Module):
+    """Radix attention (ResNeSt): two halves of a grouped convolution are weighed against each other and added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 12, 3, groups=2)
+        self.fc1, self.fc2 = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 12, 1)
+        self.out = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).relu()
+        count, channels, height, width = y.shape
+        y = y.reshape(count, 2, channels // 2, height, width)
+        gate = self.fc2(self.fc1(y.sum(1).mean((2, 3), keepdim=True)).relu())
+        gate = gate.view(count, 1, 2, -1).transpose(1, 2).softmax(1).reshape(count, -1)
+        return self.out((y * gate.view(count, 2, -1, 1, 1)).sum(1)).flatten(1)
+
+
+def test_radix_splits_go_together() -> None:
+    result = cut(settle(Split()), images(2, 4, 6, 6))
+    assert widths(result) == {"conv": (6, 3), "fc1": (4, 2)}
+
+
+class Pieces(nn.Module):
+    """Res2Net's split by a width that the module knows, with the pieces convolved one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 4
+        self.first, self.last = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 3, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = torch.split(self.first(x).relu(), self.width, 1)
+        b = self.convs[0](b).relu()
+        c = self.convs[1](c + b).relu()
+        return self.last(torch.cat([a, b, c], 1)).flatten(1)
+
+
+def test_equal_pieces_stay_equal_and_the_known_width_follows() -> None:
+    result = cut(settle(Pieces()), images(2, 3, 6, 6))
+    assert widths(result)["first"] == (12, 6)
+    assert result.model.width == 2  # pyright: ignore
+
+
+def test_unequal_pieces_follow_a_list_of_sizes() -> None:
+    class Unequal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes = (4, 8)
+            self.up, self.a, self.b = nn.Linear(5, 12), nn.Linear(4, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.up(x).relu().split(self.sizes, -1)
+            return self.a(a) + self.b(b)
+
+    result = cut(settle(Unequal()), images(2, 5))
+    assert result.model.sizes == (result.model.a.in_features, result.model.b.in_features)  # pyright: ignore
+    assert sum(result.model.sizes) == 6  # pyright: ignore
+
+
+class Upsampling(nn.Module):
+    """Transposed convolutions, depthwise ones among them, and pixel shuffle."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        conv, up = (nn.Conv2d, nn.ConvTranspose2d) if dims == 2 else (nn.Conv3d, nn.ConvTranspose3d)
+        self.down, self.up = conv(3, 8, 1), up(8, 6, 2, 2)
+        self.depthwise = up(6, 6, 2, 2, groups=6)
+        self.out = conv(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.depthwise(self.up(self.down(x).relu()).relu())).flatten(1)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_transposed_convolutions(dims: int) -> None:
+    result = cut(settle(Upsampling(dims)), images(2, 3, *[3] * dims))
+    assert widths(result) == {"down": (8, 4), "up": (6, 3)}
+    assert (result.model.up.in_channels, result.model.up.out_channels) == (4, 3)  # pyright: ignore
+    assert result.model.depthwise.groups == 3  # pyright: ignore
+
+
+def test_channels_that_become_space_go_together() -> None:
+    model = settle(nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.Flatten()))
+    result = cut(model, images(2, 3, 3, 3))
+    assert widths(result) == {"0": (4, 2)}
+    assert result.model[0].out_channels == 8  # pyright: ignore
+
+
+class InputFirst(nn.Module):
+    """GPT-2's linear layer: the weight is stored input first, and the output width is an attribute."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+@pytest.mark.parametrize("restore", ["prune", "merge", "lbyl"])
+def test_weights_stored_input_first(restore: str) -> None:
+    model = nn.Sequential(InputFirst(10, 5), nn.ReLU(), InputFirst(6, 10), nn.ReLU(), InputFirst(3, 6))
+    result = lbyl.compress(model.eval(), images(2, 4, 5), restore=restore, strict=True)
+    assert widths(result) == {"0": (10, 5), "2": (6, 3)}
+    assert result.model[2].weight.shape == (5, 3)  # pyright: ignore
+    assert result.model[2].nf == 3  # pyright: ignore
+
+
+class Embedded(nn.Module):
+    """Token embeddings, summed and read without a norm."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(11, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.hidden(self.table(ids).sum(1)).relu())
+
+
+def test_embeddings_lose_columns() -> None:
+    result = cut(settle(Embedded()), torch.arange(6).reshape(2, 3))
+    assert widths(result) == {"table": (8, 4), "hidden": (8, 4)}
+    assert result.model.table.embedding_dim == 4  # pyright: ignore
+
+
+def test_a_tied_table_that_makes_and_reads_channels_stays_whole() -> None:
+    model = settle(Embedded(tied=True))
+    with pytest.raises(lbyl.InputError, match="is tied: it makes these channels and reads them"):
+        lbyl.compress(model, torch.arange(6).reshape(2, 3), scope="all", restore="prune")
+
+
+def test_recurrent_layers_are_barriers_by_name() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.lstm = nn.Linear(5, 6), nn.LSTM(6, 7, batch_first=True)
+            self.after, self.head = nn.Linear(7, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.after(self.lstm(self.before(x))[0]).relu())
+
+    model = settle(Recurrent())
+    assert "lstm" in str(reasons(model, images(2, 4, 5))["before"])
+    assert widths(cut(model, images(2, 4, 5))) == {"after": (8, 4)}
+
+
+def test_torchs_own_attention_stays_whole_by_name() -> None:
+    layer = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, dropout=0.0)
+    model = settle(nn.Sequential(nn.Linear(7, 12), layer, nn.Linear(12, 3)))
+    result = lbyl.compress(model, images(2, 5, 7), scope="all", restore="prune", strict=True)
+    assert widths(result) == {"1.linear1": (16, 8)}
+    assert any("MultiheadAttention" in why for _, why in result.report.left)
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose filters are standardized on the fly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias, self.stride, self.padding)
+
+
+@pytest.mark.parametrize("how", ["standardized", "weight_norm"])
+def test_computed_weights_become_plain_ones(how: str, tmp_path) -> None:
+    def make() -> nn.Sequential:
+        if how == "standardized":
+            inside: nn.Module = Standardized(8, 8, 3, padding=1)
+        else:
+            inside = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
+        return nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), inside, nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 3))
+
+    model, x = make().eval(), images(2, 3, 4, 4)
+    names = set(model.state_dict())
+    result = cut(model, x)
+    assert widths(result) == {"0": (8, 4), "2": (8, 4)}
+    assert type(result.model[2]) is nn.Conv2d  # pyright: ignore
+    assert any("plain layers" in note for note in result.report.notes)
+    assert set(model.state_dict()) == names  # the user's own stays what it was
+    result.save(tmp_path / "out")
+    assert torch.equal(lbyl.load(tmp_path / "out", make())(x), result.model(x))
+
+
+def test_folding_alone_changes_nothing() -> None:
+    from lbyl.folding import fold_computed
+    from lbyl.inputs import ExampleInputs
+
+    model = nn.Sequential(Standardized(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()).eval()
+    x = images(2, 3, 6, 6)
+    plain, folds = fold_computed(model, ExampleInputs.of(x), ["0"])
+    assert [fold.module for fold in folds] == ["0"]
+    assert torch.equal(plain(x), model(x))
+
+
+class Caching(nn.Module):
+    """Keeps what it computes from its weights, as LeViT keeps its attention biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Caching:
+        self.kept.clear()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "scale" not in self.kept:
+            self.kept["scale"] = self.scale * 2
+        return self.b(self.a(x).relu() * self.kept["scale"])
+
+
+def test_what_a_module_keeps_for_itself_is_neither_left_behind_nor_spoiled() -> None:
+    model = settle(Caching())
+    wanted = model(images(2, 5)).detach()
+    before = model.kept["scale"]
+    result = cut(model, images(2, 5))
+    assert model.kept["scale"] is before
+    assert torch.equal(model(images(2, 5)), wanted)
+    assert result.model(images(4, 5)).dtype is torch.float32
+
+
+def test_several_inputs_and_outputs() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.joint = nn.Linear(4, 6), nn.Linear(5, 6), nn.Linear(12, 8)
+            self.first, self.second = nn.Linear(8, 2), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            z = self.joint(torch.cat([self.a(x), self.b(y)], -1).relu()).relu()
+            return {"first": self.first(z), "second": self.second(z)}
+
+    result = cut(settle(Both()), {"x": images(2, 4), "y": images(2, 5)})
+    assert widths(result) == {"a": (6, 3), "b": (6, 3), "joint": (8, 4)}
+
+
+class Undecided(nn.Module):
+    """Which way it goes depends on the data, so that the whole can't be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1))
+        self.head = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))
+        self.gate = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.backbone(x).mean((2, 3))
+        return self.head(y) if self.gate(y).sum() > 0 else self.head(-y)
+
+
+def test_what_can_not_be_traced_whole_is_compressed_in_parts(tmp_path) -> None:
+    model, x = settle(Undecided()), images(2, 3, 6, 6)
+    with pytest.raises(lbyl.TraceError):
+        lbyl.compress(model, x, restore="prune", strict=True)
+    with pytest.raises(lbyl.TraceError):
+        lbyl.inspect(model, x, strict=True)
+    result = lbyl.compress(model, x, ratio={"*": 0.5, "head.*": 0.2}, restore="prune")
+    assert widths(result) == {"backbone.0": (8, 4), "head.0": (10, 8)}
+    assert ("gate", "not traced: the model's output") in result.report.left
+    assert any("can't trace" in note for note in result.report.notes)
+    assert {group.name for group in lbyl.inspect(model, x).graph.groups} >= {"backbone.0", "head.0"}
+    result.save(tmp_path / "out")
+    assert torch.equal(lbyl.load(tmp_path / "out", Undecided())(x), result.model(x))
+
+
+def test_one_submodule_alone() -> None:
+    model, x = settle(Undecided()), images(2, 3, 6, 6)
+    result = lbyl.compress(model, x, restore="prune", submodule="backbone")
+    assert widths(result) == {"backbone.0": (8, 4)}
+    assert result.model.head[0].out_features == 10  # pyright: ignore
+    assert lbyl.inspect(model, x, submodule="head").graph.groups[0].name == "head.0"
+    with pytest.raises(lbyl.InputError, match="backbone, head, gate"):
+        lbyl.compress(model, x, submodule="neck")
+    twice = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with pytest.raises(lbyl.InputError, match="called 2 times"):
+        lbyl.compress(nn.Sequential(twice, twice), images(2, 4), submodule="0")
+
+
+def test_shuffled_channels_that_a_chunk_splits_again_stay_whole() -> None:
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner, self.back = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)
+            self.head = nn.Conv2d(8, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.stem(x).chunk(2, 1)
+            y = torch.cat([a, self.back(self.inner(b).relu())], 1)
+            y = y.view(len(y), 2, 4, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
+            return self.head(y).flatten(1)
+
+    result = lbyl.compress(settle(Shuffled()), images(2, 3, 4, 4), scope="all", restore="prune", strict=True)
+    assert widths(result) == {"inner": (6, 3)}
+    assert any("view" in why for _, why in result.report.left)
