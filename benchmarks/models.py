@@ -110,10 +110,74 @@ def _timm(name: str) -> tuple[nn.Module, Any]:
     return net.eval(), torch.randn(1, *net.default_cfg["input_size"])  # pyright: ignore
 
 
+TRANSFORMERS = {
+    # name: (configuration class, model class, differing arguments); a few small layers with random weights
+    "bert": ("BertConfig", "BertForSequenceClassification", {"num_attention_heads": 4, "intermediate_size": 128}),
+    "distilbert": ("DistilBertConfig", "DistilBertModel", {"dim": 64, "n_heads": 4, "n_layers": 2, "hidden_dim": 128}),
+    "t5_encoder": ("T5Config", "T5EncoderModel", {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4}),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"num_attention_heads": 8, "num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}),
+    "vit": ("ViTConfig", "ViTForImageClassification", {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}),
+    "deit": ("DeiTConfig", "DeiTModel", {"num_attention_heads": 4, "image_size": 32, "patch_size": 8}),
+    "swin": ("SwinConfig", "SwinModel", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2]}),
+}
+
+
+def transformers_model(name: str) -> tuple[nn.Module, Any]:
+    """A small Hugging Face model from a configuration, and a batch of one."""
+    import transformers
+
+    config_class, model_class, changes = TRANSFORMERS[name]
+    common = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
+    if name in ("distilbert", "t5_encoder", "gpt2", "swin"):
+        common = {"vocab_size": 100}
+    if name == "swin":
+        common = {"num_heads": [2, 4], "window_size": 4}
+    if name == "t5_encoder":
+        common["num_layers"] = 2
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_cache": False}
+    settings = common | changes | ({} if "image_size" in changes else tokens)
+    config = getattr(transformers, config_class)(**settings)
+    net = getattr(transformers, model_class)(config)
+    if "image_size" in changes:
+        return net.eval(), {"pixel_values": torch.randn(1, 3, 32, 32)}
+    return net.eval(), {"input_ids": torch.randint(3, 100, (1, 12))}
+
+
+DETECTION = [
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fasterrcnn_resnet50_fpn",
+    "retinanet_resnet50_fpn",
+    "ssdlite320_mobilenet_v3_large",
+]
+SEGMENTATION = ("deeplabv3_resnet50", "lraspp_mobilenet_v3_large")
+
+
+def _detection(name: str) -> tuple[nn.Module, Any]:
+    import torchvision
+
+    build = getattr(torchvision.models.detection, name)
+    return build(weights=None, weights_backbone=None).eval(), ([torch.rand(3, 320, 320)],)
+
+
+def _segmentation(name: str) -> tuple[nn.Module, Any]:
+    import torchvision
+
+    build = getattr(torchvision.models.segmentation, name)
+    return build(weights=None, weights_backbone=None).eval(), torch.randn(1, 3, 128, 128)
+
+
 MODELS: dict[str, Callable[[str], tuple[nn.Module, Any]]] = {
     **{f"torchvision:{name}": _torchvision for name in TORCHVISION},
     **{f"timm:{name}": _timm for name in TIMM},
+    **{f"transformers:{name}": transformers_model for name in TRANSFORMERS},
+    **{f"detection:{name}": _detection for name in DETECTION},
+    **{f"segmentation:{name}": _segmentation for name in SEGMENTATION},
 }
+CLASSIFIERS = [name for name in MODELS if name.startswith(("torchvision:", "timm:"))]
+"""The 79 that the totals are about."""
 
 
 def build(name: str) -> tuple[nn.Module, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from lbyl.inputs import ExampleInputs
 from lbyl.moments import ChannelMoments, ClosedFormSource, Probes, Progress
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import ChannelSums, Columns, Moments, PatchSums, Prior, Solution, solve
-from lbyl.renorm import renormalize, statistics, transplant
+from lbyl.renorm import look, pool, recenter, renormalize, transplant
 from lbyl.restoration import Restoration, Restored, fold
 from lbyl.restorers.base import Delivery, nothing_delivered
 from lbyl.restorers.least_squares import LeastSquares
@@ -36,6 +37,7 @@ class Site:
         bias: where a constant can be added to its output: its bias, or the running mean of the batch norm
             that follows it (``sign`` is then -1, for the mean is subtracted); None where there is neither.
         choices: the selection's indices of the groups that it reads and that lose channels.
+        norm: the running mean of the batch norm that follows it, if one does.
     """
 
     reader: Reader
@@ -43,6 +45,12 @@ class Site:
     bias: str | None
     sign: int
     choices: tuple[int, ...]
+    norm: str | None = None
+
+    def weight(self, state: State) -> Tensor:
+        """The reader's weight, output first, however the layer stores it: a view."""
+        weight = state[self.reader.weight].detach()
+        return weight.transpose(0, 1) if self.reader.dim == 0 else weight
 
 
 @dataclass
@@ -77,8 +85,9 @@ def sites(graph: Graph, selection: Selection) -> tuple[Site, ...]:
             bias, sign = norm.mean, -1
         else:
             bias, sign = None, 1
+        following = norm.mean if isinstance(norm, Norm) else None
         groups = dict.fromkeys(group for group, _ in reader.columns if group in order)
-        found.append(Site(reader, dropped, bias, sign, tuple(order[group] for group in groups)))
+        found.append(Site(reader, dropped, bias, sign, tuple(order[group] for group in groups), following))
     return tuple(found)
 
 
@@ -110,7 +119,7 @@ def fit(
     group_notes: dict[int, list[str]] = defaultdict(list)
     values: dict[str, Tensor] = {}
     with torch.no_grad():
-        pruned = {site.reader.weight: masked(site, state) for site in found}
+        pruned = _stored(found, {site.reader.weight: masked(site, state) for site in found})
 
     started = time.perf_counter()
     probes = None
@@ -150,11 +159,14 @@ def fit(
             )
         seconds["solve"] = time.perf_counter() - started
 
+    values = _stored(found, values)
     assessment = None
     started = time.perf_counter()
     if probes is not None:
         with torch.no_grad():
-            original = statistics(model, {}, probes)
+            norms = {site.reader.weight: site.norm for site in found if site.norm}
+            looks = [look(model, {}, batch, norms) for batch in probes.batches]
+            original = pool(looks).statistics
             world = original if probes.batch_statistics else {}
 
             def error(candidate: Mapping[str, Tensor]) -> float:
@@ -163,12 +175,19 @@ def fit(
 
             before, after = error(pruned), error(values)
             if settings.renorm and original:
-                moved = renormalize(model, values, probes, original)
+                chosen = probes.lifelike or range(len(looks))
+                theirs = pool([looks[index] for index in chosen])
+                ours = pool([look(model, values, probes.batches[index], norms) for index in chosen])
+                moved = renormalize(state, values, theirs.statistics, ours.statistics)
                 lower = error(moved)
                 if lower < after:
-                    values, after = moved, lower
+                    values, after = recenter(moved, state, theirs, ours, norms), lower
                 else:
                     notes.append(f"renorm left out: error on held-out probes {after:.3g} without, {lower:.3g} with")
+            if after > before:
+                # Too few probes for the size of the layers: what was learned from them does not carry over.
+                values, after, note = _less(values, pruned, state, before, after, error)
+                notes.append(note)
         assessment = Assessment(before, after)
         seconds["renorm"] = time.perf_counter() - started
 
@@ -188,9 +207,33 @@ def fit(
     return Restoration(values, tuple(rows), assessment, tuple(notes), seconds)
 
 
+def _stored(found: tuple[Site, ...], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values as the layers store them, where the solves had the output first."""
+    input_first = {site.reader.weight for site in found if site.reader.dim == 0}
+    return {name: v.transpose(0, 1).contiguous() if name in input_first else v for name, v in values.items()}
+
+
+def _less(
+    values: Mapping[str, Tensor],
+    pruned: Mapping[str, Tensor],
+    state: State,
+    before: float,
+    after: float,
+    error: Callable[[Mapping[str, Tensor]], float],
+) -> tuple[dict[str, Tensor], float, str]:
+    """A part of the way from plain pruning to a restoration that made the held-out error larger, or none of it."""
+    start = {name: pruned.get(name, state[name].detach()) for name in values}
+    for share in (0.5, 0.25):
+        part = {name: torch.lerp(start[name], value, share) for name, value in values.items()}
+        if (found := error(part)) <= before:
+            return part, found, f"only {share:.0%} of the restoration kept: all of it raised the held-out error"
+    note = f"restoration left out: error on held-out probes {before:.3g} without, {after:.3g} with; give more probes"
+    return dict(pruned), before, note
+
+
 def masked(site: Site, state: State) -> Tensor:
     """The reader's weight with its dropped columns zero: plain pruning."""
-    weight = state[site.reader.weight].detach().clone()
+    weight = site.weight(state).clone()
     rows = len(weight) // site.reader.blocks
     for number, gone in enumerate(site.dropped.chunk(site.reader.blocks)):
         weight[number * rows : (number + 1) * rows][:, gone.to(weight.device)] = 0
@@ -231,11 +274,11 @@ def _measured(
                 for number in site.choices:
                     notes[number].append(note)
 
-        def on_read(call: ReaderCall, taken: Mapping[str, tuple[Site, object]] = taken) -> None:
+        def on_read(call: ReaderCall, taken: Mapping[str, tuple[Site, Any]] = taken) -> None:
             if call.weight in taken:
                 sums = taken[call.weight][1]
-                for item in [sums] if isinstance(sums, PatchSums) else [entry[2] for entry in sums]:  # pyright: ignore
-                    item.add(call, state[call.weight].detach())
+                for item in [sums] if isinstance(sums, PatchSums) else [entry[2] for entry in sums]:
+                    item.add(call, taken[call.weight][0].weight(state))
 
         for batch in probes.batches:
             run(
@@ -259,7 +302,7 @@ def _sums(
 ) -> tuple[PatchSums | list[tuple[int, Slot, ChannelSums]], int, str]:
     """Empty accumulators for one reader, their size in bytes, and a note when "patch" had to give way."""
     reader = site.reader
-    weight = state[reader.weight]
+    weight = site.weight(state)
     generator = generator_for(seed, f"{reader.weight}#positions")
     taps = weight[0, 0].numel() if weight.dim() > 2 else 1
     keep = [torch.nonzero(~gone).flatten() for gone in site.dropped.chunk(reader.blocks)]
@@ -311,7 +354,7 @@ def _solve_patches(
         if not len(drop):
             continue
         out = slice(number * rows, (number + 1) * rows)
-        prior = _patch_prior(site, keep, drop, number, state[site.reader.weight].detach()[out], expected)
+        prior = _patch_prior(site, keep, drop, number, site.weight(state)[out], expected)
         ridge = settings.strength(prior is not None)
         solution = solve(moments, ridge, centered=site.bias is not None, prior=prior)
         added = solution.coefficients.T.reshape(rows, len(keep), *weight.shape[2:])
@@ -436,7 +479,7 @@ def _deliver(
     choice = selection.choices[number]
     keep, drop = choice.tensors()
     delivery, resid, singular = deliver_from_moments(choice, moments.covariance, ridge, prior)
-    source = state[slot.parameter].detach()
+    source = site.weight(state)
     old = values[slot.parameter].clone()
     new = fold(values[slot.parameter], source, slot, choice.group.width, keep, drop, delivery)
     values[slot.parameter] = new

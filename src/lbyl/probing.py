@@ -80,6 +80,14 @@ def run(
         return None
 
 
+# Where a matrix product has its input and its weight, which is then stored input first.
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    torch.addmm: (1, 2),
+    torch.matmul: (0, 1),
+    torch.mm: (0, 1),
+    torch.Tensor.matmul: (0, 1),
+    torch.Tensor.__matmul__: (0, 1),
+}
 _CONVOLUTIONS: dict[Any, int] = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
 _BATCH_NORM = inspect.signature(functional.batch_norm)
 
@@ -113,6 +121,14 @@ class _Watch(TorchFunctionMode):
             if name is not None:
                 if self.on_read:
                     self.on_read(_reader_call(func, name, out, *args, **kwargs))
+                if name == self.stop_after:
+                    raise _Enough
+        elif func in _PRODUCTS and len(args) > _PRODUCTS[func][1] and not kwargs:
+            x, weight = (args[place] for place in _PRODUCTS[func])
+            name = self.names.get(id(weight))
+            if name is not None:
+                if self.on_read:
+                    self.on_read(ReaderCall(name, "linear", x, out))
                 if name == self.stop_after:
                     raise _Enough
         return out
