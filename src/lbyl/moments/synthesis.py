@@ -127,7 +127,7 @@ def synthesize(
         shape = (count, *tensor.shape[1:])
         if tensor.is_floating_point():
             return make(shape, generator).to(tensor)
-        size = vocabulary.get(id(tensor))
+        size = vocabulary.get(tensor.untyped_storage().data_ptr())
         if size is not None and tensor.dtype in (torch.int32, torch.int64):
             return torch.randint(size, shape, generator=generator).to(tensor)
         return tensor[:1].expand(shape).clone() if batch else tensor
@@ -170,7 +170,8 @@ class _Lookups(TorchFunctionMode):
         if func is functional.embedding:
             ids = args[0] if args else kwargs["input"]
             table = args[1] if len(args) > 1 else kwargs["weight"]
-            self.sizes[id(ids)] = table.shape[0]
+            # Models reshape ids before they look them up; a view shares its memory.
+            self.sizes[ids.untyped_storage().data_ptr()] = table.shape[0]
         return func(*args, **kwargs)
 
 
