@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -228,6 +229,34 @@ def tabulate(run: Run) -> None:
     titles = {"The 79 classifiers": CLASSIFIERS, "Transformers, detection, segmentation": OTHERS}
     run.tables = [network_table(run, title, names) for title, names in titles.items()]
     run.details = [totals(run)]
+    run.about = " ".join((__doc__ or "").partition("\n\n    python")[2].partition("\n\n")[2].split("\n\n")[0].split())
+    run.sections = {"What stays whole, and why": left_whole(run), "What Torch-Pruning says": peer_failures(run)}
+
+
+def left_whole(run: Run) -> str:
+    """The reasons, without names and figures, by how many networks have them."""
+    found: dict[str, set[str]] = {}
+    for cell in run.measurements:
+        if cell["cell"] != "all":
+            continue
+        for why in cell.get("reasons", []) if cell["passed"] else [cell["why"]]:
+            general = re.sub(r"'[^']*'", "…", why)
+            general = re.sub(r"\[[^\]]*\]|\d+(\.\d+)?(e-?\d+)?", "n", general)
+            found.setdefault(general, set()).add(cell["network"])
+    ranked = sorted(found.items(), key=lambda item: -len(item[1]))
+    rows = [
+        [why, len(names), ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")] for why, names in ranked
+    ]
+    return "\n".join(
+        ["| reason | networks | among them |", "|---|--:|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+    )
+
+
+def peer_failures(run: Run) -> str:
+    """Where the other tool stops, in its own words."""
+    failed = [c for c in run.measurements if c["cell"] == "peer" and not c["passed"]]
+    lines = [f"| {c['network']} | {c['why'].splitlines()[0][:120].replace('|', ' ')} |" for c in failed]
+    return "\n".join(["| network | message |", "|---|---|", *lines])
 
 
 def network_table(run: Run, title: str, names: list[str]) -> Table:

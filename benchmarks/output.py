@@ -30,7 +30,10 @@ class Table:
 
 @dataclass
 class Run:
-    """Everything that one run of a benchmark found out; ``details`` are tables for docs/results.md alone."""
+    """Everything that one run of a benchmark found out.
+
+    ``details`` are tables for docs/ alone; ``about`` and ``sections`` (title: text) are prose made of measurements.
+    """
 
     name: str
     title: str
@@ -39,6 +42,8 @@ class Run:
     tables: list[Table] = field(default_factory=list)
     details: list[Table] = field(default_factory=list)
     measurements: list[dict[str, Any]] = field(default_factory=list)
+    about: str = ""
+    sections: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     def write(self) -> Path:
@@ -53,6 +58,8 @@ class Run:
             "threads": torch.get_num_threads(),
             "seconds": round(time.perf_counter() - self.started, 1),
             "settings": self.settings,
+            "about": self.about,
+            "sections": self.sections,
             "tables": [asdict(table) for table in self.tables],
             "details": [asdict(table) for table in self.details],
             "measurements": self.measurements,

@@ -63,6 +63,20 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def coverage(data: dict[str, Any]) -> str:
+    """docs/coverage.md."""
+    parts = [
+        "# Architectures",
+        "Written by `python benchmarks/tables.py` from `benchmarks/results/coverage.json`; do not edit by hand.",
+        data["about"],
+        *map(table, data["details"]),
+        *map(table, data["tables"]),
+        *(f"## {title}\n\n{text}" for title, text in data["sections"].items()),
+        f"`{data['command']}` with lbyl {data['lbyl']}, torch {data['torch']}, one thread a cell.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def fill(text: str, results: dict[str, dict[str, Any]]) -> str:
     """Replace what stands in the blocks."""
 
@@ -82,10 +96,14 @@ def main() -> None:
     if "accuracy" in results:
         draw(results["accuracy"]["measurements"], results["accuracy"]["settings"]["networks"], ROOT / "docs")
         results["accuracy"]["plots"] = CAPTIONS
+    covered = results.pop("coverage", None)
+    if covered:
+        (ROOT / "docs" / "coverage.md").write_text(coverage(covered), encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(page(results), encoding="utf-8")
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
-    new = fill(old, results)
+    # All 79 rows would bury the README; the totals do.
+    new = fill(old, results | ({"coverage": {**covered, "tables": covered["details"]}} if covered else {}))
     if new != old:
         readme.write_text(new, encoding="utf-8")
 
