@@ -354,6 +354,8 @@ def main(
             console.print(f"{name:40} {cell:9} {verdict}", soft_wrap=True)
             tabulate(run)
             run.write()
+    tabulate(run)
+    run.write()
 
 
 if __name__ == "__main__":

@@ -51,6 +51,17 @@ FACTORY = """
         def forward(self, ids, scale):
             return self.out(self.hidden(self.embedding(ids)).relu()) * scale
 
+    class Undecided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+            self.head = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, x):
+            y = self.backbone(x).mean((2, 3))
+            return self.head(y) if y.sum() > 0 else self.head(-y)
+
+    undecided = Undecided
     tokens = Tokens
     number = lambda: 3
 """
@@ -105,6 +116,21 @@ def test_the_printed_line_loads_the_network(source: str, tmp_path: Path) -> None
     names: dict[str, torch.nn.Module] = {}
     exec(document["load"], names)
     assert names["net"](torch.zeros(1, 3, 12, 12)).shape == (1, 4)
+
+
+def test_parts_one_submodule_and_strict(source: str, tmp_path: Path) -> None:
+    undecided = source.replace(":net", ":undecided")
+    document = json.loads(compress(undecided, tmp_path / "parts", "--restore", "prune", "--json").stdout)
+    assert document["plan"]["settings"]["parts"] == ["backbone", "head"]
+    found = command("inspect", undecided, "--input", "1x3x12x12", "--submodule", "head", "--json")
+    assert [group["name"] for group in json.loads(found.stdout)["groups"]] == ["head.0", "head.2"]
+    alone = compress(undecided, tmp_path / "alone", "--restore", "prune", "--submodule", "backbone")
+    assert "backbone.0" in alone.stdout
+    assert "head.0" not in alone.stdout
+    refused = compress(undecided, tmp_path / "refused", "--restore", "prune", "--strict")
+    assert refused.exit_code == 1
+    assert "torch.export can't trace" in refused.stderr
+    assert not (tmp_path / "refused").exists()
 
 
 def test_torchvision_end_to_end(tmp_path: Path) -> None:
