@@ -14,6 +14,7 @@ import lbyl.inputs
 from lbyl.moments.synthesis import dead_leaves, pink, varied_pink
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import Moments, Prior, solve
+from lbyl.renorm import Look, expected_shift, pool, recenter
 
 
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -241,6 +242,50 @@ def test_dead_channels_do_not_poison_renorm() -> None:
         net[4].running_var[0] = 1e-12
     result = lbyl.compress(net, images(1), ratio={"0": 0.5}, restore=lbyl.LeastSquares(lbyl.Noise(images=8)))
     assert all(bool(torch.isfinite(t).all()) for t in result.model.state_dict().values())
+
+
+def test_the_expected_shift_of_a_linear_change_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Correlated outputs: a correction channel by channel would miss the terms across them.
+    y = torch.randn(4000, 3, generator=generator, dtype=torch.float64) @ torch.tensor(
+        [[1.0, 0.8, 0.0], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64
+    )
+    change = torch.tensor([[0.2, -0.4, 0.0], [0.0, 0.1, 0.3], [-0.5, 0.0, 0.2]]).double()
+    gap = torch.tensor([1.0, -2.0, 0.5]).double()
+    found = expected_shift(y, y + y @ change.T + 7.0, gap)
+    torch.testing.assert_close(found, change @ gap, rtol=0.1, atol=0.05)
+    assert (found - change.diagonal() * gap).abs().max() > 0.3
+    # A change that does not go with the output says nothing, and no gap means no shift.
+    noise = torch.randn(4000, 3, generator=generator, dtype=torch.float64)
+    assert expected_shift(y, y + noise, gap).abs().max() < 0.2
+    torch.testing.assert_close(expected_shift(y, y @ change.T, 0 * gap), torch.zeros(3).double())
+
+
+def test_dead_outputs_shift_nothing() -> None:
+    y = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    y[:, 1] = 0
+    found = expected_shift(y, 0.5 * y, torch.ones(3))
+    assert torch.isfinite(found).all()
+    assert found[1] == 0
+    assert torch.equal(expected_shift(0 * y, 0 * y, torch.ones(3)), torch.zeros(3).double())
+
+
+def test_running_means_know_more_of_real_inputs_than_probes_do() -> None:
+    """Probes whose outputs lie off the running mean: the shift of the mean is right all the same."""
+    generator = torch.Generator().manual_seed(1)
+    real, probe = (torch.randn(5000, 2, generator=generator) + offset for offset in (3.0, 1.0))
+    shrink = torch.tensor([0.5, 0.9])  # what pruning did to each output
+    state = {"mean": real.mean(0), "var": real.var(0)}
+
+    def seen(outputs: torch.Tensor) -> Look:
+        return Look({("mean", "var"): (outputs.double().mean(0), outputs.double().var(0))}, {"w": outputs})
+
+    original, pruned = pool([seen(probe)] * 2), pool([seen(probe * shrink)] * 2)
+    relative = {"mean": state["mean"] + (probe * shrink - probe).mean(0)}
+    corrected = recenter(relative, state, original, pruned, {"w": "mean"})["mean"]
+    truth = (real * shrink).mean(0)
+    assert (corrected - truth).abs().max() < 0.05
+    assert (relative["mean"] - truth).abs().max() > 0.5
 
 
 def test_gaussian_moments_match_the_closed_form_of_a_rectified_gaussian() -> None:

@@ -153,7 +153,7 @@ class PatchSums:
         keep, drop = keep + first, drop + first
         if call.op == "linear":
             x = call.x.reshape(-1, call.x.shape[-1])
-            chosen = _sample(len(x), self.positions, self.generator)
+            chosen = sample_positions(len(x), self.positions, self.generator)
             x = x if chosen is None else x[chosen.to(x.device)]
             for part in x.split(max(1, _CHUNK_BYTES // (4 * x.shape[1]))):
                 yield part[:, keep], part[:, drop] @ kernel.T
@@ -161,7 +161,7 @@ class PatchSums:
         x, kernel, stride, padding, dilation = _as_2d(call, kernel)
         taps = kernel.shape[2:]
         pixels = call.out[0, 0].numel()
-        chosen = _sample(pixels, max(1, self.positions // len(x)), self.generator)
+        chosen = sample_positions(pixels, max(1, self.positions // len(x)), self.generator)
         for part in x.split(max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))):
             r = functional.conv2d(part[:, drop], kernel, None, stride, padding, dilation).flatten(2)
             if taps.numel() == 1 and not any(padding):
@@ -187,7 +187,7 @@ class ChannelSums:
         """Add one call of the reader."""
         x = call.x if call.op == "linear" else call.x.flatten(2).transpose(1, 2)
         x = x.reshape(-1, x.shape[-1])
-        chosen = _sample(len(x), max(1, self.positions // self.index.shape[1]), self.generator)
+        chosen = sample_positions(len(x), max(1, self.positions // self.index.shape[1]), self.generator)
         x = x if chosen is None else x[chosen.to(x.device)]
         if self.moments is None or self.columns is None:
             self.moments = Moments.zeros(len(self.index), 0, x.device)
@@ -198,7 +198,7 @@ class ChannelSums:
             self.moments.add(p, p[:, :0])
 
 
-def _sample(available: int, wanted: int, generator: torch.Generator) -> Tensor | None:
+def sample_positions(available: int, wanted: int, generator: torch.Generator) -> Tensor | None:
     """A random sample of positions, or None for all of them."""
     return None if available <= wanted else torch.randperm(available, generator=generator)[:wanted]
 

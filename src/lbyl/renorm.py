@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lbyl.moments import Probes
-from lbyl.probing import run
-from lbyl.surgery import tensors_of
+from lbyl.inputs import ExampleInputs
+from lbyl.probing import ReaderCall, run
+from lbyl.regression import sample_positions
+from lbyl.selection import generator_for
 
 _DEAD = 1e-3
 """A channel whose spread on the probes is less than this share of its trained spread tells nothing."""
@@ -20,18 +23,28 @@ Statistics = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 """Mean and variance at the input of each batch norm, by the names of its running mean and variance."""
 
 
+@dataclass(frozen=True)
+class Look:
+    """What one pass over some probes tells.
+
+    Attributes:
+        statistics: mean and variance at every batch norm.
+        outputs: for each reader asked for, its output at some positions; equal ones in every look.
+    """
+
+    statistics: Statistics
+    outputs: Mapping[str, Float[Tensor, "positions channels"]]
+
+
 def renormalize(
-    model: nn.Module, values: Mapping[str, Tensor], probes: Probes, original: Statistics
+    state: Mapping[str, Tensor], values: Mapping[str, Tensor], original: Statistics, pruned: Statistics
 ) -> dict[str, Tensor]:
     """New values in which every batch norm's statistics follow the pruned network.
 
     ``mean + (mean_pruned - mean_original)`` and ``var * var_pruned / var_original``, both measured on the same
     probes with batch statistics: with running ones the shifts would pile up from layer to layer. Channels that
-    the probes leave dead keep their statistics, and no variance changes by more than a factor of 4. ``original``
-    is what :func:`statistics` gives for the network itself.
+    the probes leave dead keep their statistics, and no variance changes by more than a factor of 4.
     """
-    pruned = statistics(model, values, probes)
-    state = tensors_of(model)
     moved = dict(values)
     for (mean_name, var_name), (mean, var) in original.items():
         if (mean_name, var_name) not in pruned:
@@ -43,6 +56,46 @@ def renormalize(
         mean_now = values.get(mean_name, old_mean)
         moved[mean_name] = torch.where(alive, old_mean + (new_mean - mean), mean_now).to(old_mean.dtype)
         moved[var_name] = torch.where(alive, old_var * ratio, old_var).to(old_var.dtype)
+    return moved
+
+
+def expected_shift(
+    before: Float[Tensor, "positions channels"],
+    after: Float[Tensor, "positions channels"],
+    gap: Float[Tensor, " channels"],
+) -> Float[Tensor, " channels"]:
+    """What is missing in ``E[after - before]`` on the probes, given that the real mean of ``before`` is ``gap`` higher.
+
+    The change of an output goes with the output itself. So the regression of one on the other, taken on the
+    probes, says how the change moves along with the mean: ``Cov(after - before, before) Cov(before)^-1 gap``, with
+    a ridge of 1 % of each variance.
+    """
+    y, change = before.double(), (after - before).double()
+    y, change = y - y.mean(0), change - change.mean(0)
+    own = y.T @ y
+    spread = own.diagonal()
+    steadied = own + torch.diag(0.01 * spread + 1e-9 * spread.max().clamp_min(1e-30))
+    return change.T @ y @ torch.linalg.solve(steadied, gap.double())
+
+
+def recenter(
+    values: Mapping[str, Tensor], state: Mapping[str, Tensor], original: Look, pruned: Look, norms: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Running means, corrected by what the network knows about real inputs and the probes do not.
+
+    Pruning moves the mean of a reader's output; how far is measured on probes. But the real mean of the original
+    output is known, the running mean, and where the probes' own mean is off, so is the move: by
+    :func:`expected_shift`. ``norms`` gives for each reader the running mean of the batch norm that follows.
+    """
+    moved = dict(values)
+    means = {mean_name: mean for (mean_name, _), (mean, _) in original.statistics.items()}
+    for weight, mean_name in norms.items():
+        if weight not in original.outputs or weight not in pruned.outputs or mean_name not in means:
+            continue
+        gap = state[mean_name].double() - means[mean_name]
+        shift = expected_shift(original.outputs[weight], pruned.outputs[weight], gap)
+        now = values.get(mean_name, state[mean_name])
+        moved[mean_name] = (now.double() + shift).to(now.dtype)
     return moved
 
 
@@ -61,16 +114,41 @@ def transplant(values: Mapping[str, Tensor], state: Mapping[str, Tensor], origin
     return moved
 
 
-def statistics(model: nn.Module, values: Mapping[str, Tensor], probes: Probes) -> Statistics:
-    """Mean and variance of each batch norm's input, averaged over the batches."""
-    sums: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+def pool(looks: Sequence[Look]) -> Look:
+    """Several looks as one: statistics averaged, each look counting alike, and outputs joined."""
+    statistics = {}
+    for key in looks[0].statistics:
+        found = [each.statistics[key] for each in looks if key in each.statistics]
+        mean, var = (torch.stack(parts).mean(0) for parts in zip(*found, strict=True))
+        statistics[key] = mean, var
+    outputs = {
+        name: torch.cat([each.outputs[name] for each in looks if name in each.outputs]) for name in looks[0].outputs
+    }
+    return Look(statistics, outputs)
+
+
+def look(
+    model: nn.Module,
+    values: Mapping[str, Tensor],
+    batch: ExampleInputs,
+    readers: Collection[str] = (),
+    positions: int = 8192,
+) -> Look:
+    """Run a batch with batch statistics; note every batch norm's input, and some outputs of some readers."""
+    found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    outputs: dict[str, Tensor] = {}
 
     def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
-        found = mean.double(), var.double()
-        known = sums.get((mean_name, var_name))
-        sums[mean_name, var_name] = found if known is None else (known[0] + found[0], known[1] + found[1])
+        found[mean_name, var_name] = mean.double(), var.double()
 
-    for batch in probes.batches:
-        run(model, batch, values=values, on_norm=on_norm, batch_statistics=True)
-    count = len(probes.batches)
-    return {key: (mean / count, var / count) for key, (mean, var) in sums.items()}
+    def on_read(call: ReaderCall) -> None:
+        if call.weight not in readers:
+            return
+        out = call.out if call.op == "linear" else call.out.flatten(2).transpose(1, 2)
+        out = out.reshape(-1, out.shape[-1])
+        # Seeded by the reader's name: two looks see the same positions.
+        chosen = sample_positions(len(out), positions, generator_for(0, f"{call.weight}#outputs"))
+        outputs[call.weight] = out.clone() if chosen is None else out[chosen.to(out.device)]
+
+    run(model, batch, values=values, on_norm=on_norm, on_read=on_read, batch_statistics=True)
+    return Look(found, outputs)

@@ -26,6 +26,8 @@ class Probes:
         held_out: a batch that no solve sees; reconstruction errors are measured on it.
         batch_statistics: batch norms normalize with the probes' own statistics while moments are collected, so
             that every channel has its trained mean and spread whatever the probes look like.
+        lifelike: indices of the batches that batch-norm statistics are moved by, the ones with a structure like
+            real inputs'; empty for all.
         note: what the user should know ("" as a rule).
     """
 
@@ -33,6 +35,7 @@ class Probes:
     held_out: ExampleInputs
     batch_statistics: bool
     note: str = ""
+    lifelike: tuple[int, ...] = ()
 
 
 @runtime_checkable

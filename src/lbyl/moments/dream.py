@@ -24,7 +24,8 @@ class Dream:
 
     Adam moves the pixels, never a weight, until the batch mean and spread at every batch norm match the stored
     running statistics. Dreams have the right statistics channel by channel but little structure; so moments are
-    taken on them and on as many synthetic scenes (dead leaves), which are the other way round.
+    taken on them and on as many synthetic scenes (dead leaves), which are the other way round. Batch-norm
+    statistics are moved by what the scenes show: what dreams do to them tells less of real inputs.
 
     Attributes:
         images: dreams that moments are collected on, and scenes; a quarter more is dreamed and held out. None
@@ -74,7 +75,7 @@ class Dream:
                     progress("dreaming", step + 1, self.steps)
         train, test = split(start.map(lambda t: t.detach()), [count, held])
         scenes = synthesize(model, inputs, count, dead_leaves, generator).map(_channels_last)
-        return Probes((train, scenes), test, batch_statistics=True)
+        return Probes((train, scenes), test, batch_statistics=True, lifelike=(1,))
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
