@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,6 +62,59 @@ class _Errors:
     after: float = 0.0
 
 
+@dataclass
+class _Ledger:
+    """What the solves find out, reader by reader.
+
+    Attributes:
+        state: the unpruned network's tensors.
+        values: new ones, output first.
+        errors: powers lost and left, for each choice.
+        notes: what the user should know of each choice.
+    """
+
+    state: State
+    values: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[int, _Errors] = field(default_factory=lambda: defaultdict(_Errors))
+    notes: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def note(self, numbers: Iterable[int], text: str) -> None:
+        """Tell something of some choices."""
+        for number in numbers:
+            self.notes[number].append(text)
+
+    def unseen(self, site: Site, numbers: Iterable[int]) -> None:
+        """No probe came by the reader."""
+        self.note(numbers, f"{site.reader.layer} was not seen in the forward pass: pruned without restoration")
+
+    def singular(self, site: Site, numbers: Iterable[int]) -> None:
+        """The moments could not be factored."""
+        self.note(numbers, f"{site.reader.layer}: singular moments, solved by pseudo-inverse")
+
+    def absorb(self, site: Site, shift: Tensor) -> None:
+        """Add a constant to the reader's output, where one can be added."""
+        if site.bias is None:
+            return
+        old = self.values.get(site.bias, self.state[site.bias].detach())
+        self.values[site.bias] = (old.double() + site.sign * shift).to(old.dtype)
+
+    def add(self, number: int, total: float, before: float, after: float) -> None:
+        """Count a reader's powers towards a choice."""
+        errors = self.errors[number]
+        errors.total += total
+        errors.before += before
+        errors.after += after
+
+    def row(self, number: int, choice: Choice) -> Restored:
+        """What restoration did for one choice, for the report."""
+        power = self.errors[number]
+        relative = None
+        if power.total:
+            scale = max(power.total, 1e-300)
+            relative = (power.before / scale) ** 0.5, (power.after / scale) ** 0.5
+        return Restored(choice.group.name, None, 0.0, "; ".join(dict.fromkeys(self.notes[number])), relative)
+
+
 def sites(graph: Graph, selection: Selection) -> tuple[Site, ...]:
     """Every reader that loses input channels, in execution order."""
     index_of = {group.name: index for index, group in enumerate(graph.groups)}
@@ -115,9 +168,7 @@ def fit(
     found = sites(graph, selection)
     seconds: dict[str, float] = {}
     notes: list[str] = []
-    errors: dict[int, _Errors] = defaultdict(_Errors)
-    group_notes: dict[int, list[str]] = defaultdict(list)
-    values: dict[str, Tensor] = {}
+    ledger = _Ledger(state)
     with torch.no_grad():
         pruned = _stored(found, {site.reader.weight: masked(site, state) for site in found})
 
@@ -125,16 +176,7 @@ def fit(
     probes = None
     if isinstance(settings.moments, ClosedFormSource):
         with torch.no_grad():
-            _closed_form(
-                selection,
-                state,
-                settings.moments,
-                found,
-                settings.strength(False),
-                values,
-                errors,
-                group_notes,
-            )
+            _closed_form(selection, settings.moments, found, settings.strength(False), ledger)
         seconds["solve"] = time.perf_counter() - started
     else:
         probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
@@ -143,23 +185,10 @@ def fit(
             notes.append(probes.note)
         started = time.perf_counter()
         with torch.no_grad():
-            _measured(
-                model,
-                graph,
-                selection,
-                state,
-                probes,
-                found,
-                settings,
-                seed,
-                values,
-                errors,
-                group_notes,
-                progress,
-            )
+            _measured(model, graph, selection, probes, found, settings, seed, ledger, progress)
         seconds["solve"] = time.perf_counter() - started
 
-    values = _stored(found, values)
+    values = _stored(found, ledger.values)
     assessment = None
     started = time.perf_counter()
     if probes is not None:
@@ -191,19 +220,7 @@ def fit(
         assessment = Assessment(before, after)
         seconds["renorm"] = time.perf_counter() - started
 
-    rows = []
-    for number, choice in enumerate(selection.choices):
-        power = errors[number]
-        scale = max(power.total, 1e-300)
-        rows.append(
-            Restored(
-                choice.group.name,
-                None,
-                0.0,
-                "; ".join(dict.fromkeys(group_notes[number])),
-                ((power.before / scale) ** 0.5, (power.after / scale) ** 0.5) if power.total else None,
-            )
-        )
+    rows = (ledger.row(number, choice) for number, choice in enumerate(selection.choices))
     return Restoration(values, tuple(rows), assessment, tuple(notes), seconds)
 
 
@@ -247,14 +264,11 @@ def _measured(
     model: nn.Module,
     graph: Graph,
     selection: Selection,
-    state: State,
     probes: Probes,
     found: tuple[Site, ...],
     settings: LeastSquares,
     seed: int,
-    values: dict[str, Tensor],
-    errors: dict[int, _Errors],
-    notes: dict[int, list[str]],
+    ledger: _Ledger,
     progress: Progress | None,
 ) -> None:
     """Collect moments and solve, as many readers at a time as the budget allows, in execution order."""
@@ -264,21 +278,20 @@ def _measured(
         cost = 0
         while waiting:
             site = waiting[0]
-            sums, bytes_needed, note = _sums(site, selection, state, settings, seed)
+            sums, bytes_needed, note = _sums(site, selection, ledger.state, settings, seed)
             if taken and cost + bytes_needed > settings.budget:
                 break
             cost += bytes_needed
             taken[site.reader.weight] = (site, sums)
             waiting.pop(0)
             if note:
-                for number in site.choices:
-                    notes[number].append(note)
+                ledger.note(site.choices, note)
 
         def on_read(call: ReaderCall, taken: Mapping[str, tuple[Site, Any]] = taken) -> None:
             if call.weight in taken:
                 sums = taken[call.weight][1]
                 for item in [sums] if isinstance(sums, PatchSums) else [entry[2] for entry in sums]:
-                    item.add(call, taken[call.weight][0].weight(state))
+                    item.add(call, taken[call.weight][0].weight(ledger.state))
 
         for batch in probes.batches:
             run(
@@ -290,9 +303,9 @@ def _measured(
             )
         for site, sums in taken.values():
             if isinstance(sums, PatchSums):
-                _solve_patches(site, sums, selection, state, settings, values, errors, notes)
+                _solve_patches(site, sums, selection, settings, ledger)
             else:
-                _solve_channels(site, sums, selection, state, settings, values, errors, notes)
+                _solve_channels(site, sums, selection, settings, ledger)
         if progress:
             progress("solving", len(found) - len(waiting), len(found))
 
@@ -328,17 +341,13 @@ def _solve_patches(
     site: Site,
     sums: PatchSums,
     selection: Selection,
-    state: State,
     settings: LeastSquares,
-    values: dict[str, Tensor],
-    errors: dict[int, _Errors],
-    notes: dict[int, list[str]],
+    ledger: _Ledger,
 ) -> None:
-    weight = masked(site, state)
-    values[site.reader.weight] = weight
+    weight = masked(site, ledger.state)
+    ledger.values[site.reader.weight] = weight
     if not sums.blocks:
-        for number in site.choices:
-            notes[number].append(f"{site.reader.layer} was not seen in the forward pass: pruned without restoration")
+        ledger.unseen(site, site.choices)
         return
     rows = len(weight) // site.reader.blocks
     shift = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
@@ -347,14 +356,14 @@ def _solve_patches(
         choice = selection.choices[site.choices[0]]
         slot = next(slot for slot in choice.group.readers if slot.parameter == site.reader.weight)
         if NOT_OURS not in slot.channels:
-            gram, trust = expected_moments(choice, state, settings)
+            gram, trust = expected_moments(choice, ledger.state, settings)
             expected = None if gram is None else (_by_column(gram, slot, choice.group.width), trust)
     solutions: list[Solution] = []
     for number, (keep, drop, moments) in enumerate(zip(sums.columns.keep, sums.columns.drop, sums.blocks, strict=True)):
         if not len(drop):
             continue
         out = slice(number * rows, (number + 1) * rows)
-        prior = _patch_prior(site, keep, drop, number, site.weight(state)[out], expected)
+        prior = _patch_prior(site, keep, drop, number, site.weight(ledger.state)[out], expected)
         ridge = settings.strength(prior is not None)
         solution = solve(moments, ridge, centered=site.bias is not None, prior=prior)
         added = solution.coefficients.T.reshape(rows, len(keep), *weight.shape[2:])
@@ -362,14 +371,13 @@ def _solve_patches(
         shift[out] = solution.shift
         solutions.append(solution)
         if solution.singular:
-            for choice in site.choices:
-                notes[choice].append(f"{site.reader.layer}: singular moments, solved by pseudo-inverse")
-    _absorb(site, shift, state, values)
+            ledger.singular(site, site.choices)
+    ledger.absorb(site, shift)
     count, total, square = sums.output
     power = float((square / count - (total / count).square()).sum())
     before, after = (float(sum(getattr(s, side).sum() for s in solutions)) for side in ("before", "after"))
     for choice in site.choices:
-        _add(errors[choice], power, before, after)
+        ledger.add(choice, power, before, after)
 
 
 def _by_column(gram: Tensor, slot: Slot, width: int) -> Tensor:
@@ -401,16 +409,13 @@ def _solve_channels(
     site: Site,
     entries: list[tuple[int, Slot, ChannelSums]],
     selection: Selection,
-    state: State,
     settings: LeastSquares,
-    values: dict[str, Tensor],
-    errors: dict[int, _Errors],
-    notes: dict[int, list[str]],
+    ledger: _Ledger,
 ) -> None:
-    values[site.reader.weight] = masked(site, state)
+    ledger.values[site.reader.weight] = masked(site, ledger.state)
     for number, slot, sums in entries:
         if sums.moments is None or sums.columns is None:
-            notes[number].append(f"{site.reader.layer} was not seen in the forward pass: pruned without restoration")
+            ledger.unseen(site, [number])
             continue
         n = sums.moments.count
         mean = sums.moments.p / n
@@ -418,10 +423,10 @@ def _solve_channels(
         power = sums.moments.pp / n - (torch.outer(mean, mean) if centered else 0)
         moments = ChannelMoments(mean.cpu(), power.cpu())
         columns = (sums.columns / n).cpu()
-        expected, trust = expected_moments(selection.choices[number], state, settings)
+        expected, trust = expected_moments(selection.choices[number], ledger.state, settings)
         ridge = settings.strength(expected is not None)
         prior = None if expected is None else (expected, trust)
-        _deliver(site, number, slot, selection, moments, columns, state, ridge, values, errors, notes, prior)
+        _deliver(site, number, slot, selection, moments, columns, ridge, ledger, prior)
 
 
 # -- from the weights alone ----------------------------------------------------------------------------
@@ -429,26 +434,23 @@ def _solve_channels(
 
 def _closed_form(
     selection: Selection,
-    state: State,
     source: ClosedFormSource,
     found: tuple[Site, ...],
     ridge: float,
-    values: dict[str, Tensor],
-    errors: dict[int, _Errors],
-    notes: dict[int, list[str]],
+    ledger: _Ledger,
 ) -> None:
     made: dict[int, ChannelMoments | str] = {}
     for number, choice in enumerate(selection.choices):
-        obstacle = paper_form_applies(choice.group, state)
+        obstacle = paper_form_applies(choice.group, ledger.state)
         if obstacle:
             made[number] = f"pruned without restoration: the weights-only form does not apply, {obstacle}"
-            notes[number].append(str(made[number]))
+            ledger.note([number], str(made[number]))
             continue
         activation = next((step.op for step in choice.group.steps if step.op in ACTIVATIONS), None)
-        kernel = tuple(state[choice.group.producers[0].weight.parameter].shape[2:])
-        made[number] = source.moments(describe(choice.group, state), kernel, activation)
+        kernel = tuple(ledger.state[choice.group.producers[0].weight.parameter].shape[2:])
+        made[number] = source.moments(describe(choice.group, ledger.state), kernel, activation)
     for site in found:
-        values[site.reader.weight] = masked(site, state)
+        ledger.values[site.reader.weight] = masked(site, ledger.state)
         for number in site.choices:
             moments = made[number]
             if isinstance(moments, str):
@@ -458,7 +460,7 @@ def _closed_form(
                     continue
                 channels = torch.tensor(slot.channels)
                 columns = torch.where(channels == NOT_OURS, 0.0, moments.mean[channels.clamp_min(0)])
-                _deliver(site, number, slot, selection, moments, columns, state, ridge, values, errors, notes)
+                _deliver(site, number, slot, selection, moments, columns, ridge, ledger)
 
 
 def _deliver(
@@ -468,23 +470,20 @@ def _deliver(
     selection: Selection,
     moments: ChannelMoments,
     columns: Tensor,
-    state: State,
     ridge: float,
-    values: dict[str, Tensor],
-    errors: dict[int, _Errors],
-    notes: dict[int, list[str]],
+    ledger: _Ledger,
     prior: tuple[Tensor, float] | None = None,
 ) -> None:
     """Solve for S on channel moments, fold it into the reader, and keep the mean of its output."""
     choice = selection.choices[number]
     keep, drop = choice.tensors()
     delivery, resid, singular = deliver_from_moments(choice, moments.covariance, ridge, prior)
-    source = site.weight(state)
-    old = values[slot.parameter].clone()
-    new = fold(values[slot.parameter], source, slot, choice.group.width, keep, drop, delivery)
-    values[slot.parameter] = new
+    source = site.weight(ledger.state)
+    old = ledger.values[slot.parameter].clone()
+    new = fold(ledger.values[slot.parameter], source, slot, choice.group.width, keep, drop, delivery)
+    ledger.values[slot.parameter] = new
     if singular:
-        notes[number].append(f"{site.reader.layer}: singular moments, solved by pseudo-inverse")
+        ledger.singular(site, [number])
     # What the dropped columns gave on average, less what the restored ones now give in their stead.
     rows, per_block = len(source) // slot.blocks, len(slot.channels) // slot.blocks
     ours = torch.tensor(slot.channels) != NOT_OURS
@@ -499,12 +498,12 @@ def _deliver(
         change = (new - old)[out].double().flatten(2).sum(2) if source.dim() > 2 else (new - old)[out].double()
         full = source[out].double().flatten(2).sum(2) if source.dim() > 2 else source[out].double()
         shift[out] = (full * gone[inside]) @ means[inside] - change @ means[inside]
-    _absorb(site, shift, state, values)
+    ledger.absorb(site, shift)
     # Channels count by the energy that the reader gives them; correlations between them are left out.
     energy = _energy(slot, source, choice.group.width)
     variance = moments.covariance.diagonal()
-    _add(
-        errors[number],
+    ledger.add(
+        number,
         float((energy * variance).sum()),
         float((energy * variance)[drop].sum()),
         float((energy[drop] * resid).sum()),
@@ -554,25 +553,9 @@ def deliver_from_moments(
     return delivery, left, singular
 
 
-# -- shared --------------------------------------------------------------------------------------------
-
-
-def _absorb(site: Site, shift: Tensor, state: State, values: dict[str, Tensor]) -> None:
-    if site.bias is None:
-        return
-    old = values.get(site.bias, state[site.bias].detach())
-    values[site.bias] = (old.double() + site.sign * shift).to(old.dtype)
-
-
 def _energy(slot: Slot, source: Tensor, width: int) -> Tensor:
     per_block = source.detach().double().square().reshape(slot.blocks, -1, *source.shape[1:])
     column = per_block.sum(1).reshape(len(slot.channels), -1).sum(1).cpu()
     channels = torch.tensor(slot.channels)
     ours = channels != NOT_OURS
     return torch.zeros(width, dtype=torch.float64).index_add_(0, channels[ours], column[ours])
-
-
-def _add(errors: _Errors, total: float, before: float, after: float) -> None:
-    errors.total += total
-    errors.before += before
-    errors.after += after
