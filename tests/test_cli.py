@@ -133,6 +133,25 @@ def test_parts_one_submodule_and_strict(source: str, tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists()
 
 
+def test_budget(source: str, tmp_path: Path) -> None:
+    args = ("--budget", "macs=0.63", "--exclude", "0", "--restore", "prune", "--json")
+    document = json.loads(compress(source, tmp_path / "out", *args).stdout)
+    assert document["report"]["macs"][1] / document["report"]["macs"][0] == pytest.approx(0.63, rel=0.02)
+    assert [row["group"] for row in document["report"]["rows"]] == ["3"]
+    for wrong, said in (
+        (("--budget", "speed=2"), "write macs=0.5"),
+        (("--budget", "macs=0.5", "--ratio", "0.5"), "give one of them"),
+        (("--round-to", "8"), "need --budget"),
+        (("--budget", "macs=0.5", "--round-to", "x"), "whole number"),
+    ):
+        result = compress(source, tmp_path / "wrong", *wrong)
+        assert result.exit_code == 2, result.output
+        assert said in " ".join(result.stderr.replace("│", " ").split())
+    unreachable = compress(source, tmp_path / "wrong", "--budget", "macs=0.01", "--restore", "prune")
+    assert unreachable.exit_code == 1
+    assert "can't be reached" in unreachable.stderr
+
+
 def test_torchvision_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = command("compress", *RESNET, "-o", out, "--ratio", 0.25, "--json")

@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lbyl.api import Inspection, Result, compress, inspect
     from lbyl.artifact import load
+    from lbyl.budget import Budget
     from lbyl.criteria import L1, L2, Criterion, GeometricMedian, Random
-    from lbyl.errors import ArtifactError, InputError, LbylError, SurgeryError, TraceError, VerificationError
+    from lbyl.errors import (
+        ArtifactError,
+        ExportError,
+        InputError,
+        LbylError,
+        SurgeryError,
+        TraceError,
+        VerificationError,
+    )
+    from lbyl.exporting import Exported, export
     from lbyl.moments import Data, Dream, Gaussian, Noise, Weights
     from lbyl.plan import Plan
     from lbyl.report import Report
@@ -20,10 +30,13 @@ __all__ = [
     "L2",
     "LBYL",
     "ArtifactError",
+    "Budget",
     "Coreset",
     "Criterion",
     "Data",
     "Dream",
+    "ExportError",
+    "Exported",
     "Gaussian",
     "GeometricMedian",
     "InputError",
@@ -43,6 +56,7 @@ __all__ = [
     "VerificationError",
     "Weights",
     "compress",
+    "export",
     "inspect",
     "load",
 ]
@@ -56,6 +70,7 @@ _HOME = {
         "inspect",
     ),
     "lbyl.artifact": ("load",),
+    "lbyl.budget": ("Budget",),
     "lbyl.criteria": (
         "L1",
         "L2",
@@ -65,12 +80,14 @@ _HOME = {
     ),
     "lbyl.errors": (
         "ArtifactError",
+        "ExportError",
         "InputError",
         "LbylError",
         "SurgeryError",
         "TraceError",
         "VerificationError",
     ),
+    "lbyl.exporting": ("Exported", "export"),
     "lbyl.moments": (
         "Data",
         "Dream",

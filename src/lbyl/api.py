@@ -21,6 +21,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from lbyl import artifact
+from lbyl.budget import Budget
 from lbyl.criteria import Criterion, resolve_criterion
 from lbyl.errors import InputError, SurgeryError, TraceError, VerificationError
 from lbyl.fitting import fit
@@ -29,17 +30,27 @@ from lbyl.graph import Graph, trace
 from lbyl.inputs import ExampleInputs
 from lbyl.measure import count_macs, count_parameters
 from lbyl.modes import duplicate, undisturbed
-from lbyl.moments import Progress
+from lbyl.moments import ProbeSource, Progress
 from lbyl.parts import Part, joined, part_of, traceable_parts
 from lbyl.plan import GroupPlan, Plan, architecture_of
 from lbyl.report import Report, Row
 from lbyl.restoration import Restored
 from lbyl.restoration import restore as solve
 from lbyl.restorers import LeastSquares, Prune, Restorer, choose_restorer, resolve_restorer
-from lbyl.selection import Choose, Ratio, Selection, by_criterion, check_ratio, ratio_for, select
+from lbyl.selection import (
+    Choose,
+    Ratio,
+    Selection,
+    by_criterion,
+    check_ratio,
+    generator_for,
+    ratio_for,
+    select,
+)
 from lbyl.surgery import cut_copy, plan_attributes, plan_cuts, tensors_of, write
 from lbyl.verification import Follow, cuttable
 from lbyl.verification import verify as check
+from lbyl.widths import Given, choose_widths
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs
 
@@ -185,7 +196,8 @@ def compress(
     model: nn.Module,
     example_inputs: Inputs,
     *,
-    ratio: Ratio = 0.5,
+    ratio: Ratio | None = None,
+    budget: Budget | None = None,
     scope: str = "inner",
     criterion: str | Criterion = "l2",
     restore: str | Restorer | LeastSquares = "auto",
@@ -202,7 +214,9 @@ def compress(
         model: a trained network; it is not changed.
         example_inputs: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
         ratio: share of the channels that each prunable group loses; or ``{glob: share}`` over group and layer
-            names, of which the last match counts and unmatched groups stay whole.
+            names, of which the last match counts and unmatched groups stay whole. 0.5 where no budget is given.
+        budget: what the smaller network may cost, in place of a ratio; the groups' widths are then chosen such that
+            the predicted error is least.
         scope: "inner" prunes groups that no residual sum couples, "all" every prunable one.
         criterion: "l1", "l2", "gm", "random", or an object with ``score(filters, generator)``.
         restore: a restorer or its lower-case name ("lbyl", "prune", "merge", "coreset"); "auto" takes the best
@@ -228,9 +242,12 @@ def compress(
         (torch.Size([12, 8]), torch.Size([16, 8]))
     """
     inputs = ExampleInputs.of(example_inputs)
+    if budget is not None and ratio is not None:
+        raise InputError("give a ratio or a budget, not both: a budget chooses each group's ratio")
+    ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
     scoring = resolve_criterion(criterion)
-    order = _Order(ratio, scope, scoring, restore, seed, verify, strict, source, progress)
+    order = _Order(ratio, budget, scope, scoring, restore, seed, verify, strict, source, progress)
     if restore != "auto":
         resolve_restorer(restore)
     _check_weights(model)
@@ -259,6 +276,7 @@ class _Order:
     """What `compress` was asked to do."""
 
     ratio: Ratio
+    budget: Budget | None
     scope: str
     criterion: Criterion
     restore: str | Restorer | LeastSquares
@@ -272,19 +290,16 @@ class _Order:
 def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order, clock: _Clock) -> Result:
     """Select, restore, cut and verify a model whose graph is known."""
     restorer, why = choose_restorer(model) if order.restore == "auto" else (resolve_restorer(order.restore), "")
+    choose = getattr(restorer, "choose", None) if getattr(restorer, "chooses", False) else None
+    choosing = cast(Choose, choose) or by_criterion(order.criterion)
+    fitted, ratio, planned = restorer, order.ratio, ()
+    if order.budget is not None:
+        fitted, ratio, planned = _within_budget(model, inputs, graph, restorer, choosing, order, order.budget, clock)
     with clock("select"):
-        choose = getattr(restorer, "choose", None) if getattr(restorer, "chooses", False) else None
-        selection = select(
-            graph,
-            tensors_of(model),
-            order.ratio,
-            order.scope,
-            cast(Choose, choose) or by_criterion(order.criterion),
-            order.seed,
-        )
+        selection = select(graph, tensors_of(model), ratio, order.scope, choosing, order.seed)
     _check_selection(selection)
     work: nn.Module | None = None
-    if isinstance(restorer, LeastSquares) and order.verify and not order.strict:
+    if isinstance(restorer, LeastSquares) and order.verify and not order.strict and order.budget is None:
         # Restoration is dear here, so what can't be cut is found out before it.
         work = duplicate(model).eval()
         with clock("verify"):
@@ -295,8 +310,9 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
     for _ in range(3):
         with clock("restore"):
             if isinstance(restorer, LeastSquares):
+                assert isinstance(fitted, LeastSquares)
                 work = work or duplicate(model).eval()
-                restoration = fit(work, inputs, graph, selection, restorer, order.seed, order.progress)
+                restoration = fit(work, inputs, graph, selection, fitted, order.seed, order.progress)
             else:
                 # The user's own weights are only read, so that no copy of them is held meanwhile.
                 restoration = solve(selection, tensors_of(model), restorer, order.seed, order.progress)
@@ -304,7 +320,7 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
         with clock("cut"):
             write(work, restoration.values)
             restored, assessment = restoration.groups, restoration.assessment
-            notes = tuple(note for note in (why, *restoration.notes) if note)
+            notes = tuple(note for note in (why, *planned, *restoration.notes) if note)
             seconds = dict(restoration.seconds)
             del restoration
             attributes = plan_attributes(work, graph, selection)
@@ -342,7 +358,8 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
         assessment=assessment,
     )
     settings = {
-        "ratio": dict(order.ratio) if isinstance(order.ratio, Mapping) else order.ratio,
+        "ratio": dict(ratio) if isinstance(ratio, Mapping) else ratio,
+        **({"budget": _describe(order.budget)} if order.budget else {}),
         "scope": order.scope,
         "criterion": _describe(restorer if choose else order.criterion),
         "restore": _describe(restorer),
@@ -359,6 +376,61 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
         attributes=attributes,
     )
     return Result(smaller, plan, report)
+
+
+def _within_budget(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    restorer: Restorer | LeastSquares,
+    choose: Choose,
+    order: _Order,
+    budget: Budget,
+    clock: _Clock,
+) -> tuple[Restorer | LeastSquares, dict[str, float], tuple[str, ...]]:
+    """The restorer with its probes made, the ratios that the budget comes to, and notes."""
+    if getattr(restorer, "chooses", False):
+        raise InputError(f"{type(restorer).__name__} chooses channels by itself, so no budget can; give a ratio")
+    state, work = tensors_of(model), duplicate(model).eval()
+    with clock("select"):
+        # Which groups can be cut at all must be known before widths are dealt out.
+        trial = select(graph, state, 0.5, order.scope, choose, order.seed)
+        _check_selection(trial)
+    notes: tuple[str, ...] = ()
+    if order.verify:
+        with clock("verify"):
+            masked = solve(trial, state, Prune(), order.seed).values
+            write(work, masked)
+            good = trial if order.strict else _without_trouble(work, inputs, graph, trial)
+            write(work, {name: state[name].detach() for name in masked})
+        whole = dict(good.left[len(trial.left) :])
+        notes = tuple(f"{name} stays whole: {why}" for name, why in whole.items())
+        trial = good
+    names = {choice.group.name for choice in trial.choices}
+    groups = [index for index, group in enumerate(graph.groups) if group.name in names and group.prunable]
+    probes, fitted = None, restorer
+    if isinstance(restorer, LeastSquares) and isinstance(restorer.moments, ProbeSource):
+        with clock("probe"):
+            probes = restorer.moments.probes(work, inputs, generator_for(order.seed, "probes"), order.progress)
+        fitted = replace(restorer, moments=Given(probes))
+
+    def measure(ratios: Mapping[str, float]) -> float:
+        part = select(graph, state, ratios, order.scope, choose, order.seed)
+        smaller = cut_copy(work, plan_cuts(part), plan_attributes(work, graph, part))
+        if budget.macs is not None:
+            with undisturbed(smaller):
+                return float(count_macs(smaller, inputs))
+        if budget.params is not None:
+            return float(count_parameters(smaller))
+        return float(
+            sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors_of(smaller).values()}.values())
+        )
+
+    with clock("widths"):
+        found = choose_widths(
+            work, inputs, graph, groups, tensors_of(work), budget, choose, probes, order.seed, measure, order.progress
+        )
+    return fitted, found.ratios(graph), (*notes, *found.notes)
 
 
 def _check_selection(selection: Selection) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,8 +34,13 @@ def relative_error(
     from outputs do not depend on it, while pruning shrinks them: 0 says that nothing changed, 1 that nothing is
     left.
     """
-    expected = [t for t in output_tensors(run(model, inputs, values=reference)) if t.is_floating_point()]
-    found = [t for t in output_tensors(run(model, inputs, values=values)) if t.is_floating_point()]
+    return outputs_error(run(model, inputs, values=reference), run(model, inputs, values=values))
+
+
+def outputs_error(reference: Any, outputs: Any) -> float:
+    """The same for outputs that are there already, whatever their structure."""
+    expected = [t for t in output_tensors(reference) if t.is_floating_point()]
+    found = [t for t in output_tensors(outputs) if t.is_floating_point()]
     cross = own = theirs = 0.0
     for a, b in zip(expected, found, strict=True):
         mean = a.double().mean(0, keepdim=True)

@@ -94,6 +94,13 @@ class Solve(str, Enum):
     patch = "patch"
 
 
+class FormatName(str, Enum):
+    """What a saved network is exported as."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+
+
 # -- options ------------------------------------------------------------------------------------------------
 
 
@@ -233,9 +240,37 @@ def _check_inputs(texts: list[str] | None) -> list[str] | None:
     return texts
 
 
-def _check_ratios(texts: list[str]) -> list[str]:
-    parse_ratio(texts)
+def _check_ratios(texts: list[str] | None) -> list[str] | None:
+    if texts:
+        parse_ratio(texts)
     return texts
+
+
+def parse_budget(text: str) -> tuple[str, float]:
+    """What is limited, and to how much.
+
+    >>> parse_budget("macs=0.5")
+    ('macs', 0.5)
+    """
+    name, _, number = text.partition("=")
+    try:
+        if name not in ("macs", "params", "size_mb"):
+            raise ValueError
+        return name, float(number)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: write macs=0.5, params=0.5 or size_mb=10") from None
+
+
+def _check_budget(text: str | None) -> str | None:
+    if text is not None:
+        parse_budget(text)
+    return text
+
+
+def _check_multiple(text: str) -> str:
+    if text != "auto" and not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise typer.BadParameter(f"{text!r}: write a whole number from 1, or auto")
+    return text
 
 
 def _print_version(wanted: bool) -> None:
@@ -286,6 +321,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compr
 
 
 FITTING = "Least squares"
+BUDGET = "Budget"
 
 
 # -- commands -----------------------------------------------------------------------------------------------
@@ -330,15 +366,42 @@ def compress(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="New folder to write.")],
     ratio: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="R|GLOB=R",
             callback=_check_ratios,
             help="Share of the channels that each group loses. "
             "Repeat it as GLOB=R for single groups or layers; "
-            "the last match counts, and without a plain R the others stay whole.",
+            "the last match counts, and without a plain R the others stay whole. Default: 0.5.",
+            show_default=False,
         ),
-    ] = ["0.5"],  # noqa: B006 (Typer copies it)
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="macs=R|params=R|size_mb=X",
+            callback=_check_budget,
+            help="What may stay, in place of a ratio; each group's width is then chosen for the least predicted error.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    round_to: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            callback=_check_multiple,
+            help="Kept channels come in multiples of this.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = "1",
+    min_keep: Annotated[int, typer.Option(min=1, help="No group keeps fewer.", rich_help_panel=BUDGET)] = 1,
+    max_ratio: Annotated[
+        float, typer.Option(min=0, max=0.999, help="No group loses a larger share.", rich_help_panel=BUDGET)
+    ] = 0.9,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Groups and layers that stay whole.", rich_help_panel=BUDGET),
+    ] = None,
     scope: Annotated[
         Scope, typer.Option(help="inner: groups that no residual sum couples; all: every prunable one.")
     ] = Scope.inner,
@@ -412,6 +475,10 @@ def compress(
     """Drop channels, let the kept ones make up for them, and save the smaller network."""
     fitting = Fitting(moments, solve, ridge, False if no_renorm else None, data, mean, std)
     fitting.check(restore)
+    if budget is not None and ratio:
+        raise typer.BadParameter("--ratio and --budget: give one of them; a budget chooses each group's ratio")
+    if budget is None and (round_to != "1" or min_keep != 1 or max_ratio != 0.9 or exclude):
+        raise typer.BadParameter("--round-to, --min-keep, --max-ratio and --exclude need --budget")
     with _working(f"loading {source}") as stage:
         _check_output(output)
         import lbyl
@@ -420,6 +487,17 @@ def compress(
             from lbyl.images import find_images
 
             find_images(data)  # before any time is spent
+        limit = None
+        if budget is not None:
+            name, amount = parse_budget(budget)
+            multiple = round_to if round_to == "auto" else int(round_to)
+            limit = lbyl.Budget(
+                **{name: amount},  # pyright: ignore[reportArgumentType]
+                round_to=multiple,
+                min_keep=min_keep,
+                max_ratio=max_ratio,
+                exclude=tuple(exclude or ()),
+            )
         model = _model(source, weights, not no_pretrained)
         inputs = _example_inputs(source, model, input, seed)
         batches = None
@@ -431,7 +509,8 @@ def compress(
         result = lbyl.compress(
             model,
             inputs,
-            ratio=parse_ratio(ratio),
+            ratio=parse_ratio(ratio) if ratio else None,
+            budget=limit,
             scope=scope.value,
             criterion=criterion.value,
             seed=seed,
@@ -467,6 +546,52 @@ def show(folder: Folder, as_json: Json = False) -> None:
     _out.print(Text(", ".join(f"{name}={_setting(value)}" for name, value in plan.settings.items())))
     _out.print(manifest.report)
     _out.print(Text(f"load it with\n\n    {_loading(folder, plan.source)}\n"))
+
+
+@app.command()
+def export(
+    folder: Folder,
+    format: Annotated[
+        FormatName, typer.Option(help="onnx: for most runtimes; pt2: for torch.export.load.")
+    ] = FormatName.onnx,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="What builds the unpruned model (module:factory), where it is of neither timm nor torchvision.",
+        ),
+    ] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="SHAPE",
+            callback=_check_inputs,
+            help="Shape of an example input, as for compress. Default: what the network was compressed on.",
+        ),
+    ] = None,
+    fixed_batch: Annotated[
+        bool, typer.Option("--fixed-batch", help="Take the example's batch size only, instead of any.")
+    ] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a saved network into its folder as one file for other runtimes, and check it by running it."""
+    with _working(f"reading {folder}") as stage:
+        from lbyl.artifact import read_manifest
+
+        read_manifest(folder)  # before any code of the user's runs
+        import lbyl
+        from lbyl.sources import load_source
+
+        fresh = load_source(model, pretrained=False) if model else None
+        inputs = _example_inputs(model or "", fresh, input, seed) if input else None
+        stage(f"exporting and checking {format.value}")
+        exported = lbyl.export(folder, fresh, format=format.value, inputs=inputs, dynamic=not fixed_batch, seed=seed)
+    if as_json:
+        _print_json(exported.to_dict())
+    else:
+        _out.print(*map(Text, exported.summary()), sep="\n", soft_wrap=True)
 
 
 def main() -> None:
@@ -560,7 +685,7 @@ def _model(source: str, weights: Path | None, pretrained: bool) -> nn.Module:
     return model if weights is None else load_weights(model, weights)
 
 
-def _example_inputs(source: str, model: nn.Module, texts: list[str] | None, seed: int) -> tuple[Tensor, ...]:
+def _example_inputs(source: str, model: nn.Module | None, texts: list[str] | None, seed: int) -> tuple[Tensor, ...]:
     import torch
 
     from lbyl.errors import InputError
@@ -598,7 +723,7 @@ def _images(
     return [batch.to(example.dtype) for batch in read_images(folder, preprocess, mode, seed)]
 
 
-def _default_shape(source: str, model: nn.Module) -> tuple[int, ...] | None:
+def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | None:
     if source.startswith("torchvision:"):
         return (1, 3, 224, 224)
     if source.startswith("timm:"):

@@ -174,3 +174,12 @@ def _peak(group: Group, state: State) -> Tensor:
         ours = channels != NOT_OURS
         peak.scatter_reduce_(0, channels[ours], column[ours], "amax")
     return peak
+
+
+def reader_energy(slot: Slot, source: Float[Tensor, "out columns *taps"], width: int) -> Float[Tensor, " channels"]:
+    """``|U_j|^2``: the sum of squares of the weights with which a reader takes each channel."""
+    per_block = source.detach().double().square().reshape(slot.blocks, -1, *source.shape[1:])
+    column = per_block.sum(1).reshape(len(slot.channels), -1).sum(1).cpu()
+    channels = torch.tensor(slot.channels)
+    ours = channels != NOT_OURS
+    return torch.zeros(width, dtype=torch.float64).index_add_(0, channels[ours], column[ours])
