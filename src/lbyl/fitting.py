@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lbyl.activations import ACTIVATIONS
 from lbyl.assessment import Assessment, relative_error
-from lbyl.filters import State, describe, paper_form_applies, seats
+from lbyl.filters import State, describe, paper_form_applies, reader_energy, seats
 from lbyl.graph import NOT_OURS, Graph, Norm, Reader, Slot
 from lbyl.inputs import ExampleInputs
 from lbyl.moments import ChannelMoments, ClosedFormSource, Probes, Progress
@@ -500,7 +500,7 @@ def _deliver(
         shift[out] = (full * gone[inside]) @ means[inside] - change @ means[inside]
     ledger.absorb(site, shift)
     # Channels count by the energy that the reader gives them; correlations between them are left out.
-    energy = _energy(slot, source, choice.group.width)
+    energy = reader_energy(slot, source, choice.group.width)
     variance = moments.covariance.diagonal()
     ledger.add(
         number,
@@ -551,11 +551,3 @@ def deliver_from_moments(
         left[d] = solution.after
         singular = singular or solution.singular
     return delivery, left, singular
-
-
-def _energy(slot: Slot, source: Tensor, width: int) -> Tensor:
-    per_block = source.detach().double().square().reshape(slot.blocks, -1, *source.shape[1:])
-    column = per_block.sum(1).reshape(len(slot.channels), -1).sum(1).cpu()
-    channels = torch.tensor(slot.channels)
-    ours = channels != NOT_OURS
-    return torch.zeros(width, dtype=torch.float64).index_add_(0, channels[ours], column[ours])
