@@ -1,4 +1,4 @@
-"""The saved folder: ``model.safetensors`` and ``lbyl.json``, written whole or not at all."""
+"""The saved folder: ``model.safetensors``, ``lbyl.json`` and a model card, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from lbyl.card import card
 from lbyl.errors import ArtifactError, InputError, SurgeryError
 from lbyl.folding import apply_folds
 from lbyl.plan import Plan
@@ -24,6 +25,7 @@ from lbyl.surgery import cut_copy
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "lbyl.json"
+CARD = "README.md"
 _LARGEST_MANIFEST = 256 * 2**20
 
 
@@ -62,6 +64,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
                 json.dump(manifest, file)
                 file.flush()
                 os.fsync(file.fileno())
+            (stage / CARD).write_text(card(plan, report), encoding="utf-8")
             stage.chmod(0o755)
             stage.rename(target)
         except BaseException:

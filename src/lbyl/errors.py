@@ -25,3 +25,7 @@ class VerificationError(LbylError):
 
 class ArtifactError(LbylError):
     """A saved folder is damaged, foreign, or of an unknown version."""
+
+
+class ExportError(LbylError):
+    """A network can't be exported, or the exported file computes something else."""
