@@ -70,7 +70,7 @@ class Result:
     report: Report
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``model.safetensors`` and ``lbyl.json`` into a new folder, whole or not at all.
+        """Write ``model.safetensors``, ``lbyl.json`` and a model card into a new folder, whole or not at all.
 
         Raises:
             InputError: the path exists or can't be written.

@@ -1,4 +1,4 @@
-"""The command line: `inspect`, `compress` and `show`, on top of the same functions that users call.
+"""The command line: `inspect`, `compress`, `show` and `export`, on top of the same functions that users call.
 
 Torch is imported inside the commands, so that help and usage errors come at once.
 """
