@@ -272,7 +272,7 @@ def network_table(run: Run, title: str, names: list[str]) -> Table:
         rows.append(
             [
                 name,
-                "yes" if whole["passed"] else whole["why"],
+                "yes" if whole["passed"] else f"no: {whole['why'][:48]}",
                 percent(whole.get("prunable")),
                 percent(share_removed(whole)),
                 percent(1 - macs[1] / macs[0]) if macs and macs[0] else None,
@@ -308,7 +308,8 @@ def totals(run: Run) -> Table:
     both = [cell for cell in done if cell["all"]["passed"] and cell.get("peer", {}).get("passed")]
 
     def passed(key: str) -> str:
-        return str(sum(bool(cell.get(key, {}).get("passed")) for cell in done))
+        measured = [cell[key] for cell in done if key in cell]
+        return f"{sum(bool(cell['passed']) for cell in measured)} of {len(measured)}"
 
     rows: list[list[Cell]] = [
         ["networks", str(len(done)), None],
