@@ -33,7 +33,7 @@ import psutil
 import torch
 import typer
 from networks import Images, cifar10, efficientnet_lite0, fashion_mnist, imagenet, lenet_300_100, resnet56
-from output import RESULTS, Cell, Run, Table
+from output import Cell, Run, Table, known_cells
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -160,11 +160,6 @@ def key(name: str, ratio: float, method: str, seed: int) -> dict[str, Any]:
     return {"network": name, "ratio": ratio, "method": method, "seed": seed, "lbyl": version("lbyl")}
 
 
-def known_cells(file: Path) -> list[dict[str, Any]]:
-    """The cells of an earlier run."""
-    return json.loads(file.read_text(encoding="utf-8"))["measurements"] if file.is_file() else []
-
-
 def of(cells: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     """The cells with these values."""
     return [cell for cell in cells if all(cell[name] == value for name, value in wanted.items())]
@@ -286,12 +281,7 @@ def main(
     titles = {name: spec.title for name, spec in NETWORKS.items()}
     run.settings = {"seeds": seeds, "criterion": "l2", "scope": "inner", "networks": titles}
     if not quick:
-        current = version("lbyl")
-        run.measurements = [
-            cell
-            for cell in known_cells(RESULTS / "accuracy.json")
-            if cell["lbyl"] == current and not (fresh and cell["network"] in names)
-        ]
+        run.measurements = [cell for cell in known_cells("accuracy") if not (fresh and cell["network"] in names)]
         run.started -= sum(cell["seconds"] for cell in run.measurements)
 
     for name in names:

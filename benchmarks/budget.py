@@ -10,7 +10,6 @@ DIR (or LBYL_DATA) is what accuracy.py describes. Results are written point by p
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -20,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 from accuracy import NETWORKS
-from output import RESULTS, Run, Table
+from output import Run, Table, known_cells
 from rich.console import Console
 from torch import nn
 
@@ -81,9 +80,8 @@ def main(
     console = Console()
     names = network or ["resnet56", "efficientnet_lite0"]
     run = Run("budget", "Budgets against uniform ratios", "python benchmarks/budget.py --data DIR")
-    file, current = RESULTS / "budget.json", version("lbyl")
-    known = json.loads(file.read_text(encoding="utf-8"))["measurements"] if file.is_file() else []
-    run.measurements = [c for c in known if c["lbyl"] == current and not (fresh and c["network"] in names)]
+    current = version("lbyl")
+    run.measurements = [c for c in known_cells("budget") if not (fresh and c["network"] in names)]
     for name in names:
         spec = NETWORKS[name]
         net, images = spec.build(data), spec.images(data)

@@ -17,7 +17,6 @@ results are written after every network and what stands there is not computed ag
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import re
 import time
@@ -32,7 +31,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from models import CLASSIFIERS, MODELS, build
-from output import RESULTS, Cell, Run, Table
+from output import Cell, Run, Table, known_cells
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -337,10 +336,8 @@ def main(
     names = [name for name in MODELS if fnmatch(name, only)]
     run = Run("coverage", "Coverage", "python benchmarks/coverage.py")
     run.settings = {"ratio": RATIO, "criterion": "l2"}
-    file = RESULTS / "coverage.json"
-    known = json.loads(file.read_text(encoding="utf-8"))["measurements"] if file.is_file() else []
     current = version("lbyl")
-    run.measurements = [cell for cell in known if cell["lbyl"] == current and not (fresh and cell["network"] in names)]
+    run.measurements = [cell for cell in known_cells("coverage") if not (fresh and cell["network"] in names)]
     wanted = ["all", "inner", *(["peer"] if peer else []), *(["restored"] if restore else [])]
     for cell in wanted:
         for name in names:

@@ -70,3 +70,10 @@ class Run:
         draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         draft.replace(path)
         return path
+
+
+def known_cells(name: str) -> list[dict[str, Any]]:
+    """What an earlier run of a benchmark measured with this version of lbyl."""
+    file, current = RESULTS / f"{name}.json", version("lbyl")
+    cells = json.loads(file.read_text(encoding="utf-8"))["measurements"] if file.is_file() else []
+    return [cell for cell in cells if cell["lbyl"] == current]

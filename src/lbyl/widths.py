@@ -50,7 +50,6 @@ class Widths:
     """What was chosen: kept channels by group index, and the ratio mapping that `select` takes."""
 
     kept: Mapping[int, int]
-    curves: tuple[Curve, ...]
     notes: tuple[str, ...] = ()
 
     def ratios(self, graph: Graph) -> dict[str, float]:
@@ -138,7 +137,7 @@ def choose_widths(
     costs, target = costs_of(model, inputs, budget)
     terms, aim, reached = cost_terms(graph, costs), target, []
     for _ in range(_CORRECTIONS):
-        found = Widths(allocate(graph, curves, terms, aim, budget), tuple(curves), notes)
+        found = Widths(allocate(graph, curves, terms, aim, budget), notes)
         cost = measure(found.ratios(graph))
         if abs(cost / target - 1) <= TOLERANCE:
             return found

@@ -113,7 +113,7 @@ def einsum(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     terms, arrow, out = equation.partition("->")
     names = terms.split(",")
     shadows = [_operand(builder, v, next((o for o in values if o is not v), None)) for v in values]
-    plain = arrow and "." not in equation and len(set(map(len, map(set, names)))) >= 1
+    plain = arrow and "." not in equation
     if not plain or any(shadow is None for shadow in shadows) or any(len(set(n)) < len(n) for n in names):
         return builder.barrier(node, args, f"einsum in {layer_name(node)!r}")
     return contract(builder, node, [(s, n) for s, n in zip(shadows, names, strict=True) if s is not None], out)

@@ -63,7 +63,7 @@ def split(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.dim()
     if varies(compact(builder.ids.find(x)), dim):
         if len({piece.shape[dim] for piece in pieces}) == 1:
-            _halves(builder, x, dim, len(pieces))
+            _keep_equal(builder, x, dim, len(pieces))
         # The whole, too: pieces may be asked for as a half of a width that the module knows.
         for piece in (x, *pieces):
             builder.shaped(piece, node)
@@ -76,7 +76,7 @@ def glu(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
     x, dim = builder.shadow(args[0]), args[1] if len(args) > 1 else kwargs.get("dim", -1)
     if x is None:
         return builder.barrier(node, args, "glu on an unknown value")
-    _halves(builder, x, dim % x.dim(), 2)
+    _keep_equal(builder, x, dim % x.dim(), 2)
     a, b = x.chunk(2, dim)
     builder.step(small(compact(a)).reshape(-1), "glu", layer_name(node))
     return merge(builder, "glu", layer_name(node), compact(a), compact(b), output_shape(node))
@@ -95,7 +95,7 @@ def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
         size, start = x.shape[dim], (args[2] if len(args) > 2 else kwargs.get("start")) or 0
         start = max(start + size, 0) if start < 0 else min(start, size)
         if 2 * result.shape[dim] == size and start in (0, size // 2):
-            _halves(builder, x, dim, 2)
+            _keep_equal(builder, x, dim, 2)
         builder.shaped(x, node)
         builder.shaped(result, node)
         if start:
@@ -103,7 +103,7 @@ def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     return result
 
 
-def _halves(builder: Builder, x: Tensor, dim: int, pieces: int) -> None:
+def _keep_equal(builder: Builder, x: Tensor, dim: int, pieces: int) -> None:
     ids = builder.channels(x, dim)
     if ids is not None:
         builder.equal.append((ids, pieces))
