@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lbyl
-from lbyl.cli import CriterionName, MomentsName, RestorerName, _Stage, _TimeLeft, app
+from lbyl.cli import app
+from lbyl.cli.app import Stage, TimeLeft
+from lbyl.cli.options import CriterionName, MomentsName, RestorerName
 from lbyl.criteria import CRITERIA
 from lbyl.images import preprocessing, read_images
 from lbyl.moments import MOMENTS
@@ -416,7 +418,7 @@ def test_time_left_is_shown_where_work_is_counted() -> None:
         speed_estimate_period=3600,
         auto_refresh=False,
     )
-    stage, column = _Stage(progress, "loading"), _TimeLeft()
+    stage, column = Stage(progress, "loading"), TimeLeft()
     assert column.render(progress.tasks[0]).plain == ""
     for step in range(1, 4):
         stage.follow("dreaming", step, 10)

@@ -1,0 +1,118 @@
+"""The application, its two consoles, and what every command shares: a progress line, one-line errors, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+app = typer.Typer(
+    name="lbyl",
+    help="Structured pruning of trained networks, restored in closed form: no data, no retraining.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# What is piped must not be cut short at a terminal width that nobody sees.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"lbyl {version('lbyl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Structured pruning of trained networks, restored in closed form: no data, no retraining."""
+
+
+class Stage:
+    """The line that moves: a spinner with what is going on, a bar where the amount of work is known."""
+
+    def __init__(self, progress: Progress, stage: str) -> None:
+        self._progress, self._name = progress, stage
+        self._task = progress.add_task(stage, total=None)
+
+    def __call__(self, stage: str, done: int = 0, total: int | None = None) -> None:
+        """Show that ``done`` of ``total`` parts of a stage are done."""
+        if stage != self._name:
+            # A new line, for the speed of one stage says nothing about the next.
+            self._progress.remove_task(self._task)
+            self._name, self._task = stage, self._progress.add_task(stage, total=total)
+        self._progress.update(self._task, completed=done)
+
+    def follow(self, stage: str, done: int, total: int) -> None:
+        """The callback of `compress`, which is silent about what comes after the last layer."""
+        if stage in ("restoring", "solving") and done == total:
+            self("cutting and verifying")
+        else:
+            self(stage, done, total)
+
+
+class TimeLeft(TimeRemainingColumn):
+    """An estimate, where the amount of work is known and some of it is done."""
+
+    def render(self, task: Task) -> Text:
+        """The time left, or nothing."""
+        known = task.total is not None and task.time_remaining is not None
+        return Text(" ").join((super().render(task), Text("left"))) if known else Text()
+
+
+@contextmanager
+def working(what: str) -> Iterator[Stage]:
+    """Show what is going on, on stderr; an LbylError becomes one line there and exit code 1.
+
+    Stdout belongs to the outcome: whatever libraries and factories print meanwhile goes to stderr.
+    """
+    text = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), text, BarColumn(), TimeElapsedColumn(), TimeLeft())
+    bar = Progress(
+        *columns,
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+        # A single step of dreaming may take longer than Rich looks back by default.
+        speed_estimate_period=3600,
+    )
+    try:
+        with redirect_stdout(sys.stderr), bar as progress:
+            yield Stage(progress, what)
+    except Exception as error:
+        from lbyl.errors import LbylError
+
+        if not isinstance(error, LbylError):
+            raise
+        err.print(Text(f"error: {' '.join(str(error).split())}"))
+        raise typer.Exit(1) from error
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(document))

@@ -1,0 +1,58 @@
+"""`lbyl export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.options import Folder, FormatName, Json, Seed, check_inputs
+from lbyl.cli.sources import example_inputs
+
+
+@app.command()
+def export(
+    folder: Folder,
+    format: Annotated[
+        FormatName, typer.Option(help="onnx: for most runtimes; pt2: for torch.export.load.")
+    ] = FormatName.onnx,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="What builds the unpruned model (module:factory), where it is of neither timm nor torchvision.",
+        ),
+    ] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="SHAPE",
+            callback=check_inputs,
+            help="Shape of an example input, as for compress. Default: what the network was compressed on.",
+        ),
+    ] = None,
+    fixed_batch: Annotated[
+        bool, typer.Option("--fixed-batch", help="Take the example's batch size only, instead of any.")
+    ] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a saved network into its folder as one file for other runtimes, and check it by running it."""
+    with working(f"reading {folder}") as stage:
+        from lbyl.artifact import read_manifest
+
+        read_manifest(folder)  # before any code of the user's runs
+        import lbyl
+        from lbyl.sources import load_source
+
+        fresh = load_source(model, pretrained=False) if model else None
+        inputs = example_inputs(model or "", fresh, input, seed) if input else None
+        stage(f"exporting and checking {format.value}")
+        exported = lbyl.export(folder, fresh, format=format.value, inputs=inputs, dynamic=not fixed_batch, seed=seed)
+    if as_json:
+        print_json(exported.to_dict())
+    else:
+        out.print(*map(Text, exported.summary()), sep="\n", soft_wrap=True)

@@ -1,0 +1,32 @@
+"""`lbyl inspect`."""
+
+from __future__ import annotations
+
+from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.options import Inputs, Json, NoPretrained, Seed, Source, Strict, Submodule, Weights
+from lbyl.cli.sources import example_inputs, load_model
+
+
+@app.command()
+def inspect(
+    source: Source,
+    weights: Weights = None,
+    input: Inputs = None,
+    seed: Seed = 0,
+    no_pretrained: NoPretrained = False,
+    submodule: Submodule = None,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """List the channel groups of a model: names, widths, who reads them, prunable or why not."""
+    with working(f"loading {source}") as stage:
+        import lbyl
+
+        model = load_model(source, weights, not no_pretrained)
+        inputs = example_inputs(source, model, input, seed)
+        stage("tracing")
+        inspection = lbyl.inspect(model, inputs, strict=strict, submodule=submodule)
+    if as_json:
+        print_json({"source": source, **inspection.to_dict()})
+    else:
+        out.print(inspection)

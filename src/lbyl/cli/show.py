@@ -1,0 +1,26 @@
+"""`lbyl show`."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.options import Folder, Json
+from lbyl.cli.sources import document, loading, setting
+
+
+@app.command()
+def show(folder: Folder, as_json: Json = False) -> None:
+    """Print what a saved folder holds: settings, groups, totals, and how to load it."""
+    with working(f"reading {folder}"):
+        from lbyl.artifact import read_manifest
+
+        manifest = read_manifest(folder)
+    plan = manifest.plan
+    if as_json:
+        print_json(document(folder, plan, manifest.report))
+        return
+    out.print(Text(f"{plan.source or 'a model of unknown source'} on {plan.inputs}, by lbyl {plan.library}"))
+    out.print(Text(", ".join(f"{name}={setting(value)}" for name, value in plan.settings.items())))
+    out.print(manifest.report)
+    out.print(Text(f"load it with\n\n    {loading(folder, plan.source)}\n"))

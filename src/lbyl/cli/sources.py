@@ -1,0 +1,121 @@
+"""From what was typed to models, example inputs, images and folders; and back to what is printed of them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lbyl.cli.options import Fitting, InputSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lbyl.plan import Plan
+    from lbyl.report import Report
+
+
+def check_output(path: Path) -> None:
+    """What `save` would refuse is refused before any time is spent."""
+    from lbyl.errors import InputError
+
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} exists already; choose another folder or remove it first")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path.parent} is not writable; choose another place for {path.name}")
+
+
+def load_model(source: str, weights: Path | None, pretrained: bool) -> nn.Module:
+    """The model of a source, with its published weights or the ones in a file."""
+    from lbyl.errors import InputError
+    from lbyl.sources import load_source, load_weights
+
+    if weights is not None and not weights.is_file():
+        raise InputError(f"no weights at {weights}")
+    model = load_source(source, pretrained and weights is None)
+    return model if weights is None else load_weights(model, weights)
+
+
+def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None, seed: int) -> tuple[Tensor, ...]:
+    """Seeded inputs of the shapes that ``--input`` gives, or of the source's own."""
+    import torch
+
+    from lbyl.errors import InputError
+
+    specs = [InputSpec.parse(text) for text in texts or []]
+    if not specs:
+        shape = _default_shape(source, model)
+        if shape is None:
+            raise InputError(f"{source} doesn't say what it is called with; pass --input, such as --input 1x3x224x224")
+        specs = [InputSpec(shape)]
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(spec: InputSpec) -> Tensor:
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        if dtype.is_floating_point:
+            return torch.randn(spec.shape, generator=generator).to(dtype)
+        # Zero is a valid token, index and mask in every vocabulary; a random number is not.
+        return torch.zeros(spec.shape, dtype=dtype)
+
+    return tuple(make(spec) for spec in specs)
+
+
+def read_batches(
+    folder: Path,
+    source: str,
+    model: nn.Module,
+    example: Tensor,
+    sized: bool,
+    fitting: Fitting,
+    seed: int,
+) -> list[Tensor]:
+    """Batches of the images in a folder, preprocessed as the model expects."""
+    from lbyl.images import preprocessing, read_images
+
+    preprocess, mode = preprocessing(source, model, example.shape, sized=sized, mean=fitting.mean, std=fitting.std)
+    return [batch.to(example.dtype) for batch in read_images(folder, preprocess, mode, seed)]
+
+
+def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | None:
+    if source.startswith("torchvision:"):
+        return (1, 3, 224, 224)
+    if source.startswith("timm:"):
+        config = getattr(model, "pretrained_cfg", None)
+        size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+        return (1, *size) if size else None
+    return None
+
+
+def document(path: Path, plan: Plan, report: Report) -> dict[str, Any]:
+    """The outcome for machines. Cuts of single tensors are left to ``lbyl.json``: the groups imply them."""
+    described = {name: value for name, value in plan.to_dict().items() if name not in ("cuts", "architecture")}
+    return {
+        "path": str(path),
+        "load": loading(path, plan.source),
+        "plan": described,
+        "report": report.to_dict(),
+    }
+
+
+def loading(path: Path, source: str | None) -> str:
+    """The Python that loads a saved folder."""
+    from lbyl.sources import is_rebuildable
+
+    folder = repr(str(path))
+    if source is None:
+        return f"import lbyl; net = lbyl.load({folder}, model)  # model: a fresh, unpruned instance"
+    if is_rebuildable(source):
+        return f"import lbyl; net = lbyl.load({folder})"
+    return f"import lbyl, lbyl.sources; net = lbyl.load({folder}, lbyl.sources.load_source({source!r}))"
+
+
+def setting(value: Any) -> str:
+    """A settings object the way Python would print it."""
+    if isinstance(value, Mapping) and "name" in value:
+        fields = ", ".join(f"{key}={setting(item)}" for key, item in value.items() if key != "name")
+        return f"{value['name']}({fields})"
+    return shlex.quote(value) if isinstance(value, str) else repr(value)
