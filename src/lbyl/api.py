@@ -50,7 +50,7 @@ from lbyl.selection import (
 from lbyl.surgery import cut_copy, plan_attributes, plan_cuts, tensors_of, write
 from lbyl.verification import Follow, cuttable
 from lbyl.verification import verify as check
-from lbyl.widths import Given, choose_widths
+from lbyl.widths import Given, choose_widths, measure_curves
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs
 
@@ -407,7 +407,10 @@ def _within_budget(
         notes = tuple(f"{name} stays whole: {why}" for name, why in whole.items())
         trial = good
     names = {choice.group.name for choice in trial.choices}
-    groups = [index for index, group in enumerate(graph.groups) if group.name in names and group.prunable]
+    usable = [g.name in names and g.prunable and not budget.excludes(g) for g in graph.groups]
+    groups = [index for index, good in enumerate(usable) if good]
+    if not groups:
+        raise InputError("no group is left that may lose channels: exclude less, or take another scope")
     probes, fitted = None, restorer
     if isinstance(restorer, LeastSquares) and isinstance(restorer.moments, ProbeSource):
         with clock("probe"):
@@ -427,9 +430,9 @@ def _within_budget(
         )
 
     with clock("widths"):
-        found = choose_widths(
-            work, inputs, graph, groups, tensors_of(work), budget, choose, probes, order.seed, measure, order.progress
-        )
+        state = tensors_of(work)
+        curves = measure_curves(work, inputs, graph, groups, state, choose, probes, order.seed, order.progress)
+        found = choose_widths(work, inputs, graph, curves, budget, measure)
     return fitted, found.ratios(graph), (*notes, *found.notes)
 
 

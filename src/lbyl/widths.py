@@ -88,18 +88,57 @@ def costs_of(model: nn.Module, inputs: ExampleInputs, budget: Budget) -> tuple[d
     return {name: float(t.numel() * t.element_size()) for name, t in named.items()}, budget.size_mb * 1e6
 
 
-def choose_widths(
+@dataclass(frozen=True)
+class Curves:
+    """What the channels of every group are worth: measured once, good for any number of budgets."""
+
+    curves: tuple[Curve, ...]
+    notes: tuple[str, ...] = ()
+
+
+def measure_curves(
     model: nn.Module,
     inputs: ExampleInputs,
     graph: Graph,
     groups: Sequence[int],
     state: State,
-    budget: Budget,
     choose: Choose,
     probes: Probes | None,
     seed: int,
-    measure: Callable[[Mapping[str, float]], float],
     progress: Progress | None = None,
+) -> Curves:
+    """The predicted error of every group at each of its widths.
+
+    Args:
+        model: the unpruned network in evaluation mode.
+        inputs: what it is called with.
+        graph: its channel graph.
+        groups: indices of the groups that may lose channels.
+        state: its tensors.
+        choose: which channels are kept, asked for all of them in order.
+        probes: what moments are measured on; without them the weights have to tell.
+        seed: for the criterion and sampled positions.
+        progress: called as ``progress(stage, done, total)``.
+    """
+    orders = {}
+    for index in groups:
+        group = graph.groups[index]
+        generator = generator_for(seed, f"{group.name}#0")
+        orders[index] = spread_over_blocks(choose(describe(group, state), group.width, generator), group.blocks)
+    with torch.no_grad():
+        if probes is None:
+            return Curves(tuple(_from_weights(graph, index, orders[index], state) for index in groups))
+        curves, note = _from_probes(model, inputs, graph, orders, state, probes, seed, progress)
+    return Curves(tuple(curves), (note,) if note else ())
+
+
+def choose_widths(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    measured: Curves,
+    budget: Budget,
+    measure: Callable[[Mapping[str, float]], float],
 ) -> Widths:
     """The widths with the least predicted error at which the network costs what the budget allows.
 
@@ -107,37 +146,18 @@ def choose_widths(
         model: the unpruned network in evaluation mode.
         inputs: what it is called with; MACs are counted on it.
         graph: its channel graph.
-        groups: indices of the groups that may lose channels.
-        state: its tensors.
+        measured: the error curves of the groups that may lose channels.
         budget: what may stay.
-        choose: which channels are kept, asked for all of them in order.
-        probes: what moments are measured on; without them the weights have to tell.
-        seed: for the criterion and sampled positions.
         measure: cuts by a ratio mapping and tells the real cost, which the sum over parameters may miss.
-        progress: called as ``progress(stage, done, total)``.
 
     Raises:
         InputError: the budget can't be reached within 2 %.
     """
-    usable = [index for index in groups if not budget.excludes(graph.groups[index])]
-    if not usable:
-        raise InputError("no group is left that may lose channels: exclude less, or take another scope")
-    orders = {}
-    for index in usable:
-        group = graph.groups[index]
-        generator = generator_for(seed, f"{group.name}#0")
-        orders[index] = spread_over_blocks(choose(describe(group, state), group.width, generator), group.blocks)
-    notes: tuple[str, ...] = ()
-    with torch.no_grad():
-        if probes is None:
-            curves = [_from_weights(graph, index, orders[index], state) for index in usable]
-        else:
-            curves, note = _from_probes(model, inputs, graph, orders, state, probes, seed, progress)
-            notes = (note,) if note else ()
+    curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
     costs, target = costs_of(model, inputs, budget)
     terms, aim, reached = cost_terms(graph, costs), target, []
     for _ in range(_CORRECTIONS):
-        found = Widths(allocate(graph, curves, terms, aim, budget), notes)
+        found = Widths(allocate(graph, curves, terms, aim, budget), measured.notes)
         cost = measure(found.ratios(graph))
         if abs(cost / target - 1) <= TOLERANCE:
             return found
