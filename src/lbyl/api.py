@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich import box
@@ -22,35 +20,37 @@ from torch import Tensor, nn
 
 from lbyl import artifact
 from lbyl.budget import Budget
+from lbyl.clock import Clock
 from lbyl.criteria import Criterion, resolve_criterion
 from lbyl.errors import InputError, SurgeryError, TraceError, VerificationError
 from lbyl.fitting import fit
 from lbyl.folding import Fold, fold_computed
 from lbyl.graph import Graph, trace
+from lbyl.groundwork import Groundwork, lay_groundwork
 from lbyl.inputs import ExampleInputs
 from lbyl.measure import count_macs, count_parameters
 from lbyl.modes import duplicate, undisturbed
-from lbyl.moments import ProbeSource, Progress
+from lbyl.moments import Progress
+from lbyl.order import Order
 from lbyl.parts import Part, joined, part_of, traceable_parts
 from lbyl.plan import GroupPlan, Plan, architecture_of
 from lbyl.report import Report, Row
 from lbyl.restoration import Restored
 from lbyl.restoration import restore as solve
-from lbyl.restorers import LeastSquares, Prune, Restorer, choose_restorer, resolve_restorer
+from lbyl.restorers import LeastSquares, Prune, Restorer, resolve_restorer
 from lbyl.selection import (
     Choose,
     Ratio,
     Selection,
-    by_criterion,
     check_ratio,
-    generator_for,
+    check_selection,
     ratio_for,
     select,
 )
 from lbyl.surgery import cut_copy, plan_attributes, plan_cuts, tensors_of, write
-from lbyl.verification import Follow, cuttable
+from lbyl.verification import follower, without_trouble
 from lbyl.verification import verify as check
-from lbyl.widths import Given, choose_widths, measure_curves
+from lbyl.widths import Widths, choose_widths
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs
 
@@ -156,7 +156,7 @@ def inspect(
 
 
 @dataclass(frozen=True)
-class _Traced:
+class Traced:
     """A model with its graph; or the parts of it that could be traced, and why the rest could not."""
 
     model: nn.Module
@@ -167,9 +167,9 @@ class _Traced:
     why: str = ""
 
 
-def _trace(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule: str | None) -> _Traced:
+def _trace(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule: str | None) -> Traced:
     if submodule is not None:
-        return _Traced(model, None, parts=(part_of(model, inputs, submodule),))
+        return Traced(model, None, parts=(part_of(model, inputs, submodule),))
     try:
         with undisturbed(model):
             graph = trace(model, inputs)
@@ -182,14 +182,31 @@ def _trace(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule: str
             raise error from None
         if not parts:
             raise
-        return _Traced(model, None, (), tuple(parts), tuple(untraced.items()), f"{error} It is done in parts instead.")
+        return Traced(model, None, (), tuple(parts), tuple(untraced.items()), f"{error} It is done in parts instead.")
     if not graph.computed:
-        return _Traced(model, graph)
+        return Traced(model, graph)
     plain, folds = fold_computed(model, inputs, graph.computed)
     if folds:
         with undisturbed(plain):
             graph = trace(plain, inputs)
-    return _Traced(plain, graph, folds)
+    return Traced(plain, graph, folds)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was checked and traced, and what it is called with."""
+
+    model: nn.Module
+    inputs: ExampleInputs
+    traced: Traced
+
+    @property
+    def parts(self) -> tuple[tuple[str, nn.Module, ExampleInputs, Graph], ...]:
+        """What is cut by itself: path, module, inputs, graph; the path of a model that was traced whole is ""."""
+        traced = self.traced
+        if traced.graph is not None:
+            return (("", traced.model, self.inputs, traced.graph),)
+        return tuple((p.path, self.model.get_submodule(p.path), p.inputs, p.graph) for p in traced.parts)
 
 
 def compress(
@@ -241,22 +258,37 @@ def compress(
         >>> result.model[0].weight.shape, net[0].weight.shape
         (torch.Size([12, 8]), torch.Size([16, 8]))
     """
-    inputs = ExampleInputs.of(example_inputs)
     if budget is not None and ratio is not None:
         raise InputError("give a ratio or a budget, not both: a budget chooses each group's ratio")
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
     scoring = resolve_criterion(criterion)
-    order = _Order(ratio, budget, scope, scoring, restore, seed, verify, strict, source, progress)
-    if restore != "auto":
-        resolve_restorer(restore)
+    order = Order(ratio, budget, scope, scoring, restore, seed, verify, strict, source, progress)
+    clock = Clock()
+    return walk(prepare(model, example_inputs, order, submodule, clock), order, clock)
+
+
+def prepare(model: nn.Module, example_inputs: Inputs, order: Order, submodule: str | None, clock: Clock) -> Prepared:
+    """Check and trace a model: the first step of `compress`, which explains arguments and errors."""
+    inputs = ExampleInputs.of(example_inputs)
+    if order.restore != "auto":
+        resolve_restorer(order.restore)
     _check_weights(model)
-    clock = _Clock()
     with clock("trace"):
-        traced = _trace(model, inputs, strict, submodule)
+        return Prepared(model, inputs, _trace(model, inputs, order.strict, submodule))
+
+
+def walk(prepared: Prepared, order: Order, clock: Clock, ground: Mapping[str, Groundwork] | None = None) -> Result:
+    """The rest of the street: select, restore, cut and verify.
+
+    ``ground`` holds what was found out before, by the path of the part ("" for a model that was traced whole);
+    what is missing is found out here.
+    """
+    model, inputs, traced = prepared.model, prepared.inputs, prepared.traced
+    ground = ground or {}
     if traced.graph is None:
-        return _in_parts(model, inputs, order, traced, clock)
-    result, folds = _whole(traced.model, inputs, traced.graph, order, clock), traced.folds
+        return _in_parts(model, inputs, order, traced, clock, ground)
+    result, folds = _whole(traced.model, inputs, traced.graph, order, clock, ground.get("")), traced.folds
     if not folds:
         return result
     note = f"{len(folds)} layers that computed their weight on the fly ({folds[0].module}, ...) are plain layers now"
@@ -271,33 +303,22 @@ def compress(
     )
 
 
-@dataclass(frozen=True)
-class _Order:
-    """What `compress` was asked to do."""
-
-    ratio: Ratio
-    budget: Budget | None
-    scope: str
-    criterion: Criterion
-    restore: str | Restorer | LeastSquares
-    seed: int
-    verify: bool
-    strict: bool
-    source: str | None
-    progress: Progress | None
-
-
-def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order, clock: _Clock) -> Result:
+def _whole(
+    model: nn.Module, inputs: ExampleInputs, graph: Graph, order: Order, clock: Clock, ground: Groundwork | None
+) -> Result:
     """Select, restore, cut and verify a model whose graph is known."""
-    restorer, why = choose_restorer(model) if order.restore == "auto" else (resolve_restorer(order.restore), "")
-    choose = getattr(restorer, "choose", None) if getattr(restorer, "chooses", False) else None
-    choosing = cast(Choose, choose) or by_criterion(order.criterion)
+    restorer, why = order.restorer(model)
+    choosing = order.choose(restorer)
     fitted, ratio, planned = restorer, order.ratio, ()
     if order.budget is not None:
-        fitted, ratio, planned = _within_budget(model, inputs, graph, restorer, choosing, order, order.budget, clock)
+        ground = ground or lay_groundwork(model, inputs, graph, order, order.budget, clock)
+        with clock("widths"):
+            widths = _within(model, inputs, graph, ground, choosing, order, order.budget)
+        fitted, ratio = ground.settle(restorer), widths.ratios(graph)
+        planned = (*ground.cuttable.notes, *widths.notes)
     with clock("select"):
         selection = select(graph, tensors_of(model), ratio, order.scope, choosing, order.seed)
-    _check_selection(selection)
+    check_selection(selection)
     work: nn.Module | None = None
     if isinstance(restorer, LeastSquares) and order.verify and not order.strict and order.budget is None:
         # Restoration is dear here, so what can't be cut is found out before it.
@@ -305,7 +326,7 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
         with clock("verify"):
             masked = solve(selection, tensors_of(model), Prune(), order.seed).values
             write(work, masked)
-            selection = _without_trouble(work, inputs, graph, selection)
+            selection = without_trouble(work, inputs, graph, selection)
             write(work, {name: tensors_of(model)[name].detach() for name in masked})
     for _ in range(3):
         with clock("restore"):
@@ -329,7 +350,7 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
                 smaller = cut_copy(work, plan_cuts(selection), attributes)
             with clock("verify"):
                 if order.verify:
-                    found = check(work, smaller, inputs, selection, _follower(work, graph))
+                    found = check(work, smaller, inputs, selection, follower(work, graph))
                     verified, macs = found.difference, found.macs
                 else:
                     verified, macs = None, _macs(work, smaller, inputs)
@@ -337,7 +358,7 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
             if order.strict or not order.verify:
                 raise
             with clock("verify"):
-                selection = _without_trouble(work, inputs, graph, selection)
+                selection = without_trouble(work, inputs, graph, selection)
             work = None
             continue
         break
@@ -361,7 +382,7 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
         "ratio": dict(ratio) if isinstance(ratio, Mapping) else ratio,
         **({"budget": _describe(order.budget)} if order.budget else {}),
         "scope": order.scope,
-        "criterion": _describe(restorer if choose else order.criterion),
+        "criterion": _describe(restorer if getattr(restorer, "chooses", False) else order.criterion),
         "restore": _describe(restorer),
         "seed": order.seed,
     }
@@ -378,44 +399,17 @@ def _whole(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: _Order,
     return Result(smaller, plan, report)
 
 
-def _within_budget(
+def _within(
     model: nn.Module,
     inputs: ExampleInputs,
     graph: Graph,
-    restorer: Restorer | LeastSquares,
+    ground: Groundwork,
     choose: Choose,
-    order: _Order,
+    order: Order,
     budget: Budget,
-    clock: _Clock,
-) -> tuple[Restorer | LeastSquares, dict[str, float], tuple[str, ...]]:
-    """The restorer with its probes made, the ratios that the budget comes to, and notes."""
-    if getattr(restorer, "chooses", False):
-        raise InputError(f"{type(restorer).__name__} chooses channels by itself, so no budget can; give a ratio")
+) -> Widths:
+    """The widths that a budget comes to."""
     state, work = tensors_of(model), duplicate(model).eval()
-    with clock("select"):
-        # Which groups can be cut at all must be known before widths are dealt out.
-        trial = select(graph, state, 0.5, order.scope, choose, order.seed)
-        _check_selection(trial)
-    notes: tuple[str, ...] = ()
-    if order.verify:
-        with clock("verify"):
-            masked = solve(trial, state, Prune(), order.seed).values
-            write(work, masked)
-            good = trial if order.strict else _without_trouble(work, inputs, graph, trial)
-            write(work, {name: state[name].detach() for name in masked})
-        whole = dict(good.left[len(trial.left) :])
-        notes = tuple(f"{name} stays whole: {why}" for name, why in whole.items())
-        trial = good
-    names = {choice.group.name for choice in trial.choices}
-    usable = [g.name in names and g.prunable and not budget.excludes(g) for g in graph.groups]
-    groups = [index for index, good in enumerate(usable) if good]
-    if not groups:
-        raise InputError("no group is left that may lose channels: exclude less, or take another scope")
-    probes, fitted = None, restorer
-    if isinstance(restorer, LeastSquares) and isinstance(restorer.moments, ProbeSource):
-        with clock("probe"):
-            probes = restorer.moments.probes(work, inputs, generator_for(order.seed, "probes"), order.progress)
-        fitted = replace(restorer, moments=Given(probes))
 
     def measure(ratios: Mapping[str, float]) -> float:
         part = select(graph, state, ratios, order.scope, choose, order.seed)
@@ -429,41 +423,16 @@ def _within_budget(
             sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors_of(smaller).values()}.values())
         )
 
-    with clock("widths"):
-        state = tensors_of(work)
-        curves = measure_curves(work, inputs, graph, groups, state, choose, probes, order.seed, order.progress)
-        found = choose_widths(work, inputs, graph, curves, budget, measure)
-    return fitted, found.ratios(graph), (*notes, *found.notes)
-
-
-def _check_selection(selection: Selection) -> None:
-    if not selection.choices:
-        reasons = "; ".join(f"{name}: {why}" for name, why in selection.left[:3])
-        raise InputError(f"no group can be pruned with these settings ({reasons or 'the model has no layer to cut'})")
-
-
-def _follower(model: nn.Module, graph: Graph) -> Follow:
-    return lambda part: plan_attributes(model, graph, part)
-
-
-def _without_trouble(masked: nn.Module, inputs: ExampleInputs, graph: Graph, selection: Selection) -> Selection:
-    """The selection without the groups that can't be cut, which are left whole by name."""
-    good, bad = cuttable(masked, inputs, selection, _follower(masked, graph))
-    left = (*selection.left, *((name, f"found by verification: {what}") for name, what in bad.items()))
-    found = Selection(good.choices, left)
-    if not found.choices:
-        raise VerificationError(
-            "no group can be cut: " + "; ".join(f"{name}: {what}" for name, what in list(bad.items())[:3])
-        )
-    return found
+    return choose_widths(work, inputs, graph, ground.curves, budget, measure)
 
 
 def _in_parts(
     model: nn.Module,
     inputs: ExampleInputs,
-    order: _Order,
-    traced: _Traced,
-    clock: _Clock,
+    order: Order,
+    traced: Traced,
+    clock: Clock,
+    ground: Mapping[str, Groundwork],
 ) -> Result:
     """Compress submodules each by itself and put them into a copy of the model."""
     results: list[tuple[str, Result]] = []
@@ -471,7 +440,9 @@ def _in_parts(
     for part in traced.parts:
         own = replace(order, ratio=_ratio_within(order.ratio, part), source=None)
         try:
-            results.append((part.path, _whole(model.get_submodule(part.path), part.inputs, part.graph, own, _Clock())))
+            module = model.get_submodule(part.path)
+            done = _whole(module, part.inputs, part.graph, own, Clock(), ground.get(part.path))
+            results.append((part.path, done))
         except (InputError, VerificationError) as error:
             if order.strict or len(traced.parts) == 1:
                 raise
@@ -583,16 +554,3 @@ def _check_weights(model: nn.Module) -> None:
             if name in dict(model.named_buffers()):
                 continue  # attention masks hold -inf on purpose
             raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")
-
-
-@dataclass
-class _Clock:
-    """Wall-clock seconds by stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started

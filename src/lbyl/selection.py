@@ -128,6 +128,13 @@ def select(graph: Graph, state: State, ratio: Ratio, scope: str, choose: Choose,
     return Selection(tuple(choices), tuple(left))
 
 
+def check_selection(selection: Selection) -> None:
+    """Raise InputError where nothing goes, with the reasons."""
+    if not selection.choices:
+        reasons = "; ".join(f"{name}: {why}" for name, why in selection.left[:3])
+        raise InputError(f"no group can be pruned with these settings ({reasons or 'the model has no layer to cut'})")
+
+
 def _keep(group: Group, state: State, share: float, choose: Choose, seed: int) -> tuple[int, ...]:
     filters, labels = describe(group, state), torch.tensor(group.blocks)
     keep = []

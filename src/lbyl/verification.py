@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lbyl.errors import InputError, LbylError, VerificationError
+from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs, output_tensors
 from lbyl.modes import undisturbed
 from lbyl.selection import Choice, Selection
-from lbyl.surgery import Attribute, cut_copy, plan_cuts
+from lbyl.surgery import Attribute, cut_copy, plan_attributes, plan_cuts
 
 TOLERANCE = 1e-6
 
@@ -183,6 +184,27 @@ def cuttable(
                 bad |= {choice.group.name: alone for choice in piece}
         good = [choice for choice in selection.choices if choice in rest]
     return Selection(tuple(good), selection.left), bad
+
+
+def follower(model: nn.Module, graph: Graph) -> Follow:
+    """Which attributes of a model follow the cut of a selection."""
+    return lambda part: plan_attributes(model, graph, part)
+
+
+def without_trouble(masked: nn.Module, inputs: ExampleInputs, graph: Graph, selection: Selection) -> Selection:
+    """The selection without the groups that can't be cut, which are left whole by name.
+
+    Raises:
+        VerificationError: none of them can be cut.
+    """
+    good, bad = cuttable(masked, inputs, selection, follower(masked, graph))
+    left = (*selection.left, *((name, f"found by verification: {what}") for name, what in bad.items()))
+    found = Selection(good.choices, left)
+    if not found.choices:
+        raise VerificationError(
+            "no group can be cut: " + "; ".join(f"{name}: {what}" for name, what in list(bad.items())[:3])
+        )
+    return found
 
 
 def _reference(masked: nn.Module, inputs: ExampleInputs) -> tuple[ExampleInputs, list[Tensor]]:

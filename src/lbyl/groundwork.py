@@ -1,0 +1,161 @@
+"""What all budgets of a network can share: which groups can be cut, the probes, and what the channels are worth.
+
+This is where the time goes. One compression makes it and uses it once; a sweep keeps it on a shelf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import nn
+
+from lbyl.budget import Budget
+from lbyl.clock import Clock
+from lbyl.errors import InputError
+from lbyl.graph import Graph
+from lbyl.inputs import ExampleInputs
+from lbyl.modes import duplicate
+from lbyl.moments import Probes, ProbeSource
+from lbyl.order import Order
+from lbyl.restoration import restore as solve
+from lbyl.restorers import LeastSquares, Prune, Restorer
+from lbyl.selection import check_selection, generator_for, select
+from lbyl.surgery import tensors_of, write
+from lbyl.verification import without_trouble
+from lbyl.widths import Curves, Given, measure_curves
+
+
+@dataclass(frozen=True)
+class Cuttable:
+    """Indices of the groups that can be cut, and what the user should know of the others."""
+
+    groups: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Groundwork:
+    """What was found out about a network before any budget is met.
+
+    Attributes:
+        cuttable: the groups that may lose channels.
+        probes: what moments are measured on; None where the restorer asks for none.
+        curves: the predicted error of each of these groups at each of its widths.
+    """
+
+    cuttable: Cuttable
+    probes: Probes | None
+    curves: Curves
+
+    def settle(self, restorer: Restorer | LeastSquares) -> Restorer | LeastSquares:
+        """The restorer with its probes made."""
+        if self.probes is None or not isinstance(restorer, LeastSquares):
+            return restorer
+        return replace(restorer, moments=Given(self.probes))
+
+
+class Shelf(Protocol):
+    """Where groundwork is kept: each method returns what is there, or what ``make`` makes, once it is kept."""
+
+    def cuttable(self, make: Callable[[], Cuttable]) -> Cuttable:
+        """Which groups can be cut."""
+        ...
+
+    def probes(self, make: Callable[[], Probes]) -> Probes:
+        """The probes."""
+        ...
+
+    def curves(self, make: Callable[[], Curves]) -> Curves:
+        """The error curves."""
+        ...
+
+
+@dataclass(frozen=True)
+class Nowhere:
+    """Nothing is kept: everything is made."""
+
+    def cuttable(self, make: Callable[[], Cuttable]) -> Cuttable:
+        """Made."""
+        return make()
+
+    def probes(self, make: Callable[[], Probes]) -> Probes:
+        """Made."""
+        return make()
+
+    def curves(self, make: Callable[[], Curves]) -> Curves:
+        """Made."""
+        return make()
+
+
+def lay_groundwork(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    order: Order,
+    budget: Budget | None,
+    clock: Clock,
+    shelf: Shelf | None = None,
+) -> Groundwork:
+    """Find out what the widths for any budget are chosen by.
+
+    Args:
+        model: the unpruned network; it is not changed.
+        inputs: what it is called with.
+        graph: its channel graph.
+        order: scope, criterion, restorer, seed.
+        budget: groups that it excludes are not looked at; None for all groups.
+        clock: takes the seconds.
+        shelf: where it is kept from one run to the next.
+
+    Raises:
+        InputError: no group can be cut, or the restorer chooses channels by itself.
+    """
+    restorer, _ = order.restorer(model)
+    if getattr(restorer, "chooses", False):
+        raise InputError(f"{type(restorer).__name__} chooses channels by itself, so no budget can; give a ratio")
+    choose, shelf, work = order.choose(restorer), shelf or Nowhere(), duplicate(model).eval()
+
+    with clock("verify"):
+        cuttable = shelf.cuttable(lambda: find_cuttable(work, inputs, graph, order))
+    wanted = [index for index in cuttable.groups if not (budget and budget.excludes(graph.groups[index]))]
+    if not wanted:
+        raise InputError("no group is left that may lose channels: exclude less, or take another scope")
+    probes = None
+    if isinstance(restorer, LeastSquares) and isinstance(restorer.moments, ProbeSource):
+        source = restorer.moments
+        with clock("probe"):
+            probes = shelf.probes(
+                lambda: source.probes(work, inputs, generator_for(order.seed, "probes"), order.progress)
+            )
+    with clock("widths"):
+        curves = shelf.curves(
+            lambda: measure_curves(
+                work, inputs, graph, wanted, tensors_of(work), choose, probes, order.seed, order.progress
+            )
+        )
+    return Groundwork(cuttable, probes, curves)
+
+
+def find_cuttable(work: nn.Module, inputs: ExampleInputs, graph: Graph, order: Order) -> Cuttable:
+    """The groups that can be cut at all, which must be known before widths are dealt out.
+
+    ``work`` is a copy that is the caller's to change; it is left as it was.
+    """
+    restorer, _ = order.restorer(work)
+    state = tensors_of(work)
+    trial = select(graph, state, 0.5, order.scope, order.choose(restorer), order.seed)
+    check_selection(trial)
+    notes: tuple[str, ...] = ()
+    if order.verify:
+        masked = solve(trial, state, Prune(), order.seed).values
+        whole = {name: state[name].detach().clone() for name in masked}
+        write(work, masked)
+        good = trial if order.strict else without_trouble(work, inputs, graph, trial)
+        write(work, whole)
+        notes = tuple(f"{name} stays whole: {why}" for name, why in good.left[len(trial.left) :])
+        trial = good
+    names = {choice.group.name for choice in trial.choices}
+    found = (index for index, group in enumerate(graph.groups) if group.name in names and group.prunable)
+    return Cuttable(tuple(found), notes)
