@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lbyl.api import Inspection, Result, compress, inspect
     from lbyl.artifact import load
     from lbyl.budget import Budget
+    from lbyl.comparison import Bench, bench
     from lbyl.criteria import L1, L2, Criterion, GeometricMedian, Random
     from lbyl.errors import (
         ArtifactError,
@@ -30,6 +31,7 @@ __all__ = [
     "L2",
     "LBYL",
     "ArtifactError",
+    "Bench",
     "Budget",
     "Coreset",
     "Criterion",
@@ -55,6 +57,7 @@ __all__ = [
     "TraceError",
     "VerificationError",
     "Weights",
+    "bench",
     "compress",
     "export",
     "inspect",
@@ -71,6 +74,7 @@ _HOME = {
     ),
     "lbyl.artifact": ("load",),
     "lbyl.budget": ("Budget",),
+    "lbyl.comparison": ("Bench", "bench"),
     "lbyl.criteria": (
         "L1",
         "L2",

@@ -411,19 +411,11 @@ def _within(
     """The widths that a budget comes to."""
     state, work = tensors_of(model), duplicate(model).eval()
 
-    def measure(ratios: Mapping[str, float]) -> float:
+    def cut(ratios: Mapping[str, float]) -> nn.Module:
         part = select(graph, state, ratios, order.scope, choose, order.seed)
-        smaller = cut_copy(work, plan_cuts(part), plan_attributes(work, graph, part))
-        if budget.macs is not None:
-            with undisturbed(smaller):
-                return float(count_macs(smaller, inputs))
-        if budget.params is not None:
-            return float(count_parameters(smaller))
-        return float(
-            sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors_of(smaller).values()}.values())
-        )
+        return cut_copy(work, plan_cuts(part), plan_attributes(work, graph, part))
 
-    return choose_widths(work, inputs, graph, ground.curves, budget, measure)
+    return choose_widths(work, inputs, graph, ground.curves, budget, cut)
 
 
 def _in_parts(

@@ -8,10 +8,11 @@ least for the cost that is saved.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -24,20 +25,23 @@ from lbyl.graph import NOT_OURS, Graph, Group
 TOLERANCE = 0.02
 _RIDGE = 1e-2
 _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
+_UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
 _STEPS = 48
 """A group is offered at most so many widths, or long searches would not be felt in the result."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the smaller network may cost; exactly one of the first three is given.
+    """What the smaller network may cost; exactly one of the first four is given.
 
     Attributes:
         macs: share of the multiply-accumulates that may stay (0.5), at the example inputs.
         params: share of the parameters that may stay.
         size_mb: size of the saved weights in megabytes (10**6 bytes).
-        round_to: kept channels come in multiples of this, where a group is wide enough; "auto" takes 8, which
-            vector units and tensor cores like.
+        latency: share of the time that may stay, measured on this machine at the example inputs. Measurements
+            scatter, so equal seeds need not give equal widths.
+        round_to: kept channels come in multiples of this, where a group is wide enough; "auto" takes what suits the
+            device: on a CPU the floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8.
         min_keep: no group keeps fewer channels.
         max_ratio: no group loses a larger share.
         exclude: globs of groups and layers that stay whole.
@@ -46,18 +50,19 @@ class Budget:
     macs: float | None = None
     params: float | None = None
     size_mb: float | None = None
+    latency: float | None = None
     round_to: int | str = 1
     min_keep: int = 1
     max_ratio: float = 0.9
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        given = [f.name for f in fields(self)[:3] if getattr(self, f.name) is not None]
+        given = [name for name in _UNITS if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError(
-                f"Budget: give exactly one of macs, params and size_mb (given: {', '.join(given) or 'none'})"
+                f"Budget: give exactly one of macs, params, size_mb and latency (given: {', '.join(given) or 'none'})"
             )
-        for name in ("macs", "params"):
+        for name in ("macs", "params", "latency"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise InputError(f"Budget({name}={share}): the share that may stay must lie above 0 and not above 1")
@@ -73,9 +78,13 @@ class Budget:
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
     @property
-    def multiple(self) -> int:
-        """The multiple that kept channels come in."""
-        return 8 if self.round_to == "auto" else int(self.round_to)
+    def unit(self) -> str:
+        """What costs are counted in."""
+        return next(unit for name, unit in _UNITS.items() if getattr(self, name) is not None)
+
+    def on(self, device: torch.device) -> Budget:
+        """The same with a number in place of "auto": what suits the device."""
+        return replace(self, round_to=_suitable(device)) if self.round_to == "auto" else self
 
     def excludes(self, group: Group) -> bool:
         """Whether a pattern names the group or one of its layers."""
@@ -144,19 +153,31 @@ class Term:
     """A cost that is proportional to the lengths of some dimensions.
 
     ``dims`` has for each the length that is nobody's and, for each group (index in the graph), how many places
-    a channel of it takes there.
+    a channel of it takes there. Where the cost does not fall with the lengths' product, ``curve`` says how it does:
+    points (share of the product, share of the cost), by increasing shares, between which it is linear.
     """
 
     cost: float
-    dims: tuple[tuple[int, Mapping[int, int]], ...]
-    lengths: tuple[int, ...]
+    dims: tuple[tuple[float, Mapping[int, float]], ...]
+    lengths: tuple[float, ...]
+    curve: tuple[tuple[float, float], ...] = ()
 
-    def at(self, widths: Mapping[int, int]) -> float:
-        """The cost with these kept widths."""
+    def share(self, widths: Mapping[int, int]) -> float:
+        """The share of the lengths' product that is left with these kept widths."""
         share = 1.0
         for (fixed, groups), length in zip(self.dims, self.lengths, strict=True):
             share *= (fixed + sum(widths[g] * places for g, places in groups.items())) / length
-        return self.cost * share
+        return share
+
+    def at(self, widths: Mapping[int, int]) -> float:
+        """The cost with these kept widths."""
+        share = self.share(widths)
+        if not self.curve:
+            return self.cost * share
+        above = bisect.bisect_left(self.curve, (share, -math.inf))
+        above = min(max(above, 1), len(self.curve) - 1)
+        (x0, y0), (x1, y1) = self.curve[above - 1], self.curve[above]
+        return self.cost * (y0 + (y1 - y0) * (share - x0) / (x1 - x0))
 
 
 def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
@@ -186,24 +207,40 @@ def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
         terms.append(
             Term(
                 cost,
-                tuple((free, groups) for _, free, groups in known.values()),  # pyright: ignore[reportArgumentType]
+                tuple((free, groups) for _, free, groups in known.values()),
                 tuple(length for length, _, _ in known.values()),
             )
         )
     return terms
 
 
+def _suitable(device: torch.device) -> int:
+    """The multiple of channels that kernels work in: a vector of floats, or a tile of a tensor core."""
+    if device.type != "cpu":
+        return 8
+    capability = torch.backends.cpu.get_cpu_capability()
+    return 16 if capability.startswith("AVX512") else 8 if capability in ("AVX2", "SVE256") else 4
+
+
 def widths_of(group: Group, budget: Budget) -> list[int]:
-    """The widths that a group may be cut to, the largest first."""
+    """The widths that a group may be cut to, the largest first; ``round_to`` is a number (see :meth:`Budget.on`)."""
     labels = len(set(group.blocks))
     rows = max(1, sum(channel != NOT_OURS for channel in group.producers[0].weight.channels) // group.width)
-    step = math.lcm(labels, budget.multiple // math.gcd(budget.multiple, rows))
+    multiple = int(budget.round_to)
+    step = math.lcm(labels, multiple // math.gcd(multiple, rows))
     if step >= group.width:
         step = labels
     least = max(budget.min_keep, math.ceil(group.width * (1 - budget.max_ratio) - 1e-9), 1)
     step *= max(1, math.ceil((group.width - least) / step / _STEPS))
     choices = [k for k in range(step, group.width, step) if k >= least]
     return [group.width, *reversed(choices)]
+
+
+def smallest_cost(graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], budget: Budget) -> float:
+    """What the network costs with every group that has a curve as small as it may be."""
+    widths = {index: group.width for index, group in enumerate(graph.groups)}
+    widths |= {curve.group: widths_of(graph.groups[curve.group], budget)[-1] for curve in curves}
+    return sum(term.at(widths) for term in terms)
 
 
 def allocate(
@@ -226,13 +263,13 @@ def allocate(
     neighbors = {g: {other for term in by_group[g] for _, groups in term.dims for other in groups} for g in offered}
     curve_of = {curve.group: curve for curve in curves}
 
-    smallest = widths | {g: options[-1] for g, options in offered.items()}
-    floor = sum(term.at(smallest) for term in terms)
+    floor = smallest_cost(graph, curves, terms, budget)
     cost = sum(term.at(widths) for term in terms)
     if floor > target * (1 + TOLERANCE):
         raise InputError(
             f"the budget can't be reached: it allows {target:,.0f}, and with every group as small as it may be "
-            f"{floor:,.0f} of {cost:,.0f} are left ({floor / cost:.1%}); raise the budget or max_ratio, or exclude less"
+            f"{floor:,.0f} of {cost:,.0f} {budget.unit} are left ({floor / cost:.1%}); raise the budget or max_ratio, "
+            "or exclude less"
         )
 
     def best(group: int) -> tuple[float, int, float]:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.assessment import outputs_error
-from lbyl.budget import TOLERANCE, Budget, Curve, allocate, cost_terms, error_curve, spread_over_blocks
+from lbyl.budget import TOLERANCE, Budget, Curve, allocate, error_curve, smallest_cost, spread_over_blocks
+from lbyl.costs import Cost, Costing, counted
 from lbyl.errors import InputError
 from lbyl.filters import State, columns_second, describe, paper_form_applies, reader_energy, seats
 from lbyl.graph import Graph, Slot
 from lbyl.inputs import ExampleInputs
 from lbyl.measure import count_macs
-from lbyl.modes import undisturbed
 from lbyl.moments import Probes, Progress
+from lbyl.pace import timed
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import ChannelSums
 from lbyl.restoration import fold
@@ -27,7 +28,9 @@ from lbyl.selection import Choose, generator_for
 
 _READERS = 6
 """The curve of a group with more readers (a residual stream) is taken on so many of them."""
-_CORRECTIONS = 5
+_CORRECTIONS = 6
+_LOUDEST = 0.1
+"""A measurement that may be off by more than this share of the budget can't tell whether that is met."""
 _TRIALS = 5e11
 """Multiply-accumulates that measuring how far errors travel may take; beyond, every error counts alike."""
 
@@ -59,33 +62,6 @@ class Widths:
             group = graph.groups[index]
             found[glob.escape(group.name)] = 1 - kept / group.width
         return found
-
-
-def costs_of(model: nn.Module, inputs: ExampleInputs, budget: Budget) -> tuple[dict[str, float], float]:
-    """The cost of every parameter, by name, and how much of all may stay."""
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    if budget.macs is not None:
-        costs: dict[str, float] = defaultdict(float)
-
-        def on_read(call: ReaderCall) -> None:
-            weight = model.get_parameter(call.weight) if call.weight in named else None
-            if weight is not None:
-                costs[call.weight] += (
-                    call.out.numel() * weight.numel() / call.out.shape[1 if call.op != "linear" else -1]
-                )
-
-        with undisturbed(model), torch.no_grad():
-            run(model, inputs, on_read=on_read)
-            total = float(count_macs(model, inputs))
-        # Products of activations (attention scores) belong to no parameter.
-        costs[""] = max(0.0, total - sum(costs.values()))
-        return dict(costs), budget.macs * total
-    if budget.params is not None:
-        count = sum(p.numel() for p in named.values())
-        return {name: float(p.numel()) for name, p in named.items()}, budget.params * count
-    named |= dict(model.named_buffers())
-    assert budget.size_mb is not None
-    return {name: float(t.numel() * t.element_size()) for name, t in named.items()}, budget.size_mb * 1e6
 
 
 @dataclass(frozen=True)
@@ -138,35 +114,69 @@ def choose_widths(
     graph: Graph,
     measured: Curves,
     budget: Budget,
-    measure: Callable[[Mapping[str, float]], float],
+    cut: Callable[[Mapping[str, float]], nn.Module],
 ) -> Widths:
     """The widths with the least predicted error at which the network costs what the budget allows.
 
     Args:
         model: the unpruned network in evaluation mode.
-        inputs: what it is called with; MACs are counted on it.
+        inputs: what it is called with; MACs are counted and time is measured on it.
         graph: its channel graph.
         measured: the error curves of the groups that may lose channels.
         budget: what may stay.
-        measure: cuts by a ratio mapping and tells the real cost, which the sum over parameters may miss.
+        cut: cuts by a ratio mapping, so that the real cost can be told, which the prediction may miss.
 
     Raises:
-        InputError: the budget can't be reached within 2 %.
+        InputError: the budget can't be reached within 2 %; or, for a latency, within the margin of its measurement
+            where that is wider.
     """
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
-    costs, target = costs_of(model, inputs, budget)
-    terms, aim, reached = cost_terms(graph, costs), target, []
+    budget = budget.on(inputs.tensors()[0].device)
+    if budget.latency is None:
+        costing: Costing = counted(model, inputs, graph, budget)
+    else:
+        costing = timed(model, inputs, graph, curves, budget, lambda kept: cut(Widths(kept).ratios(graph)))
+    terms, target = costing.terms, costing.target
+    smallest = smallest_cost(graph, curves, terms, budget)
+    # A count is what it is; the smallest time is only predicted, so it is tried.
+    aim = target if budget.latency is None else max(target, smallest)
+    tried: list[tuple[float, Cost]] = []
     for _ in range(_CORRECTIONS):
-        found = Widths(allocate(graph, curves, terms, aim, budget), measured.notes)
-        cost = measure(found.ratios(graph))
-        if abs(cost / target - 1) <= TOLERANCE:
-            return found
-        reached.append(cost)
-        aim *= target / cost
-    nearest, total = min(reached, key=lambda cost: abs(cost - target)), sum(costs.values())
-    raise InputError(
-        f"the budget of {target:,.0f} can't be met within {TOLERANCE:.0%}: the nearest that was reached is "
-        f"{nearest:,.0f} of {total:,.0f} ({nearest / total:.3f}); ask for that, or take a smaller round_to"
+        kept = allocate(graph, curves, terms, aim, budget)
+        cost = costing.of(cut(Widths(kept).ratios(graph)))
+        if abs(cost.amount - target) <= max(TOLERANCE * target, min(cost.margin, _LOUDEST * target)):
+            return Widths(kept, (*measured.notes, *cost.notes))
+        tried.append((aim, cost))
+        aim = max(_next_aim(tried, target), smallest)
+        if any(aim == earlier for earlier, _ in tried):
+            break
+    whole = {index: group.width for index, group in enumerate(graph.groups)}
+    raise InputError(_missed([cost for _, cost in tried], target, sum(term.at(whole) for term in terms), budget))
+
+
+def _next_aim(tried: Sequence[tuple[float, Cost]], target: float) -> float:
+    """What to allocate for, after what the last aims led to: between those on both sides, or scaled."""
+    below = max((t for t in tried if t[1].amount <= target), key=lambda t: t[1].amount, default=None)
+    above = min((t for t in tried if t[1].amount > target), key=lambda t: t[1].amount, default=None)
+    if below and above:
+        share = (target - below[1].amount) / (above[1].amount - below[1].amount)
+        return below[0] + share * (above[0] - below[0])
+    aim, cost = tried[-1]
+    return aim * target / cost.amount
+
+
+def _missed(reached: Sequence[Cost], target: float, total: float, budget: Budget) -> str:
+    """What to say of a budget that was not met."""
+    nearest = min(reached, key=lambda cost: abs(cost.amount - target))
+    share = f"{nearest.amount / total:.3f}" + (f" ± {nearest.margin / total:.3f}" if nearest.margin else "")
+    advice = "ask for that, or take a smaller round_to"
+    if budget.latency is not None:
+        advice = "ask for that, or take another round_to or a larger max_ratio"
+    if nearest.margin > _LOUDEST * target:
+        advice = "the measurements scatter too much: close other programs, or measure on a larger batch"
+    return (
+        f"the budget of {target:,.0f} {budget.unit} can't be met within {TOLERANCE:.0%}: the nearest that was reached "
+        f"is {nearest.amount:,.0f} of {total:,.0f} ({share}); {advice}"
     )
 
 
