@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from lbyl.card import card
 from lbyl.errors import ArtifactError, InputError, SurgeryError
 from lbyl.folding import apply_folds
+from lbyl.huggingface import is_pretrained_model, write_config
 from lbyl.plan import Plan
 from lbyl.report import Report
 from lbyl.sources import is_rebuildable, load_source
@@ -42,6 +43,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     """Write a compressed model into a new folder.
 
     Everything goes to a temporary folder beside it first, which is then renamed: a reader never sees half.
+    A model of transformers gets a ``config.json`` as well, where one can say its widths; the saved report says so.
 
     Raises:
         InputError: the path exists, or its parent does not.
@@ -55,6 +57,9 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             save_model(model, str(stage / WEIGHTS), metadata={"format": "pt"})
+            if is_pretrained_model(model):
+                note = write_config(stage, model, plan.architecture)
+                report = replace(report, notes=(*report.notes, note))
             manifest = {
                 "plan": plan.to_dict(),
                 "report": report.to_dict(),

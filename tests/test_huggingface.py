@@ -1,0 +1,201 @@
+"""Hugging Face models: where the saved report says so, `from_pretrained` loads the folder and computes the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from nets import images, mlp
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import lbyl
+from lbyl import artifact
+from lbyl.cli import app
+from lbyl.huggingface import CONFIG, is_pretrained_model
+from lbyl.inputs import ExampleInputs, output_tensors
+
+TOKENS = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_cache": False}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+NEURONS = {"bert": "*intermediate*", "gpt2": "*c_fc*"}
+"""Groups of hidden neurons, where heads can't be said."""
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def build(name: str, **changes: Any) -> nn.Module:
+    hf: Any = transformers
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(num_attention_heads=4, **SIZES, **TOKENS, **changes)),
+        "vit": lambda: hf.ViTForImageClassification(
+            hf.ViTConfig(num_attention_heads=4, image_size=16, patch_size=8, **SIZES, **changes)
+        ),
+        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=24, n_layer=2, n_head=4, **TOKENS, **changes)),
+        "llama": lambda: hf.LlamaForCausalLM(
+            hf.LlamaConfig(num_attention_heads=8, num_key_value_heads=4, **SIZES, **TOKENS, **changes)
+        ),
+        "qwen2": lambda: hf.Qwen2ForCausalLM(
+            hf.Qwen2Config(num_attention_heads=8, num_key_value_heads=4, **SIZES, **TOKENS, **changes)
+        ),
+        "qwen3": lambda: hf.Qwen3ForCausalLM(
+            hf.Qwen3Config(num_attention_heads=8, num_key_value_heads=4, head_dim=4, **SIZES, **TOKENS, **changes)
+        ),
+    }
+    torch.manual_seed(0)
+    return makers[name]().eval()
+
+
+def inputs_of(name: str) -> dict[str, Tensor]:
+    if name == "vit":
+        return {"pixel_values": images(2, 3, 16, 16)}
+    return {"input_ids": torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))}
+
+
+def saved(name: str, folder: Path, ratio: Any = 0.25, **changes: Any) -> tuple[lbyl.Result, str]:
+    """A pruned model in a folder, and what the saved report says of transformers."""
+    result = lbyl.compress(build(name, **changes), inputs_of(name), ratio=ratio, scope="all", restore="prune")
+    result.save(folder)
+    (note,) = (n for n in artifact.read_manifest(folder).report.notes if "from_pretrained" in n)
+    assert note in (folder / artifact.CARD).read_text()
+    return result, note
+
+
+LOADABLE: dict[str, tuple[str, Any, dict[str, Any], dict[str, int]]] = {
+    # model, ratio, other settings, what config.json must say
+    "bert, neurons": ("bert", {NEURONS["bert"]: 0.25}, {}, {"intermediate_size": 24, "num_attention_heads": 4}),
+    "bert, untied": ("bert", {NEURONS["bert"]: 0.25}, {"tie_word_embeddings": False}, {"intermediate_size": 24}),
+    "vit, heads and neurons": (
+        "vit", 0.25, {}, {"intermediate_size": 24, "num_attention_heads": 3, "head_dim": 8, "hidden_size": 32},
+    ),
+    "gpt2, neurons": ("gpt2", {NEURONS["gpt2"]: 0.25}, {}, {"n_inner": 72, "n_head": 4}),
+    "llama": ("llama", 0.5, {}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}),
+    "llama, tied": (
+        "llama", 0.5, {"tie_word_embeddings": True}, {"num_attention_heads": 4, "intermediate_size": 16},
+    ),
+    "qwen2": ("qwen2", 0.5, {}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}),
+    "qwen3": ("qwen3", 0.25, {}, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOADABLE)
+def test_from_pretrained_loads_and_computes_the_same(case: str, tmp_path: Path) -> None:
+    name, ratio, changes, said = LOADABLE[case]
+    result, note = saved(name, tmp_path / "out", ratio, **changes)
+    assert "loads this folder as well" in note
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert {key: config[key] for key in said} == said
+    assert config["architectures"] == [type(result.model).__name__]
+    kind: Any = type(result.model)
+    again = kind.from_pretrained(tmp_path / "out")
+    x = ExampleInputs.of(inputs_of(name))
+    with torch.no_grad():
+        wanted, found = (output_tensors(x.call(net)) for net in (result.model, again))
+    for a, b in zip(wanted, found, strict=True):
+        torch.testing.assert_close(a, b)
+    body = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    assert type(body).__name__.endswith("Model")
+    loaded = lbyl.load(tmp_path / "out", build(name, **changes))
+    with torch.no_grad():
+        assert all(map(torch.equal, output_tensors(x.call(loaded)), wanted))
+
+
+UNSAYABLE: dict[str, tuple[str, Any, str]] = {
+    "bert, heads": ("bert", 0.25, "no number in BertConfig says"),
+    "gpt2, heads": ("gpt2", 0.25, "no number in GPT2Config says"),
+    "llama, heads that do not divide": ("llama", 0.25, "none can be"),
+    "llama, layers apart": (
+        "llama", {"*layers.0.mlp*": 0.25, "*layers.1.mlp*": 0.5},
+        "intermediate_size is one number for all layers, and they keep 16 to 24",
+    ),
+    "vit, one layer": (
+        "vit", {"*layers.0.mlp*": 0.25}, "intermediate_size is one number for all layers, and they keep 24 to 32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSAYABLE)
+def test_what_no_configuration_says(case: str, tmp_path: Path) -> None:
+    name, ratio, words = UNSAYABLE[case]
+    _, note = saved(name, tmp_path / "out", ratio)
+    assert words in note
+    assert "lbyl.load can" in note
+    assert not (tmp_path / "out" / CONFIG).exists()
+
+
+def test_the_precision_is_that_of_the_weights(tmp_path: Path) -> None:
+    model: Any = build("bert").to(torch.float16)
+    lbyl.compress(model, inputs_of("bert"), ratio={NEURONS["bert"]: 0.5}, restore="prune").save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "float16"
+    assert type(model).from_pretrained(tmp_path / "out").dtype == torch.float16
+
+
+def test_weights_that_do_not_come_back_are_no_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind: Any = transformers.BertForMaskedLM
+    load = kind.from_pretrained
+
+    def other(*args: Any, **kwargs: Any) -> nn.Module:
+        model = load(*args, **kwargs)
+        with torch.no_grad():
+            model.bert.encoder.layer[1].output.dense.bias.add_(1)
+        return model
+
+    monkeypatch.setattr(kind, "from_pretrained", other)
+    _, note = saved("bert", tmp_path / "out", {NEURONS["bert"]: 0.5})
+    assert "bert.encoder.layer.1.output.dense.bias does not come back as it was saved" in note
+    assert not (tmp_path / "out" / CONFIG).exists()
+
+
+def test_a_configuration_that_does_not_fit_its_model(tmp_path: Path) -> None:
+    model: Any = build("bert")
+    model.config.intermediate_size = 30
+    result = lbyl.compress(model, inputs_of("bert"), ratio={NEURONS["bert"]: 0.5}, restore="prune")
+    note = artifact.read_manifest(result.save(tmp_path / "out")).report.notes[-1]
+    assert "a model built from its BertConfig is not the unpruned one" in note
+
+
+def test_the_model_s_own_configuration_is_not_changed(tmp_path: Path) -> None:
+    result, _ = saved("vit", tmp_path / "out")
+    model: Any = result.model
+    assert model.config.to_dict() == build("vit").config.to_dict()  # pyright: ignore
+
+
+def test_other_models_have_no_configuration(tmp_path: Path) -> None:
+    model = mlp(6, 8)
+    assert not is_pretrained_model(model)
+    assert not is_pretrained_model(torch.nn.Identity())
+    model.config = {"intermediate_size": 8}  # pyright: ignore
+    result = lbyl.compress(model, images(2, 6), restore="prune")
+    folder = result.save(tmp_path / "out")
+    assert not (folder / CONFIG).exists()
+    assert artifact.read_manifest(folder).report == result.report
+
+
+def test_the_command_line_says_it(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        textwrap.dedent(f"""
+            import transformers
+
+            def build():
+                return transformers.BertModel(
+                    transformers.BertConfig(num_attention_heads=4, **{ {**SIZES, **TOKENS}!r})
+                )
+        """)
+    )
+    for number, (ratio, words) in enumerate(
+        {"*intermediate*=0.5": "transformers loads this folder as well", "0.5": "can't load this folder"}.items()
+    ):
+        args = ["compress", f"{tmp_path / 'net.py'}:build", "--input", "int64:1x6", "--restore", "prune"]
+        result = CliRunner().invoke(app, [*args, "--ratio", ratio, "-o", str(tmp_path / str(number))])
+        assert result.exit_code == 0, result.output
+        assert words in re.sub(r"\s+", " ", result.stdout)
