@@ -61,8 +61,7 @@ class Timed:
         found = bench(smaller, self.inputs, against=self.model, runs=2 * self.runs)
         ratio = found.whole.ratio
         assert ratio
-        place = f"on {found.device} with {found.threads} threads, {found.runs} runs of each in turns"
-        notes = [f"latency: {found.latency()}, {place}; asked for {self.share:.2f}"]
+        notes = [f"latency: {found.latency()}, on {found.place()}; asked for {self.share:.2f}"]
         if found.no_speed:
             notes.append(f"latency: no speed from the cut of {found.without_speed()}")
         return Cost(ratio.median * total, ratio.margin * total, tuple(notes))

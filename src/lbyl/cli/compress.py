@@ -55,9 +55,10 @@ def compress(
     budget: Annotated[
         str | None,
         typer.Option(
-            metavar="macs=R|params=R|size_mb=X",
+            metavar="macs=R|params=R|latency=R|size_mb=X",
             callback=check_budget,
-            help="What may stay, in place of a ratio; each group's width is then chosen for the least predicted error.",
+            help="What may stay, in place of a ratio; each group's width is then chosen for the least predicted error. "
+            "A latency is measured on this machine.",
             rich_help_panel=BUDGET,
         ),
     ] = None,

@@ -219,11 +219,11 @@ def parse_budget(text: str) -> tuple[str, float]:
     """
     name, _, number = text.partition("=")
     try:
-        if name not in ("macs", "params", "size_mb"):
+        if name not in ("macs", "params", "size_mb", "latency"):
             raise ValueError
         return name, float(number)
     except ValueError:
-        raise typer.BadParameter(f"{text!r}: write macs=0.5, params=0.5 or size_mb=10") from None
+        raise typer.BadParameter(f"{text!r}: write macs=0.5, params=0.5, latency=0.5 or size_mb=10") from None
 
 
 def check_budget(text: str | None) -> str | None:

@@ -1,0 +1,110 @@
+"""`lbyl bench`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.options import Folder, InputSpec, Json, Seed, check_inputs
+from lbyl.cli.sources import example_inputs, load_model
+
+if TYPE_CHECKING:
+    from lbyl.plan import Plan
+
+_LARGEST_INPUT = 2**28
+
+
+@app.command()
+def bench(
+    folder: Folder,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="The unpruned network: timm:NAME, torchvision:NAME, package.module:factory or file.py:factory. "
+            "Default: what the folder was compressed from, where that is of timm or torchvision.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="State dict for the unpruned network; without it, its weights are random: time is the same."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="What builds the unpruned model that the folder is loaded into. "
+            "Default: what the folder was compressed from, or --against where that is a factory of your own.",
+            show_default=False,
+        ),
+    ] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="SHAPE",
+            callback=check_inputs,
+            help="Shape of an example input, as for compress. Default: what the network was compressed on.",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Batch size, in place of the inputs' own.", show_default=False)
+    ] = None,
+    runs: Annotated[int, typer.Option(min=3, help="How often each network is timed.")] = 20,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure, layer by layer, how much faster a saved network is than the unpruned one, and what gave no speed."""
+    with working(f"reading {folder}") as stage:
+        from lbyl.artifact import read_manifest
+
+        plan = read_manifest(folder).plan  # before any code of the user's runs
+        import lbyl
+        from lbyl.errors import InputError
+        from lbyl.sources import is_rebuildable, load_source
+
+        known = bool(plan.source) and is_rebuildable(plan.source or "")
+        original = against or (plan.source if known else None)
+        if original is None:
+            was = f" (it was compressed from {plan.source})" if plan.source else ""
+            raise InputError(f"{folder}: the plan can't build the unpruned network{was}; name it with --against SOURCE")
+        texts = _shapes(plan, input, batch)
+        unpruned = load_model(original, weights, pretrained=False)
+        builder = model or (None if known else original)
+        smaller = lbyl.load(folder, load_source(builder, pretrained=False) if builder else None)
+        found = lbyl.bench(
+            smaller,
+            example_inputs(original, unpruned, texts, seed),
+            against=unpruned,
+            runs=runs,
+            progress=stage,
+        )
+    if as_json:
+        print_json({"path": str(folder), "against": original, "inputs": texts, **found.to_dict()})
+    else:
+        out.print(found)
+
+
+def _shapes(plan: Plan, typed: list[str] | None, batch: int | None) -> list[str]:
+    """The inputs that were typed, or those of the plan, with this batch size."""
+    from lbyl.errors import InputError
+
+    texts = typed or []
+    for text in plan.inputs.split(", ") if not typed else ():
+        if not re.fullmatch(r"\w+ \d+(x\d+)*", text):
+            raise InputError(f"the network was compressed on {plan.inputs!r}; say with --input what to measure it on")
+        texts.append(text.replace(" ", ":"))
+    specs = [InputSpec.parse(text) for text in texts]
+    if not typed and any(math.prod(spec.shape) > _LARGEST_INPUT for spec in specs):
+        raise InputError(f"the plan describes the inputs as {plan.inputs!r}, which is too large; pass --input")
+    if batch is not None:
+        old = specs[0].shape[0]
+        specs = [replace(s, shape=(batch, *s.shape[1:])) if s.shape[0] == old else s for s in specs]
+    return [f"{spec.dtype}:{'x'.join(map(str, spec.shape))}" for spec in specs]
