@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import PurePath
-from typing import Any
+from collections.abc import Iterator
 
 from lbyl.plan import Plan
+from lbyl.recipe import loading, name_of, reproducing, shown_source
 from lbyl.report import Report
 from lbyl.sources import is_rebuildable
-
-_BYTES = 4  # a float32
+from lbyl.wording import FLOAT32, line, share, size
 
 
 def card(plan: Plan, report: Report) -> str:
@@ -27,9 +25,9 @@ def card(plan: Plan, report: Report) -> str:
     sections = (
         [*_metadata(plan)],
         [*_summary(plan, report)],
-        ["## How to load", "", *_code(_loading(plan)), "", *_exporting(plan)],
+        ["## How to load", "", *_code(loading(plan)), "", *_exporting(plan)],
         ["## What was cut", "", *_groups(report), *_left(report)],
-        ["## How to reproduce", "", *_code(_reproducing(plan))],
+        ["## How to reproduce", "", *_code(reproducing(plan))],
     )
     return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
@@ -38,14 +36,14 @@ def _metadata(plan: Plan) -> Iterator[str]:
     yield from ("---", "library_name: lbyl", "tags:", "- pruned", "- lbyl", "- pytorch")
     if plan.source:
         # Not base_model, which must be a repository of the Hub: the plan does not know whose weights were loaded.
-        yield f"base_model_source: {json.dumps(_source(plan.source), ensure_ascii=False)}"
+        yield f"base_model_source: {json.dumps(shown_source(plan.source), ensure_ascii=False)}"
     yield "---"
 
 
 def _summary(plan: Plan, report: Report) -> Iterator[str]:
     before, after = report.parameters
-    made = f" from `{_source(plan.source)}`" if plan.source else ""
-    yield f"# {_name(plan)}, pruned"
+    made = f" from `{shown_source(plan.source)}`" if plan.source else ""
+    yield f"# {name_of(plan)}, pruned"
     yield ""
     yield (
         f"Whole channels were removed{made} by lbyl {plan.library}, by "
@@ -55,10 +53,10 @@ def _summary(plan: Plan, report: Report) -> Iterator[str]:
     yield ""
     yield "| | before | after | |"
     yield "|---|--:|--:|--:|"
-    yield f"| parameters | {before:,} | {after:,} | {_share(before, after)} |"
-    yield (f"| size in float32 | {_size(before * _BYTES)} | {_size(after * _BYTES)} | {_share(before, after)} |")
+    yield f"| parameters | {before:,} | {after:,} | {share(before, after)} |"
+    yield (f"| size in float32 | {size(before * FLOAT32)} | {size(after * FLOAT32)} | {share(before, after)} |")
     if report.macs:
-        yield f"| MACs on {plan.inputs} | {report.macs[0]:,} | {report.macs[1]:,} | {_share(*report.macs)} |"
+        yield f"| MACs on {plan.inputs} | {report.macs[0]:,} | {report.macs[1]:,} | {share(*report.macs)} |"
     yield ""
     if report.assessment:
         yield (
@@ -75,18 +73,7 @@ def _summary(plan: Plan, report: Report) -> Iterator[str]:
             f"(relative difference {report.verified:.1e})."
         )
     for note in report.notes:
-        yield f"\nNote: {_line(note)}"
-
-
-def _loading(plan: Plan) -> Iterator[str]:
-    yield "import lbyl"
-    yield ""
-    if plan.source and is_rebuildable(plan.source):
-        yield 'model = lbyl.load("path/to/this/folder")'
-    else:
-        known = f" ({_source(plan.source)})" if plan.source else ""
-        yield f"fresh = ...  # an unpruned instance of the architecture{known}; its weights don't matter"
-        yield 'model = lbyl.load("path/to/this/folder", fresh)'
+        yield f"\nNote: {line(note)}"
 
 
 def _exporting(plan: Plan) -> Iterator[str]:
@@ -107,62 +94,7 @@ def _left(report: Report) -> Iterator[str]:
     if report.left:
         yield from ("", "Left whole:", "")
         for group, why in report.left:
-            yield f"- `{_line(group)}`: {_line(why)}"
-
-
-def _reproducing(plan: Plan) -> Iterator[str]:
-    settings = dict(plan.settings)
-    parts = settings.pop("parts", ())
-    if settings.get("criterion") == settings.get("restore"):
-        settings.pop("criterion", None)  # this restorer chooses the channels by itself
-    if settings.get("budget"):
-        settings.pop("ratio", None)  # the ratios that the budget led to
-    yield from ("import torch", "import lbyl")
-    if plan.source:
-        yield "from lbyl.sources import load_source"
-    yield ""
-    if plan.source:
-        yield f"model = load_source({_source(plan.source)!r})  # with the weights that were compressed"
-    else:
-        yield "model = ...  # the network, with the weights that were compressed"
-    if _reads_data(settings):
-        yield "batches = ...  # the inputs that the moments were taken from"
-    yield f"inputs = ({' '.join(f'{text},' for text in map(_tensor, plan.inputs.split(', ')))})"
-    yield "result = lbyl.compress("
-    yield "    model,"
-    yield "    inputs,"
-    for name, value in settings.items():
-        yield f"    {name}={_python(value)},"
-    if len(parts) == 1:
-        yield f"    submodule={parts[0]!r},"
-    yield ")"
-
-
-def _tensor(text: str) -> str:
-    """The Python that makes an input of this dtype and shape."""
-    dtype, _, sizes = text.partition(" ")
-    shape = ", ".join(sizes.split("x")) if sizes != "scalar" else "()"
-    if dtype == "float32":
-        return f"torch.randn({shape})"
-    make = "torch.randn" if "float" in dtype else "torch.zeros"
-    return f"{make}({shape}, dtype=torch.{dtype})"
-
-
-def _python(value: Any) -> str:
-    """A setting the way it is written in Python."""
-    import lbyl
-
-    if isinstance(value, Mapping) and "name" in value:
-        name = f"lbyl.{value['name']}" if value["name"] in lbyl.__all__ else str(value["name"])
-        fields = [f"{key}={_python(item)}" for key, item in value.items() if key != "name"]
-        return f"{name}({', '.join((['batches'] if value['name'] == 'Data' else []) + fields)})"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(tuple(value) if isinstance(value, list) else value)
-
-
-def _reads_data(value: Any) -> bool:
-    return isinstance(value, Mapping) and (value.get("name") == "Data" or any(map(_reads_data, value.values())))
+            yield f"- `{line(group)}`: {line(why)}"
 
 
 def _code(lines: Iterator[str]) -> Iterator[str]:
@@ -171,27 +103,5 @@ def _code(lines: Iterator[str]) -> Iterator[str]:
     yield "```"
 
 
-def _source(source: str) -> str:
-    """A card is published: of a factory's file, the name is enough."""
-    place, separator, name = source.rpartition(":")
-    return f"{PurePath(place).name}{separator}{name}" if place.endswith(".py") else source
-
-
-def _name(plan: Plan) -> str:
-    return _line(plan.source.rpartition(":")[2]) if plan.source else "A network"
-
-
-def _share(before: int, after: int) -> str:
-    return f"{after / before:.1%}" if before else "–"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _cell(text: str) -> str:
-    return _line(text).replace("|", r"\|")
+    return line(text).replace("|", r"\|")

@@ -1,0 +1,51 @@
+"""Numbers and lines of text the way people read them."""
+
+from __future__ import annotations
+
+FLOAT32 = 4
+"""Bytes of a parameter, in the sizes that are shown."""
+
+
+def share(before: float, after: float) -> str:
+    """What is left, in percent.
+
+    >>> share(200, 150)
+    '75.0%'
+    """
+    return f"{after / before:.1%}" if before else "–"
+
+
+def size(count: int) -> str:
+    """Bytes.
+
+    >>> size(25_600_000), size(1234)
+    ('25.6 MB', '1.2 kB')
+    """
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+
+
+def percent(value: float | None) -> str:
+    """A share, or a dash for none.
+
+    >>> percent(0.123), percent(None)
+    ('12.3%', '–')
+    """
+    return "–" if value is None else f"{value:.1%}"
+
+
+def number(value: float | None) -> str:
+    """Three digits, or a dash for none.
+
+    >>> number(0.012345), number(None)
+    ('0.0123', '–')
+    """
+    return "–" if value is None else f"{value:.3g}"
+
+
+def line(text: str) -> str:
+    """The text without line breaks.
+
+    >>> line("two\\n lines")
+    'two lines'
+    """
+    return " ".join(text.split())
