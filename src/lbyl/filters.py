@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -19,23 +20,107 @@ State = Mapping[str, Tensor]
 class Filters:
     """The channels of one group as the weights describe them, in float64.
 
-    Attributes:
-        raw: the producers' own weights, one row a channel; with the bias where no batch norm follows.
-        weight: one row a channel, ``v_j = gamma_j / sigma_j * w_j`` flattened; without a batch norm ``[w | b]``.
-        offset: ``c_j = beta_j - gamma_j mu_j / sigma_j`` (+ ``gamma_j / sigma_j * bias_j``); zero without a norm.
-        normalized: whether a batch norm gave the offset.
-        center: mean of each channel before the activation: beta of its batch norm, else the bias.
-        spread: deviation of each channel before the activation: |gamma| of its batch norm; None without one.
-        peak: the largest absolute weight with which any reader reads the channel.
+    Each part is worked out when it is first asked for: all of them together are several times the weights.
     """
 
-    raw: Float[Tensor, "channels fan_in"]
-    weight: Float[Tensor, "channels fan_in"]
-    offset: Float[Tensor, " channels"]
-    normalized: bool
-    center: Float[Tensor, " channels"]
-    spread: Float[Tensor, " channels"] | None
-    peak: Float[Tensor, " channels"]
+    group: Group
+    state: State
+
+    def __len__(self) -> int:
+        return self.group.width
+
+    @cached_property
+    def raw(self) -> Float[Tensor, "channels fan_in"]:
+        """The producers' own weights, one row a channel; with the bias where no batch norm follows."""
+        if not any(producer.stages for producer in self.group.producers):
+            return self.weight  # the same, and then no second copy of it is made
+        parts = []
+        for producer in self.group.producers:
+            parts.append(_rows(self.state[producer.weight.parameter], producer.weight, self.group.width))
+            if producer.bias and not producer.normalized:
+                parts.append(_rows(self.state[producer.bias], producer.weight, self.group.width))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    @cached_property
+    def weight(self) -> Float[Tensor, "channels fan_in"]:
+        """One row a channel, ``v_j = gamma_j / sigma_j * w_j`` flattened; without a batch norm ``[w | b]``."""
+        parts = []
+        for producer, offset in zip(self.group.producers, self._offsets, strict=True):
+            parts.append(_effective(producer, self.group, self.state))
+            if not producer.normalized and producer.bias:
+                parts.append(offset[:, None])
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    @cached_property
+    def offset(self) -> Float[Tensor, " channels"]:
+        """``c_j = beta_j - gamma_j mu_j / sigma_j`` (+ ``gamma_j / sigma_j * bias_j``); zero without a norm."""
+        pairs = zip(self.group.producers, self._offsets, strict=True)
+        return torch.stack([c if producer.normalized else torch.zeros_like(c) for producer, c in pairs]).sum(0)
+
+    @property
+    def normalized(self) -> bool:
+        """Whether a batch norm gave the offset."""
+        return any(producer.normalized for producer in self.group.producers)
+
+    @cached_property
+    def center(self) -> Float[Tensor, " channels"]:
+        """Mean of each channel before the activation: beta of its batch norm, else the bias."""
+        pairs = zip(self._last, self._offsets, strict=True)
+        return torch.stack([offset if last is None else last[0] for last, offset in pairs]).sum(0)
+
+    @cached_property
+    def spread(self) -> Float[Tensor, " channels"] | None:
+        """Deviation of each channel before the activation: |gamma| of its batch norm; None without one."""
+        known = [last[1] for last in self._last if last is not None]
+        return torch.stack(known).square().sum(0).sqrt() if len(known) == len(self._last) else None
+
+    @cached_property
+    def peak(self) -> Float[Tensor, " channels"]:
+        """The largest absolute weight with which any reader reads the channel."""
+        return _peak(self.group, self.state)
+
+    @cached_property
+    def _offsets(self) -> list[Tensor]:
+        return [_offset(producer, self.group, self.state) for producer in self.group.producers]
+
+    @cached_property
+    def _last(self) -> list[tuple[Tensor, Tensor] | None]:
+        return [_last_norm(producer, self.group, self.state) for producer in self.group.producers]
+
+
+@dataclass(frozen=True)
+class _Subset(Filters):
+    """The filters of some channels only."""
+
+    whole: Filters
+    members: Int[Tensor, " members"]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @cached_property
+    def raw(self) -> Tensor:
+        return self.whole.raw[self.members]
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return self.whole.weight[self.members]
+
+    @cached_property
+    def offset(self) -> Tensor:
+        return self.whole.offset[self.members]
+
+    @cached_property
+    def center(self) -> Tensor:
+        return self.whole.center[self.members]
+
+    @cached_property
+    def spread(self) -> Tensor | None:
+        return None if self.whole.spread is None else self.whole.spread[self.members]
+
+    @cached_property
+    def peak(self) -> Tensor:
+        return self.whole.peak[self.members]
 
 
 def seats(slot: Slot, width: int) -> Int[Tensor, "channels occurrences"]:
@@ -52,34 +137,13 @@ def seats(slot: Slot, width: int) -> Int[Tensor, "channels occurrences"]:
 
 def describe(group: Group, state: State) -> Filters:
     """Effective filters and offsets of a group (method of LBYL, section 3; sigma is the true deviation)."""
-    weights, offsets, centers, spreads = [], [], [], []
-    for producer in group.producers:
-        weight, offset = _effective(producer, group, state)
-        if not producer.normalized and producer.bias:
-            weight = torch.cat([weight, offset[:, None]], 1)
-        weights.append(weight)
-        offsets.append(offset if producer.normalized else torch.zeros_like(offset))
-        center, spread = _last_norm(producer, group, state)
-        centers.append(offset if center is None else center)
-        spreads.append(spread)
-    known = [spread for spread in spreads if spread is not None]
-    effective = torch.cat(weights, 1) if len(weights) > 1 else weights[0]
-    return Filters(
-        # Without anything that follows, the filter is what the layer stores; no second copy of it is made.
-        raw=_raw_rows(group, state) if any(producer.stages for producer in group.producers) else effective,
-        weight=effective,
-        offset=torch.stack(offsets).sum(0),
-        normalized=any(producer.normalized for producer in group.producers),
-        center=torch.stack(centers).sum(0),
-        spread=torch.stack(known).square().sum(0).sqrt() if len(known) == len(spreads) else None,
-        peak=_peak(group, state),
-    )
+    return Filters(group, state)
 
 
-def _last_norm(producer: Producer, group: Group, state: State) -> tuple[Tensor | None, Tensor | None]:
+def _last_norm(producer: Producer, group: Group, state: State) -> tuple[Tensor, Tensor] | None:
     """Mean and deviation that the last batch norm gives each channel, if it is the last linear map."""
     if not producer.stages or not isinstance(producer.stages[-1], Norm):
-        return None, None
+        return None
     norm, slot, width = producer.stages[-1], producer.weight, group.width
     gamma = _rows(state[norm.weight], slot, width).mean(1) if norm.weight else torch.ones(width).double()
     beta = _rows(state[norm.bias], slot, width).mean(1) if norm.bias else torch.zeros(width).double()
@@ -88,17 +152,9 @@ def _last_norm(producer: Producer, group: Group, state: State) -> tuple[Tensor |
 
 def subset(filters: Filters, members: Int[Tensor, " members"]) -> Filters:
     """The filters of some channels only, in rising order."""
-    if len(members) == len(filters.raw):
+    if len(members) == len(filters):
         return filters
-    return Filters(
-        filters.raw[members],
-        filters.weight[members],
-        filters.offset[members],
-        filters.normalized,
-        filters.center[members],
-        None if filters.spread is None else filters.spread[members],
-        filters.peak[members],
-    )
+    return _Subset(filters.group, filters.state, filters, members)
 
 
 def paper_form_applies(group: Group, state: State) -> str | None:
@@ -112,15 +168,6 @@ def paper_form_applies(group: Group, state: State) -> str | None:
                 # Only a 1x1 layer and a depthwise one compose tap by tap.
                 return f"depthwise {stage.layer!r} follows a layer whose kernel is wider than 1"
     return None
-
-
-def _raw_rows(group: Group, state: State) -> Float[Tensor, "channels fan_in"]:
-    parts = []
-    for producer in group.producers:
-        parts.append(_rows(state[producer.weight.parameter], producer.weight, group.width))
-        if producer.bias and not producer.normalized:
-            parts.append(_rows(state[producer.bias], producer.weight, group.width))
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def columns_second(weight: Tensor, slot: Slot) -> Tensor:
@@ -139,29 +186,46 @@ def _rows(tensor: Tensor, slot: Slot, width: int) -> Tensor:
     return rows.reshape(width, -1)
 
 
-def _effective(producer: Producer, group: Group, state: State) -> tuple[Tensor, Tensor]:
+def _effective(producer: Producer, group: Group, state: State) -> Float[Tensor, "channels fan_in"]:
+    """The producer's weight with all that follows it folded in."""
     slot, width = producer.weight, group.width
     weight = _rows(state[slot.parameter], slot, width)
+    occurrences = seats(slot, width).shape[1]
+    for stage in producer.stages:
+        weight = weight.reshape(width, occurrences, -1)
+        if isinstance(stage, Norm):
+            weight = weight.mul_(_norm(stage, slot, width, state)[0][..., None]).reshape(width, -1)
+        else:
+            taps = _rows(state[stage.weight], slot, width).reshape(width, occurrences, -1)
+            # A 1x1 layer and a depthwise one compose to the outer product of their taps.
+            weight = (weight[:, :, :, None] * taps[:, :, None, :]).reshape(width, -1)
+    return weight
+
+
+def _offset(producer: Producer, group: Group, state: State) -> Float[Tensor, " channels"]:
+    """What the producer adds to each channel, with all that follows it folded in."""
+    slot, width = producer.weight, group.width
     occurrences = seats(slot, width).shape[1]
     offset = _rows(state[producer.bias], slot, width) if producer.bias else torch.zeros(width, occurrences).double()
     for stage in producer.stages:
         if isinstance(stage, Norm):
-            mean, var = (_rows(state[name], slot, width) for name in (stage.mean, stage.var))
-            sigma = (var + stage.eps).sqrt()
-            gamma = _rows(state[stage.weight], slot, width) if stage.weight else torch.ones_like(sigma)
-            beta = _rows(state[stage.bias], slot, width) if stage.bias else torch.zeros_like(sigma)
-            scale = gamma / sigma
-            weight = weight.reshape(width, occurrences, -1).mul_(scale[..., None]).reshape(width, -1)
+            scale, mean, beta = _norm(stage, slot, width, state)
             offset = beta + scale * (offset - mean)
         else:
             taps = _rows(state[stage.weight], slot, width).reshape(width, occurrences, -1)
-            # A 1x1 layer and a depthwise one compose to the outer product of their taps.
-            weight = weight.reshape(width, occurrences, -1)
-            weight = (weight[:, :, :, None] * taps[:, :, None, :]).reshape(width, -1)
             offset = offset * taps.sum(2)
             if stage.bias:
                 offset = offset + _rows(state[stage.bias], slot, width)
-    return weight, offset.mean(1)
+    return offset.mean(1)
+
+
+def _norm(norm: Norm, slot: Slot, width: int, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """``gamma / sigma``, mean and beta of a batch norm, a row a channel."""
+    mean, var = (_rows(state[name], slot, width) for name in (norm.mean, norm.var))
+    sigma = (var + norm.eps).sqrt()
+    gamma = _rows(state[norm.weight], slot, width) if norm.weight else torch.ones_like(sigma)
+    beta = _rows(state[norm.bias], slot, width) if norm.bias else torch.zeros_like(sigma)
+    return gamma / sigma, mean, beta
 
 
 def _peak(group: Group, state: State) -> Tensor:

@@ -86,9 +86,9 @@ def by_criterion(criterion: Criterion) -> Choose:
 
     def choose(filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
         scores = criterion.score(filters.raw, generator)
-        if scores.shape != (len(filters.raw),):
+        if scores.shape != (len(filters),):
             raise InputError(
-                f"{type(criterion).__name__}.score returned shape {tuple(scores.shape)} for {len(filters.raw)} "
+                f"{type(criterion).__name__}.score returned shape {tuple(scores.shape)} for {len(filters)} "
                 "filters; return one score a row"
             )
         return torch.argsort(scores, descending=True, stable=True)[:count]

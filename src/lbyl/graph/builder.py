@@ -136,7 +136,7 @@ class Builder:
         """
         record = self.producers.get((weight, dim))
         if record is None:
-            record = ProducerRecord(layer, weight, bias, self.ids.fresh(count), dim)
+            record = ProducerRecord(layer, weight, bias, self.ids.fresh(count, issued=True), dim)
             self.producers[weight, dim] = record
             self.slot(weight, dim, record.ids, "producer")
             self.pure[node] = record
@@ -209,7 +209,7 @@ class Builder:
         """Give each directly used parameter a slot along the dimension that carries channels, or pin it."""
         for name, shadow in self._free.items():
             roots = self.ids.find(shadow)
-            shared = self.issued(roots)
+            shared = self.ids.issued(roots)
             if not bool(shared.any()):
                 continue
             for dim in range(shadow.dim()):
@@ -219,12 +219,6 @@ class Builder:
                     break
             else:
                 self.pin(roots[shared], f"{name} carries channels along more than one dimension")
-
-    def issued(self, roots: Tensor) -> Tensor:
-        """Which of these ids belong to the output channels of some layer."""
-        roots = self.ids.find(roots)
-        issued = [self.ids.find(record.ids) for record in self.producers.values()]
-        return torch.isin(roots, torch.cat(issued)) if issued else torch.zeros_like(roots, dtype=torch.bool)
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:

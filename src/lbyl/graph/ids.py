@@ -14,30 +14,38 @@ class Ids:
 
     def __init__(self) -> None:
         self._parent = torch.zeros(1, dtype=torch.int64)
+        self._issued = torch.zeros(1, dtype=torch.bool)  # of classes, by the ids that stand for them
 
     def __len__(self) -> int:
         return len(self._parent)
 
-    def fresh(self, count: int) -> Tensor:
-        """``count`` ids that were never used before."""
+    def fresh(self, count: int, issued: bool = False) -> Tensor:
+        """``count`` ids that were never used before; ``issued`` when some layer makes these channels."""
         new = torch.arange(len(self._parent), len(self._parent) + count)
         self._parent = torch.cat([self._parent, new])
+        self._issued = torch.cat([self._issued, torch.full((count,), issued)])
         return new
 
+    def issued(self, ids: Tensor) -> Tensor:
+        """Which of these ids stand together with the output channels of some layer."""
+        return self._issued[self.find(ids)]
+
     def find(self, ids: Tensor) -> Tensor:
-        """The representative of each id; same shape."""
-        roots = self._parent[ids]
-        while True:
-            above = self._parent[roots]
-            if torch.equal(above, roots):
-                return roots
+        """The representative of each id; same shape, and constant along the same dimensions."""
+        distinct = small(ids)
+        roots = first = self._parent[distinct]
+        while not torch.equal(above := self._parent[roots], roots):
             roots = above
+        if roots is not first:
+            self._parent[distinct] = roots  # the next one finds it at once
+        return roots.expand(ids.shape)
 
     def union(self, a: Tensor, b: Tensor) -> None:
         """Merge ``a[i]`` with ``b[i]`` for every i; pairs that hold NOBODY are left out."""
         a, b = a.reshape(-1), b.reshape(-1)
         real = (a != NOBODY) & (b != NOBODY)
         a, b = a[real], b[real]
+        ours = a[self.issued(a) | self.issued(b)]
         while a.numel():
             a, b = self.find(a), self.find(b)
             apart = a != b
@@ -45,15 +53,16 @@ class Ids:
             low, high = torch.minimum(a, b), torch.maximum(a, b)
             # Several pairs may name the same `high`; all but one go round the loop again.
             self._parent.scatter_reduce_(0, high, low, "amin")
+        self._issued[self.find(ours)] = True
 
 
 def compact(shadow: Tensor) -> Tensor:
     """The same values, with stride 0 along every dimension in which they do not change."""
-    shape = shadow.shape
+    shape, shadow = shadow.shape, small(shadow)
     for dim in range(shadow.dim()):
         if shadow.shape[dim] > 1:
             first = shadow.narrow(dim, 0, 1)
-            if shadow.stride(dim) == 0 or bool((shadow == first).all()):
+            if bool((shadow == first).all()):
                 shadow = first
     return shadow.expand(shape)
 

@@ -1,28 +1,26 @@
-"""From a model to its channel graph, by way of `torch.export`.
+"""From a model to its channel graph.
 
-The traced program is only read: what gets cut later are the user's own modules. Each value in the program
-gets a *shadow*, an integer tensor of the same shape that says which channel every element belongs to. One walk
-over the program then finds out what belongs together (see `lbyl.graph.rules`).
+The program, recorded or exported, is only read: what gets cut later are the user's own modules. Each value in it gets
+a *shadow*, an integer tensor of the same shape that says which channel every element belongs to. One walk over the
+program then finds out what belongs together (see `lbyl.graph.rules`).
 """
 
 from __future__ import annotations
 
 import operator
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
 from torch.fx.node import map_arg
 
-from lbyl.errors import TraceError
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
+from lbyl.graph.exported import export
 from lbyl.graph.ids import NOBODY, compact, small, varies
+from lbyl.graph.program import Program
+from lbyl.graph.recording import record as watch
 from lbyl.graph.rules import find_rule
 from lbyl.graph.types import NOT_OURS, Graph, Group, Producer, Reader, Size, Slot, Step
 from lbyl.inputs import ExampleInputs
@@ -41,20 +39,16 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
         TraceError: ``torch.export`` refused the model.
     """
     try:
-        # A failed export prints the whole program; what matters of it is in the error.
-        with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
-    except Exception as error:
-        first = str(error).strip().splitlines()
-        raise TraceError(
-            f"torch.export can't trace {type(model).__name__}: {first[0] if first else type(error).__name__}. "
-            "Check that the model runs on the example inputs, or pass a part of it that can be traced."
-        ) from error
+        program = watch(model, inputs)
+    except Exception:  # whatever it is, `torch.export` says whether the model can be traced, and if not, why
+        program = export(model, inputs)
+    return graph_of(model, program)
 
+
+def graph_of(model: nn.Module, program: Program) -> Graph:
+    """The channel groups in a model's program."""
     builder = Builder()
     env: dict[fx.Node, Any] = {}
-    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
 
     def value(argument: Any) -> Any:
         return map_arg(argument, lambda node: env[node])
@@ -62,16 +56,8 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
     uses = _last_uses(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            spec = specs.get(node.name)
-            # What is not saved with the model is a constant: masks, rotary frequencies.
-            constant = spec is not None and spec.kind is InputKind.BUFFER and spec.persistent is False
-            named = spec is not None and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and not constant
-            val = node.meta.get("val")
-            if named and isinstance(val, Tensor):
-                assert spec is not None
-                env[node] = ParameterRef(str(spec.target), tuple(val.shape))
-            else:
-                env[node] = nobody_like(node)
+            name = program.parameters.get(node)
+            env[node] = nobody_like(node) if name is None else ParameterRef(name, tuple(node.meta["val"].shape))
         elif node.op == "call_function":
             env[node] = _call(builder, node, value(node.args), value(node.kwargs))
         elif node.op == "output":

@@ -25,7 +25,7 @@ def contract(builder: Builder, node: fx.Node, operands: Sequence[_Labeled], out:
     channel of every head: queries and keys meet along the head's inner axis, which is summed over.
     """
     layer = layer_name(node)
-    if not any(bool(builder.issued(small(shadow)).any()) for shadow, _ in operands):
+    if not any(bool(builder.ids.issued(small(shadow)).any()) for shadow, _ in operands):
         return nobody_like(node)
     operands = [(compact(builder.ids.find(shadow)), labels) for shadow, labels in operands]
     sizes = {x: n for shadow, labels in operands for x, n in zip(labels, shadow.shape, strict=True) if n > 1}

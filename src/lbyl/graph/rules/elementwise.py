@@ -84,7 +84,7 @@ def merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: 
     pairs = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)], 1), dim=0)
     left, right = builder.ids.find(pairs).unbind(1)
     if name in ("add", "sub", "rsub", "lerp", "addcmul"):
-        summed = (left != right) & builder.issued(left) & builder.issued(right)
+        summed = (left != right) & builder.ids.issued(left) & builder.ids.issued(right)
         builder.sums.append(pairs[summed].reshape(-1))
     builder.ids.union(left, right)
     return torch.where(a == NOBODY, b, a).expand(shape)
@@ -99,7 +99,7 @@ def _lift(builder: Builder, shadow: Tensor, other: Tensor, rank: int, layer: str
     stretched = [d for d in theirs if shadow.shape[d] == 1]
     if stretched and not set(mine) & set(theirs):
         # One value a position, or a single one, for all of the other's channels.
-        if not bool((small(shadow) == NOBODY).all()) and (not mine or bool(builder.issued(small(shadow)).any())):
+        if not bool((small(shadow) == NOBODY).all()) and (not mine or bool(builder.ids.issued(small(shadow)).any())):
             builder.pin(shadow, f"broadcast over other channels in {layer!r}")
         return torch.full_like(small(shadow), NOBODY).expand(shadow.shape)
     # A full-sized operand that is nobody's can't be cut along, so what meets it can't be cut either.

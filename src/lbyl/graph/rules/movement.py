@@ -157,7 +157,7 @@ def cat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
 def _aligned(builder: Builder, shadows: list[Tensor], dim: int, layer: str) -> list[Tensor]:
     """Pieces that are joined beside each other lose the same channels along the other axes."""
     # A parameter (a class token, a position) has one id an element until it meets channels.
-    shadows = [s if bool(builder.issued(small(s)).any()) else builder.join(s, [dim]) for s in shadows]
+    shadows = [s if bool(builder.ids.issued(small(s)).any()) else builder.join(s, [dim]) for s in shadows]
     if any(varies(shadow, dim) for shadow in shadows):
         return shadows
     slices = [shadow.narrow(dim, 0, 1) for shadow in shadows]
@@ -191,7 +191,7 @@ def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     indices = args[1] if name == "index" else [*([None] * (args[1] % x.dim())), args[2]]
     picked = [d for d, item in enumerate(indices) if item is not None]
     x = compact(builder.ids.find(x))
-    if not bool(builder.issued(small(x)).any()):
+    if not bool(builder.ids.issued(small(x)).any()):
         x = builder.join(x, picked)
     if any(varies(x, d) for d in picked):
         return builder.barrier(node, args, f"{name} along channels in {layer_name(node)!r}")

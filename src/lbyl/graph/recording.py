@@ -1,0 +1,154 @@
+"""A program by watching the model run once: as `torch.export` would tell it, in a fraction of the time."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lbyl.graph.program import Program
+from lbyl.inputs import ExampleInputs, output_tensors
+
+
+class Unseen(Exception):
+    """The model does something that one run can't vouch for, such as branching on what it computed."""
+
+
+def record(model: nn.Module, inputs: ExampleInputs) -> Program:
+    """Run the model and write down its operations.
+
+    One run tells the program of all runs unless Python sees a number that depends on inputs or weights.
+
+    Raises:
+        Unseen: it does, or a weight is used behind the recorder's back.
+    """
+    recorder = _Recorder(model)
+    own = inputs.map(torch.clone)
+    for tensor in own.tensors():
+        recorder.place(tensor, depends=True)
+    # Below autograd, an operation that is made of others has not been taken apart yet. The fast path of torch's
+    # attention would hide a whole layer in one operation.
+    below_autograd = torch._C._AutoDispatchBelowAutograd()
+    with torch.no_grad(), _plain_attention(), recorder.following(model), below_autograd, recorder:
+        found = own.call(model)
+    return recorder.finish(output_tensors(found))
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._graph = fx.Graph()
+        self._nodes: Any = WeakIdKeyDictionary()
+        self._depends: set[fx.Node] = set()
+        self._stack: list[tuple[str, type]] = []
+        self._parameters: dict[fx.Node, str] = {}
+        self._storages: set[int] = set()
+        constants = {
+            f"{path}.{name}".lstrip(".")
+            for path, module in model.named_modules()
+            for name in module._non_persistent_buffers_set
+        }
+        # Of the names of a tied tensor the last one counts, as in an exported program.
+        everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        for name, tensor in {id(tensor): (name, tensor) for name, tensor in everything}.values():
+            node = self.place(tensor, depends=name not in constants)
+            if name not in constants:
+                self._parameters[node] = name
+                self._storages.add(_storage(tensor))
+
+    def place(self, tensor: Tensor, depends: bool = False) -> fx.Node:
+        """A placeholder for a tensor that no operation made."""
+        node = self._graph.placeholder(f"value_{len(self._graph.nodes)}")
+        node.meta["val"] = _outline(tensor)
+        self._nodes[tensor] = node
+        if depends:
+            self._depends.add(node)
+        return node
+
+    @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Keep track of the module that is running."""
+        with ExitStack() as hooks:
+            for path, module in model.named_modules():
+                entry = (path, type(module))
+
+                def enter(module: nn.Module, args: Any, entry: tuple[str, type] = entry) -> None:
+                    self._stack.append(entry)
+
+                def leave(module: nn.Module, args: Any, output: Any) -> None:
+                    self._stack.pop()
+
+                hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+            yield
+
+    def finish(self, outputs: list[Tensor]) -> Program:
+        """The program that returns these tensors."""
+        self._graph.output([self._node(tensor) for tensor in outputs])
+        return Program(self._graph, self._parameters)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given, named = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
+        node = self._graph.call_function(func, given, named)
+        node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self._stack}
+        node.meta["val"] = pytree.tree_map_only(Tensor, _outline, result)
+        depends = any(source in self._depends for source in node.all_input_nodes)
+        if depends:
+            self._depends.add(node)
+            if isinstance(result, (bool, int, float, complex)) or _shape_depends(func, args):
+                raise Unseen(f"{func} lets the program depend on its data")
+        if isinstance(result, Tensor):
+            self._nodes[result] = node
+        elif isinstance(result, (list, tuple)):
+            for index, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    piece = self._graph.call_function(operator.getitem, (node, index))
+                    piece.meta = {**node.meta, "val": _outline(item)}
+                    self._nodes[item] = piece
+                    if depends:
+                        self._depends.add(piece)
+        return result
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        if tensor in self._nodes:
+            return self._nodes[tensor]
+        if tensor.numel() and _storage(tensor) in self._storages:
+            raise Unseen("a weight is used under another name")
+        return self.place(tensor)  # a constant that turns up while the program runs
+
+
+def _shape_depends(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the size of the result depends on numbers in the arguments."""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func is torch.ops.aten.index.Tensor:  # only where the index is a mask
+        return any(item is not None and item.dtype in (torch.bool, torch.uint8) for item in args[1])
+    return True
+
+
+def _outline(tensor: Tensor) -> Tensor:
+    """Shape and dtype of a tensor, without memory."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
