@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbyl
+from lbyl.artifact import CARD, DOCUMENT, MANIFEST, PAGE, WEIGHTS
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -129,6 +130,9 @@ class HardCoded(nn.Module):
 def images(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
+
+SAVED = (WEIGHTS, MANIFEST, CARD, PAGE, DOCUMENT)
+"""The files of a saved folder."""
 
 compress = partial(lbyl.compress, restore="lbyl")
 """The weights-only form unless a test asks for another: the default dreams, which takes seconds."""

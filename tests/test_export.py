@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import Depthwise, compress, flat_convnet, images, mlp, residual, settle
+from nets import SAVED, Depthwise, compress, flat_convnet, images, mlp, residual, settle
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -141,7 +141,7 @@ def test_a_round_trip_with_any_batch_size(family: str, tmp_path: Path) -> None:
                 expected = output_tensors(result.model(*inputs))
             for a, b in zip(expected, run_file(exported.file, *inputs), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert sorted(os.listdir(folder)) == sorted([WEIGHTS, MANIFEST, CARD, "model.onnx", "model.pt2"])
+    assert sorted(os.listdir(folder)) == sorted([*SAVED, "model.onnx", "model.pt2"])
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_a_model_that_can_not_be_exported(tmp_path: Path) -> None:
         with pytest.raises(lbyl.ExportError, match=f"Undecided can't be exported as {format}: torch.export can't") as e:
             lbyl.export(plain, net, format=format)
         assert "\n" not in str(e.value)
-    assert sorted(os.listdir(plain)) == sorted([WEIGHTS, MANIFEST, CARD])
+    assert sorted(os.listdir(plain)) == sorted(SAVED)
 
 
 def describe_inputs(folder: Path, text: str) -> None:
@@ -316,7 +316,7 @@ def test_missing_and_broken_folders(folder: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).write_bytes(data[:-1])
     with pytest.raises(lbyl.ArtifactError, match="truncated"):
         lbyl.export(folder, mlp(6, 8))
-    assert sorted(os.listdir(folder)) == sorted([WEIGHTS, MANIFEST, CARD])
+    assert sorted(os.listdir(folder)) == sorted(SAVED)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -328,7 +328,7 @@ def test_a_full_disk_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(exporting, "_write", full)
     with pytest.raises(lbyl.InputError, match=f"can't write .*model.{format}: No space left"):
         lbyl.export(folder, mlp(6, 8), format=format)
-    assert sorted(os.listdir(folder)) == sorted([WEIGHTS, MANIFEST, CARD])
+    assert sorted(os.listdir(folder)) == sorted(SAVED)
 
 
 def test_a_missing_package_is_one_line_with_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +434,7 @@ def test_mistakes_have_one_line_and_the_right_code(
     if code == 1:
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
-    assert sorted(os.listdir(out)) == sorted([WEIGHTS, MANIFEST, CARD])
+    assert sorted(os.listdir(out)) == sorted(SAVED)
 
 
 # -- the model card -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -52,6 +52,9 @@ from lbyl.verification import follower, without_trouble
 from lbyl.verification import verify as check
 from lbyl.widths import Widths, choose_widths
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs
 
 
@@ -70,12 +73,25 @@ class Result:
     report: Report
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``model.safetensors``, ``lbyl.json`` and a model card into a new folder, whole or not at all.
+        """Write the weights, ``lbyl.json``, a model card and a report into a new folder, whole or not at all.
+
+        ``report.html`` is the report for people, ``report.json`` the one for machines.
 
         Raises:
             InputError: the path exists or can't be written.
         """
         return artifact.save(path, self.model, self.plan, self.report)
+
+    def plot(self) -> Figure:
+        """Widths and errors of the groups as a Matplotlib figure; see :func:`lbyl.page.plot`."""
+        from lbyl.page import plot
+
+        return plot(self.report)
+
+    def _repr_html_(self) -> str:
+        from lbyl.page import result_html
+
+        return result_html(self.plan, self.report)
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,11 @@ class Inspection:
         if self.note:
             yield Text(f"note: {self.note}")
 
+    def _repr_html_(self) -> str:
+        from lbyl.page import inspection_html
+
+        return inspection_html(self)
+
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
@@ -149,6 +170,7 @@ def inspect(
         InputError: inputs that are none of these, or no such submodule.
         TraceError: ``torch.export`` can't trace the model on them.
     """
+    check_module(model)
     found = _trace(model, ExampleInputs.of(example_inputs), strict, submodule)
     if found.graph is not None:
         return Inspection(found.graph)
@@ -270,10 +292,11 @@ def compress(
 
 def prepare(model: nn.Module, example_inputs: Inputs, order: Order, submodule: str | None, clock: Clock) -> Prepared:
     """Check and trace a model: the first step of `compress`, which explains arguments and errors."""
+    check_module(model)
     inputs = ExampleInputs.of(example_inputs)
     if order.restore != "auto":
         resolve_restorer(order.restore)
-    _check_weights(model)
+    check_weights(model)
     with clock("trace"):
         return Prepared(model, inputs, _trace(model, inputs, order.strict, submodule))
 
@@ -380,10 +403,10 @@ def _whole(
     )
     settings = {
         "ratio": dict(ratio) if isinstance(ratio, Mapping) else ratio,
-        **({"budget": _describe(order.budget)} if order.budget else {}),
+        **({"budget": described(order.budget)} if order.budget else {}),
         "scope": order.scope,
-        "criterion": _describe(restorer if getattr(restorer, "chooses", False) else order.criterion),
-        "restore": _describe(restorer),
+        "criterion": described(restorer if getattr(restorer, "chooses", False) else order.criterion),
+        "restore": described(restorer),
         "seed": order.seed,
     }
     plan = Plan(
@@ -393,7 +416,7 @@ def _whole(
         architecture=architecture_of(model),
         source=order.source,
         inputs=inputs.describe(),
-        library=_version(),
+        library=library_version(),
         attributes=attributes,
     )
     return Result(smaller, plan, report)
@@ -477,7 +500,7 @@ def _in_parts(
         architecture=architecture_of(model),
         source=order.source,
         inputs=inputs.describe(),
-        library=_version(),
+        library=library_version(),
         attributes=tuple(
             replace(a, module=f"{path}.{a.module}".rstrip(".")) for path, plan in plans for a in plan.attributes
         ),
@@ -520,24 +543,35 @@ def _row(before: int, after: int, restored: Restored) -> Row:
     )
 
 
-def _describe(setting: Any) -> dict[str, Any]:
+def described(setting: Any) -> dict[str, Any]:
     """A settings object as plain data that travels into the plan."""
     fields = dataclasses.fields(setting) if dataclasses.is_dataclass(setting) else ()
     # What is not shown, such as the user's data, does not travel.
     values = {field.name: getattr(setting, field.name) for field in fields if field.repr}
-    plain = {key: _describe(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}
+    plain = {key: described(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}
     return {"name": type(setting).__name__, **plain}
 
 
-def _version() -> str:
+def library_version() -> str:
+    """The version of this library."""
     try:
         return version("lbyl")
     except PackageNotFoundError:
         return "unknown"
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_module(model: object) -> None:
+    """Raise InputError for what is no module."""
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"model is {kind}; pass a torch.nn.Module with its weights loaded")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise InputError for weights that nothing can be restored from."""
     for name, tensor in tensors_of(model).items():
+        if tensor.is_meta:
+            raise InputError(f"{name} is on the meta device, where it has no values; load the weights first")
         if (
             tensor.is_floating_point()
             and not math.isfinite(float(tensor.detach().sum()))

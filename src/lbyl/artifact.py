@@ -1,4 +1,7 @@
-"""The saved folder: ``model.safetensors``, ``lbyl.json`` and a model card, written whole or not at all."""
+"""The saved folder: weights, ``lbyl.json``, a model card and a report, written whole or not at all.
+
+``load`` reads ``model.safetensors`` and ``lbyl.json``; the card, ``report.html`` and ``report.json`` are for others.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from lbyl.errors import ArtifactError, InputError, SurgeryError
 from lbyl.folding import apply_folds
 from lbyl.huggingface import is_pretrained_model, write_config
 from lbyl.plan import Plan
+from lbyl.recipe import load_line
 from lbyl.report import Report
 from lbyl.sources import is_rebuildable, load_source
 from lbyl.surgery import cut_copy
@@ -27,6 +31,8 @@ from lbyl.surgery import cut_copy
 WEIGHTS = "model.safetensors"
 MANIFEST = "lbyl.json"
 CARD = "README.md"
+PAGE = "report.html"
+DOCUMENT = "report.json"
 _LARGEST_MANIFEST = 256 * 2**20
 
 
@@ -40,7 +46,7 @@ class Manifest:
 
 
 def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Report) -> Path:
-    """Write a compressed model into a new folder.
+    """Write a compressed model into a new folder, with a report for people and one for machines.
 
     Everything goes to a temporary folder beside it first, which is then renamed: a reader never sees half.
     A model of transformers gets a ``config.json`` as well, where one can say its widths; the saved report says so.
@@ -48,11 +54,10 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     Raises:
         InputError: the path exists, or its parent does not.
     """
+    from lbyl.page import page  # Matplotlib and Jinja2 take a second to import
+
     target = Path(path)
-    if target.exists() or target.is_symlink():
-        raise InputError(f"{target} exists already; choose another folder or remove it first")
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent} is not a folder; create it first")
+    check_free(target)
     try:
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -70,6 +75,8 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
                 file.flush()
                 os.fsync(file.fileno())
             (stage / CARD).write_text(card(plan, report), encoding="utf-8")
+            (stage / PAGE).write_text(page(plan, report), encoding="utf-8")
+            (stage / DOCUMENT).write_text(json.dumps(document(".", plan, report)), encoding="utf-8")
             stage.chmod(0o755)
             stage.rename(target)
         except BaseException:
@@ -77,7 +84,42 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
             raise
     except OSError as error:
         raise InputError(f"can't write {target}: {error.strerror or error}") from error
+    except SafetensorError as error:  # what its writer makes of a full disk
+        raise InputError(f"can't write {target}: {error}") from error
     return target
+
+
+def check_free(target: Path) -> None:
+    """Raise InputError unless a folder of this name can be made: nothing is there yet, but its parent is."""
+    try:
+        if target.exists() or target.is_symlink():
+            raise InputError(f"{target} exists already; choose another folder or remove it first")
+        if not target.parent.is_dir():
+            raise InputError(f"{target.parent} is not a folder; create it first")
+    except OSError as error:
+        raise InputError(f"can't write {target}: {error.strerror or error}; choose another name") from error
+
+
+def document(path: str | os.PathLike[str], plan: Plan, report: Report) -> dict[str, Any]:
+    """The outcome for machines: what ``report.json`` holds, and what the command line prints with ``--json``.
+
+    Args:
+        path: the folder; ``report.json`` says ".", for it may be moved.
+        plan: how it was compressed.
+        report: what came of it.
+
+    Returns:
+        Plain data with the keys ``path``; ``load``, the line of Python that loads the folder; ``plan``, the fields
+        of :class:`lbyl.Plan` without ``cuts`` and ``architecture``, which ``lbyl.json`` has and ``groups`` imply;
+        and ``report``, the fields of :class:`lbyl.Report`.
+    """
+    described = {name: value for name, value in plan.to_dict().items() if name not in ("cuts", "architecture")}
+    return {
+        "path": str(path),
+        "load": load_line(path, plan.source),
+        "plan": described,
+        "report": report.to_dict(),
+    }
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -95,6 +137,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         data: Any = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} is damaged: {error}") from error
+    except OSError as error:
+        raise ArtifactError(f"{file} can't be read: {error.strerror or error}") from error
     if not isinstance(data, dict) or not {"plan", "report", "sha256"} <= data.keys():
         raise ArtifactError(f"{file} is damaged: plan, report or sha256 is missing")
     return Manifest(Plan.from_dict(data["plan"]), Report.from_dict(data["report"]), str(data["sha256"]))
@@ -130,7 +174,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     try:
         smaller = cut_copy(apply_folds(model, plan.folds), plan.cuts, plan.attributes)
         load_model(smaller, str(weights))
-    except (SafetensorError, SurgeryError, RuntimeError) as error:
+    except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit its plan: {str(error).splitlines()[0]}") from error
     return smaller.eval()
 

@@ -82,6 +82,7 @@ def _exporting(plan: Plan) -> Iterator[str]:
 
 
 def _groups(report: Report) -> Iterator[str]:
+    yield from ("[report.html](report.html) shows it in pictures.", "")
     probed = any(row.errors for row in report.rows)
     yield "| group | channels |" + (" error pruned | error restored |" if probed else "")
     yield "|---|--:|" + ("--:|--:|" if probed else "")

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lbyl.assessment import DESTROYED, Assessment
 from lbyl.errors import ArtifactError
+from lbyl.wording import number, percent
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,19 @@ class Report:
         """Read a report back; raises ArtifactError where it is none."""
         try:
             return Report(
-                rows=tuple(Row(**{**row, "errors": _pair(row.get("errors"))}) for row in data["rows"]),
-                left=tuple((name, why) for name, why in data["left"]),
-                barriers=tuple(data["barriers"]),
+                rows=tuple(map(_row, data["rows"])),
+                left=tuple((_text(name), _text(why)) for name, why in data["left"]),
+                barriers=tuple(map(_text, data["barriers"])),
                 parameters=(int(data["parameters"][0]), int(data["parameters"][1])),
                 macs=None if data["macs"] is None else (int(data["macs"][0]), int(data["macs"][1])),
                 verified=None if data["verified"] is None else float(data["verified"]),
-                seconds=dict(data["seconds"]),
-                notes=tuple(data["notes"]),
-                assessment=None if data.get("assessment") is None else Assessment(**data["assessment"]),
+                seconds={stage: float(value) for stage, value in data["seconds"].items()},
+                notes=tuple(map(_text, data["notes"])),
+                assessment=None
+                if data.get("assessment") is None
+                else Assessment(**{name: float(value) for name, value in data["assessment"].items()}),
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"the report is damaged: {error!r}") from error
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -91,8 +94,8 @@ class Report:
         for name in ("group", "channels", *names, "note"):
             table.add_column(name, justify="left" if name in ("group", "note") else "right")
         for row in self.rows:
-            terms = [_number(row.re), _number(row.be), _number(row.ae), f"{row.seconds:.2f}"]
-            numbers = [_percent(error) for error in row.errors or (None, None)] if probed else terms
+            terms = [number(row.re), number(row.be), number(row.ae), f"{row.seconds:.2f}"]
+            numbers = [percent(error) for error in row.errors or (None, None)] if probed else terms
             table.add_row(Text(row.group), f"{row.before} → {row.after}", *numbers, Text(row.note))
         yield table
         if self.left:
@@ -103,6 +106,11 @@ class Report:
                 kept.add_row(Text(name), Text(why))
             yield kept
         yield Group(*(Text(line) for line in self.summary()))
+
+    def _repr_html_(self) -> str:
+        from lbyl.page import report_html
+
+        return report_html(self)
 
     def summary(self) -> list[str]:
         """The totals, a line each."""
@@ -124,16 +132,22 @@ class Report:
         return lines + [f"note: {note}" for note in self.notes]
 
 
+def _row(data: Any) -> Row:
+    row = Row(**{**data, "errors": _pair(data.get("errors"))})
+    numbers = (row.before, row.after, row.seconds, *(term for term in (row.re, row.be, row.ae) if term is not None))
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise TypeError(f"{row.group}: expected numbers, found {numbers!r}")
+    return dataclasses.replace(row, group=_text(row.group), note=_text(row.note))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {value!r}")
+    return value
+
+
 def _pair(value: Any) -> tuple[float, float] | None:
     return None if value is None else (float(value[0]), float(value[1]))
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
 
 
 def _change(name: str, before: int, after: int) -> str:

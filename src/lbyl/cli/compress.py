@@ -34,7 +34,7 @@ from lbyl.cli.options import (
     parse_numbers,
     parse_ratio,
 )
-from lbyl.cli.sources import check_output, document, example_inputs, load_model, loading, read_batches
+from lbyl.cli.sources import check_output, example_inputs, load_model, read_batches
 
 
 @app.command()
@@ -159,6 +159,8 @@ def compress(
     with working(f"loading {source}") as stage:
         check_output(output)
         import lbyl
+        from lbyl.artifact import PAGE, document, read_manifest
+        from lbyl.recipe import load_line
 
         if data is not None:
             from lbyl.images import find_images
@@ -201,8 +203,11 @@ def compress(
         )
         stage(f"writing {output}")
         result.save(output)
+        # What was written may say more: whether a config.json could be, for one.
+        saved = read_manifest(output)
     if as_json:
-        print_json(document(output, result.plan, result.report))
+        print_json(document(output, saved.plan, saved.report))
         return
-    out.print(result.report)
-    out.print(Text(f"saved to {output}"), Text(f"load it with\n\n    {loading(output, source)}\n"), sep="\n")
+    out.print(saved.report)
+    out.print(Text(f"saved to {output}; {output / PAGE} is the report for people"))
+    out.print(Text(f"load it with\n\n    {load_line(output, source)}\n"))

@@ -6,14 +6,15 @@ from rich.text import Text
 
 from lbyl.cli.app import app, out, print_json, working
 from lbyl.cli.options import Folder, Json
-from lbyl.cli.sources import document, loading, setting
+from lbyl.cli.sources import setting
 
 
 @app.command()
 def show(folder: Folder, as_json: Json = False) -> None:
     """Print what a saved folder holds: settings, groups, totals, and how to load it."""
     with working(f"reading {folder}"):
-        from lbyl.artifact import read_manifest
+        from lbyl.artifact import PAGE, document, read_manifest
+        from lbyl.recipe import load_line
 
         manifest = read_manifest(folder)
     plan = manifest.plan
@@ -23,4 +24,6 @@ def show(folder: Folder, as_json: Json = False) -> None:
     out.print(Text(f"{plan.source or 'a model of unknown source'} on {plan.inputs}, by lbyl {plan.library}"))
     out.print(Text(", ".join(f"{name}={setting(value)}" for name, value in plan.settings.items())))
     out.print(manifest.report)
-    out.print(Text(f"load it with\n\n    {loading(folder, plan.source)}\n"))
+    if (folder / PAGE).is_file():
+        out.print(Text(f"{folder / PAGE} shows it with pictures"))
+    out.print(Text(f"load it with\n\n    {load_line(folder, plan.source)}\n"))

@@ -13,18 +13,13 @@ from lbyl.cli.options import Fitting, InputSpec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lbyl.plan import Plan
-    from lbyl.report import Report
-
 
 def check_output(path: Path) -> None:
     """What `save` would refuse is refused before any time is spent."""
+    from lbyl.artifact import check_free
     from lbyl.errors import InputError
 
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists already; choose another folder or remove it first")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is not a folder; create it first")
+    check_free(path)
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path.parent} is not writable; choose another place for {path.name}")
 
@@ -88,29 +83,6 @@ def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | No
         size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
         return (1, *size) if size else None
     return None
-
-
-def document(path: Path, plan: Plan, report: Report) -> dict[str, Any]:
-    """The outcome for machines. Cuts of single tensors are left to ``lbyl.json``: the groups imply them."""
-    described = {name: value for name, value in plan.to_dict().items() if name not in ("cuts", "architecture")}
-    return {
-        "path": str(path),
-        "load": loading(path, plan.source),
-        "plan": described,
-        "report": report.to_dict(),
-    }
-
-
-def loading(path: Path, source: str | None) -> str:
-    """The Python that loads a saved folder."""
-    from lbyl.sources import is_rebuildable
-
-    folder = repr(str(path))
-    if source is None:
-        return f"import lbyl; net = lbyl.load({folder}, model)  # model: a fresh, unpruned instance"
-    if is_rebuildable(source):
-        return f"import lbyl; net = lbyl.load({folder})"
-    return f"import lbyl, lbyl.sources; net = lbyl.load({folder}, lbyl.sources.load_source({source!r}))"
 
 
 def setting(value: Any) -> str:
