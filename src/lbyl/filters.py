@@ -126,13 +126,15 @@ class _Subset(Filters):
 def seats(slot: Slot, width: int) -> Int[Tensor, "channels occurrences"]:
     """Where each channel of the group stands in a slot: indices, padded with -1."""
     channels = torch.tensor(slot.channels)
-    where = [torch.nonzero(channels == channel).flatten() for channel in range(width)] if width <= 64 else None
-    if where is None:
-        order = torch.argsort(channels, stable=True)
-        order = order[channels[order] != NOT_OURS]
-        counts = torch.bincount(channels[order], minlength=width)
-        where = list(torch.split(order, counts.tolist()))
-    return torch.nn.utils.rnn.pad_sequence(where, batch_first=True, padding_value=-1)
+    order = torch.argsort(channels, stable=True)
+    order = order[channels[order] != NOT_OURS]
+    owners = channels[order]
+    counts = torch.bincount(owners, minlength=width)
+    # The how-manieth seat of its channel each one is.
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[owners]
+    index = torch.full((width, int(counts.max())), -1)
+    index[owners, place] = order
+    return index
 
 
 def describe(group: Group, state: State) -> Filters:

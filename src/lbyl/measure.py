@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lbyl.inputs import ExampleInputs
+from lbyl.macs import MacCounter
+from lbyl.modes import plain_attention
 from lbyl.verification import outputs
 
 
@@ -16,6 +17,6 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, inputs: ExampleInputs) -> int:
     """Multiply-accumulates of convolutions, linear layers and matrix products in one forward pass."""
-    with FlopCounterMode(display=False) as counter:
+    with plain_attention(), MacCounter() as counter:
         outputs(model, inputs)
-    return counter.get_total_flops() // 2
+    return counter.total

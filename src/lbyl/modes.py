@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -40,6 +41,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 container.extend(content)
             else:
                 container.update(content)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Without the fast path of torch's attention, which hides a whole layer in one operation."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def duplicate(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:

@@ -7,14 +7,14 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
-from lbyl.graph import NOT_OURS, Graph
+from lbyl.graph import Graph
 from lbyl.selection import Selection
 
 
@@ -85,18 +85,19 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
 
 def plan_cuts(selection: Selection) -> tuple[Cut, ...]:
     """Every slice that a selection asks for, each parameter's dimension once."""
-    gone: dict[tuple[str, int], set[int]] = defaultdict(set)
+    stays: dict[tuple[str, int], Any] = {}
     slots = {}
     for choice in selection.choices:
-        dropped = set(choice.drop)
+        kept = np.ones(choice.group.width + 1, dtype=bool)  # the last one is for NOT_OURS
+        kept[list(choice.drop)] = False
         for slot in (*choice.group.carriers, *choice.group.readers):
-            slots[slot.parameter, slot.dim] = slot
-            gone[slot.parameter, slot.dim] |= {
-                index for index, channel in enumerate(slot.channels) if channel != NOT_OURS and channel in dropped
-            }
+            key = slot.parameter, slot.dim
+            slots[key] = slot
+            here = kept[np.array(slot.channels)]
+            stays[key] = here & stays[key] if key in stays else here
     cuts = []
     for key, slot in slots.items():
-        keep = tuple(index for index in range(len(slot.channels)) if index not in gone[key])
+        keep = tuple(np.flatnonzero(stays[key]).tolist())
         cuts.append(Cut(slot.parameter, slot.dim, len(slot.channels), keep, slot.blocks))
     return tuple(cuts)
 
@@ -158,17 +159,19 @@ def _finish(model: nn.Module, attributes: Sequence[Attribute]) -> None:
     modules = dict(model.named_modules())
     for item in attributes:
         module = modules.get(item.module)
-        value = getattr(module, item.name, None)
-        if isinstance(value, (list, tuple)) and item.place is not None and item.place < len(value):
-            items = list(value)
+        value = None if module is None else vars(module).get(item.name)
+        items = list(value) if isinstance(value, (list, tuple)) else []
+        found = value if item.place is None else next(iter(items[item.place : item.place + 1]), None)
+        # Widths that follow the tensors of their module are set already.
+        if module is None or type(found) is not int or found not in (item.old, item.new):
+            raise SurgeryError(f"{item.module}: no attribute {item.name!r} holds {item.old}: another architecture?")
+        if item.place is not None:
             items[item.place] = item.new
             kind: Any = type(value)
             made = kind(*items) if hasattr(value, "_fields") else kind(items)
             setattr(module, item.name, made)
-        elif type(value) is int and item.place is None and module is not None:
-            setattr(module, item.name, item.new)
         else:
-            raise SurgeryError(f"{item.module}: no attribute {item.name!r} holds {item.old}: another architecture?")
+            setattr(module, item.name, item.new)
     # Modules that cache what they computed from their weights drop it when their mode is set.
     modes = {module: module.training for module in modules.values()}
     model.train(model.training)
@@ -182,6 +185,8 @@ def _sliced(model: nn.Module, cuts: Sequence[Cut]) -> dict[int, Tensor]:
     by_name: dict[str, list[Cut]] = defaultdict(list)
     for item in cuts:
         _check(item, state)
+        if any(item.dim == other.dim for other in by_name[item.parameter]):
+            raise SurgeryError(f"{item.parameter}: dimension {item.dim} is cut twice")
         by_name[item.parameter].append(item)
     replaced: dict[int, Tensor] = {}
     for name, items in by_name.items():
@@ -224,13 +229,14 @@ def _check(item: Cut, state: Mapping[str, Tensor]) -> None:
     if tensor is None:
         raise SurgeryError(f"the model has no parameter or buffer {item.parameter!r}: another architecture?")
     stored = item.size // item.blocks if item.blocks else 0
-    if item.blocks < 1 or not 0 <= item.dim < tensor.dim() or tensor.shape[item.dim] != stored:
+    fits = item.blocks >= 1 and stored * item.blocks == item.size
+    if not fits or not 0 <= item.dim < tensor.dim() or tensor.shape[item.dim] != stored:
         raise SurgeryError(
             f"{item.parameter}: the cut expects {item.size} channels in dimension {item.dim}, "
             f"the model has {_size(tensor)}: another architecture?"
         )
     keep = item.keep
-    if not keep or keep[0] < 0 or keep[-1] >= item.size or any(a >= b for a, b in pairwise(keep)):
+    if not keep or keep[0] < 0 or keep[-1] >= item.size or sorted(set(keep)) != list(keep):
         raise SurgeryError(f"{item.parameter}: kept indices must rise within 0..{item.size - 1}, and not be empty")
     if item.blocks > 1:
         counts = [0] * item.blocks

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lbyl.errors import InputError, LbylError, VerificationError
 from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs, output_tensors
-from lbyl.modes import undisturbed
+from lbyl.macs import MacCounter
+from lbyl.modes import plain_attention, undisturbed
 from lbyl.selection import Choice, Selection
 from lbyl.surgery import Attribute, cut_copy, plan_attributes, plan_cuts
 
@@ -88,7 +88,7 @@ def _widened(model: nn.Module) -> Iterator[None]:
 def _wide_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     """The model's outputs in float64; the model itself stays as it is."""
     try:
-        with undisturbed(model), _widened(model):
+        with undisturbed(model), _widened(model), plain_attention():
             return outputs(model, inputs)
     except InputError:
         # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
@@ -123,10 +123,10 @@ def verify(
         VerificationError: the outputs differ; names the first group whose cut alone makes them differ.
         InputError: the outputs are not finite, so nothing can be compared.
     """
-    with FlopCounterMode(display=False) as before:
+    with MacCounter() as before:
         wide, expected = _reference(masked, inputs)
     try:
-        with FlopCounterMode(display=False) as after:
+        with MacCounter() as after:
             found = _wide_outputs(smaller, wide)
     except InputError as error:
         raise _error(_first_bad(masked, wide, selection, expected, attribute), str(error)) from error
@@ -134,7 +134,7 @@ def verify(
     if gap > TOLERANCE:
         what = f"outputs differ by {gap:.2g} of their magnitude"
         raise _error(_first_bad(masked, wide, selection, expected, attribute), what)
-    macs = before.get_total_flops() // 2, after.get_total_flops() // 2
+    macs = before.total, after.total
     return Verification(gap, TOLERANCE, "float64", macs)
 
 

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lbyl.graph.program import Program
 from lbyl.inputs import ExampleInputs, output_tensors
+from lbyl.modes import plain_attention
 
 
 class Unseen(Exception):
@@ -33,22 +34,11 @@ def record(model: nn.Module, inputs: ExampleInputs) -> Program:
     own = inputs.map(torch.clone)
     for tensor in own.tensors():
         recorder.place(tensor, depends=True)
-    # Below autograd, an operation that is made of others has not been taken apart yet. The fast path of torch's
-    # attention would hide a whole layer in one operation.
+    # Below autograd, an operation that is made of others has not been taken apart yet.
     below_autograd = torch._C._AutoDispatchBelowAutograd()
-    with torch.no_grad(), _plain_attention(), recorder.following(model), below_autograd, recorder:
+    with torch.no_grad(), plain_attention(), recorder.following(model), below_autograd, recorder:
         found = own.call(model)
     return recorder.finish(output_tensors(found))
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Recorder(TorchDispatchMode):
