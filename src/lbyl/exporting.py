@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,10 @@ def _write(traced: _Program, file: Path, format: str) -> _Run:
                 traced.program.example_inputs = None
                 for node in traced.program.graph.nodes:
                     node.meta.pop("stack_trace", None)
-                torch.export.save(traced.program, file)
+                # By way of memory: PyTorch's writer of files brings the process down where the disk is full.
+                buffer = BytesIO()
+                torch.export.save(traced.program, buffer)
+                file.write_bytes(buffer.getbuffer())
                 module = torch.export.load(file).module()
                 return lambda inputs: _tensors(module, inputs)
             made: Any = torch.onnx.export(traced.program, dynamic_shapes=traced.shapes, dynamo=True, verbose=False)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -86,9 +87,7 @@ class Plan:
             )
         try:
             return Plan(
-                groups=tuple(
-                    GroupPlan(_text(g["name"]), _number(g["width"]), _numbers(g["keep"])) for g in data["groups"]
-                ),
+                groups=tuple(_group(g) for g in data["groups"]),
                 cuts=tuple(
                     Cut(
                         _text(c["parameter"]),
@@ -104,16 +103,7 @@ class Plan:
                 source=None if data["source"] is None else _text(data["source"]),
                 inputs=_text(data["inputs"]),
                 library=_text(data["library"]),
-                attributes=tuple(
-                    Attribute(
-                        _text(a["module"]),
-                        _text(a["name"]),
-                        None if a["place"] is None else _number(a["place"]),
-                        _number(a["old"]),
-                        _number(a["new"]),
-                    )
-                    for a in data.get("attributes", ())
-                ),
+                attributes=tuple(_attribute(a) for a in data.get("attributes", ())),
                 folds=tuple(
                     Fold(_text(f["module"]), _text(f["op"]), dict(f["arguments"])) for f in data.get("folds", ())
                 ),
@@ -144,6 +134,22 @@ class Plan:
 def architecture_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter and buffer."""
     return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+
+
+def _group(data: Any) -> GroupPlan:
+    group = GroupPlan(_text(data["name"]), _number(data["width"]), _numbers(data["keep"]))
+    rising = all(a < b for a, b in pairwise((-1, *group.keep, group.width)))
+    if not rising or not group.keep:
+        raise ValueError(f"{group.name} keeps {list(group.keep[:3])} ... of {group.width} channels")
+    return group
+
+
+def _attribute(data: Any) -> Attribute:
+    place = None if data["place"] is None else _number(data["place"])
+    item = Attribute(_text(data["module"]), _text(data["name"]), place, _number(data["old"]), _number(data["new"]))
+    if item.name.startswith("__") or not 0 < item.new <= item.old or (place is not None and place < 0):
+        raise ValueError(f"{item.module}.{item.name} from {item.old} to {item.new} is no width that shrinks")
+    return item
 
 
 def _text(value: Any) -> str:

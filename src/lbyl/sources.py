@@ -22,7 +22,7 @@ FORMS = "timm:NAME, torchvision:NAME, package.module:factory or file.py:factory"
 
 def is_rebuildable(source: str) -> bool:
     """Whether a saved plan may build this source by itself: a library's model, not a user's code."""
-    return source.startswith(("timm:", "torchvision:"))
+    return source.rpartition(":")[0] in ("timm", "torchvision")
 
 
 def load_source(source: str, pretrained: bool = True) -> nn.Module:
@@ -63,8 +63,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise InputError(f"{file} is no readable safetensors file: {error}") from error
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error.strerror or error}") from error
     except Exception as error:
         raise InputError(
             f"{file} can't be read with weights_only=True, and lbyl never unpickles code; "
@@ -73,7 +75,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     for key in ("state_dict", "model", "net"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise InputError(f"{file} holds no state dict (names to tensors)")
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -132,17 +136,19 @@ def _factory(place: str, name: str) -> Any:
         sys.modules[spec.name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{file} can't be run: {type(error).__name__}: {error}") from error
     else:
         try:
             module = importlib.import_module(place)
         except ImportError as error:
             raise InputError(f"{place} can't be imported ({error}); write {FORMS}") from error
+        except (Exception, SystemExit) as error:
+            raise InputError(f"{place} can't be imported ({type(error).__name__}: {error}); write {FORMS}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         raise InputError(f"{place} has no factory {name!r}")
     try:
         return factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{place}:{name}() failed: {type(error).__name__}: {error}") from error

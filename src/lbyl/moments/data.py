@@ -42,6 +42,20 @@ class Data:
                 f"Data: a batch holds {read[0].describe()}, the example inputs {inputs.describe()}; "
                 "leave the labels out"
             )
+        for batch in {batch.describe(): batch for batch in read}.values():
+            _check(model, batch, inputs)
         if len(read) == 1:
             return Probes(tuple(read), read[0], False, "Data: a single batch, so errors are measured on it as well")
         return Probes(tuple(read[:-1]), read[-1], batch_statistics=False)
+
+
+def _check(model: nn.Module, batch: ExampleInputs, inputs: ExampleInputs) -> None:
+    try:
+        with torch.no_grad():
+            batch.call(model)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"Data: the model does not run on a batch of {batch.describe()} ({line}); "
+            f"batches must be like the example inputs, {inputs.describe()}"
+        ) from error
