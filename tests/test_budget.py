@@ -159,6 +159,8 @@ def test_a_budget_out_of_reach_says_what_can_be_reached() -> None:
         ({"macs": 0.5, "params": 0.5}, "macs, params"),
         ({"macs": 0.0}, "above 0"),
         ({"params": 1.5}, "not above 1"),
+        ({"latency": 0.0}, "above 0"),
+        ({"latency": 0.5, "macs": 0.5}, "macs, latency"),
         ({"size_mb": -1.0}, "above 0"),
         ({"size_mb": math.inf}, "above 0"),
         ({"macs": 0.5, "round_to": 0}, "round_to"),

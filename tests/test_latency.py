@@ -22,7 +22,7 @@ from lbyl.budget import Term
 from lbyl.cli import app
 from lbyl.comparison import Change
 from lbyl.inputs import ExampleInputs
-from lbyl.latency import Runs, interleaved, measure_latencies, measure_latency
+from lbyl.latency import Runs, interleaved, measure_latencies, measure_latency, waits
 from lbyl.pace import shaped
 
 Cost = Callable[[Tensor], float]
@@ -220,6 +220,16 @@ def test_auto_asks_the_device(monkeypatch: pytest.MonkeyPatch, capability: str, 
     result = lbyl.compress(model, x, budget=budget, scope="all", restore="prune", verify=False)
     assert all(row.after % multiple == 0 for row in result.report.rows)
     assert result.plan.settings["budget"]["round_to"] == "auto"
+
+
+def test_devices_that_work_on_their_own_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[Any] = []
+    monkeypatch.setattr("torch.cuda.synchronize", waited.append)
+    monkeypatch.setattr("torch.mps.synchronize", lambda: waited.append("mps"))
+    for device in (torch.device("cpu"), torch.device("cuda", 1), torch.device("mps")):
+        for wait in waits(device):
+            wait()
+    assert waited == [torch.device("cuda", 1), "mps"]
 
 
 def test_too_few_runs_are_refused() -> None:

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
 from lbyl.latency import RUNS, WARM_UP, LayerLatency, Runs, measure_latencies
 from lbyl.moments.base import Progress
@@ -201,8 +200,6 @@ def bench(
         >>> [(layer.name, layer.macs) for layer in found.layers]
         [('0', (512, 384)), ('2', (128, 96))]
     """
-    if runs < 1 or warm_up < 0:
-        raise InputError(f"runs={runs}, warm_up={warm_up}: write whole numbers, from 3 and from 0")
     inputs = ExampleInputs.of(example_inputs)
     before, after = measure_latencies((against, model), inputs, runs=runs, warm_up=warm_up, progress=progress)
     first, second = ({layer.name: layer for layer in found.layers} for found in (before, after))

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -206,15 +207,21 @@ def interleaved(
 def clock_of(model: nn.Module, inputs: ExampleInputs) -> Callable[[], float]:
     """Tells the time once everything that was asked of the model's devices is done."""
     devices = {tensor.device for tensor in (*tensors_of(model).values(), *inputs.tensors())}
-    # A CPU has done what it was asked when the call returns.
-    waiting = [torch.get_device_module(device) for device in devices if device.type not in ("cpu", "meta")]
+    waiting = [wait for device in devices for wait in waits(device)]
 
     def now() -> float:
-        for module in waiting:
-            module.synchronize()
+        for wait in waiting:
+            wait()
         return perf_counter()
 
     return now
+
+
+def waits(device: torch.device) -> tuple[Callable[[], Any], ...]:
+    """What waits for a device; a CPU has done what it was asked when the call returns."""
+    if device.type == "cuda":
+        return (partial(torch.cuda.synchronize, device),)
+    return () if device.type == "cpu" else (torch.get_device_module(device).synchronize,)
 
 
 def check_runs(runs: int) -> None:
