@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lbyl.plan import Plan
     from lbyl.report import Report
     from lbyl.restorers import LBYL, Coreset, LeastSquares, Merge, Prune, Restorer
+    from lbyl.sweeping import Sweep, sweep
 
 __all__ = [
     "L1",
@@ -54,6 +55,7 @@ __all__ = [
     "Restorer",
     "Result",
     "SurgeryError",
+    "Sweep",
     "TraceError",
     "VerificationError",
     "Weights",
@@ -62,6 +64,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "sweep",
 ]
 
 # Importing torch takes seconds; `lbyl --help` and shell completion should not.
@@ -109,6 +112,7 @@ _HOME = {
         "Prune",
         "Restorer",
     ),
+    "lbyl.sweeping": ("Sweep", "sweep"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -110,11 +110,10 @@ def lay_groundwork(
         shelf: where it is kept from one run to the next.
 
     Raises:
-        InputError: no group can be cut, or the restorer chooses channels by itself.
+        InputError: no group is in scope, or the restorer chooses channels by itself.
+        VerificationError: no group can be cut.
     """
     restorer, _ = order.restorer(model)
-    if getattr(restorer, "chooses", False):
-        raise InputError(f"{type(restorer).__name__} chooses channels by itself, so no budget can; give a ratio")
     choose, shelf, work = order.choose(restorer), shelf or Nowhere(), duplicate(model).eval()
 
     with clock("verify"):
@@ -142,8 +141,14 @@ def find_cuttable(work: nn.Module, inputs: ExampleInputs, graph: Graph, order: O
     """The groups that can be cut at all, which must be known before widths are dealt out.
 
     ``work`` is a copy that is the caller's to change; it is left as it was.
+
+    Raises:
+        InputError: no group is in scope, or the restorer chooses channels by itself.
+        VerificationError: none can be cut.
     """
     restorer, _ = order.restorer(work)
+    if getattr(restorer, "chooses", False):
+        raise InputError(f"{type(restorer).__name__} chooses channels by itself, so no budget can; give a ratio")
     state = tensors_of(work)
     trial = select(graph, state, 0.5, order.scope, order.choose(restorer), order.seed)
     check_selection(trial)

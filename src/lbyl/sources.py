@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,27 @@ def _library(name: str) -> Any:
         raise InputError(f"{name} can't be imported ({error}); install lbyl[vision]") from error
 
 
+def load_function(source: str) -> Callable[..., Any]:
+    """A function of the user's own, by ``package.module:function`` or ``file.py:function``; its module is run.
+
+    Raises:
+        InputError: no such file, module or function.
+    """
+    place, separator, name = source.rpartition(":")
+    if not separator or not place or not name:
+        raise InputError(f"{source!r} names no function; write package.module:function or file.py:function")
+    return _function(place, name, "function")
+
+
 def _factory(place: str, name: str) -> Any:
+    factory = _function(place, name, "factory")
+    try:
+        return factory()
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{place}:{name}() failed: {type(error).__name__}: {error}") from error
+
+
+def _function(place: str, name: str, kind: str) -> Callable[..., Any]:
     if place.endswith(".py"):
         file = Path(place)
         if not file.is_file():
@@ -145,10 +165,7 @@ def _factory(place: str, name: str) -> Any:
             raise InputError(f"{place} can't be imported ({error}); write {FORMS}") from error
         except (Exception, SystemExit) as error:
             raise InputError(f"{place} can't be imported ({type(error).__name__}: {error}); write {FORMS}") from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise InputError(f"{place} has no factory {name!r}")
-    try:
-        return factory()
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{place}:{name}() failed: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"{place} has no {kind} {name!r}")
+    return function

@@ -11,7 +11,7 @@ import sys
 
 from lbyl.cli.app import app
 
-COMMANDS = ("inspect", "compress", "show", "export", "bench")
+COMMANDS = ("inspect", "compress", "sweep", "show", "export", "bench")
 """Modules of this package, in the order in which help lists them; each adds its command to `app`."""
 
 for _name in COMMANDS:

@@ -226,6 +226,29 @@ def parse_budget(text: str) -> tuple[str, float]:
         raise typer.BadParameter(f"{text!r}: write macs=0.5, params=0.5, latency=0.5 or size_mb=10") from None
 
 
+def parse_budgets(texts: list[str]) -> list[tuple[str, float]]:
+    """What is limited, and to how much, amount by amount.
+
+    >>> parse_budgets(["macs=0.9,0.8", "params=0.5"])
+    [('macs', 0.9), ('macs', 0.8), ('params', 0.5)]
+    """
+    found: list[tuple[str, float]] = []
+    for text in texts:
+        name, _, amounts = text.partition("=")
+        for amount in amounts.split(","):
+            budget = parse_budget(f"{name}={amount}")
+            if budget in found:
+                raise typer.BadParameter(f"{name}={amount} is given twice")
+            found.append(budget)
+    return found
+
+
+def check_budgets(texts: list[str]) -> list[str]:
+    """A usage error where a text is no budget."""
+    parse_budgets(texts)
+    return texts
+
+
 def check_budget(text: str | None) -> str | None:
     """A usage error where a text is no budget."""
     if text is not None:
@@ -239,6 +262,9 @@ def check_multiple(text: str) -> str:
         raise typer.BadParameter(f"{text!r}: write a whole number from 1, or auto")
     return text
 
+
+FITTING = "Least squares"
+BUDGET = "Budget"
 
 Source = Annotated[
     str,
@@ -277,7 +303,79 @@ Strict = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote.", show_default=False)]
-
-
-FITTING = "Least squares"
-BUDGET = "Budget"
+RoundTo = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        callback=check_multiple,
+        help="Kept channels come in multiples of this.",
+        rich_help_panel=BUDGET,
+    ),
+]
+MinKeep = Annotated[int, typer.Option(min=1, help="No group keeps fewer.", rich_help_panel=BUDGET)]
+MaxRatio = Annotated[
+    float, typer.Option(min=0, max=0.999, help="No group loses a larger share.", rich_help_panel=BUDGET)
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Groups and layers that stay whole.", rich_help_panel=BUDGET),
+]
+InScope = Annotated[Scope, typer.Option(help="inner: groups that no residual sum couples; all: every prunable one.")]
+Criterion = Annotated[CriterionName, typer.Option(help="How channels are scored.")]
+Restore = Annotated[
+    RestorerName,
+    typer.Option(help="How dropped channels are made up for. auto: the best that this network allows."),
+]
+Moments = Annotated[
+    MomentsName | None,
+    typer.Option(
+        help="Where second moments come from: the weights, Gaussian theory, noise images, dreamed images "
+        "or your own (--data).",
+        rich_help_panel=FITTING,
+    ),
+]
+SolveFor = Annotated[
+    Solve | None,
+    typer.Option(help="mix: one number a channel pair; patch: the reader's whole kernel.", rich_help_panel=FITTING),
+]
+Ridge = Annotated[
+    float | None,
+    typer.Option(min=0, help="Penalty, relative to the moments' mean diagonal.", rich_help_panel=FITTING),
+]
+NoRenorm = Annotated[
+    bool, typer.Option("--no-renorm", help="Leave batch-norm statistics alone.", rich_help_panel=FITTING)
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Take moments from images in a folder and those in it, preprocessed as the model expects; "
+        "no labels are needed.",
+        rich_help_panel=FITTING,
+    ),
+]
+Mean = Annotated[
+    Any,
+    typer.Option(
+        metavar="M[,M,M]",
+        parser=parse_numbers,
+        help="Subtracted from the pixels of --data, which are 0 to 1. "
+        "Default: as timm or torchvision say, else ImageNet's.",
+        show_default=False,
+        rich_help_panel=FITTING,
+    ),
+]
+Std = Annotated[
+    Any,
+    typer.Option(
+        metavar="S[,S,S]",
+        parser=parse_divisors,
+        help="What the pixels are then divided by.",
+        show_default=False,
+        rich_help_panel=FITTING,
+    ),
+]
+NoVerify = Annotated[
+    bool,
+    typer.Option("--no-verify", help="Don't compare the cut network with the masked one (huge models)."),
+]
