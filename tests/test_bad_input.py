@@ -14,6 +14,7 @@ import signal
 import struct
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -322,7 +323,10 @@ CLI = [
 def test_command_line(row: Row, place: Path) -> None:
     row.prepare(place)
     before = tree(place)
-    result = CliRunner().invoke(app, shlex.split(row.call))
+    with warnings.catch_warnings(record=True) as warned:  # outside of tests they are lines on stderr
+        warnings.simplefilter("default")
+        result = CliRunner().invoke(app, shlex.split(row.call))
+    assert not [w for w in warned if issubclass(w.category, (UserWarning, RuntimeWarning))], warned[0].message
     said = " ".join(result.stderr.replace("│", " ").split())
     assert result.exit_code == row.code, (said, result.exception)
     assert isinstance(result.exception, SystemExit), said  # and no traceback

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         if file.suffix == ".safetensors":
             state: Any = load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # what is wrong with a file is said once, by the error
+                warnings.simplefilter("ignore")
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise InputError(f"{file} is no readable safetensors file: {error}") from error
     except OSError as error:
