@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
-from lbyl.modes import undisturbed
+from lbyl.macs import MacCounter
+from lbyl.modes import plain_attention, undisturbed
 from lbyl.moments.base import Progress
 from lbyl.surgery import tensors_of
 from lbyl.verification import outputs
@@ -99,7 +99,8 @@ class Latency:
 
     Attributes:
         seconds: of the whole model, in runs without any hook.
-        layers: in the order in which they first run.
+        layers: in the order in which they first end. Hooks keep a model from the fused path of torch's own
+            transformer layers, so there the layers may add up to more than the whole.
         rest: seconds that no layer takes (activations, sums, pooling), in the runs with hooks.
         macs: multiply-accumulates of one run.
         device: where the model is.
@@ -278,8 +279,8 @@ def _watched(model: nn.Module, spent: dict[str, float], read: Callable[[], float
 
 
 def _macs(model: nn.Module, inputs: ExampleInputs) -> tuple[int, Mapping[str, float]]:
-    with FlopCounterMode(display=False) as counter:
-        total, layers = _attributed(model, inputs, lambda: float(counter.get_total_flops() // 2))
+    with plain_attention(), MacCounter() as counter:
+        total, layers = _attributed(model, inputs, lambda: float(counter.total))
     return int(total), layers
 
 
