@@ -116,7 +116,8 @@ def sweep(
 
     Every point is what `compress` makes of its budget, in a folder of its own within ``path``. Beside them are
     ``sweep.json``, a table (``README.md``) and a picture (``pareto.svg``). Whatever stops a sweep, the same call goes
-    on where it was: what is there is not done again. With other budgets it adds points.
+    on where it was: what is there is not done again, and what could not be made is not tried again. With other budgets
+    it adds points. One process at a time works in a folder.
 
     Args:
         model: a trained network; it is not changed.

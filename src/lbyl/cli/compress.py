@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -11,27 +11,37 @@ from rich.text import Text
 from lbyl.cli.app import app, out, print_json, working
 from lbyl.cli.options import (
     BUDGET,
-    FITTING,
+    Criterion,
     CriterionName,
+    Exclude,
     Fitting,
+    Images,
     Inputs,
+    InScope,
     Json,
-    MomentsName,
+    MaxRatio,
+    Mean,
+    MinKeep,
+    Moments,
     NoPretrained,
+    NoRenorm,
+    NoVerify,
+    Restore,
     RestorerName,
+    Ridge,
+    RoundTo,
     Scope,
     Seed,
-    Solve,
+    SolveFor,
     Source,
+    Std,
     Strict,
     Submodule,
     Weights,
     check_budget,
-    check_multiple,
     check_ratios,
+    make_budget,
     parse_budget,
-    parse_divisors,
-    parse_numbers,
     parse_ratio,
 )
 from lbyl.cli.sources import check_output, example_inputs, load_model, read_batches
@@ -62,88 +72,24 @@ def compress(
             rich_help_panel=BUDGET,
         ),
     ] = None,
-    round_to: Annotated[
-        str,
-        typer.Option(
-            metavar="N|auto",
-            callback=check_multiple,
-            help="Kept channels come in multiples of this.",
-            rich_help_panel=BUDGET,
-        ),
-    ] = "1",
-    min_keep: Annotated[int, typer.Option(min=1, help="No group keeps fewer.", rich_help_panel=BUDGET)] = 1,
-    max_ratio: Annotated[
-        float, typer.Option(min=0, max=0.999, help="No group loses a larger share.", rich_help_panel=BUDGET)
-    ] = 0.9,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Groups and layers that stay whole.", rich_help_panel=BUDGET),
-    ] = None,
-    scope: Annotated[
-        Scope, typer.Option(help="inner: groups that no residual sum couples; all: every prunable one.")
-    ] = Scope.inner,
-    criterion: Annotated[CriterionName, typer.Option(help="How channels are scored.")] = CriterionName.l2,
-    restore: Annotated[
-        RestorerName,
-        typer.Option(help="How dropped channels are made up for. auto: the best that this network allows."),
-    ] = RestorerName.auto,
-    moments: Annotated[
-        MomentsName | None,
-        typer.Option(
-            help="Where second moments come from: the weights, Gaussian theory, noise images, dreamed images "
-            "or your own (--data).",
-            rich_help_panel=FITTING,
-        ),
-    ] = None,
-    solve: Annotated[
-        Solve | None,
-        typer.Option(help="mix: one number a channel pair; patch: the reader's whole kernel.", rich_help_panel=FITTING),
-    ] = None,
-    ridge: Annotated[
-        float | None,
-        typer.Option(min=0, help="Penalty, relative to the moments' mean diagonal.", rich_help_panel=FITTING),
-    ] = None,
-    no_renorm: Annotated[
-        bool,
-        typer.Option("--no-renorm", help="Leave batch-norm statistics alone.", rich_help_panel=FITTING),
-    ] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Take moments from images in a folder and those in it, preprocessed as the model expects; "
-            "no labels are needed.",
-            rich_help_panel=FITTING,
-        ),
-    ] = None,
-    mean: Annotated[
-        Any,
-        typer.Option(
-            metavar="M[,M,M]",
-            parser=parse_numbers,
-            help="Subtracted from the pixels of --data, which are 0 to 1. "
-            "Default: as timm or torchvision say, else ImageNet's.",
-            show_default=False,
-            rich_help_panel=FITTING,
-        ),
-    ] = None,
-    std: Annotated[
-        Any,
-        typer.Option(
-            metavar="S[,S,S]",
-            parser=parse_divisors,
-            help="What the pixels are then divided by.",
-            show_default=False,
-            rich_help_panel=FITTING,
-        ),
-    ] = None,
+    round_to: RoundTo = "1",
+    min_keep: MinKeep = 1,
+    max_ratio: MaxRatio = 0.9,
+    exclude: Exclude = None,
+    scope: InScope = Scope.inner,
+    criterion: Criterion = CriterionName.l2,
+    restore: Restore = RestorerName.auto,
+    moments: Moments = None,
+    solve: SolveFor = None,
+    ridge: Ridge = None,
+    no_renorm: NoRenorm = False,
+    data: Images = None,
+    mean: Mean = None,
+    std: Std = None,
     weights: Weights = None,
     input: Inputs = None,
     seed: Seed = 0,
-    no_verify: Annotated[
-        bool,
-        typer.Option("--no-verify", help="Don't compare the cut network with the masked one (huge models)."),
-    ] = False,
+    no_verify: NoVerify = False,
     no_pretrained: NoPretrained = False,
     submodule: Submodule = None,
     strict: Strict = False,
@@ -168,15 +114,7 @@ def compress(
             find_images(data)  # before any time is spent
         limit = None
         if budget is not None:
-            name, amount = parse_budget(budget)
-            multiple = round_to if round_to == "auto" else int(round_to)
-            limit = lbyl.Budget(
-                **{name: amount},  # pyright: ignore[reportArgumentType]
-                round_to=multiple,
-                min_keep=min_keep,
-                max_ratio=max_ratio,
-                exclude=tuple(exclude or ()),
-            )
+            limit = make_budget(*parse_budget(budget), round_to, min_keep, max_ratio, exclude)
         model = load_model(source, weights, not no_pretrained)
         inputs = example_inputs(source, model, input, seed)
         batches = None

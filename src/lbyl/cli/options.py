@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lbyl.budget import Budget
     from lbyl.restorers import LeastSquares
 
 
@@ -247,6 +248,21 @@ def check_budgets(texts: list[str]) -> list[str]:
     """A usage error where a text is no budget."""
     parse_budgets(texts)
     return texts
+
+
+def make_budget(
+    name: str, amount: float, round_to: str, min_keep: int, max_ratio: float, exclude: list[str] | None
+) -> Budget:
+    """The budget that the options say."""
+    from lbyl.budget import Budget
+
+    return Budget(
+        **{name: amount},  # pyright: ignore[reportArgumentType]
+        round_to=round_to if round_to == "auto" else int(round_to),
+        min_keep=min_keep,
+        max_ratio=max_ratio,
+        exclude=tuple(exclude or ()),
+    )
 
 
 def check_budget(text: str | None) -> str | None:

@@ -39,6 +39,7 @@ from lbyl.cli.options import (
     Submodule,
     Weights,
     check_budgets,
+    make_budget,
     parse_budgets,
 )
 from lbyl.cli.sources import example_inputs, load_model, read_batches
@@ -111,14 +112,7 @@ def sweep(
 
             find_images(data)
         budgets = [
-            lbyl.Budget(
-                **{name: amount},  # pyright: ignore[reportArgumentType]
-                round_to=round_to if round_to == "auto" else int(round_to),
-                min_keep=min_keep,
-                max_ratio=max_ratio,
-                exclude=tuple(exclude or ()),
-            )
-            for name, amount in parse_budgets(budget)
+            make_budget(name, amount, round_to, min_keep, max_ratio, exclude) for name, amount in parse_budgets(budget)
         ]
         judge = load_function(evaluate) if evaluate else None
         model = load_model(source, weights, not no_pretrained)
