@@ -20,7 +20,7 @@ from lbyl.moments import ChannelMoments, ClosedFormSource, Probes, Progress
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import ChannelSums, Columns, Moments, PatchSums, Prior, Solution, solve
 from lbyl.renorm import look, pool, recenter, renormalize, transplant
-from lbyl.restoration import Restoration, Restored, fold
+from lbyl.restoration import Restoration, Restored, fold, silenced
 from lbyl.restorers.base import Delivery, nothing_delivered
 from lbyl.restorers.least_squares import LeastSquares
 from lbyl.selection import Choice, Selection, generator_for
@@ -170,7 +170,7 @@ def fit(
     notes: list[str] = []
     ledger = _Ledger(state)
     with torch.no_grad():
-        pruned = _stored(found, {site.reader.weight: masked(site, state) for site in found})
+        pruned = silenced(_stored(found, {s.reader.weight: masked(s, state) for s in found}), selection, state)
 
     started = time.perf_counter()
     probes = None
@@ -188,7 +188,7 @@ def fit(
             _measured(model, graph, selection, probes, found, settings, seed, ledger, progress)
         seconds["solve"] = time.perf_counter() - started
 
-    values = _stored(found, ledger.values)
+    values = silenced(_stored(found, ledger.values), selection, state)
     assessment = None
     started = time.perf_counter()
     if probes is not None:

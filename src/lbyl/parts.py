@@ -134,6 +134,7 @@ def joined(parts: Iterable[Part]) -> Graph:
                     producers=producers,
                     carriers=tuple(map(slot, group.carriers)),
                     readers=tuple(map(slot, group.readers)),
+                    averages=tuple(replace(a, module=name(a.module), weight=name(a.weight)) for a in group.averages),
                 )
             )
         readers += [

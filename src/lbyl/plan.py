@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -95,6 +96,7 @@ class Plan:
                         _number(c["size"]),
                         _numbers(c["keep"]),
                         _number(c["blocks"]),
+                        _factor(c.get("scale", 1.0)),
                     )
                     for c in data["cuts"]
                 ),
@@ -146,10 +148,21 @@ def _group(data: Any) -> GroupPlan:
 
 def _attribute(data: Any) -> Attribute:
     place = None if data["place"] is None else _number(data["place"])
+    if isinstance(data["old"], float):
+        item = Attribute(_text(data["module"]), _text(data["name"]), place, _factor(data["old"]), _factor(data["new"]))
+        if item.name.startswith("__") or place is not None:
+            raise ValueError(f"{item.module}.{item.name} is no constant of a mean")
+        return item
     item = Attribute(_text(data["module"]), _text(data["name"]), place, _number(data["old"]), _number(data["new"]))
     if item.name.startswith("__") or not 0 < item.new <= item.old or (place is not None and place < 0):
         raise ValueError(f"{item.module}.{item.name} from {item.old} to {item.new} is no width that shrinks")
     return item
+
+
+def _factor(value: Any) -> float:
+    if not isinstance(value, float) or not 0 < value < math.inf:
+        raise TypeError(f"expected a positive number, found {value!r}")
+    return value
 
 
 def _text(value: Any) -> str:

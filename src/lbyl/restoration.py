@@ -68,7 +68,22 @@ def restore(
         rows.append(Restored(choice.group.name, terms, time.perf_counter() - started, delivery.note))
         if progress:
             progress("restoring", index + 1, len(selection.choices))
-    return Restoration(values, tuple(rows))
+    return Restoration(silenced(values, selection, state), tuple(rows))
+
+
+def silenced(values: Mapping[str, Tensor], selection: Selection, state: State) -> dict[str, Tensor]:
+    """The values, with dropped channels zero from the start where a mean is taken over all channels of a group."""
+    changed = dict(values)
+    for choice in selection.choices:
+        if not choice.group.averages:
+            continue
+        gone = torch.zeros(choice.group.width + 1, dtype=torch.bool)  # the last one is for NOT_OURS
+        gone[list(choice.drop)] = True
+        for slot in choice.group.carriers:
+            value = changed.get(slot.parameter, state[slot.parameter].detach()).clone()
+            rows = gone[torch.tensor(slot.channels)].to(value.device)
+            changed[slot.parameter] = value.index_fill_(slot.dim, rows.nonzero().flatten(), 0)
+    return changed
 
 
 def deliver(choice: Choice, state: State, restorer: Restorer, seed: int) -> tuple[Delivery, Terms | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ class Cut:
     """Keep these indices of one dimension of one parameter or buffer.
 
     With ``blocks > 1`` the dimension is the input of a grouped convolution: ``size`` and ``keep`` count all
-    its input channels, of which the parameter stores ``size / blocks`` columns a filter.
+    its input channels, of which the parameter stores ``size / blocks`` columns a filter. ``scale`` is what the values
+    that stay are multiplied by, to make up for a mean over fewer channels.
     """
 
     parameter: str
@@ -31,17 +32,21 @@ class Cut:
     size: int
     keep: tuple[int, ...]
     blocks: int = 1
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """Set a whole number that a module keeps, or one place in a list of them, to what is left of it."""
+    """Set a whole number that a module keeps, or one place in a list of them, to what is left of it.
+
+    A number that is no whole one is the constant that a module adds to a mean over channels.
+    """
 
     module: str
     name: str
     place: int | None
-    old: int
-    new: int
+    old: int | float
+    new: int | float
 
 
 _NO_WIDTH = re.compile(
@@ -80,12 +85,30 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
             heads = [(name, place) for name, place in names if "head" in name and "dim" not in name]
             for name, place in heads or names:
                 found.append(Attribute(path, name, place, old, shrinking[path, old]))
-    return tuple(found)
+    return (*found, *_constants(model, selection))
+
+
+def _constants(model: nn.Module, selection: Selection) -> Iterator[Attribute]:
+    """The constants that are added to means over channels, which grow as those means do."""
+    for choice in selection.choices:
+        for average in choice.group.averages:
+            if not average.eps:
+                continue
+            module = model.get_submodule(average.module)
+            names = [name for name, value in vars(module).items() if type(value) is float and value == average.eps]
+            if len(names) != 1:
+                raise SurgeryError(
+                    f"{average.module}: {len(names)} of its attributes hold {average.eps}, which it adds to a mean "
+                    "over channels; it would have to be one"
+                )
+            new = average.eps * choice.group.width / len(choice.keep)
+            yield Attribute(average.module, names[0], None, average.eps, new)
 
 
 def plan_cuts(selection: Selection) -> tuple[Cut, ...]:
     """Every slice that a selection asks for, each parameter's dimension once."""
     stays: dict[tuple[str, int], Any] = {}
+    scales: dict[str, float] = {}
     slots = {}
     for choice in selection.choices:
         kept = np.ones(choice.group.width + 1, dtype=bool)  # the last one is for NOT_OURS
@@ -95,10 +118,13 @@ def plan_cuts(selection: Selection) -> tuple[Cut, ...]:
             slots[key] = slot
             here = kept[np.array(slot.channels)]
             stays[key] = here & stays[key] if key in stays else here
+        for average in choice.group.averages:
+            scales[average.weight] = (choice.group.width / len(choice.keep)) ** average.power
     cuts = []
     for key, slot in slots.items():
         keep = tuple(np.flatnonzero(stays[key]).tolist())
-        cuts.append(Cut(slot.parameter, slot.dim, len(slot.channels), keep, slot.blocks))
+        scale = scales.get(slot.parameter, 1.0)
+        cuts.append(Cut(slot.parameter, slot.dim, len(slot.channels), keep, slot.blocks, scale))
     return tuple(cuts)
 
 
@@ -163,7 +189,7 @@ def _finish(model: nn.Module, attributes: Sequence[Attribute]) -> None:
         items = list(value) if isinstance(value, (list, tuple)) else []
         found = value if item.place is None else next(iter(items[item.place : item.place + 1]), None)
         # Widths that follow the tensors of their module are set already.
-        if module is None or type(found) is not int or found not in (item.old, item.new):
+        if module is None or type(found) is not type(item.old) or found not in (item.old, item.new):
             raise SurgeryError(f"{item.module}: no attribute {item.name!r} holds {item.old}: another architecture?")
         if item.place is not None:
             items[item.place] = item.new
@@ -195,6 +221,8 @@ def _sliced(model: nn.Module, cuts: Sequence[Cut]) -> dict[int, Tensor]:
         # Blocks of a grouped convolution are counted over all its rows, so they go before the rows do.
         for item in sorted(items, key=lambda item: item.blocks == 1):
             new = _slice(new, item)
+            if item.scale != 1:
+                new = new * item.scale
         new = new.clone(memory_format=torch.contiguous_format)
         replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     return replaced

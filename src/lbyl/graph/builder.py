@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +59,23 @@ class ReaderRecord:
     dim: int = 1
 
 
+@dataclass(frozen=True)
+class AverageRecord:
+    """A mean over channels, and the weight that makes up for a cut; see :class:`lbyl.graph.types.Average`."""
+
+    ids: Tensor
+    module: str
+    eps: float | None
+    weight: str
+    power: float
+
+
 @dataclass
 class Builder:
     """Everything that the rules find out while the traced program is walked once."""
 
+    parameters: Mapping[fx.Node, str] = field(default_factory=dict)
+    """Which parameter each placeholder of the program stands for."""
     ids: Ids = field(default_factory=Ids)
     slots: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
     producers: dict[tuple[str, int], ProducerRecord] = field(default_factory=dict)
@@ -75,6 +88,9 @@ class Builder:
     computed: list[str] = field(default_factory=list)
     steps: list[tuple[Tensor, Step]] = field(default_factory=list)
     barriers: list[str] = field(default_factory=list)
+    averages: list[AverageRecord] = field(default_factory=list)
+    scaled: dict[fx.Node, Any] = field(default_factory=dict)
+    """Values that depend on how many channels there are, see `lbyl.graph.averages`."""
     pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)
     """Values that are one producer's output mapped linearly, channel by channel, and nothing else yet."""
     _free: dict[str, Tensor] = field(default_factory=dict)

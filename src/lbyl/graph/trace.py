@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from lbyl.graph import averages
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
 from lbyl.graph.exported import export
 from lbyl.graph.ids import NOBODY, compact, small, varies
 from lbyl.graph.program import Program
 from lbyl.graph.recording import record as watch
 from lbyl.graph.rules import find_rule
-from lbyl.graph.types import NOT_OURS, Graph, Group, Producer, Reader, Size, Slot, Step
+from lbyl.graph.types import NOT_OURS, Average, Graph, Group, Producer, Reader, Size, Slot, Step
 from lbyl.inputs import ExampleInputs
+from lbyl.modes import undisturbed
 
 _NO_EFFECT = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_set_grad_enabled")
 
@@ -39,7 +41,8 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
         TraceError: ``torch.export`` refused the model.
     """
     try:
-        program = watch(model, inputs)
+        with undisturbed(model):  # what the run leaves in caches would be constants to `torch.export`
+            program = watch(model, inputs)
     except Exception:  # whatever it is, `torch.export` says whether the model can be traced, and if not, why
         program = export(model, inputs)
     return graph_of(model, program)
@@ -47,7 +50,7 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
 
 def graph_of(model: nn.Module, program: Program) -> Graph:
     """The channel groups in a model's program."""
-    builder = Builder()
+    builder = Builder(program.parameters)
     env: dict[fx.Node, Any] = {}
 
     def value(argument: Any) -> Any:
@@ -66,6 +69,7 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
                     builder.pin(item, "the model's output")
         else:
             env[node] = nobody_like(node)
+        averages.follow(builder, node)
         for done in uses[node]:
             env.pop(done, None)
     for path, module in model.named_modules():
@@ -150,6 +154,15 @@ def _freeze(builder: Builder) -> Graph:
             if step not in steps[index]:
                 steps[index].append(step)
 
+    taken: list[list[Average]] = [[] for _ in members]
+    for record in builder.averages:
+        roots = find(record.ids)
+        over = _groups_of(group_of, roots)
+        if len(over) == 1 and _evenly(roots, group_of, channel_of, widths[over[0]]):
+            taken[over[0]].append(Average(record.module, record.eps, record.weight, record.power))
+        else:
+            for index in over:
+                reasons[index] = reasons[index] or f"a mean in {record.module!r} is over more than their group"
     equal: list[list[tuple[Tensor, int]]] = [[] for _ in members]
     for ids, blocks in builder.equal:
         roots = find(ids)
@@ -179,6 +192,7 @@ def _freeze(builder: Builder) -> Graph:
                 blocks,
                 index in coupled,
                 tuple(steps[index]),
+                tuple(taken[index]),
                 reason,
             )
         )
@@ -244,6 +258,13 @@ def _link_producers(builder: Builder) -> list[list[Any]]:
 def _distinct(ids: Tensor) -> Tensor:
     """Distinct values in order of first appearance."""
     return torch.tensor(list(dict.fromkeys(ids.tolist())), dtype=torch.int64)
+
+
+def _evenly(roots: Tensor, group_of: Tensor, channel_of: Tensor, width: int) -> bool:
+    """Whether these are all channels of one group, each equally often: only then is one factor right for all cuts."""
+    if bool((group_of[roots] == NOT_OURS).any()):
+        return False
+    return len(set(torch.bincount(channel_of[roots], minlength=width).tolist())) == 1
 
 
 def _groups_of(group_of: Tensor, roots: Tensor) -> list[int]:

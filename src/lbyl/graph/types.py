@@ -73,6 +73,20 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Average:
+    """A mean over all channels of a group that the model divides by.
+
+    When K of C channels stay, ``weight`` times ``(C/K) ** power`` and ``eps`` times ``C/K`` make the cut exact, given
+    that the channels that go are zero where the mean is taken.
+    """
+
+    module: str
+    eps: float | None
+    weight: str
+    power: float
+
+
+@dataclass(frozen=True)
 class Group:
     """Channels that must go together.
 
@@ -85,6 +99,7 @@ class Group:
         blocks: a label for each channel; every label must lose equally many (grouped convolutions).
         coupled: a sum adds channels of different producers here (a residual stream).
         steps: what lies between producers and readers, in execution order.
+        averages: means that are taken over all channels; those that go must then be zero from the start.
         reason: why the group can't be pruned, or None when it can.
     """
 
@@ -96,6 +111,7 @@ class Group:
     blocks: tuple[int, ...]
     coupled: bool
     steps: tuple[Step, ...]
+    averages: tuple[Average, ...]
     reason: str | None
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lbyl.graph.builder import Builder, ParameterRef, layer_name
+from lbyl.graph.builder import AverageRecord, Builder, ParameterRef, layer_name
 from lbyl.graph.ids import small
 from lbyl.graph.rules import rule
 from lbyl.graph.types import Norm
@@ -43,6 +43,14 @@ def layer_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     if not isinstance(x, Tensor):
         return builder.barrier(node, args, f"{name} on an unknown value")
     over = range(x.dim() - len(args[1]), x.dim())
+    weight, eps = (args[i] if len(args) > i else None for i in (2, 3))
+    ids = builder.channels(x, -1) if name == "rms_norm" and len(over) == 1 else None
+    if ids is not None and isinstance(weight, ParameterRef) and eps is not None:
+        builder.slot(weight.name, 0, ids, "carrier")
+        builder.averages.append(AverageRecord(ids, layer_name(node), float(eps), weight.name, 0.5))
+        builder.shaped(x, node)
+        builder.step(ids, name, layer_name(node), parametric=True)
+        return x
     builder.fix(x, over, f"{name} {layer_name(node)!r} takes statistics over them")
     builder.step(small(x).reshape(-1), name, layer_name(node), parametric=True)
     return x

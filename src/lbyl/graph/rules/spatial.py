@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lbyl.graph.builder import Builder, layer_name, output_shape
+from lbyl.graph import averages
+from lbyl.graph.builder import Builder, layer_name, nobody_like, output_shape
 from lbyl.graph.ids import compact, small, varies
 from lbyl.graph.rules import rule
 
@@ -52,6 +53,9 @@ def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
     if any(varies(x, d) for d in dims):
         if not any(varies(x, d) for d in range(x.dim()) if d not in dims):
+            if name == "mean" and sum(varies(x, d) for d in dims) == 1:
+                averages.start(builder, node, small(x).reshape(-1))
+                return nobody_like(node)
             return builder.barrier(node, args, f"{name} over channels in {layer_name(node)!r}")
         x = compact(builder.ids.find(builder.join(x, dims)))
     builder.step(small(x).reshape(-1), name, layer_name(node))
