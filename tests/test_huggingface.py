@@ -26,6 +26,8 @@ TOKENS = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
 NEURONS = {"bert": "*intermediate*", "gpt2": "*c_fc*"}
 """Groups of hidden neurons, where heads can't be said."""
+HALF, QUARTER = ({"*q_proj": ratio, "*gate_proj": ratio} for ratio in (0.5, 0.25))
+"""Heads and hidden neurons of decoders; the stream between their layers stays whole."""
 
 
 @pytest.fixture(autouse=True)
@@ -78,12 +80,12 @@ LOADABLE: dict[str, tuple[str, Any, dict[str, Any], dict[str, int]]] = {
         "vit", 0.25, {}, {"intermediate_size": 24, "num_attention_heads": 3, "head_dim": 8, "hidden_size": 32},
     ),
     "gpt2, neurons": ("gpt2", {NEURONS["gpt2"]: 0.25}, {}, {"n_inner": 72, "n_head": 4}),
-    "llama": ("llama", 0.5, {}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}),
+    "llama": ("llama", HALF, {}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}),
     "llama, tied": (
-        "llama", 0.5, {"tie_word_embeddings": True}, {"num_attention_heads": 4, "intermediate_size": 16},
+        "llama", HALF, {"tie_word_embeddings": True}, {"num_attention_heads": 4, "intermediate_size": 16},
     ),
-    "qwen2": ("qwen2", 0.5, {}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}),
-    "qwen3": ("qwen3", 0.25, {}, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}),
+    "qwen2": ("qwen2", HALF, {}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}),
+    "qwen3": ("qwen3", QUARTER, {}, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}),
 }  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def test_from_pretrained_loads_and_computes_the_same(case: str, tmp_path: Path) 
 UNSAYABLE: dict[str, tuple[str, Any, str]] = {
     "bert, heads": ("bert", 0.25, "no number in BertConfig says"),
     "gpt2, heads": ("gpt2", 0.25, "no number in GPT2Config says"),
-    "llama, heads that do not divide": ("llama", 0.25, "none can be"),
+    "llama, heads that do not divide": ("llama", QUARTER, "none can be"),
     "llama, layers apart": (
         "llama", {"*layers.0.mlp*": 0.25, "*layers.1.mlp*": 0.5},
         "intermediate_size is one number for all layers, and they keep 16 to 24",
