@@ -66,6 +66,13 @@ class Masked(nn.Module):
         return self.layers(x[x[:, 0] > 0])
 
 
+class Counted(Masked):
+    """The same by way of an operation that is made of others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x[torch.where(x[:, 0] > 0)[0]])
+
+
 class Behind(nn.Module):
     """Takes a weight past everything that watches."""
 
@@ -94,7 +101,9 @@ def test_a_recording_tells_what_an_export_tells(name: str) -> None:
     assert graph_of(model, record(model, inputs)) == graph_of(model, export(model, inputs))
 
 
-@pytest.mark.parametrize("model", [Deciding(True), Masked(), Behind()], ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize(
+    "model", [Deciding(True), Masked(), Counted(), Behind()], ids=lambda model: type(model).__name__
+)
 def test_what_one_run_can_not_vouch_for_is_not_recorded(model: nn.Module) -> None:
     with pytest.raises(Unseen):
         record(model.eval(), ExampleInputs.of(images(3, 4)))

@@ -17,6 +17,9 @@ from lbyl.graph.program import Program
 from lbyl.inputs import ExampleInputs, output_tensors
 from lbyl.modes import plain_attention
 
+_LIKE_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.argwhere.default, torch.ops.aten.nonzero_numpy.default)
+"""Made of an operation whose result has as many elements as the data will have it, but not marked as such."""
+
 
 class Unseen(Exception):
     """The model does something that one run can't vouch for, such as branching on what it computed."""
@@ -128,6 +131,8 @@ class _Recorder(TorchDispatchMode):
 
 def _shape_depends(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether the size of the result depends on numbers in the arguments."""
+    if func.namespace != "aten" or func in _LIKE_NONZERO:
+        return True  # PyTorch does not say; `torch.export` asks those who registered the operation
     if torch.Tag.dynamic_output_shape not in func.tags:
         return False
     if func is torch.ops.aten.index.Tensor:  # only where the index is a mask
