@@ -273,7 +273,7 @@ def compress(
         TraceError: ``torch.export`` can't trace the model.
         VerificationError: the cut network does not compute what the masked one computes.
 
-    Example:
+    Examples:
         >>> import torch, lbyl
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
         >>> result = lbyl.compress(net, torch.randn(1, 8), ratio=0.25)

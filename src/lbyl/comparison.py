@@ -191,7 +191,7 @@ def bench(
     Raises:
         InputError: too few runs, or inputs that one of them does not run on.
 
-    Example:
+    Examples:
         >>> import torch, lbyl
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
         >>> x = torch.randn(4, 8)
