@@ -1,5 +1,6 @@
 # make demo   compress a real ImageNet network without data, and see what it says about photographs
-# make test   style, types, tests
+# make docs   build the documentation; open build/site/index.html
+# make test   style, types, documentation, tests
 # make clean  remove the environment and what the demo wrote
 #
 # PYTHON=python3.12 make demo picks another interpreter; everything is installed into .venv.
@@ -7,17 +8,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Whatever is missing or stale fails: a page outside the navigation, a dead link, a name that is no more.
+MAKE_SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: demo test browser clean
+.PHONY: demo docs test browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
+
+docs: $(VENV)/.docs
+	$(MAKE_SITE)
 
 test: $(VENV)/.dev browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(MAKE_SITE)
 	$(BIN)/python -m pytest
 
 # The tests look at the report in a real browser. Root on Debian gets one here; others install it themselves.
