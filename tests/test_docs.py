@@ -7,15 +7,43 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+import yaml
 
 import lbyl
+from lbyl.cli import app
 from lbyl.graph import rules
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+OWN_PYTHON = ("index.md", "moments.md", "budgets.md", "reports.md", "architectures.md", "export.md")
+"""Pages whose Python blocks run one after the other on a small network; extending.md has a test of its own."""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64), torch.nn.ReLU(), torch.nn.Conv2d(64, 16, 3)
+        )
+        self.fc = torch.nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.backbone(x).mean((2, 3)))
+
+
+def small(*_: object, **__: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return Small().eval()
 
 
 def test_the_rule_in_extending_works_and_is_needed() -> None:
-    rule, check = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    rule, check = blocks("extending.md", "python")
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Unfold(2), torch.nn.Conv1d(32, 5, 1)).eval()
     before = lbyl.inspect(net, torch.randn(1, 3, 6, 6)).graph.group("0")
     assert before.reason == "im2col in '1' has no rule"
@@ -26,3 +54,68 @@ def test_the_rule_in_extending_works_and_is_needed() -> None:
             exec(rule, {})
     finally:
         rules._RULES.pop("im2col", None)
+
+
+@pytest.mark.parametrize("page", OWN_PYTHON)
+def test_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.models, "resnet50", small)
+    monkeypatch.setattr("lbyl.artifact.load_source", small)
+    net, image = small(), torch.randn(1, 3, 12, 12)
+    quick = lbyl.LeastSquares(lbyl.Noise(images=8))
+    monkeypatch.setattr("lbyl.order.choose_restorer", lambda model: (quick, ""))
+    result = lbyl.compress(net, image, ratio=0.25, source="torchvision:resnet50")
+    names = {"torch": torch, "lbyl": lbyl, "net": net, "image": image, "result": result}
+    if page == "export.md":
+        result.save("smaller")
+        config = transformers.LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        transformers.LlamaForCausalLM(config).save_pretrained("llama")
+    code = blocks(page, "python")
+    assert code
+    for block in code:
+        exec(block.replace("224, 224", "12, 12"), names)
+
+
+def test_every_page_with_python_is_run() -> None:
+    assert {page for page in PAGES if blocks(page, "python")} == {*OWN_PYTHON, "extending.md"}
+
+
+def test_every_command_and_option_exists() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {name: {o for p in command.params for o in p.opts} | {"--help"} for name, command in commands.items()}
+    found = 0
+    for path in (ROOT / "README.md", *(DOCS / page for page in PAGES)):
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        shown = re.sub(r"```(?!bash).*?```", "", text, flags=re.DOTALL)
+        # Whole calls: the options must be the command's own.
+        for name, rest in re.findall(r"\blbyl ([a-z]+)\b([^\n`#]*)", "\n".join(re.findall(r"`+[^`]+`+", shown))):
+            assert name in options, f"{path.name}: lbyl {name}"
+            for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest):
+                assert option in options[name], f"{path.name}: lbyl {name} {option}"
+                found += 1
+        # Options by themselves: some command must have them.
+        for option in re.findall(r"`(--[a-z-]+)[^`]*`", shown):
+            assert option in set().union(*options.values()) | {"--version"}, f"{path.name}: {option}"
+            found += 1
+    assert found > 40
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    def pages(node: object) -> list[str]:
+        if isinstance(node, str):
+            return [node]
+        inner = node.values() if isinstance(node, dict) else node
+        return [page for part in inner for page in pages(part)]  # type: ignore[union-attr]
+
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(pages(config["nav"])) == PAGES
+
+
+def test_the_reference_has_every_public_name() -> None:
+    shown = re.findall(r"^::: lbyl\.(\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(shown) == sorted(lbyl.__all__)
