@@ -9,7 +9,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Whatever is missing or stale fails: a page outside the navigation, a dead link, a name that is no more.
-MAKE_SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+# Not --quiet: warnings that are not shown do not count as errors.
+MAKE_SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .DELETE_ON_ERROR:
 .PHONY: demo docs test browser clean
