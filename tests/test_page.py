@@ -16,14 +16,18 @@ from typing import Any
 
 import matplotlib as mpl
 import pytest
+import torch
 from matplotlib.figure import Figure
 from nets import HardCoded, compress, images, mlp, residual
 from PIL import Image
+from torch import nn
 from typer.testing import CliRunner
 
 import lbyl
 from lbyl.artifact import DOCUMENT, PAGE, document, read_manifest
 from lbyl.cli import app
+from lbyl.comparison import Bench, Change
+from lbyl.latency import Runs
 from lbyl.page import page, plot
 from lbyl.page.verdict import verdict
 
@@ -476,3 +480,19 @@ def test_a_screenshot_is_neither_blank_nor_cut_off(file: Path, tmp_path: Path, s
     assert sum(count for count, (red, _, blue) in colors if blue - red > 60) > 500  # what is left is blue
     margin = image.crop((image.width - 4, 0, image.width, image.height))
     assert margin.getcolors() == [(4 * image.height, ground)]
+
+
+def test_a_measured_latency_is_in_summary_file_and_page(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.randn(4, 8)
+    before, after = Runs((0.004, 0.004, 0.004)), Runs((0.003, 0.003, 0.003))
+    slow = Change("0", "Linear", Runs((0.001,) * 3), Runs((0.001,) * 3), (100, 50))
+    whole = Change("whole", "Sequential", before, after, (200, 100))
+    found = Bench(whole, (slow,), Change("", "", Runs((0.0,) * 3), Runs((0.0,) * 3), (0, 0)), "cpu", 2, 3)
+    result = lbyl.compress(net, x, ratio=0.5, restore="prune").timed(found)
+    assert "latency: 4 ms → 3 ms (75% ± 0%) on cpu with 2 threads, 3 runs of each in turns" in result.report.summary()
+    folder = result.save(tmp_path / "out")
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "3 ms" in text
+    assert "No speed from the cut of 0 (MACs 50%, time 100%)" in text
+    assert read_manifest(folder).report.latency == result.report.latency

@@ -55,6 +55,8 @@ from lbyl.widths import Widths, choose_widths
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lbyl.comparison import Bench
+
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs
 
 
@@ -81,6 +83,10 @@ class Result:
             InputError: the path exists or can't be written.
         """
         return artifact.save(path, self.model, self.plan, self.report)
+
+    def timed(self, bench: Bench) -> Result:
+        """The same result, with what :func:`lbyl.bench` found in its report."""
+        return replace(self, report=replace(self.report, latency=bench.timing()))
 
     def plot(self) -> Figure:
         """Widths and errors of the groups as a Matplotlib figure; see :func:`lbyl.page.plot`."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lbyl.inputs import ExampleInputs
 from lbyl.latency import RUNS, WARM_UP, LayerLatency, Runs, measure_latencies
 from lbyl.moments.base import Progress
+from lbyl.report import Timing
 
 REST = "(no layer's)"
 _FELL = 0.98
@@ -154,6 +155,14 @@ class Bench:
         """Where, and how often: cpu with 2 threads, 20 runs of each in turns."""
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
         return f"{self.device} with {threads}, {self.runs} runs of each in turns"
+
+    def timing(self) -> Timing:
+        """The whole, and what gave no speed, for a report."""
+        before, after, ratio = self.whole.before, self.whole.after, self.whole.ratio
+        assert before
+        assert after
+        assert ratio
+        return Timing(before.median, after.median, ratio.median, ratio.margin, self.place(), self.without_speed())
 
     def without_speed(self) -> str:
         """The layers whose cut gave no speed, the slowest first."""

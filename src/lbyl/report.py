@@ -38,6 +38,31 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How long both networks take, measured in turns; see :func:`lbyl.bench`.
+
+    Attributes:
+        before: median seconds of the unpruned network.
+        after: median seconds of the cut one.
+        ratio: median of the one over the other, run by run.
+        margin: how far the ratio may be off.
+        place: where, and how often.
+        no_speed: layers whose cut gave no speed, with figures, the slowest first; "" where there are none.
+    """
+
+    before: float
+    after: float
+    ratio: float
+    margin: float
+    place: str
+    no_speed: str = ""
+
+    def __str__(self) -> str:
+        times = f"{1000 * self.before:.3g} ms → {1000 * self.after:.3g} ms"
+        return f"{times} ({self.ratio:.0%} ± {self.margin:.0%})"
+
+
+@dataclass(frozen=True)
 class Report:
     """The outcome of one compression.
 
@@ -51,6 +76,7 @@ class Report:
         seconds: wall-clock time by stage.
         notes: anything else that the user should know.
         assessment: relative error of the network's outputs on held-out probes; None without probes.
+        latency: how long both networks take; None if not measured.
     """
 
     rows: tuple[Row, ...]
@@ -62,6 +88,7 @@ class Report:
     seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
     assessment: Assessment | None = None
+    latency: Timing | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -83,6 +110,7 @@ class Report:
                 assessment=None
                 if data.get("assessment") is None
                 else Assessment(**{name: float(value) for name, value in data["assessment"].items()}),
+                latency=None if data.get("latency") is None else _timing(data["latency"]),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"the report is damaged: {error!r}") from error
@@ -117,6 +145,10 @@ class Report:
         lines = [_change("parameters", *self.parameters)]
         if self.macs:
             lines.append(_change("MACs", *self.macs))
+        if self.latency:
+            lines.append(f"latency: {self.latency} on {self.latency.place}")
+            if self.latency.no_speed:
+                lines.append(f"no speed from the cut of {self.latency.no_speed}")
         if self.verified is None:
             lines.append("not verified: verification was switched off")
         else:
@@ -138,6 +170,11 @@ def _row(data: Any) -> Row:
     if not all(isinstance(number, (int, float)) for number in numbers):
         raise TypeError(f"{row.group}: expected numbers, found {numbers!r}")
     return dataclasses.replace(row, group=_text(row.group), note=_text(row.note))
+
+
+def _timing(data: Any) -> Timing:
+    words = ("place", "no_speed")
+    return Timing(**{name: _text(value) if name in words else float(value) for name, value in data.items()})
 
 
 def _text(value: Any) -> str:

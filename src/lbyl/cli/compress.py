@@ -46,6 +46,9 @@ from lbyl.cli.options import (
 )
 from lbyl.cli.sources import check_output, example_inputs, load_model, read_batches
 
+_RUNS = 7
+"""Enough for a median and its margin, in a time that nobody minds after a compression."""
+
 
 @app.command()
 def compress(
@@ -93,6 +96,9 @@ def compress(
     no_pretrained: NoPretrained = False,
     submodule: Submodule = None,
     strict: Strict = False,
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Do not measure how long both networks take on this machine.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Drop channels, let the kept ones make up for them, and save the smaller network."""
@@ -139,6 +145,8 @@ def compress(
             # Left out, not repeated: "auto" is whatever the library does by itself.
             **({"restore": chosen} if chosen is not None else {}),
         )
+        if not no_latency:
+            result = result.timed(lbyl.bench(result.model, inputs, against=model, runs=_RUNS, progress=stage))
         stage(f"writing {output}")
         result.save(output)
         # What was written may say more: whether a config.json could be, for one.

@@ -91,6 +91,10 @@ def _totals(report: Report, plan: Plan | None) -> Iterator[Total]:
         before, after = report.macs
         kept = after / before if before else 1.0
         yield Total("Multiply-accumulates", _count(before), _count(after), kept, f"on {plan.inputs}" if plan else "")
+    if report.latency:
+        timing = report.latency
+        note = f"(± {timing.margin:.0%})"
+        yield Total("Latency", _milliseconds(timing.before), _milliseconds(timing.after), timing.ratio, note)
 
 
 def _pictures(report: Report) -> Iterator[Picture]:
@@ -104,6 +108,10 @@ def _pictures(report: Report) -> Iterator[Picture]:
         else:
             caption = "Residual (RE), batch-norm (BE) and activation error (AE) of each group."
         yield Picture(Markup(inline_svg(errors, report, "errors", title)), caption)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
 
 
 def _count(value: int) -> str:
