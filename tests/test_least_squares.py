@@ -12,9 +12,10 @@ from torch.nn import functional
 
 import lbyl
 import lbyl.inputs
+from lbyl.fitting import read
 from lbyl.moments.synthesis import dead_leaves, pink, varied_pink
 from lbyl.probing import ReaderCall, run
-from lbyl.regression import Moments, Prior, solve
+from lbyl.regression import Columns, Moments, PatchSums, Prior, WholeSums, solve
 from lbyl.renorm import Look, expected_shift, pool, recenter
 
 
@@ -349,3 +350,49 @@ def test_a_restoration_that_raises_the_held_out_error_is_taken_back() -> None:
     assert any("restoration left out" in note for note in result.report.notes)
     plain = lbyl.compress(net, x, ratio=0.25, restore="prune")
     assert torch.equal(result.model(x), plain.model(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Conv2d(8, 6, 3, stride=2, padding=1), torch.randn(5, 8, 9, 7)),
+        (nn.Conv2d(8, 6, 1, bias=False), torch.randn(5, 8, 4, 4)),
+        (nn.Conv2d(8, 6, 3, groups=2, dilation=2), torch.randn(5, 8, 9, 9)),
+        (nn.Conv1d(8, 6, 5), torch.randn(5, 8, 11)),
+        (nn.Linear(8, 6), torch.randn(5, 7, 8)),
+    ],
+)
+def test_a_part_of_a_reading_is_what_the_patches_alone_give(layer: nn.Module, x: torch.Tensor) -> None:
+    calls: list[ReaderCall] = []
+    with torch.no_grad():
+        run(layer, lbyl.inputs.ExampleInputs.of(x), on_read=calls.append)
+    weight = layer.get_parameter("weight").detach()
+    blocks = getattr(layer, "groups", 1)
+    keep, drop = torch.tensor([0, 2, 3]), torch.tensor([1])
+    if blocks == 1:
+        drop = torch.tensor([1, 4, 5, 6, 7])
+    # Fewer positions than there are: both must draw the same ones.
+    alone = PatchSums(Columns((keep,) * blocks, (drop,) * blocks), 30, torch.Generator().manual_seed(3))
+    whole = WholeSums(blocks, 30, torch.Generator().manual_seed(3))
+    alone.add(calls[0], weight)
+    whole.add(calls[0], weight)
+    reading = whole.reading()
+    assert reading is not None
+    for number, (kernel, expected) in enumerate(zip(weight.chunk(blocks), alone.blocks, strict=True)):
+        found = reading.part(number, kernel, keep, drop)
+        assert found.count == expected.count > 0
+        for name in ("p", "r", "pp", "pr", "rr"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(reading.output, alone.output, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_readers_without_room_for_their_reading_are_left_out() -> None:
+    net = randomize(conv_net())
+    graph = lbyl.inspect(net, images(1)).graph
+    probes = lbyl.Noise(images=8).probes(net, lbyl.inputs.ExampleInputs.of(images(1)), torch.Generator(), None)
+    settings = lbyl.LeastSquares()
+    one = (12 * 9) ** 2 * 8
+    assert set(read(net, graph, {0}, probes, settings, 0, one)) == {"3.weight"}
+    assert read(net, graph, {0}, probes, settings, 0, one - 1) == {}
+    assert read(net, graph, {0}, probes, lbyl.LeastSquares(solve="mix"), 0, one) == {}

@@ -26,6 +26,7 @@ import lbyl
 from lbyl import files
 from lbyl.budget import Curve
 from lbyl.cli import app
+from lbyl.fitting import _sums, read
 from lbyl.groundwork import Cuttable
 from lbyl.inputs import ExampleInputs
 from lbyl.ledger import Ledger, occupied
@@ -99,6 +100,33 @@ def test_points_are_what_compress_makes_and_probes_are_made_once(tmp_path: Path)
         assert (point.macs, point.parameters) == (alone.report.macs, alone.report.parameters)
         assert alone.report.assessment is not None
         assert point.error == alone.report.assessment.restored
+
+
+def test_moments_are_measured_once_for_all_points_and_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, x), restore = net(), counting(tmp_path)
+    measured: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        measured.append(1)
+        return read(*args)
+
+    monkeypatch.setattr("lbyl.groundwork.read", counted)
+    # Were a reader to be looked at once more for a point, the point would find no probes to look with.
+    monkeypatch.setattr("lbyl.fitting._sums", knowing(_sums))
+    lbyl.sweep(model, x, WIDE[:1], tmp_path / "out", restore=restore)
+    lbyl.sweep(model, x, WIDE, tmp_path / "out", restore=restore)
+    assert len(measured) == 1
+
+
+def knowing(make: Any) -> Any:
+    """Sums that nothing may be added to: what they are to hold is known."""
+
+    def made(*args: Any) -> Any:
+        sums, *rest = make(*args)
+        sums.add = None
+        return (sums, *rest)
+
+    return made
 
 
 def test_the_folder_has_a_table_a_picture_and_a_document(tmp_path: Path) -> None:
@@ -230,7 +258,7 @@ def test_a_crash_at_any_write_costs_at_most_what_was_being_written(
         for point in found.points:
             ours, theirs = (lbyl.load(folder / point.name, model) for folder in (out, tmp_path / "whole"))
             assert same(ours, theirs)
-    assert crashes == 13  # ledger 2, groundwork 3, each point 3, picture and page 2
+    assert crashes == 14  # ledger 2, groundwork 4, each point 3, picture and page 2
 
 
 FACTORY = """
@@ -516,6 +544,16 @@ def test_probes_and_curves_come_back_to_the_bit(tmp_path: Path) -> None:
     assert again.notes == curves.notes
     assert torch.equal(again.curves[0].error, curves.curves[0].error)
     assert (again.curves[0].order, again.curves[0].weight) == ((2, 0, 1), 1 / 7)
+    readings = read(model, graph, {0, 1}, made, lbyl.LeastSquares(), 0, 2**20)
+    assert readings
+    assert shelf().readings(lambda: readings) is readings
+    back = shelf().readings(never)
+    assert back.keys() == readings.keys()
+    for name, reading in readings.items():
+        for ours, theirs in zip(back[name].blocks, reading.blocks, strict=True):
+            assert ours.count == theirs.count
+            assert all(torch.equal(getattr(ours, part), getattr(theirs, part)) for part in ("p", "pp", "pr", "r", "rr"))
+        assert all(map(torch.equal, back[name].output, reading.output))
 
 
 def points() -> Iterator[Point]:

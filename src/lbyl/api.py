@@ -362,7 +362,8 @@ def _whole(
             if isinstance(restorer, LeastSquares):
                 assert isinstance(fitted, LeastSquares)
                 work = work or duplicate(model).eval()
-                restoration = fit(work, inputs, graph, selection, fitted, order.seed, order.progress)
+                known = ground.readings if ground else None
+                restoration = fit(work, inputs, graph, selection, fitted, order.seed, order.progress, known)
             else:
                 # The user's own weights are only read, so that no copy of them is held meanwhile.
                 restoration = solve(selection, tensors_of(model), restorer, order.seed, order.progress)

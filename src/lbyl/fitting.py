@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from lbyl.graph import NOT_OURS, Graph, Norm, Reader, Slot
 from lbyl.inputs import ExampleInputs
 from lbyl.moments import ChannelMoments, ClosedFormSource, Probes, Progress
 from lbyl.probing import ReaderCall, run
-from lbyl.regression import ChannelSums, Columns, Moments, PatchSums, Prior, Solution, solve
+from lbyl.regression import ChannelSums, Columns, Moments, PatchSums, Prior, Reading, Solution, WholeSums, solve
 from lbyl.renorm import look, pool, recenter, renormalize, transplant
 from lbyl.restoration import Restoration, Restored, fold, silenced
 from lbyl.restorers.base import Delivery, nothing_delivered
@@ -152,6 +152,7 @@ def fit(
     settings: LeastSquares,
     seed: int,
     progress: Progress | None = None,
+    readings: Mapping[str, Reading] | None = None,
 ) -> Restoration:
     """Restore every reader of a pruned group by least squares on moments.
 
@@ -163,6 +164,7 @@ def fit(
         settings: the restorer.
         seed: for probes and sampled positions.
         progress: called as ``progress(stage, done, total)``.
+        readings: moments of readers that were measured on these probes before, by the names of their weights.
     """
     state = tensors_of(model)
     found = sites(graph, selection)
@@ -185,7 +187,7 @@ def fit(
             notes.append(probes.note)
         started = time.perf_counter()
         with torch.no_grad():
-            _measured(model, graph, selection, probes, found, settings, seed, ledger, progress)
+            _measured(model, graph, selection, probes, found, settings, seed, ledger, progress, readings or {})
         seconds["solve"] = time.perf_counter() - started
 
     values = silenced(_stored(found, ledger.values), selection, state)
@@ -270,9 +272,24 @@ def _measured(
     seed: int,
     ledger: _Ledger,
     progress: Progress | None,
+    readings: Mapping[str, Reading],
 ) -> None:
-    """Collect moments and solve, as many readers at a time as the budget allows, in execution order."""
-    waiting = list(found)
+    """Collect moments and solve, as many readers at a time as the budget allows, in execution order.
+
+    Readers whose moments are known are solved with these.
+    """
+    waiting: list[Site] = []
+    for site in found:
+        sums, _, _ = _sums(site, selection, ledger.state, settings, seed)
+        reading = readings.get(site.reader.weight)
+        if reading is None or not isinstance(sums, PatchSums):
+            waiting.append(site)
+            continue
+        kernels = site.weight(ledger.state).chunk(site.reader.blocks)
+        sums.output = list(reading.output)
+        pairs = zip(kernels, sums.columns.keep, sums.columns.drop, strict=True)
+        sums.blocks = [reading.part(number, kernel, k, d) for number, (kernel, k, d) in enumerate(pairs)]
+        _solve_patches(site, sums, selection, settings, ledger)
     while waiting:
         taken: dict[str, tuple[Site, PatchSums | list[tuple[int, Slot, ChannelSums]]]] = {}
         cost = 0
@@ -308,6 +325,51 @@ def _measured(
                 _solve_channels(site, sums, selection, settings, ledger)
         if progress:
             progress("solving", len(found) - len(waiting), len(found))
+
+
+def read(
+    model: nn.Module,
+    graph: Graph,
+    groups: Collection[int],
+    probes: Probes,
+    settings: LeastSquares,
+    seed: int,
+    limit: int,
+) -> dict[str, Reading]:
+    """Moments of all that the readers of some groups read, for `fit` to take parts of.
+
+    Args:
+        model: the unpruned network in evaluation mode; nothing in it is changed.
+        graph: its channel graph.
+        groups: indices of the groups that may lose channels.
+        probes: what it is run on.
+        settings: the restorer; readers that it solves by "mix" are left out.
+        seed: for sampled positions.
+        limit: bytes that all of them may take; readers that come later in the network are then left to `fit`.
+    """
+    state = tensors_of(model)
+    sums: dict[str, WholeSums] = {}
+    for reader in graph.readers if settings.solve == "patch" else ():
+        if reader.op == "conv3d" or not any(group in groups for group, _ in reader.columns):
+            continue
+        weight = Site(reader, torch.zeros(0), None, 1, ()).weight(state)
+        size = reader.blocks * (weight[0].numel()) ** 2 * 8
+        if size > min(limit, settings.budget):
+            continue
+        limit -= size
+        generator = generator_for(seed, f"{reader.weight}#positions")
+        sums[reader.weight] = WholeSums(reader.blocks, settings.positions, generator)
+    transposed = {reader.weight for reader in graph.readers if reader.dim == 0}
+
+    def on_read(call: ReaderCall) -> None:
+        if call.weight in sums:
+            weight = state[call.weight].detach()
+            sums[call.weight].add(call, weight.transpose(0, 1) if call.weight in transposed else weight)
+
+    with torch.no_grad():
+        for batch in probes.batches if sums else ():
+            run(model, batch, on_read=on_read, batch_statistics=probes.batch_statistics)
+    return {name: reading for name, item in sums.items() if (reading := item.reading())}
 
 
 def _sums(

@@ -5,7 +5,7 @@ This is where the time goes. One compression makes it and uses it once; a sweep 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,11 +14,13 @@ from torch import nn
 from lbyl.budget import Budget
 from lbyl.clock import Clock
 from lbyl.errors import InputError
+from lbyl.fitting import read
 from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs
 from lbyl.modes import duplicate
 from lbyl.moments import Probes, ProbeSource
 from lbyl.order import Order
+from lbyl.regression import Reading
 from lbyl.restoration import restore as solve
 from lbyl.restorers import LeastSquares, Prune, Restorer
 from lbyl.selection import check_selection, generator_for, select
@@ -43,17 +45,23 @@ class Groundwork:
         cuttable: the groups that may lose channels.
         probes: what moments are measured on; None where the restorer asks for none.
         curves: the predicted error of each of these groups at each of its widths.
+        readings: moments of what their readers read, by the readers' weights, as far as there is room for them.
     """
 
     cuttable: Cuttable
     probes: Probes | None
     curves: Curves
+    readings: Mapping[str, Reading]
 
     def settle(self, restorer: Restorer | LeastSquares) -> Restorer | LeastSquares:
         """The restorer with its probes made."""
         if self.probes is None or not isinstance(restorer, LeastSquares):
             return restorer
         return replace(restorer, moments=Given(self.probes))
+
+
+_ROOM = 256 * 2**20
+"""Bytes that all readings together may take."""
 
 
 class Shelf(Protocol):
@@ -71,6 +79,10 @@ class Shelf(Protocol):
         """The error curves."""
         ...
 
+    def readings(self, make: Callable[[], dict[str, Reading]]) -> Mapping[str, Reading]:
+        """The readers' moments."""
+        ...
+
 
 @dataclass(frozen=True)
 class Nowhere:
@@ -85,6 +97,10 @@ class Nowhere:
         return make()
 
     def curves(self, make: Callable[[], Curves]) -> Curves:
+        """Made."""
+        return make()
+
+    def readings(self, make: Callable[[], dict[str, Reading]]) -> Mapping[str, Reading]:
         """Made."""
         return make()
 
@@ -134,7 +150,12 @@ def lay_groundwork(
                 work, inputs, graph, wanted, tensors_of(work), choose, probes, order.seed, order.progress
             )
         )
-    return Groundwork(cuttable, probes, curves)
+    readings: Mapping[str, Reading] = {}
+    if isinstance(restorer, LeastSquares) and probes is not None:
+        settings, shown = restorer, probes
+        with clock("solve"):
+            readings = shelf.readings(lambda: read(work, graph, wanted, shown, settings, order.seed, _ROOM))
+    return Groundwork(cuttable, probes, curves, readings)
 
 
 def find_cuttable(work: nn.Module, inputs: ExampleInputs, graph: Graph, order: Order) -> Cuttable:

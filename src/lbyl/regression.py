@@ -5,7 +5,7 @@ Everything here is a function of tensors; what runs the network is in `lbyl.prob
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +58,34 @@ class Moments:
         self.pp += p.T @ p
         self.pr += p.T @ r
         self.rr += r.square().sum(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Moments of everything that a reader reads, whichever of its input channels are dropped later.
+
+    Attributes:
+        blocks: for each block of a grouped convolution the moments of all its patches, without targets.
+        output: count, sum and sum of squares of the reader's output.
+    """
+
+    blocks: tuple[Moments, ...]
+    output: tuple[Tensor, Tensor, Tensor]
+
+    def part(self, number: int, kernel: Float[Tensor, "rows columns *taps"], keep: Tensor, drop: Tensor) -> Moments:
+        """The moments of one block with some columns dropped: what :class:`PatchSums` would have summed up."""
+        whole, taps = self.blocks[number], kernel[0, 0].numel()
+        within = torch.arange(taps, device=keep.device)
+        kept, gone = ((columns[:, None] * taps + within).flatten() for columns in (keep, drop))
+        u = kernel[:, drop].reshape(len(kernel), -1).double()
+        return Moments(
+            whole.count,
+            whole.p[kept],
+            u @ whole.p[gone],
+            whole.pp[kept][:, kept],
+            whole.pp[kept][:, gone] @ u.T,
+            ((u @ whole.pp[gone][:, gone]) * u).sum(1),
+        )
 
 
 @dataclass(frozen=True)
@@ -129,10 +157,7 @@ class PatchSums:
 
     def add(self, call: ReaderCall, weight: Tensor) -> None:
         """Add one call of the reader."""
-        out = call.out if call.op == "linear" else call.out.flatten(2).transpose(1, 2)
-        out = out.reshape(-1, out.shape[-1]).double()
-        sums = [torch.tensor(float(len(out))), out.sum(0), out.square().sum(0)]
-        self.output = [a + b for a, b in zip(self.output, sums, strict=True)] if self.output else sums
+        self.output = _with_output(self.output, call)
         number = len(self.columns.keep)
         rows, width = len(weight) // number, call.x.shape[1 if call.op != "linear" else -1] // number
         for index, (keep, drop) in enumerate(zip(self.columns.keep, self.columns.drop, strict=True)):
@@ -142,35 +167,76 @@ class PatchSums:
                 self.blocks.append(Moments.zeros(len(keep) * taps, rows, call.x.device))
             if not len(drop):
                 continue
-            for p, r in self._positions(call, kernel, keep, drop, index * width):
+            columns = keep + index * width, drop + index * width
+            for p, r in _positions(call, kernel[:, drop], *columns, self.positions, self.generator):
                 self.blocks[index].add(p, r)
 
-    def _positions(
-        self, call: ReaderCall, kernel: Tensor, keep: Tensor, drop: Tensor, first: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Patches of the kept channels and the share of the dropped ones, position by position."""
-        kernel = kernel[:, drop]
-        keep, drop = keep + first, drop + first
-        if call.op == "linear":
-            x = call.x.reshape(-1, call.x.shape[-1])
-            chosen = sample_positions(len(x), self.positions, self.generator)
-            x = x if chosen is None else x[chosen.to(x.device)]
-            for part in x.split(max(1, _CHUNK_BYTES // (4 * x.shape[1]))):
-                yield part[:, keep], part[:, drop] @ kernel.T
-            return
-        x, kernel, stride, padding, dilation = _as_2d(call, kernel)
-        taps = kernel.shape[2:]
-        pixels = call.out[0, 0].numel()
-        chosen = sample_positions(pixels, max(1, self.positions // len(x)), self.generator)
-        for part in x.split(max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))):
+
+@dataclass
+class WholeSums:
+    """Moments among all patches that a reader reads; see :class:`Reading`."""
+
+    number: int  # of blocks
+    positions: int
+    generator: torch.Generator
+    blocks: list[Moments] = field(default_factory=list)
+    output: list[Tensor] = field(default_factory=list)
+
+    def add(self, call: ReaderCall, weight: Tensor) -> None:
+        """Add one call of the reader."""
+        self.output = _with_output(self.output, call)
+        width, taps = weight.shape[1], weight[0, 0].numel()
+        for index in range(self.number):
+            if len(self.blocks) <= index:
+                self.blocks.append(Moments.zeros(width * taps, 0, call.x.device))
+            columns = torch.arange(index * width, (index + 1) * width, device=call.x.device)
+            none = columns[:0]
+            for p, r in _positions(call, weight[:, none], columns, none, self.positions, self.generator):
+                self.blocks[index].add(p, r)
+
+    def reading(self) -> Reading | None:
+        """What was summed up; None where no call came by."""
+        return Reading(tuple(self.blocks), (self.output[0], self.output[1], self.output[2])) if self.blocks else None
+
+
+def _with_output(sums: Sequence[Tensor], call: ReaderCall) -> list[Tensor]:
+    """Count, sum and sum of squares of outputs, with those of one more call."""
+    out = call.out if call.op == "linear" else call.out.flatten(2).transpose(1, 2)
+    out = out.reshape(-1, out.shape[-1]).double()
+    more = [torch.tensor(float(len(out))), out.sum(0), out.square().sum(0)]
+    return [a + b for a, b in zip(sums, more, strict=True)] if sums else more
+
+
+def _positions(
+    call: ReaderCall, kernel: Tensor, keep: Tensor, drop: Tensor, positions: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Patches of some channels and the share of the output that others have, position by position.
+
+    ``kernel`` has the columns of the others only; where there are none, the share has no columns either.
+    """
+    if call.op == "linear":
+        x = call.x.reshape(-1, call.x.shape[-1])
+        chosen = sample_positions(len(x), positions, generator)
+        x = x if chosen is None else x[chosen.to(x.device)]
+        for part in x.split(max(1, _CHUNK_BYTES // (4 * x.shape[1]))):
+            yield part[:, keep], part[:, drop] @ kernel.T if len(drop) else part[:, drop]
+        return
+    x, kernel, stride, padding, dilation = _as_2d(call, kernel)
+    taps = kernel.shape[2:]
+    pixels = call.out[0, 0].numel()
+    chosen = sample_positions(pixels, max(1, positions // len(x)), generator)
+    for part in x.split(max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))):
+        if taps.numel() == 1 and not any(padding):
+            p = part[:, keep, :: stride[0], :: stride[1]].flatten(2)
+        else:
+            p = functional.unfold(part[:, keep], tuple(taps), dilation, padding, stride)
+        if len(drop):
             r = functional.conv2d(part[:, drop], kernel, None, stride, padding, dilation).flatten(2)
-            if taps.numel() == 1 and not any(padding):
-                p = part[:, keep, :: stride[0], :: stride[1]].flatten(2)
-            else:
-                p = functional.unfold(part[:, keep], tuple(taps), dilation, padding, stride)
-            if chosen is not None:
-                p, r = p[:, :, chosen.to(p.device)], r[:, :, chosen.to(r.device)]
-            yield p.transpose(1, 2).reshape(-1, p.shape[1]), r.transpose(1, 2).reshape(-1, r.shape[1])
+        else:
+            r = p[:, :0]
+        if chosen is not None:
+            p, r = p[:, :, chosen.to(p.device)], r[:, :, chosen.to(r.device)]
+        yield p.transpose(1, 2).flatten(0, 1), r.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from lbyl.graph import Graph
 from lbyl.groundwork import Cuttable
 from lbyl.inputs import ExampleInputs
 from lbyl.moments import Probes
+from lbyl.regression import Moments, Reading
 from lbyl.widths import Curves
 
 GROUPS = "groups.json"
 PROBES = "probes.safetensors"
 DATA = "data.json"
 CURVES = "curves.safetensors"
+READINGS = "readings.safetensors"
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,39 @@ class FolderShelf:
                 for c in note["curves"]
             )
             return Curves(tuple(curves), tuple(map(str, note["notes"])))
+
+    def readings(self, make: Callable[[], dict[str, Reading]]) -> Mapping[str, Reading]:
+        """The readers' moments; of the user's data they are not kept either."""
+        if self.private:
+            return make()
+        file = self.folder / READINGS
+        if not file.exists():
+            made = make()
+            tensors, facts = {}, []
+            for number, (name, reading) in enumerate(made.items()):
+                facts.append({"reader": name, "counts": [block.count for block in reading.blocks]})
+                for index, block in enumerate(reading.blocks):
+                    tensors |= {f"{number}.{index}.p": block.p, f"{number}.{index}.pp": block.pp}
+                tensors |= {f"{number}.output.{index}": part for index, part in enumerate(reading.output)}
+            write_tensors(file, tensors, json.dumps({"readers": facts}))
+            return made
+        with _reading(file):
+            tensors, note = _read(file)
+            device = next((t.device for t in self.inputs.tensors()), torch.device("cpu"))
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+
+            def block(number: int, index: int, count: int) -> Moments:
+                moments = Moments.zeros(0, 0, device)
+                p, pp = tensors[f"{number}.{index}.p"], tensors[f"{number}.{index}.pp"]
+                return replace(moments, count=count, p=p, pp=pp, pr=pp[:, :0])
+
+            return {
+                str(fact["reader"]): Reading(
+                    tuple(block(number, index, int(count)) for index, count in enumerate(fact["counts"])),
+                    (tensors[f"{number}.output.0"], tensors[f"{number}.output.1"], tensors[f"{number}.output.2"]),
+                )
+                for number, fact in enumerate(note["readers"])
+            }
 
     def _index(self, name: str) -> int:
         return next(index for index, group in enumerate(self.graph.groups) if group.name == name)

@@ -112,7 +112,7 @@ def sweep(
     source: str | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
-    """Compress a network to several budgets; probes and error curves are made once and serve all of them.
+    """Compress a network to several budgets; probes, error curves and moments are made once for all of them.
 
     Every point is what `compress` makes of its budget, in a folder of its own within ``path``. Beside them are
     ``sweep.json``, a table (``README.md``) and a picture (``pareto.svg``). Whatever stops a sweep, the same call goes
