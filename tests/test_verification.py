@@ -260,3 +260,13 @@ def test_verification_leaves_both_models_as_they_were(model: nn.Module) -> None:
     assert all(torch.equal(a, b) for a, (_, b) in zip(after, before, strict=True))
     assert {t.dtype for t in after} == {torch.float32}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in masked.modules())
+
+
+def test_macs_of_torchs_attention_are_the_same_with_and_without_verification() -> None:
+    # Its output layer is used from outside, so that here a whole copy runs in float64.
+    net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    plain, verified = (lbyl.compress(net, x, ratio=0.5, restore="prune", verify=v).report.macs for v in (False, True))
+    assert plain is not None
+    assert verified == plain
+    assert plain[0] > 2 * 5 * (4 * 16 * 16 + 2 * 16 * 32) - 1  # projections and MLP

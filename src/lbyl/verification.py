@@ -85,14 +85,15 @@ def _widened(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _wide_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
-    """The model's outputs in float64; the model itself stays as it is."""
+def _wide_outputs(model: nn.Module, inputs: ExampleInputs) -> tuple[list[Tensor], int]:
+    """The model's outputs in float64, and its multiply-accumulates; the model itself stays as it is."""
     try:
-        with undisturbed(model), _widened(model), plain_attention():
-            return outputs(model, inputs)
+        with undisturbed(model), _widened(model), plain_attention(), MacCounter() as counter:
+            return outputs(model, inputs), counter.total
     except InputError:
         # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
-        return outputs(copy.deepcopy(model).double(), inputs)
+        with plain_attention(), MacCounter() as counter:
+            return outputs(copy.deepcopy(model).double(), inputs), counter.total
 
 
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -123,19 +124,16 @@ def verify(
         VerificationError: the outputs differ; names the first group whose cut alone makes them differ.
         InputError: the outputs are not finite, so nothing can be compared.
     """
-    with MacCounter() as before:
-        wide, expected = _reference(masked, inputs)
+    wide, expected, before = _reference(masked, inputs)
     try:
-        with MacCounter() as after:
-            found = _wide_outputs(smaller, wide)
+        found, after = _wide_outputs(smaller, wide)
     except InputError as error:
         raise _error(_first_bad(masked, wide, selection, expected, attribute), str(error)) from error
     gap = difference(expected, found)
     if gap > TOLERANCE:
         what = f"outputs differ by {gap:.2g} of their magnitude"
         raise _error(_first_bad(masked, wide, selection, expected, attribute), what)
-    macs = before.total, after.total
-    return Verification(gap, TOLERANCE, "float64", macs)
+    return Verification(gap, TOLERANCE, "float64", (before, after))
 
 
 def cuttable(
@@ -152,7 +150,7 @@ def cuttable(
         selection: what should go.
         attribute: which attributes follow the cut of a part of the selection.
     """
-    wide, expected = _reference(masked, inputs)
+    wide, expected, _ = _reference(masked, inputs)
     modules = dict(masked.named_modules())
 
     def trouble(choices: Sequence[Choice]) -> str | None:
@@ -207,14 +205,14 @@ def without_trouble(masked: nn.Module, inputs: ExampleInputs, graph: Graph, sele
     return found
 
 
-def _reference(masked: nn.Module, inputs: ExampleInputs) -> tuple[ExampleInputs, list[Tensor]]:
-    """The inputs in float64 and what the masked network makes of them."""
+def _reference(masked: nn.Module, inputs: ExampleInputs) -> tuple[ExampleInputs, list[Tensor], int]:
+    """The inputs in float64, what the masked network makes of them, and with how many multiply-accumulates."""
     device = next((p.device for p in masked.parameters()), torch.device("cpu"))
     wide = inputs.to(device, torch.float64)
-    expected = _wide_outputs(masked, wide)
+    expected, macs = _wide_outputs(masked, wide)
     if not all(bool(torch.isfinite(t).all()) for t in expected if t.is_floating_point()):
         raise InputError("the network's output on the example inputs is not finite (NaN or infinity in weights?)")
-    return wide, expected
+    return wide, expected, macs
 
 
 def _trouble(
@@ -222,7 +220,8 @@ def _trouble(
 ) -> str | None:
     """What goes wrong when this part of the groups is cut out of the masked network; None where nothing does."""
     try:
-        gap = difference(expected, _wide_outputs(cut_copy(masked, plan_cuts(part), attribute(part)), wide))
+        found, _ = _wide_outputs(cut_copy(masked, plan_cuts(part), attribute(part)), wide)
+        gap = difference(expected, found)
     except LbylError as error:
         return str(error).rpartition("): ")[2] if isinstance(error, InputError) else str(error)
     return None if gap <= TOLERANCE else f"outputs differ by {gap:.2g} of their magnitude"
