@@ -173,8 +173,8 @@ def _row(data: Any) -> Row:
 
 
 def _timing(data: Any) -> Timing:
-    words = ("place", "no_speed")
-    return Timing(**{name: _text(value) if name in words else float(value) for name, value in data.items()})
+    before, after, ratio, margin = (float(data[name]) for name in ("before", "after", "ratio", "margin"))
+    return Timing(before, after, ratio, margin, _text(data["place"]), _text(data["no_speed"]))
 
 
 def _text(value: Any) -> str:

@@ -123,7 +123,8 @@ class FolderShelf:
         file = self.folder / READINGS
         if not file.exists():
             made = make()
-            tensors, facts = {}, []
+            tensors: dict[str, Tensor] = {}
+            facts: list[dict[str, Any]] = []
             for number, (name, reading) in enumerate(made.items()):
                 facts.append({"reader": name, "counts": [block.count for block in reading.blocks]})
                 for index, block in enumerate(reading.blocks):
@@ -136,14 +137,14 @@ class FolderShelf:
             device = next((t.device for t in self.inputs.tensors()), torch.device("cpu"))
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
 
-            def block(number: int, index: int, count: int) -> Moments:
+            def restored(number: int, index: int, count: int) -> Moments:
                 moments = Moments.zeros(0, 0, device)
                 p, pp = tensors[f"{number}.{index}.p"], tensors[f"{number}.{index}.pp"]
                 return replace(moments, count=count, p=p, pp=pp, pr=pp[:, :0])
 
             return {
                 str(fact["reader"]): Reading(
-                    tuple(block(number, index, int(count)) for index, count in enumerate(fact["counts"])),
+                    tuple(restored(number, index, int(count)) for index, count in enumerate(fact["counts"])),
                     (tensors[f"{number}.output.0"], tensors[f"{number}.output.1"], tensors[f"{number}.output.2"]),
                 )
                 for number, fact in enumerate(note["readers"])
