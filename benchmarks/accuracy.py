@@ -1,11 +1,13 @@
 """Accuracy against ratio, method by method: the same kept channels, the full test sets, three seeds.
 
-    python benchmarks/accuracy.py --data DIR [--network resnet56] [--seeds 3] [--quick] [--fresh]
+    python benchmarks/accuracy.py --data DIR [--network resnet56] [--seeds 3] [--quick] [--fresh] [--costs]
 
 Every column but Coreset keeps the same channels, those of the largest L2 norm; Coreset draws its own, which
 is what the method is. Only the Data column sees images: a few unlabelled ones of the test set, drawn by the
 seed, as many as `Network.calibration` says, solved with the settings of the other columns. Default is what
-`lbyl.compress` does when nothing is asked of it: dreamed probes where there are batch norms.
+`lbyl.compress` does when nothing is asked of it: dreamed probes where there are batch norms. Dreams depend on the
+network and the seed alone, so all ratios share them; what one whole compression takes is measured apart, on a
+machine that has nothing else to do, by --costs.
 
 DIR (or the environment variable LBYL_DATA) holds the files that paper.py lists, and
 data/imagenet_val1300_227.npz (37 MB; `blob`, `offsets`, `labels`): 1,300 of the ILSVRC2012 validation images,
@@ -23,7 +25,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, pstdev
@@ -38,6 +40,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lbyl
+from lbyl.inputs import ExampleInputs
+from lbyl.modes import duplicate
+from lbyl.restorers import choose_restorer
+from lbyl.selection import generator_for
+from lbyl.widths import Given
 
 METHODS = ("Prune", "Merge", "Coreset", "LBYL", "Gaussian", "Noise", "Default", "Data")
 SEEDED = ("Coreset", "Noise", "Default", "Data")
@@ -56,6 +63,7 @@ class Network:
         layers: a glob over the layers whose channels are dropped; None for all inner groups.
         calibration: how many real images the Data column solves on; a quarter more is held out to measure.
         batch: images at a time while testing; small where they are large, for caches are.
+        bound: seconds that one whole compression may take, by method.
     """
 
     title: str
@@ -65,6 +73,7 @@ class Network:
     layers: str | None
     calibration: int
     batch: int = 100
+    bound: dict[str, int] = field(default_factory=dict)
 
     def ratio(self, share: float) -> float | dict[str, float]:
         """The share as `lbyl.compress` wants it."""
@@ -74,7 +83,13 @@ class Network:
 NETWORKS = {
     "lenet": Network("LeNet-300-100 / FashionMNIST", lenet_300_100, fashion_mnist, (0.5, 0.6, 0.7, 0.8), None, 1000),
     "resnet56": Network(
-        "ResNet-56 / CIFAR-10, in-block channels", resnet56, cifar10, (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), None, 96
+        "ResNet-56 / CIFAR-10, in-block channels",
+        resnet56,
+        cifar10,
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.7),
+        None,
+        96,
+        bound={"Noise": 10, "Default": 60},
     ),
     "efficientnet_lite0": Network(
         "EfficientNet-Lite0 / 1,300 ImageNet images, hidden channels",
@@ -83,24 +98,43 @@ NETWORKS = {
         (0.1, 0.2, 0.3),
         "_blocks.*._expand_conv",
         48,
-        batch=8,
+        batch=4,
+        bound={"Noise": 20, "Default": 150},
     ),
 }
 
 
-def restorer(method: str, network: Network, pixels: Tensor, seed: int) -> Any:
-    """What goes into `lbyl.compress(restore=...)`."""
-    if method == "Default":
-        return "auto"
-    if method in ("Gaussian", "Noise"):
-        return lbyl.LeastSquares(moments=getattr(lbyl, method)())
-    if method == "Data":
-        # Two batches are solved on; the last one is held out, as probes are.
-        wanted, held = network.calibration, network.calibration // 4
-        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-        batches = pixels[order[: wanted + held]].split([wanted // 2, wanted - wanted // 2, held])
-        return lbyl.LeastSquares(moments=lbyl.Data(list(batches), batches=3))
-    return {"Prune": lbyl.Prune, "Merge": lbyl.Merge, "Coreset": lbyl.Coreset, "LBYL": lbyl.LBYL}[method]()
+class Restorers:
+    """What goes into `lbyl.compress(restore=...)` for one network, by method and seed."""
+
+    def __init__(self, network: Network, net: nn.Module, pixels: Tensor) -> None:
+        self.network, self.net, self.pixels = network, net, pixels
+        self.made: dict[int, lbyl.LeastSquares] = {}
+
+    def __call__(self, method: str, seed: int) -> Any:
+        """The restorer."""
+        if method == "Default":
+            return "auto"
+        if method in ("Gaussian", "Noise"):
+            return lbyl.LeastSquares(moments=getattr(lbyl, method)())
+        if method == "Data":
+            # Two batches are solved on; the last one is held out, as probes are.
+            wanted, held = self.network.calibration, self.network.calibration // 4
+            order = torch.randperm(len(self.pixels), generator=torch.Generator().manual_seed(seed))
+            batches = self.pixels[order[: wanted + held]].split([wanted // 2, wanted - wanted // 2, held])
+            return lbyl.LeastSquares(moments=lbyl.Data(list(batches), batches=3))
+        return {"Prune": lbyl.Prune, "Merge": lbyl.Merge, "Coreset": lbyl.Coreset, "LBYL": lbyl.LBYL}[method]()
+
+    def shared(self, method: str, seed: int) -> Any:
+        """The same, with the default's dreams made once a seed: they are what `lbyl.compress` makes of that seed."""
+        if method != "Default":
+            return self(method, seed)
+        if seed not in self.made:
+            chosen, inputs = choose_restorer(self.net)[0], ExampleInputs.of(self.pixels[:1])
+            generator = generator_for(seed, "probes")
+            probes = chosen.moments.probes(duplicate(self.net).eval(), inputs, generator, None)
+            self.made[seed] = replace(chosen, moments=Given(probes))
+        return self.made[seed]
 
 
 class PeakMemory:
@@ -125,29 +159,25 @@ class PeakMemory:
         return None
 
 
+def compressed(net: nn.Module, images: Images, network: Network, ratio: float, restore: Any, seed: int) -> lbyl.Result:
+    """One compression."""
+    return lbyl.compress(net, images.pixels[:1], ratio=network.ratio(ratio), restore=restore, seed=seed)
+
+
 def measure(
-    name: str, net: nn.Module, images: Images, test: Images, ratio: float, method: str, seed: int
+    name: str, net: nn.Module, images: Images, test: Images, ratio: float, method: str, seed: int, restore: Any
 ) -> dict[str, Any]:
-    """One cell: compress, test, and write down what it cost."""
-    network, memory = NETWORKS[name], PeakMemory()
-    restore = restorer(method, network, images.pixels, seed)
-    memory.start()
-    started = time.perf_counter()
-    result = lbyl.compress(net, images.pixels[:1], ratio=network.ratio(ratio), restore=restore, seed=seed)
-    seconds = time.perf_counter() - started
-    peak = memory.mebibytes()
+    """One cell: compress and test."""
+    network = NETWORKS[name]
+    result = compressed(net, images, network, ratio, restore, seed)
     found, report = test.accuracy(result.model, network.batch), result.report
     kept = json.dumps([(group.name, group.keep) for group in result.plan.groups])
     return {
         **key(name, ratio, method, seed),
         "accuracy": found,
-        "settings": result.plan.settings["restore"],
         "kept": hashlib.sha256(kept.encode()).hexdigest()[:16],
         "parameters": report.parameters,
         "macs": report.macs,
-        "seconds": round(seconds, 2),
-        "stages": {stage: round(value, 2) for stage, value in report.seconds.items()},
-        "peak_mib": peak,
         "assessment": None
         if report.assessment is None
         else {"pruned": report.assessment.pruned, "restored": report.assessment.restored},
@@ -155,9 +185,27 @@ def measure(
     }
 
 
-def key(name: str, ratio: float, method: str, seed: int) -> dict[str, Any]:
+def cost(name: str, net: nn.Module, images: Images, method: str, restore: Any) -> dict[str, Any]:
+    """What one whole compression takes, at the middle ratio."""
+    network, memory = NETWORKS[name], PeakMemory()
+    ratio = network.ratios[len(network.ratios) // 2]
+    memory.start()
+    started = time.perf_counter()
+    result = compressed(net, images, network, ratio, restore, 0)
+    seconds = time.perf_counter() - started
+    return {
+        **key(name, ratio, method, 0, kind="cost"),
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 2),
+        "stages": {stage: round(value, 2) for stage, value in result.report.seconds.items()},
+        "peak_mib": memory.mebibytes(),
+        "model_mib": round(sum(t.numel() * t.element_size() for t in net.state_dict().values()) / 2**20, 1),
+    }
+
+
+def key(name: str, ratio: float, method: str, seed: int, kind: str = "accuracy") -> dict[str, Any]:
     """What a cell is found by; results of another version are not taken for this one's."""
-    return {"network": name, "ratio": ratio, "method": method, "seed": seed, "lbyl": version("lbyl")}
+    return {"kind": kind, "network": name, "ratio": ratio, "method": method, "seed": seed, "lbyl": version("lbyl")}
 
 
 def of(cells: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
@@ -177,7 +225,7 @@ def accuracies(name: str, cells: Sequence[dict[str, Any]]) -> Table:
     """Methods against ratios."""
     network, rows = NETWORKS[name], []
     for ratio in network.ratios:
-        found = [of(cells, network=name, ratio=ratio, method=method) for method in METHODS]
+        found = [of(cells, kind="accuracy", network=name, ratio=ratio, method=method) for method in METHODS]
         rows.append([f"{ratio:.0%}", *(plus_minus([cell["accuracy"] for cell in group]) for group in found)])
     unpruned = of(cells, network=name, method="Unpruned")[0]["accuracy"]
     note = (
@@ -187,32 +235,32 @@ def accuracies(name: str, cells: Sequence[dict[str, Any]]) -> Table:
     return Table(network.title, ["ratio", *METHODS], rows, note)
 
 
-def costs(name: str, cells: Sequence[dict[str, Any]]) -> Table:
-    """Seconds, where they went, and memory, over all ratios."""
+def costs(cells: Sequence[dict[str, Any]]) -> Table:
+    """Seconds of a whole compression, where they went, and memory."""
     stages = ("probe", "solve", "renorm", "verify")
     rows = []
-    for method in METHODS:
-        found = of(cells, network=name, method=method)
-        if not found:
-            continue
-        total = sum(cell["seconds"] for cell in found)
-        shares = [sum(cell["stages"].get(stage, 0.0) for cell in found) / total for stage in stages]
-        peaks = [cell["peak_mib"] for cell in found if cell["peak_mib"] is not None]
+    for cell in of(cells, kind="cost"):
+        network, method = NETWORKS[cell["network"]], cell["method"]
+        shares = [cell["stages"].get(stage, 0.0) / cell["seconds"] for stage in stages]
         texts = [f"{share:.0%}" if share else None for share in shares]
-        rows.append([method, plus_minus([c["seconds"] for c in found], 1), *texts, max(peaks, default=None)])
-    columns = ["method", "seconds", "dreaming or probing", "solving", "renorm", "verifying", "peak MiB"]
+        bound = network.bound.get(method)
+        within = None if bound is None else f"{bound} s: {'yes' if cell['seconds'] <= bound else 'no'}"
+        title = f"{network.title.split(' / ')[0]}, {cell['ratio']:.0%}"
+        rows.append([title, method, cell["seconds"], within, *texts, cell["peak_mib"], cell["model_mib"]])
+    columns = ["network", "method", "seconds", "bound", "dreaming or probing", "solving", "renorm", "verifying"]
+    threads = max((cell["threads"] for cell in of(cells, kind="cost")), default=0)
     note = (
-        "Whole `lbyl.compress`, verification included; mean and spread over ratios and seeds. Peak: resident "
+        f"One whole `lbyl.compress` at the middle ratio, verification included, {threads} threads. Peak: resident "
         "memory above that before the call."
     )
-    return Table(f"{NETWORKS[name].title}: time and memory", columns, rows, note)
+    return Table("Time and memory", [*columns, "peak MiB", "model MiB"], rows, note)
 
 
 def assessments(cells: Sequence[dict[str, Any]]) -> Table:
     """How the error that is estimated without data goes with the accuracy that is really lost."""
     rows = []
     for name, network in NETWORKS.items():
-        found = [cell for cell in of(cells, network=name) if cell["assessment"]]
+        found = [cell for cell in of(cells, kind="accuracy", network=name) if cell["assessment"]]
         if len(found) < 3:
             continue
         unpruned = of(cells, network=name, method="Unpruned")[0]["accuracy"]
@@ -242,7 +290,7 @@ def check_channels(cells: Sequence[dict[str, Any]]) -> None:
     """Every method but Coreset must have kept the same channels, or the columns can't be compared."""
     kept: dict[tuple[str, float], str] = {}
     for cell in cells:
-        if cell["method"] in SAME_CHANNELS:
+        if cell["kind"] == "accuracy" and cell["method"] in SAME_CHANNELS:
             first = kept.setdefault((cell["network"], cell["ratio"]), cell["kept"])
             if first != cell["kept"]:
                 raise RuntimeError(f"{cell['method']} on {cell['network']} kept other channels than the rest")
@@ -254,7 +302,15 @@ def tabulate(run: Run) -> None:
     check_channels(cells)
     present = [name for name in NETWORKS if of(cells, network=name, method="Unpruned")]
     run.tables = [accuracies(name, cells) for name in present]
-    run.details = [*(costs(name, cells) for name in present), assessments(cells)]
+    run.details = [costs(cells), assessments(cells)]
+
+
+def save(run: Run, names: Sequence[str]) -> None:
+    """Write the file, with what another process may have found about other networks meanwhile."""
+    others = [cell for cell in known_cells("accuracy") if cell["network"] not in names]
+    run.measurements = [*others, *(cell for cell in run.measurements if cell["network"] in names)]
+    tabulate(run)
+    run.write()
 
 
 def order(ratios: Sequence[float], seeds: int) -> list[tuple[str, int, float]]:
@@ -270,6 +326,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of whatever is drawn at random.")] = 3,
     quick: Annotated[bool, typer.Option(help="One seed, 500 images, middle ratio; nothing is written.")] = False,
     fresh: Annotated[bool, typer.Option(help="Compute again what is known, for these networks.")] = False,
+    costs_too: Annotated[bool, typer.Option("--costs", help="Time whole compressions, before the rest.")] = False,
 ) -> None:
     """Fill the table cell by cell."""
     console = Console()
@@ -282,7 +339,6 @@ def main(
     run.settings = {"seeds": seeds, "criterion": "l2", "scope": "inner", "networks": titles}
     if not quick:
         run.measurements = [cell for cell in known_cells("accuracy") if not (fresh and cell["network"] in names)]
-        run.started -= sum(cell["seconds"] for cell in run.measurements)
 
     for name in names:
         spec = NETWORKS[name]
@@ -292,18 +348,25 @@ def main(
         console.rule(spec.title)
         if not of(run.measurements, network=name, method="Unpruned"):
             whole = {**key(name, 0.0, "Unpruned", 0), "accuracy": test.accuracy(net, spec.batch)}
-            run.measurements.append({**whole, "seconds": 0.0, "assessment": None})
+            run.measurements.append({**whole, "assessment": None})
         console.print(f"unpruned  {of(run.measurements, network=name, method='Unpruned')[0]['accuracy']:.2f}")
+        restorers = Restorers(spec, net, images.pixels)
+        for method in METHODS if costs_too else ():
+            cell = cost(name, net, images, method, restorers(method, 0))
+            run.measurements = [
+                c for c in run.measurements if not of([c], **key(name, cell["ratio"], method, 0, "cost"))
+            ]
+            run.measurements.append(cell)
+            console.print(f"{method:9} {cell['ratio']:4.0%}  {cell['seconds']:6.1f} s, whole")
+            save(run, names)
         for method, seed, ratio in order(ratios, 1 if quick else seeds):
             if of(run.measurements, **key(name, ratio, method, seed)):
                 continue
-            cell = measure(name, net, images, test, ratio, method, seed)
+            cell = measure(name, net, images, test, ratio, method, seed, restorers.shared(method, seed))
             run.measurements.append(cell)
-            found, seconds = cell["accuracy"], cell["seconds"]
-            console.print(f"{method:9} {ratio:4.0%}  seed {seed}  {found:6.2f} %  {seconds:6.1f} s")
+            console.print(f"{method:9} {ratio:4.0%}  seed {seed}  {cell['accuracy']:6.2f} %")
             if not quick:
-                tabulate(run)
-                run.write()
+                save(run, names)
     if quick:
         check_channels(run.measurements)
 

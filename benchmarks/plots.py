@@ -36,6 +36,7 @@ CAPTIONS = {
 
 def draw(cells: list[dict[str, Any]], titles: dict[str, str], folder: Path) -> None:
     """accuracy.svg and assessment.svg, a panel for each network that was measured, with these titles."""
+    cells = [cell for cell in cells if cell["kind"] == "accuracy"]
     measured = {cell["network"] for cell in cells if cell["method"] != "Unpruned"}
     titles = {network: title for network, title in titles.items() if network in measured}
     if not titles:

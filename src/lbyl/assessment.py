@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-
-from lbyl.inputs import ExampleInputs, output_tensors
-from lbyl.probing import run
+from lbyl.inputs import output_tensors
 
 DESTROYED = 0.9
 """An output error above this says that the network is likely of no use: at 1, nothing is left of its outputs."""
@@ -24,21 +20,13 @@ class Assessment:
     restored: float
 
 
-def relative_error(
-    model: nn.Module, reference: Mapping[str, Tensor], values: Mapping[str, Tensor], inputs: ExampleInputs
-) -> float:
+def outputs_error(reference: Any, outputs: Any) -> float:
     """``min_a |a f'(x) - f(x)| / |f(x)|`` over all floating-point outputs, both less the mean of f.
 
-    ``f`` is the network with ``reference`` in place of its own tensors of these names, ``f'`` the one with
-    ``values``. The mean is taken over the batch. The common factor ``a`` is left free because decisions taken
-    from outputs do not depend on it, while pruning shrinks them: 0 says that nothing changed, 1 that nothing is
-    left.
+    ``reference`` is what one network gave, ``outputs`` what another did, in the same structure. The mean is taken
+    over the batch. The common factor ``a`` is left free because decisions taken from outputs do not depend on it,
+    while pruning shrinks them: 0 says that nothing changed, 1 that nothing is left.
     """
-    return outputs_error(run(model, inputs, values=reference), run(model, inputs, values=values))
-
-
-def outputs_error(reference: Any, outputs: Any) -> float:
-    """The same for outputs that are there already, whatever their structure."""
     expected = [t for t in output_tensors(reference) if t.is_floating_point()]
     found = [t for t in output_tensors(outputs) if t.is_floating_point()]
     cross = own = theirs = 0.0

@@ -6,25 +6,29 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lbyl.activations import ACTIVATIONS
-from lbyl.assessment import Assessment, relative_error
+from lbyl.assessment import Assessment, outputs_error
 from lbyl.filters import State, describe, paper_form_applies, reader_energy, seats
 from lbyl.graph import NOT_OURS, Graph, Norm, Reader, Slot
 from lbyl.inputs import ExampleInputs
 from lbyl.moments import ChannelMoments, ClosedFormSource, Probes, Progress
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import ChannelSums, Columns, Moments, PatchSums, Prior, Reading, Solution, WholeSums, solve
-from lbyl.renorm import look, pool, recenter, renormalize, transplant
+from lbyl.renorm import Look, Observer, look, pool, recenter, renormalize, transplant
 from lbyl.restoration import Restoration, Restored, fold, silenced
 from lbyl.restorers.base import Delivery, nothing_delivered
 from lbyl.restorers.least_squares import LeastSquares
 from lbyl.selection import Choice, Selection, generator_for
 from lbyl.surgery import tensors_of
+
+
+def _output_first(reader: Reader, state: State) -> Tensor:
+    weight = state[reader.weight].detach()
+    return weight.transpose(0, 1) if reader.dim == 0 else weight
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,7 @@ class Site:
 
     def weight(self, state: State) -> Tensor:
         """The reader's weight, output first, however the layer stores it: a view."""
-        weight = state[self.reader.weight].detach()
-        return weight.transpose(0, 1) if self.reader.dim == 0 else weight
+        return _output_first(self.reader, state)
 
 
 @dataclass
@@ -175,7 +178,8 @@ def fit(
         pruned = silenced(_stored(found, {s.reader.weight: masked(s, state) for s in found}), selection, state)
 
     started = time.perf_counter()
-    probes = None
+    probes, looks = None, []
+    norms = {site.reader.weight: site.norm for site in found if site.norm}
     if isinstance(settings.moments, ClosedFormSource):
         with torch.no_grad():
             _closed_form(selection, settings.moments, found, settings.strength(False), ledger)
@@ -187,7 +191,7 @@ def fit(
             notes.append(probes.note)
         started = time.perf_counter()
         with torch.no_grad():
-            _measured(model, graph, selection, probes, found, settings, seed, ledger, progress, readings or {})
+            looks = _measured(model, graph, selection, probes, found, settings, seed, ledger, progress, readings or {})
         seconds["solve"] = time.perf_counter() - started
 
     values = silenced(_stored(found, ledger.values), selection, state)
@@ -195,14 +199,13 @@ def fit(
     started = time.perf_counter()
     if probes is not None:
         with torch.no_grad():
-            norms = {site.reader.weight: site.norm for site in found if site.norm}
-            looks = [look(model, {}, batch, norms) for batch in probes.batches]
+            looks = looks or [look(model, {}, batch, norms) for batch in probes.batches]
             original = pool(looks).statistics
             world = original if probes.batch_statistics else {}
+            expected = run(model, probes.held_out, values=transplant({}, state, world))
 
             def error(candidate: Mapping[str, Tensor]) -> float:
-                reference = transplant({}, state, world)
-                return relative_error(model, reference, transplant(candidate, state, world), probes.held_out)
+                return outputs_error(expected, run(model, probes.held_out, values=transplant(candidate, state, world)))
 
             before, after = error(pruned), error(values)
             if settings.renorm and original:
@@ -273,15 +276,16 @@ def _measured(
     ledger: _Ledger,
     progress: Progress | None,
     readings: Mapping[str, Reading],
-) -> None:
+) -> list[Look]:
     """Collect moments and solve, as many readers at a time as the budget allows, in execution order.
 
-    Readers whose moments are known are solved with these.
+    Readers whose moments are known are solved with these. Returns what else was seen of the unpruned network,
+    batch by batch, if it was run with batch statistics: nothing needs to be run again for renorm.
     """
     waiting: list[Site] = []
     for site in found:
-        sums, _, _ = _sums(site, selection, ledger.state, settings, seed)
         reading = readings.get(site.reader.weight)
+        sums = _sums(site, selection, ledger.state, settings, seed)[0] if reading else None
         if reading is None or not isinstance(sums, PatchSums):
             waiting.append(site)
             continue
@@ -290,8 +294,10 @@ def _measured(
         pairs = zip(kernels, sums.columns.keep, sums.columns.drop, strict=True)
         sums.blocks = [reading.part(number, kernel, k, d) for number, (kernel, k, d) in enumerate(pairs)]
         _solve_patches(site, sums, selection, settings, ledger)
+    norms = {site.reader.weight for site in found if site.norm}
+    looks: list[Look] = []
     while waiting:
-        taken: dict[str, tuple[Site, PatchSums | list[tuple[int, Slot, ChannelSums]]]] = {}
+        taken: dict[str, tuple[Site, _Sums]] = {}
         cost = 0
         while waiting:
             site = waiting[0]
@@ -304,20 +310,14 @@ def _measured(
             if note:
                 ledger.note(site.choices, note)
 
-        def on_read(call: ReaderCall, taken: Mapping[str, tuple[Site, Any]] = taken) -> None:
-            if call.weight in taken:
-                sums = taken[call.weight][1]
-                for item in [sums] if isinstance(sums, PatchSums) else [entry[2] for entry in sums]:
-                    item.add(call, taken[call.weight][0].weight(ledger.state))
-
+        watch = probes.batch_statistics and not looks
+        # The first pass is looked at to its end; the others stop where nothing more is wanted.
+        last = list(taken)[-1] if graph.readers[-1].weight not in taken and not watch else None
         for batch in probes.batches:
-            run(
-                model,
-                batch,
-                on_read=on_read,
-                batch_statistics=probes.batch_statistics,
-                stop_after=list(taken)[-1] if graph.readers[-1].weight not in taken else None,
-            )
+            observer = Observer(norms) if watch else None
+            _collect(model, batch, taken, ledger.state, probes.batch_statistics, last, observer)
+            if observer:
+                looks.append(observer.look())
         for site, sums in taken.values():
             if isinstance(sums, PatchSums):
                 _solve_patches(site, sums, selection, settings, ledger)
@@ -325,6 +325,30 @@ def _measured(
                 _solve_channels(site, sums, selection, settings, ledger)
         if progress:
             progress("solving", len(found) - len(waiting), len(found))
+    return looks
+
+
+def _collect(
+    model: nn.Module,
+    batch: ExampleInputs,
+    taken: Mapping[str, tuple[Site, _Sums]],
+    state: State,
+    batch_statistics: bool,
+    stop_after: str | None,
+    observer: Observer | None,
+) -> None:
+    """Run the unpruned network on a batch; add what readers are fed to their sums."""
+
+    def on_read(call: ReaderCall) -> None:
+        if observer:
+            observer.on_read(call)
+        if call.weight in taken:
+            site, sums = taken[call.weight]
+            for item in [sums] if isinstance(sums, PatchSums) else [entry[2] for entry in sums]:
+                item.add(call, site.weight(state))
+
+    on_norm = observer.on_norm if observer else None
+    run(model, batch, on_read=on_read, on_norm=on_norm, batch_statistics=batch_statistics, stop_after=stop_after)
 
 
 def read(
@@ -349,22 +373,22 @@ def read(
     """
     state = tensors_of(model)
     sums: dict[str, WholeSums] = {}
+    weights: dict[str, Tensor] = {}
     for reader in graph.readers if settings.solve == "patch" else ():
         if reader.op == "conv3d" or not any(group in groups for group, _ in reader.columns):
             continue
-        weight = Site(reader, torch.zeros(0), None, 1, ()).weight(state)
+        weight = _output_first(reader, state)
         size = reader.blocks * (weight[0].numel()) ** 2 * 8
         if size > min(limit, settings.budget):
             continue
         limit -= size
         generator = generator_for(seed, f"{reader.weight}#positions")
         sums[reader.weight] = WholeSums(reader.blocks, settings.positions, generator)
-    transposed = {reader.weight for reader in graph.readers if reader.dim == 0}
+        weights[reader.weight] = weight
 
     def on_read(call: ReaderCall) -> None:
         if call.weight in sums:
-            weight = state[call.weight].detach()
-            sums[call.weight].add(call, weight.transpose(0, 1) if call.weight in transposed else weight)
+            sums[call.weight].add(call, weights[call.weight])
 
     with torch.no_grad():
         for batch in probes.batches if sums else ():
@@ -372,9 +396,10 @@ def read(
     return {name: reading for name, item in sums.items() if (reading := item.reading())}
 
 
-def _sums(
-    site: Site, selection: Selection, state: State, settings: LeastSquares, seed: int
-) -> tuple[PatchSums | list[tuple[int, Slot, ChannelSums]], int, str]:
+_Sums = PatchSums | list[tuple[int, Slot, ChannelSums]]
+
+
+def _sums(site: Site, selection: Selection, state: State, settings: LeastSquares, seed: int) -> tuple[_Sums, int, str]:
     """Empty accumulators for one reader, their size in bytes, and a note when "patch" had to give way."""
     reader = site.reader
     weight = site.weight(state)

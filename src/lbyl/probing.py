@@ -174,7 +174,8 @@ class _BatchStatistics(torch.autograd.Function):
         # d inverse / dx = -inverse^3 (x - mean) / count
         slope = -grad_inverse * inverse**3 / count
         view = [1, -1] + [1] * (x.dim() - 2)
-        grad = grad + x * slope.reshape(view) + (grad_mean / count - slope * mean).reshape(view)
+        # In place: fresh memory of this size costs several times what the sums do.
+        grad.addcmul_(x, slope.reshape(view)).add_((grad_mean / count - slope * mean).reshape(view))
         return grad, None, None, None
 
 

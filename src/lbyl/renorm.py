@@ -127,28 +127,40 @@ def pool(looks: Sequence[Look]) -> Look:
     return Look(statistics, outputs)
 
 
-def look(
-    model: nn.Module,
-    values: Mapping[str, Tensor],
-    batch: ExampleInputs,
-    readers: Collection[str] = (),
-    positions: int = 8192,
-) -> Look:
-    """Run a batch with batch statistics; note every batch norm's input, and some outputs of some readers."""
-    found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    outputs: dict[str, Tensor] = {}
+class Observer:
+    """Takes a look while a network runs: :func:`lbyl.probing.run` is given its two methods.
 
-    def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
-        found[mean_name, var_name] = mean.double(), var.double()
+    Args:
+        readers: those whose outputs are noted.
+        positions: how many of each output.
+    """
 
-    def on_read(call: ReaderCall) -> None:
-        if call.weight not in readers:
+    def __init__(self, readers: Collection[str] = (), positions: int = 8192) -> None:
+        self.readers, self.positions = readers, positions
+        self.statistics: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def on_norm(self, mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
+        """Note the statistics at a batch norm's input."""
+        self.statistics[mean_name, var_name] = mean.double(), var.double()
+
+    def on_read(self, call: ReaderCall) -> None:
+        """Note some of a reader's outputs."""
+        if call.weight not in self.readers:
             return
         out = call.out if call.op == "linear" else call.out.flatten(2).transpose(1, 2)
         out = out.reshape(-1, out.shape[-1])
         # Seeded by the reader's name: two looks see the same positions.
-        chosen = sample_positions(len(out), positions, generator_for(0, f"{call.weight}#outputs"))
-        outputs[call.weight] = out.clone() if chosen is None else out[chosen.to(out.device)]
+        chosen = sample_positions(len(out), self.positions, generator_for(0, f"{call.weight}#outputs"))
+        self.outputs[call.weight] = out.clone() if chosen is None else out[chosen.to(out.device)]
 
-    run(model, batch, values=values, on_norm=on_norm, on_read=on_read, batch_statistics=True)
-    return Look(found, outputs)
+    def look(self) -> Look:
+        """What was seen."""
+        return Look(self.statistics, self.outputs)
+
+
+def look(model: nn.Module, values: Mapping[str, Tensor], batch: ExampleInputs, readers: Collection[str] = ()) -> Look:
+    """Run a batch with batch statistics; note every batch norm's input, and some outputs of some readers."""
+    observer = Observer(readers)
+    run(model, batch, values=values, on_norm=observer.on_norm, on_read=observer.on_read, batch_statistics=True)
+    return observer.look()

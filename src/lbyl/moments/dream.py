@@ -35,8 +35,8 @@ class Dream:
     """
 
     images: int | None = None
-    steps: int = 40
-    lr: float = 0.05
+    steps: int = 20
+    lr: float = 0.1
 
     def __post_init__(self) -> None:
         if (self.images is not None and self.images < 2) or self.steps < 0 or self.lr <= 0:
@@ -48,7 +48,7 @@ class Dream:
         """Dreamed inputs of the example's shapes."""
         count = self.images or affordable(model, inputs, 1.6e10, 24, 96)
         held = held_out_size(count)
-        start = synthesize(model, inputs, count + held, pink, generator).map(_channels_last)
+        start = synthesize(model, inputs, count + held, pink, generator)
         pixels = [t.requires_grad_(True) for t in start.tensors() if t.is_floating_point()]
         state = tensors_of(model)
         terms: list[Tensor] = []
@@ -74,10 +74,5 @@ class Dream:
                 if progress:
                     progress("dreaming", step + 1, self.steps)
         train, test = split(start.map(lambda t: t.detach()), [count, held])
-        scenes = synthesize(model, inputs, count, dead_leaves, generator).map(_channels_last)
+        scenes = synthesize(model, inputs, count, dead_leaves, generator)
         return Probes((train, scenes), test, batch_statistics=True, lifelike=(1,))
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    # Convolutions run faster in this layout on CPU, and the result does not depend on it.
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
