@@ -13,7 +13,7 @@ from torch.nn import functional
 import lbyl
 import lbyl.inputs
 from lbyl.fitting import read
-from lbyl.moments.synthesis import dead_leaves, pink, varied_pink
+from lbyl.moments.synthesis import affordable, dead_leaves, macs_each, pink, varied_pink
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import Columns, Moments, PatchSums, Prior, WholeSums, solve
 from lbyl.renorm import Look, expected_shift, pool, recenter
@@ -209,6 +209,26 @@ def test_dreams_come_nearer_to_the_stored_statistics() -> None:
         return sum(gaps)
 
     assert distance(60) < 0.5 * distance(0)
+
+
+def test_as_many_probes_as_a_network_of_its_size_affords() -> None:
+    limits = {"macs": 1.6e10, "least": 24, "most": 96, "ceiling": 1e11}
+    small, middle, large, vast = (affordable(each, **limits) for each in (1e6, 4e8, 4e9, 1e11))
+    assert (small, middle, large, vast) == (96, 40, 24, 4)
+
+
+def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, inputs = randomize(conv_net()), lbyl.inputs.ExampleInputs.of(images(1))
+    step = 3 * macs_each(net, inputs) * 20
+
+    def notes(allowed: float, **settings: int) -> str:
+        monkeypatch.setattr("lbyl.moments.dream._MOST", allowed)
+        return lbyl.Dream(images=16, **settings).probes(net, inputs, torch.Generator().manual_seed(0), None).note
+
+    assert notes(step * 20) == ""
+    assert notes(step * 7.5).startswith("7 steps of dreaming: ")
+    assert notes(step * 4.5).startswith("no dreams but pink noise: ")
+    assert notes(0, steps=2) == ""
 
 
 def test_auto_follows_the_batch_norms_and_says_why() -> None:

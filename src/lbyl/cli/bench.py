@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Folder, InputSpec, Json, Seed, check_inputs
+from lbyl.cli.options import Folder, InputSpec, Json, SameInputs, Seed
 from lbyl.cli.sources import example_inputs, load_model
 
 if TYPE_CHECKING:
@@ -45,15 +45,7 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    input: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            metavar="SHAPE",
-            callback=check_inputs,
-            help="Shape of an example input, as for compress. Default: what the network was compressed on.",
-        ),
-    ] = None,
+    input: SameInputs = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Batch size, in place of the inputs' own.", show_default=False)
     ] = None,

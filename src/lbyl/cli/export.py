@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Folder, FormatName, Json, Seed, check_inputs
+from lbyl.cli.options import Folder, FormatName, Json, SameInputs, Seed
 from lbyl.cli.sources import example_inputs
 
 
@@ -25,15 +25,7 @@ def export(
             help="What builds the unpruned model (module:factory), where it is of neither timm nor torchvision.",
         ),
     ] = None,
-    input: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            metavar="SHAPE",
-            callback=check_inputs,
-            help="Shape of an example input, as for compress. Default: what the network was compressed on.",
-        ),
-    ] = None,
+    input: SameInputs = None,
     fixed_batch: Annotated[
         bool, typer.Option("--fixed-batch", help="Take the example's batch size only, instead of any.")
     ] = False,

@@ -304,6 +304,15 @@ Inputs = Annotated[
         "Repeat it for several positional inputs. timm and torchvision models have a default.",
     ),
 ]
+SameInputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE",
+        callback=check_inputs,
+        help="Shape of an example input, as for compress. Default: what the network was compressed on.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="For whatever is drawn at random.")]
 NoPretrained = Annotated[
     bool,

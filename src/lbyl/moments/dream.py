@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
 from lbyl.moments.base import Probes, Progress
-from lbyl.moments.synthesis import affordable, dead_leaves, held_out_size, pink, split, synthesize
+from lbyl.moments.synthesis import affordable, dead_leaves, held_out_size, macs_each, pink, split, synthesize
 from lbyl.probing import frozen, run
 from lbyl.surgery import tensors_of
 
 _TINY = 1e-6
 """Added to variances: a channel that never varied in training must not blow up the loss."""
+_STEPS, _FEWEST = 20, 5
+_MOST = 1e13
+"""Multiply-accumulates that all steps may take: some minutes on a few cores."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +32,37 @@ class Dream:
 
     Attributes:
         images: dreams that moments are collected on, and scenes; a quarter more is dreamed and held out. None
-            takes as many as 1.6e10 multiply-accumulates a step allow, between 24 and 96.
-        steps: Adam steps, with a cosine schedule.
+            takes as many as 1.6e10 multiply-accumulates a step allow, between 24 and 96; where one takes more
+            than 4e9, as many as 1e11 allow, and scenes as many as 4e11 do, at least 4 of each.
+        steps: Adam steps, with a cosine schedule. None takes 20, and fewer where all of them would take more than
+            1e13 multiply-accumulates; where less than 5 are left, none.
         lr: step size, in units of the inputs (which start with unit variance).
     """
 
     images: int | None = None
-    steps: int = 20
+    steps: int | None = None
     lr: float = 0.1
 
     def __post_init__(self) -> None:
-        if (self.images is not None and self.images < 2) or self.steps < 0 or self.lr <= 0:
+        if (self.images is not None and self.images < 2) or (self.steps is not None and self.steps < 0) or self.lr <= 0:
             raise InputError(f"{self}: at least 2 images, 0 steps or more, and a positive lr")
 
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
         """Dreamed inputs of the example's shapes."""
-        count = self.images or affordable(model, inputs, 1.6e10, 24, 96)
+        each = macs_each(model, inputs)
+        count = self.images or affordable(each, 1.6e10, 24, 96, ceiling=1e11)
+        leaves = self.images or affordable(each, 1.6e10, 24, 96, ceiling=4e11)
         held = held_out_size(count)
+        steps, note = self.steps, ""
+        if steps is None:
+            # Forward, and backward to the inputs.
+            steps = min(_STEPS, int(_MOST / (3 * each * (count + held))))
+            steps = steps if steps >= _FEWEST else 0
+            if steps < _STEPS:
+                what = f"{steps} steps of dreaming" if steps else "no dreams but pink noise"
+                note = f"{what}: an input takes {each:.1e} multiply-accumulates; Dream(steps=...) asks for more"
         start = synthesize(model, inputs, count + held, pink, generator)
         pixels = [t.requires_grad_(True) for t in start.tensors() if t.is_floating_point()]
         state = tensors_of(model)
@@ -60,9 +75,9 @@ class Dream:
             terms.append(offset.mean() + spread.square().mean())
 
         optimizer = torch.optim.Adam(pixels, lr=self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(self.steps, 1))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         with frozen(model), torch.enable_grad():
-            for step in range(self.steps):
+            for step in range(steps):
                 terms.clear()
                 run(model, start, on_norm=on_norm, batch_statistics=True)
                 if not terms:
@@ -72,7 +87,7 @@ class Dream:
                 optimizer.step()
                 schedule.step()
                 if progress:
-                    progress("dreaming", step + 1, self.steps)
+                    progress("dreaming", step + 1, steps)
         train, test = split(start.map(lambda t: t.detach()), [count, held])
-        scenes = synthesize(model, inputs, count, dead_leaves, generator)
-        return Probes((train, scenes), test, batch_statistics=True, lifelike=(1,))
+        scenes = synthesize(model, inputs, leaves, dead_leaves, generator)
+        return Probes((train, scenes), test, batch_statistics=True, note=note, lifelike=(1,))

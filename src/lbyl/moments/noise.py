@@ -10,7 +10,7 @@ from torch import nn
 from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
 from lbyl.moments.base import Probes, Progress
-from lbyl.moments.synthesis import affordable, held_out_size, split, synthesize, varied_pink
+from lbyl.moments.synthesis import affordable, held_out_size, macs_each, split, synthesize, varied_pink
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Noise:
 
     Attributes:
         images: probes that moments are collected on; a quarter more is held out. None takes as many as 1e10
-            multiply-accumulates allow, between 64 and 4096.
+            multiply-accumulates allow, between 64 and 4096, and fewer only where one takes more than 6e9.
         spectrum: the mean exponent of 1 / f; natural images have about 1.
     """
 
@@ -37,7 +37,7 @@ class Noise:
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
         """Synthetic inputs of the example's shapes."""
-        count = self.images or affordable(model, inputs, 1e10, 64, 4096)
+        count = self.images or affordable(macs_each(model, inputs), 1e10, 64, 4096, ceiling=4e11)
         held = held_out_size(count)
         made = synthesize(model, inputs, count + held, lambda shape, g: varied_pink(shape, g, self.spectrum), generator)
         train, test = split(made, [count, held])

@@ -150,9 +150,19 @@ def split(inputs: ExampleInputs, sizes: Sequence[int]) -> list[ExampleInputs]:
     return parts
 
 
-def affordable(model: nn.Module, inputs: ExampleInputs, macs: float, least: int, most: int) -> int:
-    """How many inputs one forward pass over all of them may have, for a number of multiply-accumulates."""
-    return round(max(least, min(most, macs / max(count_macs(model, inputs), 1) * batch_size(inputs))))
+def macs_each(model: nn.Module, inputs: ExampleInputs) -> float:
+    """Multiply-accumulates that one input takes."""
+    return max(count_macs(model, inputs) / max(batch_size(inputs), 1), 1.0)
+
+
+def affordable(each: float, macs: float, least: int, most: int, ceiling: float) -> int:
+    """How many inputs one forward pass over all of them may have.
+
+    As many as ``macs`` allow at ``each`` multiply-accumulates an input, between ``least`` and ``most``; but no more
+    than ``ceiling`` multiply-accumulates allow, for a batch must fit into memory too, unless these are less than 4.
+    """
+    wanted = max(least, min(most, macs / each))
+    return round(min(wanted, max(4, ceiling / each)))
 
 
 def batch_size(inputs: ExampleInputs) -> int:
