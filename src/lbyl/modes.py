@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,18 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: while many objects are made and kept, going through all of them is in vain."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def duplicate(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy, with ``instead[id(part)]`` in place of some parts.
 
@@ -68,7 +81,8 @@ def duplicate(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        with uncollected():
+            return copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"{type(model).__name__} can't be copied ({error}); lbyl only works on a copy") from error
 

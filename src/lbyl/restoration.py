@@ -95,8 +95,12 @@ def deliver(choice: Choice, state: State, restorer: Restorer, seed: int) -> tupl
     if obstacle:
         note = f"pruned without restoration: the weights-only form does not apply, {obstacle}"
         return nothing_delivered(len(keep), len(drop), note), None
-    labels = torch.tensor(group.blocks)
+    activation = next((step.op for step in group.steps if step.op in ACTIVATIONS), None)
+    generator = generator_for(seed, f"{group.name}#terms")
     whole = nothing_delivered(len(keep), len(drop))
+    if isinstance(restorer, Prune):
+        return whole, reconstruction_terms(filters, keep, drop, whole, activation, generator)
+    labels = torch.tensor(group.blocks)
     notes = []
     for label in torch.unique(labels):
         members = torch.nonzero(labels == label).flatten()
@@ -111,8 +115,6 @@ def deliver(choice: Choice, state: State, restorer: Restorer, seed: int) -> tupl
         whole.scale[in_keep] = part.scale
         notes.append(part.note)
     delivery = replace(whole, note="; ".join(note for note in dict.fromkeys(notes) if note))
-    activation = next((step.op for step in group.steps if step.op in ACTIVATIONS), None)
-    generator = generator_for(seed, f"{group.name}#terms")
     return delivery, reconstruction_terms(filters, keep, drop, delivery, activation, generator)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
 from lbyl.graph import Graph
+from lbyl.modes import uncollected
 from lbyl.selection import Selection
 
 
@@ -174,7 +175,8 @@ def cut_copy(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribu
     """
     replaced = _sliced(model, cuts)
     # deepcopy takes what is in its memo for copied already.
-    twin = copy.deepcopy(model, dict(replaced))
+    with uncollected():
+        twin = copy.deepcopy(model, dict(replaced))
     for path, module in model.named_modules():
         _replace(path, module, twin.get_submodule(path), replaced)
     _finish(twin, attributes)

@@ -25,7 +25,7 @@ from lbyl.graph.recording import record as watch
 from lbyl.graph.rules import find_rule
 from lbyl.graph.types import NOT_OURS, Average, Graph, Group, Producer, Reader, Size, Slot, Step
 from lbyl.inputs import ExampleInputs
-from lbyl.modes import undisturbed
+from lbyl.modes import uncollected, undisturbed
 
 _NO_EFFECT = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_set_grad_enabled")
 
@@ -41,11 +41,12 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
         TraceError: ``torch.export`` refused the model.
     """
     try:
-        with undisturbed(model):  # what the run leaves in caches would be constants to `torch.export`
+        with uncollected(), undisturbed(model):  # what the run leaves in caches would be constants to `torch.export`
             program = watch(model, inputs)
     except Exception:  # whatever it is, `torch.export` says whether the model can be traced, and if not, why
         program = export(model, inputs)
-    return graph_of(model, program)
+    with uncollected():
+        return graph_of(model, program)
 
 
 def graph_of(model: nn.Module, program: Program) -> Graph:
