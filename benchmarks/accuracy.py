@@ -42,6 +42,7 @@ from torch import Tensor, nn
 import lbyl
 from lbyl.inputs import ExampleInputs
 from lbyl.modes import duplicate
+from lbyl.moments import ProbeSource
 from lbyl.restorers import choose_restorer
 from lbyl.selection import generator_for
 from lbyl.widths import Given
@@ -135,6 +136,7 @@ class Restorers:
         if seed not in self.made:
             chosen, inputs = choose_restorer(self.net)[0], ExampleInputs.of(self.pixels[:1])
             generator = generator_for(seed, "probes")
+            assert isinstance(chosen.moments, ProbeSource)
             probes = chosen.moments.probes(duplicate(self.net).eval(), inputs, generator, None)
             self.made[seed] = replace(chosen, moments=Given(probes))
         return self.made[seed]

@@ -44,7 +44,7 @@ from lbyl.measure import count_macs, count_parameters
 OTHERS = [name for name in MODELS if name not in CLASSIFIERS]
 RATIO = 0.25
 NOTHING = "nothing to cut: sums couple every group"
-PATIENCE = {"all": 120, "inner": 120, "restored": 300}
+PATIENCE = {"all": 120, "inner": 180, "restored": 900}
 """Seconds after which a cell is given up, where it is not 60."""
 
 
