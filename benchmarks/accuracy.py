@@ -365,6 +365,8 @@ def main(
     """Fill the table cell by cell."""
     console = Console()
     names = network or list(NETWORKS)
+    if quick and (costs_too or ridges_too):
+        raise typer.BadParameter("--costs and --ridges write what they find, --quick writes nothing: leave one out")
     for name in names:
         if name not in NETWORKS:
             raise typer.BadParameter(f"{name!r}: choose {', '.join(NETWORKS)}", param_hint="--network")
@@ -385,11 +387,10 @@ def main(
             run.measurements.append({**whole, "assessment": None})
         console.print(f"unpruned  {of(run.measurements, network=name, method='Unpruned')[0]['accuracy']:.2f}")
         restorers = Restorers(spec, net, images.pixels)
+        if costs_too:
+            run.measurements = [c for c in run.measurements if (c["kind"], c["network"]) != ("cost", name)]
         for method in METHODS if costs_too else ():
             cell = cost(name, net, images, method, restorers(method, 0))
-            run.measurements = [
-                c for c in run.measurements if not of([c], **key(name, cell["ratio"], method, 0, "cost"))
-            ]
             run.measurements.append(cell)
             console.print(f"{method:9} {cell['ratio']:4.0%}  {cell['seconds']:6.1f} s, whole")
             save(run, names)

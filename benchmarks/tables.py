@@ -55,7 +55,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     parts = ["# Results", "Written by `python benchmarks/tables.py`; do not edit by hand."]
     for data in results.values():
         made = (
-            f"`{data['command']}` took {data['seconds']:,.0f} s with lbyl {data['lbyl']}, "
+            f"`{data['command']}` took {data['seconds']:,.0f} s when it last ran, with lbyl {data['lbyl']}, "
             f"torch {data['torch']}, {data['threads']} threads."
         )
         plots = [f"![{caption}]({name}.svg)" for name, caption in data.get("plots", {}).items()]

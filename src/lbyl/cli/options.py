@@ -294,24 +294,22 @@ Weights = Annotated[
     Path | None,
     typer.Option(help="State dict to load into the model: .safetensors, or .pth (read with weights_only=True)."),
 ]
+
+
+def _shapes(help: str) -> Any:
+    return typer.Option("--input", metavar="SHAPE", callback=check_inputs, help=help)
+
+
 Inputs = Annotated[
     list[str] | None,
-    typer.Option(
-        "--input",
-        metavar="SHAPE",
-        callback=check_inputs,
-        help="Shape of an example input: 1x3x224x224, or int64:1x128. "
-        "Repeat it for several positional inputs. timm and torchvision models have a default.",
+    _shapes(
+        "Shape of an example input: 1x3x224x224, or int64:1x128. "
+        "Repeat it for several positional inputs. timm and torchvision models have a default."
     ),
 ]
 SameInputs = Annotated[
     list[str] | None,
-    typer.Option(
-        "--input",
-        metavar="SHAPE",
-        callback=check_inputs,
-        help="Shape of an example input, as for compress. Default: what the network was compressed on.",
-    ),
+    _shapes("Shape of an example input, as for compress. Default: what the network was compressed on."),
 ]
 Seed = Annotated[int, typer.Option(help="For whatever is drawn at random.")]
 NoPretrained = Annotated[
