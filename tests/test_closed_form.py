@@ -180,6 +180,23 @@ def duplicate(layer: nn.Linear, scales: list[float]) -> None:
             layer.bias[4 + copy] = scale * layer.bias[copy]
 
 
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (mlp(6, 8), (2, 6)),
+        (flat_convnet(), (2, 3, 4, 4)),
+        (residual(), (2, 3, 8, 8)),
+        (settle(Depthwise()), (2, 3, 6, 6)),
+        (settle(nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))), (1, 3, 6, 6)),
+    ],
+    ids=["bias", "batch norm", "several producers", "outer products of taps", "transposed"],
+)
+def test_the_energy_of_a_channel_is_that_of_its_effective_filter(model: nn.Module, shape: tuple[int, ...]) -> None:
+    for group in lbyl.inspect(model, images(*shape)).graph.groups:
+        filters = describe(group, tensors_of(model))
+        assert torch.allclose(filters.energy, filters.weight.square().sum(1), rtol=1e-12)
+
+
 @pytest.mark.parametrize("scales", [[1.0] * 4, [0.5, 0.25, 3.0, 0.01]], ids=["copies", "scaled"])
 @pytest.mark.parametrize("restore", [lbyl.LBYL(ridge=1e-9), lbyl.Merge()], ids=["lbyl", "merge"])
 def test_duplicates_are_restored_exactly(scales: list[float], restore: lbyl.Restorer) -> None:

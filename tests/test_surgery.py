@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbyl
-from lbyl.surgery import Cut, cut, cut_copy, write
+from lbyl.modes import duplicate
+from lbyl.surgery import Cut, cut, cut_copy, standing_for, write
 
 
 class Mixed(nn.Module):
@@ -122,6 +124,17 @@ def test_memory_is_not_shared_with_the_input_model() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_empty_containers_are_copied_not_shared() -> None:
+    model: Any = mlp(6, 8)
+    model.notes = model.other = []
+    small = compress(model, images(2, 6)).model
+    small.notes.append("mine")
+    small.register_forward_hook(lambda *_: None)
+    assert small.other is small.notes
+    assert model.notes == []
+    assert not model._forward_hooks
+
+
 def test_requires_grad_and_dtype_are_kept_and_the_cut_model_trains() -> None:
     model = residual().double()
     model.a.conv1.weight.requires_grad_(False)
@@ -182,6 +195,17 @@ def test_depthwise_networks_shrink_all_the_way() -> None:
     assert small.depthwise.weight.shape == (3, 1, 3, 3)
     assert small.depthwise.groups == small.bn0.num_features == small.bn1.num_features == 3
     assert small.project.in_channels == 3
+
+
+def test_what_stands_for_a_tensor_takes_its_place_everywhere() -> None:
+    model = settle(Tied())
+    model.a.weight.requires_grad_(False)
+    new = torch.ones(8, 8)
+    twin = duplicate(model, standing_for(model, {"a.weight": new}))
+    assert twin.a.weight is twin.b.weight
+    assert torch.equal(twin.b.weight, new)
+    assert not twin.a.weight.requires_grad
+    assert not torch.equal(model.a.weight, new)
 
 
 def test_a_cut_copy_replaces_every_reference_and_shares_nothing() -> None:

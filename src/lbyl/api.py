@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +30,7 @@ from lbyl.graph import Graph, trace
 from lbyl.groundwork import Groundwork, lay_groundwork
 from lbyl.inputs import ExampleInputs
 from lbyl.measure import count_macs, count_parameters
-from lbyl.modes import duplicate, undisturbed
+from lbyl.modes import duplicate, uncollected, undisturbed
 from lbyl.moments import Progress
 from lbyl.order import Order
 from lbyl.parts import Part, joined, part_of, traceable_parts
@@ -47,7 +48,7 @@ from lbyl.selection import (
     ratio_for,
     select,
 )
-from lbyl.surgery import cut_copy, plan_attributes, plan_cuts, tensors_of, write
+from lbyl.surgery import cut_copy, plan_attributes, plan_cuts, standing_for, tensors_of, write
 from lbyl.verification import follower, without_trouble
 from lbyl.verification import verify as check
 from lbyl.widths import Widths, choose_widths
@@ -293,7 +294,10 @@ def compress(
     scoring = resolve_criterion(criterion)
     order = Order(ratio, budget, scope, scoring, restore, seed, verify, strict, source, progress)
     clock = Clock()
-    return walk(prepare(model, example_inputs, order, submodule, clock), order, clock)
+    # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.
+    probing = restore == "auto" or isinstance(restore, LeastSquares)
+    with nullcontext() if probing else uncollected():
+        return walk(prepare(model, example_inputs, order, submodule, clock), order, clock)
 
 
 def prepare(model: nn.Module, example_inputs: Inputs, order: Order, submodule: str | None, clock: Clock) -> Prepared:
@@ -364,12 +368,12 @@ def _whole(
                 work = work or duplicate(model).eval()
                 known = ground.readings if ground else None
                 restoration = fit(work, inputs, graph, selection, fitted, order.seed, order.progress, known)
+                write(work, restoration.values)
             else:
-                # The user's own weights are only read, so that no copy of them is held meanwhile.
+                # The user's own weights are only read, and what changes is never copied.
                 restoration = solve(selection, tensors_of(model), restorer, order.seed, order.progress)
-                work = duplicate(model).eval()
+                work = duplicate(model, standing_for(model, restoration.values)).eval()
         with clock("cut"):
-            write(work, restoration.values)
             restored, assessment = restoration.groups, restoration.assessment
             notes = tuple(note for note in (why, *planned, *restoration.notes) if note)
             seconds = dict(restoration.seconds)

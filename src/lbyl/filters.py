@@ -15,6 +15,9 @@ from lbyl.graph import NOT_OURS, Depthwise, Group, Norm, Producer, Slot
 State = Mapping[str, Tensor]
 """Parameters and buffers by name."""
 
+_CACHED = 2**16
+"""So many elements in float64 fit the processor's cache."""
+
 
 @dataclass(frozen=True)
 class Filters:
@@ -50,6 +53,16 @@ class Filters:
             if not producer.normalized and producer.bias:
                 parts.append(offset[:, None])
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    @cached_property
+    def energy(self) -> Float[Tensor, " channels"]:
+        """``|v_j|^2``, summed without making the rows of `weight`, which are several times the weights themselves."""
+        parts = []
+        for producer, offset in zip(self.group.producers, self._offsets, strict=True):
+            parts.append(_energy(producer, self.group, self.state))
+            if not producer.normalized and producer.bias:
+                parts.append(offset.square())
+        return torch.stack(parts).sum(0)
 
     @cached_property
     def offset(self) -> Float[Tensor, " channels"]:
@@ -105,6 +118,10 @@ class _Subset(Filters):
     @cached_property
     def weight(self) -> Tensor:
         return self.whole.weight[self.members]
+
+    @cached_property
+    def energy(self) -> Tensor:
+        return self.whole.energy[self.members]
 
     @cached_property
     def offset(self) -> Tensor:
@@ -202,6 +219,29 @@ def _effective(producer: Producer, group: Group, state: State) -> Float[Tensor, 
             # A 1x1 layer and a depthwise one compose to the outer product of their taps.
             weight = (weight[:, :, :, None] * taps[:, :, None, :]).reshape(width, -1)
     return weight
+
+
+def _energy(producer: Producer, group: Group, state: State) -> Float[Tensor, " channels"]:
+    """Sum of squares of the producer's weight with all that follows it folded in."""
+    slot, width = producer.weight, group.width
+    found = _squares(state[slot.parameter], slot, width)
+    for stage in producer.stages:
+        if isinstance(stage, Norm):
+            found = found * _norm(stage, slot, width, state)[0].square()
+        else:
+            # |a b^T|^2 = |a|^2 |b|^2 for the outer product of taps.
+            found = found * _squares(state[stage.weight], slot, width)
+    return found.sum(1)
+
+
+def _squares(tensor: Tensor, slot: Slot, width: int) -> Float[Tensor, "channels occurrences"]:
+    """The sum of squares of each row of a weight, at the row's places in the group."""
+    if slot.dim and tensor.dim() > 1:
+        tensor = tensor.movedim(slot.dim, 0)
+    flat = tensor.detach().reshape(tensor.shape[0], -1)
+    # Some rows at a time: a wide copy of all would be fresh memory, which takes longer than the sum.
+    pieces = flat.split(max(1, _CACHED // max(flat.shape[1], 1)))
+    return _rows(torch.cat([piece.double().square_().sum(1) for piece in pieces]), slot, width)
 
 
 def _offset(producer: Producer, group: Group, state: State) -> Float[Tensor, " channels"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,7 @@ def duplicate(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.
     Raises:
         InputError: the model holds something that can't be copied.
     """
-    memo: dict[int, Any] = dict(instead or {})
+    memo: dict[int, Any] = {**empty_copies(model), **(instead or {})}
     for module in model.modules():
         for value in _plain(module).values():
             for tensor in pytree.tree_leaves(value):
@@ -85,6 +86,19 @@ def duplicate(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.
             return copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"{type(model).__name__} can't be copied ({error}); lbyl only works on a copy") from error
+
+
+def empty_copies(model: nn.Module) -> dict[int, Any]:
+    """New empty containers, by the ids of the modules' own: a memo for `copy.deepcopy`.
+
+    Every module has a dozen of them, for hooks mostly, and one by one they take longer to copy than the weights.
+    """
+    return {
+        id(value): type(value)()
+        for module in model.modules()
+        for value in vars(module).values()
+        if type(value) in (OrderedDict, dict, list, set) and not value
+    }
 
 
 _CONTAINERS = (dict, list, set)

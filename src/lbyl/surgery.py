@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
 from lbyl.graph import Graph
-from lbyl.modes import uncollected
+from lbyl.modes import empty_copies, uncollected
 from lbyl.selection import Selection
 
 
@@ -154,6 +154,16 @@ def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             state[name].copy_(value)
 
 
+def standing_for(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """New parameters and buffers by the ids of those whose place they take in a copy of the model."""
+    state = tensors_of(model)
+    return {id(state[name]): _in_place_of(state[name], value) for name, value in values.items()}
+
+
+def _in_place_of(old: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
 def cut(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribute] = ()) -> nn.Module:
     """Slice parameters and buffers of ``model`` itself, and set the attributes that follow from their sizes.
 
@@ -176,7 +186,7 @@ def cut_copy(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribu
     replaced = _sliced(model, cuts)
     # deepcopy takes what is in its memo for copied already.
     with uncollected():
-        twin = copy.deepcopy(model, dict(replaced))
+        twin = copy.deepcopy(model, {**empty_copies(model), **replaced})
     for path, module in model.named_modules():
         _replace(path, module, twin.get_submodule(path), replaced)
     _finish(twin, attributes)
@@ -226,7 +236,7 @@ def _sliced(model: nn.Module, cuts: Sequence[Cut]) -> dict[int, Tensor]:
             if item.scale != 1:
                 new = new * item.scale
         new = new.clone(memory_format=torch.contiguous_format)
-        replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        replaced[id(old)] = _in_place_of(old, new)
     return replaced
 
 

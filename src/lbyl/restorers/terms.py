@@ -41,13 +41,13 @@ def reconstruction_terms(
 ) -> Terms:
     """RE, BE and AE of a delivery matrix (LBYL, section 3.2)."""
     s = delivery.matrix
-    residual, offset = filters.weight[drop], filters.offset[drop]
-    if bool(s.any()):
-        residual = residual - s.T @ filters.weight[keep]
-        offset = offset - s.T @ filters.offset[keep]
+    if not bool(s.any()):
+        return Terms(float(filters.energy[drop].mean()), float(filters.offset[drop].square().mean()), 0.0)
+    residual = filters.weight[drop] - s.T @ filters.weight[keep]
+    offset = filters.offset[drop] - s.T @ filters.offset[keep]
     f = ACTIVATIONS.get(activation or "")
     lost = 0.0
-    if f is not None and bool(s.any()):
+    if f is not None:
         noise = torch.randn(_SAMPLES, filters.weight.shape[1], generator=generator)
         z = (noise @ filters.weight[keep].T.float()).double() + filters.offset[keep]
         lost = float((f(z @ s) - f(z) @ s).square().mean())
