@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from nets import compress, flat_convnet, images, mlp
-from torch import Tensor
+from nets import compress, flat_convnet, images, mlp, residual
+from torch import Tensor, nn
 
 import lbyl
-from lbyl.criteria import CRITERIA
+from lbyl.criteria import CRITERIA, L1, L2
 from lbyl.filters import describe
 from lbyl.surgery import tensors_of
 
@@ -50,6 +50,19 @@ def test_the_weight_alone_is_scored_before_a_batch_norm() -> None:
     model = flat_convnet()
     raw = describe(lbyl.inspect(model, images(2, 3, 4, 4)).graph.group("0"), tensors_of(model)).raw
     np.testing.assert_array_equal(raw.numpy(), model[0].weight.detach().double().reshape(8, -1).numpy())
+
+
+@pytest.mark.parametrize("criterion", [L1(), L2()], ids=["l1", "l2"])
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [(mlp(6, 10), images(2, 6)), (flat_convnet(), images(2, 3, 4, 4)), (residual(), images(2, 3, 6, 6))],
+    ids=["biased", "normed", "summed"],
+)
+def test_norms_are_summed_in_pieces(model: nn.Module, x: Tensor, criterion: L1 | L2) -> None:
+    for group in lbyl.inspect(model, x).graph.groups:
+        filters = describe(group, tensors_of(model))
+        expected = criterion.score(filters.raw, torch.Generator())
+        torch.testing.assert_close(filters.norms(criterion.power), expected, rtol=1e-12, atol=0)
 
 
 def test_compress_keeps_the_highest_scores() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from nets import flat_convnet, images, mlp, residual, settle
@@ -12,6 +14,7 @@ from lbyl.graph.exported import export
 from lbyl.graph.recording import Unseen, record
 from lbyl.graph.trace import graph_of, trace
 from lbyl.inputs import ExampleInputs
+from lbyl.measure import count_macs
 
 
 class Tied(nn.Module):
@@ -98,7 +101,26 @@ MODELS = {
 def test_a_recording_tells_what_an_export_tells(name: str) -> None:
     build, make = MODELS[name]
     model, inputs = build().eval(), ExampleInputs.of(make())
-    assert graph_of(model, record(model, inputs)) == graph_of(model, export(model, inputs))
+    recorded = graph_of(model, record(model, inputs))
+    assert replace(recorded, macs=None) == graph_of(model, export(model, inputs))
+    assert recorded.macs == count_macs(model, inputs)
+
+
+class Reading(nn.Module):
+    """Chokes on zeros where a layer should have answered, which is nothing that Python sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        return self.head(torch.linalg.cholesky(y.T @ y + 1e-3 * torch.eye(6)) @ y.T @ torch.linalg.inv(y @ y.T) @ y)
+
+
+def test_a_model_that_can_not_do_with_zeros_is_computed() -> None:
+    model, inputs = Reading().eval(), ExampleInputs.of(images(3, 4))
+    assert record(model, inputs).macs == count_macs(model, inputs)
 
 
 @pytest.mark.parametrize(

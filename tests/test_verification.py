@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import lbyl
 from lbyl.inputs import ExampleInputs
+from lbyl.measure import count_macs
 from lbyl.selection import Choice, Selection
 from lbyl.surgery import cut, plan_cuts, tensors_of, write
 from lbyl.verification import TOLERANCE, difference, verify
@@ -71,6 +72,54 @@ def networks(draw: st.DrawFn) -> nn.Module:
         stages += [nn.Linear(width, 7), nn.ReLU()]
         width = 7
     return settle(nn.Sequential(*stages, nn.Linear(width, 4)), draw(st.integers(0, 2**20)))
+
+
+class Sized(nn.Module):
+    """A network for images of any size; ``sized`` and ``narrow`` insist on something."""
+
+    def __init__(self, sized: bool = False, narrow: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 4), nn.Conv2d(8, 8, 3, 4)
+        self.head = nn.Linear(8, 4)
+        self.sized, self.narrow = sized, narrow
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.sized and x.shape[-1] != 160:
+            raise ValueError("made for 160 pixels")
+        y = self.first(x).relu()
+        if self.narrow and x.shape[-1] == 160:
+            y = y.reshape(len(y), 8, *y.shape[2:])
+        return self.head(self.second(y).relu().mean((2, 3)))
+
+
+def test_large_images_are_compared_with_fewer_pixels_and_run_whole() -> None:
+    seen: list[tuple[torch.dtype, int]] = []
+    model = settle(Sized())
+    model.first.register_forward_pre_hook(lambda module, args: seen.append((args[0].dtype, args[0].shape[-1])))
+    x = images(1, 3, 160, 192)
+    result = lbyl.compress(model, x, ratio=0.5, restore="prune")
+    assert seen == [(torch.float32, 192), (torch.float64, 64), (torch.float64, 64), (torch.float32, 192)]
+    assert result.report.verified is not None
+    assert result.report.macs == tuple(
+        count_macs(m, ExampleInputs.of(images(1, 3, 160, 192))) for m in (model, result.model)
+    )
+
+
+def test_a_network_for_one_size_is_compared_on_that() -> None:
+    seen: list[int] = []
+    model = settle(Sized(sized=True))
+    model.first.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-1]))
+    assert lbyl.compress(model, images(1, 3, 160, 160), ratio=0.5, restore="prune").report.verified is not None
+    assert seen.count(160) == 4
+
+
+def test_what_fails_only_at_full_size_is_found() -> None:
+    model = settle(Sized(narrow=True))
+    report = lbyl.compress(model, images(1, 3, 160, 160), ratio=0.5, restore="prune").report
+    assert [row.group for row in report.rows] == ["second"]
+    assert [(name, why.partition(":")[0]) for name, why in report.left if name == "first"] == [
+        ("first", "found by verification")
+    ]
 
 
 def masked_twin(model: nn.Module, result: lbyl.Result, inputs: Tensor) -> nn.Module:

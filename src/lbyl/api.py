@@ -371,8 +371,8 @@ def _whole(
                 write(work, restoration.values)
             else:
                 # The user's own weights are only read, and what changes is never copied.
-                restoration = solve(selection, tensors_of(model), restorer, order.seed, order.progress)
-                work = duplicate(model, standing_for(model, restoration.values)).eval()
+                restoration = solve(selection, tensors_of(model), restorer, order.seed, order.progress, order.verify)
+                work = duplicate(model, standing_for(model, restoration.values)) if restoration.values else model
         with clock("cut"):
             restored, assessment = restoration.groups, restoration.assessment
             notes = tuple(note for note in (why, *planned, *restoration.notes) if note)
@@ -381,13 +381,14 @@ def _whole(
             attributes = plan_attributes(work, graph, selection)
         try:
             with clock("cut"):
-                smaller = cut_copy(work, plan_cuts(selection), attributes)
+                cuts = plan_cuts(selection)
+                smaller = cut_copy(work, cuts, attributes)
             with clock("verify"):
                 if order.verify:
-                    found = check(work, smaller, inputs, selection, follower(work, graph))
+                    found = check(work, smaller, inputs, selection, follower(work, graph), graph.macs)
                     verified, macs = found.difference, found.macs
                 else:
-                    verified, macs = None, _macs(work, smaller, inputs)
+                    verified, macs = None, _macs(work, smaller, inputs, graph.macs)
         except (VerificationError, SurgeryError):
             if order.strict or not order.verify:
                 raise
@@ -422,7 +423,7 @@ def _whole(
     }
     plan = Plan(
         groups=tuple(GroupPlan(c.group.name, c.group.width, c.keep) for c in selection.choices),
-        cuts=plan_cuts(selection),
+        cuts=cuts,
         settings=settings,
         architecture=architecture_of(model),
         source=order.source,
@@ -531,9 +532,9 @@ def _ratio_within(ratio: Ratio, part: Part) -> Ratio:
     return {name: ratio_for(group, ratio) for name, group in named.items()}
 
 
-def _macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs) -> tuple[int, int]:
+def _macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs, known: int | None = None) -> tuple[int, int]:
     with undisturbed(before), undisturbed(after):
-        return count_macs(before, inputs), count_macs(after, inputs)
+        return count_macs(before, inputs) if known is None else known, count_macs(after, inputs)
 
 
 def _pairs(selection: Selection, restored: tuple[Restored, ...]) -> Iterator[tuple[Any, Restored]]:

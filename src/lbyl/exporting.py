@@ -24,11 +24,10 @@ from torch.utils import _pytree as pytree
 
 from lbyl import artifact
 from lbyl.errors import ExportError, InputError
-from lbyl.inputs import ExampleInputs, output_tensors
+from lbyl.inputs import ExampleInputs, output_tensors, outputs
 from lbyl.modes import undisturbed
 from lbyl.plan import Plan
 from lbyl.sources import is_rebuildable
-from lbyl.verification import outputs
 
 TOLERANCE = 1e-4
 """Largest difference between the file and the model, relative to an output's largest magnitude, in float32."""

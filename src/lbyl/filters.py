@@ -44,6 +44,17 @@ class Filters:
                 parts.append(_rows(self.state[producer.bias], producer.weight, self.group.width))
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
+    def norms(self, power: int) -> Float[Tensor, " channels"]:
+        """``(sum_i |w_ji|^p)^(1/p)`` over the rows of `raw`, without making them."""
+        parts, bare = [], not any(producer.stages for producer in self.group.producers)
+        for producer, offset in zip(self.group.producers, self._offsets, strict=True):
+            slot = producer.weight
+            parts.append(_powers(self.state[slot.parameter], slot, self.group.width, power).sum(1))
+            if producer.bias and not producer.normalized:
+                bias = offset[:, None] if bare else _rows(self.state[producer.bias], slot, self.group.width)
+                parts.append(bias.abs().pow(power).sum(1))
+        return torch.stack(parts).sum(0).pow(1 / power)
+
     @cached_property
     def weight(self) -> Float[Tensor, "channels fan_in"]:
         """One row a channel, ``v_j = gamma_j / sigma_j * w_j`` flattened; without a batch norm ``[w | b]``."""
@@ -115,6 +126,9 @@ class _Subset(Filters):
     def raw(self) -> Tensor:
         return self.whole.raw[self.members]
 
+    def norms(self, power: int) -> Tensor:
+        return self.whole.norms(power)[self.members]
+
     @cached_property
     def weight(self) -> Tensor:
         return self.whole.weight[self.members]
@@ -142,6 +156,8 @@ class _Subset(Filters):
 
 def seats(slot: Slot, width: int) -> Int[Tensor, "channels occurrences"]:
     """Where each channel of the group stands in a slot: indices, padded with -1."""
+    if slot.channels == tuple(range(width)):
+        return torch.arange(width)[:, None]
     channels = torch.tensor(slot.channels)
     order = torch.argsort(channels, stable=True)
     order = order[channels[order] != NOT_OURS]
@@ -224,24 +240,24 @@ def _effective(producer: Producer, group: Group, state: State) -> Float[Tensor, 
 def _energy(producer: Producer, group: Group, state: State) -> Float[Tensor, " channels"]:
     """Sum of squares of the producer's weight with all that follows it folded in."""
     slot, width = producer.weight, group.width
-    found = _squares(state[slot.parameter], slot, width)
+    found = _powers(state[slot.parameter], slot, width, 2)
     for stage in producer.stages:
         if isinstance(stage, Norm):
             found = found * _norm(stage, slot, width, state)[0].square()
         else:
             # |a b^T|^2 = |a|^2 |b|^2 for the outer product of taps.
-            found = found * _squares(state[stage.weight], slot, width)
+            found = found * _powers(state[stage.weight], slot, width, 2)
     return found.sum(1)
 
 
-def _squares(tensor: Tensor, slot: Slot, width: int) -> Float[Tensor, "channels occurrences"]:
-    """The sum of squares of each row of a weight, at the row's places in the group."""
+def _powers(tensor: Tensor, slot: Slot, width: int, power: int) -> Float[Tensor, "channels occurrences"]:
+    """The sum of ``|w|^p`` of each row of a weight, at the row's places in the group."""
     if slot.dim and tensor.dim() > 1:
         tensor = tensor.movedim(slot.dim, 0)
     flat = tensor.detach().reshape(tensor.shape[0], -1)
     # Some rows at a time: a wide copy of all would be fresh memory, which takes longer than the sum.
     pieces = flat.split(max(1, _CACHED // max(flat.shape[1], 1)))
-    return _rows(torch.cat([piece.double().square_().sum(1) for piece in pieces]), slot, width)
+    return _rows(torch.cat([piece.double().abs_().pow_(power).sum(1) for piece in pieces]), slot, width)
 
 
 def _offset(producer: Producer, group: Group, state: State) -> Float[Tensor, " channels"]:

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lbyl.errors import SurgeryError
-from lbyl.inputs import ExampleInputs
+from lbyl.inputs import ExampleInputs, outputs
 from lbyl.modes import duplicate, undisturbed
 from lbyl.surgery import tensors_of
-from lbyl.verification import outputs
 
 _LAYERS: Mapping[str, type[nn.Module]] = {
     "conv1d": nn.Conv1d,

@@ -20,12 +20,11 @@ import torch
 from torch import nn
 
 from lbyl.errors import InputError
-from lbyl.inputs import ExampleInputs
+from lbyl.inputs import ExampleInputs, outputs
 from lbyl.macs import MacCounter
 from lbyl.modes import plain_attention, undisturbed
 from lbyl.moments.base import Progress
 from lbyl.surgery import tensors_of
-from lbyl.verification import outputs
 
 RUNS = 20
 LEAST_RUNS = 3

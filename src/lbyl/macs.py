@@ -8,6 +8,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+_FREE = {
+    torch.ops.aten.adaptive_avg_pool2d,
+    torch.ops.aten.batch_norm,
+    torch.ops.aten.contiguous,
+    torch.ops.aten.dropout,
+    torch.ops.aten.flatten,
+    torch.ops.aten.group_norm,
+    torch.ops.aten.layer_norm,
+    torch.ops.aten.pad,
+    torch.ops.aten.reshape,
+    torch.ops.aten.to,
+}
+"""Operations without a multiplication that counts, which need not be taken apart to find out."""
+
 
 class MacCounter(TorchDispatchMode):
     """Multiply-accumulates of convolutions, linear layers and matrix products, by PyTorch's own formulas.
@@ -28,8 +42,12 @@ class MacCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = flop_registry.get(func._overloadpacket)
-        if formula is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+        if (
+            formula is None
+            and func._overloadpacket not in _FREE
+            and torch._C._dispatch_has_kernel_for_dispatch_key(
+                func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+            )
         ):
             # Within inference_mode, operations arrive whole that are made of others.
             with self:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from lbyl.inputs import ExampleInputs
+from lbyl.inputs import ExampleInputs, outputs
 from lbyl.macs import MacCounter
 from lbyl.modes import plain_attention
-from lbyl.verification import outputs
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -11,9 +11,8 @@ from torch import nn
 
 from lbyl.errors import InputError, TraceError
 from lbyl.graph import NOT_OURS, Graph, Group, Reader, Size, Slot, trace
-from lbyl.inputs import ExampleInputs
+from lbyl.inputs import ExampleInputs, outputs
 from lbyl.modes import undisturbed
-from lbyl.verification import outputs
 
 _DEEPEST = 5
 

@@ -45,12 +45,20 @@ class Restoration:
 
 
 def restore(
-    selection: Selection, state: State, restorer: Restorer, seed: int, progress: Progress | None = None
+    selection: Selection,
+    state: State,
+    restorer: Restorer,
+    seed: int,
+    progress: Progress | None = None,
+    masked: bool = True,
 ) -> Restoration:
     """Solve every group and fold its delivery matrix into the layers that read it.
 
     The closed forms need the original weights only, so the order of the groups does not matter: a layer that
     reads one group and produces another loses columns here and rows in surgery.
+
+    ``masked=False`` is for those who will cut and never run the uncut network: weights that would change by zeros
+    alone are then left out.
     """
     values: dict[str, Tensor] = {}
     rows = []
@@ -58,7 +66,7 @@ def restore(
         started = time.perf_counter()
         keep, drop = choice.tensors()
         delivery, terms = deliver(choice, state, restorer, seed)
-        for slot in choice.group.readers:
+        for slot in choice.group.readers if masked or not isinstance(restorer, Prune) else ():
             weight = values.get(slot.parameter)
             if weight is None:
                 weight = state[slot.parameter].detach().clone()

@@ -83,9 +83,10 @@ def ratio_for(group: Group, ratio: Ratio) -> float:
 
 def by_criterion(criterion: Criterion) -> Choose:
     """Keep the channels that score highest; among equals, the first."""
+    power = getattr(criterion, "power", None)
 
     def choose(filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
-        scores = criterion.score(filters.raw, generator)
+        scores = criterion.score(filters.raw, generator) if power is None else filters.norms(power)
         if scores.shape != (len(filters),):
             raise InputError(
                 f"{type(criterion).__name__}.score returned shape {tuple(scores.shape)} for {len(filters)} "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
 from lbyl.graph import Graph
-from lbyl.modes import empty_copies, uncollected
+from lbyl.modes import duplicate
 from lbyl.selection import Selection
 
 
@@ -184,9 +183,7 @@ def cut_copy(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribu
         SurgeryError: a cut that does not fit the model.
     """
     replaced = _sliced(model, cuts)
-    # deepcopy takes what is in its memo for copied already.
-    with uncollected():
-        twin = copy.deepcopy(model, {**empty_copies(model), **replaced})
+    twin = duplicate(model, replaced)
     for path, module in model.named_modules():
         _replace(path, module, twin.get_submodule(path), replaced)
     _finish(twin, attributes)
@@ -232,10 +229,10 @@ def _sliced(model: nn.Module, cuts: Sequence[Cut]) -> dict[int, Tensor]:
         new = old.detach()
         # Blocks of a grouped convolution are counted over all its rows, so they go before the rows do.
         for item in sorted(items, key=lambda item: item.blocks == 1):
-            new = _slice(new, item)
+            new = _slice(new, item)  # which is a copy
             if item.scale != 1:
                 new = new * item.scale
-        new = new.clone(memory_format=torch.contiguous_format)
+        new = new.contiguous()
         replaced[id(old)] = _in_place_of(old, new)
     return replaced
 

@@ -21,7 +21,11 @@ from lbyl.errors import InputError
 
 @runtime_checkable
 class Criterion(Protocol):
-    """Scores channels; the lowest scores go first."""
+    """Scores channels; the lowest scores go first.
+
+    A criterion that is a p-norm of the filter may say so by a ``power`` of p: its scores are then summed up without a
+    float64 copy of all weights.
+    """
 
     def score(
         self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class L1:
     """The L1 norm of a filter (Li et al. 2017, "Pruning Filters for Efficient ConvNets")."""
+
+    power: ClassVar[int] = 1
 
     def score(
         self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class L2:
     """The L2 norm of a filter: the paper's criterion."""
+
+    power: ClassVar[int] = 2
 
     def score(
         self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator

@@ -17,7 +17,9 @@ class Program:
             modules that it ran in (``nn_module_stack``).
         parameters: which parameter or buffer a placeholder stands for. Other placeholders are inputs, constants
             and buffers that are not saved with the model (masks, rotary frequencies).
+        macs: multiply-accumulates of the pass; None where it was not run with real tensors.
     """
 
     graph: fx.Graph
     parameters: Mapping[fx.Node, str]
+    macs: int | None = None

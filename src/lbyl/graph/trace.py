@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
                     if record.role == "producer":
                         builder.pin(record.ids, why)
     builder.finish_free_parameters()
-    return _freeze(builder)
+    return replace(_freeze(builder), macs=program.macs)
 
 
 def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -161,7 +161,8 @@ class Size:
 class Graph:
     """The channel graph of one model: all groups, all readers in execution order, all barriers, all sizes.
 
-    ``computed`` names modules whose weight is computed on the fly, which `lbyl.folding` can make plain.
+    ``computed`` names modules whose weight is computed on the fly, which `lbyl.folding` can make plain; ``macs`` are
+    the multiply-accumulates of the traced pass, where they were counted.
     """
 
     groups: tuple[Group, ...]
@@ -169,6 +170,7 @@ class Graph:
     barriers: tuple[str, ...]
     sizes: tuple[Size, ...] = ()
     computed: tuple[str, ...] = ()
+    macs: int | None = None
 
     def group(self, name: str) -> Group:
         """The group of that name; raises ``KeyError`` where there is none."""
