@@ -75,3 +75,12 @@ def test_single_and_double_precision_agree() -> None:
     assert single.plan.groups == double.plan.groups
     for a, b in zip(weights(single), weights(double), strict=True):
         assert torch.allclose(a.double(), b.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("restore", ["prune", "lbyl", "auto"])
+def test_a_model_in_double_precision_is_left_as_it_was(restore: str) -> None:
+    model = residual().double()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compress(model, X.double(), restore=restore)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

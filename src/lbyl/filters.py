@@ -257,7 +257,8 @@ def _powers(tensor: Tensor, slot: Slot, width: int, power: int) -> Float[Tensor,
     flat = tensor.detach().reshape(tensor.shape[0], -1)
     # Some rows at a time: a wide copy of all would be fresh memory, which takes longer than the sum.
     pieces = flat.split(max(1, _CACHED // max(flat.shape[1], 1)))
-    return _rows(torch.cat([piece.double().abs_().pow_(power).sum(1) for piece in pieces]), slot, width)
+    sums = [piece.to(torch.float64, copy=True).abs_().pow_(power).sum(1) for piece in pieces]
+    return _rows(torch.cat(sums), slot, width)
 
 
 def _offset(producer: Producer, group: Group, state: State) -> Float[Tensor, " channels"]:

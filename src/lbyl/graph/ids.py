@@ -33,12 +33,12 @@ class Ids:
     def find(self, ids: Tensor) -> Tensor:
         """The representative of each id; same shape, and constant along the same dimensions."""
         distinct = small(ids)
-        roots = first = self._parent[distinct]
-        while not torch.equal(above := self._parent[roots], roots):
+        roots = first = self._parent.take(distinct)
+        while not torch.equal(above := self._parent.take(roots), roots):
             roots = above
         if roots is not first:
             self._parent[distinct] = roots  # the next one finds it at once
-        return roots.expand(ids.shape)
+        return roots if distinct is ids else roots.expand(ids.shape)
 
     def union(self, a: Tensor, b: Tensor) -> None:
         """Merge ``a[i]`` with ``b[i]`` for every i; pairs that hold NOBODY are left out."""
@@ -58,13 +58,13 @@ class Ids:
 
 def compact(shadow: Tensor) -> Tensor:
     """The same values, with stride 0 along every dimension in which they do not change."""
-    shape, shadow = shadow.shape, small(shadow)
-    for dim in range(shadow.dim()):
-        if shadow.shape[dim] > 1:
+    whole, shadow = shadow, small(shadow)
+    for dim, size in enumerate(shadow.shape):
+        if size > 1:
             first = shadow.narrow(dim, 0, 1)
             if bool((shadow == first).all()):
                 shadow = first
-    return shadow.expand(shape)
+    return whole if shadow is whole else shadow.expand(whole.shape)
 
 
 def varies(shadow: Tensor, dim: int) -> bool:
@@ -74,7 +74,7 @@ def varies(shadow: Tensor, dim: int) -> bool:
 
 def small(shadow: Tensor) -> Tensor:
     """A view with every stride-0 dimension narrowed to one index: all distinct values, few repeats."""
-    for dim in range(shadow.dim()):
-        if shadow.shape[dim] > 1 and shadow.stride(dim) == 0:
+    for dim, stride in enumerate(shadow.stride()):
+        if stride == 0 and shadow.shape[dim] > 1:
             shadow = shadow.narrow(dim, 0, 1)
     return shadow

@@ -139,8 +139,9 @@ def _freeze(builder: Builder) -> Graph:
     for record in builder.slots.values():
         roots = find(record.ids)
         owners = group_of[roots]
-        for index in torch.unique(owners[owners != NOT_OURS]).tolist():
-            channels = torch.where(owners == index, channel_of[roots], NOT_OURS)
+        places = channel_of[roots]
+        for index in sorted(set(owners.tolist()) - {NOT_OURS}):
+            channels = torch.where(owners == index, places, NOT_OURS)
             slot = Slot(record.parameter, record.dim, tuple(channels.tolist()), record.blocks)
             (readers if record.role == "reader" else carriers)[index].append(slot)
 
@@ -270,8 +271,7 @@ def _evenly(roots: Tensor, group_of: Tensor, channel_of: Tensor, width: int) -> 
 
 
 def _groups_of(group_of: Tensor, roots: Tensor) -> list[int]:
-    found = group_of[roots.reshape(-1)]
-    return torch.unique(found[found != NOT_OURS]).tolist()
+    return sorted(set(group_of.take(roots.reshape(-1)).tolist()) - {NOT_OURS})
 
 
 def _blocks(
