@@ -46,6 +46,15 @@ class Filters:
 
     def norms(self, power: int) -> Float[Tensor, " channels"]:
         """``(sum_i |w_ji|^p)^(1/p)`` over the rows of `raw`, without making them."""
+        if power not in self._norms:
+            self._norms[power] = self._summed(power)
+        return self._norms[power]
+
+    @cached_property
+    def _norms(self) -> dict[int, Tensor]:
+        return {}
+
+    def _summed(self, power: int) -> Float[Tensor, " channels"]:
         parts, bare = [], not any(producer.stages for producer in self.group.producers)
         for producer, offset in zip(self.group.producers, self._offsets, strict=True):
             slot = producer.weight

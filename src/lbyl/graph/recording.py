@@ -30,7 +30,7 @@ def record(model: nn.Module, inputs: ExampleInputs) -> Program:
     """Run the model and write down its operations.
 
     One run tells the program of all runs unless Python sees a number that depends on inputs or weights. So what takes
-    longest need not be computed: layers that mix channels return zeros, unless the model can't do with them.
+    longest need not be computed: layers and their norms return zeros, unless the model can't do with them.
 
     Raises:
         Unseen: it does, or a weight is used behind the recorder's back.
@@ -149,7 +149,8 @@ class _Recorder(TorchDispatchMode):
             return None
         x, weight = args[:2]
         result = x.new_zeros(shape)
-        self.spared += result.numel() * weight[0].numel()
+        if func is not torch.ops.aten.batch_norm.default:
+            self.spared += result.numel() * weight[0].numel()
         return result
 
     def _nodes_in(self, value: Any) -> Any:
@@ -194,11 +195,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[int] 
     return [*x.shape[:-1], weight.shape[0]] if weight.dim() == 2 and x.shape[-1] == weight.shape[1] else None
 
 
+def _batch_norm(x: Tensor, *tensors_and_numbers: Any) -> list[int] | None:
+    training = tensors_and_numbers[4]
+    return None if training else list(x.shape)
+
+
 _SHAPES: dict[Any, Callable[..., list[int] | None]] = {
     torch.ops.aten.conv1d.default: _convolved,
     torch.ops.aten.conv2d.default: _convolved,
     torch.ops.aten.conv3d.default: _convolved,
     torch.ops.aten.linear.default: _linear,
+    torch.ops.aten.batch_norm.default: _batch_norm,
 }
 """What the layers return whose computation can be spared; None where their arguments do not fit."""
 
