@@ -400,8 +400,10 @@ def _whole(
     else:
         raise VerificationError("no part of the groups could be found that can be cut; inspect lists them")
 
+    parts = dict(smaller.named_modules())
     for name, module in model.named_modules():
-        smaller.get_submodule(name).training = module.training
+        if parts[name].training != module.training:
+            parts[name].training = module.training
     report = Report(
         rows=tuple(_row(choice.group.width, len(choice.keep), r) for choice, r in _pairs(selection, restored)),
         left=selection.left,

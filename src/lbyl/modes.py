@@ -28,12 +28,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     plain = {module: _plain(module) for module in modes}
     held = {id(v): (v, v.copy()) for values in plain.values() for v in values.values() if isinstance(v, _CONTAINERS)}
-    model.eval()
+    if any(modes.values()):
+        model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
-            module.training = training
+            if module.training != training:
+                module.training = training
             for name in _plain(module).keys() - plain[module].keys():
                 del module.__dict__[name]
             module.__dict__.update(plain[module])
@@ -105,4 +107,5 @@ _CONTAINERS = (dict, list, set)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _TORCH}
+    own = vars(module)
+    return {name: own[name] for name in own.keys() - _TORCH}

@@ -139,6 +139,8 @@ def fold(
 
     Where a channel has several columns (after a flatten), the delivery holds for each of its places.
     """
+    if not bool(delivery.matrix.any()) and bool((delivery.scale == 1).all()):
+        return silence(weight, slot, width, drop)
     index = seats(slot, width)  # channels, places
     per_block = len(slot.channels) // slot.blocks
     rows = len(source) // slot.blocks
@@ -150,9 +152,6 @@ def fold(
         columns_d = index[drop[here_d]] - number * per_block
         if not columns_k.numel() or not columns_d.numel():
             continue
-        if not bool(delivery.matrix.any()) and bool((delivery.scale == 1).all()):
-            weight[out][:, columns_d] = 0
-            continue
         u = source[out]
         s = delivery.matrix[here_k][:, here_d].to(u.device)
         scale = delivery.scale[here_k].to(u.device)
@@ -163,4 +162,18 @@ def fold(
         target = weight[out]
         target[:, columns_k] = restored.to(weight.dtype)
         target[:, columns_d] = 0
+    return weight
+
+
+def silence(
+    weight: Float[Tensor, "out columns *taps"], slot: Slot, width: int, drop: Int[Tensor, " dropped"]
+) -> Float[Tensor, "out columns *taps"]:
+    """``U[:, D] = 0``; ``weight`` is changed and returned."""
+    gone = torch.zeros(width + 1, dtype=torch.bool)  # the last one is for NOT_OURS
+    gone[drop] = True
+    columns = gone[torch.tensor(slot.channels)].to(weight.device)
+    if slot.blocks == 1:
+        return weight.index_fill_(1, columns.nonzero().flatten(), 0)
+    blocks = weight.unflatten(0, (slot.blocks, -1))  # blocks, rows, columns of a block, taps
+    blocks.masked_fill_(columns.reshape([slot.blocks, 1, -1] + [1] * (weight.dim() - 2)), 0)
     return weight

@@ -211,7 +211,8 @@ def _finish(model: nn.Module, attributes: Sequence[Attribute]) -> None:
     modes = {module: module.training for module in modules.values()}
     model.train(model.training)
     for module, training in modes.items():
-        module.training = training
+        if module.training != training:
+            module.training = training
 
 
 def _sliced(model: nn.Module, cuts: Sequence[Cut]) -> dict[int, Tensor]:

@@ -1,6 +1,6 @@
 """The cut network must compute what the masked one computes: checked in float64.
 
-Channels are wired alike at every pixel, so large images are compared with fewer of them, which takes a sixth of the
+Channels are wired alike at every pixel, so large images are compared with fewer of them, which takes a tenth of the
 time; then the cut network runs once on the example inputs as they are. Networks that insist on the size of their images
 are compared on that.
 """
