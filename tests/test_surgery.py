@@ -208,6 +208,65 @@ def test_what_stands_for_a_tensor_takes_its_place_everywhere() -> None:
     assert not torch.equal(model.a.weight, new)
 
 
+class Hoarder(nn.Module):
+    """Keeps things in every way that a module can, some of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.LSTM(4, 4)])
+        self.again = self.layers[0]
+        self.register_buffer("mask", torch.ones(4), persistent=False)
+        self.sizes, self.nested, self.seen = (1, 2), {"a": [self.layers[1], (3, torch.zeros(2))]}, {1, 2}
+        self.listed = [self.mask]
+        self.listed_again = self.listed
+        self.own = Own()
+        self.count = 0
+        self.register_forward_pre_hook(self.note)
+
+    def note(self, module: nn.Module, args: Any) -> None:
+        self.count += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](self.again(x))
+
+
+class Own(nn.Module):
+    """Has a way of its own to be copied."""
+
+    made = "by its class"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Own:
+        twin = Own()
+        twin.made = "by itself"
+        return twin
+
+
+def test_a_duplicate_is_a_deep_copy() -> None:
+    model = Hoarder()
+    twin = duplicate(model)
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in twin.state_dict().items())
+    assert {n: vars(m).keys() for n, m in twin.named_modules() if n != "own"} == {
+        n: vars(m).keys() for n, m in model.named_modules() if n != "own"
+    }
+    assert twin.again is twin.layers[0]
+    assert twin.nested["a"][0] is twin.layers[1]
+    assert twin.listed is twin.listed_again
+    assert twin.listed[0] is twin.mask
+    assert twin.own.made == "by itself"
+    twin(torch.zeros(1, 3, 2, 2))
+    assert (twin.count, model.count) == (1, 0)
+    twin.layers[2](torch.zeros(2, 4))
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers(), twin.nested["a"][1][1]):
+            tensor.fill_(7)
+    twin.seen.add(3)
+    twin.register_forward_pre_hook(twin.note)
+    assert not any(bool((tensor == 7).any()) for tensor in (*model.parameters(), *model.buffers()))
+    assert (model.seen, float(model.nested["a"][1][1].sum())) == ({1, 2}, 0)
+    assert len(model._forward_pre_hooks) == 1
+
+
 def test_a_cut_copy_replaces_every_reference_and_shares_nothing() -> None:
     model = settle(Tied())
     model.remembered = [model.a.weight, model.head.bias]  # not registered, as an RNN's flat weights

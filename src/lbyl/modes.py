@@ -76,33 +76,60 @@ def duplicate(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.
     Raises:
         InputError: the model holds something that can't be copied.
     """
-    memo: dict[int, Any] = {**empty_copies(model), **(instead or {})}
+    memo: dict[int, Any] = dict(instead or {})
     for module in model.modules():
         for value in _plain(module).values():
-            for tensor in pytree.tree_leaves(value):
+            for tensor in pytree.tree_leaves(value) if not isinstance(value, _ATOMS) else ():
                 # Results that a module keeps may hang on a gradient, which can't be copied.
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()
     try:
         with uncollected():
+            _copy_modules(model, memo)
             return copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"{type(model).__name__} can't be copied ({error}); lbyl only works on a copy") from error
 
 
-def empty_copies(model: nn.Module) -> dict[int, Any]:
-    """New empty containers, by the ids of the modules' own: a memo for `copy.deepcopy`.
+def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy the modules that have no way of their own to be copied into ``memo``, as `copy.deepcopy` would.
 
-    Every module has a dozen of them, for hooks mostly, and one by one they take longer to copy than the weights.
+    It looks at each number, each empty dictionary of hooks by itself, which takes longer than copying the weights.
     """
-    return {
-        id(value): type(value)()
-        for module in model.modules()
-        for value in vars(module).values()
-        if type(value) in (OrderedDict, dict, list, set) and not value
-    }
+    ours = [module for module in model.modules() if id(module) not in memo and _plainly_copied(type(module))]
+    twins = [module.__class__.__new__(module.__class__) for module in ours]
+    memo |= {id(module): twin for module, twin in zip(ours, twins, strict=True)}
+
+    def twin_of(value: Any) -> Any:
+        if type(value) in _ATOMS:
+            return value
+        return memo[id(value)] if id(value) in memo else copy.deepcopy(value, memo)
+
+    for module, twin in zip(ours, twins, strict=True):
+        own = vars(twin)
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in (dict, OrderedDict) and id(value) not in memo:
+                own[name] = memo[id(value)] = kind()
+                own[name].update((key, twin_of(item)) for key, item in value.items())
+            elif kind is tuple and all(type(item) in _ATOMS for item in value):
+                own[name] = value
+            elif kind in (set, list) and not value and id(value) not in memo:
+                own[name] = memo[id(value)] = kind()
+            else:
+                own[name] = twin_of(value)
 
 
+def _plainly_copied(kind: type[nn.Module]) -> bool:
+    """Whether `copy.deepcopy` makes a copy out of the attributes alone."""
+    # What a convolution does besides is to set attributes that are missing in very old files.
+    restoring = (nn.Module.__setstate__, nn.modules.conv._ConvNd.__setstate__)
+    usual = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _COPYING)
+    return usual and kind.__setstate__ in restoring
+
+
+_ATOMS = (bool, int, float, str, type(None))
+_COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs_ex__", "__getnewargs__")
 _CONTAINERS = (dict, list, set)
 
 
