@@ -28,8 +28,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     plain = {module: _plain(module) for module in modes}
     held = {id(v): (v, v.copy()) for values in plain.values() for v in values.values() if isinstance(v, _CONTAINERS)}
-    if any(modes.values()):
-        model.eval()
+    model.eval()  # even where they all are: it makes some forget what they keep
     try:
         yield
     finally:
