@@ -123,6 +123,7 @@ class Inspection:
                     "producers": list(group.layers),
                     "consumers": [slot.parameter.rpartition(".")[0] for slot in group.readers],
                     "coupled": group.coupled,
+                    "outside": group.outside,
                     "prunable": group.prunable,
                     "reason": group.reason,
                 }
@@ -141,7 +142,7 @@ class Inspection:
             if row["reason"]:
                 verdict = f"no: {row['reason']}"
             else:
-                verdict = "scope=all (a residual sum couples it)" if row["coupled"] else "yes"
+                verdict = f"scope=all ({row['outside']})" if row["outside"] else "yes"
             others, readers = row["producers"][1:], row["consumers"]
             table.add_row(*map(Text, (row["name"], str(row["width"]), _few(others), _few(readers), verdict)))
         yield table
@@ -263,7 +264,8 @@ def compress(
             names, of which the last match counts and unmatched groups stay whole. 0.5 where no budget is given.
         budget: what the smaller network may cost, in place of a ratio; the groups' widths are then chosen such that
             the predicted error is least.
-        scope: "inner" prunes groups that no residual sum couples, "all" every prunable one.
+        scope: "inner" prunes groups that no residual sum couples and no layer norm is taken over, "all" every
+            prunable one; a layer norm over pruned channels then takes its statistics over those that stay.
         criterion: "l1", "l2", "gm", "random", or an object with ``score(filters, generator)``.
         restore: a restorer or its lower-case name ("lbyl", "prune", "merge", "coreset"); "auto" takes the best
             that needs no data, and the report says which and why.
