@@ -3,6 +3,9 @@
 Channels are wired alike at every pixel, so large images are compared with fewer of them, which takes a sixth of the
 time; then the cut network runs once on the example inputs as they are. Networks that insist on the size of their images
 are compared on that.
+
+Most of what can't be cut fails by its shapes: a width that the code takes from elsewhere. Which groups those are is
+found out without computing anything, on PyTorch's meta device, where the network runs on it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,9 +25,9 @@ from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs, outputs
 from lbyl.kept import Kept, KeptStatistics, kept_channels, still_masked
 from lbyl.measure import count_macs
-from lbyl.modes import plain_attention, undisturbed
+from lbyl.modes import duplicate, plain_attention, undisturbed
 from lbyl.selection import Choice, Selection
-from lbyl.surgery import Attribute, cut_copy, plan_attributes, plan_cuts, tensors_of
+from lbyl.surgery import Attribute, cut_copy, plan_attributes, plan_cuts, standing_for, tensors_of
 
 TOLERANCE = 1e-6
 
@@ -187,11 +191,16 @@ def cuttable(
         above = parent.rpartition(".")[0]
         return type(modules.get(above)), type(modules.get(parent)), name
 
+    def by_shapes(choices: Sequence[Choice]) -> str | None:
+        return reference.outline.trouble(Selection(tuple(choices), ()), attribute)
+
     good, bad = list(selection.choices), dict[str, str]()
-    while good and (why := trouble(good)) is not None:
+    while good and (why := by_shapes(good) or trouble(good)) is not None:
         culprit = _first_bad(masked, reference, Selection(tuple(good), ()), attribute)
         suspects = [choice for choice in good if kind(choice) == kind(culprit) and choice is not culprit]
-        alone = trouble([culprit])
+        # Where shapes tell, nothing is computed until no more of them fail.
+        tried = by_shapes if by_shapes(good) else trouble
+        alone = tried([culprit])
         bad[culprit.group.name] = alone or why
         good = [choice for choice in good if choice is not culprit]
         if alone is None or not suspects:
@@ -199,10 +208,10 @@ def cuttable(
         rest = [choice for choice in good if choice not in suspects]
         half = len(suspects) // 2
         pieces = [p for p in (suspects[:half], suspects[half:]) if p]
-        if trouble(suspects) is None:
+        if tried(suspects) is None:
             continue
         for piece in pieces:
-            if trouble(piece) is None:
+            if tried(piece) is None:
                 rest += piece
             else:
                 bad |= {choice.group.name: alone for choice in piece}
@@ -241,6 +250,7 @@ class _Reference:
         kept: which channels stay at its layer norms.
         whole: the example inputs as they are, on which the cut network must run as well.
         thinned: whether ``inputs`` are images with fewer pixels than those.
+        outline: the masked network without numbers.
     """
 
     inputs: ExampleInputs
@@ -248,6 +258,45 @@ class _Reference:
     kept: Kept
     whole: ExampleInputs
     thinned: bool
+    outline: _Outline
+
+
+class _Outline:
+    """A network of which only the shapes are left; made when it is first asked for."""
+
+    def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
+        self._model, self._inputs = model, inputs
+
+    @cached_property
+    def _made(self) -> tuple[nn.Module, ExampleInputs, list[torch.Size]] | None:
+        """The network and its inputs on the meta device, and the shapes of its outputs; None where it can't run."""
+        nothing = {name: tensor.detach().to("meta") for name, tensor in tensors_of(self._model).items()}
+        ghost = duplicate(self._model, standing_for(self._model, nothing)).eval()
+        inputs = self._inputs.to(torch.device("meta"))
+        try:
+            return ghost, inputs, _shapes(ghost, inputs)
+        except InputError:
+            return None
+
+    def trouble(self, part: Selection, attribute: Follow) -> str | None:
+        """What shapes say against cutting this part of the groups; None where they say nothing."""
+        if self._made is None:
+            return None
+        ghost, inputs, expected = self._made
+        try:
+            found = _shapes(cut_copy(ghost, plan_cuts(part), attribute(part)), inputs)
+        except LbylError as error:
+            return _said(error)
+        return None if found == expected else f"outputs of shapes {found} instead of {expected}"
+
+
+def _shapes(model: nn.Module, inputs: ExampleInputs) -> list[torch.Size]:
+    with undisturbed(model), plain_attention():
+        return [tensor.shape for tensor in outputs(model, inputs)]
+
+
+def _said(error: LbylError) -> str:
+    return str(error).rpartition("): ")[2] if isinstance(error, InputError) else str(error)
 
 
 def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection) -> _Reference:
@@ -255,6 +304,7 @@ def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection) -
     kept = kept_channels(selection)
     device = next((p.device for p in masked.parameters()), torch.device("cpu"))
     whole, thinned = inputs.to(device), inputs.thinned()
+    outline = _Outline(masked, whole)
     if thinned is not None:
         wide = thinned.to(device, torch.float64)
         try:
@@ -263,12 +313,12 @@ def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection) -
             pass
         else:
             if _finite(expected):
-                return _Reference(wide, expected, kept, whole, thinned=True)
+                return _Reference(wide, expected, kept, whole, thinned=True, outline=outline)
     wide = inputs.to(device, torch.float64)
     expected = _wide_outputs(masked, wide, kept)
     if not _finite(expected):
         raise InputError("the network's output on the example inputs is not finite (NaN or infinity in weights?)")
-    return _Reference(wide, expected, kept, whole, thinned=False)
+    return _Reference(wide, expected, kept, whole, thinned=False, outline=outline)
 
 
 def _count(model: nn.Module, inputs: ExampleInputs) -> int:
@@ -291,16 +341,21 @@ def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribut
         if gap <= TOLERANCE and reference.thinned:
             _count(smaller, reference.whole)
     except LbylError as error:
-        return str(error).rpartition("): ")[2] if isinstance(error, InputError) else str(error)
+        return _said(error)
     return None if gap <= TOLERANCE else f"outputs differ by {gap:.2g} of their magnitude"
 
 
 def _first_bad(masked: nn.Module, reference: _Reference, selection: Selection, attribute: Follow) -> Choice:
     """The first group that can't be cut, by halving: cutting a prefix of the groups works or fails."""
     low, high = 0, len(selection.choices)  # cutting `low` groups works, cutting `high` fails
+    by_shapes = reference.outline.trouble(selection, attribute) is not None
     while high - low > 1:
         middle = (low + high) // 2
-        works = _trouble(masked, reference, Selection(selection.choices[:middle], ()), attribute) is None
+        part = Selection(selection.choices[:middle], ())
+        if by_shapes:
+            works = reference.outline.trouble(part, attribute) is None
+        else:
+            works = _trouble(masked, reference, part, attribute) is None
         low, high = (middle, high) if works else (low, middle)
     return selection.choices[high - 1]
 
