@@ -1,5 +1,8 @@
 """The cut network must compute what the masked one computes: checked in float64.
 
+In the masked network, readers have zeros in place of dropped columns, and layer norms over dropped channels take their
+statistics over the others (see `lbyl.kept`).
+
 Channels are wired alike at every pixel, so large images are compared with fewer of them, which takes a sixth of the
 time; then the cut network runs once on the example inputs as they are. Networks that insist on the size of their images
 are compared on that.
