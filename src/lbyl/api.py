@@ -29,6 +29,7 @@ from lbyl.folding import Fold, fold_computed
 from lbyl.graph import Graph, trace
 from lbyl.groundwork import Groundwork, lay_groundwork
 from lbyl.inputs import ExampleInputs
+from lbyl.kept import kept_channels
 from lbyl.measure import count_macs, count_parameters
 from lbyl.modes import duplicate, uncollected, undisturbed
 from lbyl.moments import Progress
@@ -377,7 +378,9 @@ def _whole(
                 work = duplicate(model, standing_for(model, restoration.values)) if restoration.values else model
         with clock("cut"):
             restored, assessment = restoration.groups, restoration.assessment
-            notes = tuple(note for note in (why, *planned, *restoration.notes) if note)
+            norms = len(kept_channels(selection))
+            statistics = f"{norms} layer norms take their statistics over the channels that stay" if norms else ""
+            notes = tuple(note for note in (why, *planned, *restoration.notes, statistics) if note)
             seconds = dict(restoration.seconds)
             del restoration
             attributes = plan_attributes(work, graph, selection)

@@ -344,7 +344,7 @@ Exclude = Annotated[
     typer.Option(metavar="GLOB", help="Groups and layers that stay whole.", rich_help_panel=BUDGET),
 ]
 InScope = Annotated[
-    Scope, typer.Option(help="inner: groups without residual sum or layer norm; all: every prunable one.")
+    Scope, typer.Option(help="inner: groups that no residual sum or layer norm couples; all: every prunable one.")
 ]
 Criterion = Annotated[CriterionName, typer.Option(help="How channels are scored.")]
 Restore = Annotated[
