@@ -480,3 +480,16 @@ def test_masks_of_norms_follow_the_selection() -> None:
     both = kept_channels(Selection((Choice(left, (0, 1, 2, 3, 4, 5, 6)), Choice(right, (1, 2, 3))), ()))
     assert both["weight"].tolist() == [True] * 7 + [False, False] + [True] * 3
     assert kept_channels(Selection((), ())) == {}
+
+
+def test_a_sweep_makes_what_compress_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbyl.page.page", lambda plan, report: "")
+    monkeypatch.setattr("lbyl.pareto.picture", lambda points, unpruned: "")
+    model, x = settle(Before(32)), images(*TOKENS)
+    settings = lbyl.LeastSquares(moments=lbyl.Noise(images=32))
+    budgets = [lbyl.Budget(params=0.6), lbyl.Budget(params=0.5)]
+    swept = lbyl.sweep(model, x, budgets, tmp_path / "out", scope="all", restore=settings)
+    for budget, point in zip(budgets, swept.points, strict=True):
+        alone = lbyl.compress(model, x, budget=budget, scope="all", restore=settings)
+        assert torch.equal(lbyl.load(tmp_path / "out" / point.name, model)(x), alone.model(x))
+    assert any(row.group == "stem" for row in alone.report.rows)  # pyright: ignore[reportPossiblyUnboundVariable]
