@@ -97,9 +97,9 @@ def test_budgets_are_met_within_two_percent(restore: Any, what: str, share: floa
 
 def test_attention_scores_are_counted_though_no_parameter_has_them() -> None:
     model, x = settle(OnImage(Attention("matmul", heads=4))), images(1, 60, 7)
-    half = lbyl.compress(model, x, ratio=0.5, scope="all", restore="prune").report.macs
+    half = lbyl.compress(model, x, ratio=0.5, restore="prune").report.macs
     assert half is not None
-    result = lbyl.compress(model, x, budget=lbyl.Budget(macs=half[1] / half[0]), scope="all", restore="prune")
+    result = lbyl.compress(model, x, budget=lbyl.Budget(macs=half[1] / half[0]), restore="prune")
     assert result.report.macs == half
     assert [row.after for row in result.report.rows] == [2]
 

@@ -29,6 +29,7 @@ from lbyl.folding import Fold, fold_computed
 from lbyl.graph import Graph, trace
 from lbyl.groundwork import Groundwork, lay_groundwork
 from lbyl.inputs import ExampleInputs
+from lbyl.kept import kept_channels
 from lbyl.measure import count_macs, count_parameters
 from lbyl.modes import duplicate, uncollected, undisturbed
 from lbyl.moments import Progress
@@ -123,6 +124,7 @@ class Inspection:
                     "producers": list(group.layers),
                     "consumers": [slot.parameter.rpartition(".")[0] for slot in group.readers],
                     "coupled": group.coupled,
+                    "outside": group.outside,
                     "prunable": group.prunable,
                     "reason": group.reason,
                 }
@@ -141,7 +143,7 @@ class Inspection:
             if row["reason"]:
                 verdict = f"no: {row['reason']}"
             else:
-                verdict = "scope=all (a residual sum couples it)" if row["coupled"] else "yes"
+                verdict = f"scope=all ({row['outside']})" if row["outside"] else "yes"
             others, readers = row["producers"][1:], row["consumers"]
             table.add_row(*map(Text, (row["name"], str(row["width"]), _few(others), _few(readers), verdict)))
         yield table
@@ -263,7 +265,8 @@ def compress(
             names, of which the last match counts and unmatched groups stay whole. 0.5 where no budget is given.
         budget: what the smaller network may cost, in place of a ratio; the groups' widths are then chosen such that
             the predicted error is least.
-        scope: "inner" prunes groups that no residual sum couples, "all" every prunable one.
+        scope: "inner" prunes groups that no residual sum couples and no layer norm is taken over, "all" every
+            prunable one; a layer norm over pruned channels then takes its statistics over those that stay.
         criterion: "l1", "l2", "gm", "random", or an object with ``score(filters, generator)``.
         restore: a restorer or its lower-case name ("lbyl", "prune", "merge", "coreset"); "auto" takes the best
             that needs no data, and the report says which and why.
@@ -375,7 +378,9 @@ def _whole(
                 work = duplicate(model, standing_for(model, restoration.values)) if restoration.values else model
         with clock("cut"):
             restored, assessment = restoration.groups, restoration.assessment
-            notes = tuple(note for note in (why, *planned, *restoration.notes) if note)
+            norms = len(kept_channels(selection))
+            statistics = f"{norms} layer norms take their statistics over the channels that stay" if norms else ""
+            notes = tuple(note for note in (why, *planned, *restoration.notes, statistics) if note)
             seconds = dict(restoration.seconds)
             del restoration
             attributes = plan_attributes(work, graph, selection)

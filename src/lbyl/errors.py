@@ -20,7 +20,7 @@ class SurgeryError(LbylError):
 
 
 class VerificationError(LbylError):
-    """The cut network does not compute what the masked one computes."""
+    """The cut network does not compute what the masked one computes (see `lbyl.verification`)."""
 
 
 class ArtifactError(LbylError):

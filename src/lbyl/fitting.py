@@ -15,8 +15,9 @@ from lbyl.assessment import Assessment, outputs_error
 from lbyl.filters import State, describe, paper_form_applies, reader_energy, seats
 from lbyl.graph import NOT_OURS, Graph, Norm, Reader, Slot
 from lbyl.inputs import ExampleInputs
+from lbyl.kept import kept_channels
 from lbyl.moments import ChannelMoments, ClosedFormSource, Probes, Progress
-from lbyl.probing import ReaderCall, run
+from lbyl.probing import OnRead, ReaderCall, run
 from lbyl.regression import ChannelSums, Columns, Moments, PatchSums, Prior, Reading, Solution, WholeSums, solve
 from lbyl.renorm import Look, Observer, look, pool, recenter, renormalize, transplant
 from lbyl.restoration import Restoration, Restored, fold, silenced
@@ -171,6 +172,7 @@ def fit(
     """
     state = tensors_of(model)
     found = sites(graph, selection)
+    kept = kept_channels(selection)
     seconds: dict[str, float] = {}
     notes: list[str] = []
     ledger = _Ledger(state)
@@ -205,13 +207,14 @@ def fit(
             expected = run(model, probes.held_out, values=transplant({}, state, world))
 
             def error(candidate: Mapping[str, Tensor]) -> float:
-                return outputs_error(expected, run(model, probes.held_out, values=transplant(candidate, state, world)))
+                tensors = transplant(candidate, state, world)
+                return outputs_error(expected, run(model, probes.held_out, values=tensors, kept=kept))
 
             before, after = error(pruned), error(values)
             if settings.renorm and original:
                 chosen = probes.lifelike or range(len(looks))
                 theirs = pool([looks[index] for index in chosen])
-                ours = pool([look(model, values, probes.batches[index], norms) for index in chosen])
+                ours = pool([look(model, values, probes.batches[index], norms, kept) for index in chosen])
                 moved = renormalize(state, values, theirs.statistics, ours.statistics)
                 lower = error(moved)
                 if lower < after:
@@ -295,6 +298,8 @@ def _measured(
         sums.blocks = [reading.part(number, kernel, k, d) for number, (kernel, k, d) in enumerate(pairs)]
         _solve_patches(site, sums, selection, settings, ledger)
     norms = {site.reader.weight for site in found if site.norm}
+    # Readers of channels that a layer norm is taken over are fed something else once these are cut.
+    kept, readers = kept_channels(selection), frozenset(reader.weight for reader in graph.readers)
     looks: list[Look] = []
     while waiting:
         taken: dict[str, tuple[Site, _Sums]] = {}
@@ -315,7 +320,16 @@ def _measured(
         last = list(taken)[-1] if graph.readers[-1].weight not in taken and not watch else None
         for batch in probes.batches:
             observer = Observer(norms) if watch else None
-            _collect(model, batch, taken, ledger.state, probes.batch_statistics, last, observer)
+            run(
+                model,
+                batch,
+                on_read=_collecting(taken, ledger.state, observer),
+                on_norm=observer.on_norm if observer else None,
+                batch_statistics=probes.batch_statistics,
+                stop_after=last,
+                kept=kept,
+                foresee=readers,
+            )
             if observer:
                 looks.append(observer.look())
         for site, sums in taken.values():
@@ -328,16 +342,8 @@ def _measured(
     return looks
 
 
-def _collect(
-    model: nn.Module,
-    batch: ExampleInputs,
-    taken: Mapping[str, tuple[Site, _Sums]],
-    state: State,
-    batch_statistics: bool,
-    stop_after: str | None,
-    observer: Observer | None,
-) -> None:
-    """Run the unpruned network on a batch; add what readers are fed to their sums."""
+def _collecting(taken: Mapping[str, tuple[Site, _Sums]], state: State, observer: Observer | None) -> OnRead:
+    """What adds to the sums of readers what they are fed."""
 
     def on_read(call: ReaderCall) -> None:
         if observer:
@@ -347,8 +353,7 @@ def _collect(
             for item in [sums] if isinstance(sums, PatchSums) else [entry[2] for entry in sums]:
                 item.add(call, site.weight(state))
 
-    on_norm = observer.on_norm if observer else None
-    run(model, batch, on_read=on_read, on_norm=on_norm, batch_statistics=batch_statistics, stop_after=stop_after)
+    return on_read
 
 
 def read(
@@ -369,13 +374,16 @@ def read(
         probes: what it is run on.
         settings: the restorer; readers that it solves by "mix" are left out.
         seed: for sampled positions.
-        limit: bytes that all of them may take; readers that come later in the network are then left to `fit`.
+        limit: bytes that all of them may take; readers that come later in the network are then left to `fit`, as are
+            those of channels that a layer norm is taken over.
     """
     state = tensors_of(model)
     sums: dict[str, WholeSums] = {}
     weights: dict[str, Tensor] = {}
     for reader in graph.readers if settings.solve == "patch" else ():
-        if reader.op == "conv3d" or not any(group in groups for group, _ in reader.columns):
+        read_groups = {group for group, _ in reader.columns if group in groups}
+        # Behind a layer norm, what is read depends on which channels stay.
+        if reader.op == "conv3d" or not read_groups or any(graph.groups[index].layer_norms for index in read_groups):
             continue
         weight = _output_first(reader, state)
         size = reader.blocks * (weight[0].numel()) ** 2 * 8

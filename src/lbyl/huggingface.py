@@ -28,8 +28,8 @@ from lbyl.plan import architecture_of
 
 CONFIG = "config.json"
 
-_WIDTH = re.compile(r"intermediate|inner|ffn|d_ff|mlp_dim|hidden_dim|(^|_)heads?$")
-"""Numbers that hidden neurons and heads are counted by. Not sizes within heads: those go whole."""
+_WIDTH = re.compile(r"intermediate|inner|ffn|d_ff|mlp_dim|hidden_dim|hidden_size|n_embd|d_model|(^|_)heads?$")
+"""Numbers that hidden neurons, heads and streams are counted by. Not sizes within heads: those go whole."""
 
 _WITHIN = re.compile(r"head_dim|head_size|scal|groups|n_rep")
 """Attributes that say how a head computes; shapes alone don't tell 8 heads of 4 from 4 of 8."""
@@ -134,9 +134,12 @@ def _decides(
     model: nn.Module, settings: _Settings, path: tuple[str, ...], value: int, before: _Shapes
 ) -> dict[tuple[str, int], Fraction]:
     """The sizes that a number decides, and by how much each grows with it."""
-    # 1 divides everything, so that the checks of a configuration let it pass.
-    probe = 1 if value != 1 else 2
-    probed = _attempt(model, _with(settings, {path: probe}))
+    # 1 divides everything, and what divides a number divides its double: the checks of a configuration let one pass.
+    probe, probed = 1, None
+    for probe in (1, 2 * value) if value != 1 else (2,):
+        probed = _attempt(model, _with(settings, {path: probe}))
+        if probed is not None:
+            break
     sizes = _sizes(architecture_of(probed)) if probed is not None else {}
     return {
         axis: Fraction(size - sizes[axis], value - probe)

@@ -7,9 +7,9 @@ layers (padding of their own, functional calls) need nothing special, and no mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lbyl.inputs import ExampleInputs
+from lbyl.kept import Foreseen, Kept, KeptStatistics
 from lbyl.surgery import tensors_of
 
 
@@ -25,7 +26,8 @@ from lbyl.surgery import tensors_of
 class ReaderCall:
     """One call of a layer that mixes channels.
 
-    ``stride``, ``padding`` and ``dilation`` are one number an axis; for a linear layer they are empty.
+    ``stride``, ``padding`` and ``dilation`` are one number an axis; for a linear layer they are empty. ``fed`` is what
+    the cut layer will be fed in place of ``x``, at the channels that stay, where a layer norm makes a difference.
     """
 
     weight: str
@@ -35,6 +37,7 @@ class ReaderCall:
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
+    fed: Tensor | None = None
 
 
 OnRead = Callable[[ReaderCall], None]
@@ -56,6 +59,8 @@ def run(
     on_norm: OnNorm | None = None,
     batch_statistics: bool = False,
     stop_after: str | None = None,
+    kept: Kept | None = None,
+    foresee: Collection[str] | None = None,
 ) -> Any:
     """Run a model in evaluation mode and watch it.
 
@@ -67,12 +72,17 @@ def run(
         on_norm: called for every batch normalization, before it acts.
         batch_statistics: normalize with the mean and variance of this batch instead of the running ones.
         stop_after: name of a weight; the pass ends (returning None) once its layer has run.
+        kept: which channels stay at layer norms, by the names of their weights; they take their statistics over these.
+        foresee: names of weights. Layer norms then do what they always did, and only the calls of the layers on
+            these weights tell what they would be fed otherwise.
     """
     values = dict(values or {})
     names = {id(tensor): name for name, tensor in {**tensors_of(model), **values}.items()}
-    watch = _Watch(names, on_read, on_norm, batch_statistics, stop_after)
+    ahead = Foreseen(kept, names, foresee) if kept and foresee is not None else None
+    statistics = ahead or (KeptStatistics(kept, names) if kept else nullcontext())
+    watch = _Watch(names, on_read, on_norm, batch_statistics, stop_after, ahead)
     try:
-        with watch:
+        with statistics, watch:
             if values:
                 return torch.func.functional_call(model, values, inputs.args, dict(inputs.kwargs), tie_weights=True)
             return inputs.call(model)
@@ -100,9 +110,12 @@ class _Watch(TorchFunctionMode):
         on_norm: OnNorm | None,
         batch_statistics: bool,
         stop_after: str | None,
+        ahead: Foreseen | None = None,
     ) -> None:
+        super().__init__()
         self.names, self.on_read, self.on_norm = names, on_read, on_norm
         self.batch_statistics, self.stop_after = batch_statistics, stop_after
+        self.ahead = ahead
 
     def __torch_function__(
         self,
@@ -120,7 +133,7 @@ class _Watch(TorchFunctionMode):
             name = self.names.get(id(weight))
             if name is not None:
                 if self.on_read:
-                    self.on_read(_reader_call(func, name, out, *args, **kwargs))
+                    self.on_read(self._looking_ahead(_reader_call(func, name, out, *args, **kwargs)))
                 if name == self.stop_after:
                     raise _Enough
         elif func in _PRODUCTS and len(args) > _PRODUCTS[func][1] and not kwargs:
@@ -128,10 +141,13 @@ class _Watch(TorchFunctionMode):
             name = self.names.get(id(weight))
             if name is not None:
                 if self.on_read:
-                    self.on_read(ReaderCall(name, "linear", x, out))
+                    self.on_read(self._looking_ahead(ReaderCall(name, "linear", x, out)))
                 if name == self.stop_after:
                     raise _Enough
         return out
+
+    def _looking_ahead(self, call: ReaderCall) -> ReaderCall:
+        return call if self.ahead is None else replace(call, fed=self.ahead.twin(call.x))
 
     def _batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         bound = _BATCH_NORM.bind(*args, **kwargs)

@@ -6,7 +6,7 @@ Everything here is a function of tensors; what runs the network is in `lbyl.prob
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -168,7 +168,8 @@ class PatchSums:
             if not len(drop):
                 continue
             columns = keep + index * width, drop + index * width
-            for p, r in _positions(call, kernel[:, drop], *columns, self.positions, self.generator):
+            lost = kernel[:, drop] if call.fed is None else torch.cat([kernel[:, keep], kernel[:, drop]], 1)
+            for p, r in _positions(call, lost, *columns, self.positions, self.generator):
                 self.blocks[index].add(p, r)
 
 
@@ -212,31 +213,51 @@ def _positions(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Patches of some channels and the share of the output that others have, position by position.
 
-    ``kernel`` has the columns of the others only; where there are none, the share has no columns either.
+    ``kernel`` has the columns of the others only; where there are none, the share has no columns either. Where the cut
+    reader is fed something else (``call.fed``), the patches are of that, ``kernel`` has the columns of the channels
+    that stay before the others, and what these lose by the difference belongs to the share.
     """
     if call.op == "linear":
         x = call.x.reshape(-1, call.x.shape[-1])
+        fed = None if call.fed is None else call.fed.reshape(x.shape)
         chosen = sample_positions(len(x), positions, generator)
-        x = x if chosen is None else x[chosen.to(x.device)]
-        for part in x.split(max(1, _CHUNK_BYTES // (4 * x.shape[1]))):
-            yield part[:, keep], part[:, drop] @ kernel.T if len(drop) else part[:, drop]
+        if chosen is not None:
+            chosen = chosen.to(x.device)
+            x, fed = x[chosen], None if fed is None else fed[chosen]
+        size = max(1, _CHUNK_BYTES // (4 * x.shape[1]))
+        for part, ahead in zip(x.split(size), _split_like(fed, x, size), strict=True):
+            lost = _lost(part, ahead, keep, drop)
+            yield (part if ahead is None else ahead)[:, keep], lost @ kernel.T if len(drop) else lost
         return
     x, kernel, stride, padding, dilation = _as_2d(call, kernel)
+    fed = None if call.fed is None else _as_2d(replace(call, x=call.fed), kernel)[0]
     taps = kernel.shape[2:]
     pixels = call.out[0, 0].numel()
     chosen = sample_positions(pixels, max(1, positions // len(x)), generator)
-    for part in x.split(max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))):
+    size = max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))
+    for part, ahead in zip(x.split(size), _split_like(fed, x, size), strict=True):
+        read = part if ahead is None else ahead
         if taps.numel() == 1 and not any(padding):
-            p = part[:, keep, :: stride[0], :: stride[1]].flatten(2)
+            p = read[:, keep, :: stride[0], :: stride[1]].flatten(2)
         else:
-            p = functional.unfold(part[:, keep], tuple(taps), dilation, padding, stride)
+            p = functional.unfold(read[:, keep], tuple(taps), dilation, padding, stride)
         if len(drop):
-            r = functional.conv2d(part[:, drop], kernel, None, stride, padding, dilation).flatten(2)
+            lost = _lost(part, ahead, keep, drop)
+            r = functional.conv2d(lost, kernel, None, stride, padding, dilation).flatten(2)
         else:
             r = p[:, :0]
         if chosen is not None:
             p, r = p[:, :, chosen.to(p.device)], r[:, :, chosen.to(r.device)]
         yield p.transpose(1, 2).flatten(0, 1), r.transpose(1, 2).flatten(0, 1)
+
+
+def _split_like(fed: Tensor | None, x: Tensor, size: int) -> Sequence[Tensor | None]:
+    return [None] * -(-len(x) // size) if fed is None else fed.split(size)
+
+
+def _lost(x: Tensor, fed: Tensor | None, keep: Tensor, drop: Tensor) -> Tensor:
+    """What the cut reader misses, channels second: those that go; before them, what those that stay have lost."""
+    return x[:, drop] if fed is None else torch.cat([x[:, keep] - fed[:, keep], x[:, drop]], 1)
 
 
 @dataclass
@@ -251,7 +272,8 @@ class ChannelSums:
 
     def add(self, call: ReaderCall, weight: Tensor) -> None:
         """Add one call of the reader."""
-        x = call.x if call.op == "linear" else call.x.flatten(2).transpose(1, 2)
+        x = call.x if call.fed is None else call.fed
+        x = x if call.op == "linear" else x.flatten(2).transpose(1, 2)
         x = x.reshape(-1, x.shape[-1])
         chosen = sample_positions(len(x), max(1, self.positions // self.index.shape[1]), self.generator)
         x = x if chosen is None else x[chosen.to(x.device)]

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lbyl.inputs import ExampleInputs
+from lbyl.kept import Kept
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import sample_positions
 from lbyl.selection import generator_for
@@ -159,8 +160,18 @@ class Observer:
         return Look(self.statistics, self.outputs)
 
 
-def look(model: nn.Module, values: Mapping[str, Tensor], batch: ExampleInputs, readers: Collection[str] = ()) -> Look:
-    """Run a batch with batch statistics; note every batch norm's input, and some outputs of some readers."""
+def look(
+    model: nn.Module,
+    values: Mapping[str, Tensor],
+    batch: ExampleInputs,
+    readers: Collection[str] = (),
+    kept: Kept | None = None,
+) -> Look:
+    """Run a batch with batch statistics; note every batch norm's input, and some outputs of some readers.
+
+    ``kept`` tells which channels stay at layer norms, as in :func:`lbyl.probing.run`.
+    """
     observer = Observer(readers)
-    run(model, batch, values=values, on_norm=observer.on_norm, on_read=observer.on_read, batch_statistics=True)
+    on_norm, on_read = observer.on_norm, observer.on_read
+    run(model, batch, values=values, on_norm=on_norm, on_read=on_read, batch_statistics=True, kept=kept)
     return observer.look()

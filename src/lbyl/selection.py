@@ -116,8 +116,8 @@ def select(graph: Graph, state: State, ratio: Ratio, scope: str, choose: Choose,
         share = ratio_for(group, ratio)
         if group.reason is not None:
             left.append((group.name, group.reason))
-        elif scope == "inner" and group.coupled:
-            left.append((group.name, 'a residual sum couples it (scope="all" includes it)'))
+        elif scope == "inner" and group.outside:
+            left.append((group.name, f'{group.outside} (scope="all" includes it)'))
         elif share == 0:
             left.append((group.name, "ratio 0"))
         else:

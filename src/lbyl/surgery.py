@@ -302,6 +302,8 @@ def _set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) 
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.Embedding) and isinstance(weight, Tensor):
         module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(weight, Tensor):
+        module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
         module.num_groups = module.num_groups * len(weight) // module.num_channels
         module.num_channels = len(weight)

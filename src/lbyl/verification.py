@@ -1,16 +1,23 @@
 """The cut network must compute what the masked one computes: checked in float64.
 
+In the masked network, readers have zeros in place of dropped columns, and layer norms over dropped channels take their
+statistics over the others (see `lbyl.kept`).
+
 Channels are wired alike at every pixel, so large images are compared with fewer of them, which takes a tenth of the
 time; then the cut network runs once on the example inputs as they are. Networks that insist on the size of their images
 are compared on that.
+
+Most of what can't be cut fails by its shapes: a width that the code takes from elsewhere. Which groups those are is
+found out without computing anything, on PyTorch's meta device, where the network runs on it.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,10 +26,11 @@ from torch import Tensor, nn
 from lbyl.errors import InputError, LbylError, VerificationError
 from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs, outputs
+from lbyl.kept import Kept, KeptStatistics, kept_channels, still_masked
 from lbyl.measure import count_macs
-from lbyl.modes import plain_attention, undisturbed
+from lbyl.modes import duplicate, plain_attention, undisturbed
 from lbyl.selection import Choice, Selection
-from lbyl.surgery import Attribute, cut_copy, plan_attributes, plan_cuts
+from lbyl.surgery import Attribute, cut_copy, plan_attributes, plan_cuts, standing_for, tensors_of
 
 TOLERANCE = 1e-6
 
@@ -44,8 +52,11 @@ class Verification:
 
 
 @contextmanager
-def _widened(model: nn.Module) -> Iterator[None]:
-    """Each module's own tensors are float64 while it runs, so that no wide copy of the model is ever held."""
+def _widened(model: nn.Module, names: dict[int, str]) -> Iterator[None]:
+    """Each module's own tensors are float64 while it runs, so that no wide copy of the model is ever held.
+
+    ``names`` are those of tensors by their ids; the wide ones are among them while they are in place.
+    """
     held: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def widen(module: nn.Module, args: Any) -> None:
@@ -55,10 +66,16 @@ def _widened(model: nn.Module) -> Iterator[None]:
             for name, tensor in table.items():
                 if tensor is not None and tensor.is_floating_point():
                     wide = tensor.detach().double()
-                    table[name] = nn.Parameter(wide, False) if isinstance(tensor, nn.Parameter) else wide  # pyright: ignore[reportArgumentType]
+                    placed = nn.Parameter(wide, False) if isinstance(tensor, nn.Parameter) else wide
+                    table[name] = placed  # pyright: ignore[reportArgumentType]
+                    names[id(placed)] = names.get(id(tensor), "")
 
     def restore(module: nn.Module, args: Any, output: Any) -> None:
         parameters, buffers = held.pop()
+        for table, before in ((module._parameters, parameters), (module._buffers, buffers)):
+            for name, tensor in table.items():
+                if tensor is not None and tensor is not before.get(name):
+                    names.pop(id(tensor), None)
         module._parameters.update(parameters)
         module._buffers.update(buffers)
 
@@ -74,19 +91,32 @@ def _widened(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _wide_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
-    """The model's outputs in float64; the model itself stays as it is."""
+def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept) -> list[Tensor]:
+    """The model's outputs in float64; the model itself stays as it is.
+
+    ``kept`` tells which channels layer norms take their statistics over.
+    """
     try:
-        return _widened_outputs(model, inputs)
+        return _widened_outputs(model, inputs, kept)
     except InputError:
         # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
-        with plain_attention():
-            return outputs(copy.deepcopy(model).eval().double(), inputs)
+        wide = copy.deepcopy(model).eval().double()
+        with plain_attention(), _statistics(kept, _names(wide)):
+            return outputs(wide, inputs)
 
 
-def _widened_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
-    with undisturbed(model), _widened(model), plain_attention():
+def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept) -> list[Tensor]:
+    names = _names(model)
+    with undisturbed(model), _widened(model, names), plain_attention(), _statistics(kept, names):
         return outputs(model, inputs)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(tensor): name for name, tensor in tensors_of(model).items()}
+
+
+def _statistics(kept: Kept, names: dict[int, str]) -> AbstractContextManager[Any]:
+    return KeptStatistics(kept, names) if kept else nullcontext()
 
 
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -112,6 +142,8 @@ def verify(
 ) -> Verification:
     """Compare the cut network with the uncut one whose dropped columns are zero.
 
+    Layer norms over dropped channels take their statistics over the others in both: see `lbyl.kept`.
+
     Args:
         masked: the uncut network.
         smaller: the cut one.
@@ -124,9 +156,9 @@ def verify(
         VerificationError: the outputs differ; names the first group whose cut alone makes them differ.
         InputError: the outputs are not finite, so nothing can be compared.
     """
-    reference = _reference(masked, inputs)
+    reference = _reference(masked, inputs, selection)
     try:
-        found, after = _wide_outputs(smaller, reference.inputs), _count(smaller, reference.whole)
+        found, after = _wide_outputs(smaller, reference.inputs, {}), _count(smaller, reference.whole)
     except InputError as error:
         raise _error(_first_bad(masked, reference, selection, attribute), str(error)) from error
     gap = difference(reference.outputs, found)
@@ -151,7 +183,7 @@ def cuttable(
         selection: what should go.
         attribute: which attributes follow the cut of a part of the selection.
     """
-    reference = _reference(masked, inputs)
+    reference = _reference(masked, inputs, selection)
     modules = dict(masked.named_modules())
 
     def trouble(choices: Sequence[Choice]) -> str | None:
@@ -162,11 +194,16 @@ def cuttable(
         above = parent.rpartition(".")[0]
         return type(modules.get(above)), type(modules.get(parent)), name
 
+    def by_shapes(choices: Sequence[Choice]) -> str | None:
+        return reference.outline.trouble(Selection(tuple(choices), ()), attribute)
+
     good, bad = list(selection.choices), dict[str, str]()
-    while good and (why := trouble(good)) is not None:
+    while good and (why := by_shapes(good) or trouble(good)) is not None:
         culprit = _first_bad(masked, reference, Selection(tuple(good), ()), attribute)
         suspects = [choice for choice in good if kind(choice) == kind(culprit) and choice is not culprit]
-        alone = trouble([culprit])
+        # Where shapes tell, nothing is computed until no more of them fail.
+        tried = by_shapes if by_shapes(good) else trouble
+        alone = tried([culprit])
         bad[culprit.group.name] = alone or why
         good = [choice for choice in good if choice is not culprit]
         if alone is None or not suspects:
@@ -174,10 +211,10 @@ def cuttable(
         rest = [choice for choice in good if choice not in suspects]
         half = len(suspects) // 2
         pieces = [p for p in (suspects[:half], suspects[half:]) if p]
-        if trouble(suspects) is None:
+        if tried(suspects) is None:
             continue
         for piece in pieces:
-            if trouble(piece) is None:
+            if tried(piece) is None:
                 rest += piece
             else:
                 bad |= {choice.group.name: alone for choice in piece}
@@ -213,34 +250,78 @@ class _Reference:
     Attributes:
         inputs: the inputs in float64.
         outputs: the masked network's.
+        kept: which channels stay at its layer norms.
         whole: the example inputs as they are, on which the cut network must run as well.
         thinned: whether ``inputs`` are images with fewer pixels than those.
+        outline: the masked network without numbers.
     """
 
     inputs: ExampleInputs
     outputs: list[Tensor]
+    kept: Kept
     whole: ExampleInputs
     thinned: bool
+    outline: _Outline
 
 
-def _reference(masked: nn.Module, inputs: ExampleInputs) -> _Reference:
+class _Outline:
+    """A network of which only the shapes are left; made when it is first asked for."""
+
+    def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
+        self._model, self._inputs = model, inputs
+
+    @cached_property
+    def _made(self) -> tuple[nn.Module, ExampleInputs, list[torch.Size]] | None:
+        """The network and its inputs on the meta device, and the shapes of its outputs; None where it can't run."""
+        nothing = {name: tensor.detach().to("meta") for name, tensor in tensors_of(self._model).items()}
+        ghost = duplicate(self._model, standing_for(self._model, nothing)).eval()
+        inputs = self._inputs.to(torch.device("meta"))
+        try:
+            return ghost, inputs, _shapes(ghost, inputs)
+        except InputError:
+            return None
+
+    def trouble(self, part: Selection, attribute: Follow) -> str | None:
+        """What shapes say against cutting this part of the groups; None where they say nothing."""
+        if self._made is None:
+            return None
+        ghost, inputs, expected = self._made
+        try:
+            found = _shapes(cut_copy(ghost, plan_cuts(part), attribute(part)), inputs)
+        except LbylError as error:
+            return _said(error)
+        return None if found == expected else f"outputs of shapes {found} instead of {expected}"
+
+
+def _shapes(model: nn.Module, inputs: ExampleInputs) -> list[torch.Size]:
+    with undisturbed(model), plain_attention():
+        return [tensor.shape for tensor in outputs(model, inputs)]
+
+
+def _said(error: LbylError) -> str:
+    return str(error).rpartition("): ")[2] if isinstance(error, InputError) else str(error)
+
+
+def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection) -> _Reference:
     """Run the masked network in float64, on thinned images if it takes them."""
+    kept = kept_channels(selection)
     device = next((p.device for p in masked.parameters()), torch.device("cpu"))
     whole, thinned = inputs.to(device), inputs.thinned()
+    outline = _Outline(masked, whole)
     if thinned is not None:
         wide = thinned.to(device, torch.float64)
         try:
-            expected = _widened_outputs(masked, wide)
+            expected = _widened_outputs(masked, wide, kept)
         except InputError:  # it insists on the size of its images
             pass
         else:
             if _finite(expected):
-                return _Reference(wide, expected, whole, thinned=True)
+                return _Reference(wide, expected, kept, whole, thinned=True, outline=outline)
     wide = inputs.to(device, torch.float64)
-    expected = _wide_outputs(masked, wide)
+    expected = _wide_outputs(masked, wide, kept)
     if not _finite(expected):
         raise InputError("the network's output on the example inputs is not finite (NaN or infinity in weights?)")
-    return _Reference(wide, expected, whole, thinned=False)
+    return _Reference(wide, expected, kept, whole, thinned=False, outline=outline)
 
 
 def _count(model: nn.Module, inputs: ExampleInputs) -> int:
@@ -255,21 +336,29 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
 def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribute: Follow) -> str | None:
     """What goes wrong when this part of the groups is cut out of the masked network; None where nothing does."""
     try:
-        smaller = cut_copy(masked, plan_cuts(part), attribute(part))
-        gap = difference(reference.outputs, _wide_outputs(smaller, reference.inputs))
+        cuts = plan_cuts(part)
+        smaller = cut_copy(masked, cuts, attribute(part))
+        # Layer norms over channels of the groups that are only masked go on without these.
+        kept = still_masked(reference.kept, cuts)
+        gap = difference(reference.outputs, _wide_outputs(smaller, reference.inputs, kept))
         if gap <= TOLERANCE and reference.thinned:
             _count(smaller, reference.whole)
     except LbylError as error:
-        return str(error).rpartition("): ")[2] if isinstance(error, InputError) else str(error)
+        return _said(error)
     return None if gap <= TOLERANCE else f"outputs differ by {gap:.2g} of their magnitude"
 
 
 def _first_bad(masked: nn.Module, reference: _Reference, selection: Selection, attribute: Follow) -> Choice:
     """The first group that can't be cut, by halving: cutting a prefix of the groups works or fails."""
     low, high = 0, len(selection.choices)  # cutting `low` groups works, cutting `high` fails
+    by_shapes = reference.outline.trouble(selection, attribute) is not None
     while high - low > 1:
         middle = (low + high) // 2
-        works = _trouble(masked, reference, Selection(selection.choices[:middle], ()), attribute) is None
+        part = Selection(selection.choices[:middle], ())
+        if by_shapes:
+            works = reference.outline.trouble(part, attribute) is None
+        else:
+            works = _trouble(masked, reference, part, attribute) is None
         low, high = (middle, high) if works else (low, middle)
     return selection.choices[high - 1]
 

@@ -260,7 +260,10 @@ def _travels(
     probes: Probes,
     expected: object,
 ) -> float:
-    """Squared relative error of the network's output for each unit of the group's own, with half of it gone."""
+    """Squared relative error of the network's output for each unit of the group's own, with half of it gone.
+
+    Layer norms keep their statistics: the group's own error does not count what the cut changes in them either.
+    """
     group = graph.groups[curve.group]
     kept = max(1, group.width // 2)
     own = float(curve.error[kept])

@@ -343,7 +343,9 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Groups and layers that stay whole.", rich_help_panel=BUDGET),
 ]
-InScope = Annotated[Scope, typer.Option(help="inner: groups that no residual sum couples; all: every prunable one.")]
+InScope = Annotated[
+    Scope, typer.Option(help="inner: groups that no residual sum or layer norm couples; all: every prunable one.")
+]
 Criterion = Annotated[CriterionName, typer.Option(help="How channels are scored.")]
 Restore = Annotated[
     RestorerName,

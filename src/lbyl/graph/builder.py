@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from lbyl.graph.ids import NOBODY, Ids, compact, small, varies
-from lbyl.graph.types import Depthwise, Norm, Step
+from lbyl.graph.types import Depthwise, LayerNorm, Norm, Step
 
 _LARGEST_FREE_PARAMETER = 4_000_000
 
@@ -89,6 +89,7 @@ class Builder:
     steps: list[tuple[Tensor, Step]] = field(default_factory=list)
     barriers: list[str] = field(default_factory=list)
     averages: list[AverageRecord] = field(default_factory=list)
+    layer_norms: list[tuple[Tensor, LayerNorm]] = field(default_factory=list)
     scaled: dict[fx.Node, Any] = field(default_factory=dict)
     """Values that depend on how many channels there are, see `lbyl.graph.averages`."""
     pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from lbyl.graph.ids import NOBODY, compact, small, varies
 from lbyl.graph.program import Program
 from lbyl.graph.recording import record as watch
 from lbyl.graph.rules import find_rule
-from lbyl.graph.types import NOT_OURS, Average, Graph, Group, Producer, Reader, Size, Slot, Step
+from lbyl.graph.types import NOT_OURS, Average, Graph, Group, LayerNorm, Producer, Reader, Size, Slot, Step
 from lbyl.inputs import ExampleInputs
 from lbyl.modes import uncollected, undisturbed
 
@@ -79,7 +79,8 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
             why = f"{path!r} is torch's MultiheadAttention, which insists on its width"
             for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
                 for record in [r for (p, _), r in builder.slots.items() if p == f"{path}.{name}".lstrip(".")]:
-                    if record.role == "producer":
+                    # Of what it reads, it measures the queries.
+                    if record.role == "producer" or name in ("in_proj_weight", "q_proj_weight"):
                         builder.pin(record.ids, why)
     builder.finish_free_parameters()
     return replace(_freeze(builder), macs=program.macs)
@@ -166,6 +167,16 @@ def _freeze(builder: Builder) -> Graph:
         else:
             for index in over:
                 reasons[index] = reasons[index] or f"a mean in {record.module!r} is over more than their group"
+    norms: list[list[LayerNorm]] = [[] for _ in members]
+    for ids, norm in builder.layer_norms:
+        roots = find(ids)
+        over = _groups_of(group_of, roots)
+        for index in over:
+            if norm not in norms[index]:
+                norms[index].append(norm)
+        if not _some_stay(roots, group_of, channel_of, widths):
+            for index in over:
+                reasons[index] = reasons[index] or f"layer_norm {norm.layer!r} takes statistics over a part of them"
     equal: list[list[tuple[Tensor, int]]] = [[] for _ in members]
     for ids, blocks in builder.equal:
         roots = find(ids)
@@ -197,6 +208,7 @@ def _freeze(builder: Builder) -> Graph:
                 tuple(steps[index]),
                 tuple(taken[index]),
                 reason,
+                tuple(norms[index]),
             )
         )
     reading = tuple(
@@ -268,6 +280,16 @@ def _evenly(roots: Tensor, group_of: Tensor, channel_of: Tensor, width: int) -> 
     if bool((group_of[roots] == NOT_OURS).any()):
         return False
     return len(set(torch.bincount(channel_of[roots], minlength=width).tolist())) == 1
+
+
+def _some_stay(roots: Tensor, group_of: Tensor, channel_of: Tensor, widths: list[int]) -> bool:
+    """Whether some of these channels stay whatever is cut: others than ours, or all of a group are among them."""
+    if bool((group_of[roots] == NOT_OURS).any()):
+        return True
+    return any(
+        len(torch.unique(channel_of[roots[group_of[roots] == index]])) == widths[index]
+        for index in _groups_of(group_of, roots)
+    )
 
 
 def _groups_of(group_of: Tensor, roots: Tensor) -> list[int]:

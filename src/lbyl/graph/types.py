@@ -87,6 +87,17 @@ class Average:
 
 
 @dataclass(frozen=True)
+class LayerNorm:
+    """A layer norm over channels of a group, by its module and the name of its weight.
+
+    Once some of them are cut, it takes its mean and variance over those that stay.
+    """
+
+    layer: str
+    weight: str
+
+
+@dataclass(frozen=True)
 class Group:
     """Channels that must go together.
 
@@ -101,6 +112,7 @@ class Group:
         steps: what lies between producers and readers, in execution order.
         averages: means that are taken over all channels; those that go must then be zero from the start.
         reason: why the group can't be pruned, or None when it can.
+        layer_norms: those that take statistics over these channels, and over fewer of them once some are cut.
     """
 
     name: str
@@ -113,6 +125,16 @@ class Group:
     steps: tuple[Step, ...]
     averages: tuple[Average, ...]
     reason: str | None
+    layer_norms: tuple[LayerNorm, ...] = ()
+
+    @property
+    def outside(self) -> str | None:
+        """Why scope="inner" leaves the group whole, though it can be pruned; None where it does not."""
+        if self.coupled:
+            return "a residual sum couples it"
+        if self.layer_norms:
+            return f"layer_norm {self.layer_norms[0].layer!r} takes statistics over it"
+        return None
 
     @property
     def prunable(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from lbyl.graph.builder import AverageRecord, Builder, ParameterRef, layer_name
 from lbyl.graph.ids import small
 from lbyl.graph.rules import rule
-from lbyl.graph.types import Norm
+from lbyl.graph.types import LayerNorm, Norm
 
 
 @rule("batch_norm")
@@ -36,21 +36,43 @@ def batch_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     return x
 
 
-@rule("layer_norm", "rms_norm")
+@rule("layer_norm")
 def layer_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Statistics over the last axes: exact only while none of their channels goes."""
+    """Statistics over the last axes; over channels alone, then over those that stay, see `lbyl.kept`."""
+    x = args[0]
+    weight, bias = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias")))
+    ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
+    if ids is None or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
+        return _fixed(builder, node, args)
+    for tensor in (weight, bias):
+        if tensor is not None:
+            builder.slot(tensor.name, 0, ids, "carrier")
+    builder.layer_norms.append((ids, LayerNorm(layer_name(node), weight.name)))
+    builder.shaped(x, node)
+    builder.step(ids, "layer_norm", layer_name(node), parametric=True)
+    return x
+
+
+@rule("rms_norm")
+def rms_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A mean square over the last axes; over channels alone, the weight makes up for those that go."""
+    x, (weight, eps) = args[0], (args[i] if len(args) > i else None for i in (2, 3))
+    ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
+    if ids is None or not isinstance(weight, ParameterRef) or eps is None:
+        return _fixed(builder, node, args)
+    builder.slot(weight.name, 0, ids, "carrier")
+    builder.averages.append(AverageRecord(ids, layer_name(node), float(eps), weight.name, 0.5))
+    builder.shaped(x, node)
+    builder.step(ids, "rms_norm", layer_name(node), parametric=True)
+    return x
+
+
+def _fixed(builder: Builder, node: fx.Node, args: tuple[Any, ...]) -> Any:
+    """None of the channels that the statistics are over can go."""
     x, name = args[0], str(node.target).split(".")[1]
     if not isinstance(x, Tensor):
         return builder.barrier(node, args, f"{name} on an unknown value")
     over = range(x.dim() - len(args[1]), x.dim())
-    weight, eps = (args[i] if len(args) > i else None for i in (2, 3))
-    ids = builder.channels(x, -1) if name == "rms_norm" and len(over) == 1 else None
-    if ids is not None and isinstance(weight, ParameterRef) and eps is not None:
-        builder.slot(weight.name, 0, ids, "carrier")
-        builder.averages.append(AverageRecord(ids, layer_name(node), float(eps), weight.name, 0.5))
-        builder.shaped(x, node)
-        builder.step(ids, name, layer_name(node), parametric=True)
-        return x
     builder.fix(x, over, f"{name} {layer_name(node)!r} takes statistics over them")
     builder.step(small(x).reshape(-1), name, layer_name(node), parametric=True)
     return x

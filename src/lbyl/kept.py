@@ -1,0 +1,190 @@
+"""Layer norms over channels of which some go: their mean and variance are those of the channels that stay.
+
+No weight makes up for the zeros that a layer norm would meet in place of dropped channels. So the masked network that
+a cut is compared with takes its statistics without them, and gives zero where they were::
+
+    y_k = gamma_k (x_k - mean_K) / sqrt(var_K + eps) + beta_k    for k in K
+    y_d = 0                                                      for all others
+
+This is what the cut layer norm computes. Here it is computed on the whole width, while the model runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lbyl.selection import Selection
+from lbyl.surgery import Cut
+
+Kept = Mapping[str, Bool[Tensor, " channels"]]
+"""Which channels stay, by the names of the weights of the layer norms that are taken over them."""
+
+
+def kept_channels(selection: Selection) -> dict[str, Bool[Tensor, " channels"]]:
+    """What stays at every layer norm over channels of which some go."""
+    kept: dict[str, Tensor] = {}
+    for choice in selection.choices:
+        stays = torch.ones(choice.group.width + 1, dtype=torch.bool)  # the last one is for NOT_OURS
+        stays[list(choice.drop)] = False
+        names = {norm.weight for norm in choice.group.layer_norms}
+        for slot in choice.group.carriers:
+            if slot.parameter in names:
+                here = stays[torch.tensor(slot.channels)]
+                kept[slot.parameter] = kept[slot.parameter] & here if slot.parameter in kept else here
+    return kept
+
+
+def still_masked(kept: Kept, cuts: Sequence[Cut]) -> dict[str, Bool[Tensor, " channels"]]:
+    """What stays of the channels that are left once a part of the selection is cut, where some are masked still."""
+    keep = {item.parameter: torch.tensor(item.keep) for item in cuts}
+    left = {name: mask[keep[name]] if name in keep else mask for name, mask in kept.items()}
+    return {name: mask for name, mask in left.items() if not bool(mask.all())}
+
+
+def kept_layer_norm(
+    x: Float[Tensor, "*positions channels"],
+    kept: Bool[Tensor, " channels"],
+    weight: Float[Tensor, " channels"],
+    bias: Float[Tensor, " channels"] | None,
+    eps: float,
+) -> Float[Tensor, "*positions channels"]:
+    """The layer norm above: statistics over the channels that stay, zero at the others.
+
+    Two passes in the precision of ``x``, as the variance of large values would lose its digits in one.
+    """
+    inside = kept.to(x.device)
+    count = inside.sum()
+    mean = torch.where(inside, x, 0).sum(-1, keepdim=True) / count
+    away = torch.where(inside, x - mean, 0)
+    y = away * torch.rsqrt(away.square().sum(-1, keepdim=True) / count + eps) * weight
+    return y if bias is None else y + torch.where(inside, bias, 0)
+
+
+_CALLS: dict[Any, inspect.Signature] = {
+    functional.layer_norm: inspect.signature(functional.layer_norm),
+    torch.layer_norm: inspect.signature(functional.layer_norm),
+}
+
+
+class KeptStatistics(TorchFunctionMode):
+    """While it is on, layer norms on the named weights take their statistics over the channels that stay.
+
+    Args:
+        kept: which channels stay.
+        names: the names of tensors by their ids; who replaces a tensor adds the new one.
+    """
+
+    def __init__(self, kept: Kept, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.kept, self.names = kept, names
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        found = normalized(func, args, kwargs or {}, self.kept, self.names)
+        return func(*args, **(kwargs or {})) if found is None else found
+
+
+def normalized(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Kept, names: Mapping[int, str]
+) -> Tensor | None:
+    """What a call gives with statistics over the channels that stay; None for all that is no such layer norm."""
+    call = _bound(func, args, kwargs)
+    mask = None if call is None else kept.get(names.get(id(call["weight"]), ""))
+    if call is None or mask is None:
+        return None
+    return kept_layer_norm(call["input"], mask, call["weight"], call["bias"], call["eps"])
+
+
+def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    if func not in _CALLS:
+        return None
+    if func is torch.layer_norm:
+        args, kwargs = args[:5], {key: value for key, value in kwargs.items() if key != "cudnn_enable"}
+    bound = _CALLS[func].bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+class Foreseen(TorchFunctionMode):
+    """While the unpruned network runs, what layer norms will give once they are cut is carried along beside it.
+
+    A layer norm over channels that partly go gives two values: its own, with which the network goes on, and a *twin*
+    in which the channels that stay are normalized by themselves; those that go are as they were. Operations
+    on a value that has a twin are done on both, until a reader mixes the channels: what it makes is nobody's twin.
+
+    Args:
+        kept: which channels stay.
+        names: the names of tensors by their ids.
+        readers: the names of the weights at which twins end.
+    """
+
+    def __init__(self, kept: Kept, names: Mapping[int, str], readers: Collection[str]) -> None:
+        super().__init__()
+        self.kept, self.names, self.readers = kept, names, readers
+        self._twins: Any = WeakIdKeyDictionary()
+
+    def twin(self, value: Tensor) -> Tensor | None:
+        """What the cut network has in this value's place, at the channels that stay; None where that is the same."""
+        return self._twins.get(value)
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [item for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+        has_twin = any(item in self._twins for item in given)
+        if not has_twin and func not in _CALLS:
+            return func(*args, **kwargs)
+        reads = any(self.names.get(id(item)) in self.readers for item in given)
+        theirs = None
+        if has_twin and not reads:
+            changed = _changed(func)
+
+            def instead(item: Any) -> Any:
+                if item in self._twins:
+                    return self._twins[item]
+                return item.clone() if changed and item is given[0] else item
+
+            args_of, kwargs_of = pytree.tree_map_only(Tensor, instead, (args, kwargs))
+        else:
+            args_of, kwargs_of = args, kwargs
+        ahead = normalized(func, args_of, kwargs_of, self.kept, self.names)
+        if ahead is None and has_twin and not reads:
+            theirs = func(*args_of, **kwargs_of)
+        out = func(*args, **kwargs)
+        if ahead is not None:
+            call = _bound(func, args, kwargs)
+            assert call is not None
+            inside = self.kept[self.names[id(call["weight"])]].to(ahead.device)
+            theirs = torch.where(inside, ahead, out)
+        for ours, its in zip(pytree.tree_leaves(out), pytree.tree_leaves(theirs), strict=False):
+            if isinstance(ours, Tensor) and isinstance(its, Tensor) and ours.shape == its.shape:
+                self._twins[ours] = its
+        return out
+
+
+def _changed(func: Any) -> bool:
+    """Whether a function changes its first argument."""
+    name = str(getattr(func, "__name__", ""))
+    if name.startswith("__"):
+        return name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__")
+    return name.endswith("_")

@@ -1,0 +1,495 @@
+"""Layer norms take their statistics over the channels that stay: cut, check, restoration, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nets import images, settle
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+import lbyl
+from lbyl import verification
+from lbyl.assessment import outputs_error
+from lbyl.criteria import resolve_criterion
+from lbyl.inputs import ExampleInputs
+from lbyl.kept import kept_channels, kept_layer_norm
+from lbyl.selection import Choice, Selection, by_criterion, select
+from lbyl.surgery import cut_copy, plan_cuts, tensors_of, write
+from lbyl.verification import difference, verify
+
+
+def norm(width: int, **settings: Any) -> nn.LayerNorm:
+    """With weights and biases that tell channels apart, and an eps that is seen."""
+    made = nn.LayerNorm(width, eps=0.1, **settings)
+    for parameter in made.parameters():
+        nn.init.uniform_(parameter, 0.5, 2)
+    return made
+
+
+class Mlp(nn.Sequential):
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+class Before(nn.Module):
+    """A residual stream with a norm before each layer. Input 5 x 7."""
+
+    def __init__(self, width: int = 12, **settings: Any) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(7, width), nn.Linear(width, 3)
+        self.norms = nn.ModuleList([norm(width, **settings) for _ in range(3)])
+        self.layers = nn.ModuleList([Mlp(width), Mlp(width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for before, layer in zip(self.norms, self.layers, strict=False):
+            x = x + layer(before(x))
+        return self.head(self.norms[-1](x))
+
+
+class Behind(Before):
+    """A norm behind each sum, as BERT has it; the first one is used twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.stem(x))
+        x = self.norms[1](x + self.layers[0](x))
+        return self.head(self.norms[0](self.norms[2](x + self.layers[1](x))))
+
+
+class Images(nn.Module):
+    """Channels last for the norm only, then four pixels in one by concatenation (Swin) and by a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.first, self.second, self.third = norm(8), norm(32), norm(8)
+        self.mlp, self.merge = Mlp(8), nn.Linear(32, 8)
+        self.grouped, self.head = nn.Conv2d(8, 6, 2, groups=2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = (x + self.mlp(self.first(self.depthwise(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        corners = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        x = self.third(self.merge(self.second(torch.cat(corners, -1)))).permute(0, 3, 1, 2)
+        return self.head(self.grouped(x).mean((2, 3)))
+
+
+class Functional(nn.Module):
+    """Two groups of channels side by side under one norm, which is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.weight, self.bias = 12, nn.Parameter(torch.rand(12) + 0.5), nn.Parameter(torch.rand(12))
+        self.left, self.right, self.head = nn.Linear(7, 8), nn.Linear(7, 4), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.left(x), self.right(x).relu()], -1)
+        return self.head(F.layer_norm(y, (self.dim,), self.weight, self.bias, 0.1))
+
+
+class Torch(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.left(x), self.right(x).relu()], -1)
+        return self.head(torch.layer_norm(y, [self.dim], self.weight, self.bias, 0.1))
+
+
+TOKENS, PIXELS = (2, 5, 7), (2, 3, 16, 16)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "before": (Before, TOKENS),
+    "no bias": (lambda: Before(bias=False), TOKENS),
+    "behind": (Behind, TOKENS),
+    "images": (Images, PIXELS),
+    "functional": (Functional, TOKENS),
+    "torch": (Torch, TOKENS),
+    "no sum": (lambda: nn.Sequential(nn.Linear(7, 12), norm(12), nn.Linear(12, 3)), TOKENS),
+}
+named = pytest.mark.parametrize("name", NETWORKS)
+
+
+def network(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    build, shape = NETWORKS[name]
+    return settle(build()), images(*shape)
+
+
+class ByHand(TorchFunctionMode):
+    """Layer norms written a second time: those that stay are taken out, normalized and put back among zeros."""
+
+    def __init__(self, model: nn.Module, keep: dict[str, Sequence[int]]) -> None:
+        super().__init__()
+        self.keep = {id(tensor): keep[name] for name, tensor in tensors_of(model).items() if name in keep}
+        self.met = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        weight = args[2] if len(args) > 2 else kwargs.get("weight")
+        if func not in (F.layer_norm, torch.layer_norm) or id(weight) not in self.keep:
+            return func(*args, **kwargs)
+        self.met += 1
+        x, keep = args[0], list(self.keep[id(weight)])
+        bias, eps = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((3, "bias"), (4, "eps")))
+        part = F.layer_norm(x[..., keep], (len(keep),), weight[keep], None if bias is None else bias[keep], eps)
+        return torch.zeros_like(x).index_copy(-1, torch.tensor(keep), part)
+
+
+def masked(model: nn.Module, result: lbyl.Result, x: Tensor) -> tuple[Tensor, int]:
+    """What the uncut network computes in float64 whose readers' dropped columns are zero, and the norms that it met."""
+    twin = copy.deepcopy(model).double()
+    keep = {(c.parameter, c.dim): c for c in result.plan.cuts}
+    state, small = tensors_of(twin), tensors_of(result.model)
+    with torch.no_grad():
+        for reader in lbyl.inspect(model, x).graph.readers:
+            cut = keep.get((reader.weight, reader.dim))
+            if cut is None:
+                continue
+            rows = keep.get((reader.weight, 0))
+            kept_rows = list(rows.keep) if rows else list(range(len(state[reader.weight])))
+            per_block, rows_per_block = state[reader.weight].shape[1], len(state[reader.weight]) // reader.blocks
+            state[reader.weight].zero_()
+            for place, row in enumerate(kept_rows):
+                block = row // rows_per_block
+                columns = [c - block * per_block for c in cut.keep if c // per_block == block]
+                state[reader.weight][row, columns] = small[reader.weight][place].double()
+        norms = {c.parameter: c.keep for c in result.plan.cuts if c.dim == 0}
+        with ByHand(twin, norms) as mode:
+            return twin(x.double()), mode.met
+
+
+@named
+def test_the_cut_network_is_the_one_with_statistics_over_what_stays(name: str) -> None:
+    model, x = network(name)
+    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune", strict=True)
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-9
+    expected, met = masked(model, result, x)
+    assert met > 0
+    with torch.no_grad():
+        found = copy.deepcopy(result.model).double()(x.double())
+    assert difference([expected], [found]) < 1e-9
+    with torch.no_grad():  # and not the one that only has zeros there, or this would not tell them apart
+        assert difference([model.double()(x.double())], [found]) > 1e-2
+    for module in result.model.modules():
+        if isinstance(module, nn.LayerNorm):
+            assert module.normalized_shape == tuple(module.weight.shape)
+
+
+def test_statistics_are_those_of_a_narrower_norm() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(4, 6) + 100, torch.rand(6), torch.rand(6)
+    kept = torch.tensor([True, False, True, True, False, True])
+    y = kept_layer_norm(x, kept, weight, bias, 0.1)
+    torch.testing.assert_close(y[:, kept], F.layer_norm(x[:, kept], (4,), weight[kept], bias[kept], 0.1))
+    assert bool((y[:, ~kept] == 0).all())
+
+
+def cut_by_hand() -> tuple[nn.Module, nn.Module, ExampleInputs, Selection]:
+    """A masked network, its cut, and what was cut."""
+    model, x = network("before")
+    groups = [group for group in lbyl.inspect(model, x).graph.groups if group.prunable]
+    selection = Selection(tuple(Choice(group, tuple(range(0, group.width, 2))) for group in groups), ())
+    work = copy.deepcopy(model)
+    with torch.no_grad():
+        for choice in selection.choices:
+            for slot in choice.group.readers:
+                weight = work.get_parameter(slot.parameter)
+                weight[:, list(choice.drop)] = 0
+    return work, cut_copy(work, plan_cuts(selection)), ExampleInputs.of(x), selection
+
+
+def wrong_eps(model: nn.Module) -> None:
+    model.norms[1].eps = 0.2  # pyright: ignore
+
+
+def wrong_channels(model: nn.Module) -> None:
+    write(model, {"norms.1.weight": model.get_parameter("norms.1.weight").flip(0)})
+
+
+def wrong_bias(model: nn.Module) -> None:
+    write(model, {"norms.2.bias": model.get_parameter("norms.2.bias") + 0.01})
+
+
+@pytest.mark.parametrize("spoil", [wrong_eps, wrong_channels, wrong_bias])
+def test_a_norm_that_is_cut_wrongly_is_noticed(spoil: Callable[[nn.Module], None]) -> None:
+    masked, smaller, inputs, selection = cut_by_hand()
+    assert verify(masked, smaller, inputs, selection).difference < 1e-9
+    spoil(smaller)
+    with pytest.raises(lbyl.VerificationError, match="differ by"):
+        verify(masked, smaller, inputs, selection)
+
+
+def test_verification_does_not_take_zeros_for_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    masked, smaller, inputs, selection = cut_by_hand()
+    monkeypatch.setattr(verification, "kept_channels", lambda selection: {})
+    with pytest.raises(lbyl.VerificationError, match="differ by"):
+        verify(masked, smaller, inputs, selection)
+
+
+class Insisting(Functional):
+    """The second of the two groups under the norm can't be cut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.left(x), self.right(x).relu().reshape(-1, 5, 4)], -1)
+        return self.head(F.layer_norm(y, (self.dim,), self.weight, self.bias, 0.1))
+
+
+@pytest.mark.parametrize("restore", ["prune", lbyl.LeastSquares(moments=lbyl.Noise(images=8))])
+def test_a_norm_over_a_group_that_can_and_one_that_cannot_be_cut(restore: Any) -> None:
+    torch.manual_seed(0)
+    model, x = settle(Insisting()), images(*TOKENS)
+    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore=restore)
+    assert [(row.group, row.after) for row in result.report.rows] == [("left", 6)]
+    assert [why[:21] for name, why in result.report.left if name == "right"] == ["found by verification"]
+    assert result.model.get_parameter("weight").shape == (10,)
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-9
+
+
+@named
+def test_the_inner_scope_leaves_such_groups_whole(name: str) -> None:
+    model, x = network(name)
+    graph = lbyl.inspect(model, x).graph
+    outside = {group.name for group in graph.groups if group.layer_norms}
+    assert outside
+    selection = select(graph, tensors_of(model), 0.5, "inner", by_criterion(resolve_criterion("l2")), 0)
+    left = dict(selection.left)
+    assert outside <= left.keys()
+    assert all('scope="all" includes it' in left[group] for group in outside)
+    assert not any(choice.group.layer_norms for choice in selection.choices)
+
+
+def test_inspect_says_which_scope_a_norm_asks_for() -> None:
+    model, x = network("no sum")
+    row = lbyl.inspect(model, x).to_dict()["groups"][0]
+    assert (row["prunable"], row["coupled"]) == (True, False)
+    assert row["outside"] == "layer_norm '1' takes statistics over it"
+
+
+class Sliced(nn.Module):
+    """A norm over a half of the channels, which could all go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(7, 8), norm(4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.first(x).split([4, 4], -1)
+        return self.head(torch.cat([self.norm(left), right], -1))
+
+
+class Computed(Functional):
+    """A norm whose weight is no parameter but made of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.left(x), self.right(x).relu()], -1)
+        return self.head(F.layer_norm(y, (12,), 1 + self.weight, self.bias))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(7, 12), nn.LayerNorm(12, elementwise_affine=False), nn.Linear(12, 3)), TOKENS),
+        (nn.Sequential(nn.Linear(7, 12), nn.LayerNorm((5, 12)), nn.Linear(12, 3)), TOKENS),
+        (nn.Sequential(nn.Linear(7, 12), nn.Flatten(), nn.LayerNorm(60), nn.Linear(60, 3)), TOKENS),
+        (Sliced(), TOKENS),
+        (Computed(), TOKENS),
+    ],
+    ids=["no weight", "two axes", "flattened", "a part", "computed weight"],
+)
+def test_other_layer_norms_are_refused_by_name(model: nn.Module, shape: tuple[int, ...]) -> None:
+    group = lbyl.inspect(settle(model), images(*shape)).graph.groups[0]
+    if group.prunable:  # tokens and channels flattened into one axis: whole channels can go
+        result = lbyl.compress(model, images(*shape), ratio=0.25, scope="all", restore="prune", strict=True)
+        assert result.report.verified is not None
+        assert result.report.verified < 1e-9
+    else:
+        assert "takes statistics over" in str(group.reason)
+
+
+class Encoder(nn.Module):
+    """torch's own attention, which measures what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(7, 12), nn.Linear(12, 3)
+        self.layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True, norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.stem(x)))
+
+
+def test_the_stream_of_torchs_attention_stays_whole_without_a_trial() -> None:
+    result = lbyl.compress(settle(Encoder()), images(*TOKENS), scope="all", restore="prune", strict=True)
+    assert [row.group for row in result.report.rows] == ["layer.linear1"]
+    assert "MultiheadAttention" in dict(result.report.left)["stem"]
+
+
+# -- restoration ---------------------------------------------------------------------------------------
+
+
+class Kernel(nn.Module):
+    """A norm with channels last before a convolution; in two blocks perhaps. Input 3 x 6 x 6."""
+
+    def __init__(self, groups: int, kernel: int) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), norm(8)
+        self.head = nn.Conv2d(8, 4, kernel, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (NETWORKS["no sum"][0], (64, 5, 7)),
+        (lambda: Kernel(1, 1), (64, 3, 6, 6)),
+        (lambda: Kernel(1, 2), (64, 3, 6, 6)),
+        (lambda: Kernel(2, 2), (64, 3, 6, 6)),
+    ],
+    ids=["linear", "1x1", "2x2", "grouped"],
+)
+def test_readers_are_solved_on_what_the_cut_norm_feeds_them(build: Callable[[], nn.Module], shape: Any) -> None:
+    """The error that a solve reports is the one that the cut network has: the statistics are in it."""
+    torch.manual_seed(0)
+    model, x = settle(build()), images(*shape)
+    settings = lbyl.LeastSquares(moments=lbyl.Data([x]), ridge=1e-3, prior=0, positions=10**6)
+    result = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=settings, strict=True)
+    row = result.report.rows[0]
+    assert row.errors is not None
+    # Data keeps a part of the batch for the assessment.
+    errors = []
+    for part in lbyl.Data([x]).probes(model, ExampleInputs.of(x[:1]), torch.Generator(), None).batches:
+        with torch.no_grad():
+            before, after = (net.double()(part.args[0].double()) for net in (model, result.model))
+        channels = 1 if before.dim() == 4 else -1
+        spread = before - before.mean([d for d in range(before.dim()) if d != channels % before.dim()], keepdim=True)
+        errors.append(float((after - before).square().sum().sqrt() / spread.square().sum().sqrt()))
+    assert row.errors[1] == pytest.approx(sum(errors) / len(errors), rel=0.02)
+    assert row.errors[1] < row.errors[0]
+
+
+def digits() -> Any:
+    file = Path(__file__).parent.parent / "examples" / "digits" / "network.py"
+    spec = importlib.util.spec_from_file_location("digits_of_layer_norms", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Block(nn.Module):
+    """As ConvNeXt has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(width, width, 3, padding=1, groups=width), nn.LayerNorm(width)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(self.depthwise(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class Head(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, Any]:
+    """A small ConvNeXt, trained on digits for a second or two."""
+    source = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 24, 2, 2), Block(24), Block(24), Head(nn.LayerNorm(24), nn.Linear(24, 10)))
+    x, y = source.data(train=True)
+    steps = 120
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
+    for _ in range(steps):
+        chosen = torch.randperm(len(x))[:100]
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval(), source
+
+
+def test_restoration_on_a_trained_network(trained: tuple[nn.Module, Any]) -> None:
+    model, source = trained
+    x, _ = source.data(train=True)
+    assert source.accuracy(model) > 90
+    settings = lbyl.LeastSquares(moments=lbyl.Data([x[:256]]))
+    pruned, fitted = (
+        lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=restore) for restore in ("prune", settings)
+    )
+    assert any(row.group == "0" for row in fitted.report.rows)
+    assert fitted.report.assessment is not None
+    assert fitted.report.assessment.restored < 0.8 * fitted.report.assessment.pruned
+    assert source.accuracy(fitted.model) > source.accuracy(pruned.model) + 5
+
+
+def test_the_assessment_is_of_the_network_that_comes_out(trained: tuple[nn.Module, Any]) -> None:
+    """What is called the error of plain pruning and of restoration is that of the cut networks."""
+    model, source = trained
+    x, _ = source.data(train=True)
+    settings = lbyl.LeastSquares(moments=lbyl.Data([x[:64], x[64:128]]))
+    result = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=settings)
+    pruned = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore="prune")
+    probes = lbyl.Data([x[:64], x[64:128]]).probes(model, ExampleInputs.of(x[:1]), torch.Generator(), None)
+    with torch.no_grad():
+        expected = probes.held_out.call(model)
+        errors = [outputs_error(expected, probes.held_out.call(net)) for net in (pruned.model, result.model)]
+    found = result.report.assessment
+    assert found is not None
+    assert [found.pruned, found.restored] == pytest.approx(errors, rel=1e-3)
+
+
+# -- what comes after ----------------------------------------------------------------------------------
+
+
+def test_it_is_saved_loaded_and_exported(tmp_path: Path) -> None:
+    model, x = network("images")
+    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune", strict=True)
+    result.save(tmp_path / "out")
+    loaded = lbyl.load(tmp_path / "out", network("images")[0])
+    assert torch.equal(loaded(x), result.model(x))
+    assert lbyl.export(tmp_path / "out", network("images")[0]).relative < 1e-4
+
+
+@pytest.mark.parametrize("restore", ["prune", lbyl.LeastSquares(moments=lbyl.Noise(images=32))])
+def test_a_budget_takes_from_the_stream(restore: Any) -> None:
+    model, x = settle(Before(32)), images(*TOKENS)
+    result = lbyl.compress(model, x, budget=lbyl.Budget(params=0.5), scope="all", restore=restore)
+    before, after = result.report.parameters
+    assert after / before == pytest.approx(0.5, abs=0.02)
+    assert any(row.group == "stem" for row in result.report.rows)
+
+
+def test_masks_of_norms_follow_the_selection() -> None:
+    model, x = network("functional")
+    graph = lbyl.inspect(model, x).graph
+    left, right = graph.group("left"), graph.group("right")
+    both = kept_channels(Selection((Choice(left, (0, 1, 2, 3, 4, 5, 6)), Choice(right, (1, 2, 3))), ()))
+    assert both["weight"].tolist() == [True] * 7 + [False, False] + [True] * 3
+    assert kept_channels(Selection((), ())) == {}
+
+
+def test_a_sweep_makes_what_compress_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbyl.page.page", lambda plan, report: "")
+    monkeypatch.setattr("lbyl.pareto.picture", lambda points, unpruned: "")
+    model, x = settle(Before(32)), images(*TOKENS)
+    settings = lbyl.LeastSquares(moments=lbyl.Noise(images=32))
+    budgets = [lbyl.Budget(params=0.6), lbyl.Budget(params=0.5)]
+    swept = lbyl.sweep(model, x, budgets, tmp_path / "out", scope="all", restore=settings)
+    for budget, point in zip(budgets, swept.points, strict=True):
+        alone = lbyl.compress(model, x, budget=budget, scope="all", restore=settings)
+        assert torch.equal(lbyl.load(tmp_path / "out" / point.name, model)(x), alone.model(x))
+    assert any(row.group == "stem" for row in alone.report.rows)  # pyright: ignore[reportPossiblyUnboundVariable]
