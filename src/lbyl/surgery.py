@@ -251,14 +251,14 @@ def _replace(path: str, module: nn.Module, target: nn.Module, replaced: Mapping[
 
 
 def _slice(tensor: Tensor, item: Cut) -> Tensor:
-    keep = torch.tensor(item.keep, dtype=torch.int64, device=tensor.device)
+    keep = torch.tensor(item.keep, dtype=torch.int64)
     if item.blocks == 1:
-        return tensor.index_select(item.dim, keep)
+        return tensor.index_select(item.dim, keep.to(tensor.device))
     width = item.size // item.blocks
     parts = []
     for number, rows in enumerate(tensor.chunk(item.blocks, 0)):
         inside = keep[(keep >= number * width) & (keep < (number + 1) * width)] - number * width
-        parts.append(rows.index_select(1, inside))
+        parts.append(rows.index_select(1, inside.to(tensor.device)))
     return torch.cat(parts)
 
 

@@ -14,7 +14,7 @@ found out without computing anything, on PyTorch's meta device, where the networ
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import InputError, LbylError, VerificationError
-from lbyl.graph import Graph
+from lbyl.graph import Graph, Slot
 from lbyl.inputs import ExampleInputs, outputs
 from lbyl.kept import Kept, KeptStatistics, kept_channels, still_masked
 from lbyl.measure import count_macs
@@ -175,7 +175,8 @@ def cuttable(
     """The part of a selection that can be cut, and what happens when each other group is.
 
     Groups that stand at the same place of modules of one class share their code, so when one of them can't be cut,
-    the others are only tried together, in halves.
+    the others are only tried together, in halves. Groups that can only be cut together, such as a stream and the heads
+    that its width is divided into, are found as a stream with all that it feeds.
 
     Args:
         masked: the uncut network in which the dropped columns of the whole selection are zero.
@@ -198,9 +199,23 @@ def cuttable(
         return reference.outline.trouble(Selection(tuple(choices), ()), attribute)
 
     good, bad = list(selection.choices), dict[str, str]()
+    if trouble(good) is None:
+        return selection, bad
+    settled: set[str] = set()
+    if by_shapes(good):
+        fine = [choice for family in _families(good) if by_shapes(family) is None for choice in family]
+        if fine and by_shapes(fine) is None:
+            settled = {choice.group.name for choice in fine}
+            good.sort(key=lambda choice: choice.group.name not in settled)  # a stable sort
     while good and (why := by_shapes(good) or trouble(good)) is not None:
-        culprit = _first_bad(masked, reference, Selection(tuple(good), ()), attribute)
-        suspects = [choice for choice in good if kind(choice) == kind(culprit) and choice is not culprit]
+        if by_shapes(good) is None:  # then what shapes say of those that are settled is not all
+            settled = set()
+        culprit = _first_bad(masked, reference, Selection(tuple(good), ()), attribute, len(settled))
+        suspects = [
+            choice
+            for choice in good
+            if kind(choice) == kind(culprit) and choice is not culprit and choice.group.name not in settled
+        ]
         # Where shapes tell, nothing is computed until no more of them fail.
         tried = by_shapes if by_shapes(good) else trouble
         alone = tried([culprit])
@@ -218,8 +233,32 @@ def cuttable(
                 rest += piece
             else:
                 bad |= {choice.group.name: alone for choice in piece}
-        good = [choice for choice in selection.choices if choice in rest]
-    return Selection(tuple(good), selection.left), bad
+        names = {choice.group.name for choice in rest}
+        good = [choice for choice in good if choice.group.name in names]
+    names = {choice.group.name for choice in good}
+    return Selection(tuple(c for c in selection.choices if c.group.name in names), selection.left), bad
+
+
+def _families(choices: Sequence[Choice]) -> list[list[Choice]]:
+    """Each stream with the groups whose layers read it or write it; and all that belong to no stream."""
+    streams = [choice for choice in choices if choice.group.outside]
+    families = [[stream] for stream in streams]
+    others: list[Choice] = []
+    makes = [_weights(producer.weight for producer in stream.group.producers) for stream in streams]
+    reads = [_weights(stream.group.readers) for stream in streams]
+    for choice in choices:
+        if choice.group.outside:
+            continue
+        makers = _weights(producer.weight for producer in choice.group.producers)
+        readers = _weights(choice.group.readers)
+        met = (i for i in range(len(streams)) if makers & reads[i] or readers & makes[i])
+        found = next(met, None)
+        (others if found is None else families[found]).append(choice)
+    return [*families, others] if others else families
+
+
+def _weights(slots: Iterable[Slot]) -> set[str]:
+    return {slot.parameter for slot in slots}
 
 
 def follower(model: nn.Module, graph: Graph) -> Follow:
@@ -348,9 +387,14 @@ def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribut
     return None if gap <= TOLERANCE else f"outputs differ by {gap:.2g} of their magnitude"
 
 
-def _first_bad(masked: nn.Module, reference: _Reference, selection: Selection, attribute: Follow) -> Choice:
-    """The first group that can't be cut, by halving: cutting a prefix of the groups works or fails."""
-    low, high = 0, len(selection.choices)  # cutting `low` groups works, cutting `high` fails
+def _first_bad(
+    masked: nn.Module, reference: _Reference, selection: Selection, attribute: Follow, settled: int = 0
+) -> Choice:
+    """The first group that can't be cut, by halving: cutting a prefix of the groups works or fails.
+
+    The first ``settled`` groups are known to work, together at least.
+    """
+    low, high = settled, len(selection.choices)  # cutting `low` groups works, cutting `high` fails
     by_shapes = reference.outline.trouble(selection, attribute) is not None
     while high - low > 1:
         middle = (low + high) // 2
