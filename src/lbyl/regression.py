@@ -155,20 +155,27 @@ class PatchSums:
     blocks: list[Moments] = field(default_factory=list)
     output: list[Tensor] = field(default_factory=list)  # count, sum and sum of squares of the reader's output
 
-    def add(self, call: ReaderCall, weight: Tensor) -> None:
-        """Add one call of the reader."""
+    def add(self, call: ReaderCall, weight: Tensor, wanted: Tensor | None = None) -> None:
+        """Add one call of the reader.
+
+        Where ``wanted`` is given (a tensor like the call's output, without the bias), the target is what the kept
+        channels leave of it, not the dropped channels' share of this call's own output.
+        """
         self.output = _with_output(self.output, call)
         number = len(self.columns.keep)
         rows, width = len(weight) // number, call.x.shape[1 if call.op != "linear" else -1] // number
         for index, (keep, drop) in enumerate(zip(self.columns.keep, self.columns.drop, strict=True)):
-            kernel = weight[index * rows : (index + 1) * rows]
+            out = slice(index * rows, (index + 1) * rows)
+            kernel = weight[out]
             if len(self.blocks) <= index:
                 taps = kernel[0, 0].numel() if kernel.dim() > 2 else 1
                 self.blocks.append(Moments.zeros(len(keep) * taps, rows, call.x.device))
             if not len(drop):
                 continue
             columns = keep + index * width, drop + index * width
-            for p, r in _positions(call, kernel[:, drop], *columns, self.positions, self.generator):
+            share = None if wanted is None else wanted[..., out] if call.op == "linear" else wanted[:, out]
+            part = kernel[:, drop] if share is None else kernel[:, keep]
+            for p, r in _positions(call, part, *columns, self.positions, self.generator, share):
                 self.blocks[index].add(p, r)
 
 
@@ -208,16 +215,29 @@ def _with_output(sums: Sequence[Tensor], call: ReaderCall) -> list[Tensor]:
 
 
 def _positions(
-    call: ReaderCall, kernel: Tensor, keep: Tensor, drop: Tensor, positions: int, generator: torch.Generator
+    call: ReaderCall,
+    kernel: Tensor,
+    keep: Tensor,
+    drop: Tensor,
+    positions: int,
+    generator: torch.Generator,
+    wanted: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Patches of some channels and the share of the output that others have, position by position.
 
-    ``kernel`` has the columns of the others only; where there are none, the share has no columns either.
+    ``kernel`` has the columns of the others only; where there are none, the share has no columns either. Where
+    ``wanted`` is given, it has the kept columns, and the second is what they leave of that.
     """
     if call.op == "linear":
         x = call.x.reshape(-1, call.x.shape[-1])
         chosen = sample_positions(len(x), positions, generator)
         x = x if chosen is None else x[chosen.to(x.device)]
+        if wanted is not None:
+            y = wanted.reshape(-1, wanted.shape[-1])
+            y = y if chosen is None else y[chosen.to(y.device)]
+            p = x[:, keep]
+            yield p, y - p @ kernel.T
+            return
         for part in x.split(max(1, _CHUNK_BYTES // (4 * x.shape[1]))):
             yield part[:, keep], part[:, drop] @ kernel.T if len(drop) else part[:, drop]
         return
@@ -225,11 +245,17 @@ def _positions(
     taps = kernel.shape[2:]
     pixels = call.out[0, 0].numel()
     chosen = sample_positions(pixels, max(1, positions // len(x)), generator)
-    for part in x.split(max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))):
+    size = max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))
+    for part, share in zip(x.split(size), [None] * len(x) if wanted is None else wanted.split(size), strict=False):
         if taps.numel() == 1 and not any(padding):
             p = part[:, keep, :: stride[0], :: stride[1]].flatten(2)
         else:
             p = functional.unfold(part[:, keep], tuple(taps), dilation, padding, stride)
+        if share is not None:
+            p, r = (t if chosen is None else t[:, :, chosen.to(t.device)] for t in (p, share.flatten(2)))
+            p, r = p.transpose(1, 2).flatten(0, 1), r.transpose(1, 2).flatten(0, 1)
+            yield p, r - p @ kernel.flatten(1).T
+            continue
         if len(drop):
             r = functional.conv2d(part[:, drop], kernel, None, stride, padding, dilation).flatten(2)
         else:
