@@ -223,7 +223,12 @@ def fit(
                 else:
                     said.append(f"renorm left out: error on held-out probes {after:.3g} without, {lower:.3g} with")
             if settings.sequential is not False:
+                begun = time.perf_counter()
                 turned = _in_turn(model, graph, selection, probes, found, settings, seed, ledger, renorm, progress)
+                solving = time.perf_counter() - begun
+                # Counted with the other solves, not as renorm.
+                seconds["solve"] += solving
+                started += solving
                 if isinstance(turned, str):
                     if settings.sequential:
                         said.append(f"readers not solved in turn: {turned}")
@@ -595,7 +600,7 @@ def _in_turn(
     if not takers:
         return why
     batches = tuple(b for i, b in enumerate(probes.batches) if i not in probes.lifelike) or probes.batches
-    if (size := _joint_bytes(model, batches, probes.batch_statistics)) > _JOINT:
+    if (size := _joint_bytes(model, batches)) > _JOINT:
         return f"the probes' activations would take {size / 2**30:.1f} GiB at once, more than {_JOINT / 2**30:g}"
     again = {site.bias for site in takers.values()}
     ledger = _Ledger(state, {name: value for name, value in done.values.items() if name not in again})
@@ -640,7 +645,7 @@ _JOINT = 4 * 2**30
 """Bytes of activations that solving in turn may hold: all of its probes, in both networks, at one layer."""
 
 
-def _joint_bytes(model: nn.Module, batches: Sequence[ExampleInputs], batch_statistics: bool) -> int:
+def _joint_bytes(model: nn.Module, batches: Sequence[ExampleInputs]) -> int:
     """About what one forward pass of both networks over all probes holds at its largest layer."""
     largest = 0
 
