@@ -260,6 +260,8 @@ def test_mistakes_are_one_line_and_exit_code_1(
         ("compress", "SOURCE", "-o", "o", "--restore", "lbyl", "--ridge", "1"),
         ("compress", "SOURCE", "-o", "o", "--restore", "merge", "--moments", "noise"),
         ("compress", "SOURCE", "-o", "o", "--restore", "prune", "--no-renorm"),
+        ("compress", "SOURCE", "-o", "o", "--restore", "prune", "--no-sequential"),
+        ("compress", "SOURCE", "-o", "o", "--moments", "weights", "--sequential"),
         ("compress", "SOURCE", "-o", "o", "--moments", "weights", "--solve", "patch"),
         ("compress", "SOURCE", "-o", "o", "--moments", "data"),
         ("compress", "SOURCE", "-o", "o", "--moments", "noise", "--data", "folder"),
@@ -326,9 +328,9 @@ def restorer_of(result: Any) -> dict[str, Any]:
 
 
 def test_least_squares_options_reach_the_plan(source: str, tmp_path: Path) -> None:
-    options = ("--moments", "noise", "--solve", "mix", "--ridge", 0.05, "--no-renorm")
+    options = ("--moments", "noise", "--solve", "mix", "--ridge", 0.05, "--no-renorm", "--no-sequential")
     found = restorer_of(compress(source, tmp_path / "out", *options, "--json"))
-    expected = {"name": "LeastSquares", "solve": "mix", "ridge": 0.05, "renorm": False}
+    expected = {"name": "LeastSquares", "solve": "mix", "ridge": 0.05, "renorm": False, "sequential": False}
     assert found.items() >= expected.items()
     assert found["moments"]["name"] == "Noise"
     assert "moments=Noise(images=" in command("show", tmp_path / "out").stdout

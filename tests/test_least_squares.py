@@ -346,6 +346,7 @@ def test_synthetic_images_are_seeded_and_like_natural_ones(make, least: float) -
         lambda: lbyl.LeastSquares(ridge=-1.0),
         lambda: lbyl.LeastSquares(prior=2.0),
         lambda: lbyl.LeastSquares(moments="dream"),  # pyright: ignore
+        lambda: lbyl.LeastSquares(lbyl.Gaussian(), sequential=True),
         lambda: lbyl.Noise(images=1),
         lambda: lbyl.Dream(steps=-1),
         lambda: lbyl.compress(conv_net(), images(1), restore=lbyl.LeastSquares(lbyl.Data([]))),

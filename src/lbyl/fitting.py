@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from lbyl.filters import State, describe, paper_form_applies, reader_energy, sea
 from lbyl.graph import NOT_OURS, Graph, Norm, Reader, Slot
 from lbyl.inputs import ExampleInputs
 from lbyl.kept import kept_channels
+from lbyl.lockstep import OutOfStep, Turn, walk_together
 from lbyl.moments import ChannelMoments, ClosedFormSource, Probes, Progress
 from lbyl.probing import OnRead, ReaderCall, run
 from lbyl.regression import ChannelSums, Columns, Moments, PatchSums, Prior, Reading, Solution, WholeSums, solve
@@ -211,16 +212,38 @@ def fit(
                 return outputs_error(expected, run(model, probes.held_out, values=tensors, kept=kept))
 
             before, after = error(pruned), error(values)
+            said: list[str] = []
+            renorm = False
             if settings.renorm and original:
                 chosen = probes.lifelike or range(len(looks))
                 theirs = pool([looks[index] for index in chosen])
                 ours = pool([look(model, values, probes.batches[index], norms, kept) for index in chosen])
                 moved = renormalize(state, values, theirs.statistics, ours.statistics)
                 lower = error(moved)
-                if lower < after:
+                renorm = lower < after
+                if renorm:
                     values, after = recenter(moved, state, theirs, ours, norms), lower
                 else:
-                    notes.append(f"renorm left out: error on held-out probes {after:.3g} without, {lower:.3g} with")
+                    said.append(f"renorm left out: error on held-out probes {after:.3g} without, {lower:.3g} with")
+            if settings.sequential is not False:
+                begun = time.perf_counter()
+                turned = _in_turn(model, graph, selection, probes, found, settings, seed, ledger, renorm, progress)
+                solving = time.perf_counter() - begun
+                # Counted with the other solves, not as renorm.
+                seconds["solve"] += solving
+                started += solving
+                if isinstance(turned, str):
+                    if settings.sequential:
+                        said.append(f"readers not solved in turn: {turned}")
+                else:
+                    other = error(turned.values)
+                    figures = f"error on held-out probes {other:.3g} in turn, {after:.3g} all at once"
+                    if settings.sequential or other < after:
+                        values, after, ledger = turned.values, other, _merged(ledger, turned.ledger)
+                        said = [f"readers solved in turn, to make up for what residual sums lose: {figures}"]
+                    else:
+                        said.append(f"readers solved all at once: {figures}")
+            notes += said
             if after > before:
                 # Too few probes for the size of the layers: what was learned from them does not carry over.
                 values, after, note = _less(values, pruned, state, before, after, error)
@@ -230,6 +253,13 @@ def fit(
 
     rows = (ledger.row(number, choice) for number, choice in enumerate(selection.choices))
     return Restoration(values, tuple(rows), assessment, tuple(notes), seconds)
+
+
+def _merged(ledger: _Ledger, later: _Ledger) -> _Ledger:
+    """What the later solves found out, and the earlier ones where there was no later one."""
+    notes = {number: [*ledger.notes[number], *later.notes[number]] for number in {*ledger.notes, *later.notes}}
+    errors = {**ledger.errors, **later.errors}
+    return _Ledger(ledger.state, later.values, defaultdict(_Errors, errors), defaultdict(list, notes))
 
 
 def _stored(found: tuple[Site, ...], values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -522,6 +552,120 @@ def _solve_channels(
         ridge = settings.strength(expected is not None)
         prior = None if expected is None else (expected, trust)
         _deliver(site, number, slot, selection, moments, columns, ridge, ledger, prior)
+
+
+# -- one reader after the other ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """What solving one reader after the other comes to."""
+
+    values: dict[str, Tensor]
+    ledger: _Ledger
+
+
+def _takers(
+    graph: Graph, selection: Selection, found: tuple[Site, ...], settings: LeastSquares, state: State
+) -> tuple[dict[str, Site], str]:
+    """The readers that can be solved in turn, by the names of their weights; or why that is not to be tried."""
+    coupled = {p.weight.parameter for group in graph.groups if group.coupled for p in group.producers}
+    if not any(isinstance(stage, Norm) for g in graph.groups for p in g.producers for stage in p.stages):
+        return {}, "there is no batch norm"
+    if not any(site.reader.weight in coupled for site in found):
+        return {}, "no reader of a pruned group goes into a residual sum"
+    takers = {}
+    for site in found:
+        sums = _sums(site, selection, state, settings, 0)[0] if site.reader.calls == 1 else None
+        if isinstance(sums, PatchSums) and site.reader.dim == 1:
+            takers[site.reader.weight] = site
+    if not coupled & set(takers):
+        return {}, "no reader that goes into a residual sum runs once and is solved by patch"
+    return takers, ""
+
+
+def _in_turn(
+    model: nn.Module,
+    graph: Graph,
+    selection: Selection,
+    probes: Probes,
+    found: tuple[Site, ...],
+    settings: LeastSquares,
+    seed: int,
+    done: _Ledger,
+    renorm: bool,
+    progress: Progress | None,
+) -> _InTurn | str:
+    """Solve readers in execution order, each on what the network gives it once all before it is cut.
+
+    Readers that can't be solved so keep what they have in the ledger that is ``done``. Where some probes are lifelike
+    and others are not, only the others are used: they have the right statistics at every batch norm, which is what
+    readers are solved against here. With ``renorm`` batch-norm statistics move on the way. Returns why not where it
+    can't be done.
+    """
+    state = done.state
+    takers, why = _takers(graph, selection, found, settings, state)
+    if not takers:
+        return why
+    if kept_channels(selection):
+        return "layer norms take their statistics over the channels that stay"
+    batches = tuple(b for i, b in enumerate(probes.batches) if i not in probes.lifelike) or probes.batches
+    if (size := _joint_bytes(model, batches)) > _JOINT:
+        return f"the probes' activations would take {size / 2**30:.1f} GiB at once, more than {_JOINT / 2**30:g}"
+    again = {site.bias for site in takers.values()}
+    ledger = _Ledger(state, {name: value for name, value in done.values.items() if name not in again})
+    turns = 0
+
+    def solve_one(turn: Turn) -> None:
+        nonlocal turns
+        site = takers[turn.calls[0].weight]
+        sums = _sums(site, selection, state, settings, seed)[0]
+        assert isinstance(sums, PatchSums)
+        bias = state[site.reader.bias].detach() if site.reader.bias else None
+        for call, wanted in zip(turn.calls, turn.wanted, strict=True):
+            if bias is not None:
+                wanted = wanted - (bias if call.op == "linear" else bias.reshape(-1, *[1] * (wanted.dim() - 2)))
+            sums.add(call, site.weight(state), wanted)
+        _solve_patches(site, sums, selection, settings, ledger)
+        turns += 1
+        if progress:
+            progress("solving in turn", turns, len(takers))
+
+    try:
+        walked = walk_together(
+            model,
+            batches,
+            takers,
+            ledger.values,
+            solve_one,
+            batch_statistics=probes.batch_statistics,
+            renorm=renorm,
+        )
+    except (OutOfStep, RuntimeError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not walked.made_up:
+        return "no reader was seen to go into a sum"
+    values = silenced(_stored(found, ledger.values), selection, state)
+    if renorm:
+        values = renormalize(state, values, walked.original, walked.cut)
+    return _InTurn(values, ledger)
+
+
+_JOINT = 4 * 2**30
+"""Bytes of activations that solving in turn may hold: all of its probes, in both networks, at one layer."""
+
+
+def _joint_bytes(model: nn.Module, batches: Sequence[ExampleInputs]) -> int:
+    """About what one forward pass of both networks over all probes holds at its largest layer."""
+    largest = 0
+
+    def on_read(call: ReaderCall) -> None:
+        nonlocal largest
+        # The input, the output, and the output normalized.
+        largest = max(largest, (call.x.numel() + 2 * call.out.numel()) * call.x.element_size())
+
+    run(model, batches[0].map(lambda t: t[:1]), on_read=on_read)
+    return 2 * sum(len(batch.tensors()[0]) for batch in batches) * largest
 
 
 # -- from the weights alone ----------------------------------------------------------------------------

@@ -98,8 +98,8 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     torch.Tensor.matmul: (0, 1),
     torch.Tensor.__matmul__: (0, 1),
 }
-_CONVOLUTIONS: dict[Any, int] = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
-_BATCH_NORM = inspect.signature(functional.batch_norm)
+CONVOLUTIONS: dict[Any, int] = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
+BATCH_NORM = inspect.signature(functional.batch_norm)
 
 
 class _Watch(TorchFunctionMode):
@@ -128,12 +128,12 @@ class _Watch(TorchFunctionMode):
         if func is functional.batch_norm:
             return self._batch_norm(*args, **kwargs)
         out = func(*args, **kwargs)
-        if func is functional.linear or func in _CONVOLUTIONS:
+        if func is functional.linear or func in CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             name = self.names.get(id(weight))
             if name is not None:
                 if self.on_read:
-                    self.on_read(self._looking_ahead(_reader_call(func, name, out, *args, **kwargs)))
+                    self.on_read(self._looking_ahead(reader_call(func, name, out, *args, **kwargs)))
                 if name == self.stop_after:
                     raise _Enough
         elif func in _PRODUCTS and len(args) > _PRODUCTS[func][1] and not kwargs:
@@ -150,7 +150,7 @@ class _Watch(TorchFunctionMode):
         return call if self.ahead is None else replace(call, fed=self.ahead.twin(call.x))
 
     def _batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
-        bound = _BATCH_NORM.bind(*args, **kwargs)
+        bound = BATCH_NORM.bind(*args, **kwargs)
         bound.apply_defaults()
         call = bound.arguments
         mean_name, var_name = (self.names.get(id(call[key])) for key in ("running_mean", "running_var"))
@@ -195,7 +195,7 @@ class _BatchStatistics(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _reader_call(
+def reader_call(
     func: Any,
     name: str,
     out: Tensor,
@@ -207,9 +207,10 @@ def _reader_call(
     dilation: Any = 1,
     groups: int = 1,
 ) -> ReaderCall:
+    """A call of a convolution or linear function, as its arguments tell; the weight is only looked at for its shape."""
     if func is functional.linear:
         return ReaderCall(name, "linear", input, out)
-    axes = _CONVOLUTIONS[func]
+    axes = CONVOLUTIONS[func]
     stride, dilation = _each(stride, axes), _each(dilation, axes)
     if padding == "valid":
         padding = 0

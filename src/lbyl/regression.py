@@ -155,21 +155,30 @@ class PatchSums:
     blocks: list[Moments] = field(default_factory=list)
     output: list[Tensor] = field(default_factory=list)  # count, sum and sum of squares of the reader's output
 
-    def add(self, call: ReaderCall, weight: Tensor) -> None:
-        """Add one call of the reader."""
+    def add(self, call: ReaderCall, weight: Tensor, wanted: Tensor | None = None) -> None:
+        """Add one call of the reader.
+
+        Where ``wanted`` is given (a tensor like the call's output, without the bias), the target is what the kept
+        channels leave of it, not the dropped channels' share of this call's own output.
+        """
         self.output = _with_output(self.output, call)
         number = len(self.columns.keep)
         rows, width = len(weight) // number, call.x.shape[1 if call.op != "linear" else -1] // number
         for index, (keep, drop) in enumerate(zip(self.columns.keep, self.columns.drop, strict=True)):
-            kernel = weight[index * rows : (index + 1) * rows]
+            out = slice(index * rows, (index + 1) * rows)
+            kernel = weight[out]
             if len(self.blocks) <= index:
                 taps = kernel[0, 0].numel() if kernel.dim() > 2 else 1
                 self.blocks.append(Moments.zeros(len(keep) * taps, rows, call.x.device))
             if not len(drop):
                 continue
             columns = keep + index * width, drop + index * width
-            lost = kernel[:, drop] if call.fed is None else torch.cat([kernel[:, keep], kernel[:, drop]], 1)
-            for p, r in _positions(call, lost, *columns, self.positions, self.generator):
+            share = None if wanted is None else wanted[..., out] if call.op == "linear" else wanted[:, out]
+            if share is not None:
+                part = kernel[:, keep]
+            else:
+                part = kernel[:, drop] if call.fed is None else torch.cat([kernel[:, keep], kernel[:, drop]], 1)
+            for p, r in _positions(call, part, *columns, self.positions, self.generator, share):
                 self.blocks[index].add(p, r)
 
 
@@ -209,13 +218,20 @@ def _with_output(sums: Sequence[Tensor], call: ReaderCall) -> list[Tensor]:
 
 
 def _positions(
-    call: ReaderCall, kernel: Tensor, keep: Tensor, drop: Tensor, positions: int, generator: torch.Generator
+    call: ReaderCall,
+    kernel: Tensor,
+    keep: Tensor,
+    drop: Tensor,
+    positions: int,
+    generator: torch.Generator,
+    wanted: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Patches of some channels and the share of the output that others have, position by position.
 
     ``kernel`` has the columns of the others only; where there are none, the share has no columns either. Where the cut
     reader is fed something else (``call.fed``), the patches are of that, ``kernel`` has the columns of the channels
-    that stay before the others, and what these lose by the difference belongs to the share.
+    that stay before the others, and what these lose by the difference belongs to the share. Where ``wanted`` is given,
+    ``kernel`` has the columns of the channels that stay, and the share is what they leave of what is wanted.
     """
     if call.op == "linear":
         x = call.x.reshape(-1, call.x.shape[-1])
@@ -224,6 +240,11 @@ def _positions(
         if chosen is not None:
             chosen = chosen.to(x.device)
             x, fed = x[chosen], None if fed is None else fed[chosen]
+        if wanted is not None:
+            y = wanted.reshape(-1, wanted.shape[-1])
+            p = x[:, keep]
+            yield p, (y if chosen is None else y[chosen]) - p @ kernel.T
+            return
         size = max(1, _CHUNK_BYTES // (4 * x.shape[1]))
         for part, ahead in zip(x.split(size), _split_like(fed, x, size), strict=True):
             lost = _lost(part, ahead, keep, drop)
@@ -235,12 +256,18 @@ def _positions(
     pixels = call.out[0, 0].numel()
     chosen = sample_positions(pixels, max(1, positions // len(x)), generator)
     size = max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))
-    for part, ahead in zip(x.split(size), _split_like(fed, x, size), strict=True):
+    pieces = zip(x.split(size), _split_like(fed, x, size), _split_like(wanted, x, size), strict=True)
+    for part, ahead, share in pieces:
         read = part if ahead is None else ahead
         if taps.numel() == 1 and not any(padding):
             p = read[:, keep, :: stride[0], :: stride[1]].flatten(2)
         else:
             p = functional.unfold(read[:, keep], tuple(taps), dilation, padding, stride)
+        if share is not None:
+            p, r = (t if chosen is None else t[:, :, chosen.to(t.device)] for t in (p, share.flatten(2)))
+            p, r = p.transpose(1, 2).flatten(0, 1), r.transpose(1, 2).flatten(0, 1)
+            yield p, r - p @ kernel.flatten(1).T
+            continue
         if len(drop):
             lost = _lost(part, ahead, keep, drop)
             r = functional.conv2d(lost, kernel, None, stride, padding, dilation).flatten(2)
@@ -251,8 +278,8 @@ def _positions(
         yield p.transpose(1, 2).flatten(0, 1), r.transpose(1, 2).flatten(0, 1)
 
 
-def _split_like(fed: Tensor | None, x: Tensor, size: int) -> Sequence[Tensor | None]:
-    return [None] * -(-len(x) // size) if fed is None else fed.split(size)
+def _split_like(other: Tensor | None, x: Tensor, size: int) -> Sequence[Tensor | None]:
+    return [None] * -(-len(x) // size) if other is None else other.split(size)
 
 
 def _lost(x: Tensor, fed: Tensor | None, keep: Tensor, drop: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from lbyl.probing import ReaderCall, run
 from lbyl.regression import sample_positions
 from lbyl.selection import generator_for
 
-_DEAD = 1e-3
+DEAD = 1e-3
 """A channel whose spread on the probes is less than this share of its trained spread tells nothing."""
-_LARGEST_RATIO = 4.0
+LARGEST_RATIO = 4.0
 
 
 Statistics = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
@@ -52,8 +52,8 @@ def renormalize(
             continue
         new_mean, new_var = pruned[mean_name, var_name]
         old_mean, old_var = state[mean_name], state[var_name]
-        alive = var > _DEAD * old_var
-        ratio = (new_var / var.clamp_min(1e-30)).clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
+        alive = var > DEAD * old_var
+        ratio = (new_var / var.clamp_min(1e-30)).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
         mean_now = values.get(mean_name, old_mean)
         moved[mean_name] = torch.where(alive, old_mean + (new_mean - mean), mean_now).to(old_mean.dtype)
         moved[var_name] = torch.where(alive, old_var * ratio, old_var).to(old_var.dtype)

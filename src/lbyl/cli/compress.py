@@ -32,6 +32,7 @@ from lbyl.cli.options import (
     RoundTo,
     Scope,
     Seed,
+    Sequential,
     SolveFor,
     Source,
     Std,
@@ -86,6 +87,7 @@ def compress(
     solve: SolveFor = None,
     ridge: Ridge = None,
     no_renorm: NoRenorm = False,
+    sequential: Sequential = None,
     data: Images = None,
     mean: Mean = None,
     std: Std = None,
@@ -102,7 +104,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Drop channels, let the kept ones make up for them, and save the smaller network."""
-    fitting = Fitting(moments, solve, ridge, False if no_renorm else None, data, mean, std)
+    fitting = Fitting(moments, solve, ridge, False if no_renorm else None, sequential, data, mean, std)
     fitting.check(restore)
     if budget is not None and ratio:
         raise typer.BadParameter("--ratio and --budget: give one of them; a budget chooses each group's ratio")

@@ -32,6 +32,7 @@ from lbyl.cli.options import (
     RoundTo,
     Scope,
     Seed,
+    Sequential,
     SolveFor,
     Source,
     Std,
@@ -83,6 +84,7 @@ def sweep(
     solve: SolveFor = None,
     ridge: Ridge = None,
     no_renorm: NoRenorm = False,
+    sequential: Sequential = None,
     data: Images = None,
     mean: Mean = None,
     std: Std = None,
@@ -99,7 +101,7 @@ def sweep(
 
     Whatever stops it, the same command goes on where it was; with other budgets it adds networks.
     """
-    fitting = Fitting(moments, solve, ridge, False if no_renorm else None, data, mean, std)
+    fitting = Fitting(moments, solve, ridge, False if no_renorm else None, sequential, data, mean, std)
     fitting.check(restore)
     with working(f"loading {source}") as stage:
         import lbyl

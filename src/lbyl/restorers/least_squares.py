@@ -29,6 +29,11 @@ class LeastSquares:
             (the paper's ``V V^T``, each filter centered). None takes 0.5 for channels that no batch norm
             keeps at their trained mean and spread, and 0 for the others.
         renorm: move the batch-norm statistics downstream by what pruning changed, where that helps.
+        sequential: solve readers in turn, each on what the network gives it once all before it is cut, and let those
+            that go into a residual sum make up for what the sum's other operand has lost. None tries it where there
+            are batch norms and residual sums, moments are probed, and the probes' activations take at most 4 GiB
+            at once; the solution with the lower error on held-out probes is kept, and the report says which. True
+            keeps it whatever the error, False never tries.
         budget: bytes that one reader's patch moments may take; a larger reader is solved by "mix", which the
             report says.
         positions: at most so many positions of each reader enter the moments, a batch.
@@ -39,6 +44,7 @@ class LeastSquares:
     ridge: float | None = None
     prior: float | None = None
     renorm: bool = True
+    sequential: bool | None = None
     budget: int = 512 * 2**20
     positions: int = 20_000
 
@@ -49,6 +55,9 @@ class LeastSquares:
             raise InputError(f"LeastSquares(ridge={self.ridge}): must be at least 0")
         if self.prior is not None and not 0 <= self.prior <= 1:
             raise InputError(f"LeastSquares(prior={self.prior}): must lie between 0 and 1")
+        if self.sequential and isinstance(self.moments, ClosedFormSource):
+            name = type(self.moments).__name__
+            raise InputError(f"LeastSquares(sequential=True): {name} runs no network; choose Noise, Dream or Data")
         if not isinstance(self.moments, ProbeSource | ClosedFormSource):
             raise InputError(f"LeastSquares(moments={self.moments!r}): choose Weights, Gaussian, Noise, Dream or Data")
 

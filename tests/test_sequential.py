@@ -1,0 +1,227 @@
+"""Readers solved in turn: what each is asked for, that it keeps the residual sum, and who chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from nets import settle
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lbyl
+from lbyl.inputs import ExampleInputs
+from lbyl.lockstep import OutOfStep, Turn, Walked, walk_together
+from lbyl.probing import ReaderCall, run
+
+
+class Block(nn.Module):
+    """A basic block. Where it changes width or stride, its shortcut runs after the convolutions, as in torchvision."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.down = None
+        if stride > 1 or inputs != outputs:
+            self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y += x if self.down is None else self.down(x)
+        return F.relu(y, inplace=True)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.Sequential(Block(8, 8), Block(8, 8), Block(8, 12, 2), Block(12, 12))
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def residual(seed: int = 0) -> Residual:
+    return settle(Residual(), seed)
+
+
+def images(count: int = 24, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+READERS = [f"blocks.{number}.conv2.weight" for number in range(4)]
+
+
+def walk(
+    net: nn.Module,
+    batches: list[Tensor],
+    values: dict[str, Tensor],
+    solve: Callable[[Turn], None],
+    readers: list[str] | None = None,
+    **settings: bool,
+) -> Walked:
+    settings = {"batch_statistics": False, "renorm": False, **settings}
+    inputs = [ExampleInputs.of(batch) for batch in batches]
+    with torch.no_grad():
+        return walk_together(net, inputs, READERS if readers is None else readers, values, solve, **settings)
+
+
+def conv1_scaled(net: nn.Module) -> dict[str, Tensor]:
+    """The stem half as loud: every sum from the first one on loses something."""
+    return {"stem.0.weight": net.get_parameter("stem.0.weight").detach() * 0.5}
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_a_reader_is_asked_for_what_keeps_the_sum(batch_statistics: bool) -> None:
+    """If it gave exactly what it is asked for, the sum would be the original one."""
+    net, batches = residual(), [images(10), images(7, seed=2)]
+    values = conv1_scaled(net)
+    turns: list[Turn] = []
+    walked = walk(net, batches, values, turns.append, batch_statistics=batch_statistics)
+    assert [turn.calls[0].weight for turn in turns] == READERS == list(walked.made_up)
+    for batch, turn in zip(batches, zip(turns[0].calls, turns[0].wanted, strict=True), strict=True):
+        call, wanted = turn
+
+        def stem(x: Tensor, weight: Tensor, batch_statistics: bool = batch_statistics) -> tuple[Tensor, ...]:
+            y, bn = F.conv2d(x, weight, padding=1), net.stem[1]
+            var, mean = torch.var_mean(y, (0, 2, 3), unbiased=False)
+            return (mean, var) if batch_statistics else (bn.running_mean, bn.running_var), y, bn
+
+        with torch.no_grad():
+            statistics, y, bn = stem(batch, net.stem[0].weight)
+            changed = stem(batch, values["stem.0.weight"])[1]
+            before, after = (
+                F.relu(F.batch_norm(t, *statistics, bn.weight, bn.bias, False, 0.0, bn.eps)) for t in (y, changed)
+            )
+            bn = net.blocks[0].bn2
+            spread = call.out.var((0, 2, 3), unbiased=False) if batch_statistics else bn.running_var
+            gain = (bn.weight / (spread + bn.eps).sqrt()).reshape(-1, 1, 1)
+            torch.testing.assert_close(gain * (wanted - call.out), before - after, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cut_network_runs_as_it_would_alone() -> None:
+    """What later readers are fed is what the network gives with the values as they are by then."""
+    net, batch = residual(), images(9)
+    generator = torch.Generator().manual_seed(3)
+    values: dict[str, Tensor] = {}
+    fed: dict[str, Tensor] = {}
+
+    def solve(turn: Turn) -> None:
+        name = turn.calls[0].weight
+        fed[name] = turn.calls[0].x.clone()
+        weight = net.get_parameter(name).detach()
+        values[name] = weight + 0.1 * torch.randn(weight.shape, generator=generator)
+
+    walk(net, [batch], values, solve)
+
+    def on_read(call: ReaderCall) -> None:
+        if call.weight in fed:
+            torch.testing.assert_close(call.x, fed.pop(call.weight), rtol=1e-4, atol=1e-5)
+
+    with torch.no_grad():
+        run(net, ExampleInputs.of(batch), values=values, on_read=on_read)
+    assert not fed
+
+
+def test_renorm_on_the_way_gives_each_norm_its_trained_spread_back() -> None:
+    net, batch = residual(), images(16)
+    walked = walk(net, [batch], conv1_scaled(net), lambda turn: None, batch_statistics=True, renorm=True)
+    names = "stem.1.running_mean", "stem.1.running_var"
+    torch.testing.assert_close(walked.cut[names][0], 0.5 * walked.original[names][0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(walked.cut[names][1], 0.25 * walked.original[names][1], rtol=1e-3, atol=1e-4)
+
+
+def restored(net: nn.Module, x: Tensor, sequential: bool | None, **settings: object) -> lbyl.Result:
+    data = lbyl.Data([x, images(16, seed=9)], batches=2)
+    settings = {"ridge": 1e-2, **settings}
+    restore = lbyl.LeastSquares(data, sequential=sequential, **settings)  # pyright: ignore[reportArgumentType]
+    return lbyl.compress(net, x[:1], ratio=0.5, restore=restore)
+
+
+@pytest.mark.parametrize(("renorm", "share"), [(False, 0.9), (True, 1.0)])
+def test_the_sums_are_nearer_to_what_they_were(renorm: bool, share: float) -> None:
+    net, x = residual(), images(96)
+    gaps = []
+    for sequential in (True, False):
+        model = restored(net, x, sequential, renorm=renorm).model
+        with torch.no_grad():
+            expected, found = (m.blocks(m.stem(x)) for m in (net, model))  # pyright: ignore[reportCallIssue]
+        gaps.append(float((found - expected).square().mean() / expected.var()))
+    assert gaps[0] < share * gaps[1]
+
+
+def test_the_lower_error_on_held_out_probes_is_kept_and_the_report_says_so() -> None:
+    net = residual()
+    seen = set()
+    for count in (3, 96):
+        x = images(count)
+        free, turned, at_once = (restored(net, x, sequential) for sequential in (None, True, False))
+        errors = [r.report.assessment.restored for r in (free, turned, at_once) if r.report.assessment]
+        assert errors[0] == min(errors[1:])
+        kept = turned if errors[1] < errors[2] else at_once
+        for name, tensor in kept.model.state_dict().items():
+            assert torch.equal(tensor, free.model.state_dict()[name])
+        said = "in turn, to make up" if kept is turned else "readers solved all at once: "
+        assert any(said in note for note in free.report.notes)
+        assert free.plan.settings["restore"]["sequential"] is None
+        assert not any("in turn" in note for note in at_once.report.notes)
+        seen.add(said)
+    assert len(seen) == 2  # three images teach too little, and each turn would build on the last one's errors
+
+
+def test_dreams_alone_are_solved_on_in_turn_and_equal_seeds_give_equal_results() -> None:
+    restore = lbyl.LeastSquares(lbyl.Dream(images=8, steps=2), sequential=True)
+    first, second = (lbyl.compress(residual(), images(1), ratio=0.5, restore=restore, seed=4) for _ in range(2))
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name])
+    assert any("in turn" in note for note in first.report.notes)
+
+
+def test_where_there_is_no_sum_nothing_is_tried() -> None:
+    net = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()))
+    free, asked = (restored(net, images(), sequential) for sequential in (None, True))
+    assert not any("turn" in note for note in free.report.notes)
+    assert any("not solved in turn: no reader of a pruned group goes into" in note for note in asked.report.notes)
+    for name, tensor in free.model.state_dict().items():
+        assert torch.equal(tensor, asked.model.state_dict()[name])
+
+
+class Spoiled(Residual):
+    """Changes a reader's input while its output waits for the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        block = self.blocks[0]
+        hidden = F.relu(block.bn1(block.conv1(x)))
+        y = block.conv2(hidden)
+        hidden.mul_(0.5)
+        return self.fc((y + x).mean((2, 3))[:, [0] * 12])
+
+
+class Sideways(Residual):
+    """Its rows are no probes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat([x, x[:1]]))
+
+
+@pytest.mark.parametrize(("kind", "says"), [(Spoiled, "changed in place"), (Sideways, "rows of 8 probes")])
+def test_a_network_that_can_not_be_run_twice_at_once_is_told(kind: type[Residual], says: str) -> None:
+    with pytest.raises(OutOfStep, match=says):
+        walk(settle(kind()), [images(4)], {}, lambda turn: None)
+
+
+def test_probes_of_different_shapes_are_told() -> None:
+    with pytest.raises(OutOfStep, match="differ in shape"):
+        walk(residual(), [images(4), images(4)[:, :, :6]], {}, lambda turn: None)
+
+
+def test_probes_that_would_not_fit_in_memory_are_solved_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbyl.fitting._JOINT", 1000)
+    result = restored(residual(), images(), True)
+    assert any("not solved in turn: the probes' activations would take" in note for note in result.report.notes)
