@@ -225,7 +225,7 @@ def fit(
                     values, after = recenter(moved, state, theirs, ours, norms), lower
                 else:
                     said.append(f"renorm left out: error on held-out probes {after:.3g} without, {lower:.3g} with")
-            if settings.sequential is not False:
+            if settings.sequential or (settings.sequential is None and probes.matched):
                 begun = time.perf_counter()
                 turned = _in_turn(model, graph, selection, probes, found, settings, seed, ledger, renorm, progress)
                 solving = time.perf_counter() - begun

@@ -90,6 +90,7 @@ class FolderShelf:
             "batch_statistics": made.batch_statistics,
             "note": made.note,
             "lifelike": made.lifelike,
+            "matched": made.matched,
             # Convolutions add in another order in this layout, which shows in the last digits.
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         }
@@ -178,6 +179,7 @@ class FolderShelf:
                 bool(note["batch_statistics"]),
                 str(note["note"]),
                 tuple(map(int, note["lifelike"])),
+                bool(note["matched"]),
             )
 
     def _same(self, made: Probes) -> Probes:

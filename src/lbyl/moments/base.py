@@ -28,6 +28,7 @@ class Probes:
             that every channel has its trained mean and spread whatever the probes look like.
         lifelike: indices of the batches that batch-norm statistics are moved by, the ones with a structure like
             real inputs'; empty for all.
+        matched: whether batch norms see in the other batches what they saw in training: real inputs and dreams.
         note: what the user should know ("" as a rule).
     """
 
@@ -36,6 +37,7 @@ class Probes:
     batch_statistics: bool
     note: str = ""
     lifelike: tuple[int, ...] = ()
+    matched: bool = False
 
 
 @runtime_checkable

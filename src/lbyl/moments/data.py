@@ -45,8 +45,9 @@ class Data:
         for batch in {batch.describe(): batch for batch in read}.values():
             _check(model, batch, inputs)
         if len(read) == 1:
-            return Probes(tuple(read), read[0], False, "Data: a single batch, so errors are measured on it as well")
-        return Probes(tuple(read[:-1]), read[-1], batch_statistics=False)
+            note = "Data: a single batch, so errors are measured on it as well"
+            return Probes(tuple(read), read[0], batch_statistics=False, note=note, matched=True)
+        return Probes(tuple(read[:-1]), read[-1], batch_statistics=False, matched=True)
 
 
 def _check(model: nn.Module, batch: ExampleInputs, inputs: ExampleInputs) -> None:

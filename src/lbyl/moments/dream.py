@@ -90,4 +90,4 @@ class Dream:
                     progress("dreaming", step + 1, steps)
         train, test = split(start.map(lambda t: t.detach()), [count, held])
         scenes = synthesize(model, inputs, leaves, dead_leaves, generator)
-        return Probes((train, scenes), test, batch_statistics=True, note=note, lifelike=(1,))
+        return Probes((train, scenes), test, batch_statistics=True, note=note, lifelike=(1,), matched=steps > 0)
