@@ -43,7 +43,7 @@ from lbyl.measure import count_macs, count_parameters
 
 OTHERS = [name for name in MODELS if name not in CLASSIFIERS]
 RATIO = 0.25
-NOTHING = "nothing to cut: sums couple every group"
+NOTHING = "nothing to cut: sums or layer norms couple every group"
 PATIENCE = {"all": 120, "inner": 180, "restored": 900}
 """Seconds after which a cell is given up, where it is not 60."""
 
@@ -93,9 +93,9 @@ def ours(name: str, scope: str, verify: bool = True) -> dict[str, Any]:
 
 
 def all_coupled(net: nn.Module, x: Any) -> bool:
-    """Whether every group that could be pruned is coupled by a sum."""
+    """Whether the inner scope leaves out every group that could be pruned."""
     prunable = [group for group in lbyl.inspect(net, x).graph.groups if group.prunable]
-    return bool(prunable) and all(group.coupled for group in prunable)
+    return bool(prunable) and all(group.outside for group in prunable)
 
 
 def runs_elsewhere(net: nn.Module, smaller: nn.Module, x: Any) -> str | None:

@@ -87,7 +87,10 @@ def test_every_page_with_python_is_run() -> None:
 
 def test_every_command_and_option_exists() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    options = {name: {o for p in command.params for o in p.opts} | {"--help"} for name, command in commands.items()}
+    options = {
+        name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)} | {"--help"}
+        for name, command in commands.items()
+    }
     found = 0
     for path in (ROOT / "README.md", *(DOCS / page for page in PAGES)):
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
