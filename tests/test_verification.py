@@ -319,3 +319,9 @@ def test_macs_of_torchs_attention_are_the_same_with_and_without_verification() -
     assert plain is not None
     assert verified == plain
     assert plain[0] > 2 * 5 * (4 * 16 * 16 + 2 * 16 * 32) - 1  # projections and MLP
+
+
+def test_without_verification_a_network_that_does_not_run_says_what_to_do() -> None:
+    model, x = settle(Sized(narrow=True)), images(1, 3, 160, 160)
+    with pytest.raises(lbyl.VerificationError, match=r"does not run: .*verify=True"):
+        lbyl.compress(model, x, ratio=0.5, restore="prune", verify=False)

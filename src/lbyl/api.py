@@ -393,7 +393,7 @@ def _whole(
                     found = check(work, smaller, inputs, selection, follower(work, graph), graph.macs)
                     verified, macs = found.difference, found.macs
                 else:
-                    verified, macs = None, _macs(work, smaller, inputs, graph.macs)
+                    verified, macs = None, _unverified_macs(work, smaller, inputs, graph.macs)
         except (VerificationError, SurgeryError):
             if order.strict or not order.verify:
                 raise
@@ -542,6 +542,16 @@ def _ratio_within(ratio: Ratio, part: Part) -> Ratio:
 def _macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs, known: int | None = None) -> tuple[int, int]:
     with undisturbed(before), undisturbed(after):
         return count_macs(before, inputs) if known is None else known, count_macs(after, inputs)
+
+
+def _unverified_macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs, known: int | None) -> tuple[int, int]:
+    try:
+        return _macs(before, after, inputs, known)
+    except InputError as error:
+        raise VerificationError(
+            f"the cut network does not run: {str(error).rpartition('): ')[2]}. Leave verification on (verify=True): it "
+            "finds the groups that can't be cut, and leaves them whole."
+        ) from error
 
 
 def _pairs(selection: Selection, restored: tuple[Restored, ...]) -> Iterator[tuple[Any, Restored]]:
