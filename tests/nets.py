@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -13,6 +16,17 @@ import lbyl
 from lbyl.artifact import CARD, DOCUMENT, MANIFEST, PAGE, WEIGHTS
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def digits_example() -> ModuleType:
+    """The example that trains a network on scikit-learn's digits, as a module."""
+    file = Path(__file__).parent.parent / "examples" / "digits" / "network.py"
+    spec = importlib.util.spec_from_file_location("digits_network", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def settle(model: Module, seed: int = 0) -> Module:

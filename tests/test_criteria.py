@@ -62,7 +62,17 @@ def test_norms_are_summed_in_pieces(model: nn.Module, x: Tensor, criterion: L1 |
     for group in lbyl.inspect(model, x).graph.groups:
         filters = describe(group, tensors_of(model))
         expected = criterion.score(filters.raw, torch.Generator())
-        torch.testing.assert_close(filters.norms(criterion.power), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(filters.norms(criterion.norm_order), expected, rtol=1e-12, atol=0)
+
+
+def test_a_derived_criterion_scores_for_itself() -> None:
+    class Smallest(L2):
+        def score(self, filters: Tensor, generator: torch.Generator) -> Tensor:
+            return -super().score(filters, generator)
+
+    model, x = flat_convnet(), images(2, 3, 4, 4)
+    largest, smallest = (compress(model, x, criterion=c, ratio=0.5).plan.groups[0].keep for c in (L2(), Smallest()))
+    assert sorted(largest + smallest) == list(range(8))
 
 
 def test_compress_keeps_the_highest_scores() -> None:

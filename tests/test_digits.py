@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from nets import digits_example
 
 import lbyl
-
-FILE = Path(__file__).parent.parent / "examples" / "digits" / "network.py"
 
 
 @pytest.fixture(scope="module")
 def digits() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("digits_network", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return digits_example()
 
 
 def halved(digits: ModuleType, restore: object) -> lbyl.Result:

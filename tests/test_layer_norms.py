@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from nets import images, settle
+from nets import digits_example, images, settle
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -376,16 +375,6 @@ def test_readers_are_solved_on_what_the_cut_norm_feeds_them(build: Callable[[], 
     assert row.errors[1] < row.errors[0]
 
 
-def digits() -> Any:
-    file = Path(__file__).parent.parent / "examples" / "digits" / "network.py"
-    spec = importlib.util.spec_from_file_location("digits_of_layer_norms", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Block(nn.Module):
     """As ConvNeXt has it."""
 
@@ -406,7 +395,7 @@ class Head(nn.Sequential):
 @pytest.fixture(scope="module")
 def trained() -> tuple[nn.Module, Any]:
     """A small ConvNeXt, trained on digits for a second or two."""
-    source = digits()
+    source = digits_example()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 24, 2, 2), Block(24), Block(24), Head(nn.LayerNorm(24), nn.Linear(24, 10)))
     x, y = source.data(train=True)

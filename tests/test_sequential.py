@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import nets
 import pytest
 import torch
 from nets import settle
@@ -16,22 +17,12 @@ from lbyl.lockstep import OutOfStep, Turn, Walked, walk_together
 from lbyl.probing import ReaderCall, run
 
 
-class Block(nn.Module):
-    """A basic block. Where it changes width or stride, its shortcut runs after the convolutions, as in torchvision."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.down = None
-        if stride > 1 or inputs != outputs:
-            self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+class Block(nets.Block):
+    """A basic block that adds in place, and whose shortcut runs after the convolutions, as in torchvision."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        y += x if self.down is None else self.down(x)
+        y += self.shortcut(x)
         return F.relu(y, inplace=True)
 
 

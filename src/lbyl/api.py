@@ -31,7 +31,7 @@ from lbyl.groundwork import Groundwork, lay_groundwork
 from lbyl.inputs import ExampleInputs
 from lbyl.kept import kept_channels
 from lbyl.measure import count_macs, count_parameters
-from lbyl.modes import duplicate, uncollected, undisturbed
+from lbyl.modes import duplicate, set_modes, uncollected, undisturbed
 from lbyl.moments import Progress
 from lbyl.order import Order
 from lbyl.parts import Part, joined, part_of, traceable_parts
@@ -50,7 +50,7 @@ from lbyl.selection import (
     select,
 )
 from lbyl.surgery import cut_copy, plan_attributes, plan_cuts, standing_for, tensors_of, write
-from lbyl.verification import follower, without_trouble
+from lbyl.verification import follower, said, without_trouble
 from lbyl.verification import verify as check
 from lbyl.widths import Widths, choose_widths
 
@@ -406,9 +406,7 @@ def _whole(
         raise VerificationError("no part of the groups could be found that can be cut; inspect lists them")
 
     parts = dict(smaller.named_modules())
-    for name, module in model.named_modules():
-        if parts[name].training != module.training:
-            parts[name].training = module.training
+    set_modes({parts[name]: module.training for name, module in model.named_modules()})
     report = Report(
         rows=tuple(_row(choice.group.width, len(choice.keep), r) for choice, r in _pairs(selection, restored)),
         left=selection.left,
@@ -549,7 +547,7 @@ def _unverified_macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs,
         return _macs(before, after, inputs, known)
     except InputError as error:
         raise VerificationError(
-            f"the cut network does not run: {str(error).rpartition('): ')[2]}. Leave verification on (verify=True): it "
+            f"the cut network does not run: {said(error)}. Leave verification on (verify=True): it "
             "finds the groups that can't be cut, and leaves them whole."
         ) from error
 

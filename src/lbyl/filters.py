@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lbyl.graph import NOT_OURS, Depthwise, Group, Norm, Producer, Slot
@@ -177,6 +177,13 @@ def seats(slot: Slot, width: int) -> Int[Tensor, "channels occurrences"]:
     index = torch.full((width, int(counts.max())), -1)
     index[owners, place] = order
     return index
+
+
+def carrying(slot: Slot, width: int, members: Sequence[int] | Int[Tensor, " members"]) -> Bool[Tensor, " indices"]:
+    """Which indices of a slot carry these channels of a group."""
+    ours = torch.zeros(width + 1, dtype=torch.bool)  # the last one is for NOT_OURS
+    ours[torch.as_tensor(members)] = True
+    return ours[torch.tensor(slot.channels)]
 
 
 def describe(group: Group, state: State) -> Filters:

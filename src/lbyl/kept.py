@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lbyl.filters import carrying
 from lbyl.selection import Selection
 from lbyl.surgery import Cut
 
@@ -34,12 +35,10 @@ def kept_channels(selection: Selection) -> dict[str, Bool[Tensor, " channels"]]:
     """What stays at every layer norm over channels of which some go."""
     kept: dict[str, Tensor] = {}
     for choice in selection.choices:
-        stays = torch.ones(choice.group.width + 1, dtype=torch.bool)  # the last one is for NOT_OURS
-        stays[list(choice.drop)] = False
         names = {norm.weight for norm in choice.group.layer_norms}
         for slot in choice.group.carriers:
             if slot.parameter in names:
-                here = stays[torch.tensor(slot.channels)]
+                here = ~carrying(slot, choice.group.width, choice.drop)
                 kept[slot.parameter] = kept[slot.parameter] & here if slot.parameter in kept else here
     return kept
 

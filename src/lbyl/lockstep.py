@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lbyl.inputs import ExampleInputs
 from lbyl.probing import BATCH_NORM, CONVOLUTIONS, ReaderCall, reader_call
-from lbyl.renorm import DEAD, LARGEST_RATIO, Statistics
+from lbyl.renorm import Statistics, variance_change
 from lbyl.surgery import tensors_of
 
 _FAINT = 1e-3
@@ -330,8 +330,7 @@ class _Lockstep(TorchFunctionMode):
                 new_mean, new_var = mean + shift, var
                 if self.renorm:
                     _, cut_mean, cut_var = _own(part, weight, bias, eps)
-                    alive = own_var > DEAD * old[1]
-                    ratio = (cut_var / own_var.clamp_min(1e-30)).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+                    alive, ratio = variance_change(own_var, cut_var, old[1])
                     new_var = torch.where(alive, var * ratio, var)
                     if item is None:
                         new_mean = torch.where(alive, mean + (cut_mean - own_mean), new_mean)

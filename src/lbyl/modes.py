@@ -32,9 +32,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes.items():
-            if module.training != training:
-                module.training = training
+        set_modes(modes)
+        for module in modes:
             for name in _plain(module).keys() - plain[module].keys():
                 del module.__dict__[name]
             module.__dict__.update(plain[module])
@@ -44,6 +43,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 container.extend(content)
             else:
                 container.update(content)
+
+
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Set whether each module is in training mode, and nothing besides: none is told, and setting takes long."""
+    for module, training in modes.items():
+        if module.training != training:
+            module.training = training
 
 
 @contextmanager

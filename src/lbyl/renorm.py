@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lbyl.inputs import ExampleInputs
@@ -15,9 +15,9 @@ from lbyl.probing import ReaderCall, run
 from lbyl.regression import sample_positions
 from lbyl.selection import generator_for
 
-DEAD = 1e-3
+_DEAD = 1e-3
 """A channel whose spread on the probes is less than this share of its trained spread tells nothing."""
-LARGEST_RATIO = 4.0
+_LARGEST_RATIO = 4.0
 
 
 Statistics = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
@@ -52,12 +52,19 @@ def renormalize(
             continue
         new_mean, new_var = pruned[mean_name, var_name]
         old_mean, old_var = state[mean_name], state[var_name]
-        alive = var > DEAD * old_var
-        ratio = (new_var / var.clamp_min(1e-30)).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+        alive, ratio = variance_change(var, new_var, old_var)
         mean_now = values.get(mean_name, old_mean)
         moved[mean_name] = torch.where(alive, old_mean + (new_mean - mean), mean_now).to(old_mean.dtype)
         moved[var_name] = torch.where(alive, old_var * ratio, old_var).to(old_var.dtype)
     return moved
+
+
+def variance_change(
+    before: Float[Tensor, " channels"], after: Float[Tensor, " channels"], trained: Float[Tensor, " channels"]
+) -> tuple[Bool[Tensor, " channels"], Float[Tensor, " channels"]]:
+    """Which channels the probes tell something about, and by what factor pruning changed the variance of each."""
+    ratio = (after / before.clamp_min(1e-30)).clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
+    return before > _DEAD * trained, ratio
 
 
 def expected_shift(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lbyl.activations import ACTIVATIONS
 from lbyl.assessment import Assessment
-from lbyl.filters import State, columns_second, describe, paper_form_applies, seats, subset
+from lbyl.filters import State, carrying, columns_second, describe, paper_form_applies, seats, subset
 from lbyl.graph import Slot
 from lbyl.moments import Progress
 from lbyl.restorers import Prune, Restorer
@@ -85,11 +85,9 @@ def silenced(values: Mapping[str, Tensor], selection: Selection, state: State) -
     for choice in selection.choices:
         if not choice.group.averages:
             continue
-        gone = torch.zeros(choice.group.width + 1, dtype=torch.bool)  # the last one is for NOT_OURS
-        gone[list(choice.drop)] = True
         for slot in choice.group.carriers:
             value = changed.get(slot.parameter, state[slot.parameter].detach()).clone()
-            rows = gone[torch.tensor(slot.channels)].to(value.device)
+            rows = carrying(slot, choice.group.width, choice.drop).to(value.device)
             changed[slot.parameter] = value.index_fill_(slot.dim, rows.nonzero().flatten(), 0)
     return changed
 
@@ -169,9 +167,7 @@ def silence(
     weight: Float[Tensor, "out columns *taps"], slot: Slot, width: int, drop: Int[Tensor, " dropped"]
 ) -> Float[Tensor, "out columns *taps"]:
     """``U[:, D] = 0``; ``weight`` is changed and returned."""
-    gone = torch.zeros(width + 1, dtype=torch.bool)  # the last one is for NOT_OURS
-    gone[drop] = True
-    columns = gone[torch.tensor(slot.channels)].to(weight.device)
+    columns = carrying(slot, width, drop).to(weight.device)
     if slot.blocks == 1:
         return weight.index_fill_(1, columns.nonzero().flatten(), 0)
     blocks = weight.unflatten(0, (slot.blocks, -1))  # blocks, rows, columns of a block, taps

@@ -83,10 +83,11 @@ def ratio_for(group: Group, ratio: Ratio) -> float:
 
 def by_criterion(criterion: Criterion) -> Choose:
     """Keep the channels that score highest; among equals, the first."""
-    power = getattr(criterion, "power", None)
+    # Of the class itself: who derives from it has another score, as a rule.
+    order = vars(type(criterion)).get("norm_order")
 
     def choose(filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
-        scores = criterion.score(filters.raw, generator) if power is None else filters.norms(power)
+        scores = criterion.score(filters.raw, generator) if order is None else filters.norms(order)
         if scores.shape != (len(filters),):
             raise InputError(
                 f"{type(criterion).__name__}.score returned shape {tuple(scores.shape)} for {len(filters)} "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
 from lbyl.graph import Graph
-from lbyl.modes import duplicate
+from lbyl.modes import duplicate, set_modes
 from lbyl.selection import Selection
 
 
@@ -210,9 +210,7 @@ def _finish(model: nn.Module, attributes: Sequence[Attribute]) -> None:
     # Modules that cache what they computed from their weights drop it when their mode is set.
     modes = {module: module.training for module in modules.values()}
     model.train(model.training)
-    for module, training in modes.items():
-        if module.training != training:
-            module.training = training
+    set_modes(modes)
 
 
 def _sliced(model: nn.Module, cuts: Sequence[Cut]) -> dict[int, Tensor]:

@@ -3,8 +3,8 @@
 In the masked network, readers have zeros in place of dropped columns, and layer norms over dropped channels take their
 statistics over the others (see `lbyl.kept`).
 
-Channels are wired alike at every pixel, so large images are compared with fewer of them, which takes a tenth of the
-time; then the cut network runs once on the example inputs as they are. Networks that insist on the size of their images
+Channels are wired alike at every pixel, so large images are compared with fewer of them, which is a tenth of the
+work; then the cut network runs once on the example inputs as they are. Networks that insist on the size of their images
 are compared on that.
 
 Most of what can't be cut fails by its shapes: a width that the code takes from elsewhere. Which groups those are is
@@ -328,7 +328,7 @@ class _Outline:
         try:
             found = _shapes(cut_copy(ghost, plan_cuts(part), attribute(part)), inputs)
         except LbylError as error:
-            return _said(error)
+            return said(error)
         return None if found == expected else f"outputs of shapes {found} instead of {expected}"
 
 
@@ -337,7 +337,8 @@ def _shapes(model: nn.Module, inputs: ExampleInputs) -> list[torch.Size]:
         return [tensor.shape for tensor in outputs(model, inputs)]
 
 
-def _said(error: LbylError) -> str:
+def said(error: LbylError) -> str:
+    """What an error says, without the inputs on which it came up."""
     return str(error).rpartition("): ")[2] if isinstance(error, InputError) else str(error)
 
 
@@ -383,7 +384,7 @@ def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribut
         if gap <= TOLERANCE and reference.thinned:
             _count(smaller, reference.whole)
     except LbylError as error:
-        return _said(error)
+        return said(error)
     return None if gap <= TOLERANCE else f"outputs differ by {gap:.2g} of their magnitude"
 
 

@@ -23,8 +23,8 @@ from lbyl.errors import InputError
 class Criterion(Protocol):
     """Scores channels; the lowest scores go first.
 
-    A criterion that is a p-norm of the filter may say so by a ``power`` of p: its scores are then summed up without a
-    float64 copy of all weights.
+    A class whose score is the p-norm of the filter may say so by a ``norm_order`` of p: its scores are then summed up
+    without a float64 copy of all weights. Classes derived from it have to say so again.
     """
 
     def score(

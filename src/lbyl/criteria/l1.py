@@ -14,7 +14,7 @@ from torch import Tensor
 class L1:
     """The L1 norm of a filter (Li et al. 2017, "Pruning Filters for Efficient ConvNets")."""
 
-    power: ClassVar[int] = 1
+    norm_order: ClassVar[int] = 1
 
     def score(
         self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator

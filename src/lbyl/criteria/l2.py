@@ -14,7 +14,7 @@ from torch import Tensor
 class L2:
     """The L2 norm of a filter: the paper's criterion."""
 
-    power: ClassVar[int] = 2
+    norm_order: ClassVar[int] = 2
 
     def score(
         self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator

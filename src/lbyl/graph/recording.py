@@ -50,12 +50,15 @@ def _record(model: nn.Module, inputs: ExampleInputs, computing: bool) -> Program
         recorder.place(tensor, depends=True)
     # Below autograd, an operation that is made of others has not been taken apart yet.
     below_autograd = torch._C._AutoDispatchBelowAutograd()
-    watching = (torch.no_grad(), plain_attention(), recorder.following(model), below_autograd)
-    with ExitStack() as stack:
-        for context in watching:
-            stack.enter_context(context)
-        with MacCounter() as counter, recorder:
-            found = own.call(model)
+    with (
+        torch.no_grad(),
+        plain_attention(),
+        recorder.following(model),
+        below_autograd,
+        MacCounter() as counter,
+        recorder,
+    ):
+        found = own.call(model)
     return recorder.finish(output_tensors(found), counter.total + recorder.spared)
 
 
