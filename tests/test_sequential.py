@@ -151,7 +151,7 @@ def test_the_lower_error_on_held_out_probes_is_kept_and_the_report_says_so() -> 
     seen = set()
     for count in (3, 96):
         x = images(count)
-        free, turned, at_once = (restored(net, x, sequential) for sequential in (None, True, False))
+        free, turned, at_once = (restored(net, x, sequential, ridge=0.3) for sequential in (None, True, False))
         errors = [r.report.assessment.restored for r in (free, turned, at_once) if r.report.assessment]
         assert errors[0] == min(errors[1:])
         kept = turned if errors[1] < errors[2] else at_once
@@ -180,6 +180,38 @@ def test_where_there_is_no_sum_nothing_is_tried() -> None:
     assert any("not solved in turn: no reader of a pruned group goes into" in note for note in asked.report.notes)
     for name, tensor in free.model.state_dict().items():
         assert torch.equal(tensor, asked.model.state_dict()[name])
+
+
+def test_layers_in_between_learn_to_read_what_the_stream_has_become() -> None:
+    """They lose no channels, and at once nobody touches them."""
+    net, x = residual(), images(96)
+    turned, at_once = (restored(net, x, sequential).model for sequential in (True, False))
+    between = net.get_parameter("blocks.2.shortcut.0.weight")
+    assert torch.equal(at_once.get_parameter("blocks.2.shortcut.0.weight"), between)
+    with torch.no_grad():
+        stream = net.blocks[:2](net.stem(x))
+        cut = turned.blocks[:2](turned.stem(x))  # pyright: ignore
+
+        def shortcut(weight: Tensor, stream: Tensor) -> Tensor:
+            y = F.conv2d(stream, weight, stride=2)
+            return y - y.mean((0, 2, 3), keepdim=True)
+
+        expected = shortcut(between, stream)
+        new = turned.get_parameter("blocks.2.shortcut.0.weight")
+        gaps = [float((shortcut(weight, cut) - expected).square().mean()) for weight in (new, between)]
+    assert gaps[0] < 0.97 * gaps[1]
+
+
+def test_what_the_probes_leave_out_of_a_mean_is_told() -> None:
+    """Half as loud a stem: where real inputs have a mean of 1, the change is one of -1/2; probes have a mean of 0."""
+    net, x = residual(), images(64)
+    with torch.no_grad():
+        y = F.conv2d(x, net.stem[0].weight, padding=1)
+        net.stem[1].running_mean.copy_(y.mean((0, 2, 3)) + 1)
+    settings = {"batch_statistics": True, "renorm": True}
+    walked = walk(net, [x], conv1_scaled(net), lambda turn: None, **settings)
+    torch.testing.assert_close(walked.missing["stem.1.running_mean"].float(), torch.full((8,), -0.5), rtol=0.05, atol=0)
+    assert not walk(net, [x], conv1_scaled(net), lambda turn: None, renorm=True).missing
 
 
 class Spoiled(Residual):

@@ -35,7 +35,7 @@ def _output_first(reader: Reader, state: State) -> Tensor:
 
 @dataclass(frozen=True)
 class Site:
-    """A reader that loses input channels.
+    """A reader that is solved for: mostly one that loses input channels.
 
     Attributes:
         reader: the layer.
@@ -125,28 +125,27 @@ def sites(graph: Graph, selection: Selection) -> tuple[Site, ...]:
     index_of = {group.name: index for index, group in enumerate(graph.groups)}
     dropped_of = {index_of[choice.group.name]: set(choice.drop) for choice in selection.choices}
     order = {index_of[choice.group.name]: number for number, choice in enumerate(selection.choices)}
-    norms = {
-        producer.weight.parameter: producer.stages[0]
-        for group in graph.groups
-        for producer in group.producers
-        if producer.stages
-    }
+    norms = _norms(graph)
     found = []
     for reader in graph.readers:
         dropped = torch.tensor([channel in dropped_of.get(group, ()) for group, channel in reader.columns])
-        if not bool(dropped.any()):
-            continue
-        norm = norms.get(reader.weight)
-        if reader.bias:
-            bias, sign = reader.bias, 1
-        elif isinstance(norm, Norm):
-            bias, sign = norm.mean, -1
-        else:
-            bias, sign = None, 1
-        following = norm.mean if isinstance(norm, Norm) else None
-        groups = dict.fromkeys(group for group, _ in reader.columns if group in order)
-        found.append(Site(reader, dropped, bias, sign, tuple(order[group] for group in groups), following))
+        if bool(dropped.any()):
+            groups = dict.fromkeys(group for group, _ in reader.columns if group in order)
+            found.append(_site(reader, dropped, tuple(order[group] for group in groups), norms))
     return tuple(found)
+
+
+def _norms(graph: Graph) -> dict[str, Norm]:
+    """The batch norm right behind a layer, by the name of the layer's weight."""
+    first = {p.weight.parameter: p.stages[0] for group in graph.groups for p in group.producers if p.stages}
+    return {weight: stage for weight, stage in first.items() if isinstance(stage, Norm)}
+
+
+def _site(reader: Reader, dropped: Tensor, choices: tuple[int, ...], norms: Mapping[str, Norm]) -> Site:
+    norm = norms.get(reader.weight)
+    following = norm.mean if norm else None
+    bias, sign = (reader.bias, 1) if reader.bias else (following, -1 if following else 1)
+    return Site(reader, dropped, bias, sign, choices, following)
 
 
 def fit(
@@ -236,7 +235,7 @@ def fit(
                     if settings.sequential:
                         said.append(f"readers not solved in turn: {turned}")
                 else:
-                    other = error(turned.values)
+                    other = error(turned.on_probes)
                     figures = f"error on held-out probes {other:.3g} in turn, {after:.3g} all at once"
                     if settings.sequential or other < after:
                         values, after, ledger = turned.values, other, _merged(ledger, turned.ledger)
@@ -485,8 +484,8 @@ def _solve_patches(
             expected = None if gram is None else (_by_column(gram, slot, choice.group.width), trust)
     solutions: list[Solution] = []
     for number, (keep, drop, moments) in enumerate(zip(sums.columns.keep, sums.columns.drop, sums.blocks, strict=True)):
-        if not len(drop):
-            continue
+        if not bool(moments.rr.any()):
+            continue  # nothing is missing here
         out = slice(number * rows, (number + 1) * rows)
         prior = _patch_prior(site, keep, drop, number, site.weight(ledger.state)[out], expected)
         ridge = settings.strength(prior is not None)
@@ -559,8 +558,9 @@ def _solve_channels(
 
 @dataclass(frozen=True)
 class _InTurn:
-    """What solving one reader after the other comes to."""
+    """What solving one reader after the other comes to: on the probes, and with means as real inputs have them."""
 
+    on_probes: dict[str, Tensor]
     values: dict[str, Tensor]
     ledger: _Ledger
 
@@ -574,13 +574,20 @@ def _takers(
         return {}, "there is no batch norm"
     if not any(site.reader.weight in coupled for site in found):
         return {}, "no reader of a pruned group goes into a residual sum"
-    takers = {}
-    for site in found:
-        sums = _sums(site, selection, state, settings, 0)[0] if site.reader.calls == 1 else None
-        if isinstance(sums, PatchSums) and site.reader.dim == 1:
-            takers[site.reader.weight] = site
+
+    def solvable(site: Site) -> bool:
+        once = site.reader.calls == 1 and site.reader.dim == 1
+        return once and isinstance(_sums(site, selection, state, settings, 0)[0], PatchSums)
+
+    takers = {site.reader.weight: site for site in found if solvable(site)}
     if not coupled & set(takers):
         return {}, "no reader that goes into a residual sum runs once and is solved by patch"
+    # Layers in between lose no channels, but what they read has changed.
+    norms = _norms(graph)
+    for reader in graph.readers:
+        site = _site(reader, torch.zeros(len(reader.columns), dtype=torch.bool), (), norms)
+        if reader.weight not in {s.reader.weight for s in found} and solvable(site):
+            takers[reader.weight] = site
     return takers, ""
 
 
@@ -598,10 +605,9 @@ def _in_turn(
 ) -> _InTurn | str:
     """Solve readers in execution order, each on what the network gives it once all before it is cut.
 
-    Readers that can't be solved so keep what they have in the ledger that is ``done``. Where some probes are lifelike
-    and others are not, only the others are used: they have the right statistics at every batch norm, which is what
-    readers are solved against here. With ``renorm`` batch-norm statistics move on the way. Returns why not where it
-    can't be done.
+    Layers that lose no channels are solved too, for what they read has changed. Readers that can't be solved so keep
+    what they have in the ledger that is ``done``. With ``renorm`` batch-norm statistics move on the way. Returns why
+    not where it can't be done.
     """
     state = done.state
     takers, why = _takers(graph, selection, found, settings, state)
@@ -609,8 +615,7 @@ def _in_turn(
         return why
     if kept_channels(selection):
         return "layer norms take their statistics over the channels that stay"
-    batches = tuple(b for i, b in enumerate(probes.batches) if i not in probes.lifelike) or probes.batches
-    if (size := _joint_bytes(model, batches)) > _JOINT:
+    if (size := _joint_bytes(model, probes.batches)) > _JOINT:
         return f"the probes' activations would take {size / 2**30:.1f} GiB at once, more than {_JOINT / 2**30:g}"
     again = {site.bias for site in takers.values()}
     ledger = _Ledger(state, {name: value for name, value in done.values.items() if name not in again})
@@ -634,7 +639,7 @@ def _in_turn(
     try:
         walked = walk_together(
             model,
-            batches,
+            probes.batches,
             takers,
             ledger.values,
             solve_one,
@@ -648,7 +653,12 @@ def _in_turn(
     values = silenced(_stored(found, ledger.values), selection, state)
     if renorm:
         values = renormalize(state, values, walked.original, walked.cut)
-    return _InTurn(values, ledger)
+    return _InTurn(values, {**values, **_shifted(values, state, walked.missing)}, ledger)
+
+
+def _shifted(values: Mapping[str, Tensor], state: State, shifts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    now = {name: values.get(name, state[name].detach()) for name in shifts}
+    return {name: (now[name].double() + shift).to(now[name].dtype) for name, shift in shifts.items()}
 
 
 _JOINT = 4 * 2**30

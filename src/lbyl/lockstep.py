@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -19,11 +20,17 @@ from torch.utils import _pytree as pytree
 
 from lbyl.inputs import ExampleInputs
 from lbyl.probing import BATCH_NORM, CONVOLUTIONS, ReaderCall, reader_call
-from lbyl.renorm import Statistics, variance_change
+from lbyl.regression import sample_positions
+from lbyl.renorm import Statistics, expected_shift, variance_change
+from lbyl.selection import generator_for
 from lbyl.surgery import tensors_of
 
 _FAINT = 1e-3
 """A channel that enters the sum with less than this share of the largest gain can't make up for anything."""
+
+
+_POSITIONS = 16384
+"""As many outputs tell how a change goes with the output."""
 
 
 class OutOfStep(Exception):
@@ -51,11 +58,14 @@ class Walked:
         original: mean and variance that each batch norm of the original network normalized with.
         cut: the same of the cut network.
         made_up: the readers that made up for the other operand of a sum, by the names of their weights.
+        missing: how much higher the mean at some batch norms will be on inputs that match their running means than
+            probes say, by the names of these means.
     """
 
     original: Statistics
     cut: Statistics
     made_up: tuple[str, ...]
+    missing: Mapping[str, Float[Tensor, " channels"]]
 
 
 def walk_together(
@@ -86,6 +96,9 @@ def walk_together(
         renorm: let the cut network's batch norms follow it as they are reached, as :func:`lbyl.renorm.renormalize`
             does; but behind a reader that is solved, the mean is the one that was asked for.
 
+    With batch statistics, :func:`lbyl.renorm.expected_shift` tells what the means of these batch norms, and of all
+    that follow, leave out.
+
     Raises:
         OutOfStep: the probes differ in shape, or the network does what can't be done for two at once.
     """
@@ -93,8 +106,8 @@ def walk_together(
     whole = _joined(batches)
     with watch:
         whole.call(model)
-        watch.settle_rest()
-    return Walked(watch.original, watch.cut, tuple(watch.made_up))
+    watch.settle_rest()
+    return Walked(watch.original, watch.cut, tuple(watch.made_up), watch.missing)
 
 
 def _joined(batches: Sequence[ExampleInputs]) -> ExampleInputs:
@@ -122,6 +135,7 @@ class _Pending:
         version: of its input, which nobody may change meanwhile.
         normed: the output of the batch norm behind it, and what fills in the cut network's half of that.
         gains: what that batch norm multiplies by, batch by batch.
+        wanted: what the reader was asked for, once it was.
     """
 
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -132,6 +146,7 @@ class _Pending:
     version: int
     normed: tuple[Tensor, Callable[[Tensor], None]] | None = None
     gains: list[Tensor] = field(default_factory=list)
+    wanted: Tensor | None = None
 
     @property
     def last(self) -> Tensor:
@@ -165,6 +180,7 @@ class _Lockstep(TorchFunctionMode):
         self.original: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self.cut: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self.made_up: list[str] = []
+        self.missing: dict[str, Tensor] = {}
 
     def __torch_function__(
         self,
@@ -255,6 +271,7 @@ class _Lockstep(TorchFunctionMode):
         cut = self._halves(x)[1]
         calls = [item.call(part, out) for part, out in zip(cut.split(self.sizes), outs, strict=True)]
         self.solve(Turn(tuple(calls), tuple(wanted)))
+        item.wanted = torch.cat(wanted)
         self.pending = {key: each for key, each in self.pending.items() if each is not item}
         new_weight = self._now(weight)
         assert new_weight is not None
@@ -336,6 +353,10 @@ class _Lockstep(TorchFunctionMode):
                         new_mean = torch.where(alive, mean + (cut_mean - own_mean), new_mean)
                 normalize(part, new_mean, new_var, place)
                 used.append((new_mean, new_var))
+            if self.batch_statistics and (item or self.renorm):
+                asked = original if item is None or item.wanted is None else item.wanted
+                gap = old[0].double() - _mean(measured)[0]
+                self.missing[str(names[0])] = _beyond_probes(original, z - asked, gap)
             self.original[names], self.cut[names] = _mean(base), _mean(used)  # pyright: ignore[reportArgumentType]
 
         if item is None:
@@ -353,6 +374,15 @@ def _own(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> t
     """A batch normalized with its own mean and (biased) variance, and these: one kernel gives all three."""
     out, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     return out, mean, (inverse.square().reciprocal() - eps).clamp_min(0)
+
+
+def _beyond_probes(original: Tensor, change: Tensor, gap: Tensor) -> Tensor:
+    """How a change of an output moves along with that output's mean; see :func:`lbyl.renorm.expected_shift`."""
+    y, change = (t.flatten(2).transpose(1, 2).flatten(0, 1) if t.dim() > 2 else t for t in (original, change))
+    chosen = sample_positions(len(y), _POSITIONS, generator_for(0, "positions"))
+    if chosen is not None:
+        y, change = (t[chosen.to(t.device)] for t in (y, change))
+    return expected_shift(y, y + change, gap)
 
 
 def _mean(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

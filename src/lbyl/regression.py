@@ -170,7 +170,7 @@ class PatchSums:
             if len(self.blocks) <= index:
                 taps = kernel[0, 0].numel() if kernel.dim() > 2 else 1
                 self.blocks.append(Moments.zeros(len(keep) * taps, rows, call.x.device))
-            if not len(drop):
+            if not len(drop) and wanted is None:
                 continue
             columns = keep + index * width, drop + index * width
             share = None if wanted is None else wanted[..., out] if call.op == "linear" else wanted[:, out]

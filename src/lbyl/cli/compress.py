@@ -23,6 +23,7 @@ from lbyl.cli.options import (
     Mean,
     MinKeep,
     Moments,
+    NoPhotographs,
     NoPretrained,
     NoRenorm,
     NoVerify,
@@ -88,6 +89,7 @@ def compress(
     ridge: Ridge = None,
     no_renorm: NoRenorm = False,
     sequential: Sequential = None,
+    no_photographs: NoPhotographs = False,
     data: Images = None,
     mean: Mean = None,
     std: Std = None,
@@ -104,7 +106,8 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Drop channels, let the kept ones make up for them, and save the smaller network."""
-    fitting = Fitting(moments, solve, ridge, False if no_renorm else None, sequential, data, mean, std)
+    photographs = False if no_photographs else None
+    fitting = Fitting(moments, solve, ridge, False if no_renorm else None, sequential, data, mean, std, photographs)
     fitting.check(restore)
     if budget is not None and ratio:
         raise typer.BadParameter("--ratio and --budget: give one of them; a budget chooses each group's ratio")

@@ -158,12 +158,14 @@ class Fitting:
     data: Path | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    photographs: bool | None = None
 
     def check(self, restore: RestorerName) -> None:
         """Options that contradict each other are usage errors."""
         names = {"moments": "--moments", "solve": "--solve", "ridge": "--ridge"}
         names |= {"renorm": "--no-renorm", "data": "--data", "mean": "--mean", "std": "--std"}
         names["sequential"] = "--sequential" if self.sequential else "--no-sequential"
+        names["photographs"] = "--no-photographs"
         given = [option for name, option in names.items() if getattr(self, name) is not None]
         if given and restore is not RestorerName.auto:
             raise typer.BadParameter(
@@ -177,6 +179,8 @@ class Fitting:
                 raise typer.BadParameter("--moments data needs images; pass them with --data FOLDER")
         elif self.moments not in (None, MomentsName.data):
             raise typer.BadParameter(f"leave out either --data or --moments {self.moments.value}")
+        if self.photographs is not None and (self.data or self.moments not in (None, MomentsName.dream)):
+            raise typer.BadParameter("--no-photographs is for dreams; leave out --data, or pass --moments dream")
         for closed_form in (MomentsName.weights, MomentsName.gaussian):
             if self.moments is closed_form and self.solve is Solve.patch:
                 raise typer.BadParameter(f"--moments {closed_form.value} says nothing about patches; pass --solve mix")
@@ -185,12 +189,14 @@ class Fitting:
 
     def restorer(self, batches: list[Tensor] | None) -> LeastSquares | None:
         """Least squares with what was given, or None where nothing was."""
-        from lbyl.moments import MOMENTS, Data
+        from lbyl.moments import MOMENTS, Data, Dream
         from lbyl.restorers import LeastSquares
 
         settings: dict[str, Any] = {}
         if batches:
             settings["moments"] = Data(batches, batches=len(batches))
+        elif self.photographs is not None:
+            settings["moments"] = Dream(photographs=self.photographs)
         elif self.moments:
             settings["moments"] = MOMENTS[self.moments.value]()
         if self.solve:
@@ -383,6 +389,14 @@ Sequential = Annotated[
         help="Solve readers in turn, to make up for what residual sums lose. Default: where the error on held-out "
         "probes is lower for it.",
         show_default=False,
+        rich_help_panel=FITTING,
+    ),
+]
+NoPhotographs = Annotated[
+    bool,
+    typer.Option(
+        "--no-photographs",
+        help="Dream without crops of the photographs that come with lbyl.",
         rich_help_panel=FITTING,
     ),
 ]

@@ -23,6 +23,7 @@ from lbyl.cli.options import (
     Mean,
     MinKeep,
     Moments,
+    NoPhotographs,
     NoPretrained,
     NoRenorm,
     NoVerify,
@@ -85,6 +86,7 @@ def sweep(
     ridge: Ridge = None,
     no_renorm: NoRenorm = False,
     sequential: Sequential = None,
+    no_photographs: NoPhotographs = False,
     data: Images = None,
     mean: Mean = None,
     std: Std = None,
@@ -101,7 +103,8 @@ def sweep(
 
     Whatever stops it, the same command goes on where it was; with other budgets it adds networks.
     """
-    fitting = Fitting(moments, solve, ridge, False if no_renorm else None, sequential, data, mean, std)
+    photographs = False if no_photographs else None
+    fitting = Fitting(moments, solve, ridge, False if no_renorm else None, sequential, data, mean, std, photographs)
     fitting.check(restore)
     with working(f"loading {source}") as stage:
         import lbyl

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
 from lbyl.moments.base import Probes, Progress
+from lbyl.moments.photographs import photographs, takes_photographs
 from lbyl.moments.synthesis import affordable, dead_leaves, held_out_size, macs_each, pink, split, synthesize
 from lbyl.probing import frozen, run
 from lbyl.surgery import tensors_of
@@ -27,21 +28,25 @@ class Dream:
 
     Adam moves the pixels, never a weight, until the batch mean and spread at every batch norm match the stored
     running statistics. Dreams have the right statistics channel by channel but little structure; so moments are
-    taken on them and on as many synthetic scenes (dead leaves), which are the other way round. Batch-norm
-    statistics are moved by what the scenes show: what dreams do to them tells less of real inputs.
+    taken on them and on as many images that are the other way round. Half of these are synthetic scenes (dead
+    leaves), and half are crops of eight photographs of unrelated things, which come with the package. Batch-norm
+    statistics are moved by what these show: what dreams do to them tells less of real inputs.
 
     Attributes:
-        images: dreams that moments are collected on, and scenes; a quarter more is dreamed and held out. None
+        images: dreams that moments are collected on, and scenes and photographs; a quarter more is held out. None
             takes as many as 1.6e10 multiply-accumulates a step allow, between 24 and 96; where one takes more
-            than 4e9, as many as 1e11 allow, and scenes as many as 4e11 do, at least 4 of each.
+            than 4e9, dreams as many as 1e11 allow, and the others as many as 4e11 do, at least 4 of each.
         steps: Adam steps, with a cosine schedule. None takes 20, and fewer where all of them would take more than
             1e13 multiply-accumulates; where less than 5 are left, none.
         lr: step size, in units of the inputs (which start with unit variance).
+        photographs: whether to use them, where inputs look like color images. False makes every probe out of the
+            network and a random seed: only scenes besides dreams, and dreams held out.
     """
 
     images: int | None = None
     steps: int | None = None
     lr: float = 0.1
+    photographs: bool = True
 
     def __post_init__(self) -> None:
         if (self.images is not None and self.images < 2) or (self.steps is not None and self.steps < 0) or self.lr <= 0:
@@ -53,17 +58,19 @@ class Dream:
         """Dreamed inputs of the example's shapes."""
         each = macs_each(model, inputs)
         count = self.images or affordable(each, 1.6e10, 24, 96, ceiling=1e11)
-        leaves = self.images or affordable(each, 1.6e10, 24, 96, ceiling=4e11)
+        others = self.images or affordable(each, 1.6e10, 24, 96, ceiling=4e11)
         held = held_out_size(count)
+        taken = others // 2 if self.photographs and takes_photographs(inputs) else 0
+        dreams = count if taken else count + held
         steps, note = self.steps, ""
         if steps is None:
             # Forward, and backward to the inputs.
-            steps = min(_STEPS, int(_MOST / (3 * each * (count + held))))
+            steps = min(_STEPS, int(_MOST / (3 * each * dreams)))
             steps = steps if steps >= _FEWEST else 0
             if steps < _STEPS:
                 what = f"{steps} steps of dreaming" if steps else "no dreams but pink noise"
                 note = f"{what}: an input takes {each:.1e} multiply-accumulates; Dream(steps=...) asks for more"
-        start = synthesize(model, inputs, count + held, pink, generator)
+        start = synthesize(model, inputs, dreams, pink, generator)
         pixels = [t.requires_grad_(True) for t in start.tensors() if t.is_floating_point()]
         state = tensors_of(model)
         terms: list[Tensor] = []
@@ -88,6 +95,13 @@ class Dream:
                 schedule.step()
                 if progress:
                     progress("dreaming", step + 1, steps)
-        train, test = split(start.map(lambda t: t.detach()), [count, held])
-        scenes = synthesize(model, inputs, leaves, dead_leaves, generator)
-        return Probes((train, scenes), test, batch_statistics=True, note=note, lifelike=(1,), matched=steps > 0)
+        dreamed = start.map(lambda t: t.detach())
+        scenes = synthesize(model, inputs, others - taken, dead_leaves, generator)
+        if taken:
+            seen, test = split(synthesize(model, inputs, taken + held, photographs, generator), [taken, held])
+            batches = dreamed, scenes, seen
+        else:
+            train, test = split(dreamed, [count, held])
+            batches = train, scenes
+        lifelike = tuple(range(1, len(batches)))
+        return Probes(batches, test, batch_statistics=True, note=note, lifelike=lifelike, matched=steps > 0)

@@ -1,0 +1,66 @@
+"""Crops of the few photographs that come with the package: probes that look like the world."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from lbyl.inputs import ExampleInputs
+from lbyl.moments.synthesis import dead_leaves
+
+_SMALLEST = 16
+"""Sides of an input below this many pixels show nothing of a photograph."""
+_PART = 0.4
+"""The least share of the largest possible crop's sides that a crop has."""
+
+
+def takes_photographs(inputs: ExampleInputs) -> bool:
+    """Whether an input looks like color images."""
+    return any(t.is_floating_point() and _is_color(t.shape) for t in inputs.tensors())
+
+
+def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
+    """Random crops of eight photographs, half of them mirrored, one photograph after the other.
+
+    Who made them, and under which license: ``photographs/SOURCES.md``. Each channel has zero mean and unit variance
+    over all crops. Shapes that are no color images get :func:`~lbyl.moments.synthesis.dead_leaves`.
+    """
+    if not _is_color(shape):
+        return dead_leaves(shape, generator)
+    count, _, height, width = shape
+    images = torch.empty(tuple(shape))
+    for number in range(count):
+        whole = _all()[number % len(_all())]
+        part, across, down, mirror = torch.rand(4, generator=generator).tolist()
+        scale = min(whole.width / width, whole.height / height) * (_PART + (1 - _PART) * part)
+        crop_width, crop_height = max(1, math.floor(scale * width)), max(1, math.floor(scale * height))
+        left, top = int(across * (whole.width - crop_width + 1)), int(down * (whole.height - crop_height + 1))
+        box = left, top, left + crop_width, top + crop_height
+        crop = whole.resize((width, height), Image.Resampling.BICUBIC, box)
+        if mirror < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        images[number] = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float()
+    images = images - images.mean((0, 2, 3), keepdim=True)
+    return images / images.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+
+
+def _is_color(shape: Sequence[int]) -> bool:
+    return len(shape) == 4 and shape[1] == 3 and min(shape[2:]) >= _SMALLEST
+
+
+@cache
+def _all() -> tuple[Image.Image, ...]:
+    folder = files("lbyl") / "photographs"
+    found = []
+    for file in sorted((f for f in folder.iterdir() if f.name.endswith(".jpg")), key=lambda f: f.name):
+        with file.open("rb") as stream, Image.open(stream) as image:
+            found.append(image.convert("RGB"))
+    return tuple(found)

@@ -1,0 +1,77 @@
+"""Photographs that come with the package: crops of them, where inputs are color images, and who made them."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import pytest
+import torch
+from nets import settle
+from torch import Tensor, nn
+
+import lbyl
+from lbyl.inputs import ExampleInputs
+from lbyl.moments import Probes
+from lbyl.moments.photographs import photographs, takes_photographs
+from lbyl.moments.synthesis import dead_leaves
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (33, 20), (400, 700)])
+def test_crops_have_the_size_asked_for_and_unit_variance(size: tuple[int, int]) -> None:
+    crops = photographs((9, 3, *size), generator())
+    assert crops.shape == (9, 3, *size)
+    torch.testing.assert_close(crops.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(crops.std((0, 2, 3)), torch.ones(3), rtol=1e-3, atol=0)
+
+
+def test_every_photograph_is_used_and_no_crop_comes_twice() -> None:
+    crops = photographs((16, 3, 32, 32), generator()).flatten(1)
+    assert torch.equal(crops, photographs((16, 3, 32, 32), generator()).flatten(1))
+    assert torch.pdist(crops).min() > 5
+    # Two crops of one photograph look alike more often than crops of two.
+    likeness = torch.corrcoef(crops.unflatten(1, (3, 32, 32)).mean((2, 3)))
+    same = likeness.diagonal(8).mean()
+    assert same > likeness[:8, :8].fill_diagonal_(0).sum() / 56
+
+
+def test_what_is_no_color_image_gets_scenes() -> None:
+    for shape in [(4, 1, 32, 32), (4, 3, 8, 8), (4, 6)]:
+        assert torch.equal(photographs(shape, generator()), dead_leaves(shape, generator()))
+        assert not takes_photographs(ExampleInputs.of(torch.zeros(shape)))
+    assert not takes_photographs(ExampleInputs.of(torch.zeros(1, 3, 32, 32, dtype=torch.int64)))
+
+
+def test_every_photograph_has_a_source_and_a_license() -> None:
+    folder = files("lbyl") / "photographs"
+    told = (folder / "SOURCES.md").read_text(encoding="utf-8")
+    names = [file.name for file in folder.iterdir() if file.name.endswith(".jpg")]
+    assert len(names) == 8
+    for name in names:
+        (row,) = [line for line in told.splitlines() if f"| {name} |" in line]
+        assert "public domain" in row or "CC0" in row or "CC BY" in row
+
+
+def dream(x: Tensor, **settings: bool) -> Probes:
+    net = settle(nn.Sequential(nn.Conv2d(x.shape[1], 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    return lbyl.Dream(images=8, steps=1, **settings).probes(net, ExampleInputs.of(x), generator(), None)
+
+
+def test_half_of_the_scenes_give_way_and_other_crops_are_held_out() -> None:
+    probes = dream(torch.zeros(1, 3, 24, 24))
+    assert [len(batch.tensors()[0]) for batch in probes.batches] == [8, 4, 4]
+    assert probes.lifelike == (1, 2)
+    crops = torch.cat([probes.batches[2].tensors()[0], probes.held_out.tensors()[0]])
+    assert len(crops) == 6
+    torch.testing.assert_close(crops.std((0, 2, 3)), torch.ones(3), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("channels", "settings"), [(3, {"photographs": False}), (1, {})])
+def test_without_them_dreams_are_held_out(channels: int, settings: dict[str, bool]) -> None:
+    probes = dream(torch.zeros(1, channels, 24, 24), **settings)
+    assert [len(batch.tensors()[0]) for batch in probes.batches] == [8, 8]
+    assert probes.lifelike == (1,)
+    assert len(probes.held_out.tensors()[0]) == 2
