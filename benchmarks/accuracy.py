@@ -5,7 +5,8 @@
 Every column but Coreset keeps the same channels, those of the largest L2 norm; Coreset draws its own, which
 is what the method is. Only the Data column sees images: a few unlabelled ones of the test set, drawn by the
 seed, as many as `Network.calibration` says, solved with the settings of the other columns. Default is what
-`lbyl.compress` does when nothing is asked of it: dreamed probes where there are batch norms. Dreams depend on the
+`lbyl.compress` does when nothing is asked of it: where there are batch norms, dreams, painted scenes, and crops of the
+eight photographs that come with the package. Dream is the same without the photographs. Dreams depend on the
 network and the seed alone, so all ratios share them; what one whole compression takes is measured apart, on a
 machine that has nothing else to do, by --costs.
 
@@ -47,9 +48,10 @@ from lbyl.restorers import choose_restorer
 from lbyl.selection import generator_for
 from lbyl.widths import Given
 
-METHODS = ("Prune", "Merge", "Coreset", "LBYL", "Gaussian", "Noise", "Default", "Data")
+METHODS = ("Prune", "Merge", "Coreset", "LBYL", "Gaussian", "Noise", "Dream", "Default", "Data")
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
-SEEDED = ("Coreset", "Noise", "Default", "Data")
+SEEDED = ("Coreset", "Noise", "Dream", "Default", "Data")
+DREAMED = ("Dream", "Default")
 SAME_CHANNELS = tuple(method for method in METHODS if method != "Coreset")
 
 
@@ -111,12 +113,14 @@ class Restorers:
 
     def __init__(self, network: Network, net: nn.Module, pixels: Tensor) -> None:
         self.network, self.net, self.pixels = network, net, pixels
-        self.made: dict[int, lbyl.LeastSquares] = {}
+        self.made: dict[tuple[str, int], lbyl.LeastSquares] = {}
 
     def __call__(self, method: str, seed: int) -> Any:
         """The restorer."""
         if method == "Default":
             return "auto"
+        if method == "Dream":
+            return lbyl.LeastSquares(moments=lbyl.Dream(photographs=False))
         if method in ("Gaussian", "Noise"):
             return lbyl.LeastSquares(moments=getattr(lbyl, method)())
         if method == "Data":
@@ -128,18 +132,23 @@ class Restorers:
         return {"Prune": lbyl.Prune, "Merge": lbyl.Merge, "Coreset": lbyl.Coreset, "LBYL": lbyl.LBYL}[method]()
 
     def shared(self, method: str, seed: int) -> Any:
-        """The same, with the default's probes made once a seed."""
-        return self.settled(seed) if method == "Default" else self(method, seed)
+        """The same, with dreams made once a seed."""
+        return self.settled(method, seed) if method in DREAMED else self(method, seed)
 
-    def settled(self, seed: int) -> lbyl.LeastSquares:
-        """The default with its probes made: they are what `lbyl.compress` makes of that seed."""
-        if seed not in self.made:
-            chosen, inputs = choose_restorer(self.net)[0], ExampleInputs.of(self.pixels[:1])
+    def applies(self, method: str) -> bool:
+        """Dreams need batch norms."""
+        return method != "Dream" or isinstance(choose_restorer(self.net)[0].moments, lbyl.Dream)
+
+    def settled(self, method: str, seed: int) -> lbyl.LeastSquares:
+        """The default, or dreams alone, with the probes made: they are what `lbyl.compress` makes of that seed."""
+        if (method, seed) not in self.made:
+            chosen = choose_restorer(self.net)[0] if method == "Default" else self(method, seed)
+            inputs = ExampleInputs.of(self.pixels[:1])
             generator = generator_for(seed, "probes")
             assert isinstance(chosen.moments, ProbeSource)
             probes = chosen.moments.probes(duplicate(self.net).eval(), inputs, generator, None)
-            self.made[seed] = replace(chosen, moments=Given(probes))
-        return self.made[seed]
+            self.made[method, seed] = replace(chosen, moments=Given(probes))
+        return self.made[method, seed]
 
 
 class PeakMemory:
@@ -216,7 +225,8 @@ def cost(name: str, net: nn.Module, images: Images, method: str, restore: Any) -
 def ridged(name: str, net: nn.Module, images: Images, ridge: float | None, restorers: Restorers) -> dict[str, Any]:
     """The default at the middle ratio with another ridge; None for the one that it has."""
     network, ratio = NETWORKS[name], middle(NETWORKS[name])
-    restore = restorers.settled(0) if ridge is None else replace(restorers.settled(0), ridge=ridge)
+    restore = restorers.settled("Default", 0)
+    restore = restore if ridge is None else replace(restore, ridge=ridge)
     result = compressed(net, images, network, ratio, restore, 0)
     found = images.accuracy(result.model, network.batch)
     return {**key(name, ratio, "Default", 0, kind="ridge"), "ridge": ridge, "accuracy": found}
@@ -389,7 +399,7 @@ def main(
         restorers = Restorers(spec, net, images.pixels)
         if costs_too:
             run.measurements = [c for c in run.measurements if (c["kind"], c["network"]) != ("cost", name)]
-        for method in METHODS if costs_too else ():
+        for method in filter(restorers.applies, METHODS if costs_too else ()):
             cell = cost(name, net, images, method, restorers(method, 0))
             run.measurements.append(cell)
             console.print(f"{method:9} {cell['ratio']:4.0%}  {cell['seconds']:6.1f} s, whole")
@@ -402,7 +412,7 @@ def main(
                 console.print(f"ridge {ridge or 'default'}  {cell['accuracy']:6.2f} %")
                 save(run, names)
         for method, seed, ratio in order(ratios, 1 if quick else seeds):
-            if of(run.measurements, **key(name, ratio, method, seed)):
+            if of(run.measurements, **key(name, ratio, method, seed)) or not restorers.applies(method):
                 continue
             cell = measure(name, net, images, test, ratio, method, seed, restorers.shared(method, seed))
             run.measurements.append(cell)
