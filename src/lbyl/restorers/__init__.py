@@ -38,14 +38,15 @@ def resolve_restorer(restore: str | Restorer | LeastSquares) -> Restorer | Least
 
 
 def choose_restorer(model: nn.Module) -> tuple[LeastSquares, str]:
-    """The best restorer that needs no data, and why: what ``restore="auto"`` stands for."""
+    """The best restorer that needs no data of the user's, and why: what ``restore="auto"`` stands for."""
     norms = [
         module
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
     ]
     if norms:
-        return LeastSquares(moments=Dream()), f"auto: dreamed probes, for {len(norms)} batch norms say what inputs do"
+        why = f"auto: dreamed probes, for {len(norms)} batch norms say what inputs do"
+        return LeastSquares(moments=Dream()), f"{why}; with lbyl's own photographs, if inputs are color images"
     why = "auto: noise probes steadied by the weights' own moments, for no batch norm says what inputs do"
     return LeastSquares(moments=Noise()), why
 

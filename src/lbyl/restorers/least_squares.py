@@ -29,8 +29,9 @@ class LeastSquares:
             (the paper's ``V V^T``, each filter centered). None takes 0.5 for channels that no batch norm
             keeps at their trained mean and spread, and 0 for the others.
         renorm: move the batch-norm statistics downstream by what pruning changed, where that helps.
-        sequential: solve readers in turn, each on what the network gives it once all before it is cut, and let those
-            that go into a residual sum make up for what the sum's other operand has lost. None tries it on dreams
+        sequential: solve readers in turn, and the layers in between with them, each on what the network gives it once
+            all before it is cut, and let those that go into a residual sum make up for what the sum's other operand has
+            lost. None tries it on dreams
             and real inputs, where there are batch norms and residual sums and the probes' activations take at most
             4 GiB at once; the solution with the lower error on held-out probes is kept, and the report says which. True
             keeps it whatever the error, False never tries.
