@@ -245,6 +245,6 @@ def test_probes_of_different_shapes_are_told() -> None:
 
 
 def test_probes_that_would_not_fit_in_memory_are_solved_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbyl.fitting._JOINT", 1000)
+    monkeypatch.setattr("lbyl.turns._JOINT", 1000)
     result = restored(residual(), images(), True)
     assert any("not solved in turn: the probes' activations would take" in note for note in result.report.notes)

@@ -26,13 +26,14 @@ import lbyl
 from lbyl import files
 from lbyl.budget import Curve
 from lbyl.cli import app
-from lbyl.fitting import _sums, read
+from lbyl.fitting import read
 from lbyl.groundwork import Cuttable
 from lbyl.inputs import ExampleInputs
 from lbyl.ledger import Ledger, occupied
 from lbyl.moments import Probes
 from lbyl.pareto import Point, by_cost, front
 from lbyl.shelf import FolderShelf
+from lbyl.solving import empty_sums
 from lbyl.widths import Curves
 
 WIDE = lbyl.Budget(params=0.8), lbyl.Budget(params=0.6)
@@ -112,7 +113,7 @@ def test_moments_are_measured_once_for_all_points_and_all_runs(tmp_path: Path, m
 
     monkeypatch.setattr("lbyl.groundwork.read", counted)
     # Were a reader to be looked at once more for a point, the point would find no probes to look with.
-    monkeypatch.setattr("lbyl.fitting._sums", knowing(_sums))
+    monkeypatch.setattr("lbyl.fitting.empty_sums", knowing(empty_sums))
     lbyl.sweep(model, x, WIDE[:1], tmp_path / "out", restore=restore)
     lbyl.sweep(model, x, WIDE, tmp_path / "out", restore=restore)
     assert len(measured) == 1

@@ -1,0 +1,146 @@
+"""Readers solved one after the other, each on what the network gives it once all before it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.filters import State
+from lbyl.graph import Graph, Norm
+from lbyl.inputs import ExampleInputs
+from lbyl.kept import kept_channels
+from lbyl.lockstep import OutOfStep, Turn, walk_together
+from lbyl.moments import Probes, Progress
+from lbyl.probing import ReaderCall, run
+from lbyl.regression import PatchSums
+from lbyl.renorm import renormalize
+from lbyl.restoration import silenced
+from lbyl.restorers.least_squares import LeastSquares
+from lbyl.selection import Selection
+from lbyl.sites import Site, as_stored, following_norms, site_of
+from lbyl.solving import Findings, empty_sums, solve_patches
+
+
+@dataclass(frozen=True)
+class Turned:
+    """What solving one reader after the other comes to: on the probes, and with means as real inputs have them."""
+
+    on_probes: dict[str, Tensor]
+    values: dict[str, Tensor]
+    ledger: Findings
+
+
+def _takers(
+    graph: Graph, selection: Selection, found: tuple[Site, ...], settings: LeastSquares, state: State
+) -> tuple[dict[str, Site], str]:
+    """The readers that can be solved in turn, by the names of their weights; or why that is not to be tried."""
+    coupled = {p.weight.parameter for group in graph.groups if group.coupled for p in group.producers}
+    if not any(isinstance(stage, Norm) for g in graph.groups for p in g.producers for stage in p.stages):
+        return {}, "there is no batch norm"
+    if not any(site.reader.weight in coupled for site in found):
+        return {}, "no reader of a pruned group goes into a residual sum"
+
+    def solvable(site: Site) -> bool:
+        once = site.reader.calls == 1 and site.reader.dim == 1
+        return once and isinstance(empty_sums(site, selection, state, settings, 0)[0], PatchSums)
+
+    takers = {site.reader.weight: site for site in found if solvable(site)}
+    if not coupled & set(takers):
+        return {}, "no reader that goes into a residual sum runs once and is solved by patch"
+    # Layers in between lose no channels, but what they read has changed.
+    norms = following_norms(graph)
+    for reader in graph.readers:
+        site = site_of(reader, torch.zeros(len(reader.columns), dtype=torch.bool), (), norms)
+        if reader.weight not in {s.reader.weight for s in found} and solvable(site):
+            takers[reader.weight] = site
+    return takers, ""
+
+
+def solve_in_turn(
+    model: nn.Module,
+    graph: Graph,
+    selection: Selection,
+    probes: Probes,
+    found: tuple[Site, ...],
+    settings: LeastSquares,
+    seed: int,
+    done: Findings,
+    renorm: bool,
+    progress: Progress | None,
+) -> Turned | str:
+    """Solve readers in execution order, each on what the network gives it once all before it is cut.
+
+    Layers that lose no channels are solved too, for what they read has changed. Readers that can't be solved so keep
+    what they have in the ledger that is ``done``. With ``renorm`` batch-norm statistics move on the way. Returns why
+    not where it can't be done.
+    """
+    state = done.state
+    takers, why = _takers(graph, selection, found, settings, state)
+    if not takers:
+        return why
+    if kept_channels(selection):
+        return "layer norms take their statistics over the channels that stay"
+    if (size := _joint_bytes(model, probes.batches)) > _JOINT:
+        return f"the probes' activations would take {size / 2**30:.1f} GiB at once, more than {_JOINT / 2**30:g}"
+    again = {site.bias for site in takers.values()}
+    ledger = Findings(state, {name: value for name, value in done.values.items() if name not in again})
+    turns = 0
+
+    def solve_one(turn: Turn) -> None:
+        nonlocal turns
+        site = takers[turn.calls[0].weight]
+        sums = empty_sums(site, selection, state, settings, seed)[0]
+        assert isinstance(sums, PatchSums)
+        bias = state[site.reader.bias].detach() if site.reader.bias else None
+        for call, wanted in zip(turn.calls, turn.wanted, strict=True):
+            if bias is not None:
+                wanted = wanted - (bias if call.op == "linear" else bias.reshape(-1, *[1] * (wanted.dim() - 2)))
+            sums.add(call, site.weight(state), wanted)
+        solve_patches(site, sums, selection, settings, ledger)
+        turns += 1
+        if progress:
+            progress("solving in turn", turns, len(takers))
+
+    try:
+        walked = walk_together(
+            model,
+            probes.batches,
+            takers,
+            ledger.values,
+            solve_one,
+            batch_statistics=probes.batch_statistics,
+            renorm=renorm,
+        )
+    except (OutOfStep, RuntimeError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not walked.made_up:
+        return "no reader was seen to go into a sum"
+    values = silenced(as_stored(found, ledger.values), selection, state)
+    if renorm:
+        values = renormalize(state, values, walked.original, walked.cut)
+    return Turned(values, {**values, **_shifted(values, state, walked.missing)}, ledger)
+
+
+def _shifted(values: Mapping[str, Tensor], state: State, shifts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    now = {name: values.get(name, state[name].detach()) for name in shifts}
+    return {name: (now[name].double() + shift).to(now[name].dtype) for name, shift in shifts.items()}
+
+
+_JOINT = 4 * 2**30
+"""Bytes of activations that solving in turn may hold: all of its probes, in both networks, at one layer."""
+
+
+def _joint_bytes(model: nn.Module, batches: Sequence[ExampleInputs]) -> int:
+    """About what one forward pass of both networks over all probes holds at its largest layer."""
+    largest = 0
+
+    def on_read(call: ReaderCall) -> None:
+        nonlocal largest
+        # The input, the output, and the output normalized.
+        largest = max(largest, (call.x.numel() + 2 * call.out.numel()) * call.x.element_size())
+
+    run(model, batches[0].map(lambda t: t[:1]), on_read=on_read)
+    return 2 * sum(len(batch.tensors()[0]) for batch in batches) * largest
