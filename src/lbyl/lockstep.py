@@ -356,7 +356,7 @@ class _Lockstep(TorchFunctionMode):
             if self.batch_statistics and (item or self.renorm):
                 asked = original if item is None or item.wanted is None else item.wanted
                 gap = old[0].double() - _mean(measured)[0]
-                self.missing[str(names[0])] = _beyond_probes(original, z - asked, gap)
+                self.missing[str(names[0])] = _beyond_probes(original, asked, z, gap)
             self.original[names], self.cut[names] = _mean(base), _mean(used)  # pyright: ignore[reportArgumentType]
 
         if item is None:
@@ -376,13 +376,15 @@ def _own(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> t
     return out, mean, (inverse.square().reciprocal() - eps).clamp_min(0)
 
 
-def _beyond_probes(original: Tensor, change: Tensor, gap: Tensor) -> Tensor:
-    """How a change of an output moves along with that output's mean; see :func:`lbyl.renorm.expected_shift`."""
-    y, change = (t.flatten(2).transpose(1, 2).flatten(0, 1) if t.dim() > 2 else t for t in (original, change))
-    chosen = sample_positions(len(y), _POSITIONS, generator_for(0, "positions"))
-    if chosen is not None:
-        y, change = (t[chosen.to(t.device)] for t in (y, change))
-    return expected_shift(y, y + change, gap)
+def _beyond_probes(original: Tensor, asked: Tensor, given: Tensor, gap: Tensor) -> Tensor:
+    """How what an output lacks moves along with the original's mean; see :func:`lbyl.renorm.expected_shift`."""
+    rows = [t.flatten(2).transpose(1, 2) if t.dim() > 2 else t[:, None] for t in (original, asked, given)]
+    count, places = rows[0].shape[:2]
+    chosen = sample_positions(count * places, _POSITIONS, generator_for(0, "positions"))
+    index = (torch.arange(count * places) if chosen is None else chosen).to(original.device)
+    # Picked before anything is computed: whole outputs are large.
+    y, wanted, found = (t[index // places, index % places] for t in rows)
+    return expected_shift(y, y + (found - wanted), gap)
 
 
 def _mean(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
