@@ -1,4 +1,4 @@
-"""The published networks that the benchmarks restore, and the images that they are tested on.
+"""The networks that the benchmarks restore, published ones and one trained here, and the images for them.
 
 Definitions are our own; names of layers follow the published state dicts. See `paper.py` for where the files
 come from.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -53,12 +55,12 @@ class ActivatedFirst(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet-(6n+2) for 32 x 32 images with the Neuron Merging authors' blocks."""
+    """ResNet-(6n+2) for small images with the Neuron Merging authors' blocks."""
 
-    def __init__(self, depth: int = 56, classes: int = 10) -> None:
+    def __init__(self, depth: int = 56, classes: int = 10, channels: int = 3) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = self._stage(blocks, 16, 16)
         self.layer2 = self._stage(blocks, 16, 32)
@@ -91,12 +93,34 @@ def resnet56(data: Path) -> CifarResNet:
 
 def efficientnet_lite0() -> nn.Module:
     """EfficientNet-Lite0 as the demo builds it, with its ImageNet weights."""
+    return _example("efficientnet_lite0").model()
+
+
+def digits_resnet(epochs: int = 30) -> CifarResNet:
+    """ResNet-14, trained here on scikit-learn's digits but those that the examples hold out; half a minute."""
+    images, labels = _example("digits.network").data(train=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = CifarResNet(14, channels=1)
+        optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, weight_decay=5e-4, nesterov=True, lr=0.1)
+        steps = epochs * -(-len(labels) // 64)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(labels)).split(64):
+                down, right = torch.randint(-1, 2, (2,)).tolist()
+                x = torch.roll(images[chosen], (down, right), (2, 3))
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(x), labels[chosen]).backward()
+                optimizer.step()
+                schedule.step()
+    return net.eval()
+
+
+def _example(name: str) -> ModuleType:
     examples = str(Path(__file__).parent.parent / "examples")
     if examples not in sys.path:
         sys.path.append(examples)
-    import efficientnet_lite0 as example  # pyright: ignore[reportMissingImports]
-
-    return example.model()
+    return import_module(name)
 
 
 @dataclass(frozen=True)
@@ -135,6 +159,11 @@ def _normalized(
 def fashion_mnist(data: Path) -> Images:
     """The FashionMNIST test set, pixels scaled to [-1, 1]."""
     return _read(data / "data" / "fashion_mnist_test.npz", (0.5,), (0.5,))
+
+
+def held_out_digits() -> Images:
+    """The 597 of scikit-learn's digits that the examples hold out."""
+    return Images(*_example("digits.network").data())
 
 
 def cifar10(data: Path) -> Images:
