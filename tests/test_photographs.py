@@ -63,7 +63,7 @@ def dream(x: Tensor, **settings: bool) -> Probes:
 def test_half_of_the_scenes_give_way_and_other_crops_are_held_out() -> None:
     probes = dream(torch.zeros(1, 3, 24, 24))
     assert [len(batch.tensors()[0]) for batch in probes.batches] == [8, 4, 4]
-    assert probes.lifelike == (1, 2)
+    assert probes.lifelike == probes.judged_in == (1, 2)
     crops = torch.cat([probes.batches[2].tensors()[0], probes.held_out.tensors()[0]])
     assert len(crops) == 6
     torch.testing.assert_close(crops.std((0, 2, 3)), torch.ones(3), rtol=1e-3, atol=0)
@@ -73,5 +73,5 @@ def test_half_of_the_scenes_give_way_and_other_crops_are_held_out() -> None:
 def test_without_them_dreams_are_held_out(channels: int, settings: dict[str, bool]) -> None:
     probes = dream(torch.zeros(1, channels, 24, 24), **settings)
     assert [len(batch.tensors()[0]) for batch in probes.batches] == [8, 8]
-    assert probes.lifelike == (1,)
+    assert (probes.lifelike, probes.judged_in) == ((1,), ())
     assert len(probes.held_out.tensors()[0]) == 2

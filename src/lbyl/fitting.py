@@ -81,7 +81,8 @@ def fit(
         with torch.no_grad():
             looks = looks or [look(model, {}, batch, norms) for batch in probes.batches]
             original = pool(looks).statistics
-            world = original if probes.batch_statistics else {}
+            judged = pool([looks[index] for index in probes.judged_in or range(len(looks))]).statistics
+            world = judged if probes.batch_statistics else {}
             expected = run(model, probes.held_out, values=transplant({}, state, world))
 
             def error(candidate: Mapping[str, Tensor]) -> float:

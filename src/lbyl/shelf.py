@@ -91,6 +91,7 @@ class FolderShelf:
             "note": made.note,
             "lifelike": made.lifelike,
             "matched": made.matched,
+            "judged_in": made.judged_in,
             # Convolutions add in another order in this layout, which shows in the last digits.
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         }
@@ -180,6 +181,7 @@ class FolderShelf:
                 str(note["note"]),
                 tuple(map(int, note["lifelike"])),
                 bool(note["matched"]),
+                tuple(map(int, note.get("judged_in", ()))),
             )
 
     def _same(self, made: Probes) -> Probes:

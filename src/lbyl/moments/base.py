@@ -28,6 +28,8 @@ class Probes:
             that every channel has its trained mean and spread whatever the probes look like.
         lifelike: indices of the batches that batch-norm statistics are moved by, the ones with a structure like
             real inputs'; empty for all.
+        judged_in: indices of the batches that the held-out ones are like: outputs are compared in the statistics that
+            batch norms see there; empty for all.
         matched: whether batch norms see in the other batches what they saw in training: real inputs and dreams.
         note: what the user should know ("" as a rule).
     """
@@ -38,6 +40,7 @@ class Probes:
     note: str = ""
     lifelike: tuple[int, ...] = ()
     matched: bool = False
+    judged_in: tuple[int, ...] = ()
 
 
 @runtime_checkable

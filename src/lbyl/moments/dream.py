@@ -104,4 +104,12 @@ class Dream:
             train, test = split(dreamed, [count, held])
             batches = train, scenes
         lifelike = tuple(range(1, len(batches)))
-        return Probes(batches, test, batch_statistics=True, note=note, lifelike=lifelike, matched=steps > 0)
+        return Probes(
+            batches,
+            test,
+            batch_statistics=True,
+            note=note,
+            lifelike=lifelike,
+            matched=steps > 0,
+            judged_in=lifelike if taken else (),
+        )
