@@ -32,10 +32,8 @@ def read_images(folder: Path, preprocess: Preprocess, mode: str = "RGB", seed: i
     Raises:
         InputError: no folder, no image in it, one that can't be read, or sizes that differ in the end.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InputError(f"images can't be read ({error}); install lbyl[vision]") from error
+    from PIL import Image
+
     files = find_images(folder)
     files = random.Random(seed).sample(files, min(len(files), BATCH * BATCHES))
     images: list[Tensor] = []
