@@ -265,6 +265,8 @@ def test_mistakes_are_one_line_and_exit_code_1(
         ("compress", "SOURCE", "-o", "o", "--moments", "weights", "--solve", "patch"),
         ("compress", "SOURCE", "-o", "o", "--moments", "data"),
         ("compress", "SOURCE", "-o", "o", "--moments", "noise", "--data", "folder"),
+        ("compress", "SOURCE", "-o", "o", "--moments", "noise", "--no-photographs"),
+        ("compress", "SOURCE", "-o", "o", "--restore", "lbyl", "--no-photographs"),
         ("compress", "SOURCE", "-o", "o", "--mean", "0.5"),
         ("compress", "SOURCE", "-o", "o", "--data", "folder", "--mean", "gray"),
         ("compress", "SOURCE", "-o", "o", "--data", "folder", "--std", "0,1,1"),
@@ -340,6 +342,15 @@ def test_least_squares_options_reach_the_plan(source: str, tmp_path: Path) -> No
 def test_moments_from_weights(source: str, tmp_path: Path, moments: str) -> None:
     found = restorer_of(compress(source, tmp_path / "out", "--moments", moments, "--json"))
     assert found["moments"]["name"].lower() == moments
+
+
+def test_dreams_without_photographs(tmp_path: Path) -> None:
+    layers = "nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)"
+    definition = f"from torch import nn\ndef net(): return nn.Sequential({layers})"
+    (tmp_path / "small.py").write_text(definition)
+    options = ("--input", "1x3x16x16", "--no-photographs", "--json")
+    found = restorer_of(command("compress", f"{tmp_path / 'small.py'}:net", "-o", tmp_path / "out", *options))
+    assert found["moments"].items() >= {"name": "Dream", "photographs": False}.items()
 
 
 def test_a_folder_of_images(source: str, tmp_path: Path) -> None:
