@@ -279,7 +279,7 @@ def accuracies(name: str, cells: Sequence[dict[str, Any]]) -> Table:
     unpruned = of(cells, network=name, method="Unpruned")[0]["accuracy"]
     note = (
         f"Top-1 in percent, unpruned {unpruned:.2f}; mean and spread over seeds. Data sees "
-        f"{network.calibration} real images, Coreset draws its own channels."
+        f"{network.calibration} real images, Coreset draws its own channels. Dream is the default without photographs."
     )
     return Table(network.title, ["ratio", *METHODS], rows, note)
 
