@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py --data DIR [--network resnet56] [--seeds 3] [--quick] [--fresh] [--costs] [--ridges]
 
 Every column but Coreset keeps the same channels, those of the largest L2 norm; Coreset draws its own, which
-is what the method is. Only the Data column sees images: a few unlabelled ones of the test set, drawn by the
-seed, as many as `Network.calibration` says, solved with the settings of the other columns. Default is what
+is what the method is. Only the Data column sees images of the task: a few unlabelled ones of the test set, drawn by
+the seed, as many as `Network.calibration` says, solved with the settings of the other columns. Default is what
 `lbyl.compress` does when nothing is asked of it: where there are batch norms, dreams, painted scenes, and crops of the
 eight photographs that come with the package. Dream is the same without the photographs. Dreams depend on the
 network and the seed alone, so all ratios share them; what one whole compression takes is measured apart, on a

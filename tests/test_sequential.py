@@ -165,7 +165,7 @@ def test_the_lower_error_on_held_out_probes_is_kept_and_the_report_says_so() -> 
     assert len(seen) == 2  # three images teach too little, and each turn would build on the last one's errors
 
 
-def test_dreams_alone_are_solved_on_in_turn_and_equal_seeds_give_equal_results() -> None:
+def test_dreams_are_solved_on_in_turn_and_equal_seeds_give_equal_results() -> None:
     restore = lbyl.LeastSquares(lbyl.Dream(images=8, steps=2), sequential=True)
     first, second = (lbyl.compress(residual(), images(1), ratio=0.5, restore=restore, seed=4) for _ in range(2))
     for name, tensor in first.model.state_dict().items():

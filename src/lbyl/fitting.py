@@ -80,7 +80,6 @@ def fit(
     if probes is not None:
         with torch.no_grad():
             looks = looks or [look(model, {}, batch, norms) for batch in probes.batches]
-            original = pool(looks).statistics
             judged = pool([looks[index] for index in probes.judged_in or range(len(looks))]).statistics
             world = judged if probes.batch_statistics else {}
             expected = run(model, probes.held_out, values=transplant({}, state, world))
@@ -92,7 +91,7 @@ def fit(
             before, after = error(pruned), error(values)
             said: list[str] = []
             renorm = False
-            if settings.renorm and original:
+            if settings.renorm and judged:
                 chosen = probes.lifelike or range(len(looks))
                 theirs = pool([looks[index] for index in chosen])
                 ours = pool([look(model, values, probes.batches[index], norms, kept) for index in chosen])

@@ -135,7 +135,7 @@ class _Pending:
         version: of its input, which nobody may change meanwhile.
         normed: the output of the batch norm behind it, and what fills in the cut network's half of that.
         gains: what that batch norm multiplies by, batch by batch.
-        wanted: what the reader was asked for, once it was.
+        wanted: what the reader was asked for, where that is not its original output.
     """
 
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -267,11 +267,11 @@ class _Lockstep(TorchFunctionMode):
                 heard = gain.abs() > _FAINT * gain.abs().max()
                 part *= torch.where(heard, 1 / gain, 0).reshape(-1, *[1] * (part.dim() - 2))
             wanted = [a + b for a, b in zip(wanted, lost, strict=True)]
+            item.wanted = torch.cat(wanted)
             self.made_up.append(item.name)
         cut = self._halves(x)[1]
         calls = [item.call(part, out) for part, out in zip(cut.split(self.sizes), outs, strict=True)]
         self.solve(Turn(tuple(calls), tuple(wanted)))
-        item.wanted = torch.cat(wanted)
         self.pending = {key: each for key, each in self.pending.items() if each is not item}
         new_weight = self._now(weight)
         assert new_weight is not None

@@ -95,15 +95,24 @@ def recenter(
     output is known, the running mean, and where the probes' own mean is off, so is the move: by
     :func:`expected_shift`. ``norms`` gives for each reader the running mean of the batch norm that follows.
     """
-    moved = dict(values)
+    shifts = {}
     means = {mean_name: mean for (mean_name, _), (mean, _) in original.statistics.items()}
     for weight, mean_name in norms.items():
         if weight not in original.outputs or weight not in pruned.outputs or mean_name not in means:
             continue
         gap = state[mean_name].double() - means[mean_name]
-        shift = expected_shift(original.outputs[weight], pruned.outputs[weight], gap)
-        now = values.get(mean_name, state[mean_name])
-        moved[mean_name] = (now.double() + shift).to(now.dtype)
+        shifts[mean_name] = expected_shift(original.outputs[weight], pruned.outputs[weight], gap)
+    return shifted(values, state, shifts)
+
+
+def shifted(
+    values: Mapping[str, Tensor], state: Mapping[str, Tensor], shifts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """New values in which some running means are higher by so much, whether or not they had changed before."""
+    moved = dict(values)
+    for name, shift in shifts.items():
+        now = values.get(name, state[name])
+        moved[name] = (now.double() + shift).to(now.dtype)
     return moved
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from lbyl.lockstep import OutOfStep, Turn, walk_together
 from lbyl.moments import Probes, Progress
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import PatchSums
-from lbyl.renorm import renormalize
+from lbyl.renorm import renormalize, shifted
 from lbyl.restoration import silenced
 from lbyl.restorers.least_squares import LeastSquares
 from lbyl.selection import Selection
@@ -51,10 +51,12 @@ def _takers(
     if not coupled & set(takers):
         return {}, "no reader that goes into a residual sum runs once and is solved by patch"
     # Layers in between lose no channels, but what they read has changed.
-    norms = following_norms(graph)
+    norms, cut = following_norms(graph), {site.reader.weight for site in found}
     for reader in graph.readers:
+        if reader.weight in cut:
+            continue
         site = site_of(reader, torch.zeros(len(reader.columns), dtype=torch.bool), (), norms)
-        if reader.weight not in {s.reader.weight for s in found} and solvable(site):
+        if solvable(site):
             takers[reader.weight] = site
     return takers, ""
 
@@ -121,12 +123,7 @@ def solve_in_turn(
     values = silenced(as_stored(found, ledger.values), selection, state)
     if renorm:
         values = renormalize(state, values, walked.original, walked.cut)
-    return Turned(values, {**values, **_shifted(values, state, walked.missing)}, ledger)
-
-
-def _shifted(values: Mapping[str, Tensor], state: State, shifts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    now = {name: values.get(name, state[name].detach()) for name in shifts}
-    return {name: (now[name].double() + shift).to(now[name].dtype) for name, shift in shifts.items()}
+    return Turned(values, shifted(values, state, walked.missing), ledger)
 
 
 _JOINT = 4 * 2**30

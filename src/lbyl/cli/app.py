@@ -24,7 +24,7 @@ from rich.text import Text
 
 app = typer.Typer(
     name="lbyl",
-    help="Structured pruning of trained networks, restored in closed form: no data, no retraining.",
+    help="Structured pruning of trained networks, restored in closed form: no data of yours, no retraining.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,7 +50,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Structured pruning of trained networks, restored in closed form: no data, no retraining."""
+    """Structured pruning of trained networks, restored in closed form: no data of yours, no retraining."""
 
 
 class Stage:

@@ -36,9 +36,9 @@ def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
     if not _is_color(shape):
         return dead_leaves(shape, generator)
     count, _, height, width = shape
-    images = torch.empty(tuple(shape))
+    images, available = torch.empty(tuple(shape)), _load()
     for number in range(count):
-        whole = _all()[number % len(_all())]
+        whole = available[number % len(available)]
         part, across, down, mirror = torch.rand(4, generator=generator).tolist()
         scale = min(whole.width / width, whole.height / height) * (_PART + (1 - _PART) * part)
         crop_width, crop_height = max(1, math.floor(scale * width)), max(1, math.floor(scale * height))
@@ -57,7 +57,7 @@ def _is_color(shape: Sequence[int]) -> bool:
 
 
 @cache
-def _all() -> tuple[Image.Image, ...]:
+def _load() -> tuple[Image.Image, ...]:
     folder = files("lbyl") / "photographs"
     found = []
     for file in sorted((f for f in folder.iterdir() if f.name.endswith(".jpg")), key=lambda f: f.name):
