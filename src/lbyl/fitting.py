@@ -90,7 +90,7 @@ def fit(
 
             before, after = error(pruned), error(values)
             said: list[str] = []
-            renorm = False
+            unturned, renorm = values, False
             if settings.renorm and judged:
                 chosen = probes.lifelike or range(len(looks))
                 theirs = pool([looks[index] for index in chosen])
@@ -99,7 +99,7 @@ def fit(
                 lower = error(moved)
                 renorm = lower < after
                 if renorm:
-                    values, after = recenter(moved, state, theirs, ours, norms), lower
+                    unturned, values, after = moved, recenter(moved, state, theirs, ours, norms), lower
                 else:
                     said.append(f"renorm left out: error on held-out probes {after:.3g} without, {lower:.3g} with")
             if settings.sequential or (settings.sequential is None and probes.matched):
@@ -113,13 +113,21 @@ def fit(
                     if settings.sequential:
                         said.append(f"readers not solved in turn: {turned}")
                 else:
-                    other = error(turned.on_probes)
-                    figures = f"error on held-out probes {other:.3g} in turn, {after:.3g} all at once"
-                    if settings.sequential or other < after:
-                        values, after, ledger = turned.values, other, merged(ledger, turned.ledger)
-                        said = [f"readers solved in turn, to make up for what residual sums lose: {figures}"]
-                    else:
-                        said.append(f"readers solved all at once: {figures}")
+                    halfway = _between(state, unturned, turned.on_probes, 0.5)
+                    errors = {
+                        "all at once": after,
+                        "halfway between": error(halfway),
+                        "in turn": error(turned.on_probes),
+                    }
+                    if settings.sequential:
+                        errors = {"in turn": errors["in turn"]}
+                    way = _preferred(errors)
+                    figures = ", ".join(f"{found:.3g} {each}" for each, found in errors.items())
+                    said.append(f"readers solved {way}: error on held-out probes {figures}")
+                    if way != "all at once":
+                        whole = way == "in turn"
+                        values = turned.values if whole else _between(state, values, turned.values, 0.5)
+                        after, ledger = errors[way], merged(ledger, turned.ledger)
             notes += said
             if after > before:
                 # Too few probes for the size of the layers: what was learned from them does not carry over.
@@ -132,6 +140,32 @@ def fit(
     return Restoration(values, tuple(rows), assessment, tuple(notes), seconds)
 
 
+_CLEARLY = 0.97
+"""An error on held-out probes has to be below this share of another to tell something of real inputs."""
+
+
+def _preferred(errors: Mapping[str, float]) -> str:
+    """The way with the lowest error on held-out probes; but halfway between unless another is clearly better.
+
+    Solved in turn and all at once, readers err in different ways, so that the average of both errs less; and it is the
+    safer where probes, which are no real inputs, say that they are about equal.
+    """
+    way = min(errors, key=lambda each: errors[each])
+    halfway = errors.get("halfway between", float("inf"))
+    return "halfway between" if _CLEARLY * halfway <= errors[way] else way
+
+
+def _between(
+    state: State, first: Mapping[str, Tensor], second: Mapping[str, Tensor], share: float
+) -> dict[str, Tensor]:
+    """A part of the way from one set of values to another; what one of them leaves out is as it was."""
+
+    def of(values: Mapping[str, Tensor], name: str) -> Tensor:
+        return values.get(name, state[name].detach())
+
+    return {name: torch.lerp(of(first, name), of(second, name), share) for name in {**first, **second}}
+
+
 def _less(
     values: Mapping[str, Tensor],
     pruned: Mapping[str, Tensor],
@@ -141,9 +175,8 @@ def _less(
     error: Callable[[Mapping[str, Tensor]], float],
 ) -> tuple[dict[str, Tensor], float, str]:
     """A part of the way from plain pruning to a restoration that made the held-out error larger, or none of it."""
-    start = {name: pruned.get(name, state[name].detach()) for name in values}
     for share in (0.5, 0.25):
-        part = {name: torch.lerp(start[name], value, share) for name, value in values.items()}
+        part = _between(state, pruned, values, share)
         if (found := error(part)) <= before:
             return part, found, f"only {share:.0%} of the restoration kept: all of it raised the held-out error"
     note = f"restoration left out: error on held-out probes {before:.3g} without, {after:.3g} with; give more probes"

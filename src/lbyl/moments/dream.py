@@ -28,19 +28,20 @@ class Dream:
 
     Adam moves the pixels, never a weight, until the batch mean and spread at every batch norm match the stored
     running statistics. Dreams have the right statistics channel by channel but little structure; so moments are
-    taken on them and on as many images that are the other way round. Half of these are synthetic scenes (dead
-    leaves), and half are crops of eight photographs of unrelated things, which come with the package. Batch-norm
-    statistics are moved by what these show: what dreams do to them tells less of real inputs.
+    taken on them and on images that are the other way round: where inputs look like color images, on twice as many
+    crops of 32 photographs of unrelated things, which come with the package; elsewhere on as many synthetic scenes
+    (dead leaves). Batch-norm statistics are moved by what these show: what dreams do to them tells less of real inputs.
 
     Attributes:
-        images: dreams that moments are collected on, and scenes and photographs; a quarter more is held out. None
-            takes as many as 1.6e10 multiply-accumulates a step allow, between 24 and 96; where one takes more
-            than 4e9, dreams as many as 1e11 allow, and the others as many as 4e11 do, at least 4 of each.
+        images: dreams that moments are collected on, as many scenes or twice as many crops of photographs; a quarter
+            more is held out. None takes as many as 1.6e10 multiply-accumulates a step allow, between 24 and 96; where
+            one takes more than 4e9, dreams as many as 1e11 allow, and the others as many as 4e11 do, at least 4 of
+            each.
         steps: Adam steps, with a cosine schedule. None takes 20, and fewer where all of them would take more than
             1e13 multiply-accumulates; where less than 5 are left, none.
         lr: step size, in units of the inputs (which start with unit variance).
         photographs: whether to use them, where inputs look like color images. False makes every probe out of the
-            network and a random seed: only scenes besides dreams, and dreams held out.
+            network and a random seed: scenes besides dreams, and dreams held out.
     """
 
     images: int | None = None
@@ -60,8 +61,8 @@ class Dream:
         count = self.images or affordable(each, 1.6e10, 24, 96, ceiling=1e11)
         others = self.images or affordable(each, 1.6e10, 24, 96, ceiling=4e11)
         held = held_out_size(count)
-        taken = others // 2 if self.photographs and takes_photographs(inputs) else 0
-        dreams = count if taken else count + held
+        shown = self.photographs and takes_photographs(inputs)
+        dreams = count if shown else count + held
         steps, note = self.steps, ""
         if steps is None:
             # Forward, and backward to the inputs.
@@ -96,13 +97,15 @@ class Dream:
                 if progress:
                     progress("dreaming", step + 1, steps)
         dreamed = start.map(lambda t: t.detach())
-        scenes = synthesize(model, inputs, others - taken, dead_leaves, generator)
-        if taken:
-            seen, test = split(synthesize(model, inputs, taken + held, photographs, generator), [taken, held])
-            batches = dreamed, scenes, seen
+        if shown:
+            # In two batches, for one of all of them would be the largest thing in memory.
+            *seen, test = split(
+                synthesize(model, inputs, 2 * others + held, photographs, generator), [others, others, held]
+            )
+            batches = dreamed, *seen
         else:
             train, test = split(dreamed, [count, held])
-            batches = train, scenes
+            batches = train, synthesize(model, inputs, others, dead_leaves, generator)
         lifelike = tuple(range(1, len(batches)))
         return Probes(
             batches,
@@ -111,5 +114,5 @@ class Dream:
             note=note,
             lifelike=lifelike,
             matched=steps > 0,
-            judged_in=lifelike if taken else (),
+            judged_in=lifelike if shown else (),
         )

@@ -28,7 +28,7 @@ def takes_photographs(inputs: ExampleInputs) -> bool:
 
 
 def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
-    """Random crops of eight photographs, half of them mirrored, one photograph after the other.
+    """Random crops of 32 photographs, half of them mirrored, one photograph after the other.
 
     Who made them, and under which license: ``photographs/SOURCES.md``. Each channel has zero mean and unit variance
     over all crops. Shapes that are no color images get :func:`~lbyl.moments.synthesis.dead_leaves`.
