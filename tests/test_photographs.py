@@ -29,13 +29,13 @@ def test_crops_have_the_size_asked_for_and_unit_variance(size: tuple[int, int]) 
 
 
 def test_every_photograph_is_used_and_no_crop_comes_twice() -> None:
-    crops = photographs((16, 3, 32, 32), generator()).flatten(1)
-    assert torch.equal(crops, photographs((16, 3, 32, 32), generator()).flatten(1))
+    crops = photographs((64, 3, 32, 32), generator()).flatten(1)
+    assert torch.equal(crops, photographs((64, 3, 32, 32), generator()).flatten(1))
     assert torch.pdist(crops).min() > 5
     # Two crops of one photograph look alike more often than crops of two.
     likeness = torch.corrcoef(crops.unflatten(1, (3, 32, 32)).mean((2, 3)))
-    same = likeness.diagonal(8).mean()
-    assert same > likeness[:8, :8].fill_diagonal_(0).sum() / 56
+    same = likeness.diagonal(32).mean()
+    assert same > likeness[:32, :32].fill_diagonal_(0).sum() / (32 * 31)
 
 
 def test_what_is_no_color_image_gets_scenes() -> None:
@@ -49,7 +49,7 @@ def test_every_photograph_has_a_source_and_a_license() -> None:
     folder = files("lbyl") / "photographs"
     told = (folder / "SOURCES.md").read_text(encoding="utf-8")
     names = [file.name for file in folder.iterdir() if file.name.endswith(".jpg")]
-    assert len(names) == 8
+    assert len(names) == 32
     for name in names:
         (row,) = [line for line in told.splitlines() if f"| {name} |" in line]
         assert "public domain" in row or "CC0" in row or "CC BY" in row
@@ -60,12 +60,12 @@ def dream(x: Tensor, **settings: bool) -> Probes:
     return lbyl.Dream(images=8, steps=1, **settings).probes(net, ExampleInputs.of(x), generator(), None)
 
 
-def test_half_of_the_scenes_give_way_and_other_crops_are_held_out() -> None:
+def test_they_take_the_place_of_scenes_and_other_crops_are_held_out() -> None:
     probes = dream(torch.zeros(1, 3, 24, 24))
-    assert [len(batch.tensors()[0]) for batch in probes.batches] == [8, 4, 4]
+    assert [len(batch.tensors()[0]) for batch in probes.batches] == [8, 8, 8]
     assert probes.lifelike == probes.judged_in == (1, 2)
-    crops = torch.cat([probes.batches[2].tensors()[0], probes.held_out.tensors()[0]])
-    assert len(crops) == 6
+    crops = torch.cat([batch.tensors()[0] for batch in (*probes.batches[1:], probes.held_out)])
+    assert len(crops) == 18
     torch.testing.assert_close(crops.std((0, 2, 3)), torch.ones(3), rtol=1e-3, atol=0)
 
 

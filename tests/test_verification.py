@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import lbyl
 from lbyl.inputs import ExampleInputs
 from lbyl.measure import count_macs
+from lbyl.restoration import silences
 from lbyl.selection import Choice, Selection
 from lbyl.surgery import cut, plan_cuts, tensors_of, write
 from lbyl.verification import TOLERANCE, difference, verify
@@ -325,3 +326,22 @@ def test_without_verification_a_network_that_does_not_run_says_what_to_do() -> N
     model, x = settle(Sized(narrow=True)), images(1, 3, 160, 160)
     with pytest.raises(lbyl.VerificationError, match=r"does not run: .*verify=True"):
         lbyl.compress(model, x, ratio=0.5, restore="prune", verify=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("model", [settle(Borrowing()), mlp(6, 8, 8)], ids=["borrowing", "mlp"])
+def test_zeros_are_laid_on_while_it_runs_and_no_weight_is_changed(model: nn.Module, dtype: torch.dtype) -> None:
+    model, x = copy.deepcopy(model).to(dtype), images(8, 6).to(dtype)
+    graph = lbyl.inspect(model, x).graph
+    selection = Selection(tuple(Choice(group, (0, 3)) for group in graph.groups if group.prunable), ())
+    smaller, inputs, silent = cut(copy.deepcopy(model), plan_cuts(selection)), ExampleInputs.of(x), silences(selection)
+    before = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    assert verify(model, smaller, inputs, selection, silent=silent).difference < TOLERANCE
+    last = list(tensors_of(smaller).values())[-1]
+    with torch.no_grad():
+        last += 0.01
+    with pytest.raises(lbyl.VerificationError, match=r"group '.*': the cut network is not"):
+        verify(model, smaller, inputs, selection, silent=silent)
+    with pytest.raises(lbyl.VerificationError, match=r"^the cut network is not the masked one"):
+        verify(model, smaller, inputs, selection, silent=silent, blame=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(model).items())

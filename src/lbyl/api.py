@@ -37,7 +37,7 @@ from lbyl.order import Order
 from lbyl.parts import Part, joined, part_of, traceable_parts
 from lbyl.plan import GroupPlan, Plan, architecture_of
 from lbyl.report import Report, Row
-from lbyl.restoration import Restored
+from lbyl.restoration import Restored, silences
 from lbyl.restoration import restore as solve
 from lbyl.restorers import LeastSquares, Prune, Restorer, resolve_restorer
 from lbyl.selection import (
@@ -50,7 +50,7 @@ from lbyl.selection import (
     select,
 )
 from lbyl.surgery import cut_copy, plan_attributes, plan_cuts, standing_for, tensors_of, write
-from lbyl.verification import follower, said, without_trouble
+from lbyl.verification import NOTHING, follower, said, without_trouble
 from lbyl.verification import verify as check
 from lbyl.widths import Widths, choose_widths
 
@@ -373,9 +373,10 @@ def _whole(
                 restoration = fit(work, inputs, graph, selection, fitted, order.seed, order.progress, known)
                 write(work, restoration.values)
             else:
-                # The user's own weights are only read, and what changes is never copied.
-                restoration = solve(selection, tensors_of(model), restorer, order.seed, order.progress, order.verify)
-                work = duplicate(model, standing_for(model, restoration.values)) if restoration.values else model
+                # The user's own weights are only read, never copied whole.
+                restoration = solve(selection, tensors_of(model), restorer, order.seed, order.progress, masked=False)
+                shared = {id(tensor): tensor for tensor in tensors_of(model).values()}
+                work = duplicate(model, shared | standing_for(model, restoration.values))
         with clock("cut"):
             restored, assessment = restoration.groups, restoration.assessment
             norms = len(kept_channels(selection))
@@ -390,7 +391,9 @@ def _whole(
                 smaller = cut_copy(work, cuts, attributes)
             with clock("verify"):
                 if order.verify:
-                    found = check(work, smaller, inputs, selection, follower(work, graph), graph.macs)
+                    silent = silences(selection) if isinstance(restorer, Prune) else NOTHING
+                    attribute = follower(work, graph)
+                    found = check(work, smaller, inputs, selection, attribute, graph.macs, silent, order.strict)
                     verified, macs = found.difference, found.macs
                 else:
                     verified, macs = None, _unverified_macs(work, smaller, inputs, graph.macs)
@@ -398,6 +401,9 @@ def _whole(
             if order.strict or not order.verify:
                 raise
             with clock("verify"):
+                if isinstance(restorer, Prune):
+                    masked = solve(selection, tensors_of(model), restorer, order.seed).values
+                    work = duplicate(model, standing_for(model, masked)).eval()
                 selection = without_trouble(work, inputs, graph, selection)
             work = None
             continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -57,8 +58,8 @@ def restore(
     The closed forms need the original weights only, so the order of the groups does not matter: a layer that
     reads one group and produces another loses columns here and rows in surgery.
 
-    ``masked=False`` is for those who will cut and never run the uncut network: weights that would change by zeros
-    alone are then left out.
+    With ``masked=False`` weights that would change by zeros alone are left out: `silences` lays these on later, where
+    the uncut network has to run.
     """
     values: dict[str, Tensor] = {}
     rows = []
@@ -90,6 +91,25 @@ def silenced(values: Mapping[str, Tensor], selection: Selection, state: State) -
             rows = carrying(slot, choice.group.width, choice.drop).to(value.device)
             changed[slot.parameter] = value.index_fill_(slot.dim, rows.nonzero().flatten(), 0)
     return changed
+
+
+Silences = Mapping[str, Sequence[Callable[[Tensor], Tensor]]]
+"""What sets the dropped columns of a weight to zero, in place, by the weight's name."""
+
+
+def silences(selection: Selection) -> Silences:
+    """Plain pruning of the readers, to be laid on copies of their weights when these are made."""
+    found: dict[str, list[Callable[[Tensor], Tensor]]] = defaultdict(list)
+    for choice in selection.choices:
+        _, drop = choice.tensors()
+        for slot in choice.group.readers:
+
+            def laid(weight: Tensor, slot: Slot = slot, width: int = choice.group.width, drop: Tensor = drop) -> Tensor:
+                silence(columns_second(weight, slot), slot, width, drop)
+                return weight
+
+            found[slot.parameter].append(laid)
+    return found
 
 
 def deliver(choice: Choice, state: State, restorer: Restorer, seed: int) -> tuple[Delivery, Terms | None]:

@@ -249,7 +249,7 @@ def _replace(path: str, module: nn.Module, target: nn.Module, replaced: Mapping[
 
 
 def _slice(tensor: Tensor, item: Cut) -> Tensor:
-    keep = torch.tensor(item.keep, dtype=torch.int64)
+    keep = torch.from_numpy(np.array(item.keep, dtype=np.int64))
     if item.blocks == 1:
         return tensor.index_select(item.dim, keep.to(tensor.device))
     width = item.size // item.blocks

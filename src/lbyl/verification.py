@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ from lbyl.inputs import ExampleInputs, outputs
 from lbyl.kept import Kept, KeptStatistics, kept_channels, still_masked
 from lbyl.measure import count_macs
 from lbyl.modes import duplicate, plain_attention, undisturbed
+from lbyl.restoration import Silences
 from lbyl.selection import Choice, Selection
 from lbyl.surgery import Attribute, cut_copy, plan_attributes, plan_cuts, standing_for, tensors_of
 
 TOLERANCE = 1e-6
+NOTHING: Silences = MappingProxyType({})
 
 Follow = Callable[[Selection], Sequence[Attribute]]
 """Which attributes follow the cut of a selection."""
@@ -52,11 +55,14 @@ class Verification:
 
 
 @contextmanager
-def _widened(model: nn.Module, names: dict[int, str]) -> Iterator[None]:
+def _widened(model: nn.Module, names: dict[int, str], silent: Silences) -> Iterator[None]:
     """Each module's own tensors are float64 while it runs, so that no wide copy of the model is ever held.
 
-    ``names`` are those of tensors by their ids; the wide ones are among them while they are in place.
+    ``names`` are those of tensors by their ids; the wide ones are among them while they are in place. ``silent`` is
+    laid on the wide ones.
     """
+    state = tensors_of(model) if silent else {}
+    laid = {id(state[name]): changes for name, changes in silent.items()}
     held: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def widen(module: nn.Module, args: Any) -> None:
@@ -65,7 +71,9 @@ def _widened(model: nn.Module, names: dict[int, str]) -> Iterator[None]:
         for table in tables:
             for name, tensor in table.items():
                 if tensor is not None and tensor.is_floating_point():
-                    wide = tensor.detach().double()
+                    wide = tensor.detach().to(torch.float64, copy=id(tensor) in laid)
+                    for change in laid.get(id(tensor), ()):
+                        change(wide)
                     placed = nn.Parameter(wide, False) if isinstance(tensor, nn.Parameter) else wide
                     table[name] = placed  # pyright: ignore[reportArgumentType]
                     names[id(placed)] = names.get(id(tensor), "")
@@ -91,24 +99,34 @@ def _widened(model: nn.Module, names: dict[int, str]) -> Iterator[None]:
             hook.remove()
 
 
-def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept) -> list[Tensor]:
+def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent: Silences = NOTHING) -> list[Tensor]:
     """The model's outputs in float64; the model itself stays as it is.
 
-    ``kept`` tells which channels layer norms take their statistics over.
+    ``kept`` tells which channels layer norms take their statistics over, ``silent`` what is zero in its weights.
     """
     try:
-        return _widened_outputs(model, inputs, kept)
+        return _widened_outputs(model, inputs, kept, silent)
     except InputError:
         # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
-        wide = copy.deepcopy(model).eval().double()
+        wide = _laid_on(copy.deepcopy(model).eval().double(), silent)
         with plain_attention(), _statistics(kept, _names(wide)):
             return outputs(wide, inputs)
 
 
-def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept) -> list[Tensor]:
+def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent: Silences) -> list[Tensor]:
     names = _names(model)
-    with undisturbed(model), _widened(model, names), plain_attention(), _statistics(kept, names):
+    with undisturbed(model), _widened(model, names, silent), plain_attention(), _statistics(kept, names):
         return outputs(model, inputs)
+
+
+@torch.no_grad()
+def _laid_on(model: nn.Module, silent: Silences) -> nn.Module:
+    """The model, with zeros in its weights."""
+    state = tensors_of(model) if silent else {}
+    for name, changes in silent.items():
+        for change in changes:
+            change(state[name])
+    return model
 
 
 def _names(model: nn.Module) -> dict[int, str]:
@@ -139,6 +157,8 @@ def verify(
     selection: Selection,
     attribute: Follow = lambda selection: (),
     macs: int | None = None,
+    silent: Silences = NOTHING,
+    blame: bool = True,
 ) -> Verification:
     """Compare the cut network with the uncut one whose dropped columns are zero.
 
@@ -151,20 +171,28 @@ def verify(
         selection: what was cut.
         attribute: which attributes follow the cut of a part of the selection.
         macs: multiply-accumulates of the uncut network on these inputs, where they are known.
+        silent: what is zero in ``masked`` where its weights are whole; it is copied only if something is wrong then.
+        blame: find out which group it is when something is wrong, which takes several more runs.
 
     Raises:
         VerificationError: the outputs differ; names the first group whose cut alone makes them differ.
         InputError: the outputs are not finite, so nothing can be compared.
     """
-    reference = _reference(masked, inputs, selection)
+    reference = _reference(masked, inputs, selection, silent)
+
+    def wrong(what: str) -> VerificationError:
+        if not blame:
+            return VerificationError(f"the cut network is not the masked one ({what})")
+        full = _laid_on(duplicate(masked).eval(), silent) if silent else masked
+        return _error(_first_bad(full, reference, selection, attribute), what)
+
     try:
         found, after = _wide_outputs(smaller, reference.inputs, {}), _count(smaller, reference.whole)
     except InputError as error:
-        raise _error(_first_bad(masked, reference, selection, attribute), str(error)) from error
+        raise wrong(str(error)) from error
     gap = difference(reference.outputs, found)
     if gap > TOLERANCE:
-        what = f"outputs differ by {gap:.2g} of their magnitude"
-        raise _error(_first_bad(masked, reference, selection, attribute), what)
+        raise wrong(f"outputs differ by {gap:.2g} of their magnitude")
     before = _count(masked, reference.whole) if macs is None else macs
     return Verification(gap, TOLERANCE, "float64", (before, after))
 
@@ -342,7 +370,9 @@ def said(error: LbylError) -> str:
     return str(error).rpartition("): ")[2] if isinstance(error, InputError) else str(error)
 
 
-def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection) -> _Reference:
+def _reference(
+    masked: nn.Module, inputs: ExampleInputs, selection: Selection, silent: Silences = NOTHING
+) -> _Reference:
     """Run the masked network in float64, on thinned images if it takes them."""
     kept = kept_channels(selection)
     device = next((p.device for p in masked.parameters()), torch.device("cpu"))
@@ -351,14 +381,14 @@ def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection) -
     if thinned is not None:
         wide = thinned.to(device, torch.float64)
         try:
-            expected = _widened_outputs(masked, wide, kept)
+            expected = _widened_outputs(masked, wide, kept, silent)
         except InputError:  # it insists on the size of its images
             pass
         else:
             if _finite(expected):
                 return _Reference(wide, expected, kept, whole, thinned=True, outline=outline)
     wide = inputs.to(device, torch.float64)
-    expected = _wide_outputs(masked, wide, kept)
+    expected = _wide_outputs(masked, wide, kept, silent)
     if not _finite(expected):
         raise InputError("the network's output on the example inputs is not finite (NaN or infinity in weights?)")
     return _Reference(wide, expected, kept, whole, thinned=False, outline=outline)
