@@ -367,12 +367,61 @@ def test_recurrent_layers_are_barriers_by_name() -> None:
     assert widths(cut(model, images(2, 4, 5))) == {"after": (8, 4)}
 
 
-def test_torchs_own_attention_stays_whole_by_name() -> None:
-    layer = nn.TransformerEncoderLayer(12, 3, 16, batch_first=True, dropout=0.0)
-    model = settle(nn.Sequential(nn.Linear(7, 12), layer, nn.Linear(12, 3)))
-    result = lbyl.compress(model, images(2, 5, 7), scope="all", restore="prune", strict=True)
-    assert widths(result) == {"1.linear1": (16, 8)}
-    assert any("MultiheadAttention" in why for _, why in result.report.left)
+def attentive(heads: int = 4, **settings: int) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(24, heads, 16, batch_first=True, dropout=0.0, **settings)  # pyright: ignore[reportArgumentType]
+    return settle(nn.Sequential(nn.Linear(7, 24), layer, nn.Linear(24, 3)))
+
+
+@pytest.mark.parametrize(("ratio", "heads"), [(0.5, 2), (0.3, 3), (0.25, 3), (0.7, 2)])
+@pytest.mark.parametrize("verify", [True, False])
+def test_heads_and_stream_of_torchs_attention_lose_the_same_share_and_no_more_than_asked(
+    ratio: float, heads: int, verify: bool
+) -> None:
+    model, x = attentive(), images(2, 5, 7)
+    result = lbyl.compress(model, x, ratio=ratio, scope="all", restore="prune", strict=verify, verify=verify)
+    found = widths(result)
+    assert found["0"] == (24, 6 * heads)
+    assert found["1.self_attn"] == (4, heads)
+    attention = result.model[1].self_attn  # pyright: ignore[reportIndexIssue]
+    assert (attention.embed_dim, attention.num_heads, attention.head_dim) == (6 * heads, heads, 6)
+    assert result.model(images(3, 9, 7)).shape == (3, 9, 3)
+
+
+def test_heads_and_stream_of_torchs_attention_stay_whole_together_and_the_report_says_why() -> None:
+    x = images(2, 5, 7)
+    for ratio, scope, why in (
+        (0.2, "all", "can't lose the same share at this ratio"),
+        ({"*": 0.5, "0": 0}, "all", "has to lose the same share as '0', which stays whole"),
+        ({"*": 0.5, "1.self_attn": 0}, "all", "has to lose the same share as '1.self_attn', which stays whole"),
+        (0.5, "inner", "'0' has to lose the same share"),
+    ):
+        result = lbyl.compress(attentive(), x, ratio=ratio, scope=scope, restore="prune", strict=True, verify=False)
+        assert list(widths(result)) == ["1.linear1"]
+        assert any(why in reason for _, reason in result.report.left)
+    budget = lbyl.Budget(params=0.9)
+    result = lbyl.compress(attentive(), x, budget=budget, scope="all", restore="prune", strict=True)
+    assert list(widths(result)) == ["1.linear1"]
+    assert any("0 stays whole: heads and stream" in note for note in result.report.notes)
+
+
+class Crossing(nn.Module):
+    """torch's own attention from one stream to another: its packed weight is cut into parts on the fly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(7, 24), nn.Linear(6, 24), nn.Linear(24, 3)
+        self.inner, self.attention = nn.Linear(3, 8), nn.MultiheadAttention(24, 4, batch_first=True)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(x[..., :6])
+        return self.last(self.inner(self.out(self.attention(self.one(x), y, y)[0])).relu())
+
+
+def test_torchs_attention_between_two_streams_stays_whole_by_name() -> None:
+    result = lbyl.compress(settle(Crossing()), images(2, 5, 7), scope="all", restore="prune", strict=True)
+    assert widths(result) == {"attention.out_proj": (24, 12), "out": (3, 1), "inner": (8, 4)}
+    assert "attention" in dict(result.report.left)["one"]
 
 
 class Standardized(nn.Conv2d):

@@ -182,6 +182,10 @@ def find_cuttable(work: nn.Module, inputs: ExampleInputs, graph: Graph, order: O
         write(work, whole)
         notes = tuple(f"{name} stays whole: {why}" for name, why in good.left[len(trial.left) :])
         trial = good
-    names = {choice.group.name for choice in trial.choices}
+    # Widths are dealt out group by group, and these go two at a time.
+    bound = {name for group in graph.groups if group.abreast for name in (group.name, group.abreast)}
+    names = {choice.group.name for choice in trial.choices} - bound
+    held = sorted(bound & {choice.group.name for choice in trial.choices})
+    notes += tuple(f"{name} stays whole: heads and stream have to lose the same share" for name in held)
     found = (index for index, group in enumerate(graph.groups) if group.name in names and group.prunable)
     return Cuttable(tuple(found), notes)

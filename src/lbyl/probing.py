@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -44,6 +45,18 @@ OnRead = Callable[[ReaderCall], None]
 OnNorm = Callable[[str, str, Tensor, Tensor], None]
 """Called as ``on_norm(name of the running mean, name of the running variance, mean, variance)``, where mean and
 (biased) variance are this batch's, at the input of the batch norm, and can be differentiated."""
+
+
+def _without_asking(function: Any) -> FunctionType:
+    """A Python function of `torch.nn.functional` that goes into its own body, and not first to who watches it."""
+    unasked = {**vars(functional), "has_torch_function": lambda tensors: False}
+    twin = FunctionType(function.__code__, unasked, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+_ATTENTION = _without_asking(functional.multi_head_attention_forward)
+"""Its layers are called in its body, and would not be seen."""
 
 
 class _Enough(Exception):
@@ -127,6 +140,9 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.batch_norm:
             return self._batch_norm(*args, **kwargs)
+        if func is functional.multi_head_attention_forward:
+            with self:
+                return _ATTENTION(*args, **kwargs)
         out = func(*args, **kwargs)
         if func is functional.linear or func in CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from fractions import Fraction
 
 import torch
 from jaxtyping import Int
@@ -127,7 +128,36 @@ def select(graph: Graph, state: State, ratio: Ratio, scope: str, choose: Choose,
                 choices.append(Choice(group, keep))
             else:
                 left.append((group.name, f"{group.width} channels: nothing to drop at this ratio"))
-    return Selection(tuple(choices), tuple(left))
+    found = {choice.group.name: choice for choice in choices}
+    for name in dict.fromkeys(group.abreast for group in graph.groups if group.abreast):
+        family = (graph.group(name), *(group for group in graph.groups if group.abreast == name))
+        together, why = _together(family, found, state, ratio_for(family[0], ratio), choose, seed)
+        for group in family:
+            if group.name in found and not together:
+                left.append((group.name, why))
+                del found[group.name]
+        found |= together
+    return Selection(tuple(found[g.name] for g in graph.groups if g.name in found), tuple(left))
+
+
+def _together(
+    family: Sequence[Group], found: Mapping[str, Choice], state: State, share: float, choose: Choose, seed: int
+) -> tuple[dict[str, Choice], str]:
+    """Choices for a stream and its heads, the same share of each, at most the one asked for; or why there are none."""
+    stream, *heads = family
+    for group in heads if stream.name in found else [stream]:
+        if group.name not in found:
+            reason = group.reason or "nothing of it goes"
+            return {}, f"it has to lose the same share as {group.name!r}, which stays whole: {reason}"
+    parts = {Fraction(math.ceil(group.width * (1 - share) - 1e-9), group.width) for group in heads}
+    if len(parts) > 1 or max(parts) == 1:
+        counts = ", ".join(str(count) for count in sorted({group.width for group in heads}))
+        return {}, f"{stream.name!r} and its {counts} heads can't lose the same share at this ratio"
+    part = parts.pop()
+    together = {group.name: Choice(group, _keep(group, state, float(1 - part), choose, seed)) for group in family}
+    if any(len(choice.keep) != part * choice.group.width for choice in together.values()):
+        return {}, f"{stream.name!r} comes in blocks, which can't lose {float(1 - part):.1%} each as its heads do"
+    return together, ""
 
 
 def check_selection(selection: Selection) -> None:

@@ -269,13 +269,13 @@ def cuttable(
 
 def _families(choices: Sequence[Choice]) -> list[list[Choice]]:
     """Each stream with the groups whose layers read it or write it; and all that belong to no stream."""
-    streams = [choice for choice in choices if choice.group.outside]
+    streams = [choice for choice in choices if _is_stream(choice)]
     families = [[stream] for stream in streams]
     others: list[Choice] = []
     makes = [_weights(producer.weight for producer in stream.group.producers) for stream in streams]
     reads = [_weights(stream.group.readers) for stream in streams]
     for choice in choices:
-        if choice.group.outside:
+        if _is_stream(choice):
             continue
         makers = _weights(producer.weight for producer in choice.group.producers)
         readers = _weights(choice.group.readers)
@@ -283,6 +283,10 @@ def _families(choices: Sequence[Choice]) -> list[list[Choice]]:
         found = next(met, None)
         (others if found is None else families[found]).append(choice)
     return [*families, others] if others else families
+
+
+def _is_stream(choice: Choice) -> bool:
+    return bool(choice.group.outside) and not choice.group.abreast
 
 
 def _weights(slots: Iterable[Slot]) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,16 +74,32 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
         averages.follow(builder, node)
         for done in uses[node]:
             env.pop(done, None)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            why = f"{path!r} is torch's MultiheadAttention, which insists on its width"
-            for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-                for record in [r for (p, _), r in builder.slots.items() if p == f"{path}.{name}".lstrip(".")]:
-                    # Of what it reads, it measures the queries.
-                    if record.role == "producer" or name in ("in_proj_weight", "q_proj_weight"):
-                        builder.pin(record.ids, why)
     builder.finish_free_parameters()
-    return replace(_freeze(builder), macs=program.macs)
+    graph = _freeze(builder)
+    return replace(graph, groups=_abreast(model, graph.groups), macs=program.macs)
+
+
+def _abreast(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The groups, where the heads of torch's MultiheadAttention and the stream of its queries know of each other.
+
+    It takes the width of all heads for that of its input, so that both can only lose the same share.
+    """
+    found = list(groups)
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        weights = {f"{path}.{name}".lstrip(".") for name in ("in_proj_weight", "q_proj_weight")}
+        makes = [i for i, g in enumerate(groups) if weights & {producer.weight.parameter for producer in g.producers}]
+        reads = [i for i, g in enumerate(groups) if weights & {slot.parameter for slot in g.readers}]
+        if len(makes) == len(reads) == 1 and makes != reads:
+            heads, stream = found[makes[0]], groups[reads[0]].name
+            if heads.abreast in ("", stream):
+                found[makes[0]] = replace(heads, abreast=stream)
+                continue
+        why = f"{path!r} is torch's MultiheadAttention, which takes the width of its heads for that of its input"
+        for index in (*makes, *reads):
+            found[index] = replace(found[index], reason=found[index].reason or why)
+    return tuple(found)
 
 
 def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

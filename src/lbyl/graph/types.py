@@ -113,6 +113,7 @@ class Group:
         averages: means that are taken over all channels; those that go must then be zero from the start.
         reason: why the group can't be pruned, or None when it can.
         layer_norms: those that take statistics over these channels, and over fewer of them once some are cut.
+        abreast: the name of the group that has to lose the same share as this one, to the channel; "" for none.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Group:
     averages: tuple[Average, ...]
     reason: str | None
     layer_norms: tuple[LayerNorm, ...] = ()
+    abreast: str = ""
 
     @property
     def outside(self) -> str | None:
@@ -134,6 +136,8 @@ class Group:
             return "a residual sum couples it"
         if self.layer_norms:
             return f"layer_norm {self.layer_norms[0].layer!r} takes statistics over it"
+        if self.abreast:
+            return f"{self.abreast!r} has to lose the same share"
         return None
 
     @property
