@@ -63,7 +63,7 @@ def ours(name: str, scope: str, verify: bool = True) -> dict[str, Any]:
     parameters = dict(net.named_parameters())
     with torch.no_grad():
         ExampleInputs.of(x).call(net)  # what the first run of a network costs is not for either tool to pay
-    compress = lbyl.compress  # nor is importing them
+    compress, wide = lbyl.compress, channels(net)  # nor is importing them
     start, started = memory("VmRSS"), time.perf_counter()
     try:
         result = compress(net, x, ratio=RATIO, scope=scope, restore="prune", verify=verify)
@@ -84,12 +84,19 @@ def ours(name: str, scope: str, verify: bool = True) -> dict[str, Any]:
         "in_parts": "parts" in result.plan.settings,
         "prunable": sum(parameters[n].numel() for n in touched) / max(sum(p.numel() for p in parameters.values()), 1),
         "parameters": report.parameters,
+        "channels": [wide, channels(result.model)],
         "macs": report.macs,
         "seconds": round(seconds, 2),
         "stages": {stage: round(value, 2) for stage, value in report.seconds.items()},
         "peak_mib": round((memory("VmHWM") - start) / 2**20, 1),
         "model_mib": round(sum(p.numel() * p.element_size() for p in parameters.values()) / 2**20, 1),
     }
+
+
+def channels(net: nn.Module) -> int:
+    """Channels of all convolutions and linear layers together."""
+    layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    return sum(layer.weight.shape[0] for layer in layers)
 
 
 def all_coupled(net: nn.Module, x: Any) -> bool:
@@ -152,7 +159,7 @@ def peer(name: str) -> dict[str, Any]:
     import torch_pruning  # pyright: ignore[reportMissingImports]
 
     net, x = build(name)
-    before = count_parameters(net), count_macs(net, ExampleInputs.of(x))
+    before, wide = (count_parameters(net), count_macs(net, ExampleInputs.of(x))), channels(net)
     start, started = memory("VmRSS"), time.perf_counter()
     try:
         with torch.no_grad():
@@ -184,6 +191,7 @@ def peer(name: str) -> dict[str, Any]:
         "why": None if passed else "other output shapes" if found != shapes else "nothing removed",
         "parameters": [before[0], after[0]],
         "macs": [before[1], after[1]],
+        "channels": [wide, channels(net)],
         "seconds": round(seconds, 2),
         "peak_mib": round((memory("VmHWM") - start) / 2**20, 1),
     }
@@ -231,6 +239,12 @@ def share_removed(cell: dict[str, Any] | None) -> float | None:
         return None
     before, after = cell["parameters"]
     return 1 - after / before
+
+
+def as_asked(cell: dict[str, Any]) -> bool:
+    """Whether no more channels went than were asked for."""
+    before, after = cell.get("channels", (1, 1))
+    return 1 - after / before <= RATIO + 1e-6
 
 
 def percent(value: float | None) -> str | None:
@@ -337,6 +351,11 @@ def totals(run: Run) -> Table:
         shares = [[share_removed(cell[key]) or 0.0 for cell in both] for key in ("all", "peer")]
         seconds = [[cell[key]["seconds"] for cell in both] for key in ("all", "peer")]
         rows.append(["median parameters removed, where both pass", *(f"{median(s):.1%}" for s in shares)])
+        fair = [cell for cell in both if all(as_asked(cell[key]) for key in ("all", "peer"))]
+        shares = [[share_removed(cell[key]) or 0.0 for cell in fair] for key in ("all", "peer")]
+        if fair and len(fair) < len(both):
+            text = f"the same, where neither drops more channels than asked ({len(fair)} networks)"
+            rows.append([text, *(f"{median(s):.1%}" for s in shares)])
         rows.append(["median seconds, where both pass", *(f"{median(s):.1f}" for s in seconds)])
         unverified = [cell["unverified"]["seconds"] for cell in both if "seconds" in cell.get("unverified", {})]
         if unverified:
