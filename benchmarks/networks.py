@@ -6,16 +6,19 @@ come from.
 
 from __future__ import annotations
 
+import copy
 import io
 import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lbyl.sources import load_weights
 
@@ -94,6 +97,39 @@ def resnet56(data: Path) -> CifarResNet:
 def efficientnet_lite0() -> nn.Module:
     """EfficientNet-Lite0 as the demo builds it, with its ImageNet weights."""
     return _example("efficientnet_lite0").model()
+
+
+def folded(net: nn.Module, x: Tensor) -> nn.Module:
+    """The same network without batch norms: each is folded into the convolution before it, as for deployment."""
+    net, made, behind = copy.deepcopy(net).eval(), dict[int, nn.Module](), dict[str, nn.Module]()
+    held: list[Tensor] = []  # so that no two outputs have one id
+    hooks = []
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+
+            def note(conv: nn.Module, inputs: Any, out: Tensor) -> None:
+                held.append(out)
+                made[id(out)] = conv
+
+            hooks.append(module.register_forward_hook(note))
+        elif isinstance(module, nn.BatchNorm2d):
+
+            def meet(norm: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+                behind[name] = made[id(inputs[0])]
+
+            hooks.append(module.register_forward_pre_hook(meet))
+    with torch.no_grad():
+        expected = net(x)
+    for hook in hooks:
+        hook.remove()
+    for name, conv in behind.items():
+        norm, (above, _, leaf) = net.get_submodule(name), name.rpartition(".")
+        weights = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *weights)  # pyright: ignore
+        setattr(net.get_submodule(above), leaf, nn.Identity())
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected, rtol=1e-3, atol=1e-3)
+    return net
 
 
 def digits_resnet(epochs: int = 30) -> CifarResNet:

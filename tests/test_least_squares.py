@@ -237,7 +237,7 @@ def test_auto_follows_the_batch_norms_and_says_why() -> None:
     assert "batch norm" in with_norm.report.notes[0]
     mlp = randomize(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)))
     without = lbyl.compress(mlp, torch.randn(1, 6))
-    assert without.plan.settings["restore"]["moments"]["name"] == "Noise"
+    assert without.plan.settings["restore"]["moments"]["name"] == "Photographs"
     assert without.report.assessment is not None
     assert without.report.assessment.restored < without.report.assessment.pruned
 

@@ -75,3 +75,33 @@ def test_without_them_dreams_are_held_out(channels: int, settings: dict[str, boo
     assert [len(batch.tensors()[0]) for batch in probes.batches] == [8, 8]
     assert (probes.lifelike, probes.judged_in) == ((1,), ())
     assert len(probes.held_out.tensors()[0]) == 2
+
+
+def bare(channels: int) -> nn.Module:
+    """Without batch norm."""
+    layers = (nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 400, 4))
+    return settle(nn.Sequential(*layers))
+
+
+def test_networks_without_batch_norm_get_photographs_or_noise() -> None:
+    for channels, told in ((3, False), (1, True)):
+        net, x = bare(channels), torch.randn(1, channels, 24, 24, generator=generator())
+        chosen, asked = (
+            lbyl.compress(net, x, ratio=0.5, restore=restore)
+            for restore in ("auto", lbyl.LeastSquares(lbyl.Photographs()))
+        )
+        assert any("lbyl's own photographs" in note for note in chosen.report.notes)
+        assert any("noise in place of photographs" in note for note in chosen.report.notes) == told
+        for name, tensor in chosen.model.state_dict().items():
+            assert torch.equal(tensor, asked.model.state_dict()[name])
+        assert chosen.report.assessment
+        assert chosen.report.assessment.restored < chosen.report.assessment.pruned
+
+
+def test_photographs_alone() -> None:
+    net, inputs = bare(3), ExampleInputs.of(torch.zeros(1, 3, 24, 24))
+    probes = lbyl.Photographs(images=10).probes(net, inputs, generator(), None)
+    crops = torch.cat([probes.batches[0].tensors()[0], probes.held_out.tensors()[0]])
+    assert torch.equal(crops, photographs((13, 3, 24, 24), generator()))
+    with pytest.raises(lbyl.InputError, match="at least 2"):
+        lbyl.Photographs(images=1)

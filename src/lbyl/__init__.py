@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from lbyl.exporting import Exported, export
-    from lbyl.moments import Data, Dream, Gaussian, Noise, Weights
+    from lbyl.moments import Data, Dream, Gaussian, Noise, Photographs, Weights
     from lbyl.plan import Plan
     from lbyl.report import Report
     from lbyl.restorers import LBYL, Coreset, LeastSquares, Merge, Prune, Restorer
@@ -48,6 +48,7 @@ __all__ = [
     "LeastSquares",
     "Merge",
     "Noise",
+    "Photographs",
     "Plan",
     "Prune",
     "Random",
@@ -100,6 +101,7 @@ _HOME = {
         "Dream",
         "Gaussian",
         "Noise",
+        "Photographs",
         "Weights",
     ),
     "lbyl.plan": ("Plan",),

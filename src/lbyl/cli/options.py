@@ -49,6 +49,7 @@ class MomentsName(str, Enum):
     weights = "weights"
     gaussian = "gaussian"
     noise = "noise"
+    photographs = "photographs"
     dream = "dream"
     data = "data"
 

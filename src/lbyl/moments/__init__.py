@@ -7,9 +7,17 @@ from lbyl.moments.data import Data
 from lbyl.moments.dream import Dream
 from lbyl.moments.gaussian import Gaussian
 from lbyl.moments.noise import Noise
+from lbyl.moments.photographs import Photographs
 from lbyl.moments.weights import Weights
 
-MOMENTS = {"weights": Weights, "gaussian": Gaussian, "noise": Noise, "dream": Dream, "data": Data}
+MOMENTS = {
+    "weights": Weights,
+    "gaussian": Gaussian,
+    "noise": Noise,
+    "photographs": Photographs,
+    "dream": Dream,
+    "data": Data,
+}
 
 __all__ = [
     "MOMENTS",
@@ -19,6 +27,7 @@ __all__ = [
     "Dream",
     "Gaussian",
     "Noise",
+    "Photographs",
     "ProbeSource",
     "Probes",
     "Progress",

@@ -89,7 +89,7 @@ class Dream:
                 terms.clear()
                 run(model, start, on_norm=on_norm, batch_statistics=True)
                 if not terms:
-                    raise InputError("Dream: the network has no batch norm with running statistics; use lbyl.Noise")
+                    raise InputError("Dream: no batch norm with running statistics; use lbyl.Photographs or lbyl.Noise")
                 optimizer.zero_grad()
                 torch.stack(terms).sum().backward()
                 optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
@@ -11,15 +12,49 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
-from lbyl.moments.synthesis import dead_leaves
+from lbyl.moments.base import Probes, Progress
+from lbyl.moments.noise import Noise
+from lbyl.moments.synthesis import affordable, dead_leaves, held_out_size, macs_each, split, synthesize
 
 _SMALLEST = 16
 """Sides of an input below this many pixels show nothing of a photograph."""
 _PART = 0.4
 """The least share of the largest possible crop's sides that a crop has."""
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Crops of the photographs that come with the package; batch norms normalize with the probes' own statistics.
+
+    They need no dreaming, so that they do for networks without batch norm as well. Inputs that do not look like color
+    images get :class:`lbyl.Noise`.
+
+    Attributes:
+        images: crops that moments are collected on; a quarter more is held out. None takes as many as 3.2e10
+            multiply-accumulates allow, between 48 and 192, and fewer only where one takes more than 8e9.
+    """
+
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.images is not None and self.images < 2:
+            raise InputError(f"Photographs(images={self.images}): batch statistics need at least 2")
+
+    def probes(
+        self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
+    ) -> Probes:
+        """Crops of the example's size."""
+        if not takes_photographs(inputs):
+            noise = Noise(self.images).probes(model, inputs, generator, progress)
+            return replace(noise, note="noise in place of photographs: no input looks like color images")
+        count = self.images or affordable(macs_each(model, inputs), 3.2e10, 48, 192, ceiling=4e11)
+        held = held_out_size(count)
+        train, test = split(synthesize(model, inputs, count + held, photographs, generator), [count, held])
+        return Probes((train,), test, batch_statistics=True)
 
 
 def takes_photographs(inputs: ExampleInputs) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from lbyl.errors import InputError
-from lbyl.moments import Dream, Noise
+from lbyl.moments import Dream, Photographs
 from lbyl.restorers.base import Delivery, Restorer
 from lbyl.restorers.coreset import Coreset
 from lbyl.restorers.lbyl import LBYL
@@ -47,8 +47,8 @@ def choose_restorer(model: nn.Module) -> tuple[LeastSquares, str]:
     if norms:
         why = f"auto: dreamed probes, for {len(norms)} batch norms say what inputs do"
         return LeastSquares(moments=Dream()), f"{why}; with lbyl's own photographs, if inputs are color images"
-    why = "auto: noise probes steadied by the weights' own moments, for no batch norm says what inputs do"
-    return LeastSquares(moments=Noise()), why
+    why = "auto: no batch norm says what inputs do: lbyl's own photographs, or noise if inputs are no color images"
+    return LeastSquares(moments=Photographs()), f"{why}; steadied by the weights' own moments"
 
 
 __all__ = [

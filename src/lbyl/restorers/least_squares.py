@@ -14,9 +14,9 @@ class LeastSquares:
 
     The paper's least squares assumes a white-noise input and no activation. Both assumptions go away when the
     second moments ``G`` of the reader's real input stand in for ``V V^T``; the activation error is then inside
-    the objective. Moments come from inputs made without data (:class:`lbyl.Noise`, :class:`lbyl.Dream`), from
-    the weights alone (:class:`lbyl.Weights`, :class:`lbyl.Gaussian`), or from the user's own unlabelled
-    inputs (:class:`lbyl.Data`).
+    the objective. Moments come from inputs made without data of the user's (:class:`lbyl.Noise`,
+    :class:`lbyl.Photographs`, :class:`lbyl.Dream`), from the weights alone (:class:`lbyl.Weights`,
+    :class:`lbyl.Gaussian`), or from the user's own unlabelled inputs (:class:`lbyl.Data`).
 
     Attributes:
         moments: where the second moments come from.
@@ -58,9 +58,13 @@ class LeastSquares:
             raise InputError(f"LeastSquares(prior={self.prior}): must lie between 0 and 1")
         if self.sequential and isinstance(self.moments, ClosedFormSource):
             name = type(self.moments).__name__
-            raise InputError(f"LeastSquares(sequential=True): {name} runs no network; choose Noise, Dream or Data")
+            raise InputError(
+                f"LeastSquares(sequential=True): {name} runs no network; choose Noise, Photographs, Dream or Data"
+            )
         if not isinstance(self.moments, ProbeSource | ClosedFormSource):
-            raise InputError(f"LeastSquares(moments={self.moments!r}): choose Weights, Gaussian, Noise, Dream or Data")
+            raise InputError(
+                f"LeastSquares(moments={self.moments!r}): choose Weights, Gaussian, Noise, Photographs, Dream or Data"
+            )
 
     def strength(self, steadied: bool) -> float:
         """The relative ridge, given whether a prior is mixed in."""
