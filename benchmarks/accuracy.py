@@ -112,7 +112,7 @@ NETWORKS = {
         "ResNet-56 / CIFAR-10 without batch norm, in-block channels",
         lambda data: folded(resnet56(data), cifar10(data).pixels[:2]),
         cifar10,
-        (0.1, 0.2, 0.3, 0.4, 0.5),
+        (0.1, 0.3, 0.5),
         None,
         96,
     ),
