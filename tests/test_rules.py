@@ -367,8 +367,8 @@ def test_recurrent_layers_are_barriers_by_name() -> None:
     assert widths(cut(model, images(2, 4, 5))) == {"after": (8, 4)}
 
 
-def attentive(heads: int = 4, **settings: int) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(24, heads, 16, batch_first=True, dropout=0.0, **settings)  # pyright: ignore[reportArgumentType]
+def attentive() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(24, 4, 16, batch_first=True, dropout=0.0)
     return settle(nn.Sequential(nn.Linear(7, 24), layer, nn.Linear(24, 3)))
 
 

@@ -49,7 +49,7 @@ from lbyl.selection import (
     ratio_for,
     select,
 )
-from lbyl.surgery import cut_copy, plan_attributes, plan_cuts, standing_for, tensors_of, write
+from lbyl.surgery import cut_copy, lay_on, plan_attributes, plan_cuts, standing_for, tensors_of, write
 from lbyl.verification import NOTHING, follower, said, without_trouble
 from lbyl.verification import verify as check
 from lbyl.widths import Widths, choose_widths
@@ -402,8 +402,7 @@ def _whole(
                 raise
             with clock("verify"):
                 if isinstance(restorer, Prune):
-                    masked = solve(selection, tensors_of(model), restorer, order.seed).values
-                    work = duplicate(model, standing_for(model, masked)).eval()
+                    work = lay_on(duplicate(work).eval(), silences(selection))
                 selection = without_trouble(work, inputs, graph, selection)
             work = None
             continue

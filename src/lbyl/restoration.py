@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -93,23 +94,22 @@ def silenced(values: Mapping[str, Tensor], selection: Selection, state: State) -
     return changed
 
 
-Silences = Mapping[str, Sequence[Callable[[Tensor], Tensor]]]
+Silences = Mapping[str, Sequence[Callable[[Tensor], object]]]
 """What sets the dropped columns of a weight to zero, in place, by the weight's name."""
 
 
 def silences(selection: Selection) -> Silences:
     """Plain pruning of the readers, to be laid on copies of their weights when these are made."""
-    found: dict[str, list[Callable[[Tensor], Tensor]]] = defaultdict(list)
+    found: dict[str, list[Callable[[Tensor], object]]] = defaultdict(list)
     for choice in selection.choices:
         _, drop = choice.tensors()
         for slot in choice.group.readers:
-
-            def laid(weight: Tensor, slot: Slot = slot, width: int = choice.group.width, drop: Tensor = drop) -> Tensor:
-                silence(columns_second(weight, slot), slot, width, drop)
-                return weight
-
-            found[slot.parameter].append(laid)
+            found[slot.parameter].append(partial(_silence_whole, slot=slot, width=choice.group.width, drop=drop))
     return found
+
+
+def _silence_whole(weight: Tensor, slot: Slot, width: int, drop: Tensor) -> None:
+    silence(columns_second(weight, slot), slot, width, drop)
 
 
 def deliver(choice: Choice, state: State, restorer: Restorer, seed: int) -> tuple[Delivery, Terms | None]:

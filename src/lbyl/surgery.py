@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,16 @@ def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in values.items():
             state[name].copy_(value)
+
+
+@torch.no_grad()
+def lay_on(model: nn.Module, changes: Mapping[str, Sequence[Callable[[Tensor], object]]]) -> nn.Module:
+    """The model itself, once each change was made to the parameter or buffer of its name, in place."""
+    state = tensors_of(model)
+    for name, those in changes.items():
+        for change in those:
+            change(state[name])
+    return model
 
 
 def standing_for(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, Tensor]:

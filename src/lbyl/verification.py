@@ -32,7 +32,7 @@ from lbyl.measure import count_macs
 from lbyl.modes import duplicate, plain_attention, undisturbed
 from lbyl.restoration import Silences
 from lbyl.selection import Choice, Selection
-from lbyl.surgery import Attribute, cut_copy, plan_attributes, plan_cuts, standing_for, tensors_of
+from lbyl.surgery import Attribute, cut_copy, lay_on, plan_attributes, plan_cuts, standing_for, tensors_of
 
 TOLERANCE = 1e-6
 NOTHING: Silences = MappingProxyType({})
@@ -108,7 +108,7 @@ def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent: S
         return _widened_outputs(model, inputs, kept, silent)
     except InputError:
         # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
-        wide = _laid_on(copy.deepcopy(model).eval().double(), silent)
+        wide = lay_on(copy.deepcopy(model).eval().double(), silent)
         with plain_attention(), _statistics(kept, _names(wide)):
             return outputs(wide, inputs)
 
@@ -117,16 +117,6 @@ def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent
     names = _names(model)
     with undisturbed(model), _widened(model, names, silent), plain_attention(), _statistics(kept, names):
         return outputs(model, inputs)
-
-
-@torch.no_grad()
-def _laid_on(model: nn.Module, silent: Silences) -> nn.Module:
-    """The model, with zeros in its weights."""
-    state = tensors_of(model) if silent else {}
-    for name, changes in silent.items():
-        for change in changes:
-            change(state[name])
-    return model
 
 
 def _names(model: nn.Module) -> dict[int, str]:
@@ -183,7 +173,7 @@ def verify(
     def wrong(what: str) -> VerificationError:
         if not blame:
             return VerificationError(f"the cut network is not the masked one ({what})")
-        full = _laid_on(duplicate(masked).eval(), silent) if silent else masked
+        full = lay_on(duplicate(masked).eval(), silent) if silent else masked
         return _error(_first_bad(full, reference, selection, attribute), what)
 
     try:
