@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 
 import nets
@@ -126,6 +128,24 @@ def test_renorm_on_the_way_gives_each_norm_its_trained_spread_back() -> None:
     names = "stem.1.running_mean", "stem.1.running_var"
     torch.testing.assert_close(walked.cut[names][0], 0.5 * walked.original[names][0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(walked.cut[names][1], 0.25 * walked.original[names][1], rtol=1e-3, atol=1e-4)
+
+
+def test_outputs_do_not_wait_for_the_garbage_collector() -> None:
+    """They are the largest tensors there are, for all probes are in one batch, twice."""
+    outputs: list[weakref.ref[torch.UntypedStorage]] = []
+    gc.disable()
+    try:
+        walk(
+            residual(),
+            [images(4)],
+            {},
+            lambda turn: outputs.append(weakref.ref(turn.calls[0].out.untyped_storage())),
+            batch_statistics=True,
+            renorm=True,
+        )
+        assert len(outputs) == len(READERS) and all(each() is None for each in outputs)
+    finally:
+        gc.enable()
 
 
 def restored(net: nn.Module, x: Tensor, sequential: bool | None, **settings: object) -> lbyl.Result:

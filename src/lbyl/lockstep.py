@@ -235,8 +235,7 @@ class _Lockstep(TorchFunctionMode):
             return run(input, weight, bias)
         original, cut = self._halves(input)
         first = run(original, weight, bias)
-        out = first.new_empty((2 * self.half, *first.shape[1:]))
-        out[: self.half] = first
+        out = _twice(first)
         if not waits:
             out[self.half :] = run(cut, new_weight, new_bias)
             return out
@@ -279,6 +278,8 @@ class _Lockstep(TorchFunctionMode):
         item.out[self.half :] = found
         if item.normed:
             item.normed[1](found)
+            # It refers to the item in its turn, and the largest tensors here must not wait for the garbage collector.
+            item.normed = None
 
     def settle_rest(self) -> None:
         """Solve what nobody has asked for."""
@@ -368,6 +369,15 @@ class _Lockstep(TorchFunctionMode):
         item.normed = out, follow
         self.pending[id(out)] = item
         return out
+
+
+def _twice(rows: Tensor) -> Tensor:
+    """As many rows again, not yet filled in, in the same layout: another one would be copied by the next layer."""
+    last = rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    out = torch.empty((2 * len(rows), *rows.shape[1:]), dtype=rows.dtype, device=rows.device, memory_format=layout)
+    out[: len(rows)] = rows
+    return out
 
 
 def _own(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
