@@ -143,7 +143,8 @@ def test_outputs_do_not_wait_for_the_garbage_collector() -> None:
             batch_statistics=True,
             renorm=True,
         )
-        assert len(outputs) == len(READERS) and all(each() is None for each in outputs)
+        assert len(outputs) == len(READERS)
+        assert all(each() is None for each in outputs)
     finally:
         gc.enable()
 
