@@ -121,7 +121,7 @@ def fit(
                     }
                     if settings.sequential:
                         errors = {"in turn": errors["in turn"]}
-                    way = _preferred(errors)
+                    way = min(errors, key=lambda each: errors[each])
                     figures = ", ".join(f"{found:.3g} {each}" for each, found in errors.items())
                     said.append(f"readers solved {way}: error on held-out probes {figures}")
                     if way != "all at once":
@@ -138,21 +138,6 @@ def fit(
 
     rows = (ledger.row(number, choice) for number, choice in enumerate(selection.choices))
     return Restoration(values, tuple(rows), assessment, tuple(notes), seconds)
-
-
-_CLEARLY = 0.97
-"""An error on held-out probes has to be below this share of another to tell something of real inputs."""
-
-
-def _preferred(errors: Mapping[str, float]) -> str:
-    """The way with the lowest error on held-out probes; but halfway between unless another is clearly better.
-
-    Solved in turn and all at once, readers err in different ways, so that the average of both errs less; and it is the
-    safer where probes, which are no real inputs, say that they are about equal.
-    """
-    way = min(errors, key=lambda each: errors[each])
-    halfway = errors.get("halfway between", float("inf"))
-    return "halfway between" if _CLEARLY * halfway <= errors[way] else way
 
 
 def _between(

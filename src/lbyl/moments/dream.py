@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,15 +29,15 @@ class Dream:
 
     Adam moves the pixels, never a weight, until the batch mean and spread at every batch norm match the stored
     running statistics. Dreams have the right statistics channel by channel but little structure; so moments are
-    taken on them and on images that are the other way round: where inputs look like color images, on twice as many
-    crops of 32 photographs of unrelated things, which come with the package; elsewhere on as many synthetic scenes
-    (dead leaves). Batch-norm statistics are moved by what these show: what dreams do to them tells less of real inputs.
+    taken on them and on images that are the other way round: where inputs look like color images, on as many crops of
+    32 photographs of unrelated things, which come with the package; elsewhere on as many synthetic scenes (dead
+    leaves). Batch-norm statistics are moved by what these show: what dreams do to them tells less of real inputs.
 
     Attributes:
-        images: dreams that moments are collected on, as many scenes or twice as many crops of photographs; a quarter
-            more is held out. None takes as many as 1.6e10 multiply-accumulates a step allow, between 24 and 96; where
-            one takes more than 4e9, dreams as many as 1e11 allow, and the others as many as 4e11 do, at least 4 of
-            each.
+        images: dreams that moments are collected on, and as many scenes or crops of photographs. As many other crops
+            are held out, or a quarter more dreams. None takes as many as 2e10 multiply-accumulates allow, between 24
+            dreams or 48 of the others and 192; where one takes more than 4e9, dreams as many as 1e11 allow, and the
+            others as many as 4e11 do, at least 4 of each. Dreams come in batches that 1.6e10 allow, of 24 to 96.
         steps: Adam steps, with a cosine schedule. None takes 20, and fewer where all of them would take more than
             1e13 multiply-accumulates; where less than 5 are left, none.
         lr: step size, in units of the inputs (which start with unit variance).
@@ -58,10 +59,11 @@ class Dream:
     ) -> Probes:
         """Dreamed inputs of the example's shapes."""
         each = macs_each(model, inputs)
-        count = self.images or affordable(each, 1.6e10, 24, 96, ceiling=1e11)
-        others = self.images or affordable(each, 1.6e10, 24, 96, ceiling=4e11)
-        held = held_out_size(count)
+        count = self.images or affordable(each, 2e10, 24, 192, ceiling=1e11)
+        others = self.images or affordable(each, 2e10, 48, 192, ceiling=4e11)
         shown = self.photographs and takes_photographs(inputs)
+        # Crops cost nothing to make, and what is held out has to tell solutions apart that are nearly alike.
+        held = others if shown else held_out_size(count)
         dreams = count if shown else count + held
         steps, note = self.steps, ""
         if steps is None:
@@ -71,8 +73,46 @@ class Dream:
             if steps < _STEPS:
                 what = f"{steps} steps of dreaming" if steps else "no dreams but pink noise"
                 note = f"{what}: an input takes {each:.1e} multiply-accumulates; Dream(steps=...) asks for more"
-        start = synthesize(model, inputs, dreams, pink, generator)
-        pixels = [t.requires_grad_(True) for t in start.tensors() if t.is_floating_point()]
+        # What dreaming holds in memory grows with the batch, so several are made one after the other.
+        rounds = -(-count // affordable(each, 1.6e10, 24, 96, ceiling=1e11))
+        sizes = [len(part) for part in torch.arange(dreams).chunk(rounds)]
+        starts = split(synthesize(model, inputs, dreams, pink, generator), sizes)
+        dreamed = []
+        for number, start in enumerate(starts):
+
+            def report(step: int, done: int = number * steps) -> None:
+                if progress:
+                    progress("dreaming", done + step, steps * len(starts))
+
+            dreamed.append(self._dreamed(model, start, steps, report))
+        if shown:
+            # In two batches, for one of all of them would be the largest thing in memory.
+            half = others // 2 if others > 3 else 0
+            parts = [size for size in (half, others - half, held) if size]
+            *seen, test = split(synthesize(model, inputs, others + held, photographs, generator), parts)
+        else:
+            *rest, last = dreamed
+            last, test = split(last, [sizes[-1] - held, held])
+            dreamed = [*rest, last]
+            seen = [synthesize(model, inputs, others, dead_leaves, generator)]
+        batches = *dreamed, *seen
+        lifelike = tuple(range(len(dreamed), len(batches)))
+        return Probes(
+            batches,
+            test,
+            batch_statistics=True,
+            note=note,
+            lifelike=lifelike,
+            matched=steps > 0,
+            judged_in=lifelike if shown else (),
+        )
+
+    def _dreamed(
+        self, model: nn.Module, start: ExampleInputs, steps: int, report: Callable[[int], None]
+    ) -> ExampleInputs:
+        """One batch, moved step by step."""
+        batch = start.map(lambda t: t.detach().clone())
+        pixels = [t.requires_grad_(True) for t in batch.tensors() if t.is_floating_point()]
         state = tensors_of(model)
         terms: list[Tensor] = []
 
@@ -87,32 +127,12 @@ class Dream:
         with frozen(model), torch.enable_grad():
             for step in range(steps):
                 terms.clear()
-                run(model, start, on_norm=on_norm, batch_statistics=True)
+                run(model, batch, on_norm=on_norm, batch_statistics=True)
                 if not terms:
                     raise InputError("Dream: no batch norm with running statistics; use lbyl.Photographs or lbyl.Noise")
                 optimizer.zero_grad()
                 torch.stack(terms).sum().backward()
                 optimizer.step()
                 schedule.step()
-                if progress:
-                    progress("dreaming", step + 1, steps)
-        dreamed = start.map(lambda t: t.detach())
-        if shown:
-            # In two batches, for one of all of them would be the largest thing in memory.
-            *seen, test = split(
-                synthesize(model, inputs, 2 * others + held, photographs, generator), [others, others, held]
-            )
-            batches = dreamed, *seen
-        else:
-            train, test = split(dreamed, [count, held])
-            batches = train, synthesize(model, inputs, others, dead_leaves, generator)
-        lifelike = tuple(range(1, len(batches)))
-        return Probes(
-            batches,
-            test,
-            batch_statistics=True,
-            note=note,
-            lifelike=lifelike,
-            matched=steps > 0,
-            judged_in=lifelike if shown else (),
-        )
+                report(step + 1)
+        return batch.map(lambda t: t.detach())
