@@ -20,7 +20,7 @@ from lbyl.assessment import outputs_error
 from lbyl.criteria import resolve_criterion
 from lbyl.inputs import ExampleInputs
 from lbyl.kept import kept_channels, kept_layer_norm
-from lbyl.selection import Choice, Selection, by_criterion, select
+from lbyl.selection import ByCriterion, Choice, Selection, select
 from lbyl.surgery import cut_copy, plan_cuts, tensors_of, write
 from lbyl.verification import difference, verify
 
@@ -257,7 +257,7 @@ def test_the_inner_scope_leaves_such_groups_whole(name: str) -> None:
     graph = lbyl.inspect(model, x).graph
     outside = {group.name for group in graph.groups if group.layer_norms}
     assert outside
-    selection = select(graph, tensors_of(model), 0.5, "inner", by_criterion(resolve_criterion("l2")), 0)
+    selection = select(graph, tensors_of(model), 0.5, "inner", ByCriterion(resolve_criterion("l2")), 0)
     left = dict(selection.left)
     assert outside <= left.keys()
     assert all('scope="all" includes it' in left[group] for group in outside)

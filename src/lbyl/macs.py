@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,13 +43,7 @@ class MacCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = flop_registry.get(func._overloadpacket)
-        if (
-            formula is None
-            and func._overloadpacket not in _FREE
-            and torch._C._dispatch_has_kernel_for_dispatch_key(
-                func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
-            )
-        ):
+        if formula is None and _composite(func):
             # Within inference_mode, operations arrive whole that are made of others.
             with self:
                 return func.decompose(*args, **kwargs)
@@ -56,3 +51,10 @@ class MacCounter(TorchDispatchMode):
         if formula is not None:
             self._flops += formula(*args, **kwargs, out_val=result)
         return result
+
+
+@cache
+def _composite(func: Any) -> bool:
+    """Whether an operation is made of others that may count."""
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return func._overloadpacket not in _FREE and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite)

@@ -11,7 +11,7 @@ from lbyl.budget import Budget
 from lbyl.criteria import Criterion
 from lbyl.moments import Progress
 from lbyl.restorers import LeastSquares, Restorer, choose_restorer, resolve_restorer
-from lbyl.selection import Choose, Ratio, by_criterion
+from lbyl.selection import ByCriterion, Choose, Ratio
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,4 @@ class Order:
     def choose(self, restorer: Restorer | LeastSquares) -> Choose:
         """How kept channels are chosen: by the restorer where it does, else by the criterion."""
         own = getattr(restorer, "choose", None) if getattr(restorer, "chooses", False) else None
-        return cast(Choose, own) or by_criterion(self.criterion)
+        return cast(Choose, own) or ByCriterion(self.criterion)

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lbyl.criteria import Criterion
@@ -82,21 +82,28 @@ def ratio_for(group: Group, ratio: Ratio) -> float:
     return found
 
 
-def by_criterion(criterion: Criterion) -> Choose:
+@dataclass(frozen=True)
+class ByCriterion:
     """Keep the channels that score highest; among equals, the first."""
-    # Of the class itself: who derives from it has another score, as a rule.
-    order = vars(type(criterion)).get("norm_order")
 
-    def choose(filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
-        scores = criterion.score(filters.raw, generator) if order is None else filters.norms(order)
+    criterion: Criterion
+
+    def __call__(self, filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
+        """Which of some channels to keep."""
+        norms = self.norms(filters)
+        scores = self.criterion.score(filters.raw, generator) if norms is None else norms
         if scores.shape != (len(filters),):
             raise InputError(
-                f"{type(criterion).__name__}.score returned shape {tuple(scores.shape)} for {len(filters)} "
+                f"{type(self.criterion).__name__}.score returned shape {tuple(scores.shape)} for {len(filters)} "
                 "filters; return one score a row"
             )
         return torch.argsort(scores, descending=True, stable=True)[:count]
 
-    return choose
+    def norms(self, filters: Filters) -> Float[Tensor, " channels"] | None:
+        """The scores, where they are norms of the filters: then no channel's depends on the others."""
+        # Of the class itself: who derives from it has another score, as a rule.
+        order = vars(type(self.criterion)).get("norm_order")
+        return None if order is None else filters.norms(order)
 
 
 def select(graph: Graph, state: State, ratio: Ratio, scope: str, choose: Choose, seed: int) -> Selection:
@@ -169,9 +176,15 @@ def check_selection(selection: Selection) -> None:
 
 def _keep(group: Group, state: State, share: float, choose: Choose, seed: int) -> tuple[int, ...]:
     filters, labels = describe(group, state), torch.tensor(group.blocks)
+    # Blocks are of one size, or the group would stay whole.
+    blocks = torch.argsort(labels, stable=True).reshape(len(labels.unique()), -1)
+    count = kept_count(blocks.shape[1], share)
+    norms = choose.norms(filters) if isinstance(choose, ByCriterion) else None
+    if norms is not None:
+        best = torch.argsort(norms.cpu()[blocks], dim=1, descending=True, stable=True)[:, :count]
+        return tuple(sorted(blocks.gather(1, best).flatten().tolist()))
     keep = []
-    for label in torch.unique(labels).tolist():
-        members = torch.nonzero(labels == label).flatten()
-        generator = generator_for(seed, f"{group.name}#{label}")
-        keep.append(members[choose(subset(filters, members), kept_count(len(members), share), generator)])
+    for members in blocks:
+        generator = generator_for(seed, f"{group.name}#{int(labels[members[0]])}")
+        keep.append(members[choose(subset(filters, members), count, generator)])
     return tuple(sorted(torch.cat(keep).tolist()))

@@ -130,10 +130,16 @@ def plan_cuts(selection: Selection) -> tuple[Cut, ...]:
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, non-persistent buffers and tied names among them."""
-    found: dict[str, Tensor] = {}
-    found.update(model.named_parameters(remove_duplicate=False))
-    found.update(model.named_buffers(remove_duplicate=False))
-    return found
+    modules = list(model.named_modules(remove_duplicate=False))
+    # As `named_parameters` and `named_buffers` have them, each of which walks through all modules by itself.
+    both = [("_parameters", name, module) for name, module in modules]
+    both += [("_buffers", name, module) for name, module in modules]
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for kind, prefix, module in both
+        for name, tensor in vars(module)[kind].items()
+        if tensor is not None
+    }
 
 
 def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -319,11 +320,14 @@ def _blocks(
     labels = torch.zeros(width, dtype=torch.int64)
     for roots, blocks in equal:
         ours = group_of[roots] == index
-        # Which blocks each channel has a seat in, as a row of zeros and ones.
-        seats = torch.zeros(width, blocks, dtype=torch.int64)
-        seats[channel_of[roots[ours]], (torch.arange(len(roots)) * blocks // len(roots))[ours]] = 1
-        rows = torch.unique(seats, dim=0, return_inverse=True)[1]
-        labels = torch.unique(labels * width + rows, return_inverse=True)[1]
+        block = torch.arange(len(roots)) * blocks // len(roots)
+        # Which blocks each channel has a seat in; channels with seats in the same ones are alike.
+        seats = torch.unique(channel_of[roots[ours]] * blocks + block[ours])
+        counts = torch.bincount(seats // blocks, minlength=width).tolist()
+        kinds: dict[tuple[int, ...], int] = {}
+        each = iter((seats % blocks).tolist())
+        rows = [kinds.setdefault(tuple(islice(each, count)), len(kinds)) for count in counts]
+        labels = torch.unique(labels * width + torch.tensor(rows), return_inverse=True)[1]
     # Numbered in order of appearance.
     names = {label: number for number, label in enumerate(dict.fromkeys(labels.tolist()))}
     result = tuple(names[label] for label in labels.tolist())
