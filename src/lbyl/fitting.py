@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,12 @@ from lbyl.kept import kept_channels
 from lbyl.moments import ClosedFormSource, Probes, Progress
 from lbyl.probing import OnRead, ReaderCall, run
 from lbyl.regression import PatchSums, Reading, WholeSums
-from lbyl.renorm import Look, Observer, look, pool, recenter, renormalize, transplant
-from lbyl.restoration import Restoration, silenced
+from lbyl.renorm import Look, Observer, Statistics, look, pool, recenter, renormalize, transplant
+from lbyl.restoration import Restoration
 from lbyl.restorers.least_squares import LeastSquares
 from lbyl.selection import Selection, generator_for
-from lbyl.sites import Site, as_stored, masked, output_first, sites
-from lbyl.solving import Findings, Sums, empty_sums, merged, solve_channels, solve_closed_form, solve_patches
+from lbyl.sites import Site, masked, output_first, sites
+from lbyl.solving import Findings, Problem, Sums, empty_sums, merged, solve_channels, solve_closed_form, solve_patches
 from lbyl.surgery import tensors_of
 from lbyl.turns import solve_in_turn
 
@@ -48,96 +50,133 @@ def fit(
         progress: called as ``progress(stage, done, total)``.
         readings: moments of readers that were measured on these probes before, by the names of their weights.
     """
+    problem = Problem(model, graph, selection, sites(graph, selection), settings, seed, progress)
     state = tensors_of(model)
-    found = sites(graph, selection)
-    kept = kept_channels(selection)
-    seconds: dict[str, float] = {}
-    notes: list[str] = []
-    ledger = Findings(state)
-    with torch.no_grad():
-        pruned = silenced(as_stored(found, {s.reader.weight: masked(s, state) for s in found}), selection, state)
+    ledger, seconds = Findings(state), {}
+
+    def restoration(found: _Found, assessment: Assessment | None) -> Restoration:
+        rows = tuple(found.ledger.row(number, choice) for number, choice in enumerate(selection.choices))
+        return Restoration(found.values, rows, assessment, found.notes, seconds)
 
     started = time.perf_counter()
-    probes, looks = None, []
-    norms = {site.reader.weight: site.norm for site in found if site.norm}
     if isinstance(settings.moments, ClosedFormSource):
         with torch.no_grad():
-            solve_closed_form(selection, settings.moments, found, settings.strength(False), ledger)
-        seconds["solve"] = time.perf_counter() - started
-    else:
-        probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
-        seconds["probe"] = time.perf_counter() - started
-        if probes.note:
-            notes.append(probes.note)
-        started = time.perf_counter()
-        with torch.no_grad():
-            looks = _measured(model, graph, selection, probes, found, settings, seed, ledger, progress, readings or {})
-        seconds["solve"] = time.perf_counter() - started
-
-    values = silenced(as_stored(found, ledger.values), selection, state)
-    assessment = None
+            solve_closed_form(selection, settings.moments, problem.found, settings.strength(False), ledger)
+            seconds["solve"] = time.perf_counter() - started
+            return restoration(_Found(problem.stored(ledger.values, state), ledger), None)
+    probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
+    seconds["probe"] = time.perf_counter() - started
     started = time.perf_counter()
-    if probes is not None:
-        with torch.no_grad():
-            looks = looks or [look(model, {}, batch, norms) for batch in probes.batches]
-            judged = pool([looks[index] for index in probes.judged_in or range(len(looks))]).statistics
-            world = judged if probes.batch_statistics else {}
-            expected = run(model, probes.held_out, values=transplant({}, state, world))
-
-            def error(candidate: Mapping[str, Tensor]) -> float:
-                tensors = transplant(candidate, state, world)
-                return outputs_error(expected, run(model, probes.held_out, values=tensors, kept=kept))
-
-            before, after = error(pruned), error(values)
-            said: list[str] = []
-            unturned, renorm = values, False
-            if settings.renorm and judged:
-                chosen = probes.lifelike or range(len(looks))
-                theirs = pool([looks[index] for index in chosen])
-                ours = pool([look(model, values, probes.batches[index], norms, kept) for index in chosen])
-                moved = renormalize(state, values, theirs.statistics, ours.statistics)
-                lower = error(moved)
-                renorm = lower < after
-                if renorm:
-                    unturned, values, after = moved, recenter(moved, state, theirs, ours, norms), lower
-                else:
-                    said.append(f"renorm left out: error on held-out probes {after:.3g} without, {lower:.3g} with")
-            if settings.sequential or (settings.sequential is None and probes.matched):
-                begun = time.perf_counter()
-                turned = solve_in_turn(model, graph, selection, probes, found, settings, seed, ledger, renorm, progress)
-                solving = time.perf_counter() - begun
-                # Counted with the other solves, not as renorm.
-                seconds["solve"] += solving
-                started += solving
-                if isinstance(turned, str):
-                    if settings.sequential:
-                        said.append(f"readers not solved in turn: {turned}")
-                else:
-                    halfway = _between(state, unturned, turned.on_probes, 0.5)
-                    errors = {
-                        "all at once": after,
-                        "halfway between": error(halfway),
-                        "in turn": error(turned.on_probes),
-                    }
-                    if settings.sequential:
-                        errors = {"in turn": errors["in turn"]}
-                    way = min(errors, key=lambda each: errors[each])
-                    figures = ", ".join(f"{found:.3g} {each}" for each, found in errors.items())
-                    said.append(f"readers solved {way}: error on held-out probes {figures}")
-                    if way != "all at once":
-                        whole = way == "in turn"
-                        values = turned.values if whole else _between(state, values, turned.values, 0.5)
-                        after, ledger = errors[way], merged(ledger, turned.ledger)
-            notes += said
-            if after > before:
-                # Too few probes for the size of the layers: what was learned from them does not carry over.
-                values, after, note = _less(values, pruned, state, before, after, error)
-                notes.append(note)
-        assessment = Assessment(before, after)
+    with torch.no_grad():
+        looks = _measured(problem, probes, ledger, readings or {})
+        found = _Found(problem.stored(ledger.values, state), ledger, (probes.note,) if probes.note else ())
+        seconds["solve"] = time.perf_counter() - started
+        started = time.perf_counter()
+        norms = {site.reader.weight: site.norm for site in problem.found if site.norm}
+        looks = looks or [look(model, {}, batch, norms) for batch in probes.batches]
+        judge = _Judge.over(problem, probes, looks)
+        pruned = problem.stored({site.reader.weight: masked(site, state) for site in problem.found}, state)
+        before, found = judge(pruned), replace(found, error=judge(found.values))
+        found = _with_renorm(problem, probes, found, looks, norms, judge)
         seconds["renorm"] = time.perf_counter() - started
+        started = time.perf_counter()
+        found = _with_turns(problem, probes, found, judge)
+        seconds["solve"] += time.perf_counter() - started
+        if found.error > before:
+            # Too few probes for the size of the layers: what was learned from them does not carry over.
+            found = _less(found, pruned, state, before, judge)
+    return restoration(found, Assessment(before, found.error))
 
-    rows = (ledger.row(number, choice) for number, choice in enumerate(selection.choices))
-    return Restoration(values, tuple(rows), assessment, tuple(notes), seconds)
+
+@dataclass(frozen=True)
+class _Found:
+    """A restoration as far as it has come.
+
+    Attributes:
+        values: new parameters and buffers, as the layers store them.
+        ledger: what the solves found out.
+        notes: what the user should know.
+        error: on held-out probes, once it is known.
+        on_probes: the same values before anything was added that real inputs have and probes do not.
+        renorm: whether batch-norm statistics were moved.
+    """
+
+    values: dict[str, Tensor]
+    ledger: Findings
+    notes: tuple[str, ...] = ()
+    error: float = float("nan")
+    on_probes: dict[str, Tensor] | None = None
+    renorm: bool = False
+
+    def plus(self, note: str) -> tuple[str, ...]:
+        """The notes and one more."""
+        return (*self.notes, note)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The relative error of the outputs on held-out probes, with some values in place of the network's own."""
+
+    problem: Problem
+    probes: Probes
+    world: Statistics
+    expected: Any
+
+    @staticmethod
+    def over(problem: Problem, probes: Probes, looks: Sequence[Look]) -> _Judge:
+        """Held-out probes are looked at in the batch-norm statistics that their like have."""
+        judged = pool([looks[index] for index in probes.judged_in or range(len(looks))]).statistics
+        world = judged if probes.batch_statistics else {}
+        values = transplant({}, tensors_of(problem.model), world)
+        return _Judge(problem, probes, world, run(problem.model, probes.held_out, values=values))
+
+    def __call__(self, values: Mapping[str, Tensor]) -> float:
+        """The error of these values."""
+        model = self.problem.model
+        moved = transplant(values, tensors_of(model), self.world)
+        kept = kept_channels(self.problem.selection)
+        return outputs_error(self.expected, run(model, self.probes.held_out, values=moved, kept=kept))
+
+
+def _with_renorm(
+    problem: Problem, probes: Probes, found: _Found, looks: Sequence[Look], norms: Mapping[str, str], judge: _Judge
+) -> _Found:
+    """Batch-norm statistics moved by what pruning changed, unless that raises the error on held-out probes."""
+    if not problem.settings.renorm or not any(each.statistics for each in looks):
+        return found
+    state, kept = found.ledger.state, kept_channels(problem.selection)
+    chosen = probes.lifelike or range(len(looks))
+    theirs = pool([looks[index] for index in chosen])
+    ours = pool([look(problem.model, found.values, probes.batches[index], norms, kept) for index in chosen])
+    moved = renormalize(state, found.values, theirs.statistics, ours.statistics)
+    error = judge(moved)
+    if error >= found.error:
+        note = f"renorm left out: error on held-out probes {found.error:.3g} without, {error:.3g} with"
+        return replace(found, notes=found.plus(note))
+    values = recenter(moved, state, theirs, ours, norms)
+    return replace(found, values=values, error=error, on_probes=moved, renorm=True)
+
+
+def _with_turns(problem: Problem, probes: Probes, found: _Found, judge: _Judge) -> _Found:
+    """Readers solved in turn, or halfway between that and all at once, where the error on held-out probes is lower."""
+    asked = problem.settings.sequential
+    if not (asked or (asked is None and probes.matched)):
+        return found
+    turned = solve_in_turn(problem, probes, found.ledger, found.renorm)
+    if isinstance(turned, str):
+        return replace(found, notes=found.plus(f"readers not solved in turn: {turned}")) if asked else found
+    state = found.ledger.state
+    halfway = _between(state, found.on_probes or found.values, turned.on_probes, 0.5)
+    errors = {"all at once": found.error, "halfway between": judge(halfway), "in turn": judge(turned.on_probes)}
+    if asked:
+        errors = {"in turn": errors["in turn"]}
+    way = min(errors, key=lambda each: errors[each])
+    figures = ", ".join(f"{error:.3g} {each}" for each, error in errors.items())
+    notes = found.plus(f"readers solved {way}: error on held-out probes {figures}")
+    if way == "all at once":
+        return replace(found, notes=notes)
+    values = turned.values if way == "in turn" else _between(state, found.values, turned.values, 0.5)
+    return replace(found, values=values, error=errors[way], ledger=merged(found.ledger, turned.ledger), notes=notes)
 
 
 def _between(
@@ -151,42 +190,26 @@ def _between(
     return {name: torch.lerp(of(first, name), of(second, name), share) for name in {**first, **second}}
 
 
-def _less(
-    values: Mapping[str, Tensor],
-    pruned: Mapping[str, Tensor],
-    state: State,
-    before: float,
-    after: float,
-    error: Callable[[Mapping[str, Tensor]], float],
-) -> tuple[dict[str, Tensor], float, str]:
+def _less(found: _Found, pruned: Mapping[str, Tensor], state: State, before: float, judge: _Judge) -> _Found:
     """A part of the way from plain pruning to a restoration that made the held-out error larger, or none of it."""
     for share in (0.5, 0.25):
-        part = _between(state, pruned, values, share)
-        if (found := error(part)) <= before:
-            return part, found, f"only {share:.0%} of the restoration kept: all of it raised the held-out error"
-    note = f"restoration left out: error on held-out probes {before:.3g} without, {after:.3g} with; give more probes"
-    return dict(pruned), before, note
+        part = _between(state, pruned, found.values, share)
+        if (error := judge(part)) <= before:
+            note = f"only {share:.0%} of the restoration kept: all of it raised the held-out error"
+            return replace(found, values=part, error=error, notes=found.plus(note))
+    note = f"restoration left out: error on held-out probes {before:.3g} without, {found.error:.3g} with"
+    return replace(found, values=dict(pruned), error=before, notes=found.plus(f"{note}; give more probes"))
 
 
-def _measured(
-    model: nn.Module,
-    graph: Graph,
-    selection: Selection,
-    probes: Probes,
-    found: tuple[Site, ...],
-    settings: LeastSquares,
-    seed: int,
-    ledger: Findings,
-    progress: Progress | None,
-    readings: Mapping[str, Reading],
-) -> list[Look]:
+def _measured(problem: Problem, probes: Probes, ledger: Findings, readings: Mapping[str, Reading]) -> list[Look]:
     """Collect moments and solve, as many readers at a time as the budget allows, in execution order.
 
     Readers whose moments are known are solved with these. Returns what else was seen of the unpruned network,
     batch by batch, if it was run with batch statistics: nothing needs to be run again for renorm.
     """
+    graph, selection, settings, seed = problem.graph, problem.selection, problem.settings, problem.seed
     waiting: list[Site] = []
-    for site in found:
+    for site in problem.found:
         reading = readings.get(site.reader.weight)
         sums = empty_sums(site, selection, ledger.state, settings, seed)[0] if reading else None
         if reading is None or not isinstance(sums, PatchSums):
@@ -197,7 +220,7 @@ def _measured(
         pairs = zip(kernels, sums.columns.keep, sums.columns.drop, strict=True)
         sums.blocks = [reading.part(number, kernel, k, d) for number, (kernel, k, d) in enumerate(pairs)]
         solve_patches(site, sums, selection, settings, ledger)
-    norms = {site.reader.weight for site in found if site.norm}
+    norms = {site.reader.weight for site in problem.found if site.norm}
     # Readers of channels that a layer norm is taken over are fed something else once these are cut.
     kept, readers = kept_channels(selection), frozenset(reader.weight for reader in graph.readers)
     looks: list[Look] = []
@@ -221,7 +244,7 @@ def _measured(
         for batch in probes.batches:
             observer = Observer(norms) if watch else None
             run(
-                model,
+                problem.model,
                 batch,
                 on_read=_collecting(taken, ledger.state, observer),
                 on_norm=observer.on_norm if observer else None,
@@ -237,8 +260,7 @@ def _measured(
                 solve_patches(site, sums, selection, settings, ledger)
             else:
                 solve_channels(site, sums, selection, settings, ledger)
-        if progress:
-            progress("solving", len(found) - len(waiting), len(found))
+        problem.report("solving", len(problem.found) - len(waiting), len(problem.found))
     return looks
 
 

@@ -7,18 +7,50 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lbyl.activations import ACTIVATIONS
 from lbyl.filters import State, describe, paper_form_applies, reader_energy, seats
-from lbyl.graph import NOT_OURS, Slot
-from lbyl.moments import ChannelMoments, ClosedFormSource
+from lbyl.graph import NOT_OURS, Graph, Slot
+from lbyl.moments import ChannelMoments, ClosedFormSource, Progress
 from lbyl.regression import ChannelSums, Columns, Moments, PatchSums, Prior, Solution, solve
-from lbyl.restoration import Restored, fold
+from lbyl.restoration import Restored, fold, silenced
 from lbyl.restorers.base import Delivery, nothing_delivered
 from lbyl.restorers.least_squares import LeastSquares
 from lbyl.selection import Choice, Selection, generator_for
-from lbyl.sites import Site, masked
+from lbyl.sites import Site, as_stored, masked
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One restoration by least squares.
+
+    Attributes:
+        model: the unpruned network in evaluation mode; nothing in it is changed.
+        graph: its channel graph.
+        selection: which channels go.
+        found: the readers that lose some of them.
+        settings: the restorer.
+        seed: for probes and sampled positions.
+        progress: called as ``progress(stage, done, total)``.
+    """
+
+    model: nn.Module
+    graph: Graph
+    selection: Selection
+    found: tuple[Site, ...]
+    settings: LeastSquares
+    seed: int
+    progress: Progress | None
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Tell how far it has come."""
+        if self.progress:
+            self.progress(stage, done, total)
+
+    def stored(self, values: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+        """Solved weights as the layers store them, and what only dropped channels had out of the way."""
+        return silenced(as_stored(self.found, values), self.selection, state)
 
 
 @dataclass

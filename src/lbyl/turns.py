@@ -9,19 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.filters import State
-from lbyl.graph import Graph, Norm
+from lbyl.graph import Norm
 from lbyl.inputs import ExampleInputs
 from lbyl.kept import kept_channels
 from lbyl.lockstep import OutOfStep, Turn, walk_together
-from lbyl.moments import Probes, Progress
+from lbyl.moments import Probes
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import PatchSums
 from lbyl.renorm import renormalize, shifted
-from lbyl.restoration import silenced
-from lbyl.restorers.least_squares import LeastSquares
-from lbyl.selection import Selection
-from lbyl.sites import Site, as_stored, following_norms, site_of
-from lbyl.solving import Findings, empty_sums, solve_patches
+from lbyl.sites import Site, following_norms, site_of
+from lbyl.solving import Findings, Problem, empty_sums, solve_patches
 
 
 @dataclass(frozen=True)
@@ -33,25 +30,24 @@ class Turned:
     ledger: Findings
 
 
-def _takers(
-    graph: Graph, selection: Selection, found: tuple[Site, ...], settings: LeastSquares, state: State
-) -> tuple[dict[str, Site], str]:
+def _takers(problem: Problem, state: State) -> tuple[dict[str, Site], str]:
     """The readers that can be solved in turn, by the names of their weights; or why that is not to be tried."""
+    graph, selection, settings = problem.graph, problem.selection, problem.settings
     coupled = {p.weight.parameter for group in graph.groups if group.coupled for p in group.producers}
     if not any(isinstance(stage, Norm) for g in graph.groups for p in g.producers for stage in p.stages):
         return {}, "there is no batch norm"
-    if not any(site.reader.weight in coupled for site in found):
+    if not any(site.reader.weight in coupled for site in problem.found):
         return {}, "no reader of a pruned group goes into a residual sum"
 
     def solvable(site: Site) -> bool:
         once = site.reader.calls == 1 and site.reader.dim == 1
         return once and isinstance(empty_sums(site, selection, state, settings, 0)[0], PatchSums)
 
-    takers = {site.reader.weight: site for site in found if solvable(site)}
+    takers = {site.reader.weight: site for site in problem.found if solvable(site)}
     if not coupled & set(takers):
         return {}, "no reader that goes into a residual sum runs once and is solved by patch"
     # Layers in between lose no channels, but what they read has changed.
-    norms, cut = following_norms(graph), {site.reader.weight for site in found}
+    norms, cut = following_norms(graph), {site.reader.weight for site in problem.found}
     for reader in graph.readers:
         if reader.weight in cut:
             continue
@@ -61,31 +57,20 @@ def _takers(
     return takers, ""
 
 
-def solve_in_turn(
-    model: nn.Module,
-    graph: Graph,
-    selection: Selection,
-    probes: Probes,
-    found: tuple[Site, ...],
-    settings: LeastSquares,
-    seed: int,
-    done: Findings,
-    renorm: bool,
-    progress: Progress | None,
-) -> Turned | str:
+def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool) -> Turned | str:
     """Solve readers in execution order, each on what the network gives it once all before it is cut.
 
     Layers that lose no channels are solved too, for what they read has changed. Readers that can't be solved so keep
     what they have in the ledger that is ``done``. With ``renorm`` batch-norm statistics move on the way. Returns why
     not where it can't be done.
     """
-    state = done.state
-    takers, why = _takers(graph, selection, found, settings, state)
+    state, selection, settings = done.state, problem.selection, problem.settings
+    takers, why = _takers(problem, state)
     if not takers:
         return why
     if kept_channels(selection):
         return "layer norms take their statistics over the channels that stay"
-    if (size := _joint_bytes(model, probes.batches)) > _JOINT:
+    if (size := _joint_bytes(problem.model, probes.batches)) > _JOINT:
         return f"the probes' activations would take {size / 2**30:.1f} GiB at once, more than {_JOINT / 2**30:g}"
     again = {site.bias for site in takers.values()}
     ledger = Findings(state, {name: value for name, value in done.values.items() if name not in again})
@@ -94,7 +79,7 @@ def solve_in_turn(
     def solve_one(turn: Turn) -> None:
         nonlocal turns
         site = takers[turn.calls[0].weight]
-        sums = empty_sums(site, selection, state, settings, seed)[0]
+        sums = empty_sums(site, selection, state, settings, problem.seed)[0]
         assert isinstance(sums, PatchSums)
         bias = state[site.reader.bias].detach() if site.reader.bias else None
         for call, wanted in zip(turn.calls, turn.wanted, strict=True):
@@ -103,12 +88,11 @@ def solve_in_turn(
             sums.add(call, site.weight(state), wanted)
         solve_patches(site, sums, selection, settings, ledger)
         turns += 1
-        if progress:
-            progress("solving in turn", turns, len(takers))
+        problem.report("solving in turn", turns, len(takers))
 
     try:
         walked = walk_together(
-            model,
+            problem.model,
             probes.batches,
             takers,
             ledger.values,
@@ -120,7 +104,7 @@ def solve_in_turn(
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     if not walked.made_up:
         return "no reader was seen to go into a sum"
-    values = silenced(as_stored(found, ledger.values), selection, state)
+    values = problem.stored(ledger.values, state)
     if renorm:
         values = renormalize(state, values, walked.original, walked.cut)
     return Turned(values, shifted(values, state, walked.missing), ledger)
