@@ -81,6 +81,10 @@ LOADABLE: dict[str, tuple[str, Any, dict[str, Any], dict[str, int]]] = {
         {"intermediate_size": 24, "num_attention_heads": 3, "head_dim": 8, "hidden_size": 32},
     ),
     "vit, stream too": ("vit", 0.25, {}, {"intermediate_size": 24, "num_attention_heads": 3, "hidden_size": 24}),
+    "bert, tied stream too": (
+        "bert", 0.25, {}, {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 3},
+    ),
+    "gpt2, tied stream too": ("gpt2", 0.25, {}, {"n_embd": 18, "n_head": 3}),
     "gpt2, neurons": ("gpt2", {NEURONS["gpt2"]: 0.25}, {}, {"n_inner": 72, "n_head": 4}),
     "llama": ("llama", HALF, {}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}),
     "llama, tied": (
@@ -114,8 +118,8 @@ def test_from_pretrained_loads_and_computes_the_same(case: str, tmp_path: Path) 
 
 
 UNSAYABLE: dict[str, tuple[str, Any, str]] = {
-    "bert, heads": ("bert", 0.25, "hidden_size is one number"),
-    "gpt2, heads": ("gpt2", 0.25, "n_embd is one number"),
+    "bert, heads": ("bert", {"*query": 0.25}, "hidden_size is one number"),
+    "gpt2, heads": ("gpt2", {"*c_attn": 0.25}, "n_embd is one number"),
     "llama, heads that do not divide": ("llama", QUARTER, "none can be"),
     "llama, layers apart": (
         "llama", {"*layers.0.mlp*": 0.25, "*layers.1.mlp*": 0.5},

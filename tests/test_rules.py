@@ -346,10 +346,18 @@ def test_embeddings_lose_columns() -> None:
     assert result.model.table.embedding_dim == 4  # pyright: ignore
 
 
-def test_a_tied_table_that_makes_and_reads_channels_stays_whole() -> None:
-    model = settle(Embedded(tied=True))
-    with pytest.raises(lbyl.InputError, match="is tied: it makes these channels and reads them"):
-        lbyl.compress(model, torch.arange(6).reshape(2, 3), scope="all", restore="prune")
+@pytest.mark.parametrize("restore", ["prune", "lbyl", lbyl.LeastSquares(lbyl.Noise(images=32))])
+def test_a_tied_table_loses_columns_and_stays_tied(restore: str | lbyl.LeastSquares) -> None:
+    """Verification compares with the network whose columns are zero; the tied layer is told apart in the report."""
+    x = torch.arange(6).reshape(2, 3)
+    result = lbyl.compress(settle(Embedded(tied=True)), x, ratio=0.5, scope="all", restore=restore)
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-9
+    assert widths(result) == {"table": (8, 4)}
+    assert result.model.head.weight is result.model.table.weight
+    assert result.model.head.weight.shape == (11, 4)
+    (row,) = result.report.rows
+    assert ("makes these channels and reads them" in row.note) == (restore != "prune")
 
 
 def test_recurrent_layers_are_barriers_by_name() -> None:

@@ -19,7 +19,7 @@ from lbyl.moments import ClosedFormSource, Probes, Progress
 from lbyl.probing import OnRead, ReaderCall, run
 from lbyl.regression import PatchSums, Reading, WholeSums
 from lbyl.renorm import Look, Observer, Statistics, look, pool, recenter, renormalize, transplant
-from lbyl.restoration import Restoration
+from lbyl.restoration import Restoration, with_ties
 from lbyl.restorers.least_squares import LeastSquares
 from lbyl.selection import Selection, generator_for
 from lbyl.sites import Site, masked, output_first, sites
@@ -55,8 +55,8 @@ def fit(
     ledger, seconds = Findings(state), {}
 
     def restoration(found: _Found, assessment: Assessment | None) -> Restoration:
-        rows = tuple(found.ledger.row(number, choice) for number, choice in enumerate(selection.choices))
-        return Restoration(found.values, rows, assessment, found.notes, seconds)
+        rows = [found.ledger.row(number, choice) for number, choice in enumerate(selection.choices)]
+        return Restoration(found.values, with_ties(selection, rows), assessment, found.notes, seconds)
 
     started = time.perf_counter()
     if isinstance(settings.moments, ClosedFormSource):

@@ -31,7 +31,10 @@ CONFIG = "config.json"
 _WIDTH = re.compile(r"intermediate|inner|ffn|d_ff|mlp_dim|hidden_dim|hidden_size|n_embd|d_model|(^|_)heads?$")
 """Numbers that hidden neurons, heads and streams are counted by. Not sizes within heads: those go whole."""
 
-_WITHIN = re.compile(r"head_dim|head_size|scal|groups|n_rep")
+_HEADS = re.compile(r"(^|_)heads?$")
+"""Numbers that count heads."""
+
+_WITHIN = re.compile(r"head_dim|(?<!all_)head_size|scal|groups|n_rep")
 """Attributes that say how a head computes; shapes alone don't tell 8 heads of 4 from 4 of 8."""
 
 _Settings = dict[str, Any]
@@ -117,13 +120,16 @@ def _config_text(model: nn.Module, before: _Shapes) -> str:
     if unexplained:
         parameter, dim = min(unexplained)
         raise _Unsayable(f"no number in {name} says that {parameter} has {after[parameter][dim]} in dimension {dim}")
-    # A number is made explicit only where the others no longer imply it.
-    for candidate in (_with(plain, new), _with(settings, new)):
-        built = _attempt(model, candidate)
-        if built is not None and architecture_of(built) == after:
-            _check_heads(model, built)
-            return _config(model, candidate).to_json_string()
-    raise _Unsayable(f"a model built from its {name} has other shapes, or none can be")
+    # A number is made explicit only where the others no longer imply it; heads may decide no size at all.
+    trouble = f"a model built from its {name} has other shapes, or none can be"
+    for numbers in (new, {**_fewer_heads(model, settings), **new}):
+        for candidate in (_with(plain, numbers), _with(settings, numbers)):
+            built = _attempt(model, candidate)
+            if built is not None and architecture_of(built) == after:
+                trouble = _other_heads(model, built)
+                if not trouble:
+                    return _config(model, candidate).to_json_string()
+    raise _Unsayable(trouble)
 
 
 def _sizes(shapes: _Shapes) -> dict[tuple[str, int], int]:
@@ -214,14 +220,23 @@ def _attempt(model: nn.Module, settings: _Settings) -> nn.Module | None:
         return None
 
 
-def _check_heads(model: nn.Module, built: nn.Module) -> None:
+def _fewer_heads(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...], int]:
+    """How many heads there are by now, where all layers say the same and the configuration has a number for it."""
+    numbers = {v for m in model.modules() for name, v in vars(m).items() if _HEADS.search(name) and type(v) is int}
+    paths = [path for path, _ in _fields(settings) if _HEADS.search(path[-1])]
+    return {paths[0]: numbers.pop()} if len(numbers) == len(paths) == 1 else {}
+
+
+def _other_heads(model: nn.Module, built: nn.Module) -> str:
+    """What says that heads would be other ones than those of the model; "" where nothing does."""
     modules = dict(built.named_modules())
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if _WITHIN.search(name) and type(value) in (int, float):
                 found = getattr(modules.get(path), name, None)
                 if found != value:
-                    raise _Unsayable(f"{path}.{name} is {value}, and would be {found}")
+                    return f"{path}.{name} is {value}, and would be {found}"
+    return ""
 
 
 def _line(error: Exception) -> str:

@@ -133,6 +133,7 @@ def joined(parts: Iterable[Part]) -> Graph:
                     producers=producers,
                     carriers=tuple(map(slot, group.carriers)),
                     readers=tuple(map(slot, group.readers)),
+                    tied=tuple(map(slot, group.tied)),
                     averages=tuple(replace(a, module=name(a.module), weight=name(a.weight)) for a in group.averages),
                 )
             )

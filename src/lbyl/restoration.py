@@ -78,16 +78,27 @@ def restore(
         rows.append(Restored(choice.group.name, terms, time.perf_counter() - started, delivery.note))
         if progress:
             progress("restoring", index + 1, len(selection.choices))
-    return Restoration(silenced(values, selection, state), tuple(rows))
+    told = rows if isinstance(restorer, Prune) else with_ties(selection, rows)
+    return Restoration(silenced(values, selection, state), tuple(told))
+
+
+def with_ties(selection: Selection, rows: Sequence[Restored]) -> tuple[Restored, ...]:
+    """The rows, with a note where a layer could not be restored, for its weight makes the channels that it reads."""
+    told = []
+    for choice, row in zip(selection.choices, rows, strict=True):
+        names = [f"{slot.parameter} makes these channels and reads them: cut only" for slot in choice.group.tied]
+        told.append(replace(row, note="; ".join(filter(None, [row.note, *names]))))
+    return tuple(told)
 
 
 def silenced(values: Mapping[str, Tensor], selection: Selection, state: State) -> dict[str, Tensor]:
-    """The values, with dropped channels zero from the start where a mean is taken over all channels of a group."""
+    """The values, with dropped channels zero from the start where a mean is taken over all channels of a group.
+
+    So they are where a layer reads with the weight that makes the channels: it can't leave them out in another way.
+    """
     changed = dict(values)
     for choice in selection.choices:
-        if not choice.group.averages:
-            continue
-        for slot in choice.group.carriers:
+        for slot in choice.group.carriers if choice.group.averages else choice.group.tied:
             value = changed.get(slot.parameter, state[slot.parameter].detach()).clone()
             rows = carrying(slot, choice.group.width, choice.drop).to(value.device)
             changed[slot.parameter] = value.index_fill_(slot.dim, rows.nonzero().flatten(), 0)
@@ -103,7 +114,7 @@ def silences(selection: Selection) -> Silences:
     found: dict[str, list[Callable[[Tensor], object]]] = defaultdict(list)
     for choice in selection.choices:
         _, drop = choice.tensors()
-        for slot in choice.group.readers:
+        for slot in (*choice.group.readers, *choice.group.tied):
             found[slot.parameter].append(partial(_silence_whole, slot=slot, width=choice.group.width, drop=drop))
     return found
 

@@ -80,6 +80,8 @@ class Builder:
     slots: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
     producers: dict[tuple[str, int], ProducerRecord] = field(default_factory=dict)
     readers: dict[str, ReaderRecord] = field(default_factory=dict)
+    tied: list[tuple[str, int]] = field(default_factory=list)
+    """Dimensions of weights along which a layer reads what the same weight makes elsewhere."""
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     sums: list[Tensor] = field(default_factory=list)
     equal: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -171,6 +173,10 @@ class Builder:
         self, layer: str, weight: str, bias: str | None, op: str, ids: Tensor, blocks: int = 1, dim: int = 1
     ) -> None:
         """Record that a layer mixes these channels along a dimension of its weight."""
+        if (weight, dim) in self.producers and blocks == 1:
+            self.slot(weight, dim, ids, "producer")
+            self.tied.append((weight, dim))
+            return
         self.slot(weight, dim, ids, "reader", blocks)
         if weight in self.readers:
             self.readers[weight].calls += 1

@@ -200,11 +200,12 @@ def _freeze(builder: Builder) -> Graph:
         for index in _groups_of(group_of, roots):
             equal[index].append((roots, blocks))
 
-    groups = []
+    groups: list[Group] = []
     for index, records in enumerate(members):
         blocks, trouble = _blocks(equal[index], group_of, channel_of, index, widths[index])
         reason = reasons[index] or trouble
-        if reason is None and not readers[index]:
+        tied = tuple(slot for slot in carriers[index] if (slot.parameter, slot.dim) in builder.tied)
+        if reason is None and not readers[index] and not tied:
             reason = "no layer reads these channels"
         if reason is None and widths[index] < 2:
             reason = "a single channel"
@@ -213,9 +214,11 @@ def _freeze(builder: Builder) -> Graph:
             Producer(record.layer, slots[record.weight, record.dim], record.bias, tuple(record.stages))
             for record in records
         )
+        taken_names = {group.name for group in groups}
+        name = next((p.layer for p in producers if p.layer not in taken_names), f"{producers[0].layer}#{index}")
         groups.append(
             Group(
-                producers[0].layer,
+                name,
                 widths[index],
                 producers,
                 tuple(carriers[index]),
@@ -226,6 +229,7 @@ def _freeze(builder: Builder) -> Graph:
                 tuple(taken[index]),
                 reason,
                 tuple(norms[index]),
+                tied=tied,
             )
         )
     reading = tuple(

@@ -114,6 +114,8 @@ class Group:
         reason: why the group can't be pruned, or None when it can.
         layer_norms: those that take statistics over these channels, and over fewer of them once some are cut.
         abreast: the name of the group that has to lose the same share as this one, to the channel; "" for none.
+        tied: those of the carriers that also read the channels (an output layer that shares the embedding's table):
+            they lose columns, but what these gave can't be made up for there.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Group:
     reason: str | None
     layer_norms: tuple[LayerNorm, ...] = ()
     abreast: str = ""
+    tied: tuple[Slot, ...] = ()
 
     @property
     def outside(self) -> str | None:

@@ -59,7 +59,9 @@ def embedding(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     weight = args[0]
     if not isinstance(weight, ParameterRef):
         return builder.barrier(node, args, f"embedding in {layer_name(node)!r} with a computed table")
-    out = builder.produce(node, _layer(node, weight), weight.name, None, weight.shape[1], 1)
+    # By where it runs, for a tied table may have its name from the output layer.
+    layer = layer_name(node) or _layer(node, weight)
+    out = builder.produce(node, layer, weight.name, None, weight.shape[1], 1)
     return builder.spread(out, -1, output_shape(node))
 
 
