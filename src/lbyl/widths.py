@@ -19,6 +19,7 @@ from lbyl.graph import Graph, Slot
 from lbyl.inputs import ExampleInputs
 from lbyl.measure import count_macs
 from lbyl.moments import Probes, Progress
+from lbyl.moments.synthesis import batch_size, split
 from lbyl.pace import timed
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import ChannelSums
@@ -31,6 +32,8 @@ _READERS = 6
 _CORRECTIONS = 6
 _LOUDEST = 0.1
 """A measurement that may be off by more than this share of the budget can't tell whether that is met."""
+_TRIED = 24
+"""Held-out probes that each group's error is followed through the network with."""
 _TRIALS = 5e11
 """Multiply-accumulates that measuring how far errors travel may take; beyond, every error counts alike."""
 
@@ -222,6 +225,8 @@ def _from_probes(
             if item.moments is not None:
                 seen[index].append((slot, item))
 
+    some = min(_TRIED, available := batch_size(probes.held_out))
+    probes = replace(probes, held_out=split(probes.held_out, [some, available - some])[0])
     pixels = max(
         1, sum(t.numel() for t in probes.held_out.tensors()) // max(1, sum(t.numel() for t in inputs.tensors()))
     )
