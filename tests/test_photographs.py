@@ -77,6 +77,15 @@ def test_without_them_dreams_are_held_out(channels: int, settings: dict[str, boo
     assert len(probes.held_out.tensors()[0]) == 2
 
 
+def test_many_dreams_come_in_batches_and_what_is_held_out_may_be_more_than_one_of_them() -> None:
+    net = settle(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    source = lbyl.Dream(images=600, steps=0)
+    probes = source.probes(net, ExampleInputs.of(torch.zeros(1, 1, 4, 4)), generator(), None)
+    sizes = [len(batch.tensors()[0]) for batch in probes.batches]
+    assert sizes[-1] == sum(sizes[:-1]) == 600
+    assert max(sizes[:-1]) < 150 == len(probes.held_out.tensors()[0])
+
+
 def bare(channels: int) -> nn.Module:
     """Without batch norm."""
     layers = (nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 400, 4))

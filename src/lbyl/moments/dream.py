@@ -12,7 +12,17 @@ from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
 from lbyl.moments.base import Probes, Progress
 from lbyl.moments.photographs import photographs, takes_photographs
-from lbyl.moments.synthesis import affordable, dead_leaves, held_out_size, macs_each, pink, split, synthesize
+from lbyl.moments.synthesis import (
+    affordable,
+    batch_size,
+    dead_leaves,
+    held_out_size,
+    join,
+    macs_each,
+    pink,
+    split,
+    synthesize,
+)
 from lbyl.probing import frozen, run
 from lbyl.surgery import tensors_of
 
@@ -91,9 +101,11 @@ class Dream:
             parts = [size for size in (half, others - half, held) if size]
             *seen, test = split(synthesize(model, inputs, others + held, photographs, generator), parts)
         else:
-            *rest, last = dreamed
-            last, test = split(last, [sizes[-1] - held, held])
-            dreamed = [*rest, last]
+            # The last ones, however many batches they reach into.
+            kept = [min(size, max(0, count - index * sizes[0])) for index, size in enumerate(sizes)]
+            parts = [split(batch, [n, size - n]) for batch, n, size in zip(dreamed, kept, sizes, strict=True)]
+            dreamed = [train for train, _ in parts if batch_size(train)]
+            test = join([rest for _, rest in parts if batch_size(rest)])
             seen = [synthesize(model, inputs, others, dead_leaves, generator)]
         batches = *dreamed, *seen
         lifelike = tuple(range(len(dreamed), len(batches)))

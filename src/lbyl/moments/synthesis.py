@@ -150,6 +150,14 @@ def split(inputs: ExampleInputs, sizes: Sequence[int]) -> list[ExampleInputs]:
     return parts
 
 
+def join(parts: Sequence[ExampleInputs]) -> ExampleInputs:
+    """Batches as one, along their first axis; what is no batch is the first one's."""
+    size = batch_size(parts[0])
+    rows = zip(*(part.tensors() for part in parts), strict=True)
+    whole = iter([torch.cat(row) if row[0].dim() and len(row[0]) == size else row[0] for row in rows])
+    return parts[0].map(lambda _: next(whole))
+
+
 def macs_each(model: nn.Module, inputs: ExampleInputs) -> float:
     """Multiply-accumulates that one input takes."""
     return max(count_macs(model, inputs) / max(batch_size(inputs), 1), 1.0)
