@@ -14,7 +14,7 @@ from lbyl.assessment import Assessment, outputs_error
 from lbyl.filters import State
 from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs
-from lbyl.kept import kept_channels
+from lbyl.kept import Kept, kept_channels
 from lbyl.moments import ClosedFormSource, Probes, Progress
 from lbyl.probing import OnRead, ReaderCall, run
 from lbyl.regression import PatchSums, Reading, WholeSums
@@ -117,8 +117,10 @@ class _Found:
 class _Judge:
     """The relative error of the outputs on held-out probes, with some values in place of the network's own."""
 
-    problem: Problem
-    probes: Probes
+    model: nn.Module
+    state: State
+    held_out: ExampleInputs
+    kept: Kept
     world: Statistics
     expected: Any
 
@@ -127,15 +129,14 @@ class _Judge:
         """Held-out probes are looked at in the batch-norm statistics that their like have."""
         judged = pool([looks[index] for index in probes.judged_in or range(len(looks))]).statistics
         world = judged if probes.batch_statistics else {}
-        values = transplant({}, tensors_of(problem.model), world)
-        return _Judge(problem, probes, world, run(problem.model, probes.held_out, values=values))
+        model, state = problem.model, tensors_of(problem.model)
+        expected = run(model, probes.held_out, values=transplant({}, state, world))
+        return _Judge(model, state, probes.held_out, kept_channels(problem.selection), world, expected)
 
     def __call__(self, values: Mapping[str, Tensor]) -> float:
         """The error of these values."""
-        model = self.problem.model
-        moved = transplant(values, tensors_of(model), self.world)
-        kept = kept_channels(self.problem.selection)
-        return outputs_error(self.expected, run(model, self.probes.held_out, values=moved, kept=kept))
+        moved = transplant(values, self.state, self.world)
+        return outputs_error(self.expected, run(self.model, self.held_out, values=moved, kept=self.kept))
 
 
 def _with_renorm(

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lbyl.inputs import ExampleInputs
+from lbyl.moments.synthesis import join
 from lbyl.probing import BATCH_NORM, CONVOLUTIONS, ReaderCall, reader_call
 from lbyl.regression import sample_positions
 from lbyl.renorm import Statistics, expected_shift, variance_change
@@ -117,9 +118,7 @@ def _joined(batches: Sequence[ExampleInputs]) -> ExampleInputs:
         tensors = batch.tensors()
         if [t.shape[1:] for t in tensors] != first or any(not t.dim() or len(t) != len(tensors[0]) for t in tensors):
             raise OutOfStep("the probes differ in shape, or not every input has a row a probe")
-    parts = zip(*(batch.tensors() for batch in batches), strict=True)
-    whole = iter([torch.cat([*part, *part]) for part in parts])
-    return batches[0].map(lambda _: next(whole))
+    return join([*batches, *batches])
 
 
 @dataclass

@@ -137,7 +137,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{prefix}.{name}" if prefix else name: tensor
         for kind, prefix, module in both
-        for name, tensor in vars(module)[kind].items()
+        for name, tensor in getattr(module, kind).items()
         if tensor is not None
     }
 

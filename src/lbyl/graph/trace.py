@@ -201,6 +201,7 @@ def _freeze(builder: Builder) -> Graph:
             equal[index].append((roots, blocks))
 
     groups: list[Group] = []
+    named: set[str] = set()
     for index, records in enumerate(members):
         blocks, trouble = _blocks(equal[index], group_of, channel_of, index, widths[index])
         reason = reasons[index] or trouble
@@ -214,8 +215,8 @@ def _freeze(builder: Builder) -> Graph:
             Producer(record.layer, slots[record.weight, record.dim], record.bias, tuple(record.stages))
             for record in records
         )
-        taken_names = {group.name for group in groups}
-        name = next((p.layer for p in producers if p.layer not in taken_names), f"{producers[0].layer}#{index}")
+        name = next((p.layer for p in producers if p.layer not in named), f"{producers[0].layer}#{index}")
+        named.add(name)
         groups.append(
             Group(
                 name,
