@@ -45,7 +45,7 @@ class Dream:
 
     Attributes:
         images: dreams that moments are collected on, and as many scenes or crops of photographs. As many other crops
-            are held out, or a quarter more dreams. None takes as many as 2e10 multiply-accumulates allow, between 24
+            are held out, or a quarter more dreams. None takes as many as 2.4e10 multiply-accumulates allow, between 24
             dreams or 48 of the others and 192; where one takes more than 4e9, dreams as many as 1e11 allow, and the
             others as many as 4e11 do, at least 4 of each. Dreams come in batches that 1.6e10 allow, of 24 to 96.
         steps: Adam steps, with a cosine schedule. None takes 20, and fewer where all of them would take more than
@@ -69,8 +69,8 @@ class Dream:
     ) -> Probes:
         """Dreamed inputs of the example's shapes."""
         each = macs_each(model, inputs)
-        count = self.images or affordable(each, 2e10, 24, 192, ceiling=1e11)
-        others = self.images or affordable(each, 2e10, 48, 192, ceiling=4e11)
+        count = self.images or affordable(each, 2.4e10, 24, 192, ceiling=1e11)
+        others = self.images or affordable(each, 2.4e10, 48, 192, ceiling=4e11)
         shown = self.photographs and takes_photographs(inputs)
         # Crops cost nothing to make, and what is held out has to tell solutions apart that are nearly alike.
         held = others if shown else held_out_size(count)
