@@ -8,8 +8,9 @@ from nets import Depthwise, images, mlp, residual, settle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
-from lbyl.measure import count_macs
+from lbyl.measure import count_macs, macs_by_shapes
 from lbyl.modes import plain_attention
 
 
@@ -28,4 +29,31 @@ def test_the_count_is_pytorchs_own(build, shape, inference: bool) -> None:
     with torch.no_grad(), plain_attention(), FlopCounterMode(display=False) as counter:
         model(x)
     with torch.inference_mode(inference):
-        assert count_macs(model, ExampleInputs.of(x)) == counter.get_total_flops() // 2 > 0
+        inputs = ExampleInputs.of(x)
+        assert count_macs(model, inputs) == macs_by_shapes(model, inputs) == counter.get_total_flops() // 2 > 0
+
+
+class Picky(nn.Module):
+    """Takes no zeros where its layer should have computed something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.runs = nn.Conv2d(3, 4, 3), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        y = self.layer(x)
+        if not bool(y.any()):
+            raise ValueError("nothing there")
+        return y
+
+
+def test_layers_are_computed_only_where_they_have_to_be() -> None:
+    model, inputs = Picky(), ExampleInputs.of(images(1, 3, 6, 6))
+    assert macs_by_shapes(model, inputs) == count_macs(model, inputs) == 4 * 16 * 27
+    assert model.runs == 3  # once with zeros, in vain
+
+
+def test_what_does_not_run_is_an_error() -> None:
+    with pytest.raises(InputError, match="does not run"):
+        macs_by_shapes(residual(), ExampleInputs.of(images(1, 5, 6, 6)))

@@ -30,7 +30,7 @@ from lbyl.graph import Graph, trace
 from lbyl.groundwork import Groundwork, lay_groundwork
 from lbyl.inputs import ExampleInputs
 from lbyl.kept import kept_channels
-from lbyl.measure import count_macs, count_parameters
+from lbyl.measure import count_macs, count_parameters, macs_by_shapes
 from lbyl.modes import duplicate, set_modes, uncollected, undisturbed
 from lbyl.moments import Progress
 from lbyl.order import Order
@@ -488,8 +488,8 @@ def _in_parts(
         raise InputError("no group of any traceable submodule can be pruned: " + "; ".join(why for _, why in left[:3]))
     with clock("cut"):
         smaller = duplicate(model, {id(model.get_submodule(path)): result.model for path, result in results})
-    with clock("verify"):
-        macs = _macs(model, smaller, inputs)
+    with clock("verify"), undisturbed(model), undisturbed(smaller):
+        macs = count_macs(model, inputs), count_macs(smaller, inputs)
     reports = [(path, result.report) for path, result in results]
     differences = [report.verified for _, report in reports if report.verified is not None]
     seconds = dict(clock.seconds)
@@ -542,14 +542,11 @@ def _ratio_within(ratio: Ratio, part: Part) -> Ratio:
     return {name: ratio_for(group, ratio) for name, group in named.items()}
 
 
-def _macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs, known: int | None = None) -> tuple[int, int]:
-    with undisturbed(before), undisturbed(after):
-        return count_macs(before, inputs) if known is None else known, count_macs(after, inputs)
-
-
 def _unverified_macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs, known: int | None) -> tuple[int, int]:
     try:
-        return _macs(before, after, inputs, known)
+        with undisturbed(before), undisturbed(after):
+            whole = macs_by_shapes(before, inputs) if known is None else known
+            return whole, macs_by_shapes(after, inputs)
     except InputError as error:
         raise VerificationError(
             f"the cut network does not run: {said(error)}. Leave verification on (verify=True): it "

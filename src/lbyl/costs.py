@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lbyl.budget import Budget, Term, cost_terms
 from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs
-from lbyl.measure import count_macs, count_parameters
+from lbyl.measure import count_parameters, macs_by_shapes
 from lbyl.modes import undisturbed
 from lbyl.probing import ReaderCall, run
 from lbyl.surgery import tensors_of
@@ -79,7 +79,7 @@ def counted(model: nn.Module, inputs: ExampleInputs, graph: Graph, budget: Budge
 
         def macs(network: nn.Module) -> int:
             with undisturbed(network):
-                return count_macs(network, inputs)
+                return macs_by_shapes(network, inputs)
 
         total = macs(model)
         costs = _macs_of(model, inputs, total)

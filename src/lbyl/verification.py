@@ -4,8 +4,8 @@ In the masked network, readers have zeros in place of dropped columns, and layer
 statistics over the others (see `lbyl.kept`).
 
 Channels are wired alike at every pixel, so large images are compared with fewer of them, which is a tenth of the
-work; then the cut network runs once on the example inputs as they are. Networks that insist on the size of their images
-are compared on that.
+work; then the cut network runs once on the example inputs as they are, where only the shapes count, so that layers
+return zeros. Networks that insist on the size of their images are compared on that.
 
 Most of what can't be cut fails by its shapes: a width that the code takes from elsewhere. Which groups those are is
 found out without computing anything, on PyTorch's meta device, where the network runs on it.
@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbyl.depthwise import TapByTap
 from lbyl.errors import InputError, LbylError, VerificationError
 from lbyl.graph import Graph, Slot
 from lbyl.inputs import ExampleInputs, outputs
 from lbyl.kept import Kept, KeptStatistics, kept_channels, still_masked
-from lbyl.measure import count_macs
+from lbyl.measure import macs_by_shapes
 from lbyl.modes import duplicate, plain_attention, undisturbed
 from lbyl.restoration import Silences
 from lbyl.selection import Choice, Selection
@@ -109,13 +110,14 @@ def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent: S
     except InputError:
         # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
         wide = lay_on(copy.deepcopy(model).eval().double(), silent)
-        with plain_attention(), _statistics(kept, _names(wide)):
+        with plain_attention(), _statistics(kept, _names(wide)), TapByTap():
             return outputs(wide, inputs)
 
 
 def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent: Silences) -> list[Tensor]:
     names = _names(model)
-    with undisturbed(model), _widened(model, names, silent), plain_attention(), _statistics(kept, names):
+    statistics = _statistics(kept, names)
+    with undisturbed(model), _widened(model, names, silent), plain_attention(), statistics, TapByTap():
         return outputs(model, inputs)
 
 
@@ -390,7 +392,7 @@ def _reference(
 
 def _count(model: nn.Module, inputs: ExampleInputs) -> int:
     with undisturbed(model):
-        return count_macs(model, inputs)
+        return macs_by_shapes(model, inputs)
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:

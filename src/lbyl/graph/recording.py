@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lbyl.graph.program import Program
 from lbyl.inputs import ExampleInputs, output_tensors
-from lbyl.macs import MacCounter
+from lbyl.macs import MacCounter, undivided
 from lbyl.modes import plain_attention
 
 _LIKE_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.argwhere.default, torch.ops.aten.nonzero_numpy.default)
@@ -36,37 +36,26 @@ def record(model: nn.Module, inputs: ExampleInputs) -> Program:
         Unseen: it does, or a weight is used behind the recorder's back.
     """
     try:
-        return _record(model, inputs, computing=False)
+        return _record(model, inputs, MacCounter(spare=True))
     except Unseen:
         raise
     except Exception:
-        return _record(model, inputs, computing=True)
+        return _record(model, inputs, MacCounter())
 
 
-def _record(model: nn.Module, inputs: ExampleInputs, computing: bool) -> Program:
-    recorder = _Recorder(model, computing)
+def _record(model: nn.Module, inputs: ExampleInputs, counter: MacCounter) -> Program:
+    recorder = _Recorder(model)
     own = inputs.map(torch.clone)
     for tensor in own.tensors():
         recorder.place(tensor, depends=True)
-    # Below autograd, an operation that is made of others has not been taken apart yet.
-    below_autograd = torch._C._AutoDispatchBelowAutograd()
-    with (
-        torch.no_grad(),
-        plain_attention(),
-        recorder.following(model),
-        below_autograd,
-        MacCounter() as counter,
-        recorder,
-    ):
+    with torch.no_grad(), plain_attention(), recorder.following(model), undivided(), counter, recorder:
         found = own.call(model)
-    return recorder.finish(output_tensors(found), counter.total + recorder.spared)
+    return recorder.finish(output_tensors(found), counter.total)
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module, computing: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._computing = computing
-        self.spared = 0  # multiply-accumulates
         self._graph = fx.Graph()
         self._nodes: Any = WeakIdKeyDictionary()
         self._depends: set[fx.Node] = set()
@@ -119,9 +108,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = None if self._computing else self._spare(func, args, kwargs)
-        if result is None:
-            result = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         given, named = (self._nodes_in(item) for item in (args, kwargs))
         node = self._graph.call_function(func, given, named)
         node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self._stack}
@@ -145,17 +132,6 @@ class _Recorder(TorchDispatchMode):
                         self._depends.add(piece)
         return result
 
-    def _spare(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Zeros in the shape of what a layer returns; None where that takes computing it."""
-        shape = _SHAPES[func](*args, **kwargs) if func in _SHAPES else None
-        if shape is None:
-            return None
-        x, weight = args[:2]
-        result = x.new_zeros(shape)
-        if func is not torch.ops.aten.batch_norm.default:
-            self.spared += result.numel() * weight[0].numel()
-        return result
-
     def _nodes_in(self, value: Any) -> Any:
         """The value with nodes for tensors; what operations are called with is no deeper than lists."""
         if isinstance(value, Tensor):
@@ -172,45 +148,6 @@ class _Recorder(TorchDispatchMode):
         if tensor.numel() and _storage(tensor) in self._storages:
             raise Unseen("a weight is used under another name")
         return self.place(tensor)  # a constant that turns up while the program runs
-
-
-def _convolved(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = (1,),
-    padding: Any = (0,),
-    dilation: Any = (1,),
-    groups: int = 1,
-) -> list[int] | None:
-    axes = weight.dim() - 2
-    if x.dim() != weight.dim() or weight.shape[1] * groups != x.shape[1] or isinstance(padding, str):
-        return None
-    each = [list(value) * (axes // len(value)) for value in (stride, padding, dilation)]
-    sides = [
-        (side + 2 * pad - far * (kernel - 1) - 1) // step + 1
-        for side, kernel, step, pad, far in zip(x.shape[2:], weight.shape[2:], *each, strict=True)
-    ]
-    return [x.shape[0], weight.shape[0], *sides] if min(sides) > 0 else None
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[int] | None:
-    return [*x.shape[:-1], weight.shape[0]] if weight.dim() == 2 and x.shape[-1] == weight.shape[1] else None
-
-
-def _batch_norm(x: Tensor, *tensors_and_numbers: Any) -> list[int] | None:
-    training = tensors_and_numbers[4]
-    return None if training else list(x.shape)
-
-
-_SHAPES: dict[Any, Callable[..., list[int] | None]] = {
-    torch.ops.aten.conv1d.default: _convolved,
-    torch.ops.aten.conv2d.default: _convolved,
-    torch.ops.aten.conv3d.default: _convolved,
-    torch.ops.aten.linear.default: _linear,
-    torch.ops.aten.batch_norm.default: _batch_norm,
-}
-"""What the layers return whose computation can be spared; None where their arguments do not fit."""
 
 
 def _shape_depends(func: Any, args: tuple[Any, ...]) -> bool:

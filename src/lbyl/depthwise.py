@@ -1,0 +1,82 @@
+"""Depthwise convolutions in float64, which PyTorch computes on the CPU one channel after the other.
+
+In a mobile network that takes several times as long as all the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+def depthwise_conv2d(
+    x: Float[Tensor, "images channels height width"],
+    weight: Float[Tensor, "out 1 rows columns"],
+    bias: Float[Tensor, " out"] | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Float[Tensor, "images out new_height new_width"]:
+    """A convolution in which each channel has filters of its own, tap by tap.
+
+    ``y = sum over i and j of w[i, j] * x[i :: stride, j :: stride]``. Channel ``c`` is read by the
+    ``out / channels`` filters from ``c * out / channels`` on.
+    """
+    x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    x = x.repeat_interleave(weight.shape[0] // x.shape[1], 1) if weight.shape[0] != x.shape[1] else x
+    taps = weight[:, 0, :, :, None, None]
+    sides = [
+        (side - far * (kernel - 1) - 1) // step + 1
+        for side, kernel, step, far in zip(x.shape[2:], weight.shape[2:], stride, dilation, strict=True)
+    ]
+    y = x.new_zeros(*x.shape[:2], *sides)
+    y += 0 if bias is None else bias[:, None, None]
+    for row in range(weight.shape[2]):
+        for column in range(weight.shape[3]):
+            rows, columns = (
+                slice(at * far, at * far + (side - 1) * step + 1, step)
+                for at, side, step, far in zip((row, column), sides, stride, dilation, strict=True)
+            )
+            y.addcmul_(x[:, :, rows, columns], taps[:, row, column])
+    return y
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """What `torch.conv2d` gives, called in the same way."""
+    fits = input.dim() == weight.dim() == 4 and groups == input.shape[1] > 1 == weight.shape[1]
+    slow = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float64
+    if not (fits and slow) or weight.shape[0] % groups or isinstance(padding, str):
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return depthwise_conv2d(input, weight, bias, _pair(stride), _pair(padding), _pair(dilation))
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    rows, columns = (value, value) if isinstance(value, int) else (value[0], value[-1])
+    return rows, columns
+
+
+class TapByTap(TorchFunctionMode):
+    """While it is on, depthwise convolutions in float64 on the CPU are computed tap by tap."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
