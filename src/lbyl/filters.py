@@ -273,8 +273,14 @@ def _powers(tensor: Tensor, slot: Slot, width: int, power: int) -> Float[Tensor,
     flat = tensor.detach().reshape(tensor.shape[0], -1)
     # Some rows at a time: a wide copy of all would be fresh memory, which takes longer than the sum.
     pieces = flat.split(max(1, _CACHED // max(flat.shape[1], 1)))
-    sums = [piece.to(torch.float64, copy=True).abs_().pow_(power).sum(1) for piece in pieces]
+    sums = [_raised_(piece.to(torch.float64, copy=True), power).sum(1) for piece in pieces]
     return _rows(torch.cat(sums), slot, width)
+
+
+def _raised_(values: Tensor, power: int) -> Tensor:
+    """``|v|^p``, in place."""
+    magnitudes = values if power % 2 == 0 else values.abs_()
+    return magnitudes if power == 1 else magnitudes.pow_(power)
 
 
 def _offset(producer: Producer, group: Group, state: State) -> Float[Tensor, " channels"]:

@@ -7,6 +7,7 @@ import gc
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -26,17 +27,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     precision, or a trace with fake tensors, that would be wrong or worse.
     """
     modes = {module: module.training for module in model.modules()}
-    plain = {module: _plain(module) for module in modes}
-    held = {id(v): (v, v.copy()) for values in plain.values() for v in values.values() if isinstance(v, _CONTAINERS)}
+    before = [(vars(module), vars(module).copy()) for module in modes]
+    held = {
+        id(value): (value, value.copy())
+        for _, own in before
+        for name, value in own.items()
+        if type(value) not in _ATOMS and isinstance(value, _CONTAINERS) and name not in _TORCH
+    }
     model.eval()  # even where they all are: it makes some forget what they keep
     try:
         yield
     finally:
         set_modes(modes)
-        for module in modes:
-            for name in _plain(module).keys() - plain[module].keys():
-                del module.__dict__[name]
-            module.__dict__.update(plain[module])
+        for now, own in before:
+            if now.keys() == own.keys() and all(map(is_, now.values(), own.values())):
+                continue  # as usual
+            for name in now.keys() - own.keys() - _TORCH:
+                del now[name]
+            now.update({name: value for name, value in own.items() if name not in _TORCH})
         for container, content in held.values():
             container.clear()
             if isinstance(container, list):
@@ -83,8 +91,8 @@ def duplicate(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.
     """
     memo: dict[int, Any] = dict(instead or {})
     for module in model.modules():
-        for value in _plain(module).values():
-            for tensor in pytree.tree_leaves(value) if not isinstance(value, _ATOMS) else ():
+        for name, value in vars(module).items():
+            for tensor in pytree.tree_leaves(value) if name not in _TORCH and type(value) not in _ATOMS else ():
                 # Results that a module keeps may hang on a gradient, which can't be copied.
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()
@@ -112,17 +120,21 @@ def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
 
     for module, twin in zip(ours, twins, strict=True):
         own = vars(twin)
+        own.update(vars(module))
         for name, value in vars(module).items():
             kind = type(value)
-            if kind in (dict, OrderedDict) and id(value) not in memo:
+            if kind in _ATOMS or (kind is tuple and all(type(item) in _ATOMS for item in value)):
+                continue
+            if id(value) in memo:
+                own[name] = memo[id(value)]
+            elif kind in (dict, OrderedDict):
                 own[name] = memo[id(value)] = kind()
-                own[name].update((key, twin_of(item)) for key, item in value.items())
-            elif kind is tuple and all(type(item) in _ATOMS for item in value):
-                own[name] = value
-            elif kind in (set, list) and not value and id(value) not in memo:
+                if value:
+                    own[name].update({key: twin_of(item) for key, item in value.items()})
+            elif kind in (set, list) and not value:
                 own[name] = memo[id(value)] = kind()
             else:
-                own[name] = twin_of(value)
+                own[name] = copy.deepcopy(value, memo)
 
 
 def _plainly_copied(kind: type[nn.Module]) -> bool:
@@ -133,11 +145,6 @@ def _plainly_copied(kind: type[nn.Module]) -> bool:
     return usual and kind.__setstate__ in restoring
 
 
-_ATOMS = (bool, int, float, str, type(None))
+_ATOMS = frozenset((bool, int, float, str, type(None)))
 _COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs_ex__", "__getnewargs__")
 _CONTAINERS = (dict, list, set)
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    own = vars(module)
-    return {name: own[name] for name in own.keys() - _TORCH}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +32,7 @@ class Choice:
     group: Group
     keep: tuple[int, ...]
 
-    @property
+    @cached_property
     def drop(self) -> tuple[int, ...]:
         """The channels that go, ascending."""
         kept = set(self.keep)

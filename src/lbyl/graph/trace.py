@@ -322,17 +322,22 @@ def _blocks(
     equal: list[tuple[Tensor, int]], group_of: Tensor, channel_of: Tensor, index: int, width: int
 ) -> tuple[tuple[int, ...], str | None]:
     """Label the channels so that cutting equally many of every label suits all grouped convolutions."""
+    if not equal:
+        return (0,) * width, None
     labels = torch.zeros(width, dtype=torch.int64)
     for roots, blocks in equal:
         ours = group_of[roots] == index
         block = torch.arange(len(roots)) * blocks // len(roots)
         # Which blocks each channel has a seat in; channels with seats in the same ones are alike.
         seats = torch.unique(channel_of[roots[ours]] * blocks + block[ours])
-        counts = torch.bincount(seats // blocks, minlength=width).tolist()
-        kinds: dict[tuple[int, ...], int] = {}
-        each = iter((seats % blocks).tolist())
-        rows = [kinds.setdefault(tuple(islice(each, count)), len(kinds)) for count in counts]
-        labels = torch.unique(labels * width + torch.tensor(rows), return_inverse=True)[1]
+        counts = torch.bincount(seats // blocks, minlength=width)
+        if bool((counts == 1).all()):
+            rows = seats % blocks
+        else:
+            kinds: dict[tuple[int, ...], int] = {}
+            each = iter((seats % blocks).tolist())
+            rows = torch.tensor([kinds.setdefault(tuple(islice(each, n)), len(kinds)) for n in counts.tolist()])
+        labels = torch.unique(labels * (width + blocks) + rows, return_inverse=True)[1]
     # Numbered in order of appearance.
     names = {label: number for number, label in enumerate(dict.fromkeys(labels.tolist()))}
     result = tuple(names[label] for label in labels.tolist())
