@@ -56,7 +56,7 @@ from torch import Tensor, nn
 import lbyl
 from lbyl.inputs import ExampleInputs
 from lbyl.modes import duplicate
-from lbyl.moments import ProbeSource
+from lbyl.moments import Probes, ProbeSource
 from lbyl.restorers import choose_restorer
 from lbyl.selection import generator_for
 from lbyl.widths import Given
@@ -182,12 +182,14 @@ class Restorers:
         """The default, or dreams alone, with the probes made: they are what `lbyl.compress` makes of that seed."""
         if (method, seed) not in self.made:
             chosen = choose_restorer(self.net)[0] if method == "Default" else self(method, seed)
-            inputs = ExampleInputs.of(self.pixels[:1])
-            generator = generator_for(seed, "probes")
             assert isinstance(chosen.moments, ProbeSource)
-            probes = chosen.moments.probes(duplicate(self.net).eval(), inputs, generator, None)
-            self.made[method, seed] = replace(chosen, moments=Given(probes))
+            self.made[method, seed] = replace(chosen, moments=Given(self.probes(chosen.moments, seed)))
         return self.made[method, seed]
+
+    def probes(self, source: ProbeSource, seed: int) -> Probes:
+        """What `lbyl.compress` would look at the network with."""
+        inputs, generator = ExampleInputs.of(self.pixels[:1]), generator_for(seed, "probes")
+        return source.probes(duplicate(self.net).eval(), inputs, generator, None)
 
 
 class PeakMemory:
@@ -421,7 +423,7 @@ def main(
     for name in names:
         if name not in NETWORKS:
             raise typer.BadParameter(f"{name!r}: choose {', '.join(NETWORKS)}", param_hint="--network")
-    run = Run("accuracy", "Accuracy against ratio", "python benchmarks/accuracy.py --data DIR")
+    run = Run("accuracy", "Accuracy against ratio", "python benchmarks/accuracy.py --data DIR", pieced=True)
     titles = {name: spec.title for name, spec in NETWORKS.items()}
     run.settings = {"seeds": seeds, "criterion": "l2", "scope": "inner", "networks": titles}
     if not quick:

@@ -33,6 +33,7 @@ class Run:
     """Everything that one run of a benchmark found out.
 
     ``details`` are tables for docs/ alone; ``about`` and ``sections`` (title: text) are prose made of measurements.
+    ``pieced`` together of several runs, it says nothing of how long it took.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Run:
     measurements: list[dict[str, Any]] = field(default_factory=list)
     about: str = ""
     sections: dict[str, str] = field(default_factory=dict)
+    pieced: bool = False
     started: float = field(default_factory=time.perf_counter)
 
     def write(self) -> Path:
@@ -56,7 +58,7 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
-            "seconds": round(time.perf_counter() - self.started, 1),
+            "seconds": None if self.pieced else round(time.perf_counter() - self.started, 1),
             "settings": self.settings,
             "about": self.about,
             "sections": self.sections,

@@ -54,9 +54,10 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     """docs/results.md."""
     parts = ["# Results", "Written by `python benchmarks/tables.py`; do not edit by hand."]
     for data in results.values():
+        took = "cell by cell" if data["seconds"] is None else f"in {data['seconds']:,.0f} s when it last ran"
         made = (
-            f"`{data['command']}` took {data['seconds']:,.0f} s when it last ran, with lbyl {data['lbyl']}, "
-            f"torch {data['torch']}, {data['threads']} threads."
+            f"Measured by `{data['command']}` {took}, with lbyl {data['lbyl']}, torch {data['torch']}, "
+            f"{data['threads']} thread{'s' * (data['threads'] != 1)}."
         )
         plots = [f"![{caption}]({name}.svg)" for name, caption in data.get("plots", {}).items()]
         parts += [f"## {data['title']}", *plots, benchmark(data), *map(table, data.get("details", ())), made]
