@@ -56,9 +56,10 @@ class Filters:
 
     def _summed(self, power: int) -> Float[Tensor, " channels"]:
         parts, bare = [], not any(producer.stages for producer in self.group.producers)
-        for producer, offset in zip(self.group.producers, self._offsets, strict=True):
+        found = self._squares if power == 2 else self._powered(power)
+        for producer, offset, powers in zip(self.group.producers, self._offsets, found, strict=True):
             slot = producer.weight
-            parts.append(_powers(self.state[slot.parameter], slot, self.group.width, power).sum(1))
+            parts.append(powers.sum(1))
             if producer.bias and not producer.normalized:
                 bias = offset[:, None] if bare else _rows(self.state[producer.bias], slot, self.group.width)
                 parts.append(bias.abs().pow(power).sum(1))
@@ -78,8 +79,8 @@ class Filters:
     def energy(self) -> Float[Tensor, " channels"]:
         """``|v_j|^2``, summed without making the rows of `weight`, which are several times the weights themselves."""
         parts = []
-        for producer, offset in zip(self.group.producers, self._offsets, strict=True):
-            parts.append(_energy(producer, self.group, self.state))
+        for producer, offset, squares in zip(self.group.producers, self._offsets, self._squares, strict=True):
+            parts.append(_energy(producer, self.group, self.state, squares))
             if not producer.normalized and producer.bias:
                 parts.append(offset.square())
         return torch.stack(parts).sum(0)
@@ -111,6 +112,14 @@ class Filters:
     def peak(self) -> Float[Tensor, " channels"]:
         """The largest absolute weight with which any reader reads the channel."""
         return _peak(self.group, self.state)
+
+    @cached_property
+    def _squares(self) -> list[Float[Tensor, "channels occurrences"]]:
+        return self._powered(2)
+
+    def _powered(self, power: int) -> list[Float[Tensor, "channels occurrences"]]:
+        slots = [producer.weight for producer in self.group.producers]
+        return [_powers(self.state[slot.parameter], slot, self.group.width, power) for slot in slots]
 
     @cached_property
     def _offsets(self) -> list[Tensor]:
@@ -253,10 +262,12 @@ def _effective(producer: Producer, group: Group, state: State) -> Float[Tensor, 
     return weight
 
 
-def _energy(producer: Producer, group: Group, state: State) -> Float[Tensor, " channels"]:
-    """Sum of squares of the producer's weight with all that follows it folded in."""
+def _energy(
+    producer: Producer, group: Group, state: State, squares: Float[Tensor, "channels occurrences"]
+) -> Float[Tensor, " channels"]:
+    """Sum of squares of the producer's weight with all that follows it folded in, given that of the weight alone."""
     slot, width = producer.weight, group.width
-    found = _powers(state[slot.parameter], slot, width, 2)
+    found = squares
     for stage in producer.stages:
         if isinstance(stage, Norm):
             found = found * _norm(stage, slot, width, state)[0].square()

@@ -127,7 +127,7 @@ def deliver(choice: Choice, state: State, restorer: Restorer, seed: int) -> tupl
     """One group's delivery matrix and its error terms; block by block where grouped convolutions need it."""
     group = choice.group
     keep, drop = choice.tensors()
-    filters = describe(group, state)
+    filters = (choice.filters if isinstance(restorer, Prune) else None) or describe(group, state)
     obstacle = None if isinstance(restorer, Prune) else paper_form_applies(group, state)
     if obstacle:
         note = f"pruned without restoration: the weights-only form does not apply, {obstacle}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cached_property
@@ -31,6 +31,8 @@ class Choice:
 
     group: Group
     keep: tuple[int, ...]
+    filters: Filters | None = field(default=None, compare=False, repr=False)
+    """What they were chosen by, where only norms were looked at, so that it takes little memory."""
 
     @cached_property
     def drop(self) -> tuple[int, ...]:
@@ -131,9 +133,9 @@ def select(graph: Graph, state: State, ratio: Ratio, scope: str, choose: Choose,
         elif share == 0:
             left.append((group.name, "ratio 0"))
         else:
-            keep = _keep(group, state, share, choose, seed)
-            if len(keep) < group.width:
-                choices.append(Choice(group, keep))
+            choice = _choice(group, state, share, choose, seed)
+            if len(choice.keep) < group.width:
+                choices.append(choice)
             else:
                 left.append((group.name, f"{group.width} channels: nothing to drop at this ratio"))
     found = {choice.group.name: choice for choice in choices}
@@ -162,7 +164,7 @@ def _together(
         counts = ", ".join(str(count) for count in sorted({group.width for group in heads}))
         return {}, f"{stream.name!r} and its {counts} heads can't lose the same share at this ratio"
     part = parts.pop()
-    together = {group.name: Choice(group, _keep(group, state, float(1 - part), choose, seed)) for group in family}
+    together = {group.name: _choice(group, state, float(1 - part), choose, seed) for group in family}
     if any(len(choice.keep) != part * choice.group.width for choice in together.values()):
         return {}, f"{stream.name!r} comes in blocks, which can't lose {float(1 - part):.1%} each as its heads do"
     return together, ""
@@ -175,7 +177,7 @@ def check_selection(selection: Selection) -> None:
         raise InputError(f"no group can be pruned with these settings ({reasons or 'the model has no layer to cut'})")
 
 
-def _keep(group: Group, state: State, share: float, choose: Choose, seed: int) -> tuple[int, ...]:
+def _choice(group: Group, state: State, share: float, choose: Choose, seed: int) -> Choice:
     filters, labels = describe(group, state), torch.tensor(group.blocks)
     # Blocks are of one size, or the group would stay whole.
     blocks = torch.argsort(labels, stable=True).reshape(len(labels.unique()), -1)
@@ -183,9 +185,9 @@ def _keep(group: Group, state: State, share: float, choose: Choose, seed: int) -
     norms = choose.norms(filters) if isinstance(choose, ByCriterion) else None
     if norms is not None:
         best = torch.argsort(norms.cpu()[blocks], dim=1, descending=True, stable=True)[:, :count]
-        return tuple(sorted(blocks.gather(1, best).flatten().tolist()))
+        return Choice(group, tuple(sorted(blocks.gather(1, best).flatten().tolist())), filters)
     keep = []
     for members in blocks:
         generator = generator_for(seed, f"{group.name}#{int(labels[members[0]])}")
         keep.append(members[choose(subset(filters, members), count, generator)])
-    return tuple(sorted(torch.cat(keep).tolist()))
+    return Choice(group, tuple(sorted(torch.cat(keep).tolist())))

@@ -158,8 +158,9 @@ def _freeze(builder: Builder) -> Graph:
         roots = find(record.ids)
         owners = group_of[roots]
         places = channel_of[roots]
-        for index in sorted(set(owners.tolist()) - {NOT_OURS}):
-            channels = torch.where(owners == index, places, NOT_OURS)
+        alone = bool((owners == owners[:1]).all())  # as a rule
+        for index in sorted(set(owners[: 1 if alone else None].tolist()) - {NOT_OURS}):
+            channels = places if alone else torch.where(owners == index, places, NOT_OURS)
             slot = Slot(record.parameter, record.dim, tuple(channels.tolist()), record.blocks)
             (readers if record.role == "reader" else carriers)[index].append(slot)
 
