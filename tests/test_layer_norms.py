@@ -100,6 +100,25 @@ class Torch(Functional):
         return self.head(torch.layer_norm(y, [self.dim], self.weight, self.bias, 0.1))
 
 
+class Pooling(nn.Module):
+    """A stream of images under group norms of one group, as in PoolFormer; `torch.group_norm` at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 3)
+        self.norms = nn.ModuleList([nn.GroupNorm(1, 8, eps=0.1) for _ in range(3)])
+        for parameter in self.norms.parameters():
+            nn.init.uniform_(parameter, 0.5, 2)
+        self.grow, self.shrink = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + F.avg_pool2d(self.norms[0](x), 3, 1, 1)
+        x = x + self.shrink(self.grow(self.norms[1](x)).relu())
+        last = self.norms[2]
+        return self.head(torch.group_norm(x, 1, last.weight, last.bias, 0.1).mean((2, 3)))
+
+
 TOKENS, PIXELS = (2, 5, 7), (2, 3, 16, 16)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "before": (Before, TOKENS),
@@ -108,6 +127,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "images": (Images, PIXELS),
     "functional": (Functional, TOKENS),
     "torch": (Torch, TOKENS),
+    "one group": (Pooling, PIXELS),
     "no sum": (lambda: nn.Sequential(nn.Linear(7, 12), norm(12), nn.Linear(12, 3)), TOKENS),
 }
 named = pytest.mark.parametrize("name", NETWORKS)
@@ -130,11 +150,15 @@ class ByHand(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         weight = args[2] if len(args) > 2 else kwargs.get("weight")
-        if func not in (F.layer_norm, torch.layer_norm) or id(weight) not in self.keep:
+        grouped = func in (F.group_norm, torch.group_norm)
+        if (not grouped and func not in (F.layer_norm, torch.layer_norm)) or id(weight) not in self.keep:
             return func(*args, **kwargs)
         self.met += 1
         x, keep = args[0], list(self.keep[id(weight)])
         bias, eps = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((3, "bias"), (4, "eps")))
+        if grouped:
+            part = F.group_norm(x[:, keep], 1, weight[keep], bias[keep], eps)
+            return torch.zeros_like(x).index_copy(1, torch.tensor(keep), part)
         part = F.layer_norm(x[..., keep], (len(keep),), weight[keep], None if bias is None else bias[keep], eps)
         return torch.zeros_like(x).index_copy(-1, torch.tensor(keep), part)
 
@@ -178,6 +202,8 @@ def test_the_cut_network_is_the_one_with_statistics_over_what_stays(name: str) -
     for module in result.model.modules():
         if isinstance(module, nn.LayerNorm):
             assert module.normalized_shape == tuple(module.weight.shape)
+        if isinstance(module, nn.GroupNorm):
+            assert (module.num_groups, module.num_channels) == (1, len(module.weight))
 
 
 def test_statistics_are_those_of_a_narrower_norm() -> None:

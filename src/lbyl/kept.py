@@ -6,12 +6,14 @@ a cut is compared with takes its statistics without them, and gives zero where t
     y_k = gamma_k (x_k - mean_K) / sqrt(var_K + eps) + beta_k    for k in K
     y_d = 0                                                      for all others
 
-This is what the cut layer norm computes. Here it is computed on the whole width, while the model runs.
+This is what the cut layer norm computes. Here it is computed on the whole width, while the model runs. A group norm
+of a single group is a layer norm over channels and positions.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -51,28 +53,47 @@ def still_masked(kept: Kept, cuts: Sequence[Cut]) -> dict[str, Bool[Tensor, " ch
 
 
 def kept_layer_norm(
-    x: Float[Tensor, "*positions channels"],
+    x: Float[Tensor, "..."],
     kept: Bool[Tensor, " channels"],
     weight: Float[Tensor, " channels"],
     bias: Float[Tensor, " channels"] | None,
     eps: float,
-) -> Float[Tensor, "*positions channels"]:
+    axis: int = -1,
+) -> Float[Tensor, "..."]:
     """The layer norm above: statistics over the channels that stay, zero at the others.
 
     Two passes in the precision of ``x``, as the variance of large values would lose its digits in one.
+
+    Args:
+        x: whatever has channels along ``axis``.
+        kept: which channels stay.
+        weight: gamma.
+        bias: beta; None for zero.
+        eps: added to the variance.
+        axis: statistics are over this axis and those behind it.
     """
-    inside = kept.to(x.device)
-    count = inside.sum()
-    mean = torch.where(inside, x, 0).sum(-1, keepdim=True) / count
+    over = tuple(range(axis % x.dim(), x.dim()))
+    inside = _along(kept, x, axis)
+    count = inside.sum() * math.prod(x.shape[over[0] + 1 :])
+    mean = torch.where(inside, x, 0).sum(over, keepdim=True) / count
     away = torch.where(inside, x - mean, 0)
-    y = away * torch.rsqrt(away.square().sum(-1, keepdim=True) / count + eps) * weight
-    return y if bias is None else y + torch.where(inside, bias, 0)
+    y = away * torch.rsqrt(away.square().sum(over, keepdim=True) / count + eps) * _along(weight, x, axis)
+    return y if bias is None else y + torch.where(inside, _along(bias, x, axis), 0)
+
+
+def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
+    """One value a channel, shaped to broadcast with ``x``."""
+    return values.to(x.device).reshape([-1] + [1] * (x.dim() - axis % x.dim() - 1))
 
 
 _CALLS: dict[Any, inspect.Signature] = {
     functional.layer_norm: inspect.signature(functional.layer_norm),
     torch.layer_norm: inspect.signature(functional.layer_norm),
+    functional.group_norm: inspect.signature(functional.group_norm),
+    torch.group_norm: inspect.signature(functional.group_norm),
 }
+_SHORT = (torch.layer_norm, torch.group_norm)
+"""They also take whether cuDNN may be used, which is of no matter here."""
 
 
 class KeptStatistics(TorchFunctionMode):
@@ -106,17 +127,22 @@ def normalized(
     mask = None if call is None else kept.get(names.get(id(call["weight"]), ""))
     if call is None or mask is None:
         return None
-    return kept_layer_norm(call["input"], mask, call["weight"], call["bias"], call["eps"])
+    return kept_layer_norm(call["input"], mask, call["weight"], call["bias"], call["eps"], _axis(call))
 
 
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     if func not in _CALLS:
         return None
-    if func is torch.layer_norm:
-        args, kwargs = args[:5], {key: value for key, value in kwargs.items() if key != "cudnn_enable"}
+    if func in _SHORT:
+        args, kwargs = args[:5], {key: value for key, value in kwargs.items() if not key.startswith("cudnn_enable")}
     bound = _CALLS[func].bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
+
+
+def _axis(call: Mapping[str, Any]) -> int:
+    """Where the channels are in what a norm is called on."""
+    return 1 if "num_groups" in call else -1
 
 
 class Foreseen(TorchFunctionMode):
@@ -173,7 +199,7 @@ class Foreseen(TorchFunctionMode):
         if ahead is not None:
             call = _bound(func, args, kwargs)
             assert call is not None
-            inside = self.kept[self.names[id(call["weight"])]].to(ahead.device)
+            inside = _along(self.kept[self.names[id(call["weight"])]], ahead, _axis(call))
             theirs = torch.where(inside, ahead, out)
         for ours, its in zip(pytree.tree_leaves(out), pytree.tree_leaves(theirs), strict=False):
             if isinstance(ours, Tensor) and isinstance(its, Tensor) and ours.shape == its.shape:

@@ -319,7 +319,8 @@ def _set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) 
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(weight, Tensor):
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
-        module.num_groups = module.num_groups * len(weight) // module.num_channels
+        if module.num_groups > 1:  # groups go as a whole, and a single one gets narrower
+            module.num_groups = module.num_groups * len(weight) // module.num_channels
         module.num_channels = len(weight)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = len({**module._parameters, **module._buffers}[next(iter(before))])  # pyright: ignore

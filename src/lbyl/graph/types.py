@@ -88,7 +88,7 @@ class Average:
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """A layer norm over channels of a group, by its module and the name of its weight.
+    """A layer norm, or a group norm of a single group, over channels of a group, by its module and its weight's name.
 
     Once some of them are cut, it takes its mean and variance over those that stay.
     """

@@ -80,19 +80,24 @@ def _fixed(builder: Builder, node: fx.Node, args: tuple[Any, ...]) -> Any:
 
 @rule("group_norm")
 def group_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Statistics over blocks of channels: a block goes as a whole."""
+    """Statistics over blocks of channels: a block goes as a whole. A single block is a layer norm, see `lbyl.kept`."""
     x, blocks = args[0], args[1]
     tensors = [args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias"))]
     ids = builder.channels(x, 1) if isinstance(x, Tensor) else None
     if ids is None or not all(isinstance(t, ParameterRef | None) for t in tensors):
         return builder.barrier(node, args, f"group_norm in {layer_name(node)!r} on mixed axes")
-    if blocks == 1:
+    weight = tensors[0]
+    if blocks == 1 and not isinstance(weight, ParameterRef):
         builder.fix(x, [1], f"group_norm {layer_name(node)!r} takes statistics over them")
         return x
-    rows = builder.join(ids.reshape(blocks, -1), [1])
     for tensor in tensors:
         if tensor is not None:
             builder.slot(tensor.name, 0, ids, "carrier")
+    if blocks == 1 and isinstance(weight, ParameterRef):
+        builder.layer_norms.append((ids, LayerNorm(layer_name(node), weight.name)))
+        builder.step(ids, "group_norm", layer_name(node), parametric=True)
+        return x
+    rows = builder.join(ids.reshape(blocks, -1), [1])
     builder.step(rows.reshape(-1), "group_norm", layer_name(node), parametric=True)
     return builder.spread(builder.ids.find(ids), 1, x.shape)
 
