@@ -519,18 +519,26 @@ def test_a_sweep_makes_what_compress_makes(tmp_path: Path, monkeypatch: pytest.M
 
 
 class Dividing(nn.Module):
-    """Attention that divides the width of what it reads by the number of heads, as Swin has it."""
+    """Attention that divides the width of what it reads by the number of heads, as Swin has it.
 
-    def __init__(self, width: int, heads: int) -> None:
+    As in the second version of Swin, a layer may make what is added to each head's scores.
+    """
+
+    def __init__(self, width: int, heads: int, biased: bool) -> None:
         super().__init__()
         self.num_heads, self.norm = heads, norm(width)
+        self.bias = nn.Linear(2, heads, bias=False) if biased else None
+        self.register_buffer("places", torch.randn(5, 5, 2))
         self.qkv, self.proj, self.mlp = nn.Linear(width, 3 * width), nn.Linear(width, width), Mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
         count, tokens, width = x.shape
         parts = self.qkv(self.norm(x)).reshape(count, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = parts.permute(2, 0, 3, 1, 4)
-        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        scores = q @ k.transpose(-2, -1)
+        if self.bias is not None:
+            scores = scores + self.bias(self.places).permute(2, 0, 1)
+        mixed = scores.softmax(-1) @ v
         x = x + self.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
         return x + self.mlp(x)
 
@@ -538,21 +546,24 @@ class Dividing(nn.Module):
 class Stages(nn.Module):
     """Two streams: a quarter can be cut of the second with its heads; of the first, whose heads are three, it can't."""
 
-    def __init__(self) -> None:
+    def __init__(self, biased: bool) -> None:
         super().__init__()
-        self.stem, self.first, self.between = nn.Linear(7, 12), Dividing(12, 3), nn.Linear(12, 24)
-        self.second, self.grouped, self.head = Dividing(24, 4), nn.Conv1d(24, 24, 1, groups=2), nn.Linear(24, 3)
+        self.stem, self.first, self.between = nn.Linear(7, 12), Dividing(12, 3, biased), nn.Linear(12, 24)
+        self.second, self.grouped, self.head = Dividing(24, 4, biased), nn.Conv1d(24, 24, 1, groups=2), nn.Linear(24, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.between(self.first(self.stem(x))))
         return self.head(self.grouped(x.transpose(1, 2)).transpose(1, 2))
 
 
-def test_a_stream_is_cut_with_the_heads_that_its_width_is_divided_into(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_stream_is_cut_with_the_heads_that_its_width_is_divided_into(
+    monkeypatch: pytest.MonkeyPatch, biased: bool
+) -> None:
     runs: list[int] = []
     whole = verification._wide_outputs
     monkeypatch.setattr(verification, "_wide_outputs", lambda *args: runs.append(1) or whole(*args))
-    model, x = settle(Stages()), images(2, 5, 7)
+    model, x = settle(Stages(biased)), images(2, 5, 7)
     report = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune").report
     widths = {row.group: (row.before, row.after) for row in report.rows}
     assert widths["between"] == (24, 18)

@@ -217,6 +217,32 @@ def test_norms_over_all_channels_are_refused_by_name(norm: nn.Module) -> None:
     assert "norm '1' takes statistics over them" in str(found)
 
 
+class Places(nn.Module):
+    """What a small MLP makes of a table of places is added to each position; the table may serve twice."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.randn(4, 6))
+        self.first, self.second, self.shared = nn.Linear(6, 8), nn.Linear(8, 6), shared
+        self.stem, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) + self.second(self.first(self.places).relu())
+        return self.head(x + self.places if self.shared else x)
+
+
+def test_layers_read_a_table_as_they_read_inputs() -> None:
+    result = cut(settle(Places(shared=False)), images(2, 4, 3))
+    assert widths(result) == {"first": (8, 4), "stem": (6, 3)}
+    assert result.model.places.shape == (4, 6)  # pyright: ignore
+
+
+def test_a_table_that_is_read_keeps_its_columns() -> None:
+    model, x = settle(Places(shared=True)), images(2, 4, 3)
+    assert widths(cut(model, x)) == {"first": (8, 4)}
+    assert reasons(model, x)["stem"] == "places is what 'first' is called with"
+
+
 class Split(nn.Module):
     """Radix attention (ResNeSt): two halves of a grouped convolution are weighed against each other and added."""
 

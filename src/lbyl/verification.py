@@ -14,7 +14,7 @@ found out without computing anything, on PyTorch's meta device, where the networ
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lbyl.depthwise import TapByTap
 from lbyl.errors import InputError, LbylError, VerificationError
-from lbyl.graph import Graph, Slot
+from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs, outputs
 from lbyl.kept import Kept, KeptStatistics, kept_channels, still_masked
 from lbyl.measure import macs_by_shapes
@@ -261,16 +261,16 @@ def cuttable(
 
 def _families(choices: Sequence[Choice]) -> list[list[Choice]]:
     """Each stream with the groups whose layers read it or write it; and all that belong to no stream."""
-    streams = [choice for choice in choices if _is_stream(choice)]
+    coupled = [choice for choice in choices if _is_stream(choice)]
+    # Heads are coupled where a layer of their own makes what is added to their scores, but all they feed is a stream.
+    streams = [a for a in coupled if not any(_readers(a) <= _makers(b) for b in coupled if b is not a)]
     families = [[stream] for stream in streams]
     others: list[Choice] = []
-    makes = [_weights(producer.weight for producer in stream.group.producers) for stream in streams]
-    reads = [_weights(stream.group.readers) for stream in streams]
+    makes, reads = [_makers(stream) for stream in streams], [_readers(stream) for stream in streams]
     for choice in choices:
-        if _is_stream(choice):
+        if choice in streams:
             continue
-        makers = _weights(producer.weight for producer in choice.group.producers)
-        readers = _weights(choice.group.readers)
+        makers, readers = _makers(choice), _readers(choice)
         met = (i for i in range(len(streams)) if makers & reads[i] or readers & makes[i])
         found = next(met, None)
         (others if found is None else families[found]).append(choice)
@@ -281,8 +281,12 @@ def _is_stream(choice: Choice) -> bool:
     return bool(choice.group.outside) and not choice.group.abreast
 
 
-def _weights(slots: Iterable[Slot]) -> set[str]:
-    return {slot.parameter for slot in slots}
+def _makers(choice: Choice) -> set[str]:
+    return {producer.weight.parameter for producer in choice.group.producers}
+
+
+def _readers(choice: Choice) -> set[str]:
+    return {slot.parameter for slot in choice.group.readers}
 
 
 def follower(model: nn.Module, graph: Graph) -> Follow:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
-from lbyl.graph.ids import compact, small, varies
+from lbyl.graph.ids import NOBODY, compact, small, varies
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.types import Depthwise
@@ -43,6 +44,10 @@ def mix(
 def linear(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """y = x W^T + b, over the last axis."""
     x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
+    if isinstance(x, ParameterRef) and (own := builder.shadow(x)) is not None:
+        # A table that comes with the model (places, queries) is read like an input, so it keeps its columns.
+        builder.pin(small(own).reshape(-1), f"{x.name} is what {layer_name(node)!r} is called with")
+        x = torch.full((), NOBODY).expand(x.shape)
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
         builder.computed.append(layer_name(node))
         return builder.barrier(node, args, f"linear in {layer_name(node)!r} with a computed weight")
