@@ -356,10 +356,10 @@ def totals(run: Run) -> Table:
         if fair and len(fair) < len(both):
             text = f"the same, where neither drops more channels than asked ({len(fair)} networks)"
             rows.append([text, *(f"{median(s):.1%}" for s in shares)])
-        rows.append(["median seconds, where both pass", *(f"{median(s):.1f}" for s in seconds)])
+        rows.append(["median seconds, where both pass", *(f"{median(s):.2f}" for s in seconds)])
         unverified = [cell["unverified"]["seconds"] for cell in both if "seconds" in cell.get("unverified", {})]
         if unverified:
-            rows.append(["the same, nothing verified", f"{median(unverified):.1f}", f"{median(seconds[1]):.1f}"])
+            rows.append(["the same, nothing verified", f"{median(unverified):.2f}", f"{median(seconds[1]):.2f}"])
         rows.append(["largest seconds, where both pass", *(f"{max(s):.1f}" for s in seconds)])
     return Table("Totals of the 79 classifiers", ["", "lbyl", "Torch-Pruning"], rows)
 
@@ -378,8 +378,9 @@ def main(
     current = version("lbyl")
     run.measurements = [cell for cell in known_cells("coverage") if not (fresh and cell["network"] in names)]
     wanted = ["all", "unverified", *(["peer"] if peer else []), "inner", *(["restored"] if restore else [])]
-    for cell in wanted:
-        for name in names:
+    # What is compared is measured one right after the other, for the machine may be slower an hour later.
+    for name in names:
+        for cell in wanted:
             if any(c["network"] == name and c["cell"] == cell for c in run.measurements):
                 continue
             if cell in ("peer", "unverified") and name not in CLASSIFIERS:
