@@ -360,6 +360,10 @@ def totals(run: Run) -> Table:
         unverified = [cell["unverified"]["seconds"] for cell in both if "seconds" in cell.get("unverified", {})]
         if unverified:
             rows.append(["the same, nothing verified", f"{median(unverified):.2f}", f"{median(seconds[1]):.2f}"])
+        for key, text in (("all", "verified"), ("unverified", "nothing verified")):
+            ratios = [c[key]["seconds"] / c["peer"]["seconds"] for c in both if "seconds" in c.get(key, {})]
+            if ratios:
+                rows.append([f"median of seconds over its seconds, {text}", f"{median(ratios):.2f}", None])
         rows.append(["largest seconds, where both pass", *(f"{max(s):.1f}" for s in seconds)])
     return Table("Totals of the 79 classifiers", ["", "lbyl", "Torch-Pruning"], rows)
 
@@ -373,7 +377,7 @@ def main(
     """Fill the table network by network."""
     console = Console()
     names = [name for name in MODELS if fnmatch(name, only)]
-    run = Run("coverage", "Coverage", "python benchmarks/coverage.py")
+    run = Run("coverage", "Coverage", "python benchmarks/coverage.py", pieced=True)
     run.settings = {"ratio": RATIO, "criterion": "l2"}
     current = version("lbyl")
     run.measurements = [cell for cell in known_cells("coverage") if not (fresh and cell["network"] in names)]
