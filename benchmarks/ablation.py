@@ -90,8 +90,7 @@ def table(cells: Sequence[dict[str, Any]]) -> Table:
 
 def save(run: Run, names: Sequence[str]) -> None:
     """Write the file, with what another process may have found about other networks meanwhile."""
-    others = [cell for cell in known_cells("ablation") if cell["network"] not in names]
-    run.measurements = [*others, *(cell for cell in run.measurements if cell["network"] in names)]
+    run.join(names)
     run.tables = [table(run.measurements)]
     run.write()
 

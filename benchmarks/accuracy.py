@@ -393,8 +393,7 @@ def tabulate(run: Run) -> None:
 
 def save(run: Run, names: Sequence[str]) -> None:
     """Write the file, with what another process may have found about other networks meanwhile."""
-    others = [cell for cell in known_cells("accuracy") if cell["network"] not in names]
-    run.measurements = [*others, *(cell for cell in run.measurements if cell["network"] in names)]
+    run.join(names)
     tabulate(run)
     run.write()
 

@@ -48,6 +48,11 @@ class Run:
     pieced: bool = False
     started: float = field(default_factory=time.perf_counter)
 
+    def join(self, networks: Sequence[str]) -> None:
+        """Keep what was measured of these networks, beside what the file holds of others by now."""
+        others = [cell for cell in known_cells(self.name) if cell["network"] not in networks]
+        self.measurements = [*others, *(cell for cell in self.measurements if cell["network"] in networks)]
+
     def write(self) -> Path:
         """Write ``benchmarks/results/NAME.json``."""
         RESULTS.mkdir(exist_ok=True)
