@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import nets
 import pytest
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 import lbyl
 from lbyl.inputs import ExampleInputs
 from lbyl.lockstep import OutOfStep, Turn, Walked, walk_together
+from lbyl.memory import held_bytes
 from lbyl.probing import ReaderCall, run
 
 
@@ -273,7 +276,22 @@ def test_probes_of_different_shapes_are_told() -> None:
         walk(residual(), [images(4), images(4)[:, :, :6]], {}, lambda turn: None)
 
 
-def test_probes_that_would_not_fit_in_memory_are_solved_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbyl.turns._JOINT", 1000)
-    result = restored(residual(), images(), True)
-    assert any("not solved in turn: the probes' activations would take" in note for note in result.report.notes)
+@pytest.mark.parametrize(("share", "rows"), [(1.0, 24), (0.6, 14)])
+def test_as_many_probes_are_taken_in_turn_as_memory_holds(
+    share: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, seen = residual(), []
+    room = math.ceil(share * 24 * 2 * held_bytes(net, ExampleInputs.of(images(1))))
+
+    def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> Walked:
+        seen.extend(len(batch.tensors()[0]) for batch in batches)
+        return walk_together(model, batches, *args, **kwargs)
+
+    monkeypatch.setattr("lbyl.turns.walk_together", counting)
+    restored(net, images(24), True, memory=room)
+    assert seen == [rows]
+
+
+def test_too_few_probes_for_solving_in_turn_are_solved_all_at_once() -> None:
+    result = restored(residual(), images(), True, memory=1000)
+    assert any("not solved in turn: 0 MiB of memory hold 0" in note for note in result.report.notes)

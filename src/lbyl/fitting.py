@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from lbyl.assessment import Assessment, outputs_error
 from lbyl.filters import State
 from lbyl.graph import Graph
-from lbyl.inputs import ExampleInputs
+from lbyl.inputs import ExampleInputs, output_tensors
 from lbyl.kept import Kept, kept_channels
-from lbyl.moments import ClosedFormSource, Probes, Progress
+from lbyl.memory import give_back, held_bytes
+from lbyl.moments import ClosedFormSource, Probes, ProbeSource, Progress
+from lbyl.moments.synthesis import FEWEST, first_row, in_parts
 from lbyl.probing import OnRead, ReaderCall, run
 from lbyl.regression import PatchSums, Reading, WholeSums
 from lbyl.renorm import Look, Observer, Statistics, look, pool, recenter, renormalize, transplant
@@ -64,7 +66,7 @@ def fit(
             solve_closed_form(selection, settings.moments, problem.found, settings.strength(False), ledger)
             seconds["solve"] = time.perf_counter() - started
             return restoration(_Found(problem.stored(ledger.values, state), ledger), None)
-    probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
+    probes = make_probes(model, inputs, settings, seed, progress)
     seconds["probe"] = time.perf_counter() - started
     started = time.perf_counter()
     with torch.no_grad():
@@ -86,6 +88,29 @@ def fit(
             # Too few probes for the size of the layers: what was learned from them does not carry over.
             found = _less(found, pruned, state, before, judge)
     return restoration(found, Assessment(before, found.error))
+
+
+def make_probes(
+    model: nn.Module, inputs: ExampleInputs, settings: LeastSquares, seed: int, progress: Progress | None = None
+) -> Probes:
+    """Probes for a restorer whose moments are collected, in batches that the memory it may take allows.
+
+    Batches that fit stay as they are. Others are cut, but not to less than 8 rows, and each part then has batch-norm
+    statistics of its own.
+    """
+    assert isinstance(settings.moments, ProbeSource)
+    probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
+    most = max(FEWEST, settings.memory // held_bytes(model, first_row(inputs)))
+    parts = [in_parts(batch, most) for batch in probes.batches]
+    if all(len(part) == 1 for part in parts):
+        return probes
+    firsts = list(accumulate((len(part) for part in parts), initial=0))
+
+    def now(indices: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(number for index in indices for number in range(firsts[index], firsts[index + 1]))
+
+    batches = tuple(chain.from_iterable(parts))
+    return replace(probes, batches=batches, lifelike=now(probes.lifelike), judged_in=now(probes.judged_in))
 
 
 @dataclass(frozen=True)
@@ -119,10 +144,10 @@ class _Judge:
 
     model: nn.Module
     state: State
-    held_out: ExampleInputs
+    held_out: tuple[ExampleInputs, ...]
     kept: Kept
     world: Statistics
-    expected: Any
+    expected: list[Tensor]
 
     @staticmethod
     def over(problem: Problem, probes: Probes, looks: Sequence[Look]) -> _Judge:
@@ -130,13 +155,22 @@ class _Judge:
         judged = pool([looks[index] for index in probes.judged_in or range(len(looks))]).statistics
         world = judged if probes.batch_statistics else {}
         model, state = problem.model, tensors_of(problem.model)
-        expected = run(model, probes.held_out, values=transplant({}, state, world))
-        return _Judge(model, state, probes.held_out, kept_channels(problem.selection), world, expected)
+        most = problem.settings.memory // held_bytes(model, first_row(probes.held_out))
+        parts = tuple(in_parts(probes.held_out, most))
+        judge = _Judge(model, state, parts, kept_channels(problem.selection), world, [])
+        return replace(judge, expected=judge.outputs({}))
+
+    def outputs(self, values: Mapping[str, Tensor], kept: Kept | None = None) -> list[Tensor]:
+        """What the network gives for all that is held out, part by part."""
+        moved = transplant(values, self.state, self.world)
+        found = [output_tensors(run(self.model, part, values=moved, kept=kept)) for part in self.held_out]
+        if len({len(tensors) for tensors in found}) > 1 or not all(t.dim() for tensors in found for t in tensors):
+            return list(chain.from_iterable(found))
+        return [torch.cat(same) for same in zip(*found, strict=True)] if len(found) > 1 else found[0]
 
     def __call__(self, values: Mapping[str, Tensor]) -> float:
         """The error of these values."""
-        moved = transplant(values, self.state, self.world)
-        return outputs_error(self.expected, run(self.model, self.held_out, values=moved, kept=self.kept))
+        return outputs_error(self.expected, self.outputs(values, self.kept))
 
 
 def _with_renorm(
@@ -164,6 +198,7 @@ def _with_turns(problem: Problem, probes: Probes, found: _Found, judge: _Judge) 
     if not (asked or (asked is None and probes.matched)):
         return found
     turned = solve_in_turn(problem, probes, found.ledger, found.renorm)
+    give_back()
     if isinstance(turned, str):
         return replace(found, notes=found.plus(f"readers not solved in turn: {turned}")) if asked else found
     state = found.ledger.state

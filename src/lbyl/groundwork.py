@@ -14,7 +14,7 @@ from torch import nn
 from lbyl.budget import Budget
 from lbyl.clock import Clock
 from lbyl.errors import InputError
-from lbyl.fitting import read
+from lbyl.fitting import make_probes, read
 from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs
 from lbyl.modes import duplicate
@@ -23,7 +23,7 @@ from lbyl.order import Order
 from lbyl.regression import Reading
 from lbyl.restoration import restore as solve
 from lbyl.restorers import LeastSquares, Prune, Restorer
-from lbyl.selection import check_selection, generator_for, select
+from lbyl.selection import check_selection, select
 from lbyl.surgery import tensors_of, write
 from lbyl.verification import without_trouble
 from lbyl.widths import Curves, Given, measure_curves
@@ -139,11 +139,9 @@ def lay_groundwork(
         raise InputError("no group is left that may lose channels: exclude less, or take another scope")
     probes = None
     if isinstance(restorer, LeastSquares) and isinstance(restorer.moments, ProbeSource):
-        source = restorer.moments
+        asked = restorer
         with clock("probe"):
-            probes = shelf.probes(
-                lambda: source.probes(work, inputs, generator_for(order.seed, "probes"), order.progress)
-            )
+            probes = shelf.probes(lambda: make_probes(work, inputs, asked, order.seed, order.progress))
     with clock("widths"):
         curves = shelf.curves(
             lambda: measure_curves(

@@ -215,6 +215,27 @@ class _Lockstep(TorchFunctionMode):
             )
         return x[: self.half], x[self.half :]
 
+    def _twice(self, original: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a layer gives, and as many rows again that are not yet filled in."""
+        # Batch by batch: a whole output beside the one that it is copied to would be the largest thing in memory.
+        parts = original.split(self.sizes)
+        first = run(parts[0])
+        # In the same layout, for another one would be copied by the next layer.
+        last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        shape = (2 * self.half, *first.shape[1:])
+        out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
+        places = out[: self.half].split(self.sizes)
+        places[0].copy_(first)
+        for part, place in zip(parts[1:], places[1:], strict=True):
+            place.copy_(run(part))
+        return out
+
+    def _fill(self, out: Tensor, cut: Tensor, run: Callable[[Tensor], Tensor]) -> None:
+        """Put what a layer gives the cut network into the half that is for it."""
+        for part, place in zip(cut.split(self.sizes), out[self.half :].split(self.sizes), strict=True):
+            place.copy_(run(part))
+
     def _now(self, tensor: Tensor | None) -> Tensor | None:
         """A tensor as the cut network has it."""
         return None if tensor is None else self.values.get(self.names.get(id(tensor), ""), tensor)
@@ -233,10 +254,9 @@ class _Lockstep(TorchFunctionMode):
         if not waits and new_weight is weight and new_bias is bias:
             return run(input, weight, bias)
         original, cut = self._halves(input)
-        first = run(original, weight, bias)
-        out = _twice(first)
+        out = self._twice(original, lambda part: run(part, weight, bias))
         if not waits:
-            out[self.half :] = run(cut, new_weight, new_bias)
+            self._fill(out, cut, lambda part: run(part, new_weight, new_bias))
             return out
 
         def call(x: Tensor, out: Tensor) -> ReaderCall:
@@ -273,10 +293,10 @@ class _Lockstep(TorchFunctionMode):
         self.pending = {key: each for key, each in self.pending.items() if each is not item}
         new_weight = self._now(weight)
         assert new_weight is not None
-        found = item.run(cut, new_weight, self._now(bias))
-        item.out[self.half :] = found
+        new_bias = self._now(bias)
+        self._fill(item.out, cut, lambda part: item.run(part, new_weight, new_bias))
         if item.normed:
-            item.normed[1](found)
+            item.normed[1](self._halves(item.out)[1])
             # It refers to the item in its turn, and the largest tensors here must not wait for the garbage collector.
             item.normed = None
 
@@ -368,15 +388,6 @@ class _Lockstep(TorchFunctionMode):
         item.normed = out, follow
         self.pending[id(out)] = item
         return out
-
-
-def _twice(rows: Tensor) -> Tensor:
-    """As many rows again, not yet filled in, in the same layout: another one would be copied by the next layer."""
-    last = rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    out = torch.empty((2 * len(rows), *rows.shape[1:]), dtype=rows.dtype, device=rows.device, memory_format=layout)
-    out[: len(rows)] = rows
-    return out
 
 
 def _own(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lbyl.filters import State
 from lbyl.graph import Norm
-from lbyl.inputs import ExampleInputs
 from lbyl.kept import kept_channels
 from lbyl.lockstep import OutOfStep, Turn, walk_together
+from lbyl.memory import held_bytes
 from lbyl.moments import Probes
-from lbyl.probing import ReaderCall, run
+from lbyl.moments.synthesis import first_row, thinned
 from lbyl.regression import PatchSums
 from lbyl.renorm import renormalize, shifted
 from lbyl.sites import Site, following_norms, site_of
@@ -70,8 +69,11 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
         return why
     if kept_channels(selection):
         return "layer norms take their statistics over the channels that stay"
-    if (size := _joint_bytes(problem.model, probes.batches)) > _JOINT:
-        return f"the probes' activations would take {size / 2**30:.1f} GiB at once, more than {_JOINT / 2**30:g}"
+    each = 2 * held_bytes(problem.model, first_row(probes.batches[0]))
+    batches = thinned(probes.batches, settings.memory // each)
+    if not batches:
+        room = f"{settings.memory / 2**20:.0f} MiB of memory hold {settings.memory // each} in both networks"
+        return f"{room}, too few; LeastSquares(memory=...) gives more"
     again = {site.bias for site in takers.values()}
     ledger = Findings(state, {name: value for name, value in done.values.items() if name not in again})
     turns = 0
@@ -93,7 +95,7 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
     try:
         walked = walk_together(
             problem.model,
-            probes.batches,
+            batches,
             takers,
             ledger.values,
             solve_one,
@@ -108,20 +110,3 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
     if renorm:
         values = renormalize(state, values, walked.original, walked.cut)
     return Turned(values, shifted(values, state, walked.missing), ledger)
-
-
-_JOINT = 4 * 2**30
-"""Bytes of activations that solving in turn may hold: all of its probes, in both networks, at one layer."""
-
-
-def _joint_bytes(model: nn.Module, batches: Sequence[ExampleInputs]) -> int:
-    """About what one forward pass of both networks over all probes holds at its largest layer."""
-    largest = 0
-
-    def on_read(call: ReaderCall) -> None:
-        nonlocal largest
-        # The input, the output, and the output normalized.
-        largest = max(largest, (call.x.numel() + 2 * call.out.numel()) * call.x.element_size())
-
-    run(model, batches[0].map(lambda t: t[:1]), on_read=on_read)
-    return 2 * sum(len(batch.tensors()[0]) for batch in batches) * largest

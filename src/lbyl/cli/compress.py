@@ -21,6 +21,7 @@ from lbyl.cli.options import (
     Json,
     MaxRatio,
     Mean,
+    Memory,
     MinKeep,
     Moments,
     NoPhotographs,
@@ -90,6 +91,7 @@ def compress(
     no_renorm: NoRenorm = False,
     sequential: Sequential = None,
     no_photographs: NoPhotographs = False,
+    memory: Memory = None,
     data: Images = None,
     mean: Mean = None,
     std: Std = None,
@@ -106,8 +108,8 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Drop channels, let the kept ones make up for them, and save the smaller network."""
-    photographs = False if no_photographs else None
-    fitting = Fitting(moments, solve, ridge, False if no_renorm else None, sequential, data, mean, std, photographs)
+    renorm, photographs = (False if left_out else None for left_out in (no_renorm, no_photographs))
+    fitting = Fitting(moments, solve, ridge, renorm, sequential, data, mean, std, photographs, memory)
     fitting.check(restore)
     if budget is not None and ratio:
         raise typer.BadParameter("--ratio and --budget: give one of them; a budget chooses each group's ratio")
@@ -132,7 +134,7 @@ def compress(
         if data is not None:
             stage(f"reading images from {data}")
             batches = read_batches(data, source, model, inputs[0], bool(input), fitting, seed)
-        chosen = restore.value if restore is not RestorerName.auto else fitting.restorer(batches)
+        chosen = restore.value if restore is not RestorerName.auto else fitting.restorer(batches, model)
         stage("tracing")
         result = lbyl.compress(
             model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lbyl.budget import Budget
     from lbyl.restorers import LeastSquares
@@ -159,14 +159,15 @@ class Fitting:
     data: Path | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-    photographs: bool | None = None
+    photographs: bool | None
+    memory: float | None
 
     def check(self, restore: RestorerName) -> None:
         """Options that contradict each other are usage errors."""
         names = {"moments": "--moments", "solve": "--solve", "ridge": "--ridge"}
         names |= {"renorm": "--no-renorm", "data": "--data", "mean": "--mean", "std": "--std"}
         names["sequential"] = "--sequential" if self.sequential else "--no-sequential"
-        names["photographs"] = "--no-photographs"
+        names |= {"photographs": "--no-photographs", "memory": "--memory"}
         given = [option for name, option in names.items() if getattr(self, name) is not None]
         if given and restore is not RestorerName.auto:
             raise typer.BadParameter(
@@ -188,10 +189,10 @@ class Fitting:
             if self.moments is closed_form and self.sequential:
                 raise typer.BadParameter(f"--moments {closed_form.value} runs no network; leave out --sequential")
 
-    def restorer(self, batches: list[Tensor] | None) -> LeastSquares | None:
-        """Least squares with what was given, or None where nothing was."""
+    def restorer(self, batches: list[Tensor] | None, model: nn.Module) -> LeastSquares | None:
+        """What the library chooses for this model with what was given, or None where nothing was."""
         from lbyl.moments import MOMENTS, Data, Dream
-        from lbyl.restorers import LeastSquares
+        from lbyl.restorers import choose_restorer
 
         settings: dict[str, Any] = {}
         if batches:
@@ -208,7 +209,14 @@ class Fitting:
             settings["renorm"] = self.renorm
         if self.sequential is not None:
             settings["sequential"] = self.sequential
-        return LeastSquares(**settings) if settings else None
+        if self.memory is not None:
+            settings["memory"] = round(self.memory * 2**30)
+        if not settings:
+            return None
+        restorer = replace(choose_restorer(model)[0], **settings)
+        if isinstance(restorer.moments, Dream):
+            return replace(restorer, moments=replace(restorer.moments, memory=restorer.memory))
+        return restorer
 
 
 def check_inputs(texts: list[str] | None) -> list[str] | None:
@@ -398,6 +406,16 @@ NoPhotographs = Annotated[
     typer.Option(
         "--no-photographs",
         help="Dream without crops of the photographs that come with lbyl.",
+        rich_help_panel=FITTING,
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GIB",
+        min=0.001,
+        help="Gibibytes of activations that dreaming and solving may hold. Default: 1.5.",
+        show_default=False,
         rich_help_panel=FITTING,
     ),
 ]

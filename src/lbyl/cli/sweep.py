@@ -21,6 +21,7 @@ from lbyl.cli.options import (
     Json,
     MaxRatio,
     Mean,
+    Memory,
     MinKeep,
     Moments,
     NoPhotographs,
@@ -87,6 +88,7 @@ def sweep(
     no_renorm: NoRenorm = False,
     sequential: Sequential = None,
     no_photographs: NoPhotographs = False,
+    memory: Memory = None,
     data: Images = None,
     mean: Mean = None,
     std: Std = None,
@@ -103,8 +105,8 @@ def sweep(
 
     Whatever stops it, the same command goes on where it was; with other budgets it adds networks.
     """
-    photographs = False if no_photographs else None
-    fitting = Fitting(moments, solve, ridge, False if no_renorm else None, sequential, data, mean, std, photographs)
+    renorm, photographs = (False if left_out else None for left_out in (no_renorm, no_photographs))
+    fitting = Fitting(moments, solve, ridge, renorm, sequential, data, mean, std, photographs, memory)
     fitting.check(restore)
     with working(f"loading {source}") as stage:
         import lbyl
@@ -126,7 +128,7 @@ def sweep(
         if data is not None:
             stage(f"reading images from {data}")
             batches = read_batches(data, source, model, inputs[0], bool(input), fitting, seed)
-        chosen = restore.value if restore is not RestorerName.auto else fitting.restorer(batches)
+        chosen = restore.value if restore is not RestorerName.auto else fitting.restorer(batches, model)
         stage("tracing")
         swept = lbyl.sweep(
             model,

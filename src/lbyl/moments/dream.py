@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
+from lbyl.memory import ROOM, give_back, saved_bytes
 from lbyl.moments.base import Probes, Progress
 from lbyl.moments.photographs import photographs, takes_photographs
 from lbyl.moments.synthesis import (
+    FEWEST,
     affordable,
     batch_size,
     dead_leaves,
+    first_row,
     held_out_size,
     join,
     macs_each,
@@ -47,22 +50,28 @@ class Dream:
         images: dreams that moments are collected on, and as many scenes or crops of photographs. As many other crops
             are held out, or a quarter more dreams. None takes as many as 2.4e10 multiply-accumulates allow, between 24
             dreams or 48 of the others and 192; where one takes more than 4e9, dreams as many as 1e11 allow, and the
-            others as many as 4e11 do, at least 4 of each. Dreams come in batches that 1.6e10 allow, of 24 to 96.
+            others as many as 4e11 do, at least 4 of each. Dreams come in batches that 1.6e10 allow, of 24 to 96, and
+            of fewer where ``memory`` asks for it.
         steps: Adam steps, with a cosine schedule. None takes 20, and fewer where all of them would take more than
             1e13 multiply-accumulates; where less than 5 are left, none.
         lr: step size, in units of the inputs (which start with unit variance).
         photographs: whether to use them, where inputs look like color images. False makes every probe out of the
             network and a random seed: scenes besides dreams, and dreams held out.
+        memory: bytes that dreaming may keep for its backward passes: fewer dreams are made at a time where these take
+            more, but never less than 8.
     """
 
     images: int | None = None
     steps: int | None = None
     lr: float = 0.1
     photographs: bool = True
+    memory: int = ROOM
 
     def __post_init__(self) -> None:
         if (self.images is not None and self.images < 2) or (self.steps is not None and self.steps < 0) or self.lr <= 0:
             raise InputError(f"{self}: at least 2 images, 0 steps or more, and a positive lr")
+        if self.memory < 1:
+            raise InputError(f"Dream(memory={self.memory}): must be at least 1 byte")
 
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
@@ -85,6 +94,8 @@ class Dream:
                 note = f"{what}: an input takes {each:.1e} multiply-accumulates; Dream(steps=...) asks for more"
         # What dreaming holds in memory grows with the batch, so several are made one after the other.
         rounds = -(-count // affordable(each, 1.6e10, 24, 96, ceiling=1e11))
+        if steps:
+            rounds = max(rounds, -(-dreams // max(FEWEST, self.memory // saved_bytes(model, first_row(inputs)))))
         sizes = [len(part) for part in torch.arange(dreams).chunk(rounds)]
         starts = split(synthesize(model, inputs, dreams, pink, generator), sizes)
         dreamed = []
@@ -95,6 +106,7 @@ class Dream:
                     progress("dreaming", done + step, steps * len(starts))
 
             dreamed.append(self._dreamed(model, start, steps, report))
+            give_back()
         if shown:
             # In two batches, for one of all of them would be the largest thing in memory.
             half = others // 2 if others > 3 else 0
@@ -105,6 +117,8 @@ class Dream:
             kept = [min(size, max(0, count - index * sizes[0])) for index, size in enumerate(sizes)]
             parts = [split(batch, [n, size - n]) for batch, n, size in zip(dreamed, kept, sizes, strict=True)]
             dreamed = [train for train, _ in parts if batch_size(train)]
+            if len(dreamed) > 1 and batch_size(dreamed[-1]) < FEWEST:
+                dreamed[-2:] = [join(dreamed[-2:])]
             test = join([rest for _, rest in parts if batch_size(rest)])
             seen = [synthesize(model, inputs, others, dead_leaves, generator)]
         batches = *dreamed, *seen

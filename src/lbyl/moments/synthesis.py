@@ -140,6 +140,10 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def split(inputs: ExampleInputs, sizes: Sequence[int]) -> list[ExampleInputs]:
     """Cut a batch into parts along its first axis."""
     total, first, parts = sum(sizes), 0, []
@@ -156,6 +160,43 @@ def join(parts: Sequence[ExampleInputs]) -> ExampleInputs:
     rows = zip(*(part.tensors() for part in parts), strict=True)
     whole = iter([torch.cat(row) if row[0].dim() and len(row[0]) == size else row[0] for row in rows])
     return parts[0].map(lambda _: next(whole))
+
+
+def first_row(inputs: ExampleInputs) -> ExampleInputs:
+    """A batch of one."""
+    size = batch_size(inputs)
+    return split(inputs, [1, size - 1])[0] if size > 1 else inputs
+
+
+def in_parts(inputs: ExampleInputs, most: int) -> list[ExampleInputs]:
+    """A batch as several alike in size, none of which has more than ``most`` rows."""
+    size = batch_size(inputs)
+    count = -(-size // max(1, most))
+    return split(inputs, [len(part) for part in torch.arange(size).chunk(count)]) if count > 1 else [inputs]
+
+
+FEWEST = 8
+"""Batches are not made smaller than this: their statistics would tell too little."""
+
+
+def thinned(batches: Sequence[ExampleInputs], most: int) -> list[ExampleInputs]:
+    """Fewer rows of every batch, evenly spread, ``most`` in all; none where that leaves less than 8 of some batch."""
+    sizes = [batch_size(batch) for batch in batches]
+    share = min(1.0, most / sum(sizes))
+    if share == 1:
+        return list(batches)
+    fewer = [int(size * share) for size in sizes]
+    if min(fewer) < FEWEST:
+        return []
+
+    def rows(tensor: Tensor, size: int, count: int) -> Tensor:
+        chosen = tensor[torch.arange(count, device=tensor.device) * size // count]
+        return _channels_last(chosen) if chosen.dim() == 4 and _is_channels_last(tensor) else chosen
+
+    return [
+        batch.map(lambda t, s=size, n=n: rows(t, s, n) if t.dim() and t.shape[0] == s else t)
+        for batch, size, n in zip(batches, sizes, fewer, strict=True)
+    ]
 
 
 def macs_each(model: nn.Module, inputs: ExampleInputs) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lbyl.errors import InputError
+from lbyl.memory import ROOM
 from lbyl.moments import ClosedFormSource, Dream, ProbeSource
 
 
@@ -31,12 +32,14 @@ class LeastSquares:
         renorm: move the batch-norm statistics downstream by what pruning changed, where that helps.
         sequential: solve readers in turn, and the layers in between with them, each on what the network gives it once
             all before it is cut, and let those that go into a residual sum make up for what the sum's other operand has
-            lost. None tries it on dreams and real inputs, where there are batch norms and residual sums and the probes'
-            activations take at most 4 GiB at once. This solution, the one of all readers at once, or their average is
-            kept, whichever has the lowest error on held-out probes; the report says which.
-            True keeps the solution in turn whatever the error, False never tries.
+            lost. None tries it on dreams and real inputs, where there are batch norms and residual sums, with as many
+            of the probes as ``memory`` holds, unless these are less than 8 of a batch. This solution, the one of all
+            readers at once, or their average is kept, whichever has the lowest error on held-out probes; the report
+            says which. True keeps the solution in turn whatever the error, False never tries.
         budget: bytes that one reader's patch moments may take; a larger reader is solved by "mix", which the
             report says.
+        memory: bytes of activations that are held at once while moments are collected, readers are solved in turn and
+            errors are measured; :class:`lbyl.Dream` has its own. The model and one reader's moments come on top.
         positions: at most so many positions of each reader enter the moments, a batch.
     """
 
@@ -47,6 +50,7 @@ class LeastSquares:
     renorm: bool = True
     sequential: bool | None = None
     budget: int = 512 * 2**20
+    memory: int = ROOM
     positions: int = 20_000
 
     def __post_init__(self) -> None:
@@ -56,6 +60,8 @@ class LeastSquares:
             raise InputError(f"LeastSquares(ridge={self.ridge}): must be at least 0")
         if self.prior is not None and not 0 <= self.prior <= 1:
             raise InputError(f"LeastSquares(prior={self.prior}): must lie between 0 and 1")
+        if self.memory < 1:
+            raise InputError(f"LeastSquares(memory={self.memory}): must be at least 1 byte")
         if self.sequential and isinstance(self.moments, ClosedFormSource):
             name = type(self.moments).__name__
             raise InputError(

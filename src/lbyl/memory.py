@@ -1,0 +1,68 @@
+"""What the activations of a network take of memory, and memory given back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.inputs import ExampleInputs
+from lbyl.probing import ReaderCall, frozen, run
+from lbyl.surgery import tensors_of
+
+ROOM = 3 * 2**29
+"""Bytes of activations that are held at once, where nothing else is asked for."""
+
+
+def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
+    """About what a forward pass holds at its largest layer: what that reads, what it gives, and this once more.
+
+    Tensors that wait for a layer far behind (skip connections) are not counted.
+    """
+    largest = 1
+
+    def on_read(call: ReaderCall) -> None:
+        nonlocal largest
+        # The third is the output normalized, or after its activation.
+        largest = max(largest, (call.x.numel() + 2 * call.out.numel()) * call.x.element_size())
+
+    with torch.no_grad():
+        run(model, inputs, on_read=on_read)
+    return largest
+
+
+def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
+    """What a forward pass with batch statistics keeps for a backward pass to the inputs."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(model).values()}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    asked = inputs.map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()))
+    with frozen(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # What it gives is held until all is counted: freed memory would be used, and counted, again.
+        given = run(model, asked, batch_statistics=True)
+    del given
+    return max(1, sum(found.values()))
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library keeps it (glibc).
+
+    It keeps blocks below 32 MiB for later, while larger ones, as the next stage mostly needs them, are asked for anew.
+    """
+    if trim := _trim():
+        trim(0)
+
+
+@cache
+def _trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

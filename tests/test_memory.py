@@ -1,0 +1,169 @@
+"""What activations take, and that no more of them are held than was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from nets import settle
+from torch import Tensor, nn
+
+import lbyl
+from lbyl.assessment import outputs_error
+from lbyl.fitting import make_probes
+from lbyl.inputs import ExampleInputs
+from lbyl.memory import ROOM, give_back, held_bytes, saved_bytes
+from lbyl.moments import Probes, Progress
+from lbyl.moments.synthesis import first_row, in_parts, thinned
+
+
+def network() -> nn.Sequential:
+    return settle(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 12, 3, padding=1),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 4, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+    )
+
+
+def images(count: int, side: int = 16) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def batches(*sizes: int) -> list[ExampleInputs]:
+    return [ExampleInputs.of(part) for part in images(sum(sizes)).split(sizes)]
+
+
+def rows(parts: list[ExampleInputs] | tuple[ExampleInputs, ...]) -> list[int]:
+    return [len(part.tensors()[0]) for part in parts]
+
+
+def test_what_the_largest_layer_holds() -> None:
+    # The second convolution reads 8 channels and gives 12, which are there once more when normalized.
+    assert held_bytes(network(), ExampleInputs.of(images(1))) == (8 + 2 * 12) * 16 * 16 * 4
+    assert held_bytes(network().double(), ExampleInputs.of(images(2).double())) == 2 * (8 + 2 * 12) * 16 * 16 * 8
+
+
+def test_what_is_saved_for_backward_passes_grows_with_the_images_and_not_with_the_weights() -> None:
+    one, three, larger = (
+        saved_bytes(network(), ExampleInputs.of(images(n, side))) for n, side in [(1, 16), (3, 16), (1, 32)]
+    )
+    # Both convolutions' inputs, what both batch norms read, and what both activations gave, at least.
+    assert one >= (8 + 12) * 2 * 16 * 16 * 4
+    assert three == pytest.approx(3 * one, rel=0.02)
+    assert larger == pytest.approx(4 * one, rel=0.02)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(768, 4096), nn.BatchNorm1d(4096)).eval()
+    assert saved_bytes(wide, ExampleInputs.of(images(1))) < wide[1].weight.numel() * 4 / 10
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    saved_bytes(net, ExampleInputs.of(images(2)))
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "parts"), [(10, 4, [4, 4, 2]), (8, 8, [8]), (9, 8, [5, 4]), (3, 0, [1, 1, 1])]
+)
+def test_a_batch_in_parts(size: int, most: int, parts: list[int]) -> None:
+    made = in_parts(batches(size)[0], most)
+    assert rows(made) == parts
+    assert torch.equal(torch.cat([part.tensors()[0] for part in made]), images(size))
+
+
+def test_rows_are_thinned_evenly_in_every_batch() -> None:
+    found = thinned(batches(40, 20), 30)
+    assert rows(found) == [20, 10]
+    assert torch.equal(found[0].tensors()[0], images(60)[:40:2])
+    assert rows(thinned(batches(40, 20), 60)) == [40, 20]
+    assert thinned(batches(40, 20), 20) == []
+
+
+def test_what_is_no_batch_is_whole_in_every_part() -> None:
+    table = torch.arange(5)
+    both = ExampleInputs.of((images(32), table))
+    for part in [*in_parts(both, 10), *thinned([both], 16), first_row(both)]:
+        assert torch.equal(part.args[1], table)
+    assert len(first_row(both).args[0]) == 1
+
+
+def test_thinned_rows_keep_their_layout() -> None:
+    first = ExampleInputs.of(images(32).contiguous(memory_format=torch.channels_last))
+    assert thinned([first], 16)[0].tensors()[0].is_contiguous(memory_format=torch.channels_last)
+
+
+class Handed:
+    """A source of these probes."""
+
+    def __init__(self, made: Probes) -> None:
+        self.made = made
+
+    def probes(
+        self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
+    ) -> Probes:
+        return self.made
+
+
+def test_batches_are_cut_to_what_memory_holds() -> None:
+    made = Probes(tuple(batches(40, 12, 30)), batches(4)[0], True, lifelike=(1, 2), judged_in=(2,))
+    room = 15 * held_bytes(network(), ExampleInputs.of(images(1)))
+
+    def found(memory: int) -> Probes:
+        settings = lbyl.LeastSquares(Handed(made), memory=memory)
+        return make_probes(network(), ExampleInputs.of(images(1)), settings, 0)
+
+    cut = found(room)
+    assert rows(cut.batches) == [14, 14, 12, 12, 15, 15]
+    assert (cut.lifelike, cut.judged_in) == ((3, 4, 5), (4, 5))
+    assert found(ROOM) is made
+    assert max(rows(found(1).batches)) == 8, "the statistics of less would tell too little"
+
+
+def test_dreams_are_made_as_many_at_a_time_as_memory_holds() -> None:
+    net, x = network(), ExampleInputs.of(images(1))
+    room = 10 * saved_bytes(net, x)
+
+    def sizes(**settings: int) -> list[int]:
+        dream = lbyl.Dream(images=32, photographs=False, **settings)
+        return rows(dream.probes(net, x, torch.Generator().manual_seed(0), None).batches)[:-1]
+
+    # 40 dreams in all, of which the last eight are held out.
+    assert sizes(steps=1) == [32]
+    assert sizes(steps=1, memory=room) == [10, 10, 12], "two would be too few for statistics of their own"
+    assert sizes(steps=0, memory=1) == [32], "without steps nothing is kept for backward passes"
+
+
+def test_errors_are_the_same_whatever_memory_they_are_measured_in() -> None:
+    net = network()
+    source = lbyl.Data([images(40), images(24)[:, :, :, :16]], batches=2)
+    restore = lbyl.LeastSquares(source, sequential=False, renorm=False)
+    whole, parts = (
+        lbyl.compress(net, images(1), ratio=0.5, restore=replace(restore, memory=memory)) for memory in (ROOM, 1)
+    )
+    assert whole.report.assessment
+    assert parts.report.assessment
+    assert parts.report.assessment.restored == pytest.approx(whole.report.assessment.restored, rel=1e-4)
+    with torch.no_grad():
+        assert outputs_error(whole.model(images(8)), parts.model(images(8))) < 1e-4
+
+
+@pytest.mark.parametrize("make", [lambda: lbyl.LeastSquares(memory=0), lambda: lbyl.Dream(memory=-1)])
+def test_no_memory_at_all_is_refused(make: type) -> None:
+    with pytest.raises(lbyl.InputError, match=r"memory=.*at least 1 byte"):
+        make()
+
+
+def test_giving_memory_back_is_harmless() -> None:
+    kept = images(4)
+    give_back()
+    assert torch.equal(kept, images(4))
