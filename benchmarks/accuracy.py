@@ -34,7 +34,6 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Annotated, Any
 
-import psutil
 import torch
 import typer
 from networks import (
@@ -50,6 +49,7 @@ from networks import (
     resnet56,
 )
 from output import Cell, Run, Table, known_cells
+from peak import PeakMemory
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -190,28 +190,6 @@ class Restorers:
         """What `lbyl.compress` would look at the network with."""
         inputs, generator = ExampleInputs.of(self.pixels[:1]), generator_for(seed, "probes")
         return source.probes(duplicate(self.net).eval(), inputs, generator, None)
-
-
-class PeakMemory:
-    """Peak resident memory of this process since `start`, where the system tells; else None."""
-
-    def start(self) -> None:
-        self.before = psutil.Process().memory_info().rss
-        try:
-            # Linux: 5 sets the high-water mark back to what is resident now.
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            self.known = True
-        except OSError:
-            self.known = False
-
-    def mebibytes(self) -> float | None:
-        """How far the peak rose above the start."""
-        if not self.known:
-            return None
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM"):
-                return round((int(line.split()[1]) * 1024 - self.before) / 2**20, 1)
-        return None
 
 
 def middle(network: Network) -> float:

@@ -267,6 +267,8 @@ def test_mistakes_are_one_line_and_exit_code_1(
         ("compress", "SOURCE", "-o", "o", "--moments", "noise", "--data", "folder"),
         ("compress", "SOURCE", "-o", "o", "--moments", "noise", "--no-photographs"),
         ("compress", "SOURCE", "-o", "o", "--restore", "lbyl", "--no-photographs"),
+        ("compress", "SOURCE", "-o", "o", "--restore", "lbyl", "--memory", "1"),
+        ("compress", "SOURCE", "-o", "o", "--memory", "0"),
         ("compress", "SOURCE", "-o", "o", "--mean", "0.5"),
         ("compress", "SOURCE", "-o", "o", "--data", "folder", "--mean", "gray"),
         ("compress", "SOURCE", "-o", "o", "--data", "folder", "--std", "0,1,1"),
@@ -344,13 +346,31 @@ def test_moments_from_weights(source: str, tmp_path: Path, moments: str) -> None
     assert found["moments"]["name"].lower() == moments
 
 
+def sequential(folder: Path, layers: str) -> tuple[object, ...]:
+    """A network of these layers, and what it is called with."""
+    (folder / "small.py").write_text(f"from torch import nn\ndef net(): return nn.Sequential({layers})")
+    return f"{folder / 'small.py'}:net", "--input", "1x3x16x16"
+
+
 def test_dreams_without_photographs(tmp_path: Path) -> None:
-    layers = "nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)"
-    definition = f"from torch import nn\ndef net(): return nn.Sequential({layers})"
-    (tmp_path / "small.py").write_text(definition)
-    options = ("--input", "1x3x16x16", "--no-photographs", "--json")
-    found = restorer_of(command("compress", f"{tmp_path / 'small.py'}:net", "-o", tmp_path / "out", *options))
+    net = sequential(tmp_path, "nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)")
+    found = restorer_of(command("compress", *net, "-o", tmp_path / "out", "--no-photographs", "--json"))
     assert found["moments"].items() >= {"name": "Dream", "photographs": False}.items()
+
+
+def test_memory_is_for_dreaming_and_solving(tmp_path: Path) -> None:
+    net = sequential(tmp_path, "nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)")
+    found = restorer_of(command("compress", *net, "-o", tmp_path / "out", "--memory", "0.25", "--json"))
+    assert found["memory"] == found["moments"]["memory"] == 2**28
+
+
+def test_options_go_on_from_what_the_network_gets_by_itself(tmp_path: Path) -> None:
+    net = sequential(tmp_path, "nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)")
+    by_itself = restorer_of(command("compress", *net, "-o", tmp_path / "first", "--json"))
+    assert by_itself["moments"]["name"] == "Photographs"
+    options = ("--ridge", "0.25", "--memory", "1", "--json")
+    told = restorer_of(command("compress", *net, "-o", tmp_path / "second", *options))
+    assert told == {**by_itself, "ridge": 0.25, "memory": 2**30}
 
 
 def test_a_folder_of_images(source: str, tmp_path: Path) -> None:

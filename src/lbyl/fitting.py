@@ -20,7 +20,7 @@ from lbyl.moments import ClosedFormSource, Probes, ProbeSource, Progress
 from lbyl.moments.synthesis import FEWEST, first_row, in_parts
 from lbyl.probing import OnRead, ReaderCall, run
 from lbyl.regression import PatchSums, Reading, WholeSums
-from lbyl.renorm import Look, Observer, Statistics, look, pool, recenter, renormalize, transplant
+from lbyl.renorm import Look, Observer, Statistics, averaged, look, pool, recenter, renormalize, transplant
 from lbyl.restoration import Restoration, with_ties
 from lbyl.restorers.least_squares import LeastSquares
 from lbyl.selection import Selection, generator_for
@@ -75,11 +75,15 @@ def fit(
         seconds["solve"] = time.perf_counter() - started
         started = time.perf_counter()
         norms = {site.reader.weight: site.norm for site in problem.found if site.norm}
-        looks = looks or [look(model, {}, batch, norms) for batch in probes.batches]
+        give_back()
+        looks = looks or [look(model, {}, batch, norms, len(probes.batches)) for batch in probes.batches]
         judge = _Judge.over(problem, probes, looks)
         pruned = problem.stored({site.reader.weight: masked(site, state) for site in problem.found}, state)
         before, found = judge(pruned), replace(found, error=judge(found.values))
         found = _with_renorm(problem, probes, found, looks, norms, judge)
+        # Large, and not needed any more.
+        del looks
+        give_back()
         seconds["renorm"] = time.perf_counter() - started
         started = time.perf_counter()
         found = _with_turns(problem, probes, found, judge)
@@ -95,7 +99,7 @@ def make_probes(
 ) -> Probes:
     """Probes for a restorer whose moments are collected, in batches that the memory it may take allows.
 
-    Batches that fit stay as they are. Others are cut, but not to less than 8 rows, and each part then has batch-norm
+    Batches that fit stay as they are. Others are cut, but not to less than 4 rows, and each part then has batch-norm
     statistics of its own.
     """
     assert isinstance(settings.moments, ProbeSource)
@@ -152,7 +156,7 @@ class _Judge:
     @staticmethod
     def over(problem: Problem, probes: Probes, looks: Sequence[Look]) -> _Judge:
         """Held-out probes are looked at in the batch-norm statistics that their like have."""
-        judged = pool([looks[index] for index in probes.judged_in or range(len(looks))]).statistics
+        judged = averaged([looks[index] for index in probes.judged_in or range(len(looks))])
         world = judged if probes.batch_statistics else {}
         model, state = problem.model, tensors_of(problem.model)
         most = problem.settings.memory // held_bytes(model, first_row(probes.held_out))
@@ -180,9 +184,10 @@ def _with_renorm(
     if not problem.settings.renorm or not any(each.statistics for each in looks):
         return found
     state, kept = found.ledger.state, kept_channels(problem.selection)
-    chosen = probes.lifelike or range(len(looks))
-    theirs = pool([looks[index] for index in chosen])
-    ours = pool([look(problem.model, found.values, probes.batches[index], norms, kept) for index in chosen])
+    shown = _lifelike(probes)
+    theirs = pool([looks[index] for index in shown])
+    batches = [probes.batches[index] for index in shown]
+    ours = pool([look(problem.model, found.values, batch, norms, len(batches), kept) for batch in batches])
     moved = renormalize(state, found.values, theirs.statistics, ours.statistics)
     error = judge(moved)
     if error >= found.error:
@@ -190,6 +195,11 @@ def _with_renorm(
         return replace(found, notes=found.plus(note))
     values = recenter(moved, state, theirs, ours, norms)
     return replace(found, values=values, error=error, on_probes=moved, renorm=True)
+
+
+def _lifelike(probes: Probes) -> Sequence[int]:
+    """The batches that batch-norm statistics are moved by."""
+    return probes.lifelike or range(len(probes.batches))
 
 
 def _with_turns(problem: Problem, probes: Probes, found: _Found, judge: _Judge) -> _Found:
@@ -200,7 +210,7 @@ def _with_turns(problem: Problem, probes: Probes, found: _Found, judge: _Judge) 
     turned = solve_in_turn(problem, probes, found.ledger, found.renorm)
     give_back()
     if isinstance(turned, str):
-        return replace(found, notes=found.plus(f"readers not solved in turn: {turned}")) if asked else found
+        return replace(found, notes=found.plus(f"readers not solved in turn: {turned}"))
     state = found.ledger.state
     halfway = _between(state, found.on_probes or found.values, turned.on_probes, 0.5)
     errors = {"all at once": found.error, "halfway between": judge(halfway), "in turn": judge(turned.on_probes)}
@@ -274,11 +284,12 @@ def _measured(problem: Problem, probes: Probes, ledger: Findings, readings: Mapp
             if note:
                 ledger.note(site.choices, note)
 
-        watch = probes.batch_statistics and not looks
+        watch, shown = probes.batch_statistics and not looks, _lifelike(probes)
         # The first pass is looked at to its end; the others stop where nothing more is wanted.
         last = list(taken)[-1] if graph.readers[-1].weight not in taken and not watch else None
-        for batch in probes.batches:
-            observer = Observer(norms) if watch else None
+        for number, batch in enumerate(probes.batches):
+            # Of the others, statistics are all that is asked for.
+            observer = Observer(norms if number in shown else (), len(shown)) if watch else None
             run(
                 problem.model,
                 batch,

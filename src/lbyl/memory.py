@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lbyl.inputs import ExampleInputs
-from lbyl.probing import ReaderCall, frozen, run
+from lbyl.probing import CONVOLUTIONS, ReaderCall, frozen, run
 from lbyl.surgery import tensors_of
 
 ROOM = 3 * 2**29
@@ -35,8 +37,38 @@ def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
     return largest
 
 
+class InputsForgotten(TorchFunctionMode):
+    """Convolutions keep nothing of their inputs for a backward pass in which their weights get no gradient.
+
+    Autograd keeps them all the same, about a third of all that it keeps. What comes back has the input's shape and
+    layout, which the gradient to the input needs, and any values.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in CONVOLUTIONS or len(args) < 2 or args[1].requires_grad:
+            return func(*args, **(kwargs or {}))
+        # Neither of the two may refer to the input, or it would stay.
+        place, shape = args[0].data_ptr(), args[0].shape
+
+        def pack(tensor: Tensor) -> Any:
+            if tensor.data_ptr() == place and tensor.shape == shape:
+                return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+            return tensor
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            shape, stride, dtype, device = packed
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return func(*args, **(kwargs or {}))
+
+
 def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """What a forward pass with batch statistics keeps for a backward pass to the inputs."""
+    """What a forward pass with batch statistics keeps for a backward pass to the inputs, convolutions' inputs aside."""
     known = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(model).values()}
     found: dict[int, int] = {}
 
@@ -47,8 +79,9 @@ def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
         return tensor
 
     asked = inputs.map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()))
-    with frozen(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        # What it gives is held until all is counted: freed memory would be used, and counted, again.
+    kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with frozen(model), torch.enable_grad(), kept, InputsForgotten():
+        # What it gives is held until all is counted: freed memory would be used, and taken for what was there before.
         given = run(model, asked, batch_statistics=True)
     del given
     return max(1, sum(found.values()))

@@ -16,7 +16,7 @@ from torch.nn import functional
 from lbyl.probing import ReaderCall
 from lbyl.restorers.lbyl import solve_ridge
 
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass
@@ -211,10 +211,14 @@ class WholeSums:
 
 def _with_output(sums: Sequence[Tensor], call: ReaderCall) -> list[Tensor]:
     """Count, sum and sum of squares of outputs, with those of one more call."""
-    out = call.out if call.op == "linear" else call.out.flatten(2).transpose(1, 2)
-    out = out.reshape(-1, out.shape[-1]).double()
-    more = [torch.tensor(float(len(out))), out.sum(0), out.square().sum(0)]
-    return [a + b for a, b in zip(sums, more, strict=True)] if sums else more
+    dims = [dim for dim in range(call.out.dim()) if dim != (1 if call.op != "linear" else call.out.dim() - 1)]
+    sums = list(sums)
+    for part in call.out.split(max(1, _CHUNK_BYTES // max(1, call.out[:1].numel() * 8))):
+        wide = part.double()
+        count = torch.tensor(float(wide.numel() // call.out.shape[1 if call.op != "linear" else -1]))
+        more = [count, wide.sum(dims), wide.square_().sum(dims)]
+        sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
+    return sums
 
 
 def _positions(

@@ -18,6 +18,8 @@ from lbyl.selection import generator_for
 _DEAD = 1e-3
 """A channel whose spread on the probes is less than this share of its trained spread tells nothing."""
 _LARGEST_RATIO = 4.0
+_POSITIONS = 16384
+"""As many outputs of a reader tell how its change goes with its output."""
 
 
 Statistics = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
@@ -131,17 +133,22 @@ def transplant(values: Mapping[str, Tensor], state: Mapping[str, Tensor], origin
     return moved
 
 
-def pool(looks: Sequence[Look]) -> Look:
-    """Several looks as one: statistics averaged, each look counting alike, and outputs joined."""
+def averaged(looks: Sequence[Look]) -> Statistics:
+    """The statistics of several looks, each counting alike."""
     statistics = {}
     for key in looks[0].statistics:
         found = [each.statistics[key] for each in looks if key in each.statistics]
         mean, var = (torch.stack(parts).mean(0) for parts in zip(*found, strict=True))
         statistics[key] = mean, var
+    return statistics
+
+
+def pool(looks: Sequence[Look]) -> Look:
+    """Several looks as one: statistics averaged, and outputs joined."""
     outputs = {
         name: torch.cat([each.outputs[name] for each in looks if name in each.outputs]) for name in looks[0].outputs
     }
-    return Look(statistics, outputs)
+    return Look(averaged(looks), outputs)
 
 
 class Observer:
@@ -149,11 +156,11 @@ class Observer:
 
     Args:
         readers: those whose outputs are noted.
-        positions: how many of each output.
+        looks: how many looks are to be pooled; each notes its part of the positions.
     """
 
-    def __init__(self, readers: Collection[str] = (), positions: int = 8192) -> None:
-        self.readers, self.positions = readers, positions
+    def __init__(self, readers: Collection[str] = (), looks: int = 1) -> None:
+        self.readers, self.positions = readers, _POSITIONS // looks
         self.statistics: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self.outputs: dict[str, Tensor] = {}
 
@@ -181,13 +188,15 @@ def look(
     values: Mapping[str, Tensor],
     batch: ExampleInputs,
     readers: Collection[str] = (),
+    looks: int = 1,
     kept: Kept | None = None,
 ) -> Look:
     """Run a batch with batch statistics; note every batch norm's input, and some outputs of some readers.
 
-    ``kept`` tells which channels stay at layer norms, as in :func:`lbyl.probing.run`.
+    This is one of so many ``looks`` that are to be pooled. ``kept`` tells which channels stay at layer norms, as in
+    :func:`lbyl.probing.run`.
     """
-    observer = Observer(readers)
+    observer = Observer(readers, looks)
     on_norm, on_read = observer.on_norm, observer.on_read
     run(model, batch, values=values, on_norm=on_norm, on_read=on_read, batch_statistics=True, kept=kept)
     return observer.look()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
-from lbyl.memory import ROOM, give_back, saved_bytes
+from lbyl.memory import ROOM, InputsForgotten, give_back, saved_bytes
 from lbyl.moments.base import Probes, Progress
 from lbyl.moments.photographs import photographs, takes_photographs
 from lbyl.moments.synthesis import (
@@ -58,7 +58,7 @@ class Dream:
         photographs: whether to use them, where inputs look like color images. False makes every probe out of the
             network and a random seed: scenes besides dreams, and dreams held out.
         memory: bytes that dreaming may keep for its backward passes: fewer dreams are made at a time where these take
-            more, but never less than 8.
+            more, but never less than 4.
     """
 
     images: int | None = None
@@ -150,7 +150,7 @@ class Dream:
 
         optimizer = torch.optim.Adam(pixels, lr=self.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-        with frozen(model), torch.enable_grad():
+        with frozen(model), torch.enable_grad(), InputsForgotten():
             for step in range(steps):
                 terms.clear()
                 run(model, batch, on_norm=on_norm, batch_statistics=True)

@@ -175,12 +175,12 @@ def in_parts(inputs: ExampleInputs, most: int) -> list[ExampleInputs]:
     return split(inputs, [len(part) for part in torch.arange(size).chunk(count)]) if count > 1 else [inputs]
 
 
-FEWEST = 8
+FEWEST = 4
 """Batches are not made smaller than this: their statistics would tell too little."""
 
 
 def thinned(batches: Sequence[ExampleInputs], most: int) -> list[ExampleInputs]:
-    """Fewer rows of every batch, evenly spread, ``most`` in all; none where that leaves less than 8 of some batch."""
+    """Fewer rows of every batch, evenly spread, ``most`` in all; none where that leaves less than 4 of some batch."""
     sizes = [batch_size(batch) for batch in batches]
     share = min(1.0, most / sum(sizes))
     if share == 1:

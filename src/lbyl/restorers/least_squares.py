@@ -33,7 +33,7 @@ class LeastSquares:
         sequential: solve readers in turn, and the layers in between with them, each on what the network gives it once
             all before it is cut, and let those that go into a residual sum make up for what the sum's other operand has
             lost. None tries it on dreams and real inputs, where there are batch norms and residual sums, with as many
-            of the probes as ``memory`` holds, unless these are less than 8 of a batch. This solution, the one of all
+            of the probes as ``memory`` holds, unless these are less than 4 of a batch. This solution, the one of all
             readers at once, or their average is kept, whichever has the lowest error on held-out probes; the report
             says which. True keeps the solution in turn whatever the error, False never tries.
         budget: bytes that one reader's patch moments may take; a larger reader is solved by "mix", which the
