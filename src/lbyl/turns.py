@@ -69,10 +69,11 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
         return why
     if kept_channels(selection):
         return "layer norms take their statistics over the channels that stay"
-    each = 2 * held_bytes(problem.model, first_row(probes.batches[0]))
-    batches = thinned(probes.batches, settings.memory // each)
+    # Two networks, and beside them what a layer gives one batch.
+    most = int(settings.memory / (2.5 * held_bytes(problem.model, first_row(probes.batches[0]))))
+    batches = thinned(probes.batches, most)
     if not batches:
-        room = f"{settings.memory / 2**20:.0f} MiB of memory hold {settings.memory // each} in both networks"
+        room = f"{settings.memory / 2**20:.0f} MiB of memory hold {most} in both networks"
         return f"{room}, too few; LeastSquares(memory=...) gives more"
     again = {site.bias for site in takers.values()}
     ledger = Findings(state, {name: value for name, value in done.values.items() if name not in again})
