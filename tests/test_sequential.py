@@ -292,6 +292,7 @@ def test_as_many_probes_are_taken_in_turn_as_memory_holds(
     assert seen == [rows]
 
 
-def test_too_few_probes_for_solving_in_turn_are_solved_all_at_once() -> None:
-    result = restored(residual(), images(), True, memory=1000)
+@pytest.mark.parametrize("sequential", [True, None])
+def test_too_few_probes_for_solving_in_turn_are_solved_all_at_once(sequential: bool | None) -> None:
+    result = restored(residual(), images(), sequential, memory=1000)
     assert any("not solved in turn: 0 MiB of memory hold 0" in note for note in result.report.notes)

@@ -27,7 +27,7 @@ from lbyl.selection import Selection, generator_for
 from lbyl.sites import Site, masked, output_first, sites
 from lbyl.solving import Findings, Problem, Sums, empty_sums, merged, solve_channels, solve_closed_form, solve_patches
 from lbyl.surgery import tensors_of
-from lbyl.turns import solve_in_turn
+from lbyl.turns import Declined, solve_in_turn
 
 
 def fit(
@@ -209,8 +209,9 @@ def _with_turns(problem: Problem, probes: Probes, found: _Found, judge: _Judge) 
         return found
     turned = solve_in_turn(problem, probes, found.ledger, found.renorm)
     give_back()
-    if isinstance(turned, str):
-        return replace(found, notes=found.plus(f"readers not solved in turn: {turned}"))
+    if isinstance(turned, Declined):
+        told = asked or turned.possible
+        return replace(found, notes=found.plus(f"readers not solved in turn: {turned.why}")) if told else found
     state = found.ledger.state
     halfway = _between(state, found.on_probes or found.values, turned.on_probes, 0.5)
     errors = {"all at once": found.error, "halfway between": judge(halfway), "in turn": judge(turned.on_probes)}

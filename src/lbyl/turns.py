@@ -29,6 +29,14 @@ class Turned:
     ledger: Findings
 
 
+@dataclass(frozen=True)
+class Declined:
+    """Why readers are not solved in turn, and whether they might have been: in this network there is what it takes."""
+
+    why: str
+    possible: bool = True
+
+
 def _takers(problem: Problem, state: State) -> tuple[dict[str, Site], str]:
     """The readers that can be solved in turn, by the names of their weights; or why that is not to be tried."""
     graph, selection, settings = problem.graph, problem.selection, problem.settings
@@ -56,7 +64,7 @@ def _takers(problem: Problem, state: State) -> tuple[dict[str, Site], str]:
     return takers, ""
 
 
-def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool) -> Turned | str:
+def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool) -> Turned | Declined:
     """Solve readers in execution order, each on what the network gives it once all before it is cut.
 
     Layers that lose no channels are solved too, for what they read has changed. Readers that can't be solved so keep
@@ -66,15 +74,15 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
     state, selection, settings = done.state, problem.selection, problem.settings
     takers, why = _takers(problem, state)
     if not takers:
-        return why
+        return Declined(why, possible=False)
     if kept_channels(selection):
-        return "layer norms take their statistics over the channels that stay"
+        return Declined("layer norms take their statistics over the channels that stay")
     # Two networks, and beside them what a layer gives one batch.
     most = int(settings.memory / (2.5 * held_bytes(problem.model, first_row(probes.batches[0]))))
     batches = thinned(probes.batches, most)
     if not batches:
         room = f"{settings.memory / 2**20:.0f} MiB of memory hold {most} in both networks"
-        return f"{room}, too few; LeastSquares(memory=...) gives more"
+        return Declined(f"{room}, too few; LeastSquares(memory=...) gives more")
     again = {site.bias for site in takers.values()}
     ledger = Findings(state, {name: value for name, value in done.values.items() if name not in again})
     turns = 0
@@ -104,9 +112,9 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
             renorm=renorm,
         )
     except (OutOfStep, RuntimeError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Declined((str(error).strip().splitlines() or [type(error).__name__])[0])
     if not walked.made_up:
-        return "no reader was seen to go into a sum"
+        return Declined("no reader was seen to go into a sum")
     values = problem.stored(ledger.values, state)
     if renorm:
         values = renormalize(state, values, walked.original, walked.cut)
