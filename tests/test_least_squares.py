@@ -16,7 +16,7 @@ from lbyl.fitting import read
 from lbyl.moments.synthesis import affordable, dead_leaves, macs_each, pink, varied_pink
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import Columns, Moments, PatchSums, Prior, WholeSums, solve
-from lbyl.renorm import Look, expected_shift, pool, recenter
+from lbyl.renorm import Look, expected_shift, recenter
 
 
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -302,7 +302,7 @@ def test_running_means_know_more_of_real_inputs_than_probes_do() -> None:
     def seen(outputs: torch.Tensor) -> Look:
         return Look({("mean", "var"): (outputs.double().mean(0), outputs.double().var(0))}, {"w": outputs})
 
-    original, pruned = pool([seen(probe)] * 2), pool([seen(probe * shrink)] * 2)
+    original, pruned = [seen(probe)] * 2, [seen(probe * shrink)] * 2
     relative = {"mean": state["mean"] + (probe * shrink - probe).mean(0)}
     corrected = recenter(relative, state, original, pruned, {"w": "mean"})["mean"]
     truth = (real * shrink).mean(0)

@@ -14,7 +14,7 @@ import lbyl
 from lbyl.assessment import outputs_error
 from lbyl.fitting import make_probes
 from lbyl.inputs import ExampleInputs
-from lbyl.memory import ROOM, InputsForgotten, give_back, held_bytes, saved_bytes
+from lbyl.memory import ROOM, InputsForgotten, fitting, give_back, held_bytes, saved_bytes
 from lbyl.moments import Probes, Progress
 from lbyl.moments.synthesis import first_row, in_parts, thinned
 
@@ -41,6 +41,11 @@ def images(count: int, side: int = 16) -> Tensor:
 
 def batches(*sizes: int) -> list[ExampleInputs]:
     return [ExampleInputs.of(part) for part in images(sum(sizes)).split(sizes)]
+
+
+def room_for(count: int, each: int) -> int:
+    """The smallest memory in which so many are held."""
+    return next(room for room in range(count * each, 3 * count * each, each // 8) if fitting(room, each) == count)
 
 
 def rows(parts: list[ExampleInputs] | tuple[ExampleInputs, ...]) -> list[int]:
@@ -142,7 +147,7 @@ class Handed:
 
 def test_batches_are_cut_to_what_memory_holds() -> None:
     made = Probes(tuple(batches(40, 12, 30)), batches(4)[0], True, lifelike=(1, 2), judged_in=(2,))
-    room = 15 * held_bytes(network(), ExampleInputs.of(images(1)))
+    room = room_for(15, held_bytes(network(), ExampleInputs.of(images(1))))
 
     def found(memory: int) -> Probes:
         settings = lbyl.LeastSquares(Handed(made), memory=memory)
@@ -157,7 +162,7 @@ def test_batches_are_cut_to_what_memory_holds() -> None:
 
 def test_dreams_are_made_as_many_at_a_time_as_memory_holds() -> None:
     net, x = network(), ExampleInputs.of(images(1))
-    room = 10 * saved_bytes(net, x)
+    room = room_for(10, saved_bytes(net, x))
 
     def sizes(**settings: int) -> list[int]:
         dream = lbyl.Dream(images=32, photographs=False, **settings)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import lbyl
 from lbyl.inputs import ExampleInputs
 from lbyl.lockstep import OutOfStep, Turn, Walked, walk_together
-from lbyl.memory import held_bytes
+from lbyl.memory import fitting, held_bytes
 from lbyl.probing import ReaderCall, run
 
 
@@ -281,7 +281,7 @@ def test_as_many_probes_are_taken_in_turn_as_memory_holds(
     share: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, seen = residual(), []
-    room = math.ceil(share * 24 * 2.5 * held_bytes(net, ExampleInputs.of(images(1))))
+    room = math.ceil(share * 24 / fitting(100, 2.5) * 100 * held_bytes(net, ExampleInputs.of(images(1))))
 
     def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> Walked:
         seen.extend(len(batch.tensors()[0]) for batch in batches)

@@ -15,12 +15,12 @@ from lbyl.filters import State
 from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs, output_tensors
 from lbyl.kept import Kept, kept_channels
-from lbyl.memory import give_back, held_bytes
+from lbyl.memory import fitting, give_back, held_bytes
 from lbyl.moments import ClosedFormSource, Probes, ProbeSource, Progress
 from lbyl.moments.synthesis import FEWEST, first_row, in_parts
 from lbyl.probing import OnRead, ReaderCall, run
 from lbyl.regression import PatchSums, Reading, WholeSums
-from lbyl.renorm import Look, Observer, Statistics, averaged, look, pool, recenter, renormalize, transplant
+from lbyl.renorm import POSITIONS, Look, Observer, Statistics, averaged, look, recenter, renormalize, transplant
 from lbyl.restoration import Restoration, with_ties
 from lbyl.restorers.least_squares import LeastSquares
 from lbyl.selection import Selection, generator_for
@@ -76,7 +76,8 @@ def fit(
         started = time.perf_counter()
         norms = {site.reader.weight: site.norm for site in problem.found if site.norm}
         give_back()
-        looks = looks or [look(model, {}, batch, norms, len(probes.batches)) for batch in probes.batches]
+        positions = _positions(problem, probes)
+        looks = looks or [look(model, {}, batch, norms, positions) for batch in probes.batches]
         judge = _Judge.over(problem, probes, looks)
         pruned = problem.stored({site.reader.weight: masked(site, state) for site in problem.found}, state)
         before, found = judge(pruned), replace(found, error=judge(found.values))
@@ -104,7 +105,7 @@ def make_probes(
     """
     assert isinstance(settings.moments, ProbeSource)
     probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
-    most = max(FEWEST, settings.memory // held_bytes(model, first_row(inputs)))
+    most = max(FEWEST, fitting(settings.memory, held_bytes(model, first_row(inputs))))
     parts = [in_parts(batch, most) for batch in probes.batches]
     if all(len(part) == 1 for part in parts):
         return probes
@@ -159,7 +160,7 @@ class _Judge:
         judged = averaged([looks[index] for index in probes.judged_in or range(len(looks))])
         world = judged if probes.batch_statistics else {}
         model, state = problem.model, tensors_of(problem.model)
-        most = problem.settings.memory // held_bytes(model, first_row(probes.held_out))
+        most = fitting(problem.settings.memory, held_bytes(model, first_row(probes.held_out)))
         parts = tuple(in_parts(probes.held_out, most))
         judge = _Judge(model, state, parts, kept_channels(problem.selection), world, [])
         return replace(judge, expected=judge.outputs({}))
@@ -185,10 +186,9 @@ def _with_renorm(
         return found
     state, kept = found.ledger.state, kept_channels(problem.selection)
     shown = _lifelike(probes)
-    theirs = pool([looks[index] for index in shown])
-    batches = [probes.batches[index] for index in shown]
-    ours = pool([look(problem.model, found.values, batch, norms, len(batches), kept) for batch in batches])
-    moved = renormalize(state, found.values, theirs.statistics, ours.statistics)
+    theirs, positions = [looks[index] for index in shown], _positions(problem, probes)
+    ours = [look(problem.model, found.values, probes.batches[index], norms, positions, kept) for index in shown]
+    moved = renormalize(state, found.values, averaged(theirs), averaged(ours))
     error = judge(moved)
     if error >= found.error:
         note = f"renorm left out: error on held-out probes {found.error:.3g} without, {error:.3g} with"
@@ -200,6 +200,12 @@ def _with_renorm(
 def _lifelike(probes: Probes) -> Sequence[int]:
     """The batches that batch-norm statistics are moved by."""
     return probes.lifelike or range(len(probes.batches))
+
+
+def _positions(problem: Problem, probes: Probes) -> int:
+    """How many outputs of each reader are noted of a batch: those of all may take an eighth of the memory."""
+    channels = sum(len(site.weight(tensors_of(problem.model))) for site in problem.found if site.norm)
+    return min(POSITIONS, fitting(problem.settings.memory, 32 * max(1, channels))) // len(_lifelike(probes))
 
 
 def _with_turns(problem: Problem, probes: Probes, found: _Found, judge: _Judge) -> _Found:
@@ -270,6 +276,7 @@ def _measured(problem: Problem, probes: Probes, ledger: Findings, readings: Mapp
     norms = {site.reader.weight for site in problem.found if site.norm}
     # Readers of channels that a layer norm is taken over are fed something else once these are cut.
     kept, readers = kept_channels(selection), frozenset(reader.weight for reader in graph.readers)
+    shown, positions = _lifelike(probes), _positions(problem, probes)
     looks: list[Look] = []
     while waiting:
         taken: dict[str, tuple[Site, Sums]] = {}
@@ -285,12 +292,12 @@ def _measured(problem: Problem, probes: Probes, ledger: Findings, readings: Mapp
             if note:
                 ledger.note(site.choices, note)
 
-        watch, shown = probes.batch_statistics and not looks, _lifelike(probes)
+        watch = probes.batch_statistics and not looks
         # The first pass is looked at to its end; the others stop where nothing more is wanted.
         last = list(taken)[-1] if graph.readers[-1].weight not in taken and not watch else None
         for number, batch in enumerate(probes.batches):
             # Of the others, statistics are all that is asked for.
-            observer = Observer(norms if number in shown else (), len(shown)) if watch else None
+            observer = Observer(norms if number in shown else (), positions) if watch else None
             run(
                 problem.model,
                 batch,

@@ -16,8 +16,16 @@ from lbyl.inputs import ExampleInputs
 from lbyl.probing import CONVOLUTIONS, ReaderCall, frozen, run
 from lbyl.surgery import tensors_of
 
-ROOM = 3 * 2**29
-"""Bytes of activations that are held at once, where nothing else is asked for."""
+ROOM = 5 * 2**29
+"""Bytes that activations may take, where nothing else is asked for."""
+_PLANNED = 0.6
+"""The share of them that is planned for. The rest is for what layers need meanwhile, and for freed blocks that the
+allocator can't use again or give back."""
+
+
+def fitting(memory: int, each: float) -> int:
+    """How many probes may be held at once, given the bytes that activations may take, and those of one probe."""
+    return int(_PLANNED * memory / each)
 
 
 def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:

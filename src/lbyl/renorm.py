@@ -18,7 +18,7 @@ from lbyl.selection import generator_for
 _DEAD = 1e-3
 """A channel whose spread on the probes is less than this share of its trained spread tells nothing."""
 _LARGEST_RATIO = 4.0
-_POSITIONS = 16384
+POSITIONS = 16384
 """As many outputs of a reader tell how its change goes with its output."""
 
 
@@ -89,21 +89,29 @@ def expected_shift(
 
 
 def recenter(
-    values: Mapping[str, Tensor], state: Mapping[str, Tensor], original: Look, pruned: Look, norms: Mapping[str, str]
+    values: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    original: Sequence[Look],
+    pruned: Sequence[Look],
+    norms: Mapping[str, str],
 ) -> dict[str, Tensor]:
     """Running means, corrected by what the network knows about real inputs and the probes do not.
 
     Pruning moves the mean of a reader's output; how far is measured on probes. But the real mean of the original
     output is known, the running mean, and where the probes' own mean is off, so is the move: by
-    :func:`expected_shift`. ``norms`` gives for each reader the running mean of the batch norm that follows.
+    :func:`expected_shift`. ``norms`` gives for each reader the running mean of the batch norm that follows. Both
+    networks were looked at on the same probes, batch by batch.
     """
     shifts = {}
-    means = {mean_name: mean for (mean_name, _), (mean, _) in original.statistics.items()}
+    means = {mean_name: mean for (mean_name, _), (mean, _) in averaged(original).items()}
     for weight, mean_name in norms.items():
-        if weight not in original.outputs or weight not in pruned.outputs or mean_name not in means:
+        before, after = (
+            [each.outputs[weight] for each in looks if weight in each.outputs] for looks in (original, pruned)
+        )
+        if not before or not after or mean_name not in means:
             continue
         gap = state[mean_name].double() - means[mean_name]
-        shifts[mean_name] = expected_shift(original.outputs[weight], pruned.outputs[weight], gap)
+        shifts[mean_name] = expected_shift(torch.cat(before), torch.cat(after), gap)
     return shifted(values, state, shifts)
 
 
@@ -143,24 +151,16 @@ def averaged(looks: Sequence[Look]) -> Statistics:
     return statistics
 
 
-def pool(looks: Sequence[Look]) -> Look:
-    """Several looks as one: statistics averaged, and outputs joined."""
-    outputs = {
-        name: torch.cat([each.outputs[name] for each in looks if name in each.outputs]) for name in looks[0].outputs
-    }
-    return Look(averaged(looks), outputs)
-
-
 class Observer:
     """Takes a look while a network runs: :func:`lbyl.probing.run` is given its two methods.
 
     Args:
         readers: those whose outputs are noted.
-        looks: how many looks are to be pooled; each notes its part of the positions.
+        positions: how many of each output.
     """
 
-    def __init__(self, readers: Collection[str] = (), looks: int = 1) -> None:
-        self.readers, self.positions = readers, _POSITIONS // looks
+    def __init__(self, readers: Collection[str] = (), positions: int = POSITIONS) -> None:
+        self.readers, self.positions = readers, positions
         self.statistics: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self.outputs: dict[str, Tensor] = {}
 
@@ -188,15 +188,14 @@ def look(
     values: Mapping[str, Tensor],
     batch: ExampleInputs,
     readers: Collection[str] = (),
-    looks: int = 1,
+    positions: int = POSITIONS,
     kept: Kept | None = None,
 ) -> Look:
     """Run a batch with batch statistics; note every batch norm's input, and some outputs of some readers.
 
-    This is one of so many ``looks`` that are to be pooled. ``kept`` tells which channels stay at layer norms, as in
-    :func:`lbyl.probing.run`.
+    ``kept`` tells which channels stay at layer norms, as in :func:`lbyl.probing.run`.
     """
-    observer = Observer(readers, looks)
+    observer = Observer(readers, positions)
     on_norm, on_read = observer.on_norm, observer.on_read
     run(model, batch, values=values, on_norm=on_norm, on_read=on_read, batch_statistics=True, kept=kept)
     return observer.look()

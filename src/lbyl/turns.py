@@ -11,7 +11,7 @@ from lbyl.filters import State
 from lbyl.graph import Norm
 from lbyl.kept import kept_channels
 from lbyl.lockstep import OutOfStep, Turn, walk_together
-from lbyl.memory import held_bytes
+from lbyl.memory import fitting, held_bytes
 from lbyl.moments import Probes
 from lbyl.moments.synthesis import first_row, thinned
 from lbyl.regression import PatchSums
@@ -78,7 +78,7 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
     if kept_channels(selection):
         return Declined("layer norms take their statistics over the channels that stay")
     # Two networks, and beside them what a layer gives one batch.
-    most = int(settings.memory / (2.5 * held_bytes(problem.model, first_row(probes.batches[0]))))
+    most = fitting(settings.memory, 2.5 * held_bytes(problem.model, first_row(probes.batches[0])))
     batches = thinned(probes.batches, most)
     if not batches:
         room = f"{settings.memory / 2**20:.0f} MiB of memory hold {most} in both networks"

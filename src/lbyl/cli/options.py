@@ -414,7 +414,7 @@ Memory = Annotated[
     typer.Option(
         metavar="GIB",
         min=0.001,
-        help="Gibibytes of activations that dreaming and solving may hold. Default: 1.5.",
+        help="Gibibytes that activations may take while dreaming and solving. Default: 2.5.",
         show_default=False,
         rich_help_panel=FITTING,
     ),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
-from lbyl.memory import ROOM, InputsForgotten, give_back, saved_bytes
+from lbyl.memory import ROOM, InputsForgotten, fitting, give_back, saved_bytes
 from lbyl.moments.base import Probes, Progress
 from lbyl.moments.photographs import photographs, takes_photographs
 from lbyl.moments.synthesis import (
@@ -57,8 +57,8 @@ class Dream:
         lr: step size, in units of the inputs (which start with unit variance).
         photographs: whether to use them, where inputs look like color images. False makes every probe out of the
             network and a random seed: scenes besides dreams, and dreams held out.
-        memory: bytes that dreaming may keep for its backward passes: fewer dreams are made at a time where these take
-            more, but never less than 4.
+        memory: bytes that the activations of dreams may take: fewer are made at a time where these would take more,
+            but never less than 4.
     """
 
     images: int | None = None
@@ -95,7 +95,7 @@ class Dream:
         # What dreaming holds in memory grows with the batch, so several are made one after the other.
         rounds = -(-count // affordable(each, 1.6e10, 24, 96, ceiling=1e11))
         if steps:
-            rounds = max(rounds, -(-dreams // max(FEWEST, self.memory // saved_bytes(model, first_row(inputs)))))
+            rounds = max(rounds, -(-dreams // max(FEWEST, fitting(self.memory, saved_bytes(model, first_row(inputs))))))
         sizes = [len(part) for part in torch.arange(dreams).chunk(rounds)]
         starts = split(synthesize(model, inputs, dreams, pink, generator), sizes)
         dreamed = []

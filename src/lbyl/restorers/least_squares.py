@@ -38,8 +38,8 @@ class LeastSquares:
             says which. True keeps the solution in turn whatever the error, False never tries.
         budget: bytes that one reader's patch moments may take; a larger reader is solved by "mix", which the
             report says.
-        memory: bytes of activations that are held at once while moments are collected, readers are solved in turn and
-            errors are measured; :class:`lbyl.Dream` has its own. The model and one reader's moments come on top.
+        memory: bytes that activations may take while moments are collected, readers are solved in turn and errors are
+            measured; :class:`lbyl.Dream` has its own. Copies of the model, moments and the probes come on top.
         positions: at most so many positions of each reader enter the moments, a batch.
     """
 
