@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import re
 import weakref
 from collections.abc import Callable
@@ -276,12 +275,11 @@ def test_probes_of_different_shapes_are_told() -> None:
         walk(residual(), [images(4), images(4)[:, :, :6]], {}, lambda turn: None)
 
 
-@pytest.mark.parametrize(("share", "rows"), [(1.0, 24), (0.6, 14)])
-def test_as_many_probes_are_taken_in_turn_as_memory_holds(
-    share: float, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("rows", [24, 14])
+def test_as_many_probes_are_taken_in_turn_as_memory_holds(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, seen = residual(), []
-    room = math.ceil(share * 24 / fitting(100, 2.5) * 100 * held_bytes(net, ExampleInputs.of(images(1))))
+    each = 2 * held_bytes(net, ExampleInputs.of(images(1)))
+    room = next(room for room in range(rows * each, 100 * each, each // 4) if fitting(room, each) == rows)
 
     def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> Walked:
         seen.extend(len(batch.tensors()[0]) for batch in batches)

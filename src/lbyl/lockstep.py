@@ -280,12 +280,16 @@ class _Lockstep(TorchFunctionMode):
         outs = self._halves(item.out)[0].split(self.sizes)
         wanted = list(outs)
         if other is not None and tensor is item.last:
-            lost = [a - b for a, b in zip(*(half.split(self.sizes) for half in self._halves(other)), strict=True)]
-            for part, gain in zip(lost, item.gains, strict=False):
-                heard = gain.abs() > _FAINT * gain.abs().max()
-                part *= torch.where(heard, 1 / gain, 0).reshape(-1, *[1] * (part.dim() - 2))
-            wanted = [a + b for a, b in zip(wanted, lost, strict=True)]
-            item.wanted = torch.cat(wanted)
+            # Part by part into one tensor: each of these is as large as any in the network.
+            item.wanted = torch.empty_like(self._halves(item.out)[0])
+            wanted = list(item.wanted.split(self.sizes))
+            lost = zip(*(half.split(self.sizes) for half in self._halves(other)), strict=True)
+            for place, out, (a, b), gain in zip(wanted, outs, lost, item.gains or [None] * len(outs), strict=True):
+                torch.sub(a, b, out=place)
+                if gain is not None:
+                    heard = gain.abs() > _FAINT * gain.abs().max()
+                    place *= torch.where(heard, 1 / gain, 0).reshape(-1, *[1] * (place.dim() - 2))
+                place += out
             self.made_up.append(item.name)
         cut = self._halves(x)[1]
         calls = [item.call(part, out) for part, out in zip(cut.split(self.sizes), outs, strict=True)]

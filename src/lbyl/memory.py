@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from lbyl.inputs import ExampleInputs
-from lbyl.probing import CONVOLUTIONS, ReaderCall, frozen, run
+from lbyl.probing import CONVOLUTIONS, frozen, run
 from lbyl.surgery import tensors_of
 
 ROOM = 5 * 2**29
@@ -23,26 +25,54 @@ _PLANNED = 0.6
 allocator can't use again or give back."""
 
 
-def fitting(memory: int, each: float) -> int:
+def fitting(memory: int, each: int) -> int:
     """How many probes may be held at once, given the bytes that activations may take, and those of one probe."""
     return int(_PLANNED * memory / each)
 
 
+class _Held(TorchFunctionMode):
+    """Counts the bytes of all tensors that a network makes, from when each is made until nobody refers to it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(model).values()}
+        self.owners: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._made(leaf)
+        return out
+
+    def _made(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place in self.known:
+            return
+        if place not in self.owners:
+            self.owners[place] = 0
+            self.now += size
+            self.most = max(self.most, self.now)
+        self.owners[place] += 1
+        weakref.finalize(tensor, self._gone, place, size).atexit = False
+
+    def _gone(self, place: int, size: int) -> None:
+        self.owners[place] -= 1
+        if not self.owners[place]:
+            del self.owners[place]
+            self.now -= size
+
+
 def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """About what a forward pass holds at its largest layer: what that reads, what it gives, and this once more.
-
-    Tensors that wait for a layer far behind (skip connections) are not counted.
-    """
-    largest = 1
-
-    def on_read(call: ReaderCall) -> None:
-        nonlocal largest
-        # The third is the output normalized, or after its activation.
-        largest = max(largest, (call.x.numel() + 2 * call.out.numel()) * call.x.element_size())
-
-    with torch.no_grad():
-        run(model, inputs, on_read=on_read)
-    return largest
+    """The most that tensors between layers take at any time of a forward pass; what layers need meanwhile aside."""
+    held = _Held(model)
+    with torch.no_grad(), held:
+        inputs.call(model)
+    return max(1, held.most)
 
 
 class InputsForgotten(TorchFunctionMode):

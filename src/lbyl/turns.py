@@ -77,8 +77,7 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
         return Declined(why, possible=False)
     if kept_channels(selection):
         return Declined("layer norms take their statistics over the channels that stay")
-    # Two networks, and beside them what a layer gives one batch.
-    most = fitting(settings.memory, 2.5 * held_bytes(problem.model, first_row(probes.batches[0])))
+    most = fitting(settings.memory, 2 * held_bytes(problem.model, first_row(probes.batches[0])))
     batches = thinned(probes.batches, most)
     if not batches:
         room = f"{settings.memory / 2**20:.0f} MiB of memory hold {most} in both networks"

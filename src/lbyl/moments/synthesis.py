@@ -182,10 +182,9 @@ FEWEST = 4
 def thinned(batches: Sequence[ExampleInputs], most: int) -> list[ExampleInputs]:
     """Fewer rows of every batch, evenly spread, ``most`` in all; none where that leaves less than 4 of some batch."""
     sizes = [batch_size(batch) for batch in batches]
-    share = min(1.0, most / sum(sizes))
-    if share == 1:
+    if sum(sizes) <= most:
         return list(batches)
-    fewer = [int(size * share) for size in sizes]
+    fewer = [size * most // sum(sizes) for size in sizes]
     if min(fewer) < FEWEST:
         return []
 
