@@ -46,7 +46,7 @@ from lbyl.solving import empty_sums
 from lbyl.surgery import tensors_of
 
 RATIO, STEPS = 0.5, 2
-ROOMS = (ROOM, 2**29)
+ROOMS = (ROOM, 2**30)
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "MobileNetV2": (torchvision.models.mobilenet_v2, 224),
     "ResNet-50": (torchvision.models.resnet50, 224),

@@ -310,7 +310,9 @@ def _measured(problem: Problem, probes: Probes, ledger: Findings, readings: Mapp
             )
             if observer:
                 looks.append(observer.look())
-        for site, sums in taken.values():
+        for name in list(taken):
+            # Large, and not needed once the reader is solved.
+            site, sums = taken.pop(name)
             if isinstance(sums, PatchSums):
                 solve_patches(site, sums, selection, settings, ledger)
             else:
