@@ -168,7 +168,10 @@ class _Judge:
     def outputs(self, values: Mapping[str, Tensor], kept: Kept | None = None) -> list[Tensor]:
         """What the network gives for all that is held out, part by part."""
         moved = transplant(values, self.state, self.world)
-        found = [output_tensors(run(self.model, part, values=moved, kept=kept)) for part in self.held_out]
+        found = []
+        for part in self.held_out:
+            found.append(output_tensors(run(self.model, part, values=moved, kept=kept)))
+            give_back()
         if len({len(tensors) for tensors in found}) > 1 or not all(t.dim() for tensors in found for t in tensors):
             return list(chain.from_iterable(found))
         return [torch.cat(same) for same in zip(*found, strict=True)] if len(found) > 1 else found[0]
@@ -310,6 +313,7 @@ def _measured(problem: Problem, probes: Probes, ledger: Findings, readings: Mapp
             )
             if observer:
                 looks.append(observer.look())
+            give_back()
         for name in list(taken):
             # Large, and not needed once the reader is solved.
             site, sums = taken.pop(name)

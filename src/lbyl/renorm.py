@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lbyl.inputs import ExampleInputs
 from lbyl.kept import Kept
+from lbyl.memory import give_back
 from lbyl.probing import ReaderCall, run
 from lbyl.regression import sample_positions
 from lbyl.selection import generator_for
@@ -198,4 +199,5 @@ def look(
     observer = Observer(readers, positions)
     on_norm, on_read = observer.on_norm, observer.on_read
     run(model, batch, values=values, on_norm=on_norm, on_read=on_read, batch_statistics=True, kept=kept)
+    give_back()
     return observer.look()
