@@ -17,7 +17,7 @@ from lbyl.inputs import ExampleInputs, output_tensors
 from lbyl.kept import Kept, kept_channels
 from lbyl.memory import fitting, give_back, held_bytes
 from lbyl.moments import ClosedFormSource, Probes, ProbeSource, Progress
-from lbyl.moments.synthesis import FEWEST, first_row, in_parts
+from lbyl.moments.synthesis import FEWEST, first_rows, in_parts
 from lbyl.probing import OnRead, ReaderCall, run
 from lbyl.regression import PatchSums, Reading, WholeSums
 from lbyl.renorm import POSITIONS, Look, Observer, Statistics, averaged, look, recenter, renormalize, transplant
@@ -105,7 +105,7 @@ def make_probes(
     """
     assert isinstance(settings.moments, ProbeSource)
     probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
-    most = max(FEWEST, fitting(settings.memory, held_bytes(model, first_row(inputs))))
+    most = max(FEWEST, fitting(settings.memory, held_bytes(model, first_rows(inputs))))
     parts = [in_parts(batch, most) for batch in probes.batches]
     if all(len(part) == 1 for part in parts):
         return probes
@@ -160,7 +160,7 @@ class _Judge:
         judged = averaged([looks[index] for index in probes.judged_in or range(len(looks))])
         world = judged if probes.batch_statistics else {}
         model, state = problem.model, tensors_of(problem.model)
-        most = fitting(problem.settings.memory, held_bytes(model, first_row(probes.held_out)))
+        most = fitting(problem.settings.memory, held_bytes(model, first_rows(probes.held_out)))
         parts = tuple(in_parts(probes.held_out, most))
         judge = _Judge(model, state, parts, kept_channels(problem.selection), world, [])
         return replace(judge, expected=judge.outputs({}))

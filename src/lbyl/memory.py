@@ -44,7 +44,7 @@ class _Held(TorchFunctionMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
                 self._made(leaf)
         return out
 
@@ -68,11 +68,14 @@ class _Held(TorchFunctionMode):
 
 
 def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """The most that tensors between layers take at any time of a forward pass; what layers need meanwhile aside."""
+    """The most that tensors between layers take at any time of a forward pass, in bytes a row of the batch.
+
+    What a layer needs while it runs is not seen.
+    """
     held = _Held(model)
     with torch.no_grad(), held:
         inputs.call(model)
-    return max(1, held.most)
+    return _each(held.most, inputs)
 
 
 class InputsForgotten(TorchFunctionMode):
@@ -106,7 +109,10 @@ class InputsForgotten(TorchFunctionMode):
 
 
 def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """What a forward pass with batch statistics keeps for a backward pass to the inputs, convolutions' inputs aside."""
+    """What a forward pass with batch statistics keeps for a backward pass to the inputs, in bytes a row of the batch.
+
+    Convolutions keep no inputs there; see :class:`InputsForgotten`.
+    """
     known = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(model).values()}
     found: dict[int, int] = {}
 
@@ -122,7 +128,12 @@ def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
         # What it gives is held until all is counted: freed memory would be used, and taken for what was there before.
         given = run(model, asked, batch_statistics=True)
     del given
-    return max(1, sum(found.values()))
+    return _each(sum(found.values()), inputs)
+
+
+def _each(total: int, inputs: ExampleInputs) -> int:
+    first = inputs.tensors()[0]
+    return max(1, total // (len(first) if first.dim() else 1))
 
 
 def give_back() -> None:

@@ -13,7 +13,7 @@ from lbyl.kept import kept_channels
 from lbyl.lockstep import OutOfStep, Turn, walk_together
 from lbyl.memory import fitting, held_bytes
 from lbyl.moments import Probes
-from lbyl.moments.synthesis import first_row, thinned
+from lbyl.moments.synthesis import first_rows, thinned
 from lbyl.regression import PatchSums
 from lbyl.renorm import renormalize, shifted
 from lbyl.sites import Site, following_norms, site_of
@@ -77,7 +77,7 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
         return Declined(why, possible=False)
     if kept_channels(selection):
         return Declined("layer norms take their statistics over the channels that stay")
-    most = fitting(settings.memory, 2 * held_bytes(problem.model, first_row(probes.batches[0])))
+    most = fitting(settings.memory, 2 * held_bytes(problem.model, first_rows(probes.batches[0])))
     batches = thinned(probes.batches, most)
     if not batches:
         room = f"{settings.memory / 2**20:.0f} MiB of memory hold {most} in both networks"

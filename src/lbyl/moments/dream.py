@@ -18,7 +18,7 @@ from lbyl.moments.synthesis import (
     affordable,
     batch_size,
     dead_leaves,
-    first_row,
+    first_rows,
     held_out_size,
     join,
     macs_each,
@@ -95,7 +95,9 @@ class Dream:
         # What dreaming holds in memory grows with the batch, so several are made one after the other.
         rounds = -(-count // affordable(each, 1.6e10, 24, 96, ceiling=1e11))
         if steps:
-            rounds = max(rounds, -(-dreams // max(FEWEST, fitting(self.memory, saved_bytes(model, first_row(inputs))))))
+            rounds = max(
+                rounds, -(-dreams // max(FEWEST, fitting(self.memory, saved_bytes(model, first_rows(inputs)))))
+            )
         sizes = [len(part) for part in torch.arange(dreams).chunk(rounds)]
         starts = split(synthesize(model, inputs, dreams, pink, generator), sizes)
         dreamed = []
