@@ -49,7 +49,7 @@ from networks import (
     resnet56,
 )
 from output import Cell, Run, Table, known_cells
-from peak import PeakMemory
+from peak import PeakMemory, size
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -237,7 +237,7 @@ def cost(name: str, net: nn.Module, images: Images, method: str, restore: Any) -
         "seconds": round(seconds, 2),
         "stages": {stage: round(value, 2) for stage, value in result.report.seconds.items()},
         "peak_mib": memory.mebibytes(),
-        "model_mib": round(sum(t.numel() * t.element_size() for t in net.state_dict().values()) / 2**20, 1),
+        "model_mib": round(size(net.state_dict().values()) / 2**20, 1),
     }
 
 

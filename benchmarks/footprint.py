@@ -17,8 +17,6 @@ written after every cell, and what stands there for the same version is not meas
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +27,7 @@ import torch
 import torchvision
 import typer
 from output import Run, Table, known_cells
-from peak import PeakMemory
+from peak import PeakMemory, alone, size
 from speed import settle
 from torch import nn
 
@@ -57,11 +55,6 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], int]] = {
 }
 
 
-def size(net: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(net).values())
-
-
 class Weighed:
     """A source of probes that notes how many bytes they take."""
 
@@ -73,8 +66,7 @@ class Weighed:
     ) -> Probes:
         """What the source makes."""
         made = self.source.probes(model, inputs, generator, progress)
-        tensors = [tensor for batch in (*made.batches, made.held_out) for tensor in batch.tensors()]
-        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.bytes = size(tensor for batch in (*made.batches, made.held_out) for tensor in batch.tensors())
         return made
 
 
@@ -109,7 +101,7 @@ def measure(name: str, room: int) -> dict[str, Any]:
     peak.start()
     started = time.perf_counter()
     result = lbyl.compress(net, x, ratio=RATIO, restore=settings)
-    seconds, found, model = time.perf_counter() - started, peak.mebibytes(), size(net) / 2**20
+    seconds, found, model = time.perf_counter() - started, peak.mebibytes(), size(tensors_of(net).values()) / 2**20
     assert isinstance(settings.moments, Weighed)
     images = settings.moments.bytes
     if found is None:
@@ -170,9 +162,7 @@ def main(
         for room in ROOMS:
             found = [each for each in known if (each["network"], each["room_mib"]) == (name, room / 2**20)]
             if not found:
-                command = [sys.executable, __file__, "--cell", name, str(room)]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                found = [json.loads(done.stdout.splitlines()[-1])]
+                found = [alone(__file__, "--cell", name, str(room))]
             run.measurements += found
             run.tables = [table(run.measurements)]
             print(*run.tables[0].rows[-1], sep="\t", flush=True)

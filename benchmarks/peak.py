@@ -1,10 +1,27 @@
-"""How large this process has been."""
+"""How large this process has been, how large tensors are, and processes of their own to measure in."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
+from torch import Tensor
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def alone(script: str, *arguments: str) -> dict[str, Any]:
+    """Run a script as a fresh process, and read what it prints last."""
+    done = subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class PeakMemory:

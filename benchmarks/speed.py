@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import math
 import resource
-import subprocess
 import sys
 import time
 from statistics import median
@@ -29,6 +28,7 @@ import numpy as np
 import psutil
 import torch
 from output import Cell, Run, Table
+from peak import alone, size
 from torch import nn
 
 import lbyl
@@ -116,7 +116,7 @@ def whole_network(warm: bool) -> dict[str, Any]:
     process = psutil.Process()
     before, peak_before = process.memory_info().rss, _peak()
     net = settle(resnet50(weights=None))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(net).values())
+    model = size(tensors_of(net).values())
     started = time.perf_counter()
     result = lbyl.compress(net, torch.randn(1, 3, 224, 224), restore=lbyl.LBYL())
     seconds = time.perf_counter() - started
@@ -126,9 +126,9 @@ def whole_network(warm: bool) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "stages": {stage: round(value, 2) for stage, value in result.report.seconds.items()},
-        "model_mib": round(size / 2**20, 1),
+        "model_mib": round(model / 2**20, 1),
         "peak_mib": round((peak - before) / 2**20, 1),
-        "ratio": round((peak - before) / size, 2),
+        "ratio": round((peak - before) / model, 2),
         "parameters": result.report.parameters,
         "verified": result.report.verified,
     }
@@ -140,13 +140,6 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def alone(*arguments: str) -> dict[str, Any]:
-    """Run this script again as a fresh process, and read what it prints."""
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> int:
     """Measure, write, compare."""
     if "--whole" in sys.argv:
@@ -154,7 +147,7 @@ def main() -> int:
         return 0
     torch.manual_seed(0)
     run = Run("speed", "Time and memory", "python benchmarks/speed.py")
-    layer, warm, cold = one_layer(), alone("--whole"), alone("--whole", "--cold")
+    layer, warm, cold = one_layer(), alone(__file__, "--whole"), alone(__file__, "--whole", "--cold")
     run.settings = {"restore": repr(lbyl.LBYL()), "ratio": 0.5, "repeats": REPEATS}
     run.measurements = [
         {"what": "layer", **layer},

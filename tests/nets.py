@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import lbyl
 from lbyl.artifact import CARD, DOCUMENT, MANIFEST, PAGE, WEIGHTS
+from lbyl.memory import held_at_once
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -139,6 +140,12 @@ class HardCoded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.second(F.relu(self.first(x))))
         return self.head(y) * (1.0 if y.shape[1] == 8 else 2.0)
+
+
+def room_for(count: int, each: int) -> int:
+    """The smallest memory in which so many probes are held at once."""
+    sizes = range(count * each, 3 * count * each, each // 8)
+    return next(room for room in sizes if held_at_once(room, each) == count)
 
 
 def images(*shape: int, seed: int = 1) -> Tensor:

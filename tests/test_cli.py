@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 import lbyl
 from lbyl.cli import app
 from lbyl.cli.app import Stage, TimeLeft
-from lbyl.cli.options import CriterionName, MomentsName, RestorerName
+from lbyl.cli.options import CriterionName, Memory, MomentsName, RestorerName
 from lbyl.criteria import CRITERIA
 from lbyl.images import preprocessing, read_images
+from lbyl.memory import ROOM
 from lbyl.moments import MOMENTS
 from lbyl.restorers import RESTORERS
 from lbyl.sources import load_source
@@ -362,6 +363,10 @@ def test_memory_is_for_dreaming_and_solving(tmp_path: Path) -> None:
     net = sequential(tmp_path, "nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)")
     found = restorer_of(command("compress", *net, "-o", tmp_path / "out", "--memory", "0.25", "--json"))
     assert found["memory"] == found["moments"]["memory"] == 2**28
+
+
+def test_the_help_tells_how_much_memory_is_taken_by_default() -> None:
+    assert f"Default: {ROOM / 2**30:g}." in Memory.__metadata__[0].help
 
 
 def test_options_go_on_from_what_the_network_gets_by_itself(tmp_path: Path) -> None:

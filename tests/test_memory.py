@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nets import settle
+from nets import room_for, settle
 from torch import Tensor, nn
 
 import lbyl
 from lbyl.assessment import outputs_error
 from lbyl.fitting import make_probes
 from lbyl.inputs import ExampleInputs
-from lbyl.memory import ROOM, InputsForgotten, fitting, give_back, held_bytes, saved_bytes
-from lbyl.moments import Probes, Progress
+from lbyl.memory import ROOM, InputsForgotten, give_back, held_bytes, saved_bytes
+from lbyl.moments import Probes
 from lbyl.moments.synthesis import first_rows, in_parts, thinned
+from lbyl.widths import Given
 
 
 def network() -> nn.Sequential:
@@ -41,11 +42,6 @@ def images(count: int, side: int = 16) -> Tensor:
 
 def batches(*sizes: int) -> list[ExampleInputs]:
     return [ExampleInputs.of(part) for part in images(sum(sizes)).split(sizes)]
-
-
-def room_for(count: int, each: int) -> int:
-    """The smallest memory in which so many are held."""
-    return next(room for room in range(count * each, 3 * count * each, each // 8) if fitting(room, each) == count)
 
 
 def rows(parts: list[ExampleInputs] | tuple[ExampleInputs, ...]) -> list[int]:
@@ -151,24 +147,12 @@ def test_thinned_rows_keep_their_layout() -> None:
     assert thinned([first], 16)[0].tensors()[0].is_contiguous(memory_format=torch.channels_last)
 
 
-class Handed:
-    """A source of these probes."""
-
-    def __init__(self, made: Probes) -> None:
-        self.made = made
-
-    def probes(
-        self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
-    ) -> Probes:
-        return self.made
-
-
 def test_batches_are_cut_to_what_memory_holds() -> None:
     made = Probes(tuple(batches(40, 12, 30)), batches(4)[0], True, lifelike=(1, 2), judged_in=(2,))
     room = room_for(15, held_bytes(network(), ExampleInputs.of(images(1))))
 
     def found(memory: int) -> Probes:
-        settings = lbyl.LeastSquares(Handed(made), memory=memory)
+        settings = lbyl.LeastSquares(Given(made), memory=memory)
         return make_probes(network(), ExampleInputs.of(images(1)), settings, 0)
 
     cut = found(room)
@@ -216,3 +200,12 @@ def test_giving_memory_back_is_harmless() -> None:
     kept = images(4)
     give_back()
     assert torch.equal(kept, images(4))
+
+
+def test_memory_is_given_back_after_every_batch_of_dreams(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("lbyl.memory._trim", lambda: asked.append)
+    net, x = network(), ExampleInputs.of(images(1))
+    dream = lbyl.Dream(images=32, photographs=False, steps=1, memory=room_for(10, saved_bytes(net, x)))
+    dream.probes(net, x, torch.Generator().manual_seed(0), None)
+    assert asked == [0] * 4

@@ -11,14 +11,14 @@ from typing import Any
 import nets
 import pytest
 import torch
-from nets import settle
+from nets import room_for, settle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbyl
 from lbyl.inputs import ExampleInputs
 from lbyl.lockstep import OutOfStep, Turn, Walked, walk_together
-from lbyl.memory import fitting, held_bytes
+from lbyl.memory import held_bytes
 from lbyl.probing import ReaderCall, run
 
 
@@ -278,8 +278,7 @@ def test_probes_of_different_shapes_are_told() -> None:
 @pytest.mark.parametrize("rows", [24, 14])
 def test_as_many_probes_are_taken_in_turn_as_memory_holds(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, seen = residual(), []
-    each = 2 * held_bytes(net, ExampleInputs.of(images(1)))
-    room = next(room for room in range(rows * each, 100 * each, each // 4) if fitting(room, each) == rows)
+    room = room_for(rows, 2 * held_bytes(net, ExampleInputs.of(images(1))))
 
     def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> Walked:
         seen.extend(len(batch.tensors()[0]) for batch in batches)

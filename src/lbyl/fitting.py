@@ -15,7 +15,7 @@ from lbyl.filters import State
 from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs, output_tensors
 from lbyl.kept import Kept, kept_channels
-from lbyl.memory import fitting, give_back, held_bytes
+from lbyl.memory import give_back, held_at_once, held_bytes
 from lbyl.moments import ClosedFormSource, Probes, ProbeSource, Progress
 from lbyl.moments.synthesis import FEWEST, first_rows, in_parts
 from lbyl.probing import OnRead, ReaderCall, run
@@ -105,7 +105,8 @@ def make_probes(
     """
     assert isinstance(settings.moments, ProbeSource)
     probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
-    most = max(FEWEST, fitting(settings.memory, held_bytes(model, first_rows(inputs))))
+    # Of what was made, for a user's own inputs may be larger than the example.
+    most = max(FEWEST, held_at_once(settings.memory, held_bytes(model, first_rows(probes.batches[0]))))
     parts = [in_parts(batch, most) for batch in probes.batches]
     if all(len(part) == 1 for part in parts):
         return probes
@@ -160,7 +161,7 @@ class _Judge:
         judged = averaged([looks[index] for index in probes.judged_in or range(len(looks))])
         world = judged if probes.batch_statistics else {}
         model, state = problem.model, tensors_of(problem.model)
-        most = fitting(problem.settings.memory, held_bytes(model, first_rows(probes.held_out)))
+        most = held_at_once(problem.settings.memory, held_bytes(model, first_rows(probes.held_out)))
         parts = tuple(in_parts(probes.held_out, most))
         judge = _Judge(model, state, parts, kept_channels(problem.selection), world, [])
         return replace(judge, expected=judge.outputs({}))
@@ -207,8 +208,9 @@ def _lifelike(probes: Probes) -> Sequence[int]:
 
 def _positions(problem: Problem, probes: Probes) -> int:
     """How many outputs of each reader are noted of a batch: those of all may take an eighth of the memory."""
-    channels = sum(len(site.weight(tensors_of(problem.model))) for site in problem.found if site.norm)
-    return min(POSITIONS, fitting(problem.settings.memory, 32 * max(1, channels))) // len(_lifelike(probes))
+    state = tensors_of(problem.model)
+    channels = sum(len(site.weight(state)) for site in problem.found if site.norm)
+    return min(POSITIONS, held_at_once(problem.settings.memory, 32 * max(1, channels))) // len(_lifelike(probes))
 
 
 def _with_turns(problem: Problem, probes: Probes, found: _Found, judge: _Judge) -> _Found:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lbyl.inputs import ExampleInputs
-from lbyl.moments.synthesis import join
+from lbyl.moments.synthesis import join, layout
 from lbyl.probing import BATCH_NORM, CONVOLUTIONS, ReaderCall, reader_call
 from lbyl.regression import sample_positions
 from lbyl.renorm import Statistics, expected_shift, variance_change
@@ -220,11 +220,8 @@ class _Lockstep(TorchFunctionMode):
         # Batch by batch: a whole output beside the one that it is copied to would be the largest thing in memory.
         parts = original.split(self.sizes)
         first = run(parts[0])
-        # In the same layout, for another one would be copied by the next layer.
-        last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
         shape = (2 * self.half, *first.shape[1:])
-        out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
+        out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout(first))
         places = out[: self.half].split(self.sizes)
         places[0].copy_(first)
         for part, place in zip(parts[1:], places[1:], strict=True):

@@ -25,9 +25,14 @@ _PLANNED = 0.6
 allocator can't use again or give back."""
 
 
-def fitting(memory: int, each: int) -> int:
+def held_at_once(memory: int, each: int) -> int:
     """How many probes may be held at once, given the bytes that activations may take, and those of one probe."""
     return int(_PLANNED * memory / each)
+
+
+def _places(model: nn.Module) -> set[int]:
+    """Where the model's own tensors lie."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors_of(model).values()}
 
 
 class _Held(TorchFunctionMode):
@@ -35,7 +40,7 @@ class _Held(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(model).values()}
+        self.known = _places(model)
         self.owners: dict[int, int] = {}
         self.now = self.most = 0
 
@@ -113,7 +118,7 @@ def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
 
     Convolutions keep no inputs there; see :class:`InputsForgotten`.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(model).values()}
+    known = _places(model)
     found: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

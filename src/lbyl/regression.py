@@ -211,11 +211,12 @@ class WholeSums:
 
 def _with_output(sums: Sequence[Tensor], call: ReaderCall) -> list[Tensor]:
     """Count, sum and sum of squares of outputs, with those of one more call."""
-    dims = [dim for dim in range(call.out.dim()) if dim != (1 if call.op != "linear" else call.out.dim() - 1)]
-    sums = list(sums)
-    for part in call.out.split(max(1, _CHUNK_BYTES // max(1, call.out[:1].numel() * 8))):
+    out = call.out.reshape(-1, call.out.shape[-1]) if call.op == "linear" else call.out
+    dims, sums = [dim for dim in range(out.dim()) if dim != 1], list(sums)
+    # In chunks: a whole output in float64 would be the largest thing in memory.
+    for part in out.split(max(1, _CHUNK_BYTES // max(1, out[:1].numel() * 8))):
         wide = part.double()
-        count = torch.tensor(float(wide.numel() // call.out.shape[1 if call.op != "linear" else -1]))
+        count = torch.tensor(float(wide.numel() // wide.shape[1]))
         more = [count, wide.sum(dims), wide.square_().sum(dims)]
         sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
     return sums

@@ -11,7 +11,7 @@ from lbyl.filters import State
 from lbyl.graph import Norm
 from lbyl.kept import kept_channels
 from lbyl.lockstep import OutOfStep, Turn, walk_together
-from lbyl.memory import fitting, held_bytes
+from lbyl.memory import held_at_once, held_bytes
 from lbyl.moments import Probes
 from lbyl.moments.synthesis import first_rows, thinned
 from lbyl.regression import PatchSums
@@ -77,7 +77,7 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
         return Declined(why, possible=False)
     if kept_channels(selection):
         return Declined("layer norms take their statistics over the channels that stay")
-    most = fitting(settings.memory, 2 * held_bytes(problem.model, first_rows(probes.batches[0])))
+    most = held_at_once(settings.memory, 2 * held_bytes(problem.model, first_rows(probes.batches[0])))
     batches = thinned(probes.batches, most)
     if not batches:
         room = f"{settings.memory / 2**20:.0f} MiB of memory hold {most} in both networks"

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.inputs import ExampleInputs
-from lbyl.memory import ROOM, InputsForgotten, fitting, give_back, saved_bytes
+from lbyl.memory import ROOM, InputsForgotten, give_back, held_at_once, saved_bytes
 from lbyl.moments.base import Probes, Progress
 from lbyl.moments.photographs import photographs, takes_photographs
 from lbyl.moments.synthesis import (
     FEWEST,
     affordable,
+    alike,
     batch_size,
     dead_leaves,
     first_rows,
@@ -95,10 +96,9 @@ class Dream:
         # What dreaming holds in memory grows with the batch, so several are made one after the other.
         rounds = -(-count // affordable(each, 1.6e10, 24, 96, ceiling=1e11))
         if steps:
-            rounds = max(
-                rounds, -(-dreams // max(FEWEST, fitting(self.memory, saved_bytes(model, first_rows(inputs)))))
-            )
-        sizes = [len(part) for part in torch.arange(dreams).chunk(rounds)]
+            most = max(FEWEST, held_at_once(self.memory, saved_bytes(model, first_rows(inputs))))
+            rounds = max(rounds, -(-dreams // most))
+        sizes = alike(dreams, rounds)
         starts = split(synthesize(model, inputs, dreams, pink, generator), sizes)
         dreamed = []
         for number, start in enumerate(starts):

@@ -140,8 +140,10 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last)
+def layout(tensor: Tensor) -> torch.memory_format:
+    """The order in which a tensor's numbers lie; layers copy what comes in another one than they go on with."""
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def split(inputs: ExampleInputs, sizes: Sequence[int]) -> list[ExampleInputs]:
@@ -168,11 +170,16 @@ def first_rows(inputs: ExampleInputs) -> ExampleInputs:
     return split(inputs, [2, size - 2])[0] if size > 2 else inputs
 
 
+def alike(size: int, count: int) -> list[int]:
+    """Sizes of so many parts at most, none larger than it has to be."""
+    return [len(part) for part in torch.arange(size).chunk(count)]
+
+
 def in_parts(inputs: ExampleInputs, most: int) -> list[ExampleInputs]:
     """A batch as several alike in size, none of which has more than ``most`` rows."""
     size = batch_size(inputs)
     count = -(-size // max(1, most))
-    return split(inputs, [len(part) for part in torch.arange(size).chunk(count)]) if count > 1 else [inputs]
+    return split(inputs, alike(size, count)) if count > 1 else [inputs]
 
 
 FEWEST = 4
@@ -190,7 +197,7 @@ def thinned(batches: Sequence[ExampleInputs], most: int) -> list[ExampleInputs]:
 
     def rows(tensor: Tensor, size: int, count: int) -> Tensor:
         chosen = tensor[torch.arange(count, device=tensor.device) * size // count]
-        return _channels_last(chosen) if chosen.dim() == 4 and _is_channels_last(tensor) else chosen
+        return chosen.contiguous(memory_format=layout(tensor))
 
     return [
         batch.map(lambda t, s=size, n=n: rows(t, s, n) if t.dim() and t.shape[0] == s else t)
