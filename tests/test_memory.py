@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -117,12 +118,17 @@ def test_counting_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "most", "parts"), [(10, 4, [4, 4, 2]), (8, 8, [8]), (9, 8, [5, 4]), (3, 0, [1, 1, 1])]
+    ("size", "most", "parts"), [(10, 4, [4, 3, 3]), (8, 8, [8]), (9, 8, [5, 4]), (3, 0, [1, 1, 1])]
 )
 def test_a_batch_in_parts(size: int, most: int, parts: list[int]) -> None:
     made = in_parts(batches(size)[0], most)
     assert rows(made) == parts
     assert torch.equal(torch.cat([part.tensors()[0] for part in made]), images(size))
+
+
+def test_parts_are_not_smaller_than_asked_for() -> None:
+    assert rows(in_parts(batches(11)[0], 4, least=4)) == [6, 5]
+    assert rows(in_parts(batches(3)[0], 2, least=4)) == [3]
 
 
 def test_rows_are_thinned_evenly_in_every_batch() -> None:
@@ -156,10 +162,10 @@ def test_batches_are_cut_to_what_memory_holds() -> None:
         return make_probes(network(), ExampleInputs.of(images(1)), settings, 0)
 
     cut = found(room)
-    assert rows(cut.batches) == [14, 14, 12, 12, 15, 15]
+    assert rows(cut.batches) == [14, 13, 13, 12, 15, 15]
     assert (cut.lifelike, cut.judged_in) == ((3, 4, 5), (4, 5))
     assert found(ROOM) is made
-    assert max(rows(found(1).batches)) == 4, "the statistics of less would tell too little"
+    assert min(rows(found(1).batches)) == 4, "the statistics of less would tell too little"
 
 
 def test_dreams_are_made_as_many_at_a_time_as_memory_holds() -> None:
@@ -170,10 +176,52 @@ def test_dreams_are_made_as_many_at_a_time_as_memory_holds() -> None:
         dream = lbyl.Dream(images=32, photographs=False, **settings)
         return rows(dream.probes(net, x, torch.Generator().manual_seed(0), None).batches)[:-1]
 
-    # 40 dreams in all, of which the last eight are held out.
     assert sizes(steps=1) == [32]
-    assert sizes(steps=1, memory=room) == [10, 10, 12], "two would be too few for statistics of their own"
+    assert sizes(steps=1, memory=room) == [8, 8, 8, 8]
+    assert sizes(steps=1, memory=1) == [4] * 8, "fewer would be too few for statistics of their own"
     assert sizes(steps=0, memory=1) == [32], "without steps nothing is kept for backward passes"
+
+
+def test_held_out_dreams_come_in_batches_of_their_own() -> None:
+    net, x = network(), ExampleInputs.of(images(1))
+    made: list[int] = []
+
+    class Noted(lbyl.Dream):
+        def _dreamed(self, model: nn.Module, start: ExampleInputs, *args: Any) -> ExampleInputs:
+            made.append(len(start.tensors()[0]))
+            return super()._dreamed(model, start, *args)
+
+    room = room_for(10, saved_bytes(net, x))
+    held = Noted(32, 1, photographs=False, memory=room).probes(net, x, torch.Generator().manual_seed(0), None).held_out
+    assert made == [8, 8, 8, 8, 8]
+    assert rows([held]) == [8]
+    Noted(5, 1, photographs=False).probes(net, x, torch.Generator().manual_seed(0), None)
+    assert made[5:] == [5, 4]
+
+
+class Insisting(nn.Module):
+    """Takes images of one size."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.body, self.last = network()[:-2], nn.Linear(4 * side**2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.body(x).flatten(1))
+
+
+def test_images_of_which_not_even_four_fit_are_made_smaller() -> None:
+    x = ExampleInputs.of(images(1, 160))
+    for net, side, told in (
+        (network(), 96, "probes of 96x96 pixels, not of 160x160: 4 dreams"),
+        (Insisting(160), 160, "4 dreams"),
+    ):
+        dream = lbyl.Dream(8, 1, memory=room_for(2, saved_bytes(net, x)))
+        made = dream.probes(settle(net), x, torch.Generator().manual_seed(0), None)
+        assert {tuple(batch.tensors()[0].shape[1:]) for batch in (*made.batches, made.held_out)} == {(3, side, side)}
+        assert made.note.startswith(told)
+        assert "allows less" in made.note
+    assert not lbyl.Dream(8, 1).probes(network(), x, torch.Generator().manual_seed(0), None).note
 
 
 def test_errors_are_the_same_whatever_memory_they_are_measured_in() -> None:
@@ -208,4 +256,4 @@ def test_memory_is_given_back_after_every_batch_of_dreams(monkeypatch: pytest.Mo
     net, x = network(), ExampleInputs.of(images(1))
     dream = lbyl.Dream(images=32, photographs=False, steps=1, memory=room_for(10, saved_bytes(net, x)))
     dream.probes(net, x, torch.Generator().manual_seed(0), None)
-    assert asked == [0] * 4
+    assert asked == [0] * 5

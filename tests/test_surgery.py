@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import lbyl
 from lbyl.modes import duplicate
-from lbyl.surgery import Cut, cut, cut_copy, standing_for, write
+from lbyl.surgery import Cut, borrowing, cut, cut_copy, standing_for
 
 
 class Mixed(nn.Module):
@@ -181,13 +181,25 @@ def test_a_cut_that_does_not_fit_changes_nothing(bad: Cut) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_value_that_does_not_fit_changes_nothing() -> None:
+def test_a_value_that_does_not_fit_is_refused() -> None:
     model = mlp(6, 10)
-    before = copy.deepcopy(model.state_dict())
     for name, value in (("2.weight", torch.zeros(3, 9)), ("7.weight", torch.zeros(3, 10))):
         with pytest.raises(lbyl.SurgeryError, match=name):
-            write(model, {"0.weight": torch.zeros(10, 6), name: value})
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+            standing_for(model, {"0.weight": torch.zeros(10, 6), name: value})
+
+
+def test_a_borrowing_copy_holds_no_weights_of_its_own() -> None:
+    model = settle(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))).train()
+    new = torch.zeros(2, 4, 1, 1)
+    twin = borrowing(model, {"2.weight": new})
+    assert twin[0].weight.data_ptr() == model[0].weight.data_ptr()
+    assert twin[2].weight.data_ptr() == new.data_ptr()
+    assert twin[1].running_mean.data_ptr() != model[1].running_mean.data_ptr()
+    # What is done to the copy's parameters as objects does not reach the model's.
+    twin[0].weight.requires_grad_(False)
+    assert model[0].weight.requires_grad
+    assert model.training
+    assert not twin.training
 
 
 def test_depthwise_networks_shrink_all_the_way() -> None:

@@ -27,7 +27,7 @@ from lbyl.errors import InputError, SurgeryError, TraceError, VerificationError
 from lbyl.fitting import fit
 from lbyl.folding import Fold, fold_computed
 from lbyl.graph import Graph, trace
-from lbyl.groundwork import Groundwork, lay_groundwork
+from lbyl.groundwork import Groundwork, lay_groundwork, that_can_be_cut
 from lbyl.inputs import ExampleInputs
 from lbyl.kept import kept_channels
 from lbyl.measure import count_macs, count_parameters, macs_by_shapes
@@ -49,7 +49,7 @@ from lbyl.selection import (
     ratio_for,
     select,
 )
-from lbyl.surgery import cut_copy, lay_on, plan_attributes, plan_cuts, standing_for, tensors_of, write
+from lbyl.surgery import borrowing, cut_copy, lay_on, plan_attributes, plan_cuts, tensors_of
 from lbyl.verification import NOTHING, follower, said, without_trouble
 from lbyl.verification import verify as check
 from lbyl.widths import Widths, choose_widths
@@ -355,28 +355,19 @@ def _whole(
     with clock("select"):
         selection = select(graph, tensors_of(model), ratio, order.scope, choosing, order.seed)
     check_selection(selection)
-    work: nn.Module | None = None
     if isinstance(restorer, LeastSquares) and order.verify and not order.strict and order.budget is None:
         # Restoration is dear here, so what can't be cut is found out before it.
-        work = duplicate(model).eval()
         with clock("verify"):
-            masked = solve(selection, tensors_of(model), Prune(), order.seed).values
-            write(work, masked)
-            selection = without_trouble(work, inputs, graph, selection)
-            write(work, {name: tensors_of(model)[name].detach() for name in masked})
+            selection = that_can_be_cut(model, inputs, graph, selection, order.seed)
     for _ in range(3):
         with clock("restore"):
-            if isinstance(restorer, LeastSquares):
-                assert isinstance(fitted, LeastSquares)
-                work = work or duplicate(model).eval()
+            if isinstance(fitted, LeastSquares):
                 known = ground.readings if ground else None
-                restoration = fit(work, inputs, graph, selection, fitted, order.seed, order.progress, known)
-                write(work, restoration.values)
+                args = inputs, graph, selection, fitted, order.seed, order.progress, known
+                restoration = fit(borrowing(model), *args)
             else:
-                # The user's own weights are only read, never copied whole.
-                restoration = solve(selection, tensors_of(model), restorer, order.seed, order.progress, masked=False)
-                shared = {id(tensor): tensor for tensor in tensors_of(model).values()}
-                work = duplicate(model, shared | standing_for(model, restoration.values))
+                restoration = solve(selection, tensors_of(model), fitted, order.seed, order.progress, masked=False)
+            work = borrowing(model, restoration.values)
         with clock("cut"):
             restored, assessment = restoration.groups, restoration.assessment
             norms = len(kept_channels(selection))
@@ -404,7 +395,6 @@ def _whole(
                 if isinstance(restorer, Prune):
                     work = lay_on(duplicate(work).eval(), silences(selection))
                 selection = without_trouble(work, inputs, graph, selection)
-            work = None
             continue
         break
     else:
@@ -454,7 +444,7 @@ def _within(
     budget: Budget,
 ) -> Widths:
     """The widths that a budget comes to."""
-    state, work = tensors_of(model), duplicate(model).eval()
+    state, work = tensors_of(model), borrowing(model)
 
     def cut(ratios: Mapping[str, float]) -> nn.Module:
         part = select(graph, state, ratios, order.scope, choose, order.seed)

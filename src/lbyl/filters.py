@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,12 +68,21 @@ class Filters:
     @cached_property
     def weight(self) -> Float[Tensor, "channels fan_in"]:
         """One row a channel, ``v_j = gamma_j / sigma_j * w_j`` flattened; without a batch norm ``[w | b]``."""
-        parts = []
-        for producer, offset in zip(self.group.producers, self._offsets, strict=True):
-            parts.append(_effective(producer, self.group, self.state))
-            if not producer.normalized and producer.bias:
-                parts.append(offset[:, None])
+        parts = list(self._parts())
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def _parts(self) -> Iterator[Float[Tensor, "channels some_of_fan_in"]]:
+        for producer, offset in zip(self.group.producers, self._offsets, strict=True):
+            yield _effective(producer, self.group, self.state)
+            if not producer.normalized and producer.bias:
+                yield offset[:, None]
+
+    @cached_property
+    def covariance(self) -> Float[Tensor, "channels channels"]:
+        """``(V - m 1^T) (V - m 1^T)^T`` with ``m`` the mean of each row of `weight`, which is not made as a whole."""
+        grams, totals, counts = zip(*[(p @ p.T, p.sum(1), p.shape[1]) for p in self._parts()], strict=True)
+        total = torch.stack(totals).sum(0)
+        return torch.stack(grams).sum(0) - torch.outer(total, total) / sum(counts)
 
     @cached_property
     def energy(self) -> Float[Tensor, " channels"]:
@@ -150,6 +159,10 @@ class _Subset(Filters):
     @cached_property
     def weight(self) -> Tensor:
         return self.whole.weight[self.members]
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        return self.whole.covariance[self.members][:, self.members]
 
     @cached_property
     def energy(self) -> Tensor:
@@ -282,10 +295,13 @@ def _powers(tensor: Tensor, slot: Slot, width: int, power: int) -> Float[Tensor,
     if slot.dim and tensor.dim() > 1:
         tensor = tensor.movedim(slot.dim, 0)
     flat = tensor.detach().reshape(tensor.shape[0], -1)
-    # Some rows at a time: a wide copy of all would be fresh memory, which takes longer than the sum.
-    pieces = flat.split(max(1, _CACHED // max(flat.shape[1], 1)))
-    sums = [_raised_(piece.to(torch.float64, copy=True), power).sum(1) for piece in pieces]
+    sums = [_raised_(piece.to(torch.float64, copy=True), power).sum(1) for piece in few_rows(flat)]
     return _rows(torch.cat(sums), slot, width)
+
+
+def few_rows(tensor: Tensor) -> Sequence[Tensor]:
+    """A tensor some rows at a time, for a wide copy of all would be fresh memory, which takes longer than most sums."""
+    return tensor.split(max(1, _CACHED // max(tensor[:1].numel(), 1)))
 
 
 def _raised_(values: Tensor, power: int) -> Tensor:
@@ -334,8 +350,9 @@ def _peak(group: Group, state: State) -> Tensor:
 
 def reader_energy(slot: Slot, source: Float[Tensor, "out columns *taps"], width: int) -> Float[Tensor, " channels"]:
     """``|U_j|^2``: the sum of squares of the weights with which a reader takes each channel."""
-    per_block = source.detach().double().square().reshape(slot.blocks, -1, *source.shape[1:])
-    column = per_block.sum(1).reshape(len(slot.channels), -1).sum(1).cpu()
+    blocks = source.detach().chunk(slot.blocks)
+    per_block = [torch.stack([rows.double().square_().sum(0) for rows in few_rows(block)]).sum(0) for block in blocks]
+    column = torch.cat(per_block).reshape(len(slot.channels), -1).sum(1).cpu()
     channels = torch.tensor(slot.channels)
     ours = channels != NOT_OURS
     return torch.zeros(width, dtype=torch.float64).index_add_(0, channels[ours], column[ours])

@@ -79,8 +79,7 @@ def fit(
         positions = _positions(problem, probes)
         looks = looks or [look(model, {}, batch, norms, positions) for batch in probes.batches]
         judge = _Judge.over(problem, probes, looks)
-        pruned = problem.stored({site.reader.weight: masked(site, state) for site in problem.found}, state)
-        before, found = judge(pruned), replace(found, error=judge(found.values))
+        before, found = judge(_pruned(problem, state)), replace(found, error=judge(found.values))
         found = _with_renorm(problem, probes, found, looks, norms, judge)
         # Large, and not needed any more.
         del looks
@@ -91,7 +90,7 @@ def fit(
         seconds["solve"] += time.perf_counter() - started
         if found.error > before:
             # Too few probes for the size of the layers: what was learned from them does not carry over.
-            found = _less(found, pruned, state, before, judge)
+            found = _less(found, _pruned(problem, state), state, before, judge)
     return restoration(found, Assessment(before, found.error))
 
 
@@ -107,7 +106,7 @@ def make_probes(
     probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
     # Of what was made, for a user's own inputs may be larger than the example.
     most = max(FEWEST, held_at_once(settings.memory, held_bytes(model, first_rows(probes.batches[0]))))
-    parts = [in_parts(batch, most) for batch in probes.batches]
+    parts = [in_parts(batch, most, FEWEST) for batch in probes.batches]
     if all(len(part) == 1 for part in parts):
         return probes
     firsts = list(accumulate((len(part) for part in parts), initial=0))
@@ -142,6 +141,11 @@ class _Found:
     def plus(self, note: str) -> tuple[str, ...]:
         """The notes and one more."""
         return (*self.notes, note)
+
+
+def _pruned(problem: Problem, state: State) -> dict[str, Tensor]:
+    """Plain pruning: as large as the weights themselves, so nobody holds it for longer than it is needed."""
+    return problem.stored({site.reader.weight: masked(site, state) for site in problem.found}, state)
 
 
 @dataclass(frozen=True)

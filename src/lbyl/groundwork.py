@@ -17,14 +17,13 @@ from lbyl.errors import InputError
 from lbyl.fitting import make_probes, read
 from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs
-from lbyl.modes import duplicate
 from lbyl.moments import Probes, ProbeSource
 from lbyl.order import Order
 from lbyl.regression import Reading
 from lbyl.restoration import restore as solve
 from lbyl.restorers import LeastSquares, Prune, Restorer
-from lbyl.selection import check_selection, select
-from lbyl.surgery import tensors_of, write
+from lbyl.selection import Selection, check_selection, select
+from lbyl.surgery import borrowing, tensors_of
 from lbyl.verification import without_trouble
 from lbyl.widths import Curves, Given, measure_curves
 
@@ -130,7 +129,7 @@ def lay_groundwork(
         VerificationError: no group can be cut.
     """
     restorer, _ = order.restorer(model)
-    choose, shelf, work = order.choose(restorer), shelf or Nowhere(), duplicate(model).eval()
+    choose, shelf, work = order.choose(restorer), shelf or Nowhere(), borrowing(model)
 
     with clock("verify"):
         cuttable = shelf.cuttable(lambda: find_cuttable(work, inputs, graph, order))
@@ -156,28 +155,22 @@ def lay_groundwork(
     return Groundwork(cuttable, probes, curves, readings)
 
 
-def find_cuttable(work: nn.Module, inputs: ExampleInputs, graph: Graph, order: Order) -> Cuttable:
+def find_cuttable(model: nn.Module, inputs: ExampleInputs, graph: Graph, order: Order) -> Cuttable:
     """The groups that can be cut at all, which must be known before widths are dealt out.
-
-    ``work`` is a copy that is the caller's to change; it is left as it was.
 
     Raises:
         InputError: no group is in scope, or the restorer chooses channels by itself.
         VerificationError: none can be cut.
     """
-    restorer, _ = order.restorer(work)
+    restorer, _ = order.restorer(model)
     if getattr(restorer, "chooses", False):
         raise InputError(f"{type(restorer).__name__} chooses channels by itself, so no budget can; give a ratio")
-    state = tensors_of(work)
+    state = tensors_of(model)
     trial = select(graph, state, 0.5, order.scope, order.choose(restorer), order.seed)
     check_selection(trial)
     notes: tuple[str, ...] = ()
     if order.verify:
-        masked = solve(trial, state, Prune(), order.seed).values
-        whole = {name: state[name].detach().clone() for name in masked}
-        write(work, masked)
-        good = trial if order.strict else without_trouble(work, inputs, graph, trial)
-        write(work, whole)
+        good = trial if order.strict else that_can_be_cut(model, inputs, graph, trial, order.seed)
         notes = tuple(f"{name} stays whole: {why}" for name, why in good.left[len(trial.left) :])
         trial = good
     # Widths are dealt out group by group, and these go two at a time.
@@ -187,3 +180,15 @@ def find_cuttable(work: nn.Module, inputs: ExampleInputs, graph: Graph, order: O
     notes += tuple(f"{name} stays whole: heads and stream have to lose the same share" for name in held)
     found = (index for index, group in enumerate(graph.groups) if group.name in names and group.prunable)
     return Cuttable(tuple(found), notes)
+
+
+def that_can_be_cut(
+    model: nn.Module, inputs: ExampleInputs, graph: Graph, selection: Selection, seed: int
+) -> Selection:
+    """The selection without the groups that can't be cut, as plain pruning shows before anything is restored.
+
+    Raises:
+        VerificationError: none of them can be cut.
+    """
+    masked = solve(selection, tensors_of(model), Prune(), seed).values
+    return without_trouble(borrowing(model, masked), inputs, graph, selection)

@@ -62,10 +62,11 @@ class ExampleInputs:
         """Move to a device; floating-point tensors also get the dtype, when one is given."""
         return self.map(lambda t: t.to(device, floating if t.is_floating_point() and floating else t.dtype))
 
-    def thinned(self) -> ExampleInputs | None:
-        """The same images with about three tenths of their rows and columns; None where the inputs are not just images.
+    def thinned(self, share: float) -> ExampleInputs | None:
+        """The same images with at most so large a share of their rows and columns; None where that can't be.
 
-        Both sides stay multiples of 32, by which most networks shrink them.
+        Then there is something besides images, or they are small already. Both sides become multiples of 32, by which
+        most networks shrink them, and 64 at the least.
         """
         tensors = self.tensors()
         if len(tensors) != 1 or tensors[0].dim() != 4 or not tensors[0].is_floating_point():
@@ -76,7 +77,7 @@ class ExampleInputs:
 
         def thin(image: Tensor) -> Tensor:
             for dim, side in zip((2, 3), sides, strict=True):
-                fewer = 32 * max(2, round(0.3 * side / 32))
+                fewer = 32 * max(2, int(share * side / 32))
                 image = image.index_select(dim, torch.arange(fewer, device=image.device) * side // fewer)
             return image
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lbyl.activations import ACTIVATIONS
 from lbyl.assessment import Assessment
-from lbyl.filters import State, carrying, columns_second, describe, paper_form_applies, seats, subset
+from lbyl.filters import State, carrying, columns_second, describe, few_rows, paper_form_applies, seats, subset
 from lbyl.graph import Slot
 from lbyl.moments import Progress
 from lbyl.restorers import Prune, Restorer
@@ -181,16 +181,15 @@ def fold(
         columns_d = index[drop[here_d]] - number * per_block
         if not columns_k.numel() or not columns_d.numel():
             continue
-        u = source[out]
-        s = delivery.matrix[here_k][:, here_d].to(u.device)
-        scale = delivery.scale[here_k].to(u.device)
-        # In place, for these are the largest tensors there are: rows, channels, places, taps.
-        restored, dropped = u[:, columns_k].to(torch.float64), u[:, columns_d].to(torch.float64)
-        restored *= scale.reshape([1, -1] + [1] * (restored.dim() - 2))
-        restored += torch.einsum("od...,kd->ok...", dropped, s)
-        target = weight[out]
-        target[:, columns_k] = restored.to(weight.dtype)
-        target[:, columns_d] = 0
+        s = delivery.matrix[here_k][:, here_d].to(source.device)
+        scale = delivery.scale[here_k].to(source.device)
+        for u, target in zip(few_rows(source[out]), few_rows(weight[out]), strict=True):
+            # rows, channels, places, taps
+            restored, dropped = u[:, columns_k].to(torch.float64), u[:, columns_d].to(torch.float64)
+            restored *= scale.reshape([1, -1] + [1] * (restored.dim() - 2))
+            restored += torch.einsum("od...,kd->ok...", dropped, s)
+            target[:, columns_k] = restored.to(weight.dtype)
+            target[:, columns_d] = 0
     return weight
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lbyl.activations import ACTIVATIONS
-from lbyl.filters import State, describe, paper_form_applies, reader_energy, seats
+from lbyl.filters import State, describe, few_rows, paper_form_applies, reader_energy, seats
 from lbyl.graph import NOT_OURS, Graph, Slot
 from lbyl.moments import ChannelMoments, ClosedFormSource, Progress
 from lbyl.regression import ChannelSums, Columns, Moments, PatchSums, Prior, Solution, solve
@@ -294,27 +295,15 @@ def _deliver(
     choice = selection.choices[number]
     keep, drop = choice.tensors()
     delivery, resid, singular = deliver_from_moments(choice, moments.covariance, ridge, prior)
-    source = site.weight(ledger.state)
-    old = ledger.values[slot.parameter].clone()
-    new = fold(ledger.values[slot.parameter], source, slot, choice.group.width, keep, drop, delivery)
-    ledger.values[slot.parameter] = new
+    source, new = site.weight(ledger.state), ledger.values[slot.parameter]
+    gone = site.dropped & (torch.tensor(slot.channels) != NOT_OURS)
+    means = columns.to(source.device)
+    # What the dropped columns gave on average, less what the restored ones now give in their stead.
+    asked = _on_average(source, means * gone.to(means), slot.blocks) + _on_average(new, means, slot.blocks)
+    ledger.values[slot.parameter] = new = fold(new, source, slot, choice.group.width, keep, drop, delivery)
+    ledger.absorb(site, asked - _on_average(new, means, slot.blocks))
     if singular:
         ledger.singular(site, [number])
-    # What the dropped columns gave on average, less what the restored ones now give in their stead.
-    rows, per_block = len(source) // slot.blocks, len(slot.channels) // slot.blocks
-    ours = torch.tensor(slot.channels) != NOT_OURS
-    gone = (site.dropped & ours).to(source.device)
-    shift = torch.zeros(len(source), dtype=torch.float64, device=source.device)
-    means = columns.to(source.device)
-    for index in range(slot.blocks):
-        out, inside = (
-            slice(index * rows, (index + 1) * rows),
-            slice(index * per_block, (index + 1) * per_block),
-        )
-        change = (new - old)[out].double().flatten(2).sum(2) if source.dim() > 2 else (new - old)[out].double()
-        full = source[out].double().flatten(2).sum(2) if source.dim() > 2 else source[out].double()
-        shift[out] = (full * gone[inside]) @ means[inside] - change @ means[inside]
-    ledger.absorb(site, shift)
     # Channels count by the energy that the reader gives them; correlations between them are left out.
     energy = reader_energy(slot, source, choice.group.width)
     variance = moments.covariance.diagonal()
@@ -326,6 +315,16 @@ def _deliver(
     )
 
 
+def _on_average(
+    weight: Float[Tensor, "out columns *taps"], means: Float[Tensor, " columns_of_all_blocks"], blocks: int
+) -> Float[Tensor, " out"]:
+    """What a reader gives where every column is its mean: ``sum_it w_oit m_i``, in float64."""
+    found = []
+    for rows, here in zip(weight.chunk(blocks), means.double().chunk(blocks), strict=True):
+        found += [part.double().flatten(2).sum(2) @ here for part in few_rows(rows.unsqueeze(2))]
+    return torch.cat(found)
+
+
 def expected_moments(choice: Choice, state: State, settings: LeastSquares) -> tuple[Tensor | None, float]:
     """What the weights alone say about the channels' covariance, and how far to trust it; None for not at all."""
     trust = settings.prior
@@ -333,9 +332,7 @@ def expected_moments(choice: Choice, state: State, settings: LeastSquares) -> tu
         trust = 0.0 if any(producer.normalized for producer in choice.group.producers) else 0.5
     if trust == 0 or paper_form_applies(choice.group, state):
         return None, 0.0
-    filters = describe(choice.group, state).weight
-    filters = filters - filters.mean(1, keepdim=True)
-    return filters @ filters.T, trust
+    return describe(choice.group, state).covariance, trust
 
 
 def deliver_from_moments(

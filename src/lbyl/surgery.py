@@ -1,4 +1,4 @@
-"""Cutting tensors: the only place that writes a weight. Callers hand it a model that is theirs to change."""
+"""Cutting tensors, and putting new ones in their place: nothing else gives a model another weight."""
 
 from __future__ import annotations
 
@@ -142,23 +142,6 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Overwrite parameters and buffers in place, at their present shapes.
-
-    Raises:
-        SurgeryError: a name that the model has not, or a shape that does not fit.
-    """
-    state = tensors_of(model)
-    for name, value in values.items():
-        if name not in state:
-            raise SurgeryError(f"the model has no parameter or buffer {name!r}")
-        if state[name].shape != value.shape:
-            raise SurgeryError(f"{name}: the model has {_size(state[name])}, the new value is {_size(value)}")
-    with torch.no_grad():
-        for name, value in values.items():
-            state[name].copy_(value)
-
-
 @torch.no_grad()
 def lay_on(model: nn.Module, changes: Mapping[str, Sequence[Callable[[Tensor], object]]]) -> nn.Module:
     """The model itself, once each change was made to the parameter or buffer of its name, in place."""
@@ -170,9 +153,28 @@ def lay_on(model: nn.Module, changes: Mapping[str, Sequence[Callable[[Tensor], o
 
 
 def standing_for(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """New parameters and buffers by the ids of those whose place they take in a copy of the model."""
+    """New parameters and buffers by the ids of those whose place they take in a copy of the model.
+
+    Raises:
+        SurgeryError: a name that the model has not, or a shape that does not fit.
+    """
     state = tensors_of(model)
+    for name, value in values.items():
+        if name not in state:
+            raise SurgeryError(f"the model has no parameter or buffer {name!r}")
+        if state[name].shape != value.shape:
+            raise SurgeryError(f"{name}: the model has {_size(state[name])}, the new value is {_size(value)}")
     return {id(state[name]): _in_place_of(state[name], value) for name, value in values.items()}
+
+
+def borrowing(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A copy of a model for evaluation that has the model's own parameters, not copies of them, and some new values.
+
+    It is there to be run and to be cut into another copy: nobody may write to its parameters. Buffers are copied, for
+    a forward pass may write to these.
+    """
+    own = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
+    return duplicate(model, own | standing_for(model, values or {})).eval()
 
 
 def _in_place_of(old: Tensor, new: Tensor) -> Tensor:

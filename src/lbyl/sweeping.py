@@ -24,7 +24,6 @@ from lbyl.criteria import Criterion, resolve_criterion
 from lbyl.errors import ArtifactError, InputError, LbylError, SurgeryError, VerificationError
 from lbyl.files import write_whole
 from lbyl.fingerprint import check_same, fingerprint
-from lbyl.graph import Graph
 from lbyl.groundwork import Cuttable, Groundwork, find_cuttable, lay_groundwork
 from lbyl.inputs import ExampleInputs
 from lbyl.ledger import GROUNDWORK, Ledger, clear, exists, occupied
@@ -192,7 +191,7 @@ class _Network:
         refusals: list[LbylError] = []
         with self.clock("verify"):
             for path, module, inputs, graph in self.prepared.parts:
-                cuttable = _attempt(lambda m=module, i=inputs, g=graph: _find(m, i, g, self.order))
+                cuttable = _attempt(lambda m=module, i=inputs, g=graph: find_cuttable(m, i, g, self.order))
                 if isinstance(cuttable, Cuttable):
                     found[path] = cuttable
                 else:
@@ -220,10 +219,6 @@ class _Network:
             shelf.cuttable(lambda path=path: self.cuttable[path])
             ground[path] = lay_groundwork(module, inputs, graph, self.order, None, self.clock, shelf)
         return ground
-
-
-def _find(module: nn.Module, inputs: ExampleInputs, graph: Graph, order: Order) -> Cuttable:
-    return find_cuttable(duplicate(module).eval(), inputs, graph, order)
 
 
 def _attempt(work: Callable[[], Made]) -> Made | LbylError:

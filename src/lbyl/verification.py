@@ -36,6 +36,8 @@ from lbyl.selection import Choice, Selection
 from lbyl.surgery import Attribute, cut_copy, lay_on, plan_attributes, plan_cuts, standing_for, tensors_of
 
 TOLERANCE = 1e-6
+_THINNED = 0.3
+"""The share of their rows and columns that large images are compared with."""
 NOTHING: Silences = MappingProxyType({})
 
 Follow = Callable[[Selection], Sequence[Attribute]]
@@ -376,7 +378,7 @@ def _reference(
     """Run the masked network in float64, on thinned images if it takes them."""
     kept = kept_channels(selection)
     device = next((p.device for p in masked.parameters()), torch.device("cpu"))
-    whole, thinned = inputs.to(device), inputs.thinned()
+    whole, thinned = inputs.to(device), inputs.thinned(_THINNED)
     outline = _Outline(masked, whole)
     if thinned is not None:
         wide = thinned.to(device, torch.float64)

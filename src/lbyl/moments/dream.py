@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import InputError
-from lbyl.inputs import ExampleInputs
+from lbyl.inputs import ExampleInputs, outputs
 from lbyl.memory import ROOM, InputsForgotten, give_back, held_at_once, saved_bytes
 from lbyl.moments.base import Probes, Progress
 from lbyl.moments.photographs import photographs, takes_photographs
@@ -17,7 +17,6 @@ from lbyl.moments.synthesis import (
     FEWEST,
     affordable,
     alike,
-    batch_size,
     dead_leaves,
     first_rows,
     held_out_size,
@@ -49,17 +48,18 @@ class Dream:
 
     Attributes:
         images: dreams that moments are collected on, and as many scenes or crops of photographs. As many other crops
-            are held out, or a quarter more dreams. None takes as many as 2.4e10 multiply-accumulates allow, between 24
-            dreams or 48 of the others and 192; where one takes more than 4e9, dreams as many as 1e11 allow, and the
-            others as many as 4e11 do, at least 4 of each. Dreams come in batches that 1.6e10 allow, of 24 to 96, and
-            of fewer where ``memory`` asks for it.
+            are held out, or a quarter more dreams, 4 at least. None takes as many as 2.4e10 multiply-accumulates
+            allow, between 24 dreams or 48 of the others and 192; where one takes more than 4e9, dreams as many as 1e11
+            allow, and the others as many as 4e11 do, at least 4 of each. Dreams come in batches that 1.6e10 allow, of
+            24 to 96, and of fewer where ``memory`` asks for it; what is held out comes in batches of its own.
         steps: Adam steps, with a cosine schedule. None takes 20, and fewer where all of them would take more than
             1e13 multiply-accumulates; where less than 5 are left, none.
         lr: step size, in units of the inputs (which start with unit variance).
         photographs: whether to use them, where inputs look like color images. False makes every probe out of the
             network and a random seed: scenes besides dreams, and dreams held out.
         memory: bytes that the activations of dreams may take: fewer are made at a time where these would take more,
-            but never less than 4.
+            but never less than 4. Where these take more as well, all probes are smaller images than the example, if
+            the network runs on these.
     """
 
     images: int | None = None
@@ -83,23 +83,23 @@ class Dream:
         others = self.images or affordable(each, 2.4e10, 48, 192, ceiling=4e11)
         shown = self.photographs and takes_photographs(inputs)
         # Crops cost nothing to make, and what is held out has to tell solutions apart that are nearly alike.
-        held = others if shown else held_out_size(count)
+        held = others if shown else max(FEWEST, held_out_size(count))
         dreams = count if shown else count + held
-        steps, note = self.steps, ""
+        steps, notes = self.steps, list[str]()
         if steps is None:
             # Forward, and backward to the inputs.
             steps = min(_STEPS, int(_MOST / (3 * each * dreams)))
             steps = steps if steps >= _FEWEST else 0
             if steps < _STEPS:
                 what = f"{steps} steps of dreaming" if steps else "no dreams but pink noise"
-                note = f"{what}: an input takes {each:.1e} multiply-accumulates; Dream(steps=...) asks for more"
+                notes.append(f"{what}: an input takes {each:.1e} multiply-accumulates; Dream(steps=...) asks for more")
         # What dreaming holds in memory grows with the batch, so several are made one after the other.
-        rounds = -(-count // affordable(each, 1.6e10, 24, 96, ceiling=1e11))
+        most = affordable(each, 1.6e10, 24, 96, ceiling=1e11)
         if steps:
-            most = max(FEWEST, held_at_once(self.memory, saved_bytes(model, first_rows(inputs))))
-            rounds = max(rounds, -(-dreams // most))
-        sizes = alike(dreams, rounds)
-        starts = split(synthesize(model, inputs, dreams, pink, generator), sizes)
+            inputs, fitting, why = self._fitting(model, inputs)
+            most, notes = min(most, fitting), [*notes, *why]
+        train, test = alike(count, most, FEWEST), [] if shown else alike(held, most, FEWEST)
+        starts = split(synthesize(model, inputs, dreams, pink, generator), train + test)
         dreamed = []
         for number, start in enumerate(starts):
 
@@ -113,27 +113,41 @@ class Dream:
             # In two batches, for one of all of them would be the largest thing in memory.
             half = others // 2 if others > 3 else 0
             parts = [size for size in (half, others - half, held) if size]
-            *seen, test = split(synthesize(model, inputs, others + held, photographs, generator), parts)
+            *seen, held_out = split(synthesize(model, inputs, others + held, photographs, generator), parts)
         else:
-            # The last ones, however many batches they reach into.
-            kept = [min(size, max(0, count - index * sizes[0])) for index, size in enumerate(sizes)]
-            parts = [split(batch, [n, size - n]) for batch, n, size in zip(dreamed, kept, sizes, strict=True)]
-            dreamed = [train for train, _ in parts if batch_size(train)]
-            if len(dreamed) > 1 and batch_size(dreamed[-1]) < FEWEST:
-                dreamed[-2:] = [join(dreamed[-2:])]
-            test = join([rest for _, rest in parts if batch_size(rest)])
+            dreamed, held_out = dreamed[: len(train)], join(dreamed[len(train) :])
             seen = [synthesize(model, inputs, others, dead_leaves, generator)]
         batches = *dreamed, *seen
         lifelike = tuple(range(len(dreamed), len(batches)))
         return Probes(
             batches,
-            test,
+            held_out,
             batch_statistics=True,
-            note=note,
+            note="; ".join(notes),
             lifelike=lifelike,
             matched=steps > 0,
             judged_in=lifelike if shown else (),
         )
+
+    def _fitting(self, model: nn.Module, inputs: ExampleInputs) -> tuple[ExampleInputs, int, list[str]]:
+        """The example, how many dreams like it may be made at a time, and what the user should know.
+
+        Where even 4 dreams do not fit, the example comes back with fewer pixels, if the network runs on fewer.
+        """
+        each = saved_bytes(model, first_rows(inputs))
+        most = held_at_once(self.memory, each)
+        if most >= FEWEST:
+            return inputs, most, []
+        why = f"{FEWEST} dreams at a time take {FEWEST * each / 2**20:.0f} MiB; Dream(memory=...) allows less"
+        fewer = inputs.thinned((held_at_once(self.memory, 1) / (FEWEST * each)) ** 0.5)
+        if fewer is not None:
+            try:
+                outputs(model, fewer)
+            except InputError:  # it insists on the size of its images
+                return inputs, FEWEST, [why]
+            now, before = ("x".join(map(str, example.tensors()[0].shape[2:])) for example in (fewer, inputs))
+            return fewer, FEWEST, [f"probes of {now} pixels, not of {before}: {why}"]
+        return inputs, FEWEST, [why]
 
     def _dreamed(
         self, model: nn.Module, start: ExampleInputs, steps: int, report: Callable[[int], None]

@@ -170,16 +170,16 @@ def first_rows(inputs: ExampleInputs) -> ExampleInputs:
     return split(inputs, [2, size - 2])[0] if size > 2 else inputs
 
 
-def alike(size: int, count: int) -> list[int]:
-    """Sizes of so many parts at most, none larger than it has to be."""
-    return [len(part) for part in torch.arange(size).chunk(count)]
+def alike(size: int, most: int, least: int = 1) -> list[int]:
+    """Sizes of parts that differ by one at most: none larger than ``most``, unless some were less than ``least``."""
+    count = min(-(-size // max(1, most)), max(1, size // least))
+    return [len(part) for part in torch.arange(size).tensor_split(count)]
 
 
-def in_parts(inputs: ExampleInputs, most: int) -> list[ExampleInputs]:
-    """A batch as several alike in size, none of which has more than ``most`` rows."""
-    size = batch_size(inputs)
-    count = -(-size // max(1, most))
-    return split(inputs, alike(size, count)) if count > 1 else [inputs]
+def in_parts(inputs: ExampleInputs, most: int, least: int = 1) -> list[ExampleInputs]:
+    """A batch as several of so many rows; see :func:`alike`."""
+    sizes = alike(batch_size(inputs), most, least)
+    return split(inputs, sizes) if len(sizes) > 1 else [inputs]
 
 
 FEWEST = 4
