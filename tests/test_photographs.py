@@ -74,7 +74,7 @@ def test_without_them_dreams_are_held_out(channels: int, settings: dict[str, boo
     probes = dream(torch.zeros(1, channels, 24, 24), **settings)
     assert [len(batch.tensors()[0]) for batch in probes.batches] == [8, 8]
     assert (probes.lifelike, probes.judged_in) == ((1,), ())
-    assert len(probes.held_out.tensors()[0]) == 2
+    assert len(probes.held_out.tensors()[0]) == 4
 
 
 def test_many_dreams_come_in_batches_and_what_is_held_out_may_be_more_than_one_of_them() -> None:
