@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -115,6 +117,18 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     saved_bytes(net, ExampleInputs.of(images(2)))
     assert all(parameter.requires_grad and parameter.grad is None for parameter in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_counting_keeps_nothing() -> None:
+    """What sigmoids give is kept for the backward pass of the same sigmoids."""
+    net = settle(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 4, 1), nn.Sigmoid()))
+    made: list[weakref.ref[Tensor]] = []
+    for layer in net:
+        layer.register_forward_hook(lambda module, args, out: made.append(weakref.ref(out)))
+    saved_bytes(net, ExampleInputs.of(images(2)))
+    gc.collect()
+    assert len(made) == 5
+    assert not any(ref() is not None for ref in made)
 
 
 @pytest.mark.parametrize(

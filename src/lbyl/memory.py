@@ -125,7 +125,8 @@ def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             found[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Not the tensor itself: an output that is kept for its own function would never be freed.
+        return tensor.detach()
 
     asked = inputs.map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()))
     kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
