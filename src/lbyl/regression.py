@@ -122,8 +122,9 @@ def solve(moments: Moments, ridge: float, centered: bool, prior: Prior | None = 
     mean_p, mean_r = moments.p / n, moments.r / n
     if not centered:
         mean_p, mean_r = torch.zeros_like(mean_p), torch.zeros_like(mean_r)
-    gram = moments.pp / n - torch.outer(mean_p, mean_p)
-    cross = moments.pr / n - torch.outer(mean_p, mean_r)
+    # Each in one go, for these are large.
+    gram = torch.addr(moments.pp, mean_p, mean_p, beta=1 / n, alpha=-1)
+    cross = torch.addr(moments.pr, mean_p, mean_r, beta=1 / n, alpha=-1)
     power = moments.rr / n - mean_r.square()
     trusted_gram, trusted_cross = gram, cross
     if prior is not None and prior.trust > 0:

@@ -137,7 +137,8 @@ def empty_sums(
     taps = weight[0, 0].numel() if weight.dim() > 2 else 1
     keep = [torch.nonzero(~gone).flatten() for gone in site.dropped.chunk(reader.blocks)]
     drop = [torch.nonzero(gone).flatten() for gone in site.dropped.chunk(reader.blocks)]
-    size = sum((len(k) * taps) ** 2 * 8 for k in keep)
+    rows = len(weight) // reader.blocks
+    size = sum(len(k) * taps * (len(k) * taps + rows) * 8 for k in keep)
     note = ""
     if settings.solve == "patch" and reader.op != "conv3d":
         if size <= settings.budget:

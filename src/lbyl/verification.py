@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbyl.depthwise import TapByTap
+from lbyl.double import LARGE, InDouble
 from lbyl.errors import InputError, LbylError, VerificationError
 from lbyl.graph import Graph
 from lbyl.inputs import ExampleInputs, outputs
@@ -62,7 +62,7 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Silences) -> Itera
     """Each module's own tensors are float64 while it runs, so that no wide copy of the model is ever held.
 
     ``names`` are those of tensors by their ids; the wide ones are among them while they are in place. ``silent`` is
-    laid on the wide ones.
+    laid on the wide ones. Large weights of linear layers stay narrow, for :class:`lbyl.double.InDouble`.
     """
     state = tensors_of(model) if silent else {}
     laid = {id(state[name]): changes for name, changes in silent.items()}
@@ -73,7 +73,10 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Silences) -> Itera
         held.append((dict(tables[0]), dict(tables[1])))
         for table in tables:
             for name, tensor in table.items():
-                if tensor is not None and tensor.is_floating_point():
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                narrow = type(module) is nn.Linear and name == "weight" and tensor.numel() > LARGE
+                if not narrow or id(tensor) in laid:
                     wide = tensor.detach().to(torch.float64, copy=id(tensor) in laid)
                     for change in laid.get(id(tensor), ()):
                         change(wide)
@@ -112,14 +115,14 @@ def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent: S
     except InputError:
         # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
         wide = lay_on(copy.deepcopy(model).eval().double(), silent)
-        with plain_attention(), _statistics(kept, _names(wide)), TapByTap():
+        with plain_attention(), _statistics(kept, _names(wide)), InDouble():
             return outputs(wide, inputs)
 
 
 def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent: Silences) -> list[Tensor]:
     names = _names(model)
     statistics = _statistics(kept, names)
-    with undisturbed(model), _widened(model, names, silent), plain_attention(), statistics, TapByTap():
+    with undisturbed(model), _widened(model, names, silent), plain_attention(), statistics, InDouble():
         return outputs(model, inputs)
 
 

@@ -1,6 +1,7 @@
-"""Depthwise convolutions in float64, which PyTorch computes on the CPU one channel after the other.
+"""Layers in float64, where PyTorch takes long or needs much memory.
 
-In a mobile network that takes several times as long as all the rest.
+Depthwise convolutions are computed on the CPU one channel after the other, which in a mobile network takes several
+times as long as all the rest. Linear layers ask for a wide copy of their weights, which may be the largest thing there.
 """
 
 from __future__ import annotations
@@ -69,8 +70,25 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return rows, columns
 
 
-class TapByTap(TorchFunctionMode):
-    """While it is on, depthwise convolutions in float64 on the CPU are computed tap by tap."""
+LARGE = 2**22
+"""So many elements of a weight are widened at once."""
+
+
+def _linear(
+    input: Float[Tensor, "*rows columns"],
+    weight: Float[Tensor, "out columns"],
+    bias: Float[Tensor, " out"] | None = None,
+) -> Float[Tensor, "*rows out"]:
+    """What `torch.nn.functional.linear` gives with the weight in the input's precision, some outputs at a time."""
+    if input.dtype != torch.float64 or weight.dtype == input.dtype:
+        return functional.linear(input, weight, bias)
+    pieces = weight.split(max(1, LARGE // weight.shape[1]))
+    out = torch.cat([functional.linear(input, piece.to(input.dtype)) for piece in pieces], -1)
+    return out if bias is None else out.add_(bias)
+
+
+class InDouble(TorchFunctionMode):
+    """While it is on, float64 inputs meet depthwise convolutions tap by tap, and narrow weights of linear layers."""
 
     def __torch_function__(
         self,
@@ -79,4 +97,7 @@ class TapByTap(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
+        return _OURS.get(func, func)(*args, **(kwargs or {}))
+
+
+_OURS: dict[Any, Any] = {torch.conv2d: _conv2d, functional.linear: _linear}

@@ -1,4 +1,4 @@
-"""Depthwise convolutions tap by tap give what PyTorch gives."""
+"""Layers in double precision that are computed in another way give what PyTorch gives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lbyl.depthwise import TapByTap, depthwise_conv2d
+from lbyl.double import InDouble, depthwise_conv2d
 from lbyl.macs import MacCounter
 
 
@@ -28,13 +28,13 @@ def test_every_setting(kernel, settings, each):
     layer = nn.Conv2d(6, 6 * each, kernel, groups=6, **settings).double()
     x = torch.randn(2, 6, 11, 9, dtype=torch.float64)
     expected = layer(x)
-    with TapByTap():
+    with InDouble():
         assert torch.allclose(layer(x), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_it_is_used_where_it_should_be():
     def convolutions(layer: nn.Module, x: torch.Tensor) -> int:
-        with torch.no_grad(), TapByTap(), MacCounter() as counter:
+        with torch.no_grad(), InDouble(), MacCounter() as counter:
             layer(x)
         return counter.total  # multiplications tap by tap don't count
 
@@ -47,7 +47,7 @@ def test_it_is_used_where_it_should_be():
 
 def test_a_channel_too_many_is_still_an_error():
     layer = nn.Conv2d(6, 6, 3, groups=6).double()
-    with TapByTap(), pytest.raises(RuntimeError, match="channels"):
+    with InDouble(), pytest.raises(RuntimeError, match="channels"):
         layer(torch.randn(1, 5, 8, 8, dtype=torch.float64))
 
 
@@ -58,3 +58,22 @@ def test_gradients_are_not_in_the_way():
     found = depthwise_conv2d(x, layer.weight, None, (1, 1), (0, 0), (1, 1))
     assert torch.allclose(found, layer(x))
     assert found.requires_grad
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
+def test_narrow_weights_of_linear_layers_meet_wide_inputs(shape, bias, monkeypatch):
+    monkeypatch.setattr("lbyl.double.LARGE", 12)  # two outputs at a time
+    layer = nn.Linear(5, 7, bias=bias)
+    x = torch.randn(*shape, dtype=torch.float64)
+    with torch.no_grad(), InDouble():
+        narrow = torch.nn.functional.linear(x, layer.weight, None if layer.bias is None else layer.bias.double())
+        assert torch.allclose(narrow, layer.double()(x), rtol=1e-12, atol=1e-14)
+
+
+def test_other_precisions_that_do_not_fit_are_still_an_error():
+    x = torch.randn(2, 5)
+    with InDouble(), pytest.raises(RuntimeError, match="dtype"):
+        torch.nn.functional.linear(x, torch.randn(3, 5, dtype=torch.float64))
+    with InDouble(), pytest.raises(RuntimeError, match="dtype"):
+        torch.nn.functional.linear(x.half(), torch.randn(3, 5))
