@@ -300,4 +300,4 @@ print((peak() - before) / model)
 def test_large_weights_are_not_copied_more_often_than_needed() -> None:
     """The model, its new weights, and plain pruning to compare with; and a little for what libraries need."""
     done = subprocess.run([sys.executable, "-c", _WEIGHED], check=True, capture_output=True, text=True)
-    assert float(done.stdout) < 3.7
+    assert float(done.stdout) < 3.4

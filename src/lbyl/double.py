@@ -70,7 +70,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return rows, columns
 
 
-LARGE = 2**22
+LARGE = 2**20
 """So many elements of a weight are widened at once."""
 
 
@@ -82,8 +82,10 @@ def _linear(
     """What `torch.nn.functional.linear` gives with the weight in the input's precision, some outputs at a time."""
     if input.dtype != torch.float64 or weight.dtype == input.dtype:
         return functional.linear(input, weight, bias)
-    pieces = weight.split(max(1, LARGE // weight.shape[1]))
-    out = torch.cat([functional.linear(input, piece.to(input.dtype)) for piece in pieces], -1)
+    size = max(1, LARGE // weight.shape[1])
+    out = input.new_empty(*input.shape[:-1], len(weight))
+    for piece, place in zip(weight.split(size), out.split(size, -1), strict=True):
+        place.copy_(functional.linear(input, piece.to(input.dtype)))
     return out if bias is None else out.add_(bias)
 
 

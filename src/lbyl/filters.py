@@ -351,8 +351,11 @@ def _peak(group: Group, state: State) -> Tensor:
 def reader_energy(slot: Slot, source: Float[Tensor, "out columns *taps"], width: int) -> Float[Tensor, " channels"]:
     """``|U_j|^2``: the sum of squares of the weights with which a reader takes each channel."""
     blocks = source.detach().chunk(slot.blocks)
-    per_block = [torch.stack([rows.double().square_().sum(0) for rows in few_rows(block)]).sum(0) for block in blocks]
-    column = torch.cat(per_block).reshape(len(slot.channels), -1).sum(1).cpu()
+    sums = [torch.zeros_like(block[0], dtype=torch.float64) for block in blocks]
+    for block, total in zip(blocks, sums, strict=True):
+        for rows in few_rows(block):
+            total += rows.double().square_().sum(0)
+    column = torch.cat(sums).reshape(len(slot.channels), -1).sum(1).cpu()
     channels = torch.tensor(slot.channels)
     ours = channels != NOT_OURS
     return torch.zeros(width, dtype=torch.float64).index_add_(0, channels[ours], column[ours])

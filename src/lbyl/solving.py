@@ -320,10 +320,14 @@ def _on_average(
     weight: Float[Tensor, "out columns *taps"], means: Float[Tensor, " columns_of_all_blocks"], blocks: int
 ) -> Float[Tensor, " out"]:
     """What a reader gives where every column is its mean: ``sum_it w_oit m_i``, in float64."""
-    found = []
-    for rows, here in zip(weight.chunk(blocks), means.double().chunk(blocks), strict=True):
-        found += [part.double().flatten(2).sum(2) @ here for part in few_rows(rows.unsqueeze(2))]
-    return torch.cat(found)
+    found = torch.empty(len(weight), dtype=torch.float64, device=weight.device)
+    parts = weight.chunk(blocks), found.chunk(blocks), means.double().chunk(blocks)
+    for rows, places, here in zip(*parts, strict=True):
+        taps = few_rows(rows.unsqueeze(2))
+        for part, place in zip(taps, places.split(len(taps[0])), strict=True):
+            # Into place: results kept between large parts that are freed would keep the next from using their memory.
+            torch.mv(part.double().flatten(2).sum(2), here, out=place)
+    return found
 
 
 def expected_moments(choice: Choice, state: State, settings: LeastSquares) -> tuple[Tensor | None, float]:
