@@ -202,6 +202,16 @@ def test_a_borrowing_copy_holds_no_weights_of_its_own() -> None:
     assert not twin.training
 
 
+def test_rows_that_a_forward_pass_shortens_are_not_the_borrowed_ones() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1), nn.Linear(4, 3))
+    before = model[0].weight.detach().clone()
+    twin = borrowing(model)
+    twin(torch.arange(5))
+    assert twin[0].weight.norm(dim=1).max() < 0.11 < before.norm(dim=1).max()
+    assert torch.equal(model[0].weight, before)
+    assert twin[1].weight.data_ptr() == model[1].weight.data_ptr()
+
+
 def test_depthwise_networks_shrink_all_the_way() -> None:
     small = compress(settle(Depthwise(6)), images(2, 3, 6, 6), ratio=0.5).model
     assert small.depthwise.weight.shape == (3, 1, 3, 3)

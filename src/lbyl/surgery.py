@@ -171,10 +171,13 @@ def borrowing(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> n
     """A copy of a model for evaluation that has the model's own parameters, not copies of them, and some new values.
 
     It is there to be run and to be cut into another copy: nobody may write to its parameters. Buffers are copied, for
-    a forward pass may write to these.
+    a forward pass may write to these, and so are embeddings that keep their rows below a norm.
     """
-    own = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
-    return duplicate(model, own | standing_for(model, values or {})).eval()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    written = {id(table.weight) for table in tables if table.max_norm is not None}
+    borrowed = [p for p in model.parameters() if type(p) is nn.Parameter and id(p) not in written]
+    twins: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in borrowed}
+    return duplicate(model, twins | standing_for(model, values or {})).eval()
 
 
 def _in_place_of(old: Tensor, new: Tensor) -> Tensor:
