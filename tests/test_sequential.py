@@ -19,7 +19,9 @@ import lbyl
 from lbyl.inputs import ExampleInputs
 from lbyl.lockstep import OutOfStep, Turn, Walked, walk_together
 from lbyl.memory import held_bytes
+from lbyl.moments import Probes
 from lbyl.probing import ReaderCall, run
+from lbyl.widths import Given
 
 
 class Block(nets.Block):
@@ -287,6 +289,25 @@ def test_as_many_probes_are_taken_in_turn_as_memory_holds(rows: int, monkeypatch
     monkeypatch.setattr("lbyl.turns.walk_together", counting)
     restored(net, images(24), True, memory=room)
     assert seen == [rows]
+
+
+def test_small_batches_of_a_kind_are_one_where_parts_of_them_would_be_too_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, seen = residual(), []
+    parts = [ExampleInputs.of(part) for part in images(32).split([5, 5, 6, 16])]
+    probes = Probes(tuple(parts), parts[0], True, lifelike=(3,), matched=True)
+    room = room_for(16, 2 * held_bytes(net, ExampleInputs.of(images(1))))
+
+    def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> Walked:
+        seen.extend(batch.tensors()[0] for batch in batches)
+        return walk_together(model, batches, *args, **kwargs)
+
+    monkeypatch.setattr("lbyl.turns.walk_together", counting)
+    lbyl.compress(net, images(1), ratio=0.5, restore=lbyl.LeastSquares(Given(probes), memory=room))
+    # Of 16 dreams and of as many of the others every second one.
+    assert [len(part) for part in seen] == [8, 8]
+    assert torch.equal(torch.cat(seen), images(32)[::2])
 
 
 @pytest.mark.parametrize("sequential", [True, None])

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from lbyl.filters import State
 from lbyl.graph import Norm
+from lbyl.inputs import ExampleInputs
 from lbyl.kept import kept_channels
 from lbyl.lockstep import OutOfStep, Turn, walk_together
 from lbyl.memory import held_at_once, held_bytes
 from lbyl.moments import Probes
-from lbyl.moments.synthesis import first_rows, thinned
+from lbyl.moments.synthesis import first_rows, join, thinned
 from lbyl.regression import PatchSums
 from lbyl.renorm import renormalize, shifted
 from lbyl.sites import Site, following_norms, site_of
@@ -64,6 +65,15 @@ def _takers(problem: Problem, state: State) -> tuple[dict[str, Site], str]:
     return takers, ""
 
 
+def _by_kind(probes: Probes) -> list[ExampleInputs]:
+    """All dreams, say, as one batch, and all that looks like real inputs as another; as they are if shapes differ."""
+    if len({tuple(tensor.shape[1:] for tensor in batch.tensors()) for batch in probes.batches}) > 1:
+        return list(probes.batches)
+    lifelike = [batch for index, batch in enumerate(probes.batches) if index in probes.lifelike]
+    others = [batch for index, batch in enumerate(probes.batches) if index not in probes.lifelike]
+    return [join(kind) for kind in (others, lifelike) if kind]
+
+
 def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool) -> Turned | Declined:
     """Solve readers in execution order, each on what the network gives it once all before it is cut.
 
@@ -78,7 +88,8 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
     if kept_channels(selection):
         return Declined("layer norms take their statistics over the channels that stay")
     most = held_at_once(settings.memory, 2 * held_bytes(problem.model, first_rows(probes.batches[0])))
-    batches = thinned(probes.batches, most)
+    # Where parts of them would tell too little of their statistics, batches of a kind become one.
+    batches = thinned(probes.batches, most) or thinned(_by_kind(probes), most)
     if not batches:
         room = f"{settings.memory / 2**20:.0f} MiB of memory hold {most} in both networks"
         return Declined(f"{room}, too few; LeastSquares(memory=...) gives more")
