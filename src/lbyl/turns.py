@@ -12,7 +12,7 @@ from lbyl.graph import Norm
 from lbyl.inputs import ExampleInputs
 from lbyl.kept import kept_channels
 from lbyl.lockstep import OutOfStep, Turn, walk_together
-from lbyl.memory import held_at_once, held_bytes
+from lbyl.memory import give_back, held_at_once, held_bytes
 from lbyl.moments import Probes
 from lbyl.moments.synthesis import first_rows, join, thinned
 from lbyl.regression import PatchSums
@@ -108,6 +108,7 @@ def solve_in_turn(problem: Problem, probes: Probes, done: Findings, renorm: bool
                 wanted = wanted - (bias if call.op == "linear" else bias.reshape(-1, *[1] * (wanted.dim() - 2)))
             sums.add(call, site.weight(state), wanted)
         solve_patches(site, sums, selection, settings, ledger)
+        give_back()
         turns += 1
         problem.report("solving in turn", turns, len(takers))
 
