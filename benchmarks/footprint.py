@@ -142,7 +142,7 @@ def table(cells: list[dict[str, Any]]) -> Table:
     note = (
         "One whole `lbyl.compress` at 50 %, default restoration, verification included. Allowed: three times the "
         "model, the moments that are collected together, the probes, and `memory` for activations. Where not even four "
-        "dreams fit into that, as of EfficientNet-B4 (380 pixels) into 1 GiB, all probes are smaller images."
+        "dreams fit into that, as of EfficientNet-B4 (380 pixels), all probes are smaller images."
     )
     return Table("Peak memory", columns, rows, note)
 

@@ -280,6 +280,8 @@ import resource, sys, torch
 from torch import nn
 import lbyl
 
+torch.set_num_threads(1)  # each would have buffers of its own
+
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -363,8 +363,8 @@ def _whole(
         with clock("restore"):
             if isinstance(fitted, LeastSquares):
                 known = ground.readings if ground else None
-                args = inputs, graph, selection, fitted, order.seed, order.progress, known
-                restoration = fit(borrowing(model), *args)
+                work = borrowing(model)
+                restoration = fit(work, inputs, graph, selection, fitted, order.seed, order.progress, known)
             else:
                 restoration = solve(selection, tensors_of(model), fitted, order.seed, order.progress, masked=False)
             work = borrowing(model, restoration.values)

@@ -132,7 +132,7 @@ def lay_groundwork(
     choose, shelf, work = order.choose(restorer), shelf or Nowhere(), borrowing(model)
 
     with clock("verify"):
-        cuttable = shelf.cuttable(lambda: find_cuttable(work, inputs, graph, order))
+        cuttable = shelf.cuttable(lambda: find_cuttable(model, inputs, graph, order))
     wanted = [index for index in cuttable.groups if not (budget and budget.excludes(graph.groups[index]))]
     if not wanted:
         raise InputError("no group is left that may lose channels: exclude less, or take another scope")
