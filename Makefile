@@ -25,6 +25,7 @@ test: $(VENV)/.dev browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 	$(MAKE_SITE)
 	$(BIN)/python -m pytest
 

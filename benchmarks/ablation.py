@@ -24,8 +24,8 @@ from rich.console import Console
 
 import lbyl
 from lbyl.moments import Probes
-from lbyl.moments.synthesis import batch_size
-from lbyl.widths import Given
+from lbyl.moments.given import Given
+from lbyl.runtime.batches import batch_size
 
 RATIOS = {"resnet56": (0.5, 0.7), "efficientnet_lite0": (0.2, 0.3), "digits": (0.7, 0.8)}
 

@@ -54,12 +54,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lbyl
-from lbyl.inputs import ExampleInputs
-from lbyl.modes import duplicate
 from lbyl.moments import Probes, ProbeSource
-from lbyl.restorers import choose_restorer
-from lbyl.selection import generator_for
-from lbyl.widths import Given
+from lbyl.moments.given import Given
+from lbyl.restore.registry import choose_restorer
+from lbyl.runtime.copying import duplicate
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.seeding import generator_for
 
 METHODS = ("Prune", "Merge", "Coreset", "LBYL", "Gaussian", "Noise", "Dream", "Default", "Data")
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)

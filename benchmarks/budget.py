@@ -24,11 +24,11 @@ from rich.console import Console
 from torch import nn
 
 import lbyl
-from lbyl.inputs import ExampleInputs
-from lbyl.modes import duplicate
-from lbyl.restorers import choose_restorer
-from lbyl.selection import generator_for
-from lbyl.widths import Given
+from lbyl.moments.given import Given
+from lbyl.restore.registry import choose_restorer
+from lbyl.runtime.copying import duplicate
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.seeding import generator_for
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 

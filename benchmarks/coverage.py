@@ -38,8 +38,8 @@ from torch import Tensor, nn
 
 import lbyl
 from lbyl.errors import LbylError
-from lbyl.inputs import ExampleInputs, output_tensors
-from lbyl.measure import count_macs, count_parameters
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.macs import count_macs, count_parameters
 
 OTHERS = [name for name in MODELS if name not in CLASSIFIERS]
 RATIO = 0.25

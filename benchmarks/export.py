@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import nn
 
 import lbyl
-from lbyl.inputs import ExampleInputs
+from lbyl.runtime.inputs import ExampleInputs
 
 RATIO = 0.25
 FORMATS = ("onnx", "pt2")

@@ -32,16 +32,17 @@ from speed import settle
 from torch import nn
 
 import lbyl
-from lbyl.criteria import resolve_criterion
-from lbyl.inputs import ExampleInputs
-from lbyl.memory import ROOM
-from lbyl.moments import Probes, ProbeSource, Progress
-from lbyl.order import Order
-from lbyl.restorers import choose_restorer
-from lbyl.selection import select
-from lbyl.sites import sites
-from lbyl.solving import empty_sums
-from lbyl.surgery import tensors_of
+from lbyl.moments import Probes, ProbeSource
+from lbyl.pipeline.request import Order
+from lbyl.restore.least_squares.solve import empty_sums
+from lbyl.restore.least_squares.targets import sites
+from lbyl.restore.registry import choose_restorer
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.memory import ROOM
+from lbyl.runtime.progress import Progress
+from lbyl.selection.criteria.base import resolve_criterion
+from lbyl.selection.select import select
 
 RATIO, STEPS = 0.5, 2
 ROOMS = (ROOM, 2**30)

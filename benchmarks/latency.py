@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 import lbyl
-from lbyl.inputs import ExampleInputs
-from lbyl.latency import Runs, interleaved, measure_whole
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.latency import Runs, interleaved, measure_whole
 
 NETWORKS = {"resnet50": "ResNet-50", "mobilenet_v2": "MobileNetV2", "vit_b_16": "ViT-B/16"}
 BATCHES = (1, 16)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from lbyl.sources import load_weights
+from lbyl.io.sources import load_weights
 
 
 class LeNet300100(nn.Module):

@@ -32,8 +32,8 @@ from peak import alone, size
 from torch import nn
 
 import lbyl
-from lbyl.filters import describe
-from lbyl.surgery import tensors_of
+from lbyl.runtime.copying import tensors_of
+from lbyl.selection.filters import describe
 
 LEAST_SPEEDUP = 50.0
 MOST_SECONDS = 60.0

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbyl
-from lbyl.artifact import CARD, DOCUMENT, MANIFEST, PAGE, WEIGHTS
-from lbyl.memory import held_at_once
+from lbyl.io.artifact import CARD, DOCUMENT, MANIFEST, PAGE, WEIGHTS
+from lbyl.runtime.memory import held_at_once
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -18,7 +18,7 @@ from nets import images
 from torch import Tensor, nn
 
 import lbyl
-from lbyl.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
 TOKENS = {"vocab_size": 60, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 

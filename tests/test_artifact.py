@@ -14,9 +14,9 @@ from nets import SAVED, compress, images, mlp, residual
 from torch import nn
 
 import lbyl
-from lbyl import artifact
-from lbyl.artifact import MANIFEST, WEIGHTS
-from lbyl.plan import VERSION, Plan
+from lbyl.io import artifact
+from lbyl.io.artifact import MANIFEST, WEIGHTS
+from lbyl.surgery.plan import VERSION, Plan
 
 X = images(2, 3, 8, 8)
 

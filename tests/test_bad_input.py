@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lbyl
-from lbyl import artifact
-from lbyl.artifact import MANIFEST, WEIGHTS
-from lbyl.cli import app
-from lbyl.sources import load_source, load_weights
+from lbyl.cli.app import app
+from lbyl.io import artifact
+from lbyl.io.artifact import MANIFEST, WEIGHTS
+from lbyl.io.sources import load_source, load_weights
 
 FACTORY = """
     import torch

@@ -12,8 +12,10 @@ from test_rules import Attention, OnImage
 from torch import Tensor, nn
 
 import lbyl
-from lbyl.budget import Curve, Term, allocate, cost_terms, error_curve, spread_over_blocks, widths_of
-from lbyl.measure import count_parameters
+from lbyl.budget.allocate import allocate
+from lbyl.budget.costs import Term, cost_terms, widths_of
+from lbyl.budget.curves import Curve, error_curve, spread_over_blocks
+from lbyl.runtime.macs import count_parameters
 
 PROBED = lbyl.LeastSquares(moments=lbyl.Noise(images=16))
 

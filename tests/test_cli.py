@@ -21,15 +21,12 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import lbyl
-from lbyl.cli import app
-from lbyl.cli.app import Stage, TimeLeft
+from lbyl._public import FAMILIES
+from lbyl.cli.app import Stage, TimeLeft, app
 from lbyl.cli.options import CriterionName, Memory, MomentsName, RestorerName
-from lbyl.criteria import CRITERIA
-from lbyl.images import preprocessing, read_images
-from lbyl.memory import ROOM
-from lbyl.moments import MOMENTS
-from lbyl.restorers import RESTORERS
-from lbyl.sources import load_source
+from lbyl.io.images import preprocessing, read_images
+from lbyl.io.sources import load_source
+from lbyl.runtime.memory import ROOM
 
 RESNET = ("torchvision:resnet18", "--no-pretrained", "--input", "1x3x32x32")
 FACTORY = """
@@ -288,10 +285,10 @@ def test_an_existing_folder_is_refused_before_any_code_runs(source: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("names", "known"), [(CriterionName, CRITERIA), (RestorerName, RESTORERS), (MomentsName, MOMENTS)]
+    ("names", "family"), [(CriterionName, "criterion"), (RestorerName, "restorer"), (MomentsName, "moments")]
 )
-def test_every_name_of_the_library_is_an_option(names: type[Enum], known: dict[str, object]) -> None:
-    assert set(known) <= {name.value for name in names}
+def test_every_name_of_the_library_is_an_option(names: type[Enum], family: str) -> None:
+    assert set(FAMILIES[family]) <= {name.value for name in names}
 
 
 def test_the_command_line_itself_does_not_import_torch() -> None:

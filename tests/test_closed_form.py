@@ -16,11 +16,12 @@ from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
 import lbyl
-from lbyl.filters import Filters, describe, paper_form_applies
-from lbyl.restorers.coreset import sample, sensitivity
-from lbyl.restorers.lbyl import closed_form, solve_ridge
-from lbyl.selection import kept_count
-from lbyl.surgery import tensors_of
+from lbyl.restore.coreset import sample, sensitivity
+from lbyl.restore.lbyl import closed_form
+from lbyl.restore.ridge import solve_ridge
+from lbyl.runtime.copying import tensors_of
+from lbyl.selection.filters import Filters, describe, paper_form_applies
+from lbyl.selection.select import kept_count
 
 KEEP, DROP = torch.arange(5), torch.arange(5, 8)
 ANYTHING = torch.Generator()

@@ -9,9 +9,10 @@ from nets import compress, flat_convnet, images, mlp, residual
 from torch import Tensor, nn
 
 import lbyl
-from lbyl.criteria import CRITERIA, L1, L2
-from lbyl.filters import describe
-from lbyl.surgery import tensors_of
+from lbyl.runtime.copying import tensors_of
+from lbyl.selection.criteria.l1 import L1
+from lbyl.selection.criteria.l2 import L2
+from lbyl.selection.filters import describe
 
 FILTERS = torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ import typer
 import yaml
 
 import lbyl
-from lbyl.cli import app
+from lbyl.cli.app import app
 from lbyl.graph import rules
 
 ROOT = Path(__file__).parent.parent
@@ -63,10 +63,10 @@ def test_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.models, "resnet50", small)
-    monkeypatch.setattr("lbyl.artifact.load_source", small)
+    monkeypatch.setattr("lbyl.io.sources.load_source", small)
     net, image = small(), torch.randn(1, 3, 12, 12)
     quick = lbyl.LeastSquares(lbyl.Noise(images=8))
-    monkeypatch.setattr("lbyl.order.choose_restorer", lambda model: (quick, ""))
+    monkeypatch.setattr("lbyl.restore.registry.choose_restorer", lambda model: (quick, ""))
     result = lbyl.compress(net, image, ratio=0.25, source="torchvision:resnet50")
     names = {"torch": torch, "lbyl": lbyl, "net": net, "image": image, "result": result}
     if page == "export.md":

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lbyl.double import InDouble, depthwise_conv2d
-from lbyl.macs import MacCounter
+from lbyl.runtime.float64 import InDouble, depthwise_conv2d
+from lbyl.runtime.macs import MacCounter
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_gradients_are_not_in_the_way():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
 def test_narrow_weights_of_linear_layers_meet_wide_inputs(shape, bias, monkeypatch):
-    monkeypatch.setattr("lbyl.double.LARGE", 12)  # two outputs at a time
+    monkeypatch.setattr("lbyl.runtime.float64.LARGE", 12)  # two outputs at a time
     layer = nn.Linear(5, 7, bias=bias)
     x = torch.randn(*shape, dtype=torch.float64)
     with torch.no_grad(), InDouble():

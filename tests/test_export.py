@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import lbyl
-from lbyl import exporting
-from lbyl.artifact import CARD, MANIFEST, WEIGHTS, read_manifest
-from lbyl.card import card
-from lbyl.cli import app
-from lbyl.inputs import output_tensors
+from lbyl.cli.app import app
+from lbyl.io import export as exporting
+from lbyl.io.artifact import CARD, MANIFEST, WEIGHTS, read_manifest
+from lbyl.io.report.model_card import card
+from lbyl.runtime.inputs import output_tensors
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lbyl
-from lbyl import artifact
-from lbyl.cli import app
-from lbyl.huggingface import CONFIG, is_pretrained_model
-from lbyl.inputs import ExampleInputs, output_tensors
+from lbyl.cli.app import app
+from lbyl.io import artifact
+from lbyl.io.huggingface import CONFIG, is_pretrained_model
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
 TOKENS = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_cache": False}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}

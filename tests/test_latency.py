@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
 import lbyl
-from lbyl.budget import Term
-from lbyl.cli import app
-from lbyl.comparison import Change
-from lbyl.inputs import ExampleInputs
-from lbyl.latency import Runs, interleaved, measure_latencies, measure_latency, waits
-from lbyl.pace import shaped
+from lbyl.budget.costs import Term
+from lbyl.budget.latency import shaped
+from lbyl.cli.app import app
+from lbyl.runtime.bench import Change
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.latency import Runs, interleaved, measure_latencies, measure_latency, waits
 
 Cost = Callable[[Tensor], float]
 

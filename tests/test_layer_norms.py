@@ -15,14 +15,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import lbyl
-from lbyl import verification
-from lbyl.assessment import outputs_error
-from lbyl.criteria import resolve_criterion
-from lbyl.inputs import ExampleInputs
-from lbyl.kept import kept_channels, kept_layer_norm
-from lbyl.selection import ByCriterion, Choice, Selection, select
-from lbyl.surgery import cut_copy, plan_cuts, tensors_of
-from lbyl.verification import difference, verify
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.layer_norms import kept_layer_norm
+from lbyl.runtime.output_error import outputs_error
+from lbyl.selection.criteria.base import resolve_criterion
+from lbyl.selection.select import ByCriterion, Choice, Selection, select
+from lbyl.surgery import verification
+from lbyl.surgery.cuts import cut_copy, plan_cuts
+from lbyl.surgery.masking import kept_channels
+from lbyl.surgery.verification import difference, verify
 
 
 def norm(width: int, **settings: Any) -> nn.LayerNorm:
@@ -507,8 +509,8 @@ def test_masks_of_norms_follow_the_selection() -> None:
 
 
 def test_a_sweep_makes_what_compress_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbyl.page.page", lambda plan, report: "")
-    monkeypatch.setattr("lbyl.pareto.picture", lambda points, unpruned: "")
+    monkeypatch.setattr("lbyl.io.report.page.page", lambda plan, report: "")
+    monkeypatch.setattr("lbyl.pipeline.sweep.pareto.picture", lambda points, unpruned: "")
     model, x = settle(Before(32)), images(*TOKENS)
     settings = lbyl.LeastSquares(moments=lbyl.Noise(images=32))
     budgets = [lbyl.Budget(params=0.6), lbyl.Budget(params=0.5)]

@@ -11,12 +11,14 @@ from torch import nn
 from torch.nn import functional
 
 import lbyl
-import lbyl.inputs
-from lbyl.fitting import read
-from lbyl.moments.synthesis import affordable, dead_leaves, macs_each, pink, varied_pink
-from lbyl.probing import ReaderCall, run
-from lbyl.regression import Columns, Moments, PatchSums, Prior, WholeSums, solve
-from lbyl.renorm import Look, expected_shift, recenter
+import lbyl.runtime.inputs
+from lbyl.moments.accumulate import Columns, Moments, PatchSums, WholeSums
+from lbyl.moments.synthesis import dead_leaves, pink, varied_pink
+from lbyl.restore.least_squares.fit import read
+from lbyl.restore.least_squares.recalibrate import Look, expected_shift, recenter
+from lbyl.restore.ridge import Prior, solve
+from lbyl.runtime.batches import affordable, macs_each
+from lbyl.runtime.forward import ReaderCall, run
 
 
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -152,7 +154,10 @@ def test_batch_statistics_have_the_right_gradient() -> None:
 
     x = images(4).requires_grad_(True)
     out = run(
-        net, lbyl.inputs.ExampleInputs.of(x), on_norm=lambda _, __, m, v: found.extend((m, v)), batch_statistics=True
+        net,
+        lbyl.runtime.inputs.ExampleInputs.of(x),
+        on_norm=lambda _, __, m, v: found.extend((m, v)),
+        batch_statistics=True,
     )
     seen = gradient(x, out, *found)
     hidden = net[0](x)
@@ -165,7 +170,7 @@ def test_batch_statistics_have_the_right_gradient() -> None:
 def test_readers_see_their_padded_input() -> None:
     net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(4 * 144, 2)))
     calls: list[ReaderCall] = []
-    run(net, lbyl.inputs.ExampleInputs.of(images(2)), on_read=calls.append, stop_after="0.weight")
+    run(net, lbyl.runtime.inputs.ExampleInputs.of(images(2)), on_read=calls.append, stop_after="0.weight")
     (call,) = calls
     assert call.x.shape == (2, 3, 14, 14)
     assert call.padding == (0, 0)
@@ -194,7 +199,7 @@ def test_dreams_come_nearer_to_the_stored_statistics() -> None:
     for _ in range(60):
         net(x)
     net.eval()
-    inputs = lbyl.inputs.ExampleInputs.of(x[:1])
+    inputs = lbyl.runtime.inputs.ExampleInputs.of(x[:1])
 
     def distance(steps: int) -> float:
         probes = lbyl.Dream(images=16, steps=steps).probes(net, inputs, torch.Generator().manual_seed(0), None)
@@ -218,7 +223,7 @@ def test_as_many_probes_as_a_network_of_its_size_affords() -> None:
 
 
 def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, inputs = randomize(conv_net()), lbyl.inputs.ExampleInputs.of(images(1))
+    net, inputs = randomize(conv_net()), lbyl.runtime.inputs.ExampleInputs.of(images(1))
     step = 3 * macs_each(net, inputs) * 20
 
     def notes(allowed: float, **settings: int) -> str:
@@ -315,11 +320,11 @@ def test_gaussian_moments_match_the_closed_form_of_a_rectified_gaussian() -> Non
     with torch.no_grad():
         net[1].weight.fill_(2.0)
         net[1].bias.fill_(0.5)
-    from lbyl.filters import describe
     from lbyl.graph import trace
-    from lbyl.surgery import tensors_of
+    from lbyl.runtime.copying import tensors_of
+    from lbyl.selection.filters import describe
 
-    graph = trace(net, lbyl.inputs.ExampleInputs.of(images(1)))
+    graph = trace(net, lbyl.runtime.inputs.ExampleInputs.of(images(1)))
     moments = lbyl.Gaussian(samples=200_000).moments(describe(graph.group("0"), tensors_of(net)), (3, 3), "relu")
     z = 0.5 / 2.0
     density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
@@ -386,7 +391,7 @@ def test_a_restoration_that_raises_the_held_out_error_is_taken_back() -> None:
 def test_a_part_of_a_reading_is_what_the_patches_alone_give(layer: nn.Module, x: torch.Tensor) -> None:
     calls: list[ReaderCall] = []
     with torch.no_grad():
-        run(layer, lbyl.inputs.ExampleInputs.of(x), on_read=calls.append)
+        run(layer, lbyl.runtime.inputs.ExampleInputs.of(x), on_read=calls.append)
     weight = layer.get_parameter("weight").detach()
     blocks = getattr(layer, "groups", 1)
     keep, drop = torch.tensor([0, 2, 3]), torch.tensor([1])
@@ -411,7 +416,7 @@ def test_a_part_of_a_reading_is_what_the_patches_alone_give(layer: nn.Module, x:
 def test_readers_without_room_for_their_reading_are_left_out() -> None:
     net = randomize(conv_net())
     graph = lbyl.inspect(net, images(1)).graph
-    probes = lbyl.Noise(images=8).probes(net, lbyl.inputs.ExampleInputs.of(images(1)), torch.Generator(), None)
+    probes = lbyl.Noise(images=8).probes(net, lbyl.runtime.inputs.ExampleInputs.of(images(1)), torch.Generator(), None)
     settings = lbyl.LeastSquares()
     one = (12 * 9) ** 2 * 8
     assert set(read(net, graph, {0}, probes, settings, 0, one)) == {"3.weight"}

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lbyl.errors import InputError
-from lbyl.inputs import ExampleInputs
-from lbyl.measure import count_macs, macs_by_shapes
-from lbyl.modes import plain_attention
+from lbyl.runtime.contexts import plain_attention
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.macs import count_macs, macs_by_shapes
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ from nets import room_for, settle
 from torch import Tensor, nn
 
 import lbyl
-from lbyl.assessment import outputs_error
-from lbyl.fitting import make_probes
-from lbyl.inputs import ExampleInputs
-from lbyl.memory import ROOM, InputsForgotten, give_back, held_bytes, saved_bytes
 from lbyl.moments import Probes
-from lbyl.moments.synthesis import first_rows, in_parts, thinned
-from lbyl.widths import Given
+from lbyl.moments.given import Given
+from lbyl.restore.least_squares.fit import make_probes
+from lbyl.runtime.batches import first_rows, in_parts, thinned
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_bytes, saved_bytes
+from lbyl.runtime.output_error import outputs_error
 
 
 def network() -> nn.Sequential:
@@ -268,7 +268,7 @@ def test_giving_memory_back_is_harmless() -> None:
 
 def test_memory_is_given_back_after_every_batch_of_dreams(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("lbyl.memory._trim", lambda: asked.append)
+    monkeypatch.setattr("lbyl.runtime.memory._trim", lambda: asked.append)
     net, x = network(), ExampleInputs.of(images(1))
     dream = lbyl.Dream(images=32, photographs=False, steps=1, memory=room_for(10, saved_bytes(net, x)))
     dream.probes(net, x, torch.Generator().manual_seed(0), None)

@@ -24,12 +24,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lbyl
-from lbyl.artifact import DOCUMENT, PAGE, document, read_manifest
-from lbyl.cli import app
-from lbyl.comparison import Bench, Change
-from lbyl.latency import Runs
-from lbyl.page import page, plot
-from lbyl.page.verdict import verdict
+from lbyl.cli.app import app
+from lbyl.io.artifact import DOCUMENT, PAGE, document, read_manifest
+from lbyl.io.report.page import page, plot
+from lbyl.io.report.page.verdict import verdict
+from lbyl.runtime.bench import Bench, Change
+from lbyl.runtime.latency import Runs
 
 HOSTILE = "</code><script>alert('x')</script>&\"<img src=//evil.test>$\\frac{1}"
 X = images(2, 3, 8, 8)
@@ -291,7 +291,10 @@ def test_loading_needs_neither(tmp_path: Path, fitted: lbyl.Result) -> None:
 
 
 def test_importing_the_library_imports_neither_matplotlib_nor_jinja() -> None:
-    code = "import sys, lbyl.api, lbyl.artifact, lbyl.cli; assert not {'matplotlib', 'jinja2'} & sys.modules.keys()"
+    code = (
+        "import sys, lbyl.surgery.plan, lbyl.io.artifact, lbyl.cli; "
+        "assert not {'matplotlib', 'jinja2'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

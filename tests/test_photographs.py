@@ -10,10 +10,10 @@ from nets import settle
 from torch import Tensor, nn
 
 import lbyl
-from lbyl.inputs import ExampleInputs
 from lbyl.moments import Probes
 from lbyl.moments.photographs import photographs, takes_photographs
 from lbyl.moments.synthesis import dead_leaves
+from lbyl.runtime.inputs import ExampleInputs
 
 
 def generator(seed: int = 0) -> torch.Generator:

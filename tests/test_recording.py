@@ -13,8 +13,8 @@ import lbyl
 from lbyl.graph.exported import export
 from lbyl.graph.recording import Unseen, record
 from lbyl.graph.trace import graph_of, trace
-from lbyl.inputs import ExampleInputs
-from lbyl.measure import count_macs
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.macs import count_macs
 
 
 class Tied(nn.Module):

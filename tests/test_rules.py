@@ -489,8 +489,8 @@ def test_computed_weights_become_plain_ones(how: str, tmp_path) -> None:
 
 
 def test_folding_alone_changes_nothing() -> None:
-    from lbyl.folding import fold_computed
-    from lbyl.inputs import ExampleInputs
+    from lbyl.graph.computed_weights import fold_computed
+    from lbyl.runtime.inputs import ExampleInputs
 
     model = nn.Sequential(Standardized(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()).eval()
     x = images(2, 3, 6, 6)

@@ -12,7 +12,8 @@ from nets import compress, images, mlp, residual, settle
 from torch import nn
 
 import lbyl
-from lbyl.selection import generator_for, kept_count
+from lbyl.runtime.seeding import generator_for
+from lbyl.selection.select import kept_count
 
 STREAM = images(2, 3, 8, 8)
 

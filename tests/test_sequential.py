@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbyl
-from lbyl.inputs import ExampleInputs
-from lbyl.lockstep import OutOfStep, Turn, Walked, walk_together
-from lbyl.memory import held_bytes
 from lbyl.moments import Probes
-from lbyl.probing import ReaderCall, run
-from lbyl.widths import Given
+from lbyl.moments.given import Given
+from lbyl.restore.least_squares.paired_forward import OutOfStep, Turn, Walked, walk_together
+from lbyl.runtime.forward import ReaderCall, run
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.memory import held_bytes
 
 
 class Block(nets.Block):
@@ -286,7 +286,7 @@ def test_as_many_probes_are_taken_in_turn_as_memory_holds(rows: int, monkeypatch
         seen.extend(len(batch.tensors()[0]) for batch in batches)
         return walk_together(model, batches, *args, **kwargs)
 
-    monkeypatch.setattr("lbyl.turns.walk_together", counting)
+    monkeypatch.setattr("lbyl.restore.least_squares.paired_forward.walk_together", counting)
     restored(net, images(24), True, memory=room)
     assert seen == [rows]
 
@@ -303,7 +303,7 @@ def test_small_batches_of_a_kind_are_one_where_parts_of_them_would_be_too_small(
         seen.extend(batch.tensors()[0] for batch in batches)
         return walk_together(model, batches, *args, **kwargs)
 
-    monkeypatch.setattr("lbyl.turns.walk_together", counting)
+    monkeypatch.setattr("lbyl.restore.least_squares.paired_forward.walk_together", counting)
     lbyl.compress(net, images(1), ratio=0.5, restore=lbyl.LeastSquares(Given(probes), memory=room))
     # Of 16 dreams and of as many of the others every second one.
     assert [len(part) for part in seen] == [8, 8]

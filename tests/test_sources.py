@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lbyl.errors import InputError
-from lbyl.sources import is_rebuildable, load_source, load_weights
+from lbyl.io.sources import load_source, load_weights
+from lbyl.surgery.plan import is_rebuildable
 
 
 def network() -> nn.Module:

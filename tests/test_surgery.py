@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbyl
-from lbyl.modes import duplicate
-from lbyl.surgery import Cut, borrowing, cut, cut_copy, standing_for
+from lbyl.runtime.copying import borrowing, duplicate, standing_for
+from lbyl.surgery.cuts import Cut, cut, cut_copy
 
 
 class Mixed(nn.Module):

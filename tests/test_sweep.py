@@ -23,18 +23,17 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lbyl
-from lbyl import files
-from lbyl.budget import Curve
-from lbyl.cli import app
-from lbyl.fitting import read
-from lbyl.groundwork import Cuttable
-from lbyl.inputs import ExampleInputs
-from lbyl.ledger import Ledger, occupied
+from lbyl.budget.curves import Curve, Curves
+from lbyl.cli.app import app
+from lbyl.io import files
 from lbyl.moments import Probes
-from lbyl.pareto import Point, by_cost, front
-from lbyl.shelf import FolderShelf
-from lbyl.solving import empty_sums
-from lbyl.widths import Curves
+from lbyl.pipeline.analysis import Cuttable
+from lbyl.pipeline.sweep.cache import FolderShelf
+from lbyl.pipeline.sweep.pareto import Point, by_cost, front
+from lbyl.pipeline.sweep.state import Ledger, occupied
+from lbyl.restore.least_squares.fit import read
+from lbyl.restore.least_squares.solve import empty_sums
+from lbyl.runtime.inputs import ExampleInputs
 
 WIDE = lbyl.Budget(params=0.8), lbyl.Budget(params=0.6)
 
@@ -85,8 +84,8 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 @pytest.fixture
 def plain_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages without pictures: drawing them is what takes the time here."""
-    monkeypatch.setattr("lbyl.page.page", lambda plan, report: "")
-    monkeypatch.setattr("lbyl.pareto.picture", lambda points, unpruned: "")
+    monkeypatch.setattr("lbyl.io.report.page.page", lambda plan, report: "")
+    monkeypatch.setattr("lbyl.pipeline.sweep.pareto.picture", lambda points, unpruned: "")
 
 
 def test_points_are_what_compress_makes_and_probes_are_made_once(tmp_path: Path) -> None:
@@ -111,9 +110,9 @@ def test_moments_are_measured_once_for_all_points_and_all_runs(tmp_path: Path, m
         measured.append(1)
         return read(*args)
 
-    monkeypatch.setattr("lbyl.groundwork.read", counted)
+    monkeypatch.setattr("lbyl.restore.least_squares.fit.read", counted)
     # Were a reader to be looked at once more for a point, the point would find no probes to look with.
-    monkeypatch.setattr("lbyl.fitting.empty_sums", knowing(empty_sums))
+    monkeypatch.setattr("lbyl.restore.least_squares.solve.empty_sums", knowing(empty_sums))
     lbyl.sweep(model, x, WIDE[:1], tmp_path / "out", restore=restore)
     lbyl.sweep(model, x, WIDE, tmp_path / "out", restore=restore)
     assert len(measured) == 1

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbyl
-from lbyl.inputs import ExampleInputs
-from lbyl.measure import count_macs
-from lbyl.restoration import silences
-from lbyl.selection import Choice, Selection
-from lbyl.surgery import cut, plan_cuts, tensors_of
-from lbyl.verification import TOLERANCE, difference, verify
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.macs import count_macs
+from lbyl.selection.select import Choice, Selection
+from lbyl.surgery.cuts import cut, plan_cuts
+from lbyl.surgery.masking import silences
+from lbyl.surgery.verification import TOLERANCE, difference, verify
 
 RESTORERS = [lbyl.Prune(), lbyl.LBYL(), lbyl.LBYL(center=True), lbyl.Merge(), lbyl.Coreset()]
 

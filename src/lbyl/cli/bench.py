@@ -15,7 +15,7 @@ from lbyl.cli.options import Folder, InputSpec, Json, SameInputs, Seed
 from lbyl.cli.sources import example_inputs, load_model
 
 if TYPE_CHECKING:
-    from lbyl.plan import Plan
+    from lbyl.surgery.plan import Plan
 
 _LARGEST_INPUT = 2**28
 
@@ -55,12 +55,13 @@ def bench(
 ) -> None:
     """Measure, layer by layer, how much faster a saved network is than the unpruned one, and what gave no speed."""
     with working(f"reading {folder}") as stage:
-        from lbyl.artifact import read_manifest
+        from lbyl.io.artifact import read_manifest
 
         plan = read_manifest(folder).plan  # before any code of the user's runs
         import lbyl
         from lbyl.errors import InputError
-        from lbyl.sources import is_rebuildable, load_source
+        from lbyl.io.sources import load_source
+        from lbyl.surgery.plan import is_rebuildable
 
         known = bool(plan.source) and is_rebuildable(plan.source or "")
         original = against or (plan.source if known else None)

@@ -118,11 +118,11 @@ def compress(
     with working(f"loading {source}") as stage:
         check_output(output)
         import lbyl
-        from lbyl.artifact import PAGE, document, read_manifest
-        from lbyl.recipe import load_line
+        from lbyl.io.artifact import PAGE, document, read_manifest
+        from lbyl.io.report.snippets import load_line
 
         if data is not None:
-            from lbyl.images import find_images
+            from lbyl.io.images import find_images
 
             find_images(data)  # before any time is spent
         limit = None

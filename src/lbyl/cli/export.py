@@ -34,11 +34,11 @@ def export(
 ) -> None:
     """Write a saved network into its folder as one file for other runtimes, and check it by running it."""
     with working(f"reading {folder}") as stage:
-        from lbyl.artifact import read_manifest
+        from lbyl.io.artifact import read_manifest
 
         read_manifest(folder)  # before any code of the user's runs
         import lbyl
-        from lbyl.sources import load_source
+        from lbyl.io.sources import load_source
 
         fresh = load_source(model, pretrained=False) if model else None
         inputs = example_inputs(model or "", fresh, input, seed) if input else None

@@ -13,8 +13,8 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lbyl.budget import Budget
-    from lbyl.restorers import LeastSquares
+    from lbyl.budget.budget import Budget
+    from lbyl.restore.least_squares.settings import LeastSquares
 
 
 class Scope(str, Enum):
@@ -191,8 +191,9 @@ class Fitting:
 
     def restorer(self, batches: list[Tensor] | None, model: nn.Module) -> LeastSquares | None:
         """What the library chooses for this model with what was given, or None where nothing was."""
-        from lbyl.moments import MOMENTS, Data, Dream
-        from lbyl.restorers import choose_restorer
+        from lbyl.moments import Data, Dream
+        from lbyl.restore.registry import choose_restorer
+        from lbyl.runtime.registry import find
 
         settings: dict[str, Any] = {}
         if batches:
@@ -200,7 +201,7 @@ class Fitting:
         elif self.photographs is not None:
             settings["moments"] = Dream(photographs=self.photographs)
         elif self.moments:
-            settings["moments"] = MOMENTS[self.moments.value]()
+            settings["moments"] = find("moments", self.moments.value)()
         if self.solve:
             settings["solve"] = self.solve.value
         if self.ridge is not None:
@@ -275,7 +276,7 @@ def make_budget(
     name: str, amount: float, round_to: str, min_keep: int, max_ratio: float, exclude: list[str] | None
 ) -> Budget:
     """The budget that the options say."""
-    from lbyl.budget import Budget
+    from lbyl.budget.budget import Budget
 
     return Budget(
         **{name: amount},  # pyright: ignore[reportArgumentType]

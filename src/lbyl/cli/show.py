@@ -13,8 +13,8 @@ from lbyl.cli.sources import setting
 def show(folder: Folder, as_json: Json = False) -> None:
     """Print what a saved folder holds: settings, groups, totals, and how to load it."""
     with working(f"reading {folder}"):
-        from lbyl.artifact import PAGE, document, read_manifest
-        from lbyl.recipe import load_line
+        from lbyl.io.artifact import PAGE, document, read_manifest
+        from lbyl.io.report.snippets import load_line
 
         manifest = read_manifest(folder)
     plan = manifest.plan

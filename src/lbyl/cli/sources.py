@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def check_output(path: Path) -> None:
     """What `save` would refuse is refused before any time is spent."""
-    from lbyl.artifact import check_free
     from lbyl.errors import InputError
+    from lbyl.io.artifact import check_free
 
     check_free(path)
     if not os.access(path.parent, os.W_OK):
@@ -27,7 +27,7 @@ def check_output(path: Path) -> None:
 def load_model(source: str, weights: Path | None, pretrained: bool) -> nn.Module:
     """The model of a source, with its published weights or the ones in a file."""
     from lbyl.errors import InputError
-    from lbyl.sources import load_source, load_weights
+    from lbyl.io.sources import load_source, load_weights
 
     if weights is not None and not weights.is_file():
         raise InputError(f"no weights at {weights}")
@@ -69,7 +69,7 @@ def read_batches(
     seed: int,
 ) -> list[Tensor]:
     """Batches of the images in a folder, preprocessed as the model expects."""
-    from lbyl.images import preprocessing, read_images
+    from lbyl.io.images import preprocessing, read_images
 
     preprocess, mode = preprocessing(source, model, example.shape, sized=sized, mean=fitting.mean, std=fitting.std)
     return [batch.to(example.dtype) for batch in read_images(folder, preprocess, mode, seed)]

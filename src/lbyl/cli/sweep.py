@@ -110,12 +110,12 @@ def sweep(
     fitting.check(restore)
     with working(f"loading {source}") as stage:
         import lbyl
-        from lbyl.ledger import exists
-        from lbyl.sources import load_function
+        from lbyl.io.sources import load_function
+        from lbyl.pipeline.sweep.state import exists
 
         exists(output)  # before any time is spent, like all that follows
         if data is not None:
-            from lbyl.images import find_images
+            from lbyl.io.images import find_images
 
             find_images(data)
         budgets = [

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lbyl.graph.ids import NOBODY, Ids, compact, small, varies
 from lbyl.graph.types import Depthwise, LayerNorm, Norm, Step
+from lbyl.graph.union_find import NOBODY, Ids, compact, small, varies
 
 _LARGEST_FREE_PARAMETER = 4_000_000
 
@@ -93,7 +93,7 @@ class Builder:
     averages: list[AverageRecord] = field(default_factory=list)
     layer_norms: list[tuple[Tensor, LayerNorm]] = field(default_factory=list)
     scaled: dict[fx.Node, Any] = field(default_factory=dict)
-    """Values that depend on how many channels there are, see `lbyl.graph.averages`."""
+    """Values that depend on how many channels there are, see `lbyl.graph.channel_means`."""
     pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)
     """Values that are one producer's output mapped linearly, channel by channel, and nothing else yet."""
     _free: dict[str, Tensor] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lbyl.errors import TraceError
 from lbyl.graph.program import Program
-from lbyl.inputs import ExampleInputs
+from lbyl.runtime.inputs import ExampleInputs
 
 
 def export(model: nn.Module, inputs: ExampleInputs) -> Program:

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from lbyl.graph import averages
+from lbyl.graph import channel_means as averages
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
 from lbyl.graph.exported import export
-from lbyl.graph.ids import NOBODY, compact, small, varies
 from lbyl.graph.program import Program
 from lbyl.graph.recording import record as watch
 from lbyl.graph.rules import find_rule
 from lbyl.graph.types import NOT_OURS, Average, Graph, Group, LayerNorm, Producer, Reader, Size, Slot, Step
-from lbyl.inputs import ExampleInputs
-from lbyl.modes import uncollected, undisturbed
+from lbyl.graph.union_find import NOBODY, compact, small, varies
+from lbyl.runtime.contexts import uncollected, undisturbed
+from lbyl.runtime.inputs import ExampleInputs
 
 _NO_EFFECT = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_set_grad_enabled")
 
@@ -37,7 +37,7 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
 
     Args:
         model: any module that ``torch.export`` can trace; it is not changed.
-        inputs: the example inputs, see :class:`lbyl.inputs.ExampleInputs`.
+        inputs: the example inputs, see :class:`lbyl.runtime.inputs.ExampleInputs`.
 
     Raises:
         TraceError: ``torch.export`` refused the model.

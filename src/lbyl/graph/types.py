@@ -190,7 +190,8 @@ class Size:
 class Graph:
     """The channel graph of one model: all groups, all readers in execution order, all barriers, all sizes.
 
-    ``computed`` names modules whose weight is computed on the fly, which `lbyl.folding` can make plain; ``macs`` are
+    ``computed`` names modules whose weight is computed on the fly, which `lbyl.graph.computed_weights`
+    can make plain; ``macs`` are
     the multiply-accumulates of the traced pass, where they were counted.
     """
 

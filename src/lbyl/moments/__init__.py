@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from lbyl.moments.base import ChannelMoments, ClosedFormSource, Probes, ProbeSource, Progress
+from lbyl.moments.base import ChannelMoments, ClosedFormSource, Probes, ProbeSource
 from lbyl.moments.data import Data
 from lbyl.moments.dream import Dream
 from lbyl.moments.gaussian import Gaussian
 from lbyl.moments.noise import Noise
 from lbyl.moments.photographs import Photographs
 from lbyl.moments.weights import Weights
-
-MOMENTS = {
-    "weights": Weights,
-    "gaussian": Gaussian,
-    "noise": Noise,
-    "photographs": Photographs,
-    "dream": Dream,
-    "data": Data,
-}
+from lbyl.runtime.progress import Progress
 
 __all__ = [
-    "MOMENTS",
     "ChannelMoments",
     "ClosedFormSource",
     "Data",

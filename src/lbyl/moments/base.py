@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,11 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lbyl.filters import Filters
-from lbyl.inputs import ExampleInputs
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(stage, done, total)``."""
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.progress import Progress
+from lbyl.selection.filters import Filters
 
 
 @dataclass(frozen=True)

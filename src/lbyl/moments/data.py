@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lbyl.errors import InputError
-from lbyl.inputs import ExampleInputs
-from lbyl.moments.base import Probes, Progress
+from lbyl.moments.base import Probes
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import InputError
-from lbyl.inputs import ExampleInputs, outputs
-from lbyl.memory import ROOM, InputsForgotten, give_back, held_at_once, saved_bytes
-from lbyl.moments.base import Probes, Progress
+from lbyl.moments.base import Probes
 from lbyl.moments.photographs import photographs, takes_photographs
-from lbyl.moments.synthesis import (
-    FEWEST,
-    affordable,
-    alike,
-    dead_leaves,
-    first_rows,
-    held_out_size,
-    join,
-    macs_each,
-    pink,
-    split,
-    synthesize,
-)
-from lbyl.probing import frozen, run
-from lbyl.surgery import tensors_of
+from lbyl.moments.synthesis import dead_leaves, pink, synthesize
+from lbyl.runtime.batches import FEWEST, affordable, alike, first_rows, held_out_size, join, macs_each, split
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.forward import frozen, run
+from lbyl.runtime.inputs import ExampleInputs, outputs
+from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_at_once, saved_bytes
+from lbyl.runtime.progress import Progress
 
 _TINY = 1e-6
 """Added to variances: a channel that never varied in training must not blow up the loss."""

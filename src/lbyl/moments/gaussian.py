@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lbyl.activations import ACTIVATIONS
-from lbyl.filters import Filters
+from lbyl.graph.activations import ACTIVATIONS
 from lbyl.moments.base import ChannelMoments
+from lbyl.selection.filters import Filters
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from lbyl.errors import InputError
-from lbyl.inputs import ExampleInputs
-from lbyl.moments.base import Probes, Progress
-from lbyl.moments.synthesis import affordable, held_out_size, macs_each, split, synthesize, varied_pink
+from lbyl.moments.base import Probes
+from lbyl.moments.synthesis import synthesize, varied_pink
+from lbyl.runtime.batches import affordable, held_out_size, macs_each, split
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.progress import Progress
 
 
 @dataclass(frozen=True)

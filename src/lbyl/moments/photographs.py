@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lbyl.errors import InputError
-from lbyl.inputs import ExampleInputs
-from lbyl.moments.base import Probes, Progress
+from lbyl.moments.base import Probes
 from lbyl.moments.noise import Noise
-from lbyl.moments.synthesis import affordable, dead_leaves, held_out_size, macs_each, split, synthesize
+from lbyl.moments.synthesis import dead_leaves, synthesize
+from lbyl.runtime.batches import affordable, held_out_size, macs_each, split
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.progress import Progress
 
 _SMALLEST = 16
 """Sides of an input below this many pixels show nothing of a photograph."""
@@ -93,7 +95,7 @@ def _is_color(shape: Sequence[int]) -> bool:
 
 @cache
 def _load() -> tuple[Image.Image, ...]:
-    folder = files("lbyl") / "photographs"
+    folder = files("lbyl.moments") / "images"
     found = []
     for file in sorted((f for f in folder.iterdir() if f.name.endswith(".jpg")), key=lambda f: f.name):
         with file.open("rb") as stream, Image.open(stream) as image:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lbyl.filters import Filters
 from lbyl.moments.base import ChannelMoments
+from lbyl.selection.filters import Filters
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like, output_shape
-from lbyl.graph.ids import NOBODY, compact, small, varies
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.rules.mixing import mix
+from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 _Labeled = tuple[Tensor, str]
 

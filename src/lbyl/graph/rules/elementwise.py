@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
-from lbyl.graph.ids import NOBODY, compact, small, varies
 from lbyl.graph.rules import rule
+from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 _SILENT = (
     "alias",

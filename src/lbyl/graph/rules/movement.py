@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, layer_name, output_shape
-from lbyl.graph.ids import NOBODY, compact, small, varies
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
+from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 
 @rule(

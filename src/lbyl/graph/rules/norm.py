@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from lbyl.graph.builder import AverageRecord, Builder, ParameterRef, layer_name
-from lbyl.graph.ids import small
 from lbyl.graph.rules import rule
 from lbyl.graph.types import LayerNorm, Norm
+from lbyl.graph.union_find import small
 
 
 @rule("batch_norm")
@@ -38,7 +38,7 @@ def batch_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
 
 @rule("layer_norm")
 def layer_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Statistics over the last axes; over channels alone, then over those that stay, see `lbyl.kept`."""
+    """Statistics over the last axes; over channels alone, then over those that stay, see `lbyl.runtime.layer_norms`."""
     x = args[0]
     weight, bias = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias")))
     ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
@@ -80,7 +80,10 @@ def _fixed(builder: Builder, node: fx.Node, args: tuple[Any, ...]) -> Any:
 
 @rule("group_norm")
 def group_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Statistics over blocks of channels: a block goes as a whole. A single block is a layer norm, see `lbyl.kept`."""
+    """Statistics over blocks of channels: a block goes as a whole.
+
+    A single block is a layer norm, see `lbyl.runtime.layer_norms`.
+    """
     x, blocks = args[0], args[1]
     tensors = [args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias"))]
     ids = builder.channels(x, 1) if isinstance(x, Tensor) else None

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lbyl.graph import averages
+from lbyl.graph import channel_means as averages
 from lbyl.graph.builder import Builder, layer_name, nobody_like, output_shape
-from lbyl.graph.ids import compact, small, varies
 from lbyl.graph.rules import rule
+from lbyl.graph.union_find import compact, small, varies
 
 _POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)]
 _RESAMPLE = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "bilinear2d", "bicubic2d", "trilinear3d")]

@@ -1,0 +1,78 @@
+"""The public names of lbyl, once: `lbyl.NAME` is imported from here when it is first asked for.
+
+The imports below are read as text, and each is carried out when its name is used: importing torch takes seconds, and
+``lbyl --help`` should not. Type checkers see them as what they are.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lbyl.budget.budget import Budget as Budget
+    from lbyl.errors import ArtifactError as ArtifactError
+    from lbyl.errors import ExportError as ExportError
+    from lbyl.errors import InputError as InputError
+    from lbyl.errors import LbylError as LbylError
+    from lbyl.errors import SurgeryError as SurgeryError
+    from lbyl.errors import TraceError as TraceError
+    from lbyl.errors import VerificationError as VerificationError
+    from lbyl.io.artifact import load as load
+    from lbyl.io.export import Exported as Exported
+    from lbyl.io.export import export as export
+    from lbyl.io.report.report import Report as Report
+    from lbyl.io.sources import load_source as load_source
+    from lbyl.moments.data import Data as Data
+    from lbyl.moments.dream import Dream as Dream
+    from lbyl.moments.gaussian import Gaussian as Gaussian
+    from lbyl.moments.noise import Noise as Noise
+    from lbyl.moments.photographs import Photographs as Photographs
+    from lbyl.moments.weights import Weights as Weights
+    from lbyl.pipeline.compress import compress as compress
+    from lbyl.pipeline.inspection import Inspection as Inspection
+    from lbyl.pipeline.inspection import inspect as inspect
+    from lbyl.pipeline.result import Result as Result
+    from lbyl.pipeline.sweep.sweep import Sweep as Sweep
+    from lbyl.pipeline.sweep.sweep import sweep as sweep
+    from lbyl.restore.base import Restorer as Restorer
+    from lbyl.restore.coreset import Coreset as Coreset
+    from lbyl.restore.lbyl import LBYL as LBYL
+    from lbyl.restore.least_squares.settings import LeastSquares as LeastSquares
+    from lbyl.restore.merge import Merge as Merge
+    from lbyl.restore.prune import Prune as Prune
+    from lbyl.runtime.bench import Bench as Bench
+    from lbyl.runtime.bench import bench as bench
+    from lbyl.runtime.registry import register as register
+    from lbyl.selection.criteria.base import Criterion as Criterion
+    from lbyl.selection.criteria.geometric_median import GeometricMedian as GeometricMedian
+    from lbyl.selection.criteria.l1 import L1 as L1
+    from lbyl.selection.criteria.l2 import L2 as L2
+    from lbyl.selection.criteria.random import Random as Random
+    from lbyl.surgery.plan import Plan as Plan
+
+
+def _read() -> dict[str, str]:
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = (node for node in block.body if isinstance(node, ast.ImportFrom))
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+HOME = _read()
+"""The module of each public name."""
+
+FAMILIES: dict[str, dict[str, str]] = {
+    "criterion": {"l2": "L2", "l1": "L1", "gm": "GeometricMedian", "random": "Random"},
+    "restorer": {"lbyl": "LBYL", "merge": "Merge", "coreset": "Coreset", "prune": "Prune"},
+    "moments": {
+        "weights": "Weights",
+        "gaussian": "Gaussian",
+        "noise": "Noise",
+        "photographs": "Photographs",
+        "dream": "Dream",
+        "data": "Data",
+    },
+}
+"""The short names of the members of each family, for arguments and the command line."""

@@ -1,0 +1,188 @@
+"""From a budget to widths: the least predicted error at the cost that the budget allows."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lbyl.budget.budget import TOLERANCE, Budget
+from lbyl.budget.costs import Cost, Costing, Term, counted, widths_of
+from lbyl.budget.curves import Curve, Curves
+from lbyl.budget.latency import timed
+from lbyl.errors import InputError
+from lbyl.graph import Graph
+from lbyl.runtime.inputs import ExampleInputs
+
+
+def smallest_cost(graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], budget: Budget) -> float:
+    """What the network costs with every group that has a curve as small as it may be."""
+    widths = {index: group.width for index, group in enumerate(graph.groups)}
+    widths |= {curve.group: widths_of(graph.groups[curve.group], budget)[-1] for curve in curves}
+    return sum(term.at(widths) for term in terms)
+
+
+def allocate(
+    graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], target: float, budget: Budget
+) -> dict[int, int]:
+    """Kept channels of every group that has a curve, such that the cost is at most ``target``.
+
+    Greedy: the step with the least added error for the saved cost, over all smaller widths of all groups, again and
+    again. Looking at all widths, not only the next, keeps a steep start of a curve from hiding what lies behind.
+
+    Raises:
+        InputError: even the smallest widths cost more; the message says how much.
+    """
+    widths = {index: group.width for index, group in enumerate(graph.groups)}
+    offered = {curve.group: widths_of(graph.groups[curve.group], budget) for curve in curves}
+    by_group: dict[int, list[Term]] = defaultdict(list)
+    for term in terms:
+        for group in {g for _, groups in term.dims for g in groups}:
+            by_group[group].append(term)
+    neighbors = {g: {other for term in by_group[g] for _, groups in term.dims for other in groups} for g in offered}
+    curve_of = {curve.group: curve for curve in curves}
+
+    floor = smallest_cost(graph, curves, terms, budget)
+    cost = sum(term.at(widths) for term in terms)
+    if floor > target * (1 + TOLERANCE):
+        raise InputError(
+            f"the budget can't be reached: it allows {target:,.0f}, and with every group as small as it may be "
+            f"{floor:,.0f} of {cost:,.0f} {budget.unit} are left ({floor / cost:.1%}); raise the budget or max_ratio, "
+            "or exclude less"
+        )
+
+    def best(group: int) -> tuple[float, int, float]:
+        """Error added for each unit of cost saved, the width, and the cost saved."""
+        curve, now = curve_of[group], widths[group]
+        before = sum(term.at(widths) for term in by_group[group])
+        found = (math.inf, now, 0.0)
+        for width in offered[group]:
+            if width >= now:
+                continue
+            saved = before - sum(term.at(widths | {group: width}) for term in by_group[group])
+            added = curve.weight * float(curve.error[width] - curve.error[now])
+            # A step must not overshoot what is wanted by far.
+            if saved <= 0 or (cost - saved < target * (1 - TOLERANCE / 2) and width < _next(offered[group], now)):
+                continue
+            rate = (added + 1e-12) / saved
+            if rate < found[0]:
+                found = rate, width, saved
+        return found
+
+    steps = {group: best(group) for group in offered}
+    while cost > target:
+        group = min(steps, key=lambda g: steps[g][0])
+        rate, width, saved = steps[group]
+        if math.isinf(rate):
+            break
+        fitting = [g for g in steps if steps[g][1] < widths[g] and cost - steps[g][2] >= target * (1 - TOLERANCE)]
+        if cost - saved < target * (1 - TOLERANCE) and fitting:
+            group = min(fitting, key=lambda g: steps[g][0])
+            rate, width, saved = steps[group]
+        widths[group] = width
+        cost = sum(term.at(widths) for term in terms)
+        for other in neighbors[group] & steps.keys():
+            steps[other] = best(other)
+    return {group: widths[group] for group in offered}
+
+
+def _next(options: Sequence[int], now: int) -> int:
+    """The largest width below the present one."""
+    return max((width for width in options if width < now), default=now)
+
+
+_CORRECTIONS = 6
+_LOUDEST = 0.1
+"""A measurement that may be off by more than this share of the budget can't tell whether that is met."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What was chosen: kept channels by group index, and the ratio mapping that `select` takes."""
+
+    kept: Mapping[int, int]
+    notes: tuple[str, ...] = ()
+
+    def ratios(self, graph: Graph) -> dict[str, float]:
+        """A ratio for each group, by its name as a pattern."""
+        found = {"*": 0.0}
+        for index, kept in self.kept.items():
+            group = graph.groups[index]
+            found[glob.escape(group.name)] = 1 - kept / group.width
+        return found
+
+
+def choose_widths(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    measured: Curves,
+    budget: Budget,
+    cut: Callable[[Mapping[str, float]], nn.Module],
+) -> Widths:
+    """The widths with the least predicted error at which the network costs what the budget allows.
+
+    Args:
+        model: the unpruned network in evaluation mode.
+        inputs: what it is called with; MACs are counted and time is measured on it.
+        graph: its channel graph.
+        measured: the error curves of the groups that may lose channels.
+        budget: what may stay.
+        cut: cuts by a ratio mapping, so that the real cost can be told, which the prediction may miss.
+
+    Raises:
+        InputError: the budget can't be reached within 2 %; or, for a latency, within the margin of its measurement
+            where that is wider.
+    """
+    curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
+    budget = budget.on(inputs.tensors()[0].device)
+    if budget.latency is None:
+        costing: Costing = counted(model, inputs, graph, budget)
+    else:
+        costing = timed(model, inputs, graph, curves, budget, lambda kept: cut(Widths(kept).ratios(graph)))
+    terms, target = costing.terms, costing.target
+    smallest = smallest_cost(graph, curves, terms, budget)
+    # A count is what it is; the smallest time is only predicted, so it is tried.
+    aim = target if budget.latency is None else max(target, smallest)
+    tried: list[tuple[float, Cost]] = []
+    for _ in range(_CORRECTIONS):
+        kept = allocate(graph, curves, terms, aim, budget)
+        cost = costing.of(cut(Widths(kept).ratios(graph)))
+        if abs(cost.amount - target) <= max(TOLERANCE * target, min(cost.margin, _LOUDEST * target)):
+            return Widths(kept, (*measured.notes, *cost.notes))
+        tried.append((aim, cost))
+        aim = max(_next_aim(tried, target), smallest)
+        if any(aim == earlier for earlier, _ in tried):
+            break
+    whole = {index: group.width for index, group in enumerate(graph.groups)}
+    raise InputError(_missed([cost for _, cost in tried], target, sum(term.at(whole) for term in terms), budget))
+
+
+def _next_aim(tried: Sequence[tuple[float, Cost]], target: float) -> float:
+    """What to allocate for, after what the last aims led to: between those on both sides, or scaled."""
+    below = max((t for t in tried if t[1].amount <= target), key=lambda t: t[1].amount, default=None)
+    above = min((t for t in tried if t[1].amount > target), key=lambda t: t[1].amount, default=None)
+    if below and above:
+        share = (target - below[1].amount) / (above[1].amount - below[1].amount)
+        return below[0] + share * (above[0] - below[0])
+    aim, cost = tried[-1]
+    return aim * target / cost.amount
+
+
+def _missed(reached: Sequence[Cost], target: float, total: float, budget: Budget) -> str:
+    """What to say of a budget that was not met."""
+    nearest = min(reached, key=lambda cost: abs(cost.amount - target))
+    share = f"{nearest.amount / total:.3f}" + (f" ± {nearest.margin / total:.3f}" if nearest.margin else "")
+    advice = "ask for that, or take a smaller round_to"
+    if budget.latency is not None:
+        advice = "ask for that, or take another round_to or a larger max_ratio"
+    if nearest.margin > _LOUDEST * target:
+        advice = "the measurements scatter too much: close other programs, or measure on a larger batch"
+    return (
+        f"the budget of {target:,.0f} {budget.unit} can't be met within {TOLERANCE:.0%}: the nearest that was reached "
+        f"is {nearest.amount:,.0f} of {total:,.0f} ({share}); {advice}"
+    )

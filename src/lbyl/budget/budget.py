@@ -1,0 +1,85 @@
+"""What users ask for: how much may stay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+
+from lbyl.errors import InputError
+from lbyl.graph import Group
+
+TOLERANCE = 0.02
+_UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
+"""A group is offered at most so many widths, or long searches would not be felt in the result."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the smaller network may cost; exactly one of the first four is given.
+
+    Attributes:
+        macs: share of the multiply-accumulates that may stay (0.5), at the example inputs.
+        params: share of the parameters that may stay.
+        size_mb: size of the saved weights in megabytes (10**6 bytes).
+        latency: share of the time that may stay, measured on this machine at the example inputs. Measurements
+            scatter, so equal seeds need not give equal widths.
+        round_to: kept channels come in multiples of this, where a group is wide enough; "auto" takes what suits the
+            device: on a CPU the floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8.
+        min_keep: no group keeps fewer channels.
+        max_ratio: no group loses a larger share.
+        exclude: globs of groups and layers that stay whole.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    size_mb: float | None = None
+    latency: float | None = None
+    round_to: int | str = 1
+    min_keep: int = 1
+    max_ratio: float = 0.9
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [name for name in _UNITS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InputError(
+                f"Budget: give exactly one of macs, params, size_mb and latency (given: {', '.join(given) or 'none'})"
+            )
+        for name in ("macs", "params", "latency"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise InputError(f"Budget({name}={share}): the share that may stay must lie above 0 and not above 1")
+        if self.size_mb is not None and not 0 < self.size_mb < math.inf:
+            raise InputError(f"Budget(size_mb={self.size_mb}): must be above 0")
+        if self.round_to != "auto" and (not isinstance(self.round_to, int) or self.round_to < 1):
+            raise InputError(f'Budget(round_to={self.round_to!r}): must be a whole number from 1, or "auto"')
+        if self.min_keep < 1 or not 0 <= self.max_ratio < 1:
+            raise InputError(
+                f"Budget(min_keep={self.min_keep}, max_ratio={self.max_ratio}): "
+                "keep at least 1 channel; the largest ratio must lie in [0, 1)"
+            )
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+
+    @property
+    def unit(self) -> str:
+        """What costs are counted in."""
+        return next(unit for name, unit in _UNITS.items() if getattr(self, name) is not None)
+
+    def on(self, device: torch.device) -> Budget:
+        """The same with a number in place of "auto": what suits the device."""
+        return replace(self, round_to=_suitable(device)) if self.round_to == "auto" else self
+
+    def excludes(self, group: Group) -> bool:
+        """Whether a pattern names the group or one of its layers."""
+        return any(fnmatchcase(name, pattern) for pattern in self.exclude for name in (group.name, *group.layers))
+
+
+def _suitable(device: torch.device) -> int:
+    """The multiple of channels that kernels work in: a vector of floats, or a tile of a tensor core."""
+    if device.type != "cpu":
+        return 8
+    capability = torch.backends.cpu.get_cpu_capability()
+    return 16 if capability.startswith("AVX512") else 8 if capability in ("AVX2", "SVE256") else 4

@@ -1,0 +1,199 @@
+"""What a network costs at given widths: multiply-accumulates, parameters, bytes."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.budget.budget import Budget
+from lbyl.graph import NOT_OURS, Graph, Group
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.forward import ReaderCall, run
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.macs import count_parameters, macs_by_shapes
+
+_PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
+_STEPS = 48
+
+
+@dataclass(frozen=True)
+class Term:
+    """A cost that is proportional to the lengths of some dimensions.
+
+    ``dims`` has for each the length that is nobody's and, for each group (index in the graph), how many places
+    a channel of it takes there. Where the cost does not fall with the lengths' product, ``curve`` says how it does:
+    points (share of the product, share of the cost), by increasing shares, between which it is linear.
+    """
+
+    cost: float
+    dims: tuple[tuple[float, Mapping[int, float]], ...]
+    lengths: tuple[float, ...]
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def share(self, widths: Mapping[int, int]) -> float:
+        """The share of the lengths' product that is left with these kept widths."""
+        share = 1.0
+        for (fixed, groups), length in zip(self.dims, self.lengths, strict=True):
+            share *= (fixed + sum(widths[g] * places for g, places in groups.items())) / length
+        return share
+
+    def at(self, widths: Mapping[int, int]) -> float:
+        """The cost with these kept widths."""
+        share = self.share(widths)
+        if not self.curve:
+            return self.cost * share
+        above = bisect.bisect_left(self.curve, (share, -math.inf))
+        above = min(max(above, 1), len(self.curve) - 1)
+        (x0, y0), (x1, y1) = self.curve[above - 1], self.curve[above]
+        return self.cost * (y0 + (y1 - y0) * (share - x0) / (x1 - x0))
+
+
+def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
+    """A term for every parameter that has a cost, which shrinks with each of its dimensions.
+
+    The cost named "" is that of products of activations; it is shared out evenly among the groups that go into them.
+    """
+    dims: dict[str, dict[int, tuple[int, int, dict[int, float]]]] = defaultdict(dict)
+    for index, group in enumerate(graph.groups):
+        for slot in (*group.carriers, *group.readers):
+            length = len(slot.channels)
+            ours = sum(channel != NOT_OURS for channel in slot.channels)
+            _, free, groups = dims[slot.parameter].get(slot.dim, (length, length, {}))
+            groups[index] = ours / group.width
+            dims[slot.parameter][slot.dim] = (length, free - ours, groups)
+    terms = []
+    costs = dict(costs)
+    rest = costs.pop("", 0.0)
+    heads = [index for index, group in enumerate(graph.groups) if any(s.op in _PRODUCTS for s in group.steps)]
+    for index in heads:
+        width = graph.groups[index].width
+        terms.append(Term(rest / len(heads), ((0, {index: 1}),), (width,)))
+    if rest and not heads:
+        terms.append(Term(rest, (), ()))
+    for name, cost in costs.items():
+        known = dims.get(name, {})
+        terms.append(
+            Term(
+                cost,
+                tuple((free, groups) for _, free, groups in known.values()),
+                tuple(length for length, _, _ in known.values()),
+            )
+        )
+    return terms
+
+
+def widths_of(group: Group, budget: Budget) -> list[int]:
+    """The widths that a group may be cut to, the largest first; ``round_to`` is a number (see :meth:`Budget.on`)."""
+    labels = len(set(group.blocks))
+    rows = max(1, sum(channel != NOT_OURS for channel in group.producers[0].weight.channels) // group.width)
+    multiple = int(budget.round_to)
+    step = math.lcm(labels, multiple // math.gcd(multiple, rows))
+    if step >= group.width:
+        step = labels
+    least = max(budget.min_keep, math.ceil(group.width * (1 - budget.max_ratio) - 1e-9), 1)
+    step *= max(1, math.ceil((group.width - least) / step / _STEPS))
+    choices = [k for k in range(step, group.width, step) if k >= least]
+    return [group.width, *reversed(choices)]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a cut network really costs.
+
+    Attributes:
+        amount: in the budget's unit.
+        margin: how far that may be off; 0 where it is counted, not measured.
+        notes: what the user should know of it.
+    """
+
+    amount: float
+    margin: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+class Costing(Protocol):
+    """One measure of cost: ``terms`` predict it from widths, ``target`` is what may stay of it."""
+
+    @property
+    def terms(self) -> Sequence[Term]:
+        """What the network costs, part by part."""
+        ...
+
+    @property
+    def target(self) -> float:
+        """What may stay."""
+        ...
+
+    def of(self, smaller: nn.Module) -> Cost:
+        """The cost of a cut network."""
+        ...
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Multiply-accumulates, parameters or bytes."""
+
+    terms: tuple[Term, ...]
+    target: float
+    count: Callable[[nn.Module], int]
+
+    def of(self, smaller: nn.Module) -> Cost:
+        """The cost of a cut network, which the sum over parameters may miss."""
+        return Cost(float(self.count(smaller)))
+
+
+def counted(model: nn.Module, inputs: ExampleInputs, graph: Graph, budget: Budget) -> Counted:
+    """The measure of a budget of MACs, parameters or bytes.
+
+    Args:
+        model: the unpruned network in evaluation mode.
+        inputs: what it is called with; MACs are counted on it.
+        graph: its channel graph.
+        budget: what may stay.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    if budget.macs is not None:
+
+        def macs(network: nn.Module) -> int:
+            with undisturbed(network):
+                return macs_by_shapes(network, inputs)
+
+        total = macs(model)
+        costs = _macs_of(model, inputs, total)
+        return Counted(tuple(cost_terms(graph, costs)), budget.macs * total, macs)
+    if budget.params is not None:
+        costs = {name: float(p.numel()) for name, p in named.items()}
+        return Counted(tuple(cost_terms(graph, costs)), budget.params * count_parameters(model), count_parameters)
+    assert budget.size_mb is not None
+    costs = {name: float(_bytes([t])) for name, t in {**named, **dict(model.named_buffers())}.items()}
+    terms = tuple(cost_terms(graph, costs))
+    return Counted(terms, budget.size_mb * 1e6, lambda network: _bytes(tensors_of(network).values()))
+
+
+def _macs_of(model: nn.Module, inputs: ExampleInputs, total: int) -> dict[str, float]:
+    """Multiply-accumulates by parameter; what belongs to none (attention scores) under the name ""."""
+    costs: dict[str, float] = defaultdict(float)
+    parameters = dict(model.named_parameters())
+
+    def on_read(call: ReaderCall) -> None:
+        weight = parameters.get(call.weight)
+        if weight is not None:
+            costs[call.weight] += call.out.numel() * weight.numel() / call.out.shape[1 if call.op != "linear" else -1]
+
+    with undisturbed(model), torch.no_grad():
+        run(model, inputs, on_read=on_read)
+    costs[""] = max(0.0, total - sum(costs.values()))
+    return dict(costs)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    # Tied tensors are saved once.
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())

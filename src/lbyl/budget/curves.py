@@ -1,0 +1,247 @@
+"""Error curves: what the channels of each group are worth, measured on probes or read off the weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lbyl.graph import Graph, Slot
+from lbyl.moments import Probes
+from lbyl.moments.accumulate import ChannelSums
+from lbyl.runtime.batches import batch_size, split
+from lbyl.runtime.forward import ReaderCall, run
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.macs import count_macs
+from lbyl.runtime.output_error import outputs_error
+from lbyl.runtime.progress import Progress
+from lbyl.runtime.seeding import generator_for
+from lbyl.selection.filters import State, columns_second, describe, paper_form_applies, reader_energy, seats
+from lbyl.selection.select import Choose
+from lbyl.surgery.masking import Delivery, fold
+
+_RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The predicted error of one group at each of its widths.
+
+    Attributes:
+        group: index of the group in the graph.
+        order: its channels, the most important first: a width k keeps the first k.
+        error: squared relative error of the readers' outputs with k channels kept, for k = 0 .. width.
+        weight: how much of that reaches the network's output: squared relative error there for each unit here.
+    """
+
+    group: int
+    order: tuple[int, ...]
+    error: Float[Tensor, " widths"]
+    weight: float = 1.0
+
+
+def error_curve(
+    covariance: Float[Tensor, "channels channels"], energy: Float[Tensor, " channels"], ridge: float = _RIDGE
+) -> Float[Tensor, " widths"]:
+    """Squared relative error when only the first k channels stay, for all k at once.
+
+    With the Cholesky factor ``L L^T = G + ridge``, what the first k channels leave of channel j is
+    ``G_jj - sum_{i<k} L_ji^2``; it counts by the energy ``|U_j|^2`` with which the readers take it.
+
+    Args:
+        covariance: G, of the channels in the order in which they stay.
+        energy: how strongly the readers take each channel.
+        ridge: added to the diagonal, relative to its mean: what least squares will be given as well.
+    """
+    count = len(covariance)
+    diagonal = covariance.diagonal().clamp_min(0)
+    total = (energy * diagonal).sum()
+    if float(total) <= 0:
+        return torch.zeros(count + 1, dtype=torch.float64)
+    strength = max(ridge * float(diagonal.mean()), 1e-12 * float(diagonal.max()))
+    factor, info = torch.linalg.cholesky_ex(covariance + strength * torch.eye(count, dtype=covariance.dtype))
+    if int(info):
+        factor = torch.diag(diagonal.sqrt())  # nothing that others could take over
+    explained = torch.cat([torch.zeros(count, 1, dtype=torch.float64), factor.square().cumsum(1)], 1)
+    left = (diagonal[:, None] - explained).clamp_min(0) * energy[:, None]
+    gone = torch.arange(count)[:, None] >= torch.arange(count + 1)[None, :]
+    error = (left * gone).sum(0) / total
+    # Keeping more never costs more.
+    return error.flip(0).cummax(0).values.flip(0)
+
+
+def spread_over_blocks(order: Int[Tensor, " channels"], blocks: Sequence[int]) -> tuple[int, ...]:
+    """The same order with the blocks in turn, so that any whole round keeps equally many of each."""
+    turns: dict[int, int] = defaultdict(int)
+    placed = []
+    for position, channel in enumerate(order.tolist()):
+        placed.append((turns[blocks[channel]], position, channel))
+        turns[blocks[channel]] += 1
+    return tuple(channel for _, _, channel in sorted(placed))
+
+
+_READERS = 6
+"""The curve of a group with more readers (a residual stream) is taken on so many of them."""
+_TRIED = 24
+"""Held-out probes that each group's error is followed through the network with."""
+_TRIALS = 5e11
+"""Multiply-accumulates that measuring how far errors travel may take; beyond, every error counts alike."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What the channels of every group are worth: measured once, good for any number of budgets."""
+
+    curves: tuple[Curve, ...]
+    notes: tuple[str, ...] = ()
+
+
+def measure_curves(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    groups: Sequence[int],
+    state: State,
+    choose: Choose,
+    probes: Probes | None,
+    seed: int,
+    progress: Progress | None = None,
+) -> Curves:
+    """The predicted error of every group at each of its widths.
+
+    Args:
+        model: the unpruned network in evaluation mode.
+        inputs: what it is called with.
+        graph: its channel graph.
+        groups: indices of the groups that may lose channels.
+        state: its tensors.
+        choose: which channels are kept, asked for all of them in order.
+        probes: what moments are measured on; without them the weights have to tell.
+        seed: for the criterion and sampled positions.
+        progress: called as ``progress(stage, done, total)``.
+    """
+    orders = {}
+    for index in groups:
+        group = graph.groups[index]
+        generator = generator_for(seed, f"{group.name}#0")
+        orders[index] = spread_over_blocks(choose(describe(group, state), group.width, generator), group.blocks)
+    with torch.no_grad():
+        if probes is None:
+            return Curves(tuple(_from_weights(graph, index, orders[index], state) for index in groups))
+        curves, note = _from_probes(model, inputs, graph, orders, state, probes, seed, progress)
+    return Curves(tuple(curves), (note,) if note else ())
+
+
+def _from_weights(graph: Graph, index: int, order: tuple[int, ...], state: State) -> Curve:
+    """The curve under the paper's assumptions, or by the filters' norms where they do not apply."""
+    group = graph.groups[index]
+    filters = describe(group, state)
+    rows = filters.weight[list(order)]
+    gram = rows @ rows.T
+    if paper_form_applies(group, state):
+        gram = torch.diag(gram.diagonal())
+    energy = torch.stack([reader_energy(slot, _source(state, slot), group.width) for slot in group.readers]).sum(0)
+    return Curve(index, order, error_curve(gram, energy[list(order)]))
+
+
+def _from_probes(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    orders: Mapping[int, tuple[int, ...]],
+    state: State,
+    probes: Probes,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[list[Curve], str]:
+    sums: dict[str, list[tuple[int, Slot, ChannelSums]]] = defaultdict(list)
+    for index in orders:
+        group = graph.groups[index]
+        every = max(1, -(-len(group.readers) // _READERS))
+        for slot in group.readers[::every]:
+            generator = generator_for(seed, f"{slot.parameter}#widths")
+            sums[slot.parameter].append((index, slot, ChannelSums(seats(slot, group.width), 4000, generator)))
+
+    def on_read(call: ReaderCall) -> None:
+        for _, slot, item in sums.get(call.weight, ()):
+            item.add(call, _source(state, slot))
+
+    for batch in probes.batches:
+        run(model, batch, on_read=on_read, batch_statistics=probes.batch_statistics)
+    seen: dict[int, list[tuple[Slot, ChannelSums]]] = defaultdict(list)
+    for entries in sums.values():
+        for index, slot, item in entries:
+            if item.moments is not None:
+                seen[index].append((slot, item))
+
+    some = min(_TRIED, available := batch_size(probes.held_out))
+    probes = replace(probes, held_out=split(probes.held_out, [some, available - some])[0])
+    pixels = max(
+        1, sum(t.numel() for t in probes.held_out.tensors()) // max(1, sum(t.numel() for t in inputs.tensors()))
+    )
+    affordable = len(orders) * pixels * count_macs(model, inputs) <= _TRIALS
+    expected = run(model, probes.held_out, batch_statistics=probes.batch_statistics) if affordable else None
+    curves = []
+    for done, index in enumerate(orders):
+        group, order = graph.groups[index], orders[index]
+        if not seen[index]:
+            curves.append(_from_weights(graph, index, order, state))
+            continue
+        at = torch.tensor(order)
+        parts = []
+        for slot, item in seen[index]:
+            assert item.moments is not None
+            mean = item.moments.p / item.moments.count
+            covariance = item.moments.pp / item.moments.count - torch.outer(mean, mean)
+            energy = reader_energy(slot, _source(state, slot), group.width)
+            parts.append(error_curve(covariance.cpu()[at][:, at], energy[at]))
+        curve = Curve(index, order, torch.stack(parts).mean(0))
+        if expected is not None:
+            curve = replace(curve, weight=_travels(model, graph, curve, seen[index], state, probes, expected))
+        curves.append(curve)
+        if progress:
+            progress("weighing groups", done + 1, len(orders))
+    note = "" if affordable else "widths: too large to measure how far each group's error travels; all count alike"
+    return curves, note
+
+
+def _travels(
+    model: nn.Module,
+    graph: Graph,
+    curve: Curve,
+    seen: Sequence[tuple[Slot, ChannelSums]],
+    state: State,
+    probes: Probes,
+    expected: object,
+) -> float:
+    """Squared relative error of the network's output for each unit of the group's own, with half of it gone.
+
+    Layer norms keep their statistics: the group's own error does not count what the cut changes in them either.
+    """
+    group = graph.groups[curve.group]
+    kept = max(1, group.width // 2)
+    own = float(curve.error[kept])
+    if own <= 1e-9 or kept == group.width:
+        return 1.0
+    keep, drop = (torch.tensor(sorted(part)) for part in (curve.order[:kept], curve.order[kept:]))
+    values: dict[str, Tensor] = {}
+    for slot, item in seen:
+        assert item.moments is not None
+        # Not centered: no constant is corrected here, so the kept channels have to carry the mean as well.
+        gram = (item.moments.pp / item.moments.count).cpu()
+        ridge = 0.01 * float(gram.diagonal().mean()) + 1e-12
+        matrix = torch.linalg.solve(gram[keep][:, keep] + ridge * torch.eye(len(keep)).double(), gram[keep][:, drop])
+        weight = values.get(slot.parameter, state[slot.parameter].detach().clone())
+        delivery = Delivery(matrix, torch.ones(len(keep)).double())
+        fold(columns_second(weight, slot), _source(state, slot), slot, group.width, keep, drop, delivery)
+        values[slot.parameter] = weight
+    found = run(model, probes.held_out, values=values, batch_statistics=probes.batch_statistics)
+    return max(outputs_error(expected, found) ** 2 / own, 1e-6)
+
+
+def _source(state: State, slot: Slot) -> Tensor:
+    return columns_second(state[slot.parameter].detach(), slot)

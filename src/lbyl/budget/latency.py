@@ -1,0 +1,180 @@
+"""Latency as a cost: how each layer's time falls with its widths, read off a few networks that are cut and timed.
+
+Time does not fall like the multiply-accumulates do: some of it is fixed, and odd widths can be slow. So every layer
+gets a curve of its own, through what it takes in the unpruned network and in a few that are cut evenly. What the
+prediction still misses is corrected on the network that it leads to, whose time is measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lbyl.budget.budget import TOLERANCE, Budget
+from lbyl.budget.costs import Cost, Term, cost_terms, widths_of
+from lbyl.budget.curves import Curve
+from lbyl.graph import NOT_OURS, Graph
+from lbyl.runtime.bench import bench
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.forward import ReaderCall, run
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.latency import Latency, measure_latencies, measure_whole
+
+_KEPT = (0.75, 0.5, 0.25)
+"""Shares of the channels that the networks keep which the curves go through."""
+_SECONDS = 10.0
+_RUNS = (5, 15)
+"""As many runs as fit into so many seconds, within these bounds."""
+_MICRO = 1e6
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Microseconds: the layers' own in the unpruned network, and the same share of them as a whole run takes.
+
+    Attributes:
+        terms: a layer each, and what no layer takes.
+        target: what may stay.
+        share: the same as a share of the unpruned network's time.
+        model: the unpruned network, which runs in turns with each cut one.
+        inputs: what it is called with.
+        runs: how often each is timed.
+    """
+
+    terms: tuple[Term, ...]
+    target: float
+    share: float
+    model: nn.Module
+    inputs: ExampleInputs
+    runs: int
+
+    def of(self, smaller: nn.Module) -> Cost:
+        """The time of a cut network. One that seems to meet the target has to do so a second time."""
+        before, after = measure_whole((self.model, smaller), self.inputs, runs=self.runs)
+        ratio, total = after.over(before), self.target / self.share
+        if abs(ratio.median - self.share) > max(TOLERANCE * self.share, ratio.margin):
+            return Cost(ratio.median * total, ratio.margin * total)
+        found = bench(smaller, self.inputs, against=self.model, runs=2 * self.runs)
+        ratio = found.whole.ratio
+        assert ratio
+        notes = [f"latency: {found.latency()}, on {found.place()}; asked for {self.share:.2f}"]
+        if found.no_speed:
+            notes.append(f"latency: no speed from the cut of {found.without_speed()}")
+        return Cost(ratio.median * total, ratio.margin * total, tuple(notes))
+
+
+def timed(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    curves: Sequence[Curve],
+    budget: Budget,
+    cut: Callable[[Mapping[int, int]], nn.Module],
+) -> Timed:
+    """The measure of a latency budget.
+
+    Args:
+        model: the unpruned network in evaluation mode, on the device where it will run.
+        inputs: what it is called with.
+        graph: its channel graph.
+        curves: of the groups that may lose channels.
+        budget: what may stay.
+        cut: the network with these kept channels by group index.
+    """
+    assert budget.latency is not None
+    whole = {index: group.width for index, group in enumerate(graph.groups)}
+    offered = {curve.group: widths_of(graph.groups[curve.group], budget) for curve in curves}
+    samples = [whole]
+    for share in _KEPT:
+        kept = {g: min(widths, key=lambda k: abs(k - share * widths[0])) for g, widths in offered.items()}
+        if whole | kept not in samples:
+            samples.append(whole | kept)
+    networks = [model, *(cut({g: kept[g] for g in offered}) for kept in samples[1:])]
+    once = measure_whole((model,), inputs, runs=3, warm_up=1)[0].median
+    runs = min(max(int(_SECONDS / (2 * len(networks) * max(once, 1e-9))), _RUNS[0]), _RUNS[1])
+    latencies = measure_latencies(networks, inputs, runs=runs)
+    terms = (
+        *_layers(model, graph, samples, latencies),
+        *_rest(model, inputs, graph, samples, [found.rest.median for found in latencies]),
+    )
+    total = sum(term.at(whole) for term in terms)
+    return Timed(terms, budget.latency * total, budget.latency, model, inputs, runs)
+
+
+def _layers(
+    model: nn.Module, graph: Graph, samples: Sequence[Mapping[int, int]], latencies: Sequence[Latency]
+) -> list[Term]:
+    """A term for every layer, under the largest of its parameters that loses channels."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    cut = {slot.parameter for group in graph.groups for slot in (*group.carriers, *group.readers)}
+    taken: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(latencies))
+    for place, latency in enumerate(latencies):
+        for layer in latency.layers:
+            own = model.get_submodule(layer.name).parameters(recurse=False)
+            main = max(own, key=lambda p: (names[id(p)] in cut, p.numel()))
+            taken[names[id(main)]][place] += layer.seconds.median * _MICRO
+    terms = cost_terms(graph, {name: micros[0] for name, micros in taken.items()})
+    return [shaped(term, samples, micros) for term, micros in zip(terms, taken.values(), strict=True)]
+
+
+def shaped(term: Term, samples: Sequence[Mapping[int, int]], costs: Sequence[float]) -> Term:
+    """The term with the curve that goes through what it cost at some widths, the first of which are the full ones.
+
+    Where noise makes less look dearer than more, it counts as equally dear. Below the smallest sample, the curve goes
+    on as steeply as it came.
+    """
+    points: dict[float, float] = {}
+    for kept, cost in zip(samples, costs, strict=True):
+        points.setdefault(round(term.share(kept), 9), cost / term.cost if term.cost else 0.0)
+    if len(points) < 2 or not term.cost:
+        return term
+    curve: list[tuple[float, float]] = []
+    for share, cost in sorted(points.items(), reverse=True):
+        curve.append((share, min(cost, curve[-1][1]) if curve else cost))
+    (x1, y1), (x0, y0) = curve[-2:]
+    if x0 > 0:
+        curve.append((0.0, max(0.0, y0 - x0 * (y1 - y0) / (x1 - x0))))
+    return replace(term, curve=tuple(reversed(curve)))
+
+
+def _rest(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    samples: Sequence[Mapping[int, int]],
+    seconds: Sequence[float],
+) -> list[Term]:
+    """What no layer takes falls in a straight line with the size of the activations; a term a group, and the rest.
+
+    Activations, sums and pooling act on what layers put out, so their time goes by how much that is.
+    """
+    sizes: dict[str, int] = defaultdict(int)
+
+    def on_read(call: ReaderCall) -> None:
+        sizes[call.weight] += call.out.numel()
+
+    with undisturbed(model), torch.no_grad():
+        run(model, inputs, on_read=on_read)
+    parts: dict[int, float] = defaultdict(float)
+    for index, group in enumerate(graph.groups):
+        for slot in group.carriers:
+            if slot.dim == 0 and slot.parameter in sizes:
+                ours = sum(channel != NOT_OURS for channel in slot.channels) / len(slot.channels)
+                parts[index] += ours * sizes[slot.parameter] / max(1, sum(sizes.values()))
+
+    def left(kept: Mapping[int, int]) -> float:
+        return 1 - sum(part * (1 - kept[g] / graph.groups[g].width) for g, part in parts.items())
+
+    shares, full = [left(kept) for kept in samples], seconds[0]
+    slope = 0.0
+    if max(shares) > min(shares):
+        slope = min(max(0.0, statistics.linear_regression(shares, seconds).slope), full)
+    falling = [
+        Term(slope * part * _MICRO, ((0, {index: 1}),), (graph.groups[index].width,)) for index, part in parts.items()
+    ]
+    return [*falling, Term((full - slope * sum(parts.values())) * _MICRO, (), ())]

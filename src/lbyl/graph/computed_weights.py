@@ -1,0 +1,158 @@
+"""Layers that compute their weight on the fly (weight standardization, weight norm) become plain ones.
+
+What such a layer computes depends on all of its input channels, so a cut would change the weights that stay. The plain
+layer with the weight that it computes today gives the same outputs, and can be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lbyl.errors import SurgeryError
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.copying import duplicate, tensors_of
+from lbyl.runtime.inputs import ExampleInputs, outputs
+
+_LAYERS: Mapping[str, type[nn.Module]] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "linear": nn.Linear,
+}
+_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Put a plain layer with these arguments where a module stands."""
+
+    module: str
+    op: str
+    arguments: Mapping[str, Any]
+
+
+def fold_computed(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> tuple[nn.Module, tuple[Fold, ...]]:
+    """A copy of a model in which the named modules are plain layers, as far as a plain layer does what they do.
+
+    Args:
+        model: the model in evaluation mode; it is not changed.
+        inputs: what it is called with.
+        paths: the modules whose weight the trace saw being computed.
+    """
+    modules = {path: model.get_submodule(path) for path in dict.fromkeys(paths) if path}
+    watch = _Watch()
+    hooks = []
+    for path, module in modules.items():
+        hooks.append(module.register_forward_pre_hook(partial(watch.enter, path)))
+        hooks.append(module.register_forward_hook(partial(watch.leave, path)))
+    try:
+        with undisturbed(model), watch:
+            outputs(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not watch.folds:
+        return model, ()
+    twin = duplicate(model)
+    folds = []
+    for path, (item, weight, bias) in watch.folds.items():
+        layer = _place(twin, item)
+        with torch.no_grad():
+            layer.get_parameter("weight").copy_(weight)
+            if bias is not None:
+                layer.get_parameter("bias").copy_(bias)
+        layer.to(weight.device, weight.dtype).train(modules[path].training)
+        folds.append(item)
+    return twin, tuple(folds)
+
+
+def apply_folds(model: nn.Module, folds: Sequence[Fold]) -> nn.Module:
+    """A copy of a fresh model with the same plain layers in it; their weights are to be loaded.
+
+    Raises:
+        SurgeryError: a module that the model has not, or arguments that make no layer.
+    """
+    if not folds:
+        return model
+    twin = duplicate(model)
+    for item in folds:
+        _place(twin, item)
+    return twin
+
+
+def _place(model: nn.Module, item: Fold) -> nn.Module:
+    if item.op not in _LAYERS or item.module not in dict(model.named_modules()):
+        raise SurgeryError(f"{item.module!r}: no module that a plain {item.op} could stand for: another architecture?")
+    try:
+        layer = _LAYERS[item.op](**item.arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SurgeryError(f"{item.module!r}: {item.op} with {dict(item.arguments)} is no layer: {error}") from error
+    state = tensors_of(model.get_submodule(item.module))
+    first = next((t for t in state.values() if t.is_floating_point()), None)
+    if first is not None:
+        layer.to(first.device, first.dtype)
+    model.set_submodule(item.module, layer)
+    return layer
+
+
+class _Watch(TorchFunctionMode):
+    """Sees which layer function a module calls, and whether that call is all that the module does."""
+
+    def __init__(self) -> None:
+        self.folds: dict[str, tuple[Fold, Tensor, Tensor | None]] = {}
+        self._inside: list[str] = []
+        self._calls: dict[str, list[tuple[str, dict[str, Any], Any]]] = {}
+
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inside.append(path)
+        self._calls[path] = []
+
+    def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._inside.pop()
+        calls = self._calls.pop(path)
+        if len(calls) != 1:
+            return
+        op, given, result = calls[0]
+        # Only the call itself may stand between input and output: no padding before it, nothing after it.
+        if len(args) != 1 or given["input"] is not args[0] or result is not output:
+            return
+        weight, bias = given["weight"], given.get("bias")
+        arguments: dict[str, Any] = {"bias": bias is not None}
+        if op == "linear":
+            arguments |= {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+        else:
+            groups = given.get("groups", 1)
+            arguments |= {
+                "in_channels": weight.shape[1] * groups,
+                "out_channels": weight.shape[0],
+                "kernel_size": list(weight.shape[2:]),
+                "stride": _plain(given.get("stride", 1)),
+                "padding": _plain(given.get("padding", 0)),
+                "dilation": _plain(given.get("dilation", 1)),
+                "groups": groups,
+            }
+        self.folds[path] = (
+            Fold(path, op, arguments),
+            weight.detach().clone(),
+            None if bias is None else bias.detach().clone(),
+        )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if self._inside and name in _LAYERS:
+            given = dict(zip(_NAMES, args, strict=False)) | kwargs
+            self._calls[self._inside[-1]].append((name, given, result))
+        return result
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value

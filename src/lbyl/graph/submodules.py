@@ -1,0 +1,152 @@
+"""Submodules that can be traced where the whole model can't: what they are called with, and which they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lbyl.errors import InputError, TraceError
+from lbyl.graph import NOT_OURS, Graph, Group, Reader, Size, Slot, trace
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.inputs import ExampleInputs, outputs
+
+_DEEPEST = 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """A submodule, what the model calls it with, and its channel graph."""
+
+    path: str
+    inputs: ExampleInputs
+    graph: Graph
+
+
+def captured(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> dict[str, list[ExampleInputs]]:
+    """What each submodule is called with, call by call, when the model runs on its inputs."""
+    calls: dict[str, list[ExampleInputs]] = {path: [] for path in paths}
+    with ExitStack() as hooks:
+        for path, found in calls.items():
+
+            def note(module: nn.Module, args: Any, kwargs: Any, found: list[ExampleInputs] = found) -> None:
+                found.append(ExampleInputs(args, kwargs))
+
+            handle = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
+            hooks.callback(handle.remove)
+        with undisturbed(model):
+            outputs(model, inputs)
+    return calls
+
+
+def part_of(model: nn.Module, inputs: ExampleInputs, path: str) -> Part:
+    """The named submodule as a part.
+
+    Raises:
+        InputError: no such submodule, or the model does not call it exactly once with tensors.
+        TraceError: ``torch.export`` can't trace it.
+    """
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        names = ", ".join(name for name, _ in model.named_children())
+        raise InputError(f"submodule={path!r}: {type(model).__name__} has none of that name; it has {names}") from error
+    calls = captured(model, inputs, [path])[path]
+    if len(calls) != 1 or not calls[0].tensors():
+        raise InputError(
+            f"submodule={path!r} is called {len(calls)} times when the model runs; choose one that is called once, "
+            "with tensors"
+        )
+    with undisturbed(module):
+        return Part(path, calls[0], trace(module, calls[0]))
+
+
+def traceable_parts(model: nn.Module, inputs: ExampleInputs) -> tuple[list[Part], dict[str, str]]:
+    """The largest submodules that can be traced each by itself, and why the others can't.
+
+    A submodule counts when the model calls it once, with tensors, and it has channels to cut.
+    """
+    paths = [path for path, _ in model.named_modules() if path and path.count(".") < _DEEPEST]
+    calls = captured(model, inputs, paths)
+    parts: list[Part] = []
+    left: dict[str, str] = {}
+
+    def visit(path: str, module: nn.Module) -> None:
+        if not any(True for _ in module.parameters()):
+            return
+        why = ""
+        if len(calls.get(path, ())) == 1 and calls[path][0].tensors():
+            try:
+                with undisturbed(module):
+                    graph = trace(module, calls[path][0])
+            except TraceError as error:
+                why = str(error)
+            else:
+                if any(group.prunable for group in graph.groups):
+                    parts.append(Part(path, calls[path][0], graph))
+                else:
+                    left[path] = "; ".join(dict.fromkeys(g.reason or "" for g in graph.groups)) or "no channels to cut"
+                return
+        children = [(f"{path}.{name}", child) for name, child in module.named_children()]
+        known = len(parts) + len(left)
+        for name, child in children:
+            if name in calls:
+                visit(name, child)
+        if len(parts) + len(left) == known:
+            left[path] = why or f"called {len(calls.get(path, ()))} times"
+
+    for name, child in model.named_children():
+        visit(name, child)
+    return parts, left
+
+
+def joined(parts: Iterable[Part]) -> Graph:
+    """The graphs of several parts as one, with the names that the whole model has for everything."""
+    groups: list[Group] = []
+    readers: list[Reader] = []
+    barriers: list[str] = []
+    sizes: list[Size] = []
+    for part in parts:
+        first = len(groups)
+
+        def columns(pairs: tuple[tuple[int, int], ...], first: int = first) -> tuple[tuple[int, int], ...]:
+            return tuple((group if group == NOT_OURS else group + first, channel) for group, channel in pairs)
+
+        def name(text: str, path: str = part.path) -> str:
+            return f"{path}.{text}" if text else path
+
+        def slot(item: Slot, name: Callable[[str], str] = name) -> Slot:
+            return replace(item, parameter=name(item.parameter))
+
+        for group in part.graph.groups:
+            producers = tuple(
+                replace(p, layer=name(p.layer), weight=slot(p.weight), bias=p.bias and name(p.bias))
+                for p in group.producers
+            )
+            groups.append(
+                replace(
+                    group,
+                    name=name(group.name),
+                    producers=producers,
+                    carriers=tuple(map(slot, group.carriers)),
+                    readers=tuple(map(slot, group.readers)),
+                    tied=tuple(map(slot, group.tied)),
+                    averages=tuple(replace(a, module=name(a.module), weight=name(a.weight)) for a in group.averages),
+                )
+            )
+        readers += [
+            replace(
+                reader,
+                layer=name(reader.layer),
+                weight=name(reader.weight),
+                bias=reader.bias and name(reader.bias),
+                columns=columns(reader.columns),
+            )
+            for reader in part.graph.readers
+        ]
+        barriers += [f"{part.path}: {barrier}" for barrier in part.graph.barriers]
+        sizes += [replace(size, module=name(size.module), columns=columns(size.columns)) for size in part.graph.sizes]
+    return Graph(tuple(groups), tuple(readers), tuple(barriers), tuple(sizes))

@@ -1,0 +1,1 @@
+"""Files in and out: sources of models, saved folders, images, exports, reports."""

@@ -1,0 +1,187 @@
+"""The saved folder: weights, ``lbyl.json``, a model card and a report, written whole or not at all.
+
+``load`` reads ``model.safetensors`` and ``lbyl.json``; the card, ``report.html`` and ``report.json`` are for others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from lbyl.errors import ArtifactError, InputError, SurgeryError
+from lbyl.graph.computed_weights import apply_folds
+from lbyl.io.huggingface import is_pretrained_model, write_config
+from lbyl.io.report.model_card import card
+from lbyl.io.report.report import Report
+from lbyl.io.report.snippets import load_line
+from lbyl.io.sources import load_source
+from lbyl.surgery.cuts import cut_copy
+from lbyl.surgery.plan import Plan, is_rebuildable
+
+WEIGHTS = "model.safetensors"
+MANIFEST = "lbyl.json"
+CARD = "README.md"
+PAGE = "report.html"
+DOCUMENT = "report.json"
+_LARGEST_MANIFEST = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``lbyl.json`` holds: the plan, the report, and the fingerprint of the weights."""
+
+    plan: Plan
+    report: Report
+    sha256: str
+
+
+def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Report) -> Path:
+    """Write a compressed model into a new folder, with a report for people and one for machines.
+
+    Everything goes to a temporary folder beside it first, which is then renamed: a reader never sees half.
+    A model of transformers gets a ``config.json`` as well, where one can say its widths; the saved report says so.
+
+    Raises:
+        InputError: the path exists, or its parent does not.
+    """
+    from lbyl.io.report.page import page
+
+    target = Path(path)
+    check_free(target)
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            save_model(model, str(stage / WEIGHTS), metadata={"format": "pt"})
+            if is_pretrained_model(model):
+                note = write_config(stage, model, plan.architecture)
+                report = replace(report, notes=(*report.notes, note))
+            manifest = {
+                "plan": plan.to_dict(),
+                "report": report.to_dict(),
+                "sha256": _digest(stage / WEIGHTS),
+            }
+            with (stage / MANIFEST).open("w", encoding="utf-8") as file:
+                json.dump(manifest, file)
+                file.flush()
+                os.fsync(file.fileno())
+            (stage / CARD).write_text(card(plan, report), encoding="utf-8")
+            (stage / PAGE).write_text(page(plan, report), encoding="utf-8")
+            (stage / DOCUMENT).write_text(json.dumps(document(".", plan, report)), encoding="utf-8")
+            stage.chmod(0o755)
+            stage.rename(target)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise InputError(f"can't write {target}: {error.strerror or error}") from error
+    except SafetensorError as error:  # what its writer makes of a full disk
+        raise InputError(f"can't write {target}: {error}") from error
+    return target
+
+
+def check_free(target: Path) -> None:
+    """Raise InputError unless a folder of this name can be made: nothing is there yet, but its parent is."""
+    try:
+        if target.exists() or target.is_symlink():
+            raise InputError(f"{target} exists already; choose another folder or remove it first")
+        if not target.parent.is_dir():
+            raise InputError(f"{target.parent} is not a folder; create it first")
+    except OSError as error:
+        raise InputError(f"can't write {target}: {error.strerror or error}; choose another name") from error
+
+
+def document(path: str | os.PathLike[str], plan: Plan, report: Report) -> dict[str, Any]:
+    """The outcome for machines: what ``report.json`` holds, and what the command line prints with ``--json``.
+
+    Args:
+        path: the folder; ``report.json`` says ".", for it may be moved.
+        plan: how it was compressed.
+        report: what came of it.
+
+    Returns:
+        Plain data with the keys ``path``; ``load``, the line of Python that loads the folder; ``plan``, the fields
+        of :class:`lbyl.Plan` without ``cuts`` and ``architecture``, which ``lbyl.json`` has and ``groups`` imply;
+        and ``report``, the fields of :class:`lbyl.Report`.
+    """
+    described = {name: value for name, value in plan.to_dict().items() if name not in ("cuts", "architecture")}
+    return {
+        "path": str(path),
+        "load": load_line(path, plan.source),
+        "plan": described,
+        "report": report.to_dict(),
+    }
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read ``lbyl.json`` of a saved folder.
+
+    Raises:
+        ArtifactError: no such folder, or a damaged or foreign file.
+    """
+    file = Path(path) / MANIFEST
+    if not file.is_file():
+        raise ArtifactError(f"{path} is no folder saved by lbyl: it has no {MANIFEST}")
+    if file.stat().st_size > _LARGEST_MANIFEST:
+        raise ArtifactError(f"{file} is larger than {_LARGEST_MANIFEST // 2**20} MiB: no lbyl plan")
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} is damaged: {error}") from error
+    except OSError as error:
+        raise ArtifactError(f"{file} can't be read: {error.strerror or error}") from error
+    if not isinstance(data, dict) or not {"plan", "report", "sha256"} <= data.keys():
+        raise ArtifactError(f"{file} is damaged: plan, report or sha256 is missing")
+    return Manifest(Plan.from_dict(data["plan"]), Report.from_dict(data["report"]), str(data["sha256"]))
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Rebuild a compressed network from a saved folder.
+
+    Args:
+        path: the folder that ``result.save`` wrote.
+        model: a fresh, unpruned instance of the architecture (it is not changed); may be left out when the
+            plan knows a ``timm:`` or ``torchvision:`` source.
+
+    Returns:
+        The smaller network, in evaluation mode.
+
+    Raises:
+        ArtifactError: another architecture, a truncated or tampered file, an unknown version.
+        InputError: no model was passed and the plan knows no source.
+    """
+    manifest = read_manifest(path)
+    plan = manifest.plan
+    if model is None:
+        if plan.source is None or not is_rebuildable(plan.source):
+            raise InputError(f"{path}: the plan does not know how to build the model; pass lbyl.load(path, model)")
+        model = load_source(plan.source, pretrained=False)
+    plan.check_model(model)
+    weights = Path(path) / WEIGHTS
+    if not weights.is_file():
+        raise ArtifactError(f"{weights} is missing")
+    if _digest(weights) != manifest.sha256:
+        raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
+    try:
+        smaller = cut_copy(apply_folds(model, plan.folds), plan.cuts, plan.attributes)
+        load_model(smaller, str(weights))
+    except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
+        raise ArtifactError(f"{weights} does not fit its plan: {str(error).splitlines()[0]}") from error
+    return smaller.eval()
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,141 @@
+"""A folder of images as batches that a model takes: for ``lbyl compress --data``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lbyl.errors import InputError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BATCH, BATCHES = 24, 4
+BICUBIC = 3
+"""PIL.Image.Resampling.BICUBIC; PIL itself is imported only where images are read."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+Preprocess = Callable[[Any], Tensor]
+"""From a PIL image to what the model takes, without the batch axis."""
+
+
+def read_images(folder: Path, preprocess: Preprocess, mode: str = "RGB", seed: int = 0) -> list[Tensor]:
+    """Up to ``BATCHES`` batches of images from a folder and the folders in it.
+
+    Where there are more, a random draw decides: a folder sorted by class would otherwise show one class only.
+
+    Raises:
+        InputError: no folder, no image in it, one that can't be read, or sizes that differ in the end.
+    """
+    from PIL import Image
+
+    files = find_images(folder)
+    files = random.Random(seed).sample(files, min(len(files), BATCH * BATCHES))
+    images: list[Tensor] = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                images.append(preprocess(image.convert(mode)))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{file} can't be read as an image: {error}") from error
+        if images[-1].shape != images[0].shape:
+            raise InputError(
+                f"{files[0]} and {file} become {tuple(images[0].shape)} and {tuple(images[-1].shape)}; "
+                "pass --input, such as --input 1x3x224x224, to bring all images to one size"
+            )
+    return [torch.stack(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All image files below a folder, in order of their names.
+
+    Raises:
+        InputError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder of images")
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+    if not files:
+        raise InputError(f"no image in {folder} or the folders in it; looked for {', '.join(SUFFIXES)}")
+    return files
+
+
+def preprocessing(
+    source: str,
+    model: nn.Module,
+    shape: Sequence[int],
+    *,
+    sized: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[Preprocess, str]:
+    """How images become inputs of a model, and the PIL mode that they are converted to first.
+
+    Args:
+        source: as ``lbyl.io.sources.load_source`` takes it; timm and torchvision know their own preprocessing.
+        model: what the source gave.
+        shape: of the example input, batch x channels x height x width.
+        sized: the user named that shape; it is not just the source's default.
+        mean: subtracted from pixels that lie between 0 and 1; ImageNet's where nothing else is known.
+        std: what is then divided by.
+
+    Raises:
+        InputError: the model does not take images, or the numbers of channels do not fit.
+    """
+    if len(shape) != 4 or shape[1] not in (1, 3):
+        sizes = "x".join(map(str, shape))
+        raise InputError(f"the example input is {sizes}, no batch of gray or RGB images; leave out --data")
+    if mean is None and std is None:
+        kind, _, name = source.rpartition(":")
+        if kind == "timm":
+            return _of_timm(model, shape), "RGB" if shape[1] == 3 else "L"
+        if kind == "torchvision" and not sized:
+            return _of_torchvision(name), "RGB"
+    return _resize_and_normalize(shape, mean, std), "RGB" if shape[1] == 3 else "L"
+
+
+def _of_timm(model: nn.Module, shape: Sequence[int]) -> Preprocess:
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+
+    config: dict[str, Any] = resolve_data_config({"input_size": tuple(shape[1:])}, model=model)
+    return cast(Preprocess, create_transform(**config, is_training=False))
+
+
+def _of_torchvision(name: str) -> Preprocess:
+    from torchvision.models import get_model_weights
+
+    weights: Any = get_model_weights(name)
+    return weights.DEFAULT.transforms()
+
+
+def _resize_and_normalize(
+    shape: Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Preprocess:
+    channels, height, width = shape[1:]
+    if channels == 1 and (mean is None or std is None):
+        raise InputError("gray images have no usual scale; pass --mean and --std")
+    shift, divisor = mean or IMAGENET_MEAN, std or IMAGENET_STD
+    for name, numbers in (("--mean", shift), ("--std", divisor)):
+        if len(numbers) not in (1, channels):
+            raise InputError(f"{name} has {len(numbers)} numbers; the model takes {channels} channels")
+    center, spread = (torch.tensor(numbers).reshape(-1, 1, 1) for numbers in (shift, divisor))
+
+    def preprocess(image: Any) -> Tensor:
+        # The largest centered window of the input's proportions: nothing is stretched.
+        scale = min(image.height / height, image.width / width)
+        left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+        window = (left, top, left + scale * width, top + scale * height)
+        pixels = np.array(image.resize((width, height), BICUBIC, box=window), dtype=np.float32)
+        return (torch.from_numpy(pixels).reshape(height, width, channels).permute(2, 0, 1) / 255 - center) / spread
+
+    return preprocess

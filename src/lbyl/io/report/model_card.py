@@ -1,0 +1,107 @@
+"""The model card: a ``README.md`` with metadata, as the Hugging Face Hub reads it, made from plan and report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from lbyl.io.report.format import FLOAT32, line, share, size
+from lbyl.io.report.report import Report
+from lbyl.io.report.snippets import loading, name_of, reproducing, shown_source
+from lbyl.surgery.plan import Plan, is_rebuildable
+
+
+def card(plan: Plan, report: Report) -> str:
+    """What was cut, what it cost, how to load the result and how to make it again, as Markdown.
+
+    Args:
+        plan: what was cut and with which settings.
+        report: the totals, and one row a group.
+
+    Returns:
+        The text of a model card: YAML metadata, then Markdown.
+    """
+    sections = (
+        [*_metadata(plan)],
+        [*_summary(plan, report)],
+        ["## How to load", "", *_code(loading(plan)), "", *_exporting(plan)],
+        ["## What was cut", "", *_groups(report), *_left(report)],
+        ["## How to reproduce", "", *_code(reproducing(plan))],
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
+
+
+def _metadata(plan: Plan) -> Iterator[str]:
+    yield from ("---", "library_name: lbyl", "tags:", "- pruned", "- lbyl", "- pytorch")
+    if plan.source:
+        # Not base_model, which must be a repository of the Hub: the plan does not know whose weights were loaded.
+        yield f"base_model_source: {json.dumps(shown_source(plan.source), ensure_ascii=False)}"
+    yield "---"
+
+
+def _summary(plan: Plan, report: Report) -> Iterator[str]:
+    before, after = report.parameters
+    made = f" from `{shown_source(plan.source)}`" if plan.source else ""
+    yield f"# {name_of(plan)}, pruned"
+    yield ""
+    yield (
+        f"Whole channels were removed{made} by lbyl {plan.library}, by "
+        "[this method](https://arxiv.org/abs/2502.08474) and the settings below; there was no retraining. "
+        "The result is an ordinary, smaller network."
+    )
+    yield ""
+    yield "| | before | after | |"
+    yield "|---|--:|--:|--:|"
+    yield f"| parameters | {before:,} | {after:,} | {share(before, after)} |"
+    yield (f"| size in float32 | {size(before * FLOAT32)} | {size(after * FLOAT32)} | {share(before, after)} |")
+    if report.macs:
+        yield f"| MACs on {plan.inputs} | {report.macs[0]:,} | {report.macs[1]:,} | {share(*report.macs)} |"
+    yield ""
+    if report.assessment:
+        yield (
+            f"Predicted damage: the outputs' error on held-out probes is {report.assessment.restored:.1%} "
+            f"({report.assessment.pruned:.1%} without restoration). This is no accuracy: evaluate it on your own data."
+        )
+    else:
+        yield "Damage was not predicted: these settings look at weights alone. Evaluate the network on your own data."
+    if report.verified is None:
+        yield "The cut was not verified."
+    else:
+        yield (
+            "The cut was verified in float64: the smaller network computes what the masked one does "
+            f"(relative difference {report.verified:.1e})."
+        )
+    for note in report.notes:
+        yield f"\nNote: {line(note)}"
+
+
+def _exporting(plan: Plan) -> Iterator[str]:
+    model = "" if plan.source and is_rebuildable(plan.source) else " --model module:factory"
+    yield f"`lbyl export path/to/this/folder --format onnx{model}` writes a file for other runtimes."
+
+
+def _groups(report: Report) -> Iterator[str]:
+    yield from ("[report.html](report.html) shows it in pictures.", "")
+    probed = any(row.errors for row in report.rows)
+    yield "| group | channels |" + (" error pruned | error restored |" if probed else "")
+    yield "|---|--:|" + ("--:|--:|" if probed else "")
+    for row in report.rows:
+        errors = "".join(f" {error:.1%} |" for error in row.errors) if row.errors else " – | – |" if probed else ""
+        yield f"| `{_cell(row.group)}` | {row.before} → {row.after} |{errors}"
+
+
+def _left(report: Report) -> Iterator[str]:
+    if report.left:
+        yield from ("", "Left whole:", "")
+        for group, why in report.left:
+            yield f"- `{line(group)}`: {line(why)}"
+
+
+def _code(lines: Iterator[str]) -> Iterator[str]:
+    yield "```python"
+    yield from lines
+    yield "```"
+
+
+def _cell(text: str) -> str:
+    return line(text).replace("|", r"\|")

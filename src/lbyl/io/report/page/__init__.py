@@ -1,0 +1,6 @@
+"""The report as HTML: ``report.html`` of a saved folder, and what notebooks show. One template, one style sheet."""
+
+from lbyl.io.report.page.pictures import plot
+from lbyl.io.report.page.render import inspection_html, page, report_html, result_html
+
+__all__ = ["inspection_html", "page", "plot", "report_html", "result_html"]

@@ -1,0 +1,155 @@
+"""Widths and errors of the groups as Matplotlib figures. Matplotlib's global state is not touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+from unicodedata import east_asian_width
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from lbyl.io.report.report import Report
+    from lbyl.io.report.rows import Row
+
+_NAMED = 40
+"""More groups than this share the height that these many have, and only some of them are named."""
+_LETTERS = 24
+_INCHES = 4.8, 0.21  # width of a panel, height of a row
+_TERMS = (("RE", "re", "o"), ("BE", "be", "s"), ("AE", "ae", "D"))
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colors: of text, of lines, of what was there before and of what is there after."""
+
+    ink: str
+    line: str
+    before: str
+    after: str
+
+
+PLAIN = Palette(ink="#808080", line="#80808066", before="#9aa5b1", after="#2b7fb8")
+"""Of middling lightness, so that white grounds and black ones both show them."""
+
+
+def plot(report: Report) -> Figure:
+    """Widths before and after, and beside them the errors where there are any, one line a group.
+
+    Args:
+        report: its rows are drawn, from the network's input at the top to its output at the bottom.
+
+    Returns:
+        A figure that belongs to no window and no backend; ``figure.savefig("widths.png")`` writes it.
+    """
+    rows = report.rows
+    panels = [_widths] + ([_errors] if has_errors(rows) else [])
+    figure = Figure((_INCHES[0] * len(panels), _height(rows)), layout="constrained")
+    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes, rows, PLAIN)
+    return figure
+
+
+def widths(report: Report, palette: Palette) -> Figure:
+    """The panel of widths alone."""
+    figure = Figure((_INCHES[0], _height(report.rows)), layout="constrained")
+    _widths(figure.subplots(), report.rows, palette)
+    return figure
+
+
+def errors(report: Report, palette: Palette) -> Figure:
+    """The panel of errors alone."""
+    figure = Figure((_INCHES[0], _height(report.rows)), layout="constrained")
+    _errors(figure.subplots(), report.rows, palette)
+    return figure
+
+
+def has_errors(rows: Sequence[Row]) -> bool:
+    """Whether there is an error to draw."""
+    return any(math.isfinite(_finite(value)) for row in rows for value in (*(row.errors or ()), row.re, row.be, row.ae))
+
+
+def _widths(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
+    _bars(axes, [row.before for row in rows], palette.before, "channels before")
+    _bars(axes, [row.after for row in rows], palette.after, "after")
+    _frame(axes, rows, palette)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _errors(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
+    """Of the readers' outputs, pruned and restored, where they were measured; else the paper's RE, BE and AE."""
+    places = np.arange(len(rows))
+    if any(row.errors for row in rows):
+        pruned, restored = np.array([[*map(_finite, row.errors or (None, None))] for row in rows]).T
+        axes.hlines(places, pruned, restored, colors=palette.line, linewidth=2, zorder=1)
+        axes.plot(pruned, places, "o", color=palette.before, markersize=5, label="error of the readers, pruned")
+        axes.plot(restored, places, "o", color=palette.after, markersize=5, label="restored")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    else:
+        colors = palette.after, palette.before, palette.ink
+        for step, (label, name, marker), color in zip((-0.2, 0, 0.2), _TERMS, colors, strict=True):
+            values = [_finite(getattr(row, name)) for row in rows]
+            axes.plot(values, places + step, marker, color=color, markersize=4, label=label)
+    _frame(axes, rows, palette)
+    axes.set_xlim(left=0)
+
+
+def _finite(value: float | None) -> float:
+    """The value, or what Matplotlib leaves out."""
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def _bars(axes: Axes, values: Sequence[float], color: str, label: str) -> None:
+    """Horizontal bars as a single path, so that a picture of a thousand groups is no larger than it looks."""
+    half = 0.5 if len(values) > _NAMED else 0.36
+    edges = [edge for place in range(len(values)) for edge in (place - half, place + half)]
+    steps = [step for value in values for step in (value, 0)][:-1]
+    if half == 0.5:
+        edges = [place - half for place in range(len(values) + 1)]
+        steps = list(values)
+    axes.stairs(steps, edges, orientation="horizontal", fill=True, color=color, label=label, linewidth=0)
+
+
+def _frame(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
+    """Names on the left, the first group on top, a quiet grid, the legend above."""
+    every = math.ceil(len(rows) / _NAMED)
+    places = range(0, len(rows), every)
+    axes.set_yticks(places, [_short(rows[place].group) for place in places], parse_math=False)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(length=0, labelsize=9, colors=palette.ink)
+    axes.grid(axis="x", color=palette.line, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_facecolor("none")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        labelcolor=palette.ink,
+        borderaxespad=0.2,
+        handlelength=1,
+        handletextpad=0.5,
+        columnspacing=1.2,
+    )
+
+
+def _height(rows: Sequence[Row]) -> float:
+    return 0.8 + _INCHES[1] * min(len(rows), _NAMED)
+
+
+def _short(name: str) -> str:
+    """A name that fits beside its bar and that every font and XML can take: its end says the most."""
+    name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+    ends = accumulate(2 if east_asian_width(letter) in "WF" else 1 for letter in reversed(name))
+    fitting = sum(end < _LETTERS for end in ends)
+    return name if fitting >= len(name) - 1 else "…" + name[-fitting:]

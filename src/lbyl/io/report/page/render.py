@@ -1,0 +1,141 @@
+"""Plan and report into HTML, through Jinja2: whatever comes from the user is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lbyl.io.report.format import FLOAT32, line, number, percent, share, size
+from lbyl.io.report.page.pictures import errors, has_errors, widths
+from lbyl.io.report.page.svg import inline_svg
+from lbyl.io.report.page.verdict import verdict
+from lbyl.io.report.snippets import arguments, loading, name_of, reproducing, shown_source
+
+if TYPE_CHECKING:
+    from lbyl.io.report.report import Report
+    from lbyl.pipeline.inspection import Inspection
+    from lbyl.surgery.plan import Plan
+
+
+@dataclass(frozen=True)
+class Total:
+    """A quantity of the whole network, before and after, as text; and the share that is left."""
+
+    name: str
+    before: str
+    after: str
+    share: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An SVG and what it shows."""
+
+    svg: Markup
+    caption: str
+
+
+def page(plan: Plan, report: Report) -> str:
+    """One self-contained file: no script, no font, no request. Equal plans and reports give equal text."""
+    return _render("page.html.j2", report, plan)
+
+
+def result_html(plan: Plan, report: Report) -> str:
+    """The same for a notebook's cell."""
+    return _render("notebook.html.j2", report, plan)
+
+
+def report_html(report: Report) -> str:
+    """Totals and groups for a notebook's cell, without pictures and without the plan, which a report does not know."""
+    return _render("notebook.html.j2", report, None)
+
+
+def inspection_html(inspection: Inspection) -> str:
+    """The groups of a model for a notebook's cell."""
+    return _environment().get_template("inspection.html.j2").render(inspection.to_dict())
+
+
+def _render(template: str, report: Report, plan: Plan | None) -> str:
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            report=report,
+            verdict=verdict(report.assessment),
+            totals=list(_totals(report, plan)),
+            measured={name: any(getattr(row, name) for row in report.rows) for name in ("errors", "note", "seconds")},
+            terms=any(value is not None for row in report.rows for value in (row.re, row.be, row.ae)),
+            plan=plan,
+            pictures=list(_pictures(report)) if plan else [],
+            name=name_of(plan) if plan else "",
+            source=shown_source(plan.source) if plan and plan.source else "",
+            settings=arguments(plan) if plan else {},
+            loading="\n".join(loading(plan)) if plan else "",
+            reproducing="\n".join(reproducing(plan)) if plan else "",
+        )
+    )
+
+
+def _totals(report: Report, plan: Plan | None) -> Iterator[Total]:
+    before, after = report.parameters
+    kept = after / before if before else 1.0
+    yield Total("Weights", size(before * FLOAT32), size(after * FLOAT32), kept, "in float32")
+    yield Total("Parameters", f"{before:,}", f"{after:,}", kept)
+    if report.macs:
+        before, after = report.macs
+        kept = after / before if before else 1.0
+        yield Total("Multiply-accumulates", _count(before), _count(after), kept, f"on {plan.inputs}" if plan else "")
+    if report.latency:
+        timing = report.latency
+        note = f"(± {timing.margin:.0%})"
+        yield Total("Latency", _milliseconds(timing.before), _milliseconds(timing.after), timing.ratio, note)
+
+
+def _pictures(report: Report) -> Iterator[Picture]:
+    if report.rows:
+        title = "Channels of each group, before and after"
+        yield Picture(Markup(inline_svg(widths, report, "widths", title)), title + ", from input to output.")
+    if has_errors(report.rows):
+        title = "Error of each group"
+        if any(row.errors for row in report.rows):
+            caption = "Relative error of what reads each group: pruned, and after restoration."
+        else:
+            caption = "Residual (RE), batch-norm (BE) and activation error (AE) of each group."
+        yield Picture(Markup(inline_svg(errors, report, "errors", title)), caption)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
+def _count(value: int) -> str:
+    """A large count in thousands, millions or billions.
+
+    >>> _count(1_820_000_000), _count(950)
+    ('1.82 G', '950')
+    """
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return str(value)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("lbyl.io.report.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Any] = {"line": line, "number": number, "percent": percent, "share": share}
+    environment.filters.update(filters)
+    return environment

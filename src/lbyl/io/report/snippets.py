@@ -1,0 +1,107 @@
+"""The Python that loads a saved network, and the Python that makes it again, written from the plan."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from lbyl.io.report.format import line
+from lbyl.surgery.plan import Plan, is_rebuildable
+
+
+def loading(plan: Plan) -> Iterator[str]:
+    """Loads the folder that the plan was saved in, whatever its place."""
+    yield "import lbyl"
+    yield ""
+    if plan.source and is_rebuildable(plan.source):
+        yield 'model = lbyl.load("path/to/this/folder")'
+    else:
+        known = f" ({line(shown_source(plan.source))})" if plan.source else ""
+        yield f"fresh = ...  # an unpruned instance of the architecture{known}; its weights don't matter"
+        yield 'model = lbyl.load("path/to/this/folder", fresh)'
+
+
+def load_line(path: str | os.PathLike[str], source: str | None) -> str:
+    """The same for a folder whose place is known, on one line."""
+    folder = repr(str(path))
+    if source is None:
+        return f"import lbyl; net = lbyl.load({folder}, model)  # model: a fresh, unpruned instance"
+    if is_rebuildable(source):
+        return f"import lbyl; net = lbyl.load({folder})"
+    return f"import lbyl, lbyl.surgery.plan; net = lbyl.load({folder}, lbyl.io.sources.load_source({source!r}))"
+
+
+def reproducing(plan: Plan) -> Iterator[str]:
+    """Makes the same network again: the call with all its settings."""
+    parts = plan.settings.get("parts", ())
+    yield from ("import torch", "import lbyl")
+    if plan.source:
+        yield "from lbyl.sources import load_source"
+    yield ""
+    if plan.source:
+        yield f"model = load_source({shown_source(plan.source)!r})  # with the weights that were compressed"
+    else:
+        yield "model = ...  # the network, with the weights that were compressed"
+    if _reads_data(plan.settings):
+        yield "batches = ...  # the inputs that the moments were taken from"
+    yield f"inputs = ({' '.join(f'{text},' for text in map(_tensor, plan.inputs.split(', ')))})"
+    yield "result = lbyl.compress("
+    yield "    model,"
+    yield "    inputs,"
+    for name, value in arguments(plan).items():
+        yield f"    {name}={value},"
+    if len(parts) == 1:
+        yield f"    submodule={parts[0]!r},"
+    yield ")"
+
+
+def arguments(plan: Plan) -> dict[str, str]:
+    """The settings by which the network was compressed, each the way Python spells it."""
+    settings = dict(plan.settings)
+    settings.pop("parts", None)  # which parts could be traced is found out again
+    if settings.get("criterion") == settings.get("restore"):
+        settings.pop("criterion", None)  # this restorer chooses the channels by itself
+    if settings.get("budget"):
+        settings.pop("ratio", None)  # the ratios that the budget led to
+    return {name: _python(value) for name, value in settings.items()}
+
+
+def _tensor(text: str) -> str:
+    """The Python that makes an input of this dtype and shape."""
+    dtype, _, sizes = text.partition(" ")
+    shape = ", ".join(sizes.split("x")) if sizes != "scalar" else "()"
+    if dtype == "float32":
+        return f"torch.randn({shape})"
+    make = "torch.randn" if "float" in dtype else "torch.zeros"
+    return f"{make}({shape}, dtype=torch.{dtype})"
+
+
+def _python(value: Any) -> str:
+    """A setting the way it is written in Python."""
+    import lbyl
+
+    if isinstance(value, Mapping) and "name" in value:
+        name = f"lbyl.{value['name']}" if value["name"] in lbyl.__all__ else str(value["name"])
+        fields = [f"{key}={_python(item)}" for key, item in value.items() if key != "name"]
+        return f"{name}({', '.join((['batches'] if value['name'] == 'Data' else []) + fields)})"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(tuple(value) if isinstance(value, list) else value)
+
+
+def _reads_data(value: Any) -> bool:
+    return isinstance(value, Mapping) and (value.get("name") == "Data" or any(map(_reads_data, value.values())))
+
+
+def shown_source(source: str) -> str:
+    """The source as it is published: of a factory's file, the name is enough."""
+    place, separator, name = source.rpartition(":")
+    return f"{PurePath(place).name}{separator}{name}" if place.endswith(".py") else source
+
+
+def name_of(plan: Plan) -> str:
+    """What the network is called."""
+    return line(plan.source.rpartition(":")[2]) if plan.source else "A network"

@@ -1,0 +1,168 @@
+"""Where models and weights come from: ``timm:NAME``, ``torchvision:NAME``, or a factory of the user's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lbyl.errors import InputError
+
+FORMS = "timm:NAME, torchvision:NAME, package.module:factory or file.py:factory"
+
+
+def load_source(source: str, pretrained: bool = True) -> nn.Module:
+    """Build a model, in evaluation mode.
+
+    Args:
+        source: one of ``timm:NAME``, ``torchvision:NAME``, ``package.module:factory``, ``file.py:factory``;
+            a factory is called without arguments and returns the module.
+        pretrained: load the published weights (``timm`` and ``torchvision`` only).
+
+    Raises:
+        InputError: an unknown form, library, name or factory, or weights that can't be had.
+    """
+    kind, separator, name = source.rpartition(":")
+    if not separator or not kind or not name:
+        raise InputError(f"{source!r} names no model; write {FORMS}")
+    if kind == "timm":
+        return _timm(name, pretrained).eval()
+    if kind == "torchvision":
+        return _torchvision(name, pretrained).eval()
+    model = _factory(kind, name)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a state dict from ``.safetensors``, or from a ``.pth`` read with ``weights_only=True``.
+
+    Raises:
+        InputError: no such file, a file that only unpickling could read, or keys and shapes that do not fit.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"no weights at {file}")
+    try:
+        if file.suffix == ".safetensors":
+            state: Any = load_file(file)
+        else:
+            with warnings.catch_warnings():  # what is wrong with a file is said once, by the error
+                warnings.simplefilter("ignore")
+                state = torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise InputError(f"{file} is no readable safetensors file: {error}") from error
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error.strerror or error}") from error
+    except Exception as error:
+        raise InputError(
+            f"{file} can't be read with weights_only=True, and lbyl never unpickles code; "
+            "save the state dict as .safetensors"
+        ) from error
+    for key in ("state_dict", "model", "net"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise InputError(f"{file} holds no state dict (names to tensors)")
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise InputError(f"{file} does not fit {type(model).__name__}: {' '.join(lines[1:2] or lines)}") from error
+    return model
+
+
+def _timm(name: str, pretrained: bool) -> nn.Module:
+    timm = _library("timm")
+    if not timm.is_model(name):
+        raise InputError(f"timm has no model {name!r}; timm.list_models() lists them")
+    return _download(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
+
+
+def _torchvision(name: str, pretrained: bool) -> nn.Module:
+    models = _library("torchvision.models")
+    if name not in models.list_models():
+        raise InputError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them")
+    options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
+    if not pretrained and name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    return _download(f"torchvision:{name}", lambda: models.get_model(name, **options))
+
+
+def _download(source: str, build: Any) -> nn.Module:
+    try:
+        return build()
+    except (OSError, RuntimeError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{source}: the model or its pretrained weights can't be loaded ({line}); "
+            "pass --weights FILE, or --no-pretrained for random ones"
+        ) from error
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"{name} can't be imported ({error}); install lbyl[vision]") from error
+
+
+def load_function(source: str) -> Callable[..., Any]:
+    """A function of the user's own, by ``package.module:function`` or ``file.py:function``; its module is run.
+
+    Raises:
+        InputError: no such file, module or function.
+    """
+    place, separator, name = source.rpartition(":")
+    if not separator or not place or not name:
+        raise InputError(f"{source!r} names no function; write package.module:function or file.py:function")
+    return _function(place, name, "function")
+
+
+def _factory(place: str, name: str) -> Any:
+    factory = _function(place, name, "factory")
+    try:
+        return factory()
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{place}:{name}() failed: {type(error).__name__}: {error}") from error
+
+
+def _function(place: str, name: str, kind: str) -> Callable[..., Any]:
+    if place.endswith(".py"):
+        file = Path(place)
+        if not file.is_file():
+            raise InputError(f"no file {file}")
+        spec = importlib.util.spec_from_file_location(f"lbyl_source_{file.stem}", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise InputError(f"{file} can't be run: {type(error).__name__}: {error}") from error
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise InputError(f"{place} can't be imported ({error}); write {FORMS}") from error
+        except (Exception, SystemExit) as error:
+            raise InputError(f"{place} can't be imported ({type(error).__name__}: {error}); write {FORMS}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"{place} has no {kind} {name!r}")
+    return function

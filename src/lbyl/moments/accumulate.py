@@ -1,0 +1,280 @@
+"""Running sums over what consumers are fed: streaming second moments in float64.
+
+Everything here is a function of tensors. What runs the network is in `lbyl.runtime.forward`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from lbyl.runtime.forward import ReaderCall
+from lbyl.runtime.seeding import sample_positions
+
+_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass
+class Moments:
+    """Running sums over the positions at which a reader reads; float64.
+
+    With regressors ``p`` (what the cut reader will see) and targets ``r`` (what the dropped channels
+    contributed, or are): sums of p, r, p p^T, p r^T and r^2.
+    """
+
+    count: int
+    p: Float[Tensor, " regressors"]
+    r: Float[Tensor, " targets"]
+    pp: Float[Tensor, "regressors regressors"]
+    pr: Float[Tensor, "regressors targets"]
+    rr: Float[Tensor, " targets"]
+
+    @staticmethod
+    def zeros(regressors: int, targets: int, device: torch.device) -> Moments:
+        """Empty sums."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return Moments(
+            0,
+            empty(regressors),
+            empty(targets),
+            empty(regressors, regressors),
+            empty(regressors, targets),
+            empty(targets),
+        )
+
+    def add(self, p: Float[Tensor, "positions regressors"], r: Float[Tensor, "positions targets"]) -> None:
+        """Add positions. Products are taken in the inputs' precision, sums kept in float64."""
+        self.count += len(p)
+        self.p += p.sum(0, dtype=torch.float64)
+        self.r += r.sum(0, dtype=torch.float64)
+        self.pp += p.T @ p
+        self.pr += p.T @ r
+        self.rr += r.square().sum(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Moments of everything that a reader reads, whichever of its input channels are dropped later.
+
+    Attributes:
+        blocks: for each block of a grouped convolution the moments of all its patches, without targets.
+        output: count, sum and sum of squares of the reader's output.
+    """
+
+    blocks: tuple[Moments, ...]
+    output: tuple[Tensor, Tensor, Tensor]
+
+    def part(self, number: int, kernel: Float[Tensor, "rows columns *taps"], keep: Tensor, drop: Tensor) -> Moments:
+        """The moments of one block with some columns dropped: what :class:`PatchSums` would have summed up."""
+        whole, taps = self.blocks[number], kernel[0, 0].numel()
+        within = torch.arange(taps, device=keep.device)
+        kept, gone = ((columns[:, None] * taps + within).flatten() for columns in (keep, drop))
+        u = kernel[:, drop].reshape(len(kernel), -1).double()
+        return Moments(
+            whole.count,
+            whole.p[kept],
+            u @ whole.p[gone],
+            whole.pp[kept][:, kept],
+            whole.pp[kept][:, gone] @ u.T,
+            ((u @ whole.pp[gone][:, gone]) * u).sum(1),
+        )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which input channels of a reader stay and which go, block by block of a grouped convolution."""
+
+    keep: tuple[Int[Tensor, " kept"], ...]
+    drop: tuple[Int[Tensor, " dropped"], ...]
+
+
+@dataclass
+class PatchSums:
+    """Moments between the patches of kept channels and the dropped channels' share of the output."""
+
+    columns: Columns
+    positions: int  # at most this many a call
+    generator: torch.Generator
+    blocks: list[Moments] = field(default_factory=list)
+    output: list[Tensor] = field(default_factory=list)  # count, sum and sum of squares of the reader's output
+
+    def add(self, call: ReaderCall, weight: Tensor, wanted: Tensor | None = None) -> None:
+        """Add one call of the reader.
+
+        Where ``wanted`` is given (a tensor like the call's output, without the bias), the target is what the kept
+        channels leave of it, not the dropped channels' share of this call's own output.
+        """
+        self.output = _with_output(self.output, call)
+        number = len(self.columns.keep)
+        rows, width = len(weight) // number, call.x.shape[1 if call.op != "linear" else -1] // number
+        for index, (keep, drop) in enumerate(zip(self.columns.keep, self.columns.drop, strict=True)):
+            out = slice(index * rows, (index + 1) * rows)
+            kernel = weight[out]
+            if len(self.blocks) <= index:
+                taps = kernel[0, 0].numel() if kernel.dim() > 2 else 1
+                self.blocks.append(Moments.zeros(len(keep) * taps, rows, call.x.device))
+            if not len(drop) and wanted is None:
+                continue
+            columns = keep + index * width, drop + index * width
+            share = None if wanted is None else wanted[..., out] if call.op == "linear" else wanted[:, out]
+            if share is not None:
+                part = kernel[:, keep]
+            else:
+                part = kernel[:, drop] if call.fed is None else torch.cat([kernel[:, keep], kernel[:, drop]], 1)
+            for p, r in _positions(call, part, *columns, self.positions, self.generator, share):
+                self.blocks[index].add(p, r)
+
+
+@dataclass
+class WholeSums:
+    """Moments among all patches that a reader reads; see :class:`Reading`."""
+
+    number: int  # of blocks
+    positions: int
+    generator: torch.Generator
+    blocks: list[Moments] = field(default_factory=list)
+    output: list[Tensor] = field(default_factory=list)
+
+    def add(self, call: ReaderCall, weight: Tensor) -> None:
+        """Add one call of the reader."""
+        self.output = _with_output(self.output, call)
+        width, taps = weight.shape[1], weight[0, 0].numel()
+        for index in range(self.number):
+            if len(self.blocks) <= index:
+                self.blocks.append(Moments.zeros(width * taps, 0, call.x.device))
+            columns = torch.arange(index * width, (index + 1) * width, device=call.x.device)
+            none = columns[:0]
+            for p, r in _positions(call, weight[:, none], columns, none, self.positions, self.generator):
+                self.blocks[index].add(p, r)
+
+    def reading(self) -> Reading | None:
+        """What was summed up; None where no call came by."""
+        return Reading(tuple(self.blocks), (self.output[0], self.output[1], self.output[2])) if self.blocks else None
+
+
+def _with_output(sums: Sequence[Tensor], call: ReaderCall) -> list[Tensor]:
+    """Count, sum and sum of squares of outputs, with those of one more call."""
+    out = call.out.reshape(-1, call.out.shape[-1]) if call.op == "linear" else call.out
+    dims, sums = [dim for dim in range(out.dim()) if dim != 1], list(sums)
+    # In chunks: a whole output in float64 would be the largest thing in memory.
+    for part in out.split(max(1, _CHUNK_BYTES // max(1, out[:1].numel() * 8))):
+        wide = part.double()
+        count = torch.tensor(float(wide.numel() // wide.shape[1]))
+        more = [count, wide.sum(dims), wide.square_().sum(dims)]
+        sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
+    return sums
+
+
+def _positions(
+    call: ReaderCall,
+    kernel: Tensor,
+    keep: Tensor,
+    drop: Tensor,
+    positions: int,
+    generator: torch.Generator,
+    wanted: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Patches of some channels and the share of the output that others have, position by position.
+
+    ``kernel`` has the columns of the others only; where there are none, the share has no columns either. Where the cut
+    reader is fed something else (``call.fed``), the patches are of that, ``kernel`` has the columns of the channels
+    that stay before the others, and what these lose by the difference belongs to the share. Where ``wanted`` is given,
+    ``kernel`` has the columns of the channels that stay, and the share is what they leave of what is wanted.
+    """
+    if call.op == "linear":
+        x = call.x.reshape(-1, call.x.shape[-1])
+        fed = None if call.fed is None else call.fed.reshape(x.shape)
+        chosen = sample_positions(len(x), positions, generator)
+        if chosen is not None:
+            chosen = chosen.to(x.device)
+            x, fed = x[chosen], None if fed is None else fed[chosen]
+        if wanted is not None:
+            y = wanted.reshape(-1, wanted.shape[-1])
+            p = x[:, keep]
+            yield p, (y if chosen is None else y[chosen]) - p @ kernel.T
+            return
+        size = max(1, _CHUNK_BYTES // (4 * x.shape[1]))
+        for part, ahead in zip(x.split(size), _split_like(fed, x, size), strict=True):
+            lost = _lost(part, ahead, keep, drop)
+            yield (part if ahead is None else ahead)[:, keep], lost @ kernel.T if len(drop) else lost
+        return
+    x, kernel, stride, padding, dilation = _as_2d(call, kernel)
+    fed = None if call.fed is None else _as_2d(replace(call, x=call.fed), kernel)[0]
+    taps = kernel.shape[2:]
+    pixels = call.out[0, 0].numel()
+    chosen = sample_positions(pixels, max(1, positions // len(x)), generator)
+    size = max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))
+    pieces = zip(x.split(size), _split_like(fed, x, size), _split_like(wanted, x, size), strict=True)
+    for part, ahead, share in pieces:
+        read = part if ahead is None else ahead
+        if taps.numel() == 1 and not any(padding):
+            p = read[:, keep, :: stride[0], :: stride[1]].flatten(2)
+        else:
+            p = functional.unfold(read[:, keep], tuple(taps), dilation, padding, stride)
+        if share is not None:
+            p, r = (t if chosen is None else t[:, :, chosen.to(t.device)] for t in (p, share.flatten(2)))
+            p, r = p.transpose(1, 2).flatten(0, 1), r.transpose(1, 2).flatten(0, 1)
+            yield p, r - p @ kernel.flatten(1).T
+            continue
+        if len(drop):
+            lost = _lost(part, ahead, keep, drop)
+            r = functional.conv2d(lost, kernel, None, stride, padding, dilation).flatten(2)
+        else:
+            r = p[:, :0]
+        if chosen is not None:
+            p, r = p[:, :, chosen.to(p.device)], r[:, :, chosen.to(r.device)]
+        yield p.transpose(1, 2).flatten(0, 1), r.transpose(1, 2).flatten(0, 1)
+
+
+def _split_like(other: Tensor | None, x: Tensor, size: int) -> Sequence[Tensor | None]:
+    return [None] * -(-len(x) // size) if other is None else other.split(size)
+
+
+def _lost(x: Tensor, fed: Tensor | None, keep: Tensor, drop: Tensor) -> Tensor:
+    """What the cut reader misses, channels second: those that go; before them, what those that stay have lost."""
+    return x[:, drop] if fed is None else torch.cat([x[:, keep] - fed[:, keep], x[:, drop]], 1)
+
+
+@dataclass
+class ChannelSums:
+    """Moments among all channels of a group at a reader's input, all places of a channel pooled."""
+
+    index: Int[Tensor, "channels places"]
+    positions: int
+    generator: torch.Generator
+    moments: Moments | None = None
+    columns: Tensor | None = None  # sum of every input column by itself
+
+    def add(self, call: ReaderCall, weight: Tensor) -> None:
+        """Add one call of the reader."""
+        x = call.x if call.fed is None else call.fed
+        x = x if call.op == "linear" else x.flatten(2).transpose(1, 2)
+        x = x.reshape(-1, x.shape[-1])
+        chosen = sample_positions(len(x), max(1, self.positions // self.index.shape[1]), self.generator)
+        x = x if chosen is None else x[chosen.to(x.device)]
+        if self.moments is None or self.columns is None:
+            self.moments = Moments.zeros(len(self.index), 0, x.device)
+            self.columns = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        self.columns = self.columns + x.sum(0, dtype=torch.float64) * self.index.shape[1]
+        for part in x.split(max(1, _CHUNK_BYTES // (4 * x.shape[1]))):
+            p = part[:, self.index].transpose(1, 2).reshape(-1, len(self.index))
+            self.moments.add(p, p[:, :0])
+
+
+def _as_2d(
+    call: ReaderCall, kernel: Tensor
+) -> tuple[Tensor, Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
+    x = call.x
+    if call.op == "conv1d":
+        return (
+            x.unsqueeze(2), kernel.unsqueeze(2), (1, call.stride[0]), (0, call.padding[0]), (1, call.dilation[0])
+        )  # fmt: skip
+    stride, padding, dilation = ((pair[0], pair[1]) for pair in (call.stride, call.padding, call.dilation))
+    return x, kernel, stride, padding, dilation

@@ -1,0 +1,1 @@
+"""Who calls whom: from a model to a smaller one."""

@@ -1,0 +1,114 @@
+"""`compress`: from a model to a smaller one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+
+from torch import nn
+
+from lbyl.budget.budget import Budget
+from lbyl.errors import InputError
+from lbyl.pipeline.analysis import Groundwork
+from lbyl.pipeline.prepare import Prepared, prepare
+from lbyl.pipeline.request import Order
+from lbyl.pipeline.result import Inputs, Result
+from lbyl.pipeline.single import compress_whole
+from lbyl.pipeline.submodules import compress_submodules
+from lbyl.restore.base import Restorer
+from lbyl.restore.least_squares.settings import LeastSquares
+from lbyl.runtime.contexts import uncollected
+from lbyl.runtime.macs import count_parameters
+from lbyl.runtime.progress import Clock, Progress
+from lbyl.selection.criteria.base import Criterion, resolve_criterion
+from lbyl.selection.select import Ratio, check_ratio
+from lbyl.surgery.plan import architecture_of
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    ratio: Ratio | None = None,
+    budget: Budget | None = None,
+    scope: str = "inner",
+    criterion: str | Criterion = "l2",
+    restore: str | Restorer | LeastSquares = "auto",
+    seed: int = 0,
+    verify: bool = True,
+    strict: bool = False,
+    submodule: str | None = None,
+    source: str | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Drop channels physically and let the kept ones make up for them.
+
+    Args:
+        model: a trained network; it is not changed.
+        example_inputs: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
+        ratio: share of the channels that each prunable group loses; or ``{glob: share}`` over group and layer
+            names, of which the last match counts and unmatched groups stay whole. 0.5 where no budget is given.
+        budget: what the smaller network may cost, in place of a ratio; the groups' widths are then chosen such that
+            the predicted error is least.
+        scope: "inner" prunes groups that no residual sum couples and no layer norm is taken over, "all" every
+            prunable one; a layer norm over pruned channels then takes its statistics over those that stay.
+        criterion: "l1", "l2", "gm", "random", or an object with ``score(filters, generator)``.
+        restore: a restorer or its lower-case name ("lbyl", "prune", "merge", "coreset"); "auto" takes the best
+            that needs no data, and the report says which and why.
+        seed: for whatever is drawn at random; equal seeds give equal results.
+        verify: compare the cut network with the masked one in float64 (switch it off for huge models).
+        strict: raise where the model can't be traced whole or a group turns out not to be cuttable. Without it such
+            a model is compressed in the parts that can be traced, such a group stays whole, and the report says so.
+        submodule: compress only the submodule of this name ("backbone"), on what the model calls it with.
+        source: where the model comes from, kept in the plan so that ``lbyl.load`` can rebuild it.
+        progress: called as ``progress(stage, done, total)``.
+
+    Raises:
+        InputError: a setting or input that can't be used, or weights that are not finite.
+        TraceError: ``torch.export`` can't trace the model.
+        VerificationError: the cut network does not compute what the masked one computes.
+
+    Examples:
+        >>> import torch, lbyl
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> result = lbyl.compress(net, torch.randn(1, 8), ratio=0.25)
+        >>> result.model[0].weight.shape, net[0].weight.shape
+        (torch.Size([12, 8]), torch.Size([16, 8]))
+    """
+    if budget is not None and ratio is not None:
+        raise InputError("give a ratio or a budget, not both: a budget chooses each group's ratio")
+    ratio = 0.5 if ratio is None else ratio
+    check_ratio(ratio)
+    scoring = resolve_criterion(criterion)
+    order = Order(ratio, budget, scope, scoring, restore, seed, verify, strict, source, progress)
+    clock = Clock()
+    # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.
+    probing = restore == "auto" or isinstance(restore, LeastSquares)
+    with nullcontext() if probing else uncollected():
+        return walk(prepare(model, example_inputs, order, submodule, clock), order, clock)
+
+
+def walk(prepared: Prepared, order: Order, clock: Clock, ground: Mapping[str, Groundwork] | None = None) -> Result:
+    """The rest of the street: select, restore, cut and verify.
+
+    ``ground`` holds what was found out before, by the path of the part ("" for a model that was traced whole);
+    what is missing is found out here.
+    """
+    model, inputs, traced = prepared.model, prepared.inputs, prepared.traced
+    ground = ground or {}
+    if traced.graph is None:
+        return compress_submodules(model, inputs, order, traced, clock, ground)
+    result, folds = compress_whole(traced.model, inputs, traced.graph, order, clock, ground.get("")), traced.folds
+    if not folds:
+        return result
+    note = f"{len(folds)} layers that computed their weight on the fly ({folds[0].module}, ...) are plain layers now"
+    return Result(
+        result.model,
+        replace(result.plan, folds=folds, architecture=architecture_of(model)),
+        replace(
+            result.report,
+            notes=(note, *result.report.notes),
+            parameters=(count_parameters(model), result.report.parameters[1]),
+        ),
+    )

@@ -1,0 +1,102 @@
+"""`inspect`: which channels belong together, and which can't be pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from lbyl.graph import Graph
+from lbyl.graph.submodules import joined
+from lbyl.pipeline.prepare import check_module, trace_model
+from lbyl.pipeline.result import Inputs
+from lbyl.runtime.inputs import ExampleInputs
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The channel groups of a model; print it with Rich, or read ``graph``.
+
+    Where the model could not be traced whole, ``graph`` holds the groups of the parts that could be, ``untraced``
+    names the others, and ``note`` says why.
+    """
+
+    graph: Graph
+    untraced: tuple[tuple[str, str], ...] = ()
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Names, widths, producers, consumers, and why a group can't be pruned, as plain data."""
+        return {
+            "groups": [
+                {
+                    "name": group.name,
+                    "width": group.width,
+                    "producers": list(group.layers),
+                    "consumers": [slot.parameter.rpartition(".")[0] for slot in group.readers],
+                    "coupled": group.coupled,
+                    "outside": group.outside,
+                    "prunable": group.prunable,
+                    "reason": group.reason,
+                }
+                for group in self.graph.groups
+            ],
+            "barriers": list(self.graph.barriers),
+            "untraced": dict(self.untraced),
+            "note": self.note,
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(box=box.SIMPLE_HEAD, title="Channel groups", title_justify="left")
+        for name in ("group", "width", "also made by", "read by", "prunable"):
+            table.add_column(name, justify="right" if name == "width" else "left")
+        for row in self.to_dict()["groups"]:
+            if row["reason"]:
+                verdict = f"no: {row['reason']}"
+            else:
+                verdict = f"scope=all ({row['outside']})" if row["outside"] else "yes"
+            others, readers = row["producers"][1:], row["consumers"]
+            table.add_row(*map(Text, (row["name"], str(row["width"]), _few(others), _few(readers), verdict)))
+        yield table
+        for barrier in self.graph.barriers:
+            yield Text(f"barrier: {barrier}")
+        for name, why in self.untraced:
+            yield Text(f"not traced: {name} ({why})")
+        if self.note:
+            yield Text(f"note: {self.note}")
+
+    def _repr_html_(self) -> str:
+        from lbyl.io.report.page import inspection_html
+
+        return inspection_html(self)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def inspect(
+    model: nn.Module, example_inputs: Inputs, *, strict: bool = False, submodule: str | None = None
+) -> Inspection:
+    """Find the channel groups of a model: names, widths, producers, consumers, prunable or why not.
+
+    Args:
+        model: the network; it is not changed.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        strict: raise where the model can't be traced whole, instead of looking at the parts that can.
+        submodule: look only at the submodule of this name.
+
+    Raises:
+        InputError: inputs that are none of these, or no such submodule.
+        TraceError: ``torch.export`` can't trace the model on them.
+    """
+    check_module(model)
+    found = trace_model(model, ExampleInputs.of(example_inputs), strict, submodule)
+    if found.graph is not None:
+        return Inspection(found.graph)
+    return Inspection(joined(found.parts), found.untraced, found.why)

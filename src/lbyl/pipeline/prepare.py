@@ -1,0 +1,109 @@
+"""Check and trace a model: the first step of every verb."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lbyl.errors import InputError, TraceError
+from lbyl.graph import Graph, trace
+from lbyl.graph.computed_weights import Fold, fold_computed
+from lbyl.graph.submodules import Part, part_of, traceable_parts
+from lbyl.pipeline.request import Order
+from lbyl.pipeline.result import Inputs
+from lbyl.restore.registry import resolve_restorer
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.progress import Clock
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model with its graph; or the parts of it that could be traced, and why the rest could not."""
+
+    model: nn.Module
+    graph: Graph | None
+    folds: tuple[Fold, ...] = ()
+    parts: tuple[Part, ...] = ()
+    untraced: tuple[tuple[str, str], ...] = ()
+    why: str = ""
+
+
+def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule: str | None) -> Traced:
+    """The graph of a model, or of those of its submodules that can be traced."""
+    if submodule is not None:
+        return Traced(model, None, parts=(part_of(model, inputs, submodule),))
+    try:
+        with undisturbed(model):
+            graph = trace(model, inputs)
+    except TraceError as error:
+        if strict:
+            raise
+        try:
+            parts, untraced = traceable_parts(model, inputs)
+        except InputError:  # it does not even run, which the trace's error tells better
+            raise error from None
+        if not parts:
+            raise
+        return Traced(model, None, (), tuple(parts), tuple(untraced.items()), f"{error} It is done in parts instead.")
+    if not graph.computed:
+        return Traced(model, graph)
+    plain, folds = fold_computed(model, inputs, graph.computed)
+    if folds:
+        with undisturbed(plain):
+            graph = trace(plain, inputs)
+    return Traced(plain, graph, folds)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was checked and traced, and what it is called with."""
+
+    model: nn.Module
+    inputs: ExampleInputs
+    traced: Traced
+
+    @property
+    def parts(self) -> tuple[tuple[str, nn.Module, ExampleInputs, Graph], ...]:
+        """What is cut by itself: path, module, inputs, graph; the path of a model that was traced whole is ""."""
+        traced = self.traced
+        if traced.graph is not None:
+            return (("", traced.model, self.inputs, traced.graph),)
+        return tuple((p.path, self.model.get_submodule(p.path), p.inputs, p.graph) for p in traced.parts)
+
+
+def prepare(model: nn.Module, example_inputs: Inputs, order: Order, submodule: str | None, clock: Clock) -> Prepared:
+    """Check and trace a model: the first step of `compress`, which explains arguments and errors."""
+    check_module(model)
+    inputs = ExampleInputs.of(example_inputs)
+    if order.restore != "auto":
+        resolve_restorer(order.restore)
+    check_weights(model)
+    with clock("trace"):
+        return Prepared(model, inputs, trace_model(model, inputs, order.strict, submodule))
+
+
+def check_module(model: object) -> None:
+    """Raise InputError for what is no module."""
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"model is {kind}; pass a torch.nn.Module with its weights loaded")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise InputError for weights that nothing can be restored from."""
+    for name, tensor in tensors_of(model).items():
+        if tensor.is_meta:
+            raise InputError(f"{name} is on the meta device, where it has no values; load the weights first")
+        if (
+            tensor.is_floating_point()
+            and not math.isfinite(float(tensor.detach().sum()))
+            and not bool(torch.isfinite(tensor.detach()).all())
+        ):
+            if name in dict(model.named_buffers()):
+                continue  # attention masks hold -inf on purpose
+            raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")

@@ -1,0 +1,103 @@
+"""Compress the parts of a model that could not be traced whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from lbyl.errors import InputError, VerificationError
+from lbyl.graph.submodules import Part
+from lbyl.io.report.report import Report
+from lbyl.pipeline.analysis import Groundwork
+from lbyl.pipeline.prepare import Traced
+from lbyl.pipeline.request import Order
+from lbyl.pipeline.result import Result
+from lbyl.pipeline.single import compress_whole
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.copying import duplicate
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.macs import count_macs, count_parameters
+from lbyl.runtime.progress import Clock
+from lbyl.selection.select import Ratio, ratio_for
+from lbyl.surgery.plan import Plan, architecture_of, library_version
+
+
+def compress_submodules(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    order: Order,
+    traced: Traced,
+    clock: Clock,
+    ground: Mapping[str, Groundwork],
+) -> Result:
+    """Compress submodules each by itself and put them into a copy of the model."""
+    results: list[tuple[str, Result]] = []
+    left = [(path, f"not traced: {why}") for path, why in traced.untraced]
+    for part in traced.parts:
+        own = replace(order, ratio=_ratio_within(order.ratio, part), source=None)
+        try:
+            module = model.get_submodule(part.path)
+            done = compress_whole(module, part.inputs, part.graph, own, Clock(), ground.get(part.path))
+            results.append((part.path, done))
+        except (InputError, VerificationError) as error:
+            if order.strict or len(traced.parts) == 1:
+                raise
+            left.append((part.path, str(error)))
+    if not results:
+        raise InputError("no group of any traceable submodule can be pruned: " + "; ".join(why for _, why in left[:3]))
+    with clock("cut"):
+        smaller = duplicate(model, {id(model.get_submodule(path)): result.model for path, result in results})
+    with clock("verify"), undisturbed(model), undisturbed(smaller):
+        macs = count_macs(model, inputs), count_macs(smaller, inputs)
+    reports = [(path, result.report) for path, result in results]
+    differences = [report.verified for _, report in reports if report.verified is not None]
+    seconds = dict(clock.seconds)
+    for _, report in reports:
+        for stage, value in report.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + value
+    report = Report(
+        rows=tuple(replace(row, group=f"{path}.{row.group}") for path, report in reports for row in report.rows),
+        left=(*((f"{path}.{name}", why) for path, report in reports for name, why in report.left), *left),
+        barriers=tuple(f"{path}: {barrier}" for path, report in reports for barrier in report.barriers),
+        parameters=(count_parameters(model), count_parameters(smaller)),
+        macs=macs,
+        verified=max(differences) if differences else None,
+        seconds=seconds,
+        notes=(
+            *([traced.why] if traced.why else []),
+            *(f"{path}: {note}" for path, report in reports for note in report.notes),
+        ),
+        assessment=results[0][1].report.assessment if len(results) == 1 else None,
+    )
+    plans = [(path, result.plan) for path, result in results]
+    plan = Plan(
+        groups=tuple(replace(g, name=f"{path}.{g.name}") for path, plan in plans for g in plan.groups),
+        cuts=tuple(replace(c, parameter=f"{path}.{c.parameter}") for path, plan in plans for c in plan.cuts),
+        settings={
+            **plans[0][1].settings,
+            "ratio": dict(order.ratio) if isinstance(order.ratio, Mapping) else order.ratio,
+            "parts": [path for path, _ in plans],
+        },
+        architecture=architecture_of(model),
+        source=order.source,
+        inputs=inputs.describe(),
+        library=library_version(),
+        attributes=tuple(
+            replace(a, module=f"{path}.{a.module}".rstrip(".")) for path, plan in plans for a in plan.attributes
+        ),
+    )
+    return Result(smaller, plan, report)
+
+
+def _ratio_within(ratio: Ratio, part: Part) -> Ratio:
+    """The ratios of a part's groups, which patterns name by their full names."""
+    if not isinstance(ratio, Mapping):
+        return ratio
+    full = {group.name: replace(group, name=f"{part.path}.{group.name}") for group in part.graph.groups}
+    named = {
+        name: replace(group, producers=tuple(replace(p, layer=f"{part.path}.{p.layer}") for p in group.producers))
+        for name, group in full.items()
+    }
+    return {name: ratio_for(group, ratio) for name, group in named.items()}

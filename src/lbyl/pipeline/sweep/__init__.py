@@ -1,0 +1,1 @@
+"""Several budgets of one network in one folder."""

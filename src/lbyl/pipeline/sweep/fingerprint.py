@@ -1,0 +1,59 @@
+"""What a sweep belongs to: two runs with equal fingerprints may share their work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lbyl.errors import InputError
+from lbyl.pipeline.request import Order
+from lbyl.pipeline.sweep.cache import digest
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.surgery.plan import described, library_version
+
+
+def fingerprint(
+    model: nn.Module, inputs: ExampleInputs, order: Order, submodule: str | None
+) -> dict[str, str | int | bool | None]:
+    """Everything that the outcome depends on, but the budgets, as plain data."""
+    state, others = tensors_of(model), pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
+    return {
+        "lbyl": library_version(),
+        "weights": digest(state[name] for name in sorted(state)),
+        "inputs": digest(inputs.tensors()),
+        "other inputs": json.dumps([repr(leaf) for leaf in others if not isinstance(leaf, Tensor)]),
+        "scope": order.scope,
+        "criterion": _text(described(order.criterion)),
+        "restore": _text(described(order.restorer(model)[0])),
+        "seed": order.seed,
+        "verify": order.verify,
+        "strict": order.strict,
+        "submodule": submodule,
+    }
+
+
+def check_same(then: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
+    """Raise InputError, saying what differs, unless the fingerprints are equal."""
+    differing = [name for name in now if then.get(name) != now[name]]
+    if not differing:
+        return
+    told = "; ".join(
+        f"{name} differ" if len(str(now[name])) == 64 else f"{name} was {then.get(name)}, now it is {now[name]}"
+        for name in differing
+    )
+    raise InputError(
+        f"{place} holds a sweep of something else: {told}. Give what it began with, or write to another folder"
+    )
+
+
+def _text(value: Any) -> str:
+    """A setting the way Python would print it, without what differs from process to process."""
+    if isinstance(value, Mapping) and "name" in value:
+        return f"{value['name']}({', '.join(f'{key}={_text(v)}' for key, v in value.items() if key != 'name')})"
+    plain = value is None or isinstance(value, (str, int, float, tuple, list))
+    return repr(value) if plain else type(value).__name__

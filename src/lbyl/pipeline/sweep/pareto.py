@@ -1,0 +1,237 @@
+"""The points of a sweep against each other: which are worth having, as a table, a picture and a page."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from lbyl.io.report.format import line, percent, share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PICTURE = "pareto.svg"
+_INK, _PALE, _STRONG = "#808080", "#9aa5b1", "#2b7fb8"
+"""Of middling lightness, so that white grounds and black ones both show them."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget of a sweep, and what came of it.
+
+    Attributes:
+        name: its folder within the sweep's.
+        budget: the fields of the :class:`lbyl.Budget`.
+        made: whether the folder is there.
+        reason: why it could not be made ("" as a rule).
+        parameters: count before and after.
+        macs: multiply-accumulates on the example inputs, before and after.
+        pruned: error of the outputs on held-out probes without restoration; None without probes.
+        error: the same with restoration: the predicted damage.
+        accuracy: what the user's function said of it.
+        seconds: what the point took beyond the work that all points share.
+    """
+
+    name: str
+    budget: Mapping[str, Any]
+    made: bool = False
+    reason: str = ""
+    parameters: tuple[int, int] | None = None
+    macs: tuple[int, int] | None = None
+    pruned: float | None = None
+    error: float | None = None
+    accuracy: float | None = None
+    seconds: float | None = None
+
+    @property
+    def asked(self) -> str:
+        """The budget in a word, such as ``macs=0.6``."""
+        kind, amount = next((k, v) for k, v in self.budget.items() if k != "name" and v is not None)
+        return f"{kind}={amount:g}"
+
+    @property
+    def cost(self) -> float:
+        """Share of the multiply-accumulates that is left; of the parameters where the others were not counted."""
+        before, after = self.macs or self.parameters or (0, 0)
+        return after / before if before else math.nan
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Point:
+        """Read a point back from plain data."""
+
+        def pair(value: Any) -> tuple[int, int] | None:
+            return None if value is None else (int(value[0]), int(value[1]))
+
+        fields = {**data, "parameters": pair(data["parameters"]), "macs": pair(data["macs"])}
+        return Point(**fields)
+
+
+def front(points: Sequence[Point]) -> tuple[str, ...]:
+    """Names of the points that no other one beats: none is at most as large and at most as damaged, and less in one.
+
+    Damage is lost accuracy where every point has one, else the predicted error.
+    """
+    made = [point for point in points if point.made]
+    judged = damage(made)
+    if judged is None:
+        return ()
+
+    def measures(point: Point) -> tuple[float, ...]:
+        return (*(float(pair[1]) for pair in (point.macs, point.parameters) if pair), judged(point))
+
+    def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+    return tuple(p.name for p in made if not any(beats(measures(other), measures(p)) for other in made))
+
+
+def damage(made: Sequence[Point]) -> Callable[[Point], float] | None:
+    """What points are judged by, the less the better; None where nothing is known of some of them."""
+    if made and all(point.accuracy is not None for point in made):
+        return lambda point: -float(point.accuracy or 0.0)
+    if made and all(point.error is not None for point in made):
+        return lambda point: float(point.error or 0.0)
+    return None
+
+
+def by_cost(points: Sequence[Point]) -> list[Point]:
+    """The largest first; the ones that were not made last."""
+    return sorted(points, key=lambda point: (not point.made, -point.cost if point.made else 0.0))
+
+
+def rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
+    """The table's head, and its cells line by line; columns of which nothing is known are left out."""
+    best = front(points)
+    judged = [point for point in points if point.made]
+    columns: list[tuple[str, bool, Callable[[Point], str]]] = [
+        ("budget", True, lambda p: p.asked),
+        ("MACs", any(p.macs for p in judged), lambda p: _left(p.macs)),
+        ("params", True, lambda p: _left(p.parameters)),
+        ("pruned", any(p.pruned is not None for p in judged), lambda p: percent(p.pruned)),
+        ("error", any(p.error is not None for p in judged), lambda p: percent(p.error)),
+        ("accuracy", any(p.accuracy is not None for p in judged), lambda p: _accuracy(p.accuracy)),
+        ("front", bool(best), lambda p: "*" if p.name in best else ""),
+        ("folder", True, lambda p: p.name if p.made else "not made"),
+    ]
+    shown = [(name, cell) for name, wanted, cell in columns if wanted]
+    return [name for name, _ in shown], [[cell(point) for _, cell in shown] for point in by_cost(points)]
+
+
+def table(points: Sequence[Point]) -> Table:
+    """The same for a terminal."""
+    head, body = rows(points)
+    made = Table(box=box.SIMPLE_HEAD, title="Sweep", title_justify="left")
+    for name in head:
+        made.add_column(name, justify="left" if name in ("budget", "folder") else "right")
+    for cells in body:
+        made.add_row(*map(Text, cells))
+    return made
+
+
+def failures(points: Sequence[Point]) -> Iterator[str]:
+    """A line for each point that could not be made."""
+    for point in points:
+        if point.reason:
+            yield f"{point.asked} could not be made: {line(point.reason)}"
+
+
+def markdown(points: Sequence[Point], source: str | None, unpruned: float | None) -> str:
+    """The table as ``README.md`` of the sweep's folder, with the picture where there is one."""
+    head, body = rows(points)
+    lines = [f"# Sweep{f' of `{line(source)}`' if source else ''}", ""]
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in body]
+    lines += [f"\n{text}" for text in [*told(points, unpruned), *failures(points)]]
+    if figure_wanted(points):
+        lines += ["", f"![Damage against cost, one dot a point.]({PICTURE})"]
+    lines += [
+        "",
+        'Each folder is a smaller network: `lbyl show FOLDER` says what was cut, `lbyl.load("FOLDER")` loads it.',
+        "`sweep.json` holds this table. `groundwork/` holds the probes and error curves that all points share; with",
+        "it, running the sweep again with other budgets adds points. It can be deleted.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def told(points: Sequence[Point], unpruned: float | None) -> Iterator[str]:
+    """What the columns mean."""
+    if front(points):
+        yield "MACs and params: what is left of them. Front (*): no other point is smaller and less damaged."
+    if unpruned is not None:
+        yield f"Accuracy of the unpruned network: {_accuracy(unpruned)}."
+    if any(point.error is not None for point in points):
+        yield "Pruned and error: of the outputs on held-out probes, before and after restoration; a prediction."
+    elif any(point.made for point in points):
+        yield "No error is predicted: these settings look at weights alone."
+
+
+def figure_wanted(points: Sequence[Point]) -> bool:
+    """Whether there is anything to draw."""
+    return any(p.made and (p.error is not None or p.accuracy is not None) for p in points)
+
+
+def plot(points: Sequence[Point], unpruned: float | None) -> Figure:
+    """Predicted error against cost, and beside it accuracy where it is known; points on the front stand out."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    made = [point for point in by_cost(points) if point.made]
+    best = front(points)
+    panels: list[tuple[str, Callable[[Point], float | None]]] = []
+    if any(p.error is not None for p in made):
+        panels.append(("predicted error of the outputs", lambda p: p.error))
+    if any(p.accuracy is not None for p in made):
+        panels.append(("accuracy", lambda p: p.accuracy))
+    figure = Figure((4.8 * max(1, len(panels)), 3.6), layout="constrained")
+    for axes, (name, value) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False):
+        known = [p for p in made if value(p) is not None]
+        axes.plot([p.cost for p in known], [value(p) for p in known], "o", color=_PALE)
+        on_front = [p for p in known if p.name in best]
+        axes.plot([p.cost for p in on_front], [value(p) for p in on_front], "o-", color=_STRONG, label="on the front")
+        if name == "accuracy" and unpruned is not None:
+            axes.axhline(unpruned, color=_INK, linestyle=":", label="unpruned")
+        elif name != "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel("MACs left" if all(p.macs for p in known) else "parameters left")
+        axes.set_ylabel(name)
+        _quiet(axes)
+    return figure
+
+
+def picture(points: Sequence[Point], unpruned: float | None) -> str:
+    """The plot as SVG; equal points give equal text."""
+    import matplotlib as mpl
+
+    file = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lbyl"}):
+        plot(points, unpruned).savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return file.getvalue()
+
+
+def _quiet(axes: Axes) -> None:
+    axes.grid(color=_INK, alpha=0.3, linewidth=0.6)
+    axes.tick_params(colors=_INK)
+    axes.set_facecolor("none")
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+
+
+def _left(pair: tuple[int, int] | None) -> str:
+    return share(*pair) if pair else "–"
+
+
+def _accuracy(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,148 @@
+"""The folder of a sweep: `sweep.json`, which says what is done, and a lock, so that one process works in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lbyl.errors import ArtifactError, InputError
+from lbyl.io.files import TEMPORARY, write_whole
+from lbyl.pipeline.sweep.pareto import Point
+
+LEDGER = "sweep.json"
+GROUNDWORK = "groundwork"
+_LOCK = ".lock"
+_VERSION = 1
+_LARGEST = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What is known of a sweep.
+
+    Attributes:
+        fingerprint: of the network, its inputs and the settings.
+        points: in the order in which they were asked for, made or not.
+        source: where the network comes from.
+        evaluate: name of the user's function.
+        unpruned: what it said of the unpruned network.
+        seconds: of the work that all points share, by stage.
+    """
+
+    fingerprint: Mapping[str, Any]
+    points: tuple[Point, ...] = ()
+    source: str | None = None
+    evaluate: str | None = None
+    unpruned: float | None = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def having(self, point: Point) -> Ledger:
+        """The same with a point in the place of the one of its name, or at the end."""
+        names = [known.name for known in self.points]
+        if point.name not in names:
+            return replace(self, points=(*self.points, point))
+        return replace(self, points=tuple(point if known.name == point.name else known for known in self.points))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"version": _VERSION, **dataclasses.asdict(self)}
+
+    def write(self, folder: Path) -> Ledger:
+        """Write ``sweep.json``, whole or not at all, and return the ledger.
+
+        Raises:
+            InputError: it can't be written.
+        """
+        write_whole(folder / LEDGER, json.dumps(self.to_dict(), indent=1))
+        return self
+
+    @staticmethod
+    def read(folder: Path) -> Ledger:
+        """Read ``sweep.json``.
+
+        Raises:
+            ArtifactError: it is damaged, or of another version.
+        """
+        file = folder / LEDGER
+        if file.stat().st_size > _LARGEST:
+            raise ArtifactError(f"{file} is larger than {_LARGEST // 2**20} MiB: no sweep of lbyl")
+        try:
+            data: Any = json.loads(file.read_text(encoding="utf-8"))
+            if data["version"] != _VERSION:
+                raise ArtifactError(f"{file}: version {data['version']!r} is unknown here; update lbyl")
+            points = tuple(map(Point.from_dict, data["points"]))
+            if any(Path(p.name).name != p.name or p.name.startswith(".") for p in points):
+                raise ValueError("a point's name leads out of the folder")
+            return Ledger(
+                dict(data["fingerprint"]),
+                points,
+                data["source"],
+                data["evaluate"],
+                None if data["unpruned"] is None else float(data["unpruned"]),
+                {str(stage): float(value) for stage, value in data["seconds"].items()},
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"{file} is damaged: {error!r}") from error
+
+
+def exists(folder: Path) -> bool:
+    """Whether a sweep has begun in the folder.
+
+    Raises:
+        InputError: the folder can't be one of a sweep's.
+    """
+    if (folder / LEDGER).is_file():
+        return True
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder} exists already and is no folder; choose another place")
+    if folder.is_dir() and any(not entry.name.startswith((TEMPORARY, _LOCK)) for entry in folder.iterdir()):
+        raise InputError(f"{folder} exists already and holds no sweep; choose another folder")
+    if not folder.parent.is_dir():
+        raise InputError(f"{folder.parent} is not a folder; create it first")
+    if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
+        raise InputError(f"{folder.parent} is not writable; choose another place for {folder.name}")
+    return False
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Work in a folder alone.
+
+    Raises:
+        InputError: another process works in it, or it can't be made.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = (folder / _LOCK).open("w")
+    except OSError as error:
+        raise InputError(f"can't write {folder}: {error.strerror or error}") from error
+    with lock:
+        _take(lock, folder)
+        yield
+
+
+def clear(folder: Path, points: Collection[str]) -> None:
+    """Remove what a killed process has left half done: temporary files, and unfinished folders of these points."""
+    for file in (*folder.glob(f"{TEMPORARY}*"), *(folder / GROUNDWORK).rglob(f"{TEMPORARY}*")):
+        file.unlink()
+    for entry in folder.glob(".*-*"):
+        if entry.is_dir() and entry.name[1:].rpartition("-")[0] in points:
+            shutil.rmtree(entry)
+
+
+def _take(lock: Any, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing there ends with its process as surely
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"another process is sweeping in {folder}; wait for it, or choose another folder") from error

@@ -1,0 +1,385 @@
+"""`sweep`: a network at several budgets, for the price of one dream; to be gone on with after whatever stopped it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+from torch import nn
+
+from lbyl.budget.budget import Budget
+from lbyl.errors import ArtifactError, InputError, LbylError, SurgeryError, VerificationError
+from lbyl.io import artifact
+from lbyl.io.files import write_whole
+from lbyl.io.report.report import Report
+from lbyl.moments import Data
+from lbyl.pipeline.analysis import Cuttable, Groundwork, find_cuttable, lay_groundwork
+from lbyl.pipeline.compress import walk
+from lbyl.pipeline.prepare import Prepared, check_module, check_weights, prepare
+from lbyl.pipeline.request import Order
+from lbyl.pipeline.result import Inputs
+from lbyl.pipeline.sweep import pareto
+from lbyl.pipeline.sweep.cache import FolderShelf
+from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
+from lbyl.pipeline.sweep.pareto import Point
+from lbyl.pipeline.sweep.state import GROUNDWORK, Ledger, clear, exists, occupied
+from lbyl.restore.base import Restorer
+from lbyl.restore.least_squares.settings import LeastSquares
+from lbyl.restore.registry import resolve_restorer
+from lbyl.runtime.copying import duplicate
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.progress import Clock, Progress
+from lbyl.selection.criteria.base import Criterion, resolve_criterion
+from lbyl.surgery.plan import described
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "README.md"
+
+Made = TypeVar("Made")
+Evaluate = Callable[[nn.Module], float]
+"""The user's judge of a network: the more, the better."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A network at several budgets.
+
+    Attributes:
+        path: the folder, which has one of ``lbyl.load``'s for each point that was made.
+        points: one a budget, in the order in which they were asked for.
+        source: where the network comes from.
+        unpruned: what ``evaluate`` said of the unpruned network.
+        seconds: of the work that all points share, by stage.
+    """
+
+    path: Path
+    points: tuple[Point, ...]
+    source: str | None
+    unpruned: float | None
+    seconds: dict[str, float]
+
+    @property
+    def made(self) -> tuple[Point, ...]:
+        """The points that are there."""
+        return tuple(point for point in self.points if point.made)
+
+    @property
+    def front(self) -> tuple[str, ...]:
+        """Names of the points that no other one beats in size and damage."""
+        return pareto.front(self.points)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "path": str(self.path),
+            "source": self.source,
+            "unpruned": self.unpruned,
+            "points": [asdict(point) for point in self.points],
+            "front": list(self.front),
+            "seconds": self.seconds,
+        }
+
+    def plot(self) -> Figure:
+        """Predicted error, and accuracy where it is known, against cost, as a Matplotlib figure."""
+        return pareto.plot(self.points, self.unpruned)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield pareto.table(self.points)
+        for text in (*pareto.told(self.points, self.unpruned), *pareto.failures(self.points)):
+            yield Text(text)
+
+
+def sweep(
+    model: nn.Module,
+    example_inputs: Inputs,
+    budgets: Sequence[Budget],
+    path: str | os.PathLike[str],
+    *,
+    evaluate: Evaluate | None = None,
+    scope: str = "inner",
+    criterion: str | Criterion = "l2",
+    restore: str | Restorer | LeastSquares = "auto",
+    seed: int = 0,
+    verify: bool = True,
+    strict: bool = False,
+    submodule: str | None = None,
+    source: str | None = None,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Compress a network to several budgets; probes, error curves and moments are made once for all of them.
+
+    Every point is what `compress` makes of its budget, in a folder of its own within ``path``. Beside them are
+    ``sweep.json``, a table (``README.md``) and a picture (``pareto.svg``). Whatever stops a sweep, the same call goes
+    on where it was: what is there is not done again, and what could not be made is not tried again. With other budgets
+    it adds points. One process at a time works in a folder.
+
+    Args:
+        model: a trained network; it is not changed.
+        example_inputs: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
+        budgets: what the smaller networks may cost; kinds may be mixed.
+        path: a new folder, or that of a sweep of the same network with the same settings.
+        evaluate: called with each smaller network and once with a copy of the unpruned one, all in evaluation mode;
+            returns a number, the larger the better.
+        scope: as for `compress`, like all that follow.
+        criterion: how channels are scored.
+        restore: the restorer.
+        seed: for whatever is drawn at random.
+        verify: compare each cut network with the masked one.
+        strict: raise where something would be left whole.
+        submodule: compress only the submodule of this name.
+        source: where the model comes from.
+        progress: called as ``progress(stage, done, total)``.
+
+    Returns:
+        The points, with those that could not be made and why.
+
+    Raises:
+        InputError: no budget or one twice, settings that can't be used, a folder that holds something else or the
+            sweep of another network, or ``evaluate`` failed.
+        TraceError: ``torch.export`` can't trace the model.
+        ArtifactError: a file of the sweep is damaged.
+    """
+    order = Order(0.5, None, scope, resolve_criterion(criterion), restore, seed, verify, strict, source, progress)
+    if restore != "auto":
+        resolve_restorer(restore)
+    _check(budgets)
+    check_module(model)
+    check_weights(model)
+    folder, inputs, judge = Path(path), ExampleInputs.of(example_inputs), _Judge(evaluate)
+    now = fingerprint(model, inputs, order, submodule)
+    network = _Network(model, inputs, order, submodule)
+    # Whatever is wrong with the network or its judge is found out before there is a folder.
+    first = None if exists(folder) else network.first(now, judge)
+    with occupied(folder):
+        before = first.write(folder) if first and not exists(folder) else Ledger.read(folder)
+        check_same(before.fingerprint, now, str(folder))
+        clear(folder, [point.name for point in before.points])
+        ledger = judge.admitted(_listed(before, budgets, folder))
+        if judge.evaluate and ledger.unpruned is None:
+            ledger = replace(ledger, unpruned=judge(duplicate(model), "the unpruned network"))
+        if ledger != before:
+            ledger.write(folder)
+        ledger = _compressed(network, _judged(ledger, folder, judge, model), folder, judge)
+        _show(ledger, folder, anew=ledger != before)
+    return Sweep(folder, ledger.points, ledger.source, ledger.unpruned, dict(ledger.seconds))
+
+
+@dataclass
+class _Network:
+    """The network, looked at when that is first needed: a sweep that is finished asks for nothing."""
+
+    model: nn.Module
+    inputs: ExampleInputs
+    order: Order
+    submodule: str | None
+    clock: Clock = field(default_factory=Clock)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Checked and traced."""
+        return prepare(self.model, self.inputs, self.order, self.submodule, self.clock)
+
+    @cached_property
+    def cuttable(self) -> dict[str, Cuttable]:
+        """For each part which groups can be cut; without the parts, among others, where none can."""
+        found: dict[str, Cuttable] = {}
+        refusals: list[LbylError] = []
+        with self.clock("verify"):
+            for path, module, inputs, graph in self.prepared.parts:
+                cuttable = _attempt(lambda m=module, i=inputs, g=graph: find_cuttable(m, i, g, self.order))
+                if isinstance(cuttable, Cuttable):
+                    found[path] = cuttable
+                else:
+                    refusals.append(cuttable)
+        if refusals and (self.order.strict or not found):
+            raise refusals[0]
+        return found
+
+    def first(self, now: Mapping[str, Any], judge: _Judge) -> Ledger:
+        """The ledger of a sweep that begins."""
+        if not self.cuttable:
+            raise InputError("the model has no part with groups that can be cut; lbyl.inspect lists them")
+        unpruned = judge(duplicate(self.model), "the unpruned network")
+        return Ledger(now, (), self.order.source, judge.name, unpruned)
+
+    def ground(self, folder: Path) -> dict[str, Groundwork]:
+        """The groundwork of each part, from the folder where it is there."""
+        ground: dict[str, Groundwork] = {}
+        for number, (path, module, inputs, graph) in enumerate(self.prepared.parts):
+            restorer, _ = self.order.restorer(module)
+            private = isinstance(restorer, LeastSquares) and isinstance(restorer.moments, Data)
+            shelf = FolderShelf(folder / GROUNDWORK / str(number), graph, inputs, private)
+            if not shelf.begun and path not in self.cuttable:
+                continue
+            shelf.cuttable(lambda path=path: self.cuttable[path])
+            ground[path] = lay_groundwork(module, inputs, graph, self.order, None, self.clock, shelf)
+        return ground
+
+
+def _attempt(work: Callable[[], Made]) -> Made | LbylError:
+    """What comes of it, or why it can't be done."""
+    try:
+        return work()
+    except (InputError, VerificationError, SurgeryError) as error:
+        return error
+
+
+def _compressed(network: _Network, ledger: Ledger, folder: Path, judge: _Judge) -> Ledger:
+    """Make the points that are not there; what can't be made is noted, and the others go on."""
+    waiting = [point for point in ledger.points if not point.made and not point.reason]
+    if not waiting:
+        return ledger
+    ground = network.ground(folder)
+    spent = {stage: ledger.seconds.get(stage, 0.0) + value for stage, value in network.clock.seconds.items()}
+    ledger = replace(ledger, seconds={**ledger.seconds, **spent})
+    for number, point in enumerate(waiting):
+        limit = Budget(**{key: _tupled(value) for key, value in point.budget.items() if key != "name"})
+        progress = _labelled(network.order.progress, f"{point.asked} ({number + 1} of {len(waiting)})")
+        order = replace(network.order, budget=limit, progress=progress)
+        started = perf_counter()
+        result = _attempt(lambda order=order: walk(network.prepared, order, Clock(), ground))
+        if isinstance(result, LbylError):
+            ledger = ledger.having(replace(point, reason=str(result))).write(folder)
+            continue
+        result.save(folder / point.name)
+        point = _filled(point, result.report, perf_counter() - started)
+        ledger = ledger.having(point).write(folder)
+        if judge.evaluate:
+            ledger = ledger.having(replace(point, accuracy=judge(result.model, point.asked))).write(folder)
+    return ledger
+
+
+def _judged(ledger: Ledger, folder: Path, judge: _Judge, model: nn.Module) -> Ledger:
+    """Judge the points that were made before there was a judge, or that it did not come to."""
+    for point in ledger.points:
+        if judge.evaluate and point.made and point.accuracy is None:
+            smaller = artifact.load(folder / point.name, model)
+            ledger = ledger.having(replace(point, accuracy=judge(smaller, point.asked))).write(folder)
+    return ledger
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The user's function, and its name."""
+
+    evaluate: Evaluate | None
+
+    @property
+    def name(self) -> str | None:
+        if self.evaluate is None:
+            return None
+        named: Any = self.evaluate if hasattr(self.evaluate, "__qualname__") else type(self.evaluate)
+        return f"{named.__module__}:{named.__qualname__}"
+
+    def __call__(self, model: nn.Module, what: str) -> float | None:
+        """What the function says of a model, if there is one."""
+        if self.evaluate is None:
+            return None
+        try:
+            with torch.no_grad():
+                said = float(self.evaluate(model.eval()))
+        except LbylError:
+            raise
+        except Exception as error:
+            raise InputError(f"{self.name} failed on {what}: {type(error).__name__}: {error}") from error
+        if not math.isfinite(said):
+            raise InputError(f"{self.name} returned {said} for {what}; it must return a finite number")
+        return said
+
+    def admitted(self, ledger: Ledger) -> Ledger:
+        """The ledger with the function's name in it; numbers of two functions must not meet in one table."""
+        if self.name is None or ledger.evaluate == self.name:
+            return ledger
+        if ledger.evaluate is not None:
+            raise InputError(
+                f"this sweep was evaluated by {ledger.evaluate}, now {self.name} is given: "
+                "give the same one, or write to another folder"
+            )
+        return replace(ledger, evaluate=self.name)
+
+
+def _check(budgets: Sequence[Budget]) -> None:
+    if not budgets:
+        raise InputError("a sweep needs at least one budget, such as lbyl.Budget(macs=0.5)")
+    for number, budget in enumerate(budgets):
+        if not isinstance(budget, Budget):
+            raise InputError(f"budgets[{number}] is a {type(budget).__name__}; write lbyl.Budget(macs=0.5)")
+        if budget in budgets[:number]:
+            raise InputError(f"{budget} is given twice")
+
+
+def _listed(ledger: Ledger, budgets: Sequence[Budget], folder: Path) -> Ledger:
+    """The ledger with every budget in it, and with what the folder holds."""
+    for budget in budgets:
+        asked = _jsonable(described(budget))
+        if any(point.budget == asked for point in ledger.points):
+            continue
+        taken = {point.name for point in ledger.points}
+        name = base = Point("", asked).asked.replace("=", "-")
+        count = 1
+        while name in taken or (folder / name).exists():
+            count += 1
+            name = f"{base}-{count}"
+        ledger = ledger.having(Point(name, asked))
+    for point in ledger.points:
+        there = (folder / point.name).is_dir()
+        if there and not point.made:
+            # The process was killed between the folder's last file and the ledger's line.
+            manifest = artifact.read_manifest(folder / point.name)
+            if _jsonable(manifest.plan.settings.get("budget")) != point.budget:
+                raise ArtifactError(f"{folder / point.name} is of another budget; remove it, and it is made anew")
+            ledger = ledger.having(_filled(point, manifest.report, None))
+        elif point.made and not there:
+            ledger = ledger.having(Point(point.name, point.budget))
+    return ledger
+
+
+def _filled(point: Point, report: Report, seconds: float | None) -> Point:
+    """A point with what its report says."""
+    seen = report.assessment
+    return replace(
+        point,
+        made=True,
+        reason="",
+        parameters=report.parameters,
+        macs=report.macs,
+        pruned=seen.pruned if seen else None,
+        error=seen.restored if seen else None,
+        seconds=seconds,
+    )
+
+
+def _show(ledger: Ledger, folder: Path, anew: bool) -> None:
+    """Write table and picture, where they are not there or not true."""
+    if anew or not (folder / PAGE).is_file():
+        if pareto.figure_wanted(ledger.points):
+            write_whole(folder / pareto.PICTURE, pareto.picture(ledger.points, ledger.unpruned))
+        write_whole(folder / PAGE, pareto.markdown(ledger.points, ledger.source, ledger.unpruned))
+
+
+def _labelled(progress: Progress | None, label: str) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(f"{label}: {stage}", done, total)
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain data as it comes back from JSON."""
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    return [_jsonable(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,54 @@
+"""The three parts of the reconstruction error that the paper names: RE, BE and AE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lbyl.graph.activations import ACTIVATIONS
+from lbyl.selection.filters import Filters
+from lbyl.surgery.masking import Delivery
+
+_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Means over the dropped channels, in squared units of the channels' activations.
+
+    Attributes:
+        residual: RE, ``|v_d - V_K s|^2``.
+        batch_norm: BE, ``(c_d - c_K . s)^2``; zero without a batch norm.
+        activation: AE, ``E (f(s . z_K) - s . f(z_K))^2`` for pre-activations z under white-noise inputs
+            (sampled, seeded): what the activation f adds.
+    """
+
+    residual: float
+    batch_norm: float
+    activation: float
+
+
+def reconstruction_terms(
+    filters: Filters,
+    keep: Int[Tensor, " kept"],
+    drop: Int[Tensor, " dropped"],
+    delivery: Delivery,
+    activation: str | None,
+    generator: torch.Generator,
+) -> Terms:
+    """RE, BE and AE of a delivery matrix (LBYL, section 3.2)."""
+    s = delivery.matrix
+    if not bool(s.any()):
+        return Terms(float(filters.energy[drop].mean()), float(filters.offset[drop].square().mean()), 0.0)
+    residual = filters.weight[drop] - s.T @ filters.weight[keep]
+    offset = filters.offset[drop] - s.T @ filters.offset[keep]
+    f = ACTIVATIONS.get(activation or "")
+    lost = 0.0
+    if f is not None:
+        noise = torch.randn(_SAMPLES, filters.weight.shape[1], generator=generator)
+        z = (noise @ filters.weight[keep].T.float()).double() + filters.offset[keep]
+        lost = float((f(z @ s) - f(z) @ s).square().mean())
+    return Terms(float(residual.square().sum(1).mean()), float(offset.square().mean()), lost)

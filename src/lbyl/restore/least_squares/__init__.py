@@ -1,0 +1,1 @@
+"""Restoration by least squares on measured second moments."""

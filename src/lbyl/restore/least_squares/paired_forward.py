@@ -1,0 +1,422 @@
+"""Two networks in one forward pass: the original, and the one that is cut as far as the pass has come.
+
+All probes are in one batch, once for each network. So a layer can be solved when its output is first asked for: all
+that comes before it is cut by then. Where that output goes into a sum (a residual one, mostly), the layer can also make
+up for what the sum's other operand has lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lbyl.restore.least_squares.recalibrate import Statistics, expected_shift, variance_change
+from lbyl.runtime.batches import join, layout
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.forward import BATCH_NORM, CONVOLUTIONS, ReaderCall, reader_call
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.seeding import generator_for, sample_positions
+
+_FAINT = 1e-3
+"""A channel that enters the sum with less than this share of the largest gain can't make up for anything."""
+
+
+_POSITIONS = 16384
+"""As many outputs tell how a change goes with the output."""
+
+
+class OutOfStep(Exception):
+    """The two networks can't be run as one; the message says why."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A reader whose output is asked for, so that it has to be solved now.
+
+    Attributes:
+        calls: its call in the cut network, batch by batch; ``out`` is the original network's output.
+        wanted: what the output should be, batch by batch: the original one, and what makes up for the sum.
+    """
+
+    calls: tuple[ReaderCall, ...]
+    wanted: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What came of a walk.
+
+    Attributes:
+        original: mean and variance that each batch norm of the original network normalized with.
+        cut: the same of the cut network.
+        made_up: the readers that made up for the other operand of a sum, by the names of their weights.
+        missing: how much higher the mean at some batch norms will be on inputs that match their running means than
+            probes say, by the names of these means.
+    """
+
+    original: Statistics
+    cut: Statistics
+    made_up: tuple[str, ...]
+    missing: Mapping[str, Float[Tensor, " channels"]]
+
+
+def walk_together(
+    model: nn.Module,
+    batches: Sequence[ExampleInputs],
+    readers: Collection[str],
+    values: Mapping[str, Tensor],
+    solve: Callable[[Turn], None],
+    *,
+    batch_statistics: bool,
+    renorm: bool,
+) -> Walked:
+    """Run the original and the cut network side by side; let each reader be solved when its turn comes.
+
+    A reader that goes into a sum ``s = bn(y) + o`` is asked for ``y + (o - o_cut) / gain``, where ``gain`` is the
+    batch norm's weight over its standard deviation, channel by channel, or 1 where there is none: then the sum is
+    what it was, whatever its other operand ``o`` has lost (He, Zhang, Sun, ICCV 2017, section 3.2). Any other reader
+    is asked for its original output.
+
+    Args:
+        model: the unpruned network in evaluation mode; nothing in it is changed.
+        batches: probes that differ in their number only.
+        readers: names of the weights that are solved for: convolutions and linear layers that run once.
+        values: parameters and buffers of the cut network that differ from the model's. Each is looked up when it is
+            used: ``solve`` puts new ones in.
+        solve: called for each reader, in the order in which their outputs are asked for.
+        batch_statistics: normalize with the mean and variance of each batch of the original network.
+        renorm: let the cut network's batch norms follow it as they are reached, as
+            :func:`lbyl.restore.least_squares.recalibrate.renormalize`
+            does; but behind a reader that is solved, the mean is the one that was asked for.
+
+    With batch statistics, :func:`lbyl.restore.least_squares.recalibrate.expected_shift`
+    tells what the means of these batch norms, and of all
+    that follow, leave out.
+
+    Raises:
+        OutOfStep: the probes differ in shape, or the network does what can't be done for two at once.
+    """
+    watch = _Lockstep(model, batches, readers, values, solve, batch_statistics, renorm)
+    whole = _joined(batches)
+    with watch:
+        whole.call(model)
+    watch.settle_rest()
+    return Walked(watch.original, watch.cut, tuple(watch.made_up), watch.missing)
+
+
+def _joined(batches: Sequence[ExampleInputs]) -> ExampleInputs:
+    """All batches as one, and once more."""
+    first = [t.shape[1:] for t in batches[0].tensors()]
+    for batch in batches:
+        tensors = batch.tensors()
+        if [t.shape[1:] for t in tensors] != first or any(not t.dim() or len(t) != len(tensors[0]) for t in tensors):
+            raise OutOfStep("the probes differ in shape, or not every input has a row a probe")
+    return join([*batches, *batches])
+
+
+@dataclass
+class _Pending:
+    """A reader that has run in the original network only.
+
+    Attributes:
+        run: runs it on an input with some weight and bias.
+        name: of its weight.
+        tensors: its input in both networks, its weight and its bias.
+        call: what the call was, on a part of the input and of the output.
+        out: its output; the cut network's half is not there yet.
+        version: of its input, which nobody may change meanwhile.
+        normed: the output of the batch norm behind it, and what fills in the cut network's half of that.
+        gains: what that batch norm multiplies by, batch by batch.
+        wanted: what the reader was asked for, where that is not its original output.
+    """
+
+    run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    name: str
+    tensors: tuple[Tensor, Tensor, Tensor | None]
+    call: Callable[[Tensor, Tensor], ReaderCall]
+    out: Tensor
+    version: int
+    normed: tuple[Tensor, Callable[[Tensor], None]] | None = None
+    gains: list[Tensor] = field(default_factory=list)
+    wanted: Tensor | None = None
+
+    @property
+    def last(self) -> Tensor:
+        """What the network would go on with."""
+        return self.normed[0] if self.normed else self.out
+
+
+# ``x + y`` and ``x += y`` come as methods.
+_ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__)
+_ASKING = ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size")
+_ASKED = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_sparse", "is_mkldnn")
+
+
+class _Lockstep(TorchFunctionMode):
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[ExampleInputs],
+        readers: Collection[str],
+        values: Mapping[str, Tensor],
+        solve: Callable[[Turn], None],
+        batch_statistics: bool,
+        renorm: bool,
+    ) -> None:
+        self.names = {id(tensor): name for name, tensor in tensors_of(model).items()}
+        self.sizes = [len(batch.tensors()[0]) for batch in batches]
+        self.half = sum(self.sizes)
+        self.readers, self.values, self.solve = set(readers), values, solve
+        self.batch_statistics, self.renorm = batch_statistics, renorm
+        self.pending: dict[int, _Pending] = {}
+        self.original: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self.cut: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self.made_up: list[str] = []
+        self.missing: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _only_asks(func):
+            return func(*args, **kwargs)
+        if func is functional.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if func in _ADDITIONS and len(args) == 2 and not kwargs:
+            self._add(*args)
+            return func(*args)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self._settle(tensor)
+        if func is functional.linear or func in CONVOLUTIONS:
+            return self._read(func, *args, **kwargs)
+        for tensor in tensors:
+            name = self.names.get(id(tensor))
+            if name in self.values:
+                raise OutOfStep(f"{name} is used by {getattr(func, '__name__', func)}, not by its layer alone")
+        return func(*args, **kwargs)
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of both networks."""
+        if len(x) != 2 * self.half:
+            raise OutOfStep(
+                f"a layer sees {len(x)} rows of {2 * self.half} probes: the batch is not its first dimension"
+            )
+        return x[: self.half], x[self.half :]
+
+    def _twice(self, original: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a layer gives, and as many rows again that are not yet filled in."""
+        # Batch by batch: a whole output beside the one that it is copied to would be the largest thing in memory.
+        parts = original.split(self.sizes)
+        first = run(parts[0])
+        shape = (2 * self.half, *first.shape[1:])
+        out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout(first))
+        places = out[: self.half].split(self.sizes)
+        places[0].copy_(first)
+        for part, place in zip(parts[1:], places[1:], strict=True):
+            place.copy_(run(part))
+        return out
+
+    def _fill(self, out: Tensor, cut: Tensor, run: Callable[[Tensor], Tensor]) -> None:
+        """Put what a layer gives the cut network into the half that is for it."""
+        for part, place in zip(cut.split(self.sizes), out[self.half :].split(self.sizes), strict=True):
+            place.copy_(run(part))
+
+    def _now(self, tensor: Tensor | None) -> Tensor | None:
+        """A tensor as the cut network has it."""
+        return None if tensor is None else self.values.get(self.names.get(id(tensor), ""), tensor)
+
+    # -- readers ---------------------------------------------------------------------------------------
+
+    def _read(
+        self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return func(x, weight, bias, *args, **kwargs)
+
+        name = self.names.get(id(weight), "")
+        new_weight, new_bias = self._now(weight), self._now(bias)
+        waits = name in self.readers
+        if not waits and new_weight is weight and new_bias is bias:
+            return run(input, weight, bias)
+        original, cut = self._halves(input)
+        out = self._twice(original, lambda part: run(part, weight, bias))
+        if not waits:
+            self._fill(out, cut, lambda part: run(part, new_weight, new_bias))
+            return out
+
+        def call(x: Tensor, out: Tensor) -> ReaderCall:
+            return reader_call(func, name, out, x, weight, bias, *args, **kwargs)
+
+        self.readers.discard(name)
+        self.pending[id(out)] = _Pending(run, name, (input, weight, bias), call, out, input._version)
+        return out
+
+    def _settle(self, tensor: Tensor, other: Tensor | None = None) -> None:
+        """If this is a pending output, solve its reader and fill in what the cut network gives.
+
+        ``other`` is what it is going to be added to.
+        """
+        item = self.pending.get(id(tensor))
+        if item is None:
+            return
+        x, weight, bias = item.tensors
+        if x._version != item.version:
+            raise OutOfStep(f"the input of {item.name} was changed in place before its output was used")
+        outs = self._halves(item.out)[0].split(self.sizes)
+        wanted = list(outs)
+        if other is not None and tensor is item.last:
+            # Part by part into one tensor: each of these is as large as any in the network.
+            item.wanted = torch.empty_like(self._halves(item.out)[0])
+            wanted = list(item.wanted.split(self.sizes))
+            lost = zip(*(half.split(self.sizes) for half in self._halves(other)), strict=True)
+            for place, out, (a, b), gain in zip(wanted, outs, lost, item.gains or [None] * len(outs), strict=True):
+                torch.sub(a, b, out=place)
+                if gain is not None:
+                    heard = gain.abs() > _FAINT * gain.abs().max()
+                    place *= torch.where(heard, 1 / gain, 0).reshape(-1, *[1] * (place.dim() - 2))
+                place += out
+            self.made_up.append(item.name)
+        cut = self._halves(x)[1]
+        calls = [item.call(part, out) for part, out in zip(cut.split(self.sizes), outs, strict=True)]
+        self.solve(Turn(tuple(calls), tuple(wanted)))
+        self.pending = {key: each for key, each in self.pending.items() if each is not item}
+        new_weight = self._now(weight)
+        assert new_weight is not None
+        new_bias = self._now(bias)
+        self._fill(item.out, cut, lambda part: item.run(part, new_weight, new_bias))
+        if item.normed:
+            item.normed[1](self._halves(item.out)[1])
+            # It refers to the item in its turn, and the largest tensors here must not wait for the garbage collector.
+            item.normed = None
+
+    def settle_rest(self) -> None:
+        """Solve what nobody has asked for."""
+        for item in list(self.pending.values()):
+            self._settle(item.out)
+
+    def _add(self, a: Any, b: Any) -> None:
+        """Before two operands are added: if one is a pending output, it makes up for the other."""
+        both = [t for t in (a, b) if isinstance(t, Tensor)]
+        waiting = [t for t in both if id(t) in self.pending]
+        if len(both) < 2 or a is b or a.shape != b.shape:
+            for tensor in waiting:
+                self._settle(tensor)
+            return
+        if len(waiting) == 2:
+            # The one that ran later has the other's sum to look after only once it is there itself.
+            order = list(self.pending)
+            waiting.sort(key=lambda t: order.index(id(t)))
+            self._settle(waiting.pop())
+        for tensor in waiting:
+            self._settle(tensor, b if tensor is a else a)
+
+    # -- batch norms -----------------------------------------------------------------------------------
+
+    def _batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        bound = BATCH_NORM.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = bound.arguments
+        x, weight, bias, eps = (call[key] for key in ("input", "weight", "bias", "eps"))
+        old = call["running_mean"], call["running_var"]
+        names = self.names.get(id(old[0])), self.names.get(id(old[1]))
+        if call["training"] or None in names:
+            raise OutOfStep("a batch norm normalizes with the statistics of its batch")
+        if any(self._now(t) is not t for t in (weight, bias)):
+            raise OutOfStep(f"weight or bias of the batch norm at {names[0]} were changed")
+        item = self.pending.get(id(x))
+        if item and item.normed:
+            self._settle(x)
+            item = None
+        original, cut = self._halves(x)
+        # Running statistics hold for all probes, a batch's own for that batch.
+        sizes = self.sizes if self.batch_statistics else [self.half]
+        out, measured = torch.empty_like(x), []
+
+        def normalize(part: Tensor, mean: Tensor, var: Tensor, into: Tensor) -> None:
+            into.copy_(functional.batch_norm(part, mean.to(x.dtype), var.to(x.dtype), weight, bias, False, 0.0, eps))
+
+        for part, into in zip(original.split(sizes), out[: self.half].split(sizes), strict=True):
+            if not self.batch_statistics:
+                normalize(part, *old, into)
+            if self.batch_statistics or self.renorm:
+                normed, mean, var = _own(part, weight, bias, eps)
+                measured.append((mean, var))
+                if self.batch_statistics:
+                    into.copy_(normed)
+            else:
+                measured.append(old)
+        base = measured if self.batch_statistics else [old]
+
+        def follow(z: Tensor) -> None:
+            shift = self._now(old[0]) - old[0]  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+            used = []
+            for part, place, (mean, var), (own_mean, own_var) in zip(
+                z.split(sizes), out[self.half :].split(sizes), base, measured, strict=True
+            ):
+                new_mean, new_var = mean + shift, var
+                if self.renorm:
+                    _, cut_mean, cut_var = _own(part, weight, bias, eps)
+                    alive, ratio = variance_change(own_var, cut_var, old[1])
+                    new_var = torch.where(alive, var * ratio, var)
+                    if item is None:
+                        new_mean = torch.where(alive, mean + (cut_mean - own_mean), new_mean)
+                normalize(part, new_mean, new_var, place)
+                used.append((new_mean, new_var))
+            if self.batch_statistics and (item or self.renorm):
+                asked = original if item is None or item.wanted is None else item.wanted
+                gap = old[0].double() - _mean(measured)[0]
+                self.missing[str(names[0])] = _beyond_probes(original, asked, z, gap)
+            self.original[names], self.cut[names] = _mean(base), _mean(used)  # pyright: ignore[reportArgumentType]
+
+        if item is None:
+            follow(cut)
+            return out
+        scale = torch.ones_like(old[1]) if weight is None else weight
+        gains = [scale / (var + eps).sqrt() for _, var in base]
+        item.gains = gains if len(gains) == len(self.sizes) else gains * len(self.sizes)
+        item.normed = out, follow
+        self.pending[id(out)] = item
+        return out
+
+
+def _own(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch normalized with its own mean and (biased) variance, and these: one kernel gives all three."""
+    out, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    return out, mean, (inverse.square().reciprocal() - eps).clamp_min(0)
+
+
+def _beyond_probes(original: Tensor, asked: Tensor, given: Tensor, gap: Tensor) -> Tensor:
+    """How what an output lacks moves along with the original's mean; see `expected_shift`."""
+    rows = [t.flatten(2).transpose(1, 2) if t.dim() > 2 else t[:, None] for t in (original, asked, given)]
+    count, places = rows[0].shape[:2]
+    chosen = sample_positions(count * places, _POSITIONS, generator_for(0, "positions"))
+    index = (torch.arange(count * places) if chosen is None else chosen).to(original.device)
+    # Picked before anything is computed: whole outputs are large.
+    y, wanted, found = (t[index // places, index % places] for t in rows)
+    return expected_shift(y, y + (found - wanted), gap)
+
+
+def _mean(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    mean, var = (torch.stack(each).double().mean(0) for each in zip(*parts, strict=True))
+    return mean, var
+
+
+def _only_asks(func: Any) -> bool:
+    """Whether a function only asks for shape, kind or place of a tensor."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in _ASKED
+    return name in _ASKING

@@ -1,0 +1,202 @@
+"""Moving batch-norm statistics by what pruning changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lbyl.runtime.forward import ReaderCall, run
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.layer_norms import Kept
+from lbyl.runtime.memory import give_back
+from lbyl.runtime.seeding import generator_for, sample_positions
+
+_DEAD = 1e-3
+"""A channel whose spread on the probes is less than this share of its trained spread tells nothing."""
+_LARGEST_RATIO = 4.0
+POSITIONS = 16384
+"""As many outputs of a reader tell how its change goes with its output."""
+
+
+Statistics = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+"""Mean and variance at the input of each batch norm, by the names of its running mean and variance."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one pass over some probes tells.
+
+    Attributes:
+        statistics: mean and variance at every batch norm.
+        outputs: for each reader asked for, its output at some positions; equal ones in every look.
+    """
+
+    statistics: Statistics
+    outputs: Mapping[str, Float[Tensor, "positions channels"]]
+
+
+def renormalize(
+    state: Mapping[str, Tensor], values: Mapping[str, Tensor], original: Statistics, pruned: Statistics
+) -> dict[str, Tensor]:
+    """New values in which every batch norm's statistics follow the pruned network.
+
+    ``mean + (mean_pruned - mean_original)`` and ``var * var_pruned / var_original``, both measured on the same
+    probes with batch statistics: with running ones the shifts would pile up from layer to layer. Channels that
+    the probes leave dead keep their statistics, and no variance changes by more than a factor of 4.
+    """
+    moved = dict(values)
+    for (mean_name, var_name), (mean, var) in original.items():
+        if (mean_name, var_name) not in pruned:
+            continue
+        new_mean, new_var = pruned[mean_name, var_name]
+        old_mean, old_var = state[mean_name], state[var_name]
+        alive, ratio = variance_change(var, new_var, old_var)
+        mean_now = values.get(mean_name, old_mean)
+        moved[mean_name] = torch.where(alive, old_mean + (new_mean - mean), mean_now).to(old_mean.dtype)
+        moved[var_name] = torch.where(alive, old_var * ratio, old_var).to(old_var.dtype)
+    return moved
+
+
+def variance_change(
+    before: Float[Tensor, " channels"], after: Float[Tensor, " channels"], trained: Float[Tensor, " channels"]
+) -> tuple[Bool[Tensor, " channels"], Float[Tensor, " channels"]]:
+    """Which channels the probes tell something about, and by what factor pruning changed the variance of each."""
+    ratio = (after / before.clamp_min(1e-30)).clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
+    return before > _DEAD * trained, ratio
+
+
+def expected_shift(
+    before: Float[Tensor, "positions channels"],
+    after: Float[Tensor, "positions channels"],
+    gap: Float[Tensor, " channels"],
+) -> Float[Tensor, " channels"]:
+    """What is missing in ``E[after - before]`` on the probes, given that the real mean of ``before`` is ``gap`` higher.
+
+    The change of an output goes with the output itself. So the regression of one on the other, taken on the
+    probes, says how the change moves along with the mean: ``Cov(after - before, before) Cov(before)^-1 gap``, with
+    a ridge of 1 % of each variance.
+    """
+    y, change = before.double(), (after - before).double()
+    y, change = y - y.mean(0), change - change.mean(0)
+    own = y.T @ y
+    spread = own.diagonal()
+    steadied = own + torch.diag(0.01 * spread + 1e-9 * spread.max().clamp_min(1e-30))
+    return change.T @ y @ torch.linalg.solve(steadied, gap.double())
+
+
+def recenter(
+    values: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    original: Sequence[Look],
+    pruned: Sequence[Look],
+    norms: Mapping[str, str],
+) -> dict[str, Tensor]:
+    """Running means, corrected by what the network knows about real inputs and the probes do not.
+
+    Pruning moves the mean of a reader's output; how far is measured on probes. But the real mean of the original
+    output is known, the running mean, and where the probes' own mean is off, so is the move: by
+    :func:`expected_shift`. ``norms`` gives for each reader the running mean of the batch norm that follows. Both
+    networks were looked at on the same probes, batch by batch.
+    """
+    shifts = {}
+    means = {mean_name: mean for (mean_name, _), (mean, _) in averaged(original).items()}
+    for weight, mean_name in norms.items():
+        before, after = (
+            [each.outputs[weight] for each in looks if weight in each.outputs] for looks in (original, pruned)
+        )
+        if not before or not after or mean_name not in means:
+            continue
+        gap = state[mean_name].double() - means[mean_name]
+        shifts[mean_name] = expected_shift(torch.cat(before), torch.cat(after), gap)
+    return shifted(values, state, shifts)
+
+
+def shifted(
+    values: Mapping[str, Tensor], state: Mapping[str, Tensor], shifts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """New values in which some running means are higher by so much, whether or not they had changed before."""
+    moved = dict(values)
+    for name, shift in shifts.items():
+        now = values.get(name, state[name])
+        moved[name] = (now.double() + shift).to(now.dtype)
+    return moved
+
+
+def transplant(values: Mapping[str, Tensor], state: Mapping[str, Tensor], original: Statistics) -> dict[str, Tensor]:
+    """The same change of batch-norm statistics, made to the probes' statistics instead of the running ones.
+
+    Probes may look unlike anything that the network was trained on, and then its running statistics throw its
+    activations off. As if the probes were the training data, outputs on them can be compared all the same.
+    """
+    moved = dict(values)
+    for (mean_name, var_name), (mean, var) in original.items():
+        old_mean, old_var = state[mean_name], state[var_name]
+        moved[mean_name] = (mean + (values.get(mean_name, old_mean) - old_mean)).to(old_mean.dtype)
+        ratio = values.get(var_name, old_var) / old_var.clamp_min(1e-30)
+        moved[var_name] = (var * ratio).to(old_var.dtype)
+    return moved
+
+
+def averaged(looks: Sequence[Look]) -> Statistics:
+    """The statistics of several looks, each counting alike."""
+    statistics = {}
+    for key in looks[0].statistics:
+        found = [each.statistics[key] for each in looks if key in each.statistics]
+        mean, var = (torch.stack(parts).mean(0) for parts in zip(*found, strict=True))
+        statistics[key] = mean, var
+    return statistics
+
+
+class Observer:
+    """Takes a look while a network runs: :func:`lbyl.runtime.forward.run` is given its two methods.
+
+    Args:
+        readers: those whose outputs are noted.
+        positions: how many of each output.
+    """
+
+    def __init__(self, readers: Collection[str] = (), positions: int = POSITIONS) -> None:
+        self.readers, self.positions = readers, positions
+        self.statistics: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def on_norm(self, mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
+        """Note the statistics at a batch norm's input."""
+        self.statistics[mean_name, var_name] = mean.double(), var.double()
+
+    def on_read(self, call: ReaderCall) -> None:
+        """Note some of a reader's outputs."""
+        if call.weight not in self.readers:
+            return
+        out = call.out if call.op == "linear" else call.out.flatten(2).transpose(1, 2)
+        out = out.reshape(-1, out.shape[-1])
+        # Seeded by the reader's name: two looks see the same positions.
+        chosen = sample_positions(len(out), self.positions, generator_for(0, f"{call.weight}#outputs"))
+        self.outputs[call.weight] = out.clone() if chosen is None else out[chosen.to(out.device)]
+
+    def look(self) -> Look:
+        """What was seen."""
+        return Look(self.statistics, self.outputs)
+
+
+def look(
+    model: nn.Module,
+    values: Mapping[str, Tensor],
+    batch: ExampleInputs,
+    readers: Collection[str] = (),
+    positions: int = POSITIONS,
+    kept: Kept | None = None,
+) -> Look:
+    """Run a batch with batch statistics; note every batch norm's input, and some outputs of some readers.
+
+    ``kept`` tells which channels stay at layer norms, as in :func:`lbyl.runtime.forward.run`.
+    """
+    observer = Observer(readers, positions)
+    on_norm, on_read = observer.on_norm, observer.on_read
+    run(model, batch, values=values, on_norm=on_norm, on_read=on_read, batch_statistics=True, kept=kept)
+    give_back()
+    return observer.look()

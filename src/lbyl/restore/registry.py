@@ -1,0 +1,40 @@
+"""Restorers by name, and the one that is best where none is named."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lbyl.errors import InputError
+from lbyl.moments import Dream, Photographs
+from lbyl.restore.base import Restorer
+from lbyl.restore.least_squares.settings import LeastSquares
+from lbyl.runtime.registry import find
+
+
+def resolve_restorer(restore: str | Restorer | LeastSquares) -> Restorer | LeastSquares:
+    """A restorer by its lower-case name, or the object itself.
+
+    Raises:
+        InputError: an unknown name, or an object without ``deliver``.
+    """
+    if isinstance(restore, LeastSquares):
+        return restore
+    if isinstance(restore, str):
+        restore = find("restorer", restore)()
+    if isinstance(restore, type) or not isinstance(restore, Restorer):
+        raise InputError(f"restore={restore!r} has no deliver(filters, keep, drop, generator) method")
+    return restore
+
+
+def choose_restorer(model: nn.Module) -> tuple[LeastSquares, str]:
+    """The best restorer that needs no data of the user's, and why: what ``restore="auto"`` stands for."""
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+    if norms:
+        why = f"auto: dreamed probes, for {len(norms)} batch norms say what inputs do"
+        return LeastSquares(moments=Dream()), f"{why}; with lbyl's own photographs, if inputs are color images"
+    why = "auto: no batch norm says what inputs do: lbyl's own photographs, or noise if inputs are no color images"
+    return LeastSquares(moments=Photographs()), f"{why}; steadied by the weights' own moments"

@@ -1,0 +1,75 @@
+"""Ridge regression on second moments, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lbyl.moments.accumulate import Moments
+
+
+def solve_ridge(
+    gram: Float[Tensor, "kept kept"], cross: Float[Tensor, "kept targets"], ridge: float
+) -> tuple[Float[Tensor, "kept targets"], bool]:
+    """``(G + ridge I)^-1 C`` by Cholesky; by pseudo-inverse, flagged, where G + ridge I is singular."""
+    gram = gram.clone()
+    gram.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal()
+    epsilon = torch.finfo(gram.dtype).eps * len(gram)
+    if int(info) == 0 and float(pivots.min() / pivots.max().clamp_min(1e-300)) ** 2 > epsilon:
+        return torch.cholesky_solve(cross, factor), False
+    return torch.linalg.pinv(gram, hermitian=True) @ cross, True
+
+
+@dataclass(frozen=True)
+class Solution:
+    """``r ~ coefficients^T p + shift``, and the variance of r before and after."""
+
+    coefficients: Float[Tensor, "regressors targets"]
+    shift: Float[Tensor, " targets"]
+    before: Float[Tensor, " targets"]
+    after: Float[Tensor, " targets"]
+    singular: bool
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Second moments expected before anything was measured: centered, on any scale.
+
+    ``trust`` between 0 and 1 is the share that the prior gets once both are on one scale.
+    """
+
+    pp: Float[Tensor, "regressors regressors"]
+    pr: Float[Tensor, "regressors targets"]
+    trust: float
+
+
+def solve(moments: Moments, ridge: float, centered: bool, prior: Prior | None = None) -> Solution:
+    """Minimize ``E |r - B^T p - shift|^2 + ridge mean(diag G) |B|^2`` with ``G`` the (centered) moments of p.
+
+    The ridge is relative, so that it means the same whatever the scale of the activations. The penalty is on
+    what is *added* to the kept weights: with an infinite ridge the result is plain pruning. A prior is mixed
+    into the moments that are solved with, not into the errors that are reported.
+    """
+    n = max(moments.count, 1)
+    mean_p, mean_r = moments.p / n, moments.r / n
+    if not centered:
+        mean_p, mean_r = torch.zeros_like(mean_p), torch.zeros_like(mean_r)
+    # Each in one go, for these are large.
+    gram = torch.addr(moments.pp, mean_p, mean_p, beta=1 / n, alpha=-1)
+    cross = torch.addr(moments.pr, mean_p, mean_r, beta=1 / n, alpha=-1)
+    power = moments.rr / n - mean_r.square()
+    trusted_gram, trusted_cross = gram, cross
+    if prior is not None and prior.trust > 0:
+        scale = gram.trace() / prior.pp.trace().clamp_min(1e-300)
+        trusted_gram = torch.lerp(gram, prior.pp * scale, prior.trust)
+        trusted_cross = torch.lerp(cross, prior.pr * scale, prior.trust)
+    strength = ridge * float(trusted_gram.diagonal().mean())
+    coefficients, singular = solve_ridge(trusted_gram, trusted_cross, strength)
+    # E (r - B^T p)^2 = E r^2 - 2 B.C + B.(G B)
+    after = power - 2 * (coefficients * cross).sum(0) + (coefficients * (gram @ coefficients)).sum(0)
+    return Solution(coefficients, mean_r - coefficients.T @ mean_p, power, after.clamp_min(0), singular)

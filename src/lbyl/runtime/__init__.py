@@ -1,0 +1,1 @@
+"""Run, copy, watch and time somebody's model without leaving a trace."""

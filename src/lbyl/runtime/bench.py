@@ -1,0 +1,270 @@
+"""`bench`: two models, measured in turns and held against each other layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.latency import RUNS, WARM_UP, LayerLatency, Runs, measure_latencies
+from lbyl.runtime.progress import Progress
+
+REST = "(no layer's)"
+_FELL = 0.98
+"""A layer was cut if it has less than this share of its multiply-accumulates left."""
+_CLEAR = 0.15
+"""By so much less time in the median a layer is faster, however much the runs scatter."""
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Change:
+    """The time of a layer, or of the whole model, before and after.
+
+    Attributes:
+        name: the layer's name.
+        kind: its class.
+        before: seconds of each run of the first model; None where only the second one has the layer.
+        after: seconds of each run of the second model; None where only the first one has it.
+        macs: multiply-accumulates, before and after.
+    """
+
+    name: str
+    kind: str
+    before: Runs | None
+    after: Runs | None
+    macs: tuple[int, int]
+
+    @property
+    def ratio(self) -> Runs | None:
+        """Time after over time before, run by run."""
+        return self.after.over(self.before) if self.before and self.after else None
+
+    @property
+    def macs_ratio(self) -> float | None:
+        """The share of the multiply-accumulates that is left; None where there were none."""
+        return self.macs[1] / self.macs[0] if self.macs[0] else None
+
+    @property
+    def no_speed(self) -> bool:
+        """Whether it lost multiply-accumulates, but no time beyond the margin of the measurement."""
+        ratio = self.ratio
+        return ratio is not None and self.was_cut and ratio.median + min(ratio.margin, _CLEAR) >= 1
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether it lost multiply-accumulates worth mentioning."""
+        return 0 < self.macs[1] < _FELL * self.macs[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Medians, quartiles and runs as plain data; times in seconds."""
+        ratio = self.ratio
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "before": self.before and self.before.to_dict(),
+            "after": self.after and self.after.to_dict(),
+            "ratio": ratio and ratio.to_dict(),
+            "macs": list(self.macs),
+            "macs_ratio": self.macs_ratio,
+            "no_speed": self.no_speed,
+        }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Two models, measured in turns; print it with Rich, or read the fields.
+
+    Attributes:
+        whole: both models as a whole.
+        layers: every layer that runs in either, in the order of the first model.
+        rest: what no layer takes: activations, sums, pooling.
+        device: where they were measured.
+        threads: of PyTorch, for one operation.
+        runs: how often each was timed.
+    """
+
+    whole: Change
+    layers: tuple[Change, ...]
+    rest: Change
+    device: str
+    threads: int
+    runs: int
+
+    @property
+    def no_speed(self) -> tuple[Change, ...]:
+        """The layers whose cut gave no speed."""
+        return tuple(layer for layer in self.layers if layer.no_speed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain data; times in seconds."""
+        return {
+            "device": self.device,
+            "threads": self.threads,
+            "runs": self.runs,
+            "whole": self.whole.to_dict(),
+            "layers": [layer.to_dict() for layer in self.layers],
+            "rest": self.rest.to_dict(),
+            "no_speed": [layer.name for layer in self.no_speed],
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(box=box.SIMPLE_HEAD, title="Latency in ms, median", title_justify="left")
+        for name in ("layer", "before", "after", "ratio", "±", "MACs", ""):
+            left = name in ("layer", "")
+            table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+        for row in (*self.layers, self.rest):
+            table.add_row(*map(Text, _cells(row)))
+        table.add_section()
+        table.add_row(*map(Text, _cells(self.whole)))
+        yield table
+        yield from map(Text, self.summary())
+
+    def summary(self) -> list[str]:
+        """The whole, and what gave no speed, a line each."""
+        lines = [
+            f"latency: {self.latency()}",
+            f"measured on {self.place()}; ± is the margin of the median ratio",
+        ]
+        if self.whole.no_speed:
+            lines.append("the network as a whole is no faster")
+        if self.no_speed:
+            lines.append(f"no speed: {self.without_speed()}")
+        elif any(layer.was_cut for layer in self.layers):
+            lines.append("every layer that lost multiply-accumulates is faster")
+        return lines
+
+    def latency(self) -> str:
+        """The whole in one phrase: 12.0 ms → 6.2 ms (0.52 ± 0.01), MACs 0.50."""
+        before, after, ratio = self.whole.before, self.whole.after, self.whole.ratio
+        assert before
+        assert after
+        assert ratio
+        share = f", MACs {self.whole.macs_ratio:.2f}" if self.whole.macs_ratio is not None else ""
+        return f"{_ms(before)} ms → {_ms(after)} ms ({ratio.median:.2f} ± {ratio.margin:.2f}){share}"
+
+    def place(self) -> str:
+        """Where, and how often: cpu with 2 threads, 20 runs of each in turns."""
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        return f"{self.device} with {threads}, {self.runs} runs of each in turns"
+
+    def timing(self) -> Timing:
+        """The whole, and what gave no speed, for a report."""
+        before, after, ratio = self.whole.before, self.whole.after, self.whole.ratio
+        assert before
+        assert after
+        assert ratio
+        return Timing(before.median, after.median, ratio.median, ratio.margin, self.place(), self.without_speed())
+
+    def without_speed(self) -> str:
+        """The layers whose cut gave no speed, the slowest first."""
+        slow = sorted(self.no_speed, key=lambda layer: -(layer.after.median if layer.after else 0.0))
+        named = [
+            f"{layer.name} (MACs {layer.macs_ratio:.0%}, time {layer.ratio.median:.0%})"
+            for layer in slow[:_NAMED]
+            if layer.ratio
+        ]
+        return ", ".join(named) + (f" and {len(slow) - _NAMED} more" if len(slow) > _NAMED else "")
+
+
+def bench(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs,
+    *,
+    against: nn.Module,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    progress: Progress | None = None,
+) -> Bench:
+    """Measure on this machine how much faster a compressed network is than the one that it was made of.
+
+    The two run in turns, in evaluation mode, so that whatever disturbs the machine disturbs both. Layers are matched
+    by name. For a layer that calls others, only its own time counts.
+
+    Args:
+        model: the compressed network; it is not changed.
+        example_inputs: what both are called with: a tensor, a tuple, or a dict of keyword inputs.
+        against: the unpruned network; it is not changed. Its weights do not matter.
+        runs: how often each is timed, from 3.
+        warm_up: how often each runs before that.
+        progress: called as ``progress(stage, done, total)``.
+
+    Raises:
+        InputError: too few runs, or inputs that one of them does not run on.
+
+    Examples:
+        >>> import torch, lbyl
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> x = torch.randn(4, 8)
+        >>> result = lbyl.compress(net, x, ratio=0.25)
+        >>> found = lbyl.bench(result.model, x, against=net, runs=5)
+        >>> [(layer.name, layer.macs) for layer in found.layers]
+        [('0', (512, 384)), ('2', (128, 96))]
+    """
+    inputs = ExampleInputs.of(example_inputs)
+    before, after = measure_latencies((against, model), inputs, runs=runs, warm_up=warm_up, progress=progress)
+    first, second = ({layer.name: layer for layer in found.layers} for found in (before, after))
+    return Bench(
+        Change("whole", type(model).__name__, before.seconds, after.seconds, (before.macs, after.macs)),
+        tuple(_change(first.get(name), second.get(name)) for name in {**first, **second}),
+        Change(REST, "", before.rest, after.rest, (0, 0)),
+        before.device,
+        before.threads,
+        runs,
+    )
+
+
+def _change(before: LayerLatency | None, after: LayerLatency | None) -> Change:
+    one = before or after
+    assert one
+    macs = (before.macs if before else 0, after.macs if after else 0)
+    return Change(one.name, one.kind, before and before.seconds, after and after.seconds, macs)
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    ratio = change.ratio
+    return (
+        change.name,
+        _ms(change.before),
+        _ms(change.after),
+        f"{ratio.median:.2f}" if ratio else "–",
+        f"{ratio.margin:.2f}" if ratio else "–",
+        "–" if change.macs_ratio is None else f"{change.macs_ratio:.2f}",
+        "no speed" if change.no_speed else "",
+    )
+
+
+def _ms(runs: Runs | None) -> str:
+    return f"{1000 * runs.median:.3f}" if runs else "–"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long both networks take, measured in turns; see :func:`lbyl.bench`.
+
+    Attributes:
+        before: median seconds of the unpruned network.
+        after: median seconds of the cut one.
+        ratio: median of the one over the other, run by run.
+        margin: how far the ratio may be off.
+        place: where, and how often.
+        no_speed: layers whose cut gave no speed, with figures, the slowest first; "" where there are none.
+    """
+
+    before: float
+    after: float
+    ratio: float
+    margin: float
+    place: str
+    no_speed: str = ""
+
+    def __str__(self) -> str:
+        times = f"{1000 * self.before:.3g} ms → {1000 * self.after:.3g} ms"
+        return f"{times} ({self.ratio:.0%} ± {self.margin:.0%})"

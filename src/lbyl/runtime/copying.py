@@ -1,0 +1,146 @@
+"""Copies of a model: with tensors of their own, or sharing them with the model that was copied."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lbyl.errors import InputError, SurgeryError
+from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, uncollected
+
+
+def duplicate(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy, with ``instead[id(part)]`` in place of some parts.
+
+    Raises:
+        InputError: the model holds something that can't be copied.
+    """
+    memo: dict[int, Any] = dict(instead or {})
+    for module in model.modules():
+        for name, value in vars(module).items():
+            for tensor in (
+                pytree.tree_leaves(value) if name not in MODULE_ATTRIBUTES and type(value) not in ATOMS else ()
+            ):
+                # Results that a module keeps may hang on a gradient, which can't be copied.
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
+    try:
+        with uncollected():
+            _copy_modules(model, memo)
+            return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InputError(f"{type(model).__name__} can't be copied ({error}); lbyl only works on a copy") from error
+
+
+def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy the modules that have no way of their own to be copied into ``memo``, as `copy.deepcopy` would.
+
+    It looks at each number, each empty dictionary of hooks by itself, which takes longer than copying the weights.
+    """
+    ours = [module for module in model.modules() if id(module) not in memo and _plainly_copied(type(module))]
+    twins = [module.__class__.__new__(module.__class__) for module in ours]
+    memo |= {id(module): twin for module, twin in zip(ours, twins, strict=True)}
+
+    def twin_of(value: Any) -> Any:
+        if type(value) in ATOMS:
+            return value
+        return memo[id(value)] if id(value) in memo else copy.deepcopy(value, memo)
+
+    for module, twin in zip(ours, twins, strict=True):
+        own = vars(twin)
+        own.update(vars(module))
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in ATOMS or (kind is tuple and all(type(item) in ATOMS for item in value)):
+                continue
+            if id(value) in memo:
+                own[name] = memo[id(value)]
+            elif kind in (dict, OrderedDict):
+                own[name] = memo[id(value)] = kind()
+                if value:
+                    own[name].update({key: twin_of(item) for key, item in value.items()})
+            elif kind in (set, list) and not value:
+                own[name] = memo[id(value)] = kind()
+            else:
+                own[name] = copy.deepcopy(value, memo)
+
+
+def _plainly_copied(kind: type[nn.Module]) -> bool:
+    """Whether `copy.deepcopy` makes a copy out of the attributes alone."""
+    # What a convolution does besides is to set attributes that are missing in very old files.
+    restoring = (nn.Module.__setstate__, nn.modules.conv._ConvNd.__setstate__)
+    usual = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _COPYING)
+    return usual and kind.__setstate__ in restoring
+
+
+_COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs_ex__", "__getnewargs__")
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, non-persistent buffers and tied names among them."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    # As `named_parameters` and `named_buffers` have them, each of which walks through all modules by itself.
+    both = [("_parameters", name, module) for name, module in modules]
+    both += [("_buffers", name, module) for name, module in modules]
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for kind, prefix, module in both
+        for name, tensor in getattr(module, kind).items()
+        if tensor is not None
+    }
+
+
+@torch.no_grad()
+def lay_on(model: nn.Module, changes: Mapping[str, Sequence[Callable[[Tensor], object]]]) -> nn.Module:
+    """The model itself, once each change was made to the parameter or buffer of its name, in place."""
+    state = tensors_of(model)
+    for name, those in changes.items():
+        for change in those:
+            change(state[name])
+    return model
+
+
+def standing_for(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """New parameters and buffers by the ids of those whose place they take in a copy of the model.
+
+    Raises:
+        SurgeryError: a name that the model has not, or a shape that does not fit.
+    """
+    state = tensors_of(model)
+    for name, value in values.items():
+        if name not in state:
+            raise SurgeryError(f"the model has no parameter or buffer {name!r}")
+        if state[name].shape != value.shape:
+            raise SurgeryError(
+                f"{name}: the model has {shape_and_dtype(state[name])}, the new value is {shape_and_dtype(value)}"
+            )
+    return {id(state[name]): in_place_of(state[name], value) for name, value in values.items()}
+
+
+def borrowing(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A copy of a model for evaluation that has the model's own parameters, not copies of them, and some new values.
+
+    It is there to be run and to be cut into another copy: nobody may write to its parameters. Buffers are copied, for
+    a forward pass may write to these, and so are embeddings that keep their rows below a norm.
+    """
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    written = {id(table.weight) for table in tables if table.max_norm is not None}
+    borrowed = [p for p in model.parameters() if type(p) is nn.Parameter and id(p) not in written]
+    twins: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in borrowed}
+    return duplicate(model, twins | standing_for(model, values or {})).eval()
+
+
+def in_place_of(old: Tensor, new: Tensor) -> Tensor:
+    """A new tensor as what the old one is: a parameter, or a buffer."""
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def shape_and_dtype(tensor: Tensor) -> str:
+    """What an error says of a tensor."""
+    return "x".join(map(str, tensor.shape))

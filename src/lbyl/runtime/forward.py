@@ -1,0 +1,255 @@
+"""Looking into a running model: what its readers are fed, and what its batch norms see.
+
+A :class:`torch.overrides.TorchFunctionMode` watches the calls that the user's own modules make, so custom
+layers (padding of their own, functional calls) need nothing special, and no module is changed or hooked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.layer_norms import Foreseen, Kept, KeptStatistics
+
+
+@dataclass(frozen=True)
+class ReaderCall:
+    """One call of a layer that mixes channels.
+
+    ``stride``, ``padding`` and ``dilation`` are one number an axis; for a linear layer they are empty. ``fed`` is what
+    the cut layer will be fed in place of ``x``, at the channels that stay, where a layer norm makes a difference.
+    """
+
+    weight: str
+    op: str
+    x: Tensor
+    out: Tensor
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    fed: Tensor | None = None
+
+
+OnRead = Callable[[ReaderCall], None]
+OnNorm = Callable[[str, str, Tensor, Tensor], None]
+"""Called as ``on_norm(name of the running mean, name of the running variance, mean, variance)``, where mean and
+(biased) variance are this batch's, at the input of the batch norm, and can be differentiated."""
+
+
+def _without_asking(function: Any) -> FunctionType:
+    """A Python function of `torch.nn.functional` that goes into its own body, and not first to who watches it."""
+    unasked = {**vars(functional), "has_torch_function": lambda tensors: False}
+    twin = FunctionType(function.__code__, unasked, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+_ATTENTION = _without_asking(functional.multi_head_attention_forward)
+"""Its layers are called in its body, and would not be seen."""
+
+
+class _Enough(Exception):
+    """Raised inside a forward pass once nothing more is wanted of it."""
+
+
+def run(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    *,
+    values: Mapping[str, Tensor] | None = None,
+    on_read: OnRead | None = None,
+    on_norm: OnNorm | None = None,
+    batch_statistics: bool = False,
+    stop_after: str | None = None,
+    kept: Kept | None = None,
+    foresee: Collection[str] | None = None,
+) -> Any:
+    """Run a model in evaluation mode and watch it.
+
+    Args:
+        model: the network; nothing in it is changed.
+        inputs: what to call it with.
+        values: parameters and buffers to use instead of the model's own, by name.
+        on_read: called for every convolution and linear layer on a named weight.
+        on_norm: called for every batch normalization, before it acts.
+        batch_statistics: normalize with the mean and variance of this batch instead of the running ones.
+        stop_after: name of a weight; the pass ends (returning None) once its layer has run.
+        kept: which channels stay at layer norms, by the names of their weights; they take their statistics over these.
+        foresee: names of weights. Layer norms then do what they always did, and only the calls of the layers on
+            these weights tell what they would be fed otherwise.
+    """
+    values = dict(values or {})
+    names = {id(tensor): name for name, tensor in {**tensors_of(model), **values}.items()}
+    ahead = Foreseen(kept, names, foresee) if kept and foresee is not None else None
+    statistics = ahead or (KeptStatistics(kept, names) if kept else nullcontext())
+    watch = _Watch(names, on_read, on_norm, batch_statistics, stop_after, ahead)
+    try:
+        with statistics, watch:
+            if values:
+                return torch.func.functional_call(model, values, inputs.args, dict(inputs.kwargs), tie_weights=True)
+            return inputs.call(model)
+    except _Enough:
+        return None
+
+
+# Where a matrix product has its input and its weight, which is then stored input first.
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    torch.addmm: (1, 2),
+    torch.matmul: (0, 1),
+    torch.mm: (0, 1),
+    torch.Tensor.matmul: (0, 1),
+    torch.Tensor.__matmul__: (0, 1),
+}
+CONVOLUTIONS: dict[Any, int] = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
+BATCH_NORM = inspect.signature(functional.batch_norm)
+
+
+class _Watch(TorchFunctionMode):
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        on_read: OnRead | None,
+        on_norm: OnNorm | None,
+        batch_statistics: bool,
+        stop_after: str | None,
+        ahead: Foreseen | None = None,
+    ) -> None:
+        super().__init__()
+        self.names, self.on_read, self.on_norm = names, on_read, on_norm
+        self.batch_statistics, self.stop_after = batch_statistics, stop_after
+        self.ahead = ahead
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if func is functional.multi_head_attention_forward:
+            with self:
+                return _ATTENTION(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is functional.linear or func in CONVOLUTIONS:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            name = self.names.get(id(weight))
+            if name is not None:
+                if self.on_read:
+                    self.on_read(self._looking_ahead(reader_call(func, name, out, *args, **kwargs)))
+                if name == self.stop_after:
+                    raise _Enough
+        elif func in _PRODUCTS and len(args) > _PRODUCTS[func][1] and not kwargs:
+            x, weight = (args[place] for place in _PRODUCTS[func])
+            name = self.names.get(id(weight))
+            if name is not None:
+                if self.on_read:
+                    self.on_read(self._looking_ahead(ReaderCall(name, "linear", x, out)))
+                if name == self.stop_after:
+                    raise _Enough
+        return out
+
+    def _looking_ahead(self, call: ReaderCall) -> ReaderCall:
+        return call if self.ahead is None else replace(call, fed=self.ahead.twin(call.x))
+
+    def _batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        bound = BATCH_NORM.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = bound.arguments
+        mean_name, var_name = (self.names.get(id(call[key])) for key in ("running_mean", "running_var"))
+        watched = self.on_norm if mean_name is not None and var_name is not None and not call["training"] else None
+        if not self.batch_statistics or call["training"]:
+            if watched:
+                x = call["input"]
+                var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], unbiased=False)
+                watched(str(mean_name), str(var_name), mean, var)
+            return functional.batch_norm(**call)
+        out, mean, inverse = _BatchStatistics.apply(call["input"], call["weight"], call["bias"], call["eps"])  # pyright: ignore
+        if watched:
+            watched(str(mean_name), str(var_name), mean, inverse.square().reciprocal() - call["eps"])
+        return out
+
+
+class _BatchStatistics(torch.autograd.Function):
+    """Batch normalization by the batch's own statistics, which are returned and can be differentiated.
+
+    One kernel gives all three; taking mean and variance apart made a dreaming step several times slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:  # pyright: ignore
+        out, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.eps = eps
+        return out, mean, inverse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_mean: Tensor, grad_inverse: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, weight, mean, inverse = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        grad = torch.ops.aten.native_batch_norm_backward(
+            grad_out, x, weight, None, None, mean, inverse, True, ctx.eps, [True, False, False]
+        )[0]
+        # d inverse / dx = -inverse^3 (x - mean) / count
+        slope = -grad_inverse * inverse**3 / count
+        view = [1, -1] + [1] * (x.dim() - 2)
+        # In place: fresh memory of this size costs several times what the sums do.
+        grad.addcmul_(x, slope.reshape(view)).add_((grad_mean / count - slope * mean).reshape(view))
+        return grad, None, None, None
+
+
+def reader_call(
+    func: Any,
+    name: str,
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> ReaderCall:
+    """A call of a convolution or linear function, as its arguments tell; the weight is only looked at for its shape."""
+    if func is functional.linear:
+        return ReaderCall(name, "linear", input, out)
+    axes = CONVOLUTIONS[func]
+    stride, dilation = _each(stride, axes), _each(dilation, axes)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        # Unequal sides can't be told to unfold, so the input is padded here instead.
+        sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+        input, padding = functional.pad(input, sides), 0
+    return ReaderCall(name, f"conv{axes}d", input, out, stride, _each(padding, axes), dilation)
+
+
+def _each(value: Any, axes: int) -> tuple[int, ...]:
+    return (int(value),) * axes if isinstance(value, int) else tuple(int(v) for v in value) * (axes // len(value))
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient, for a while: backward passes then stop at the inputs."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)

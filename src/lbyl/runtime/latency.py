@@ -1,0 +1,305 @@
+"""How long a model takes on this machine: as a whole, and in each of its layers.
+
+Time is read off hooks, which are gone afterwards; several models are measured in turns (A B A B ...), so that
+whatever slows the machine down meanwhile slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from lbyl.errors import InputError
+from lbyl.runtime.contexts import plain_attention, undisturbed
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.inputs import ExampleInputs, outputs
+from lbyl.runtime.macs import MacCounter
+from lbyl.runtime.progress import Progress
+
+RUNS = 20
+LEAST_RUNS = 3
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What several runs gave: seconds, or ratios of two runs.
+
+    >>> runs = Runs((1.0, 2.0, 3.0, 4.0, 9.0))
+    >>> runs.median, runs.quartiles, runs.spread, round(runs.margin, 2)
+    (3.0, (2.0, 4.0), 2.0, 1.4)
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle run: a few that something else disturbed do not move it."""
+        return statistics.median(self.values)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Between these lies the middle half of the runs."""
+        low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range: how far apart single runs lie."""
+        low, high = self.quartiles
+        return high - low
+
+    @property
+    def margin(self) -> float:
+        """How far the median may be off, at about 95 %: McGill's notch, 1.57 times the spread over sqrt(runs)."""
+        return 1.57 * self.spread / math.sqrt(len(self.values))
+
+    def over(self, other: Runs) -> Runs:
+        """The ratios to another's runs, one by one: what both have in common cancels."""
+        pairs = zip(self.values, other.values, strict=True)
+        return Runs(tuple(a / b if b else 1.0 for a, b in pairs))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Median, its margin, quartiles and the single runs."""
+        quartiles = list(self.quartiles)
+        return {"median": self.median, "margin": self.margin, "quartiles": quartiles, "runs": list(self.values)}
+
+
+@dataclass(frozen=True)
+class LayerLatency:
+    """One layer: a module that holds parameters, without the time of such modules inside it.
+
+    Attributes:
+        name: the module's name.
+        kind: its class.
+        seconds: per run; calls of a layer that is called several times are added up.
+        macs: multiply-accumulates of one run.
+    """
+
+    name: str
+    kind: str
+    seconds: Runs
+    macs: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long one model takes.
+
+    Attributes:
+        seconds: of the whole model, in runs without any hook.
+        layers: in the order in which they first end. Hooks keep a model from the fused path of torch's own
+            transformer layers, so there the layers may add up to more than the whole.
+        rest: seconds that no layer takes (activations, sums, pooling), in the runs with hooks.
+        macs: multiply-accumulates of one run.
+        device: where the model is.
+        threads: of PyTorch, for one operation.
+    """
+
+    seconds: Runs
+    layers: tuple[LayerLatency, ...]
+    rest: Runs
+    macs: int
+    device: str
+    threads: int
+
+
+def measure_latency(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    *,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    progress: Progress | None = None,
+) -> Latency:
+    """Measure one model; see :func:`measure_latencies`."""
+    return measure_latencies((model,), inputs, runs=runs, warm_up=warm_up, progress=progress)[0]
+
+
+def measure_latencies(
+    models: Sequence[nn.Module],
+    inputs: ExampleInputs,
+    *,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    progress: Progress | None = None,
+) -> tuple[Latency, ...]:
+    """Measure several models in turns, as a whole and layer by layer, in evaluation mode.
+
+    Args:
+        models: on the device where they are to be measured; none of them is changed.
+        inputs: what all of them are called with, on the same device.
+        runs: how often each is timed, from 3.
+        warm_up: how often each runs before that.
+        progress: called as ``progress(stage, done, total)``.
+
+    Raises:
+        InputError: too few runs, or a model that does not run on the inputs.
+    """
+    check_runs(runs)
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(undisturbed(model))
+        # Counting is the first run, so that a model that fails does so before anything is timed.
+        counted = [_macs(model, inputs) for model in models]
+        for _ in range(warm_up):
+            for model in models:
+                outputs(model, inputs)
+        whole: list[list[float]] = [[] for _ in models]
+        apart: list[list[tuple[float, Mapping[str, float]]]] = [[] for _ in models]
+        clocks = [clock_of(model, inputs) for model in models]
+        for done in range(runs):
+            for index, model in enumerate(models):
+                whole[index].append(_timed(lambda model=model: outputs(model, inputs), clocks[index]))
+            for index, model in enumerate(models):
+                apart[index].append(_attributed(model, inputs, clocks[index]))
+            if progress:
+                progress("measuring latency", done + 1, runs)
+    return tuple(
+        _latency(model, inputs, seconds, layers, macs)
+        for model, seconds, layers, macs in zip(models, whole, apart, counted, strict=True)
+    )
+
+
+def measure_whole(
+    models: Sequence[nn.Module], inputs: ExampleInputs, *, runs: int = RUNS, warm_up: int = WARM_UP
+) -> tuple[Runs, ...]:
+    """Seconds of several models in turns, without looking into them; see :func:`measure_latencies`."""
+    check_runs(runs)
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(undisturbed(model))
+        calls = [lambda model=model: outputs(model, inputs) for model in models]
+        return interleaved(calls, [clock_of(model, inputs) for model in models], runs, warm_up)
+
+
+def interleaved(
+    calls: Sequence[Callable[[], Any]], clocks: Sequence[Callable[[], float]], runs: int, warm_up: int = WARM_UP
+) -> tuple[Runs, ...]:
+    """Seconds of several calls, taken in turns: A B A B ...
+
+    Args:
+        calls: what is timed.
+        clocks: for each call, what tells the time in seconds.
+        runs: how often each is timed.
+        warm_up: how often each runs before that.
+    """
+    for _ in range(warm_up):
+        for call in calls:
+            call()
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(runs):
+        for taken, call, clock in zip(seconds, calls, clocks, strict=True):
+            taken.append(_timed(call, clock))
+    return tuple(Runs(tuple(taken)) for taken in seconds)
+
+
+def clock_of(model: nn.Module, inputs: ExampleInputs) -> Callable[[], float]:
+    """Tells the time once everything that was asked of the model's devices is done."""
+    devices = {tensor.device for tensor in (*tensors_of(model).values(), *inputs.tensors())}
+    waiting = [wait for device in devices for wait in waits(device)]
+
+    def now() -> float:
+        for wait in waiting:
+            wait()
+        return perf_counter()
+
+    return now
+
+
+def waits(device: torch.device) -> tuple[Callable[[], Any], ...]:
+    """What waits for a device; a CPU has done what it was asked when the call returns."""
+    if device.type == "cuda":
+        return (partial(torch.cuda.synchronize, device),)
+    return () if device.type == "cpu" else (torch.get_device_module(device).synchronize,)
+
+
+def check_runs(runs: int) -> None:
+    """Raise InputError where so many runs have no spread."""
+    if runs < LEAST_RUNS:
+        raise InputError(f"runs={runs}: a spread needs at least {LEAST_RUNS} runs")
+
+
+def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    started = clock()
+    call()
+    return clock() - started
+
+
+def _attributed(
+    model: nn.Module, inputs: ExampleInputs, read: Callable[[], float]
+) -> tuple[float, Mapping[str, float]]:
+    """By how much a reading (a clock, a counter) goes up in one run, and what of it each layer's own code does."""
+    spent: dict[str, float] = defaultdict(float)
+    with _watched(model, spent, read):
+        started = read()
+        outputs(model, inputs)
+        return read() - started, dict(spent)
+
+
+@contextmanager
+def _watched(model: nn.Module, spent: dict[str, float], read: Callable[[], float]) -> Iterator[None]:
+    running: list[list[float]] = []  # what was read at the start, and what layers inside took
+
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append([read(), 0.0])
+
+    def leaving(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            started, inside = running.pop()
+            taken = read() - started
+            spent[name] += taken - inside
+            if running:
+                running[-1][1] += taken
+
+        return leave
+
+    hooks = []
+    try:
+        for name, module in model.named_modules():
+            # What the model itself holds (a class token) can't be told from the rest.
+            if name and any(parameter is not None for parameter in module._parameters.values()):
+                hooks.append(module.register_forward_pre_hook(enter))
+                hooks.append(module.register_forward_hook(leaving(name), prepend=True, always_call=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _macs(model: nn.Module, inputs: ExampleInputs) -> tuple[int, Mapping[str, float]]:
+    with plain_attention(), MacCounter() as counter:
+        total, layers = _attributed(model, inputs, lambda: float(counter.total))
+    return int(total), layers
+
+
+def _latency(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    seconds: Sequence[float],
+    apart: Sequence[tuple[float, Mapping[str, float]]],
+    counted: tuple[int, Mapping[str, float]],
+) -> Latency:
+    total, macs = counted
+    layers = tuple(
+        LayerLatency(
+            name,
+            type(model.get_submodule(name)).__name__,
+            Runs(tuple(spent.get(name, 0.0) for _, spent in apart)),
+            int(count),
+        )
+        for name, count in macs.items()
+    )
+    rest = Runs(tuple(max(0.0, taken - sum(spent.values())) for taken, spent in apart))
+    tensors = [*tensors_of(model).values(), *inputs.tensors()]
+    return Latency(Runs(tuple(seconds)), layers, rest, total, str(tensors[0].device), torch.get_num_threads())

@@ -1,0 +1,154 @@
+"""Counting multiply-accumulates while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lbyl.errors import InputError
+from lbyl.runtime.contexts import plain_attention
+from lbyl.runtime.inputs import ExampleInputs, outputs
+
+_FREE = {
+    torch.ops.aten.adaptive_avg_pool2d,
+    torch.ops.aten.batch_norm,
+    torch.ops.aten.contiguous,
+    torch.ops.aten.dropout,
+    torch.ops.aten.flatten,
+    torch.ops.aten.group_norm,
+    torch.ops.aten.layer_norm,
+    torch.ops.aten.pad,
+    torch.ops.aten.reshape,
+    torch.ops.aten.to,
+}
+"""Operations without a multiplication that counts, which need not be taken apart to find out."""
+
+
+class MacCounter(TorchDispatchMode):
+    """Multiply-accumulates of convolutions, linear layers and matrix products, by PyTorch's own formulas.
+
+    ``torch.utils.flop_counter.FlopCounterMode`` finds the same, but follows every module, which takes as long as a
+    small model does.
+
+    Args:
+        spare: layers and their norms return zeros, which takes a fraction of the time: for models whose program does
+            not depend on what they compute. Only what is run within `undivided` is spared.
+    """
+
+    def __init__(self, spare: bool = False) -> None:
+        super().__init__()
+        self._flops, self._spare = 0, spare
+
+    @property
+    def total(self) -> int:
+        """What has been counted so far."""
+        return self._flops // 2
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._spare and (zeros := self._spared(func, args, kwargs)) is not None:
+            return zeros
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None and _composite(func):
+            # Within inference_mode, operations arrive whole that are made of others.
+            with self:
+                return func.decompose(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if formula is not None:
+            self._flops += formula(*args, **kwargs, out_val=result)
+        return result
+
+    def _spared(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Zeros in the shape of what a layer returns; None where that takes computing it."""
+        shape = _SHAPES[func](*args, **kwargs) if func in _SHAPES else None
+        if shape is None:
+            return None
+        x, weight = args[:2]
+        zeros = x.new_zeros(shape)
+        if func is not torch.ops.aten.batch_norm.default:
+            self._flops += 2 * zeros.numel() * weight[0].numel()
+        return zeros
+
+
+def undivided() -> AbstractContextManager[Any]:
+    """Below autograd, where an operation that is made of others has not been taken apart yet."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+@cache
+def _composite(func: Any) -> bool:
+    """Whether an operation is made of others that may count."""
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return func._overloadpacket not in _FREE and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite)
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = (1,),
+    padding: Any = (0,),
+    dilation: Any = (1,),
+    groups: int = 1,
+) -> list[int] | None:
+    axes = weight.dim() - 2
+    if x.dim() != weight.dim() or weight.shape[1] * groups != x.shape[1] or isinstance(padding, str):
+        return None
+    each = [list(value) * (axes // len(value)) for value in (stride, padding, dilation)]
+    sides = [
+        (side + 2 * pad - far * (kernel - 1) - 1) // step + 1
+        for side, kernel, step, pad, far in zip(x.shape[2:], weight.shape[2:], *each, strict=True)
+    ]
+    return [x.shape[0], weight.shape[0], *sides] if min(sides) > 0 else None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[int] | None:
+    return [*x.shape[:-1], weight.shape[0]] if weight.dim() == 2 and x.shape[-1] == weight.shape[1] else None
+
+
+def _batch_norm(x: Tensor, *tensors_and_numbers: Any) -> list[int] | None:
+    training = tensors_and_numbers[4]
+    return None if training else list(x.shape)
+
+
+_SHAPES: dict[Any, Callable[..., list[int] | None]] = {
+    torch.ops.aten.conv1d.default: _convolved,
+    torch.ops.aten.conv2d.default: _convolved,
+    torch.ops.aten.conv3d.default: _convolved,
+    torch.ops.aten.linear.default: _linear,
+    torch.ops.aten.batch_norm.default: _batch_norm,
+}
+"""What the layers return whose computation can be spared; None where their arguments do not fit."""
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, inputs: ExampleInputs) -> int:
+    """Multiply-accumulates of convolutions, linear layers and matrix products in one forward pass."""
+    with plain_attention(), MacCounter() as counter:
+        outputs(model, inputs)
+    return counter.total
+
+
+def macs_by_shapes(model: nn.Module, inputs: ExampleInputs) -> int:
+    """The same where the model can be traced, so that shapes tell it all: layers are computed only if they have to be.
+
+    Raises:
+        InputError: the model does not run on inputs of these shapes.
+    """
+    try:
+        with torch.no_grad(), plain_attention(), undivided(), MacCounter(spare=True) as counter:
+            outputs(model, inputs)
+        return counter.total
+    except InputError:
+        return count_macs(model, inputs)

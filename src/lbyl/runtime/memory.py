@@ -1,0 +1,156 @@
+"""What the activations of a network take of memory, and memory given back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.forward import CONVOLUTIONS, frozen, run
+from lbyl.runtime.inputs import ExampleInputs
+
+ROOM = 5 * 2**29
+"""Bytes that activations may take, where nothing else is asked for."""
+_PLANNED = 0.6
+"""The share of them that is planned for. The rest is for what layers need meanwhile, and for freed blocks that the
+allocator can't use again or give back."""
+
+
+def held_at_once(memory: int, each: int) -> int:
+    """How many probes may be held at once, given the bytes that activations may take, and those of one probe."""
+    return int(_PLANNED * memory / each)
+
+
+def _places(model: nn.Module) -> set[int]:
+    """Where the model's own tensors lie."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors_of(model).values()}
+
+
+class _Held(TorchFunctionMode):
+    """Counts the bytes of all tensors that a network makes, from when each is made until nobody refers to it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.known = _places(model)
+        self.owners: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                self._made(leaf)
+        return out
+
+    def _made(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place in self.known:
+            return
+        if place not in self.owners:
+            self.owners[place] = 0
+            self.now += size
+            self.most = max(self.most, self.now)
+        self.owners[place] += 1
+        weakref.finalize(tensor, self._gone, place, size).atexit = False
+
+    def _gone(self, place: int, size: int) -> None:
+        self.owners[place] -= 1
+        if not self.owners[place]:
+            del self.owners[place]
+            self.now -= size
+
+
+def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
+    """The most that tensors between layers take at any time of a forward pass, in bytes a row of the batch.
+
+    What a layer needs while it runs is not seen.
+    """
+    held = _Held(model)
+    with torch.no_grad(), held:
+        inputs.call(model)
+    return _each(held.most, inputs)
+
+
+class InputsForgotten(TorchFunctionMode):
+    """Convolutions keep nothing of their inputs for a backward pass in which their weights get no gradient.
+
+    Autograd keeps them all the same, about a third of all that it keeps. What comes back has the input's shape and
+    layout, which the gradient to the input needs, and any values.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in CONVOLUTIONS or len(args) < 2 or args[1].requires_grad:
+            return func(*args, **(kwargs or {}))
+        # Neither of the two may refer to the input, or it would stay.
+        place, shape = args[0].data_ptr(), args[0].shape
+
+        def pack(tensor: Tensor) -> Any:
+            if tensor.data_ptr() == place and tensor.shape == shape:
+                return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+            return tensor
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            shape, stride, dtype, device = packed
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return func(*args, **(kwargs or {}))
+
+
+def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
+    """What a forward pass with batch statistics keeps for a backward pass to the inputs, in bytes a row of the batch.
+
+    Convolutions keep no inputs there; see :class:`InputsForgotten`.
+    """
+    known = _places(model)
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        # Not the tensor itself: an output that is kept for its own function would never be freed.
+        return tensor.detach()
+
+    asked = inputs.map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()))
+    kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with frozen(model), torch.enable_grad(), kept, InputsForgotten():
+        # What it gives is held until all is counted: freed memory would be used, and taken for what was there before.
+        given = run(model, asked, batch_statistics=True)
+    del given
+    return _each(sum(found.values()), inputs)
+
+
+def _each(total: int, inputs: ExampleInputs) -> int:
+    first = inputs.tensors()[0]
+    return max(1, total // (len(first) if first.dim() else 1))
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library keeps it (glibc).
+
+    It keeps blocks below 32 MiB for later, while larger ones, as the next stage mostly needs them, are asked for anew.
+    """
+    if trim := _trim():
+        trim(0)
+
+
+@cache
+def _trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

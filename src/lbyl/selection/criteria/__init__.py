@@ -1,0 +1,5 @@
+"""Which channels matter: one small class a criterion.
+
+A criterion is anything with a ``score`` method. Pass an instance to :func:`lbyl.compress`, give it a name with
+:func:`lbyl.register`, or add a file here and its names to `lbyl._public`.
+"""

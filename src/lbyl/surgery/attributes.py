@@ -1,0 +1,138 @@
+"""Attributes of modules that hold a width, and have to follow when tensors are cut."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lbyl.errors import SurgeryError
+from lbyl.graph import Graph
+from lbyl.selection.select import Selection
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Set a whole number that a module keeps, or one place in a list of them, to what is left of it.
+
+    A number that is no whole one is the constant that a module adds to a mean over channels.
+    """
+
+    module: str
+    name: str
+    place: int | None
+    old: int | float
+    new: int | float
+
+
+_NO_WIDTH = re.compile(
+    "window|patch|kernel|stride|pad|dilat|resol|image|img|grid|pool|position|index|depth|seq|bucket|dist|layer|vocab"
+    "|head_dim|head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
+)
+"""Names of numbers that equal a width by chance: sizes in space, and within heads, which go whole."""
+
+
+def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tuple[Attribute, ...]:
+    """Numbers that modules keep and that views and splits in them go by: heads, widths, split sizes.
+
+    Whichever whole number of such a module equals a size that shrinks is taken for it; verification judges.
+    Where two sizes of the same value shrink to different ones, neither is touched.
+    """
+    index_of = {group.name: index for index, group in enumerate(graph.groups)}
+    gone = {(index_of[c.group.name], channel) for c in selection.choices for channel in c.drop}
+    wanted: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for size in graph.sizes:
+        wanted[size.module, size.value].add(size.value - sum(column in gone for column in size.columns))
+    shrinking = {key: next(iter(new)) for key, new in wanted.items() if len(new) == 1}
+    places = {path for path, _ in shrinking}
+    found = []
+    for path, module in model.named_modules():
+        if path not in places:
+            continue
+        candidates: dict[int, list[tuple[str, int | None]]] = defaultdict(list)
+        for name, value in vars(module).items():
+            if _NO_WIDTH.search(name):
+                continue
+            for place, item in enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]:
+                if type(item) is int and shrinking.get((path, item), item) != item:
+                    candidates[item].append((name, place))
+        for old, names in candidates.items():
+            # A number of heads may equal the size of one.
+            heads = [(name, place) for name, place in names if "head" in name and "dim" not in name]
+            for name, place in heads or names:
+                found.append(Attribute(path, name, place, old, shrinking[path, old]))
+    return (*found, *_constants(model, selection))
+
+
+def _constants(model: nn.Module, selection: Selection) -> Iterator[Attribute]:
+    """The constants that are added to means over channels, which grow as those means do."""
+    for choice in selection.choices:
+        for average in choice.group.averages:
+            if not average.eps:
+                continue
+            module = model.get_submodule(average.module)
+            names = [name for name, value in vars(module).items() if type(value) is float and value == average.eps]
+            if len(names) != 1:
+                raise SurgeryError(
+                    f"{average.module}: {len(names)} of its attributes hold {average.eps}, which it adds to a mean "
+                    "over channels; it would have to be one"
+                )
+            new = average.eps * choice.group.width / len(choice.keep)
+            yield Attribute(average.module, names[0], None, average.eps, new)
+
+
+def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Widths that a module remembers follow its tensors."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd) and "weight" in before:
+        assert isinstance(weight, Tensor)
+        old, transposed = before["weight"], module.transposed
+        if module.groups > 1 and old.shape[1] == 1:  # depthwise: the number of groups is the width
+            multiplier = old.shape[0] // module.groups
+            if weight.shape[0] % multiplier:
+                raise SurgeryError(f"{path}: {weight.shape[0]} filters do not fit a channel multiplier of {multiplier}")
+            module.groups = weight.shape[0] // multiplier
+        first, second = weight.shape[0], weight.shape[1] * module.groups
+        module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
+    elif isinstance(module, nn.Linear) and "weight" in before:
+        assert isinstance(weight, Tensor)
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding) and isinstance(weight, Tensor):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(weight, Tensor):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
+        if module.num_groups > 1:  # groups go as a whole, and a single one gets narrower
+            module.num_groups = module.num_groups * len(weight) // module.num_channels
+        module.num_channels = len(weight)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = len({**module._parameters, **module._buffers}[next(iter(before))])  # pyright: ignore
+    else:
+        _set_by_value(module, before)
+
+
+_WIDTHS = (
+    "num_channels",
+    "num_features",
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "embedding_dim",
+)
+
+
+def _set_by_value(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """For unknown modules: a well-known attribute that held an old width gets the new one."""
+    for key, old in before.items():
+        new: Any = module._parameters.get(key)
+        new = new if new is not None else module._buffers[key]
+        for attribute in _WIDTHS:
+            value = getattr(module, attribute, None)
+            dim = 1 if attribute.startswith("in_") and old.dim() > 1 else 0
+            if isinstance(value, int) and value == old.shape[dim] != new.shape[dim]:
+                setattr(module, attribute, new.shape[dim])

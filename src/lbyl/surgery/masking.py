@@ -1,0 +1,139 @@
+"""The uncut network with dropped channels masked: zero columns, folded deliveries, masked layer norms."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lbyl.graph import Slot
+from lbyl.runtime.layer_norms import Kept
+from lbyl.selection.filters import State, carrying, columns_second, few_rows, seats
+from lbyl.selection.select import Selection
+from lbyl.surgery.cuts import Cut
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """How the dropped channels are made up for.
+
+    Attributes:
+        matrix: the delivery matrix S: ``a_D ~ S^T a_K``.
+        scale: a factor for each kept channel (1 where the restorer leaves them alone).
+        note: what the user should know ("" as a rule).
+    """
+
+    matrix: Float[Tensor, "kept dropped"]
+    scale: Float[Tensor, " kept"]
+    note: str = ""
+
+
+def nothing_delivered(kept: int, dropped: int, note: str = "") -> Delivery:
+    """S = 0: plain pruning."""
+    return Delivery(torch.zeros(kept, dropped).double(), torch.ones(kept).double(), note)
+
+
+def silenced(values: Mapping[str, Tensor], selection: Selection, state: State) -> dict[str, Tensor]:
+    """The values, with dropped channels zero from the start where a mean is taken over all channels of a group.
+
+    So they are where a layer reads with the weight that makes the channels: it can't leave them out in another way.
+    """
+    changed = dict(values)
+    for choice in selection.choices:
+        for slot in choice.group.carriers if choice.group.averages else choice.group.tied:
+            value = changed.get(slot.parameter, state[slot.parameter].detach()).clone()
+            rows = carrying(slot, choice.group.width, choice.drop).to(value.device)
+            changed[slot.parameter] = value.index_fill_(slot.dim, rows.nonzero().flatten(), 0)
+    return changed
+
+
+Silences = Mapping[str, Sequence[Callable[[Tensor], object]]]
+"""What sets the dropped columns of a weight to zero, in place, by the weight's name."""
+
+
+def silences(selection: Selection) -> Silences:
+    """Plain pruning of the readers, to be laid on copies of their weights when these are made."""
+    found: dict[str, list[Callable[[Tensor], object]]] = defaultdict(list)
+    for choice in selection.choices:
+        _, drop = choice.tensors()
+        for slot in (*choice.group.readers, *choice.group.tied):
+            found[slot.parameter].append(partial(_silence_whole, slot=slot, width=choice.group.width, drop=drop))
+    return found
+
+
+def _silence_whole(weight: Tensor, slot: Slot, width: int, drop: Tensor) -> None:
+    silence(columns_second(weight, slot), slot, width, drop)
+
+
+def fold(
+    weight: Float[Tensor, "out columns *taps"],
+    source: Float[Tensor, "out columns *taps"],
+    slot: Slot,
+    width: int,
+    keep: Int[Tensor, " kept"],
+    drop: Int[Tensor, " dropped"],
+    delivery: Delivery,
+) -> Float[Tensor, "out columns *taps"]:
+    """``U'[:, K] = U[:, K] scale + U[:, D] S^T`` and ``U'[:, D] = 0``; ``weight`` is changed and returned.
+
+    Where a channel has several columns (after a flatten), the delivery holds for each of its places.
+    """
+    if not bool(delivery.matrix.any()) and bool((delivery.scale == 1).all()):
+        return silence(weight, slot, width, drop)
+    index = seats(slot, width)  # channels, places
+    per_block = len(slot.channels) // slot.blocks
+    rows = len(source) // slot.blocks
+    for number in range(slot.blocks):
+        out = slice(number * rows, (number + 1) * rows)
+        inside = (index >= number * per_block) & (index < (number + 1) * per_block)
+        here_k, here_d = inside[keep].any(1), inside[drop].any(1)
+        columns_k = index[keep[here_k]] - number * per_block
+        columns_d = index[drop[here_d]] - number * per_block
+        if not columns_k.numel() or not columns_d.numel():
+            continue
+        s = delivery.matrix[here_k][:, here_d].to(source.device)
+        scale = delivery.scale[here_k].to(source.device)
+        for u, target in zip(few_rows(source[out]), few_rows(weight[out]), strict=True):
+            # rows, channels, places, taps
+            restored, dropped = u[:, columns_k].to(torch.float64), u[:, columns_d].to(torch.float64)
+            restored *= scale.reshape([1, -1] + [1] * (restored.dim() - 2))
+            restored += torch.einsum("od...,kd->ok...", dropped, s)
+            target[:, columns_k] = restored.to(weight.dtype)
+            target[:, columns_d] = 0
+    return weight
+
+
+def silence(
+    weight: Float[Tensor, "out columns *taps"], slot: Slot, width: int, drop: Int[Tensor, " dropped"]
+) -> Float[Tensor, "out columns *taps"]:
+    """``U[:, D] = 0``; ``weight`` is changed and returned."""
+    columns = carrying(slot, width, drop).to(weight.device)
+    if slot.blocks == 1:
+        return weight.index_fill_(1, columns.nonzero().flatten(), 0)
+    blocks = weight.unflatten(0, (slot.blocks, -1))  # blocks, rows, columns of a block, taps
+    blocks.masked_fill_(columns.reshape([slot.blocks, 1, -1] + [1] * (weight.dim() - 2)), 0)
+    return weight
+
+
+def kept_channels(selection: Selection) -> dict[str, Bool[Tensor, " channels"]]:
+    """What stays at every layer norm over channels of which some go."""
+    kept: dict[str, Tensor] = {}
+    for choice in selection.choices:
+        names = {norm.weight for norm in choice.group.layer_norms}
+        for slot in choice.group.carriers:
+            if slot.parameter in names:
+                here = ~carrying(slot, choice.group.width, choice.drop)
+                kept[slot.parameter] = kept[slot.parameter] & here if slot.parameter in kept else here
+    return kept
+
+
+def still_masked(kept: Kept, cuts: Sequence[Cut]) -> dict[str, Bool[Tensor, " channels"]]:
+    """What stays of the channels that are left once a part of the selection is cut, where some are masked still."""
+    keep = {item.parameter: torch.tensor(item.keep) for item in cuts}
+    left = {name: mask[keep[name]] if name in keep else mask for name, mask in kept.items()}
+    return {name: mask for name, mask in left.items() if not bool(mask.all())}
