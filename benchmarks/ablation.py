@@ -31,7 +31,7 @@ RATIOS = {"resnet56": (0.5, 0.7), "efficientnet_lite0": (0.2, 0.3), "digits": (0
 
 SOLVED: dict[str, dict[str, Any]] = {
     "the default": {},
-    "all readers at once only": {"sequential": False},
+    "all consumers at once only": {"sequential": False},
     "in turn, whatever the held-out error": {"sequential": True},
     "no renorm": {"renorm": False},
     "mix in place of patch": {"solve": "mix"},
@@ -57,7 +57,9 @@ COLORED = ("painted scenes in place of crops", "crops alone")
 
 def dreamed(probes: Probes) -> int:
     """How many of the probes are dreams."""
-    return sum(batch_size(batch) for index, batch in enumerate(probes.batches) if index not in probes.lifelike)
+    return sum(
+        batch_size(batch) for index, batch in enumerate(probes.batches) if index not in probes.recalibration_batches
+    )
 
 
 def changed(restorers: Restorers, variant: str) -> lbyl.LeastSquares:

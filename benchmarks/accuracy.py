@@ -57,7 +57,7 @@ import lbyl
 from lbyl.moments import Probes, ProbeSource
 from lbyl.moments.given import Given
 from lbyl.restore.registry import choose_restorer
-from lbyl.runtime.copying import duplicate
+from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.seeding import generator_for
 
@@ -189,7 +189,7 @@ class Restorers:
     def probes(self, source: ProbeSource, seed: int) -> Probes:
         """What `lbyl.compress` would look at the network with."""
         inputs, generator = ExampleInputs.of(self.pixels[:1]), generator_for(seed, "probes")
-        return source.probes(duplicate(self.net).eval(), inputs, generator, None)
+        return source.probes(copy_model(self.net).eval(), inputs, generator, None)
 
 
 def middle(network: Network) -> float:

@@ -26,7 +26,7 @@ from torch import nn
 import lbyl
 from lbyl.moments.given import Given
 from lbyl.restore.registry import choose_restorer
-from lbyl.runtime.copying import duplicate
+from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.seeding import generator_for
 
@@ -38,7 +38,7 @@ def prepared(net: nn.Module, x: Any) -> lbyl.LeastSquares:
     restorer, _ = choose_restorer(net)
     assert isinstance(restorer, lbyl.LeastSquares)
     source: Any = restorer.moments
-    probes = source.probes(duplicate(net).eval(), ExampleInputs.of(x), generator_for(0, "probes"), None)
+    probes = source.probes(copy_model(net).eval(), ExampleInputs.of(x), generator_for(0, "probes"), None)
     return replace(restorer, moments=Given(probes))  # pyright: ignore[reportArgumentType]
 
 

@@ -102,7 +102,7 @@ def channels(net: nn.Module) -> int:
 def all_coupled(net: nn.Module, x: Any) -> bool:
     """Whether the inner scope leaves out every group that could be pruned."""
     prunable = [group for group in lbyl.inspect(net, x).graph.groups if group.prunable]
-    return bool(prunable) and all(group.outside for group in prunable)
+    return bool(prunable) and all(group.excluded_from_inner for group in prunable)
 
 
 def runs_elsewhere(net: nn.Module, smaller: nn.Module, x: Any) -> str | None:

@@ -3,7 +3,7 @@
     python benchmarks/footprint.py [--fresh]
 
 `lbyl.compress` at 50 % with its default restoration, verification included, in a process of its own. What may be held
-at once are three times the model, the moments of as many readers as are solved together (one at least, and no more
+at once are three times the model, the moments of as many consumers as are solved together (one at least, and no more
 than `LeastSquares.budget` holds), the probes themselves, and as many bytes of activations as `LeastSquares.memory` and
 `Dream.memory` say. The peak of the resident memory above that before the call must be below their sum. A tiny network
 is compressed before, for libraries that are loaded once are no data of ours, and the model itself is there before, so
@@ -33,9 +33,9 @@ from torch import nn
 
 import lbyl
 from lbyl.moments import Probes, ProbeSource
-from lbyl.pipeline.request import Order
+from lbyl.pipeline.request import CompressionRequest
 from lbyl.restore.least_squares.solve import empty_sums
-from lbyl.restore.least_squares.targets import sites
+from lbyl.restore.least_squares.targets import find_targets
 from lbyl.restore.registry import choose_restorer
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
@@ -84,9 +84,9 @@ def restorer(net: nn.Module, room: int) -> lbyl.LeastSquares:
 def moments(net: nn.Module, x: torch.Tensor, settings: lbyl.LeastSquares) -> int:
     """Bytes of the moments that are collected together."""
     graph, state = lbyl.inspect(net, x).graph, tensors_of(net)
-    order = Order(RATIO, None, "inner", resolve_criterion("l2"), settings, 0, True, False, None, None)
+    order = CompressionRequest(RATIO, None, "inner", resolve_criterion("l2"), settings, 0, True, False, None, None)
     selection = select(graph, state, RATIO, order.scope, order.choose(settings), order.seed)
-    sizes = [empty_sums(site, selection, state, settings, 0)[1] for site in sites(graph, selection)]
+    sizes = [empty_sums(site, selection, state, settings, 0)[1] for site in find_targets(graph, selection)]
     return max(max(sizes), min(sum(sizes), settings.budget))
 
 

@@ -62,7 +62,7 @@ def mlp(inputs: int = 6, *widths: int, classes: int = 3) -> nn.Sequential:
 
 
 def flat_convnet() -> nn.Sequential:
-    """conv-BN-ReLU-pool-flatten-linear: a channel has 2 x 2 columns in the reader. Input 3 x 4 x 4."""
+    """conv-BN-ReLU-pool-flatten-linear: a channel has 2 x 2 columns in the consumer. Input 3 x 4 x 4."""
     return settle(
         nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1, bias=False),

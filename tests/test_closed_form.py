@@ -173,7 +173,7 @@ class First:
         return -torch.arange(len(filters))
 
 
-def duplicate(layer: nn.Linear, scales: list[float]) -> None:
+def copy_model(layer: nn.Linear, scales: list[float]) -> None:
     """Neurons 4.. become copies of neurons 0.., scaled."""
     with torch.no_grad():
         for copy, scale in enumerate(scales):
@@ -202,7 +202,7 @@ def test_the_energy_of_a_channel_is_that_of_its_effective_filter(model: nn.Modul
 @pytest.mark.parametrize("restore", [lbyl.LBYL(ridge=1e-9), lbyl.Merge()], ids=["lbyl", "merge"])
 def test_duplicates_are_restored_exactly(scales: list[float], restore: lbyl.Restorer) -> None:
     model, x = mlp(6, 8), images(32, 6)
-    duplicate(model[0], scales)  # pyright: ignore[reportArgumentType]
+    copy_model(model[0], scales)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         expected = model(x)
         restored = compress(model, x, criterion=First(), restore=restore).model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lbyl.runtime.float64 import InDouble, depthwise_conv2d
+from lbyl.runtime.float64 import Float64Mode, depthwise_conv2d
 from lbyl.runtime.macs import MacCounter
 
 
@@ -28,13 +28,13 @@ def test_every_setting(kernel, settings, each):
     layer = nn.Conv2d(6, 6 * each, kernel, groups=6, **settings).double()
     x = torch.randn(2, 6, 11, 9, dtype=torch.float64)
     expected = layer(x)
-    with InDouble():
+    with Float64Mode():
         assert torch.allclose(layer(x), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_it_is_used_where_it_should_be():
     def convolutions(layer: nn.Module, x: torch.Tensor) -> int:
-        with torch.no_grad(), InDouble(), MacCounter() as counter:
+        with torch.no_grad(), Float64Mode(), MacCounter() as counter:
             layer(x)
         return counter.total  # multiplications tap by tap don't count
 
@@ -47,7 +47,7 @@ def test_it_is_used_where_it_should_be():
 
 def test_a_channel_too_many_is_still_an_error():
     layer = nn.Conv2d(6, 6, 3, groups=6).double()
-    with InDouble(), pytest.raises(RuntimeError, match="channels"):
+    with Float64Mode(), pytest.raises(RuntimeError, match="channels"):
         layer(torch.randn(1, 5, 8, 8, dtype=torch.float64))
 
 
@@ -66,14 +66,14 @@ def test_narrow_weights_of_linear_layers_meet_wide_inputs(shape, bias, monkeypat
     monkeypatch.setattr("lbyl.runtime.float64.LARGE", 12)  # two outputs at a time
     layer = nn.Linear(5, 7, bias=bias)
     x = torch.randn(*shape, dtype=torch.float64)
-    with torch.no_grad(), InDouble():
+    with torch.no_grad(), Float64Mode():
         narrow = torch.nn.functional.linear(x, layer.weight, None if layer.bias is None else layer.bias.double())
         assert torch.allclose(narrow, layer.double()(x), rtol=1e-12, atol=1e-14)
 
 
 def test_other_precisions_that_do_not_fit_are_still_an_error():
     x = torch.randn(2, 5)
-    with InDouble(), pytest.raises(RuntimeError, match="dtype"):
+    with Float64Mode(), pytest.raises(RuntimeError, match="dtype"):
         torch.nn.functional.linear(x, torch.randn(3, 5, dtype=torch.float64))
-    with InDouble(), pytest.raises(RuntimeError, match="dtype"):
+    with Float64Mode(), pytest.raises(RuntimeError, match="dtype"):
         torch.nn.functional.linear(x.half(), torch.randn(3, 5))

@@ -20,8 +20,8 @@ def names(slots: tuple[Slot, ...]) -> list[tuple[str, int]]:
     return [(slot.parameter, slot.dim) for slot in slots]
 
 
-def reader(group: Group, parameter: str) -> Slot:
-    (slot,) = [slot for slot in group.readers if slot.parameter == parameter]
+def consumer(group: Group, parameter: str) -> Slot:
+    (slot,) = [slot for slot in group.consumers if slot.parameter == parameter]
     return slot
 
 
@@ -34,8 +34,8 @@ def test_an_mlp_has_a_group_for_every_linear_layer() -> None:
     ]
     first = graph.group("0")
     assert names(first.carriers) == [("0.weight", 0), ("0.bias", 0)]
-    assert names(first.readers) == [("2.weight", 1)]
-    assert reader(first, "2.weight").channels == tuple(range(10))
+    assert names(first.consumers) == [("2.weight", 1)]
+    assert consumer(first, "2.weight").channels == tuple(range(10))
     assert first.prunable
     assert not first.coupled
     assert graph.barriers == ()
@@ -43,7 +43,7 @@ def test_an_mlp_has_a_group_for_every_linear_layer() -> None:
 
 def test_flatten_multiplies_the_index_map() -> None:
     group = graph_of(flat_convnet(), images(2, 3, 4, 4)).group("0")
-    assert reader(group, "5.weight").channels == tuple(channel for channel in range(8) for _ in range(4))
+    assert consumer(group, "5.weight").channels == tuple(channel for channel in range(8) for _ in range(4))
     assert ("1.running_mean", 0) in names(group.carriers)
     (producer,) = group.producers
     (norm,) = producer.stages
@@ -61,7 +61,7 @@ def test_flatten_of_channels_last_interleaves_the_index_map() -> None:
             return self.fc(self.conv(x).relu().permute(0, 2, 3, 1).flatten(1))
 
     group = graph_of(settle(ChannelsLast()), images(2, 3, 2, 2)).group("conv")
-    assert reader(group, "fc.weight").channels == tuple(range(4)) * 4
+    assert consumer(group, "fc.weight").channels == tuple(range(4)) * 4
 
 
 def test_a_residual_sum_couples_the_stream_but_not_the_inside_of_a_block() -> None:
@@ -69,7 +69,7 @@ def test_a_residual_sum_couples_the_stream_but_not_the_inside_of_a_block() -> No
     stream = graph.group("stem.0")
     assert stream.layers == ("stem.0", "a.conv2")
     assert stream.coupled
-    assert names(stream.readers) == [("a.conv1.weight", 1), ("b.conv1.weight", 1), ("b.shortcut.0.weight", 1)]
+    assert names(stream.consumers) == [("a.conv1.weight", 1), ("b.conv1.weight", 1), ("b.shortcut.0.weight", 1)]
     assert graph.group("b.conv2").layers == ("b.conv2", "b.shortcut.0")
     assert graph.group("b.conv2").coupled
     for inner in ("a.conv1", "b.conv1"):
@@ -93,8 +93,8 @@ def test_concatenated_branches_stay_apart_and_share_the_batch_norm() -> None:
     graph = graph_of(settle(Branches()), images(2, 3, 5, 5))
     a, b = graph.group("a"), graph.group("b")
     assert (a.width, b.width) == (4, 6)
-    assert reader(a, "read.weight").channels == (0, 1, 2, 3, -1, -1, -1, -1, -1, -1)
-    assert reader(b, "read.weight").channels == (-1, -1, -1, -1, 0, 1, 2, 3, 4, 5)
+    assert consumer(a, "read.weight").channels == (0, 1, 2, 3, -1, -1, -1, -1, -1, -1)
+    assert consumer(b, "read.weight").channels == (-1, -1, -1, -1, 0, 1, 2, 3, 4, 5)
     for group in (a, b):
         assert ("bn.running_var", 0) in names(group.carriers)
         assert not group.coupled
@@ -103,7 +103,7 @@ def test_concatenated_branches_stay_apart_and_share_the_batch_norm() -> None:
 def test_depthwise_layers_carry_channels_through() -> None:
     group = graph_of(settle(Depthwise(6)), images(2, 3, 6, 6)).group("expand")
     assert {("depthwise.weight", 0), ("bn1.weight", 0), ("bn0.weight", 0)} <= set(names(group.carriers))
-    assert names(group.readers) == [("project.weight", 1)]
+    assert names(group.consumers) == [("project.weight", 1)]
 
 
 class Grouped(nn.Module):
@@ -120,7 +120,7 @@ def test_grouped_convolutions_label_their_blocks() -> None:
     graph = graph_of(settle(Grouped()), images(2, 3, 5, 5))
     assert graph.group("before").blocks == (0,) * 4 + (1,) * 4
     assert graph.group("grouped").blocks == (0,) * 6 + (1,) * 6
-    assert reader(graph.group("before"), "grouped.weight").blocks == 2
+    assert consumer(graph.group("before"), "grouped.weight").blocks == 2
 
 
 def test_a_shortcut_that_pads_channels_pins_both_sides() -> None:
@@ -156,8 +156,8 @@ def test_a_layer_that_runs_twice_reads_its_own_channels() -> None:
     graph = graph_of(settle(Reused()), images(2, 6))
     group = graph.group("first")
     assert group.layers == ("first", "twice")
-    assert names(group.readers) == [("twice.weight", 1), ("head.weight", 1)]
-    assert next(r for r in graph.readers if r.layer == "twice").calls == 2
+    assert names(group.consumers) == [("twice.weight", 1), ("head.weight", 1)]
+    assert next(r for r in graph.consumers if r.layer == "twice").calls == 2
 
 
 class Gated(nn.Module):
@@ -179,7 +179,7 @@ def test_a_gate_goes_with_what_it_gates_and_a_broadcast_one_is_pinned() -> None:
     gated = graph.group("conv")
     assert gated.layers == ("conv", "excite")
     assert not gated.coupled  # a product is no sum
-    assert names(gated.readers) == [("squeeze.weight", 1), ("gate.weight", 1), ("head.weight", 1)]
+    assert names(gated.consumers) == [("squeeze.weight", 1), ("gate.weight", 1), ("head.weight", 1)]
     assert "broadcast" in str(graph.group("gate").reason)
     assert graph.group("squeeze").prunable
 
@@ -264,8 +264,8 @@ def test_one_dimensional_convolutions() -> None:
         nn.Linear(8, 2),
     )
     graph = graph_of(settle(model), images(2, 3, 6))
-    assert names(graph.group("0").readers) == [("3.weight", 1)]
-    assert reader(graph.group("3"), "7.weight").channels == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert names(graph.group("0").consumers) == [("3.weight", 1)]
+    assert consumer(graph.group("3"), "7.weight").channels == (0, 0, 1, 1, 2, 2, 3, 3)
 
 
 def test_inspecting_leaves_mode_and_buffers_alone() -> None:

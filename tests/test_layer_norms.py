@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 import lbyl
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.layer_norms import kept_layer_norm
+from lbyl.runtime.layer_norms import masked_layer_norm
 from lbyl.runtime.output_error import outputs_error
 from lbyl.selection.criteria.base import resolve_criterion
 from lbyl.selection.select import ByCriterion, Choice, Selection, select
 from lbyl.surgery import verification
 from lbyl.surgery.cuts import cut_copy, plan_cuts
-from lbyl.surgery.masking import kept_channels
+from lbyl.surgery.masking import norm_masks
 from lbyl.surgery.verification import difference, verify
 
 
@@ -166,23 +166,23 @@ class ByHand(TorchFunctionMode):
 
 
 def masked(model: nn.Module, result: lbyl.Result, x: Tensor) -> tuple[Tensor, int]:
-    """What the uncut network computes in float64 whose readers' dropped columns are zero, and the norms that it met."""
+    """What the masked network computes in float64, and the norms that it met."""
     twin = copy.deepcopy(model).double()
     keep = {(c.parameter, c.dim): c for c in result.plan.cuts}
     state, small = tensors_of(twin), tensors_of(result.model)
     with torch.no_grad():
-        for reader in lbyl.inspect(model, x).graph.readers:
-            cut = keep.get((reader.weight, reader.dim))
+        for consumer in lbyl.inspect(model, x).graph.consumers:
+            cut = keep.get((consumer.weight, consumer.dim))
             if cut is None:
                 continue
-            rows = keep.get((reader.weight, 0))
-            kept_rows = list(rows.keep) if rows else list(range(len(state[reader.weight])))
-            per_block, rows_per_block = state[reader.weight].shape[1], len(state[reader.weight]) // reader.blocks
-            state[reader.weight].zero_()
+            rows = keep.get((consumer.weight, 0))
+            kept_rows = list(rows.keep) if rows else list(range(len(state[consumer.weight])))
+            per_block, rows_per_block = state[consumer.weight].shape[1], len(state[consumer.weight]) // consumer.blocks
+            state[consumer.weight].zero_()
             for place, row in enumerate(kept_rows):
                 block = row // rows_per_block
                 columns = [c - block * per_block for c in cut.keep if c // per_block == block]
-                state[reader.weight][row, columns] = small[reader.weight][place].double()
+                state[consumer.weight][row, columns] = small[consumer.weight][place].double()
         norms = {c.parameter: c.keep for c in result.plan.cuts if c.dim == 0}
         with ByHand(twin, norms) as mode:
             return twin(x.double()), mode.met
@@ -212,7 +212,7 @@ def test_statistics_are_those_of_a_narrower_norm() -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(4, 6) + 100, torch.rand(6), torch.rand(6)
     kept = torch.tensor([True, False, True, True, False, True])
-    y = kept_layer_norm(x, kept, weight, bias, 0.1)
+    y = masked_layer_norm(x, kept, weight, bias, 0.1)
     torch.testing.assert_close(y[:, kept], F.layer_norm(x[:, kept], (4,), weight[kept], bias[kept], 0.1))
     assert bool((y[:, ~kept] == 0).all())
 
@@ -225,7 +225,7 @@ def cut_by_hand() -> tuple[nn.Module, nn.Module, ExampleInputs, Selection]:
     work = copy.deepcopy(model)
     with torch.no_grad():
         for choice in selection.choices:
-            for slot in choice.group.readers:
+            for slot in choice.group.consumers:
                 weight = work.get_parameter(slot.parameter)
                 weight[:, list(choice.drop)] = 0
     return work, cut_copy(work, plan_cuts(selection)), ExampleInputs.of(x), selection
@@ -255,7 +255,7 @@ def test_a_norm_that_is_cut_wrongly_is_noticed(spoil: Callable[[nn.Module], None
 
 def test_verification_does_not_take_zeros_for_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     masked, smaller, inputs, selection = cut_by_hand()
-    monkeypatch.setattr(verification, "kept_channels", lambda selection: {})
+    monkeypatch.setattr(verification, "norm_masks", lambda selection: {})
     with pytest.raises(lbyl.VerificationError, match="differ by"):
         verify(masked, smaller, inputs, selection)
 
@@ -503,9 +503,9 @@ def test_masks_of_norms_follow_the_selection() -> None:
     model, x = network("functional")
     graph = lbyl.inspect(model, x).graph
     left, right = graph.group("left"), graph.group("right")
-    both = kept_channels(Selection((Choice(left, (0, 1, 2, 3, 4, 5, 6)), Choice(right, (1, 2, 3))), ()))
+    both = norm_masks(Selection((Choice(left, (0, 1, 2, 3, 4, 5, 6)), Choice(right, (1, 2, 3))), ()))
     assert both["weight"].tolist() == [True] * 7 + [False, False] + [True] * 3
-    assert kept_channels(Selection((), ())) == {}
+    assert norm_masks(Selection((), ())) == {}
 
 
 def test_a_sweep_makes_what_compress_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from lbyl.moments.synthesis import dead_leaves, pink, varied_pink
 from lbyl.restore.least_squares.fit import read
 from lbyl.restore.least_squares.recalibrate import Look, expected_shift, recenter
 from lbyl.restore.ridge import Prior, solve
-from lbyl.runtime.batches import affordable, macs_each
-from lbyl.runtime.forward import ReaderCall, run
+from lbyl.runtime.batches import affordable, macs_per_input
+from lbyl.runtime.forward import ConsumerCall, run
 
 
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -33,13 +33,13 @@ def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
     return net.eval()
 
 
-def conv_net(reader: nn.Module | None = None) -> nn.Sequential:
-    reader = reader or nn.Conv2d(12, 6, 3, padding=1, bias=False)
+def conv_net(consumer: nn.Module | None = None) -> nn.Sequential:
+    consumer = consumer or nn.Conv2d(12, 6, 3, padding=1, bias=False)
     return nn.Sequential(
         nn.Conv2d(3, 12, 3, padding=1, bias=False),
         nn.BatchNorm2d(12),
         nn.ReLU(),
-        reader,
+        consumer,
         nn.BatchNorm2d(6),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
@@ -106,7 +106,7 @@ READERS = {
 
 @pytest.mark.parametrize("name", READERS)
 def test_the_reported_error_is_the_measured_one(name: str) -> None:
-    """What the moments say is left of the error is what the reader's output shows on the same inputs."""
+    """What the moments say is left of the error is what the consumer's output shows on the same inputs."""
     net = randomize(conv_net(READERS[name]))
     x = images()
     restore = lbyl.LeastSquares(lbyl.Data([x]), ridge=1e-2, renorm=False, positions=10**9)
@@ -169,8 +169,8 @@ def test_batch_statistics_have_the_right_gradient() -> None:
 
 def test_readers_see_their_padded_input() -> None:
     net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(4 * 144, 2)))
-    calls: list[ReaderCall] = []
-    run(net, lbyl.runtime.inputs.ExampleInputs.of(images(2)), on_read=calls.append, stop_after="0.weight")
+    calls: list[ConsumerCall] = []
+    run(net, lbyl.runtime.inputs.ExampleInputs.of(images(2)), on_consumer=calls.append, stop_after="0.weight")
     (call,) = calls
     assert call.x.shape == (2, 3, 14, 14)
     assert call.padding == (0, 0)
@@ -224,7 +224,7 @@ def test_as_many_probes_as_a_network_of_its_size_affords() -> None:
 
 def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     net, inputs = randomize(conv_net()), lbyl.runtime.inputs.ExampleInputs.of(images(1))
-    step = 3 * macs_each(net, inputs) * 20
+    step = 3 * macs_per_input(net, inputs) * 20
 
     def notes(allowed: float, **settings: int) -> str:
         monkeypatch.setattr("lbyl.moments.dream._MOST", allowed)
@@ -389,9 +389,9 @@ def test_a_restoration_that_raises_the_held_out_error_is_taken_back() -> None:
     ],
 )
 def test_a_part_of_a_reading_is_what_the_patches_alone_give(layer: nn.Module, x: torch.Tensor) -> None:
-    calls: list[ReaderCall] = []
+    calls: list[ConsumerCall] = []
     with torch.no_grad():
-        run(layer, lbyl.runtime.inputs.ExampleInputs.of(x), on_read=calls.append)
+        run(layer, lbyl.runtime.inputs.ExampleInputs.of(x), on_consumer=calls.append)
     weight = layer.get_parameter("weight").detach()
     blocks = getattr(layer, "groups", 1)
     keep, drop = torch.tensor([0, 2, 3]), torch.tensor([1])

@@ -170,7 +170,9 @@ def test_thinned_rows_keep_their_layout() -> None:
 
 
 def test_batches_are_cut_to_what_memory_holds() -> None:
-    made = Probes(tuple(batches(40, 12, 30)), batches(4)[0], True, lifelike=(1, 2), judged_in=(2,))
+    made = Probes(
+        tuple(batches(40, 12, 30)), batches(4)[0], True, recalibration_batches=(1, 2), evaluation_batches=(2,)
+    )
     room = room_for(15, held_bytes(network(), ExampleInputs.of(images(1))))
 
     def found(memory: int) -> Probes:
@@ -179,7 +181,7 @@ def test_batches_are_cut_to_what_memory_holds() -> None:
 
     cut = found(room)
     assert rows(cut.batches) == [14, 13, 13, 12, 15, 15]
-    assert (cut.lifelike, cut.judged_in) == ((3, 4, 5), (4, 5))
+    assert (cut.recalibration_batches, cut.evaluation_batches) == ((3, 4, 5), (4, 5))
     assert found(ROOM) is made
     assert min(rows(found(1).batches)) == 4, "the statistics of less would tell too little"
 

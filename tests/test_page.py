@@ -35,7 +35,7 @@ HOSTILE = "</code><script>alert('x')</script>&\"<img src=//evil.test>$\\frac{1}"
 X = images(2, 3, 8, 8)
 
 
-class Reader(HTMLParser):
+class Consumer(HTMLParser):
     """Tags, attributes and text of a page, as a browser's parser would see them."""
 
     def __init__(self, text: str) -> None:
@@ -93,11 +93,11 @@ def damaged(report: lbyl.Report, name: str) -> lbyl.Report:
 
 def test_the_page_says_what_was_cut_what_it_cost_and_how_to_go_on(fitted: lbyl.Result) -> None:
     plan, report = fitted.plan, fitted.report
-    reader = Reader(page(plan, report))
+    consumer = Consumer(page(plan, report))
     before, after = report.parameters
     assert report.macs
     assert report.assessment
-    assert reader.open == []
+    assert consumer.open == []
     for words in (
         "residual, pruned",
         "called with float32 2x3x8x8",
@@ -117,32 +117,32 @@ def test_the_page_says_what_was_cut_what_it_cost_and_how_to_go_on(fitted: lbyl.R
         *report.notes,
         *report.seconds,
     ):
-        assert words in reader.text
+        assert words in consumer.text
     for row in report.rows:
         assert row.errors
-        cells = next(cells for cells in reader.cells if cells[0] == row.group)
+        cells = next(cells for cells in consumer.cells if cells[0] == row.group)
         assert cells[1:3] == [str(row.before), str(row.after)]
         assert {f"{error:.1%}" for error in row.errors} <= set(cells)
     for name, why in report.left:
-        assert [name, why] in reader.cells
+        assert [name, why] in consumer.cells
 
 
 def test_the_paper_s_errors_are_shown_where_they_apply() -> None:
     result = compress(residual(), X)
-    reader = Reader(page(result.plan, result.report))
-    assert "Damage was not predicted" in reader.text
-    assert {"RE", "BE", "AE"} <= {cell for cells in reader.cells for cell in cells}
+    consumer = Consumer(page(result.plan, result.report))
+    assert "Damage was not predicted" in consumer.text
+    assert {"RE", "BE", "AE"} <= {cell for cells in consumer.cells for cell in cells}
     for row in result.report.rows:
-        cells = next(cells for cells in reader.cells if cells[0] == row.group)
+        cells = next(cells for cells in consumer.cells if cells[0] == row.group)
         assert {f"{row.re:.3g}", f"{row.be:.3g}", f"{row.ae:.3g}"} <= set(cells)
-    assert len([tag for tag in reader.tags if tag == "svg"]) == 2
+    assert len([tag for tag in consumer.tags if tag == "svg"]) == 2
 
 
 def test_without_any_error_only_the_widths_are_drawn() -> None:
     result = compress(residual(), X, restore="prune", verify=False)
-    reader = Reader(page(result.plan, result.report))
-    assert reader.tags.count("svg") == (2 if any(row.re is not None for row in result.report.rows) else 1)
-    assert "Not verified" in reader.text
+    consumer = Consumer(page(result.plan, result.report))
+    assert consumer.tags.count("svg") == (2 if any(row.re is not None for row in result.report.rows) else 1)
+    assert "Not verified" in consumer.text
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_verdict_in_plain_words(fitted: lbyl.Result, restored: float, words:
     assessment = dataclasses.replace(fitted.report.assessment, restored=restored)
     report = dataclasses.replace(fitted.report, assessment=assessment)
     assert words in verdict(assessment).headline
-    assert verdict(assessment).headline in Reader(page(fitted.plan, report)).text
+    assert verdict(assessment).headline in Consumer(page(fitted.plan, report)).text
 
 
 # -- nothing but itself -------------------------------------------------------------------------------------
@@ -163,39 +163,39 @@ def test_the_verdict_in_plain_words(fitted: lbyl.Result, restored: float, words:
 def test_names_of_the_user_s_are_text_and_nothing_else(fitted: lbyl.Result) -> None:
     plan = dataclasses.replace(fitted.plan, source=f"nets.py:{HOSTILE}", inputs=HOSTILE, library=HOSTILE)
     clean, hostile = page(fitted.plan, fitted.report), page(plan, damaged(fitted.report, HOSTILE))
-    reader = Reader(hostile)
-    assert {"script", "img"}.isdisjoint(reader.tags)
-    assert set(reader.tags) - set(Reader(clean).tags) <= {"ul", "li"}
-    assert reader.text.count("alert('x')") > 6
-    assert reader.open == []
+    consumer = Consumer(hostile)
+    assert {"script", "img"}.isdisjoint(consumer.tags)
+    assert set(consumer.tags) - set(Consumer(clean).tags) <= {"ul", "li"}
+    assert consumer.text.count("alert('x')") > 6
+    assert consumer.open == []
 
 
 @pytest.mark.parametrize("name", ["层.权重", "a\nb\tc", "\x00\x07", "🙂" * 40, "$x", "", "x" * 500, "%s{{7*7}}"])
 def test_odd_names_are_no_error(fitted: lbyl.Result, name: str) -> None:
     text = page(fitted.plan, damaged(fitted.report, name))
-    assert Reader(text).open == []
-    assert "49" not in Reader(text).text or "{{7*7}}" not in name
+    assert Consumer(text).open == []
+    assert "49" not in Consumer(text).text or "{{7*7}}" not in name
 
 
 def test_the_page_asks_nothing_of_the_network(fitted: lbyl.Result) -> None:
     text = page(fitted.plan, fitted.report)
-    reader = Reader(text)
-    assert {"script", "link", "img", "iframe", "object", "base"}.isdisjoint(reader.tags)
+    consumer = Consumer(text)
+    assert {"script", "link", "img", "iframe", "object", "base"}.isdisjoint(consumer.tags)
     assert "http" not in re.sub(r'http-equiv="', "", text)
     assert not re.search(r"url\((?!#)|@import", text)
-    policy = dict(reader.attributes)["content"] and [v for n, v in reader.attributes if "default-src" in v]
+    policy = dict(consumer.attributes)["content"] and [v for n, v in consumer.attributes if "default-src" in v]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
-    for name, value in reader.attributes:
+    for name, value in consumer.attributes:
         if name in ("href", "src"):
             assert value.startswith("#")
 
 
 def test_ids_are_unique_and_what_refers_to_them_finds_them(fitted: lbyl.Result) -> None:
-    reader = Reader(page(fitted.plan, fitted.report))
-    ids = [value for name, value in reader.attributes if name == "id"]
+    consumer = Consumer(page(fitted.plan, fitted.report))
+    ids = [value for name, value in consumer.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    targets = {value[1:] for name, value in reader.attributes if name == "href"}
-    targets |= {found for _, value in reader.attributes for found in re.findall(r"url\(#(.*?)\)", value)}
+    targets = {value[1:] for name, value in consumer.attributes if name == "href"}
+    targets |= {found for _, value in consumer.attributes for found in re.findall(r"url\(#(.*?)\)", value)}
     assert targets
     assert targets <= set(ids)
 
@@ -244,7 +244,7 @@ def test_any_number_of_groups_has_a_page_of_sensible_size(fitted: lbyl.Result, c
 def test_numbers_that_can_t_be_drawn_are_no_error(fitted: lbyl.Result, value: float) -> None:
     rows = tuple(dataclasses.replace(row, errors=(value, value)) for row in fitted.report.rows)
     report = dataclasses.replace(fitted.report, rows=rows, parameters=(0, 0), macs=(0, 0), seconds={"trace": 0.0})
-    assert Reader(page(fitted.plan, report)).open == []
+    assert Consumer(page(fitted.plan, report)).open == []
 
 
 # -- beside the weights -------------------------------------------------------------------------------------
@@ -302,23 +302,23 @@ def test_importing_the_library_imports_neither_matplotlib_nor_jinja() -> None:
 
 
 def test_notebooks_show_results_reports_and_inspections(fitted: lbyl.Result) -> None:
-    result, report = (Reader(shown._repr_html_()) for shown in (fitted, fitted.report))
-    for reader in (result, report):
-        assert reader.open == []
-        assert {"html", "body", "script"}.isdisjoint(reader.tags)
-        assert fitted.report.rows[0].group in reader.text
+    result, report = (Consumer(shown._repr_html_()) for shown in (fitted, fitted.report))
+    for consumer in (result, report):
+        assert consumer.open == []
+        assert {"html", "body", "script"}.isdisjoint(consumer.tags)
+        assert fitted.report.rows[0].group in consumer.text
     assert result.tags.count("svg") == 2
     assert "svg" not in report.tags
     assert "How to load it" in result.text
     assert "How to load it" not in report.text
 
     inspection = lbyl.inspect(HardCoded(), images(2, 6))
-    reader = Reader(inspection._repr_html_())
+    consumer = Consumer(inspection._repr_html_())
     for group in inspection.graph.groups:
-        cells = next(cells for cells in reader.cells if cells[0] == group.name)
+        cells = next(cells for cells in consumer.cells if cells[0] == group.name)
         assert cells[1] == str(group.width)
     hostile = dataclasses.replace(inspection, untraced=((HOSTILE, HOSTILE),), note=HOSTILE)
-    assert {"script", "img"}.isdisjoint(Reader(hostile._repr_html_()).tags)
+    assert {"script", "img"}.isdisjoint(Consumer(hostile._repr_html_()).tags)
 
 
 def test_the_style_sheet_rules_only_what_is_lbyl_s(fitted: lbyl.Result) -> None:

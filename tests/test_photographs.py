@@ -63,7 +63,7 @@ def dream(x: Tensor, **settings: bool) -> Probes:
 def test_they_take_the_place_of_scenes_and_other_crops_are_held_out() -> None:
     probes = dream(torch.zeros(1, 3, 24, 24))
     assert [len(batch.tensors()[0]) for batch in probes.batches] == [8, 4, 4]
-    assert probes.lifelike == probes.judged_in == (1, 2)
+    assert probes.recalibration_batches == probes.evaluation_batches == (1, 2)
     crops = torch.cat([batch.tensors()[0] for batch in (*probes.batches[1:], probes.held_out)])
     assert len(crops) == 16
     torch.testing.assert_close(crops.std((0, 2, 3)), torch.ones(3), rtol=1e-3, atol=0)
@@ -73,7 +73,7 @@ def test_they_take_the_place_of_scenes_and_other_crops_are_held_out() -> None:
 def test_without_them_dreams_are_held_out(channels: int, settings: dict[str, bool]) -> None:
     probes = dream(torch.zeros(1, channels, 24, 24), **settings)
     assert [len(batch.tensors()[0]) for batch in probes.batches] == [8, 8]
-    assert (probes.lifelike, probes.judged_in) == ((1,), ())
+    assert (probes.recalibration_batches, probes.evaluation_batches) == ((1,), ())
     assert len(probes.held_out.tensors()[0]) == 4
 
 

@@ -106,7 +106,7 @@ def test_a_recording_tells_what_an_export_tells(name: str) -> None:
     assert recorded.macs == count_macs(model, inputs)
 
 
-class Reading(nn.Module):
+class ConsumerMoments(nn.Module):
     """Chokes on zeros where a layer should have answered, which is nothing that Python sees."""
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class Reading(nn.Module):
 
 
 def test_a_model_that_can_not_do_with_zeros_is_computed() -> None:
-    model, inputs = Reading().eval(), ExampleInputs.of(images(3, 4))
+    model, inputs = ConsumerMoments().eval(), ExampleInputs.of(images(3, 4))
     assert record(model, inputs).macs == count_macs(model, inputs)
 
 

@@ -1,4 +1,4 @@
-"""Readers solved in turn: what each is asked for, that it keeps the residual sum, and who chooses."""
+"""Consumers solved in turn: what each is asked for, that it keeps the residual sum, and who chooses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 import lbyl
 from lbyl.moments import Probes
 from lbyl.moments.given import Given
-from lbyl.restore.least_squares.paired_forward import OutOfStep, Turn, Walked, walk_together
-from lbyl.runtime.forward import ReaderCall, run
+from lbyl.restore.least_squares.paired_forward import ConsumerDue, NotPairable, PairedPass, run_paired
+from lbyl.runtime.forward import ConsumerCall, run
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import held_bytes
 
@@ -59,14 +59,14 @@ def walk(
     net: nn.Module,
     batches: list[Tensor],
     values: dict[str, Tensor],
-    solve: Callable[[Turn], None],
-    readers: list[str] | None = None,
+    solve: Callable[[ConsumerDue], None],
+    consumers: list[str] | None = None,
     **settings: bool,
-) -> Walked:
+) -> PairedPass:
     settings = {"batch_statistics": False, "renorm": False, **settings}
     inputs = [ExampleInputs.of(batch) for batch in batches]
     with torch.no_grad():
-        return walk_together(net, inputs, READERS if readers is None else readers, values, solve, **settings)
+        return run_paired(net, inputs, READERS if consumers is None else consumers, values, solve, **settings)
 
 
 def conv1_scaled(net: nn.Module) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ def test_a_reader_is_asked_for_what_keeps_the_sum(batch_statistics: bool) -> Non
     """If it gave exactly what it is asked for, the sum would be the original one."""
     net, batches = residual(), [images(10), images(7, seed=2)]
     values = conv1_scaled(net)
-    turns: list[Turn] = []
+    turns: list[ConsumerDue] = []
     walked = walk(net, batches, values, turns.append, batch_statistics=batch_statistics)
     assert [turn.calls[0].weight for turn in turns] == READERS == list(walked.made_up)
     for batch, turn in zip(batches, zip(turns[0].calls, turns[0].wanted, strict=True), strict=True):
@@ -103,13 +103,13 @@ def test_a_reader_is_asked_for_what_keeps_the_sum(batch_statistics: bool) -> Non
 
 
 def test_the_cut_network_runs_as_it_would_alone() -> None:
-    """What later readers are fed is what the network gives with the values as they are by then."""
+    """What later consumers are fed is what the network gives with the values as they are by then."""
     net, batch = residual(), images(9)
     generator = torch.Generator().manual_seed(3)
     values: dict[str, Tensor] = {}
     fed: dict[str, Tensor] = {}
 
-    def solve(turn: Turn) -> None:
+    def solve(turn: ConsumerDue) -> None:
         name = turn.calls[0].weight
         fed[name] = turn.calls[0].x.clone()
         weight = net.get_parameter(name).detach()
@@ -117,12 +117,12 @@ def test_the_cut_network_runs_as_it_would_alone() -> None:
 
     walk(net, [batch], values, solve)
 
-    def on_read(call: ReaderCall) -> None:
+    def on_consumer(call: ConsumerCall) -> None:
         if call.weight in fed:
             torch.testing.assert_close(call.x, fed.pop(call.weight), rtol=1e-4, atol=1e-5)
 
     with torch.no_grad():
-        run(net, ExampleInputs.of(batch), values=values, on_read=on_read)
+        run(net, ExampleInputs.of(batch), values=values, on_consumer=on_consumer)
     assert not fed
 
 
@@ -180,7 +180,7 @@ def test_the_average_is_kept_unless_another_is_clearly_better_and_the_report_say
         halfway = {
             name: torch.lerp(at_once[name], turned[name], 0.5) for name in free if free[name].is_floating_point()
         }
-        (note,) = (note for note in results[0].report.notes if "readers solved" in note)
+        (note,) = (note for note in results[0].report.notes if "consumers solved" in note)
         figures = re.findall(r"([0-9.e+-]+) (all at once|halfway between|in turn)", note.split("probes ")[1])
         errors = {way: float(figure) for figure, way in figures}
         assert len(errors) == 3
@@ -191,7 +191,7 @@ def test_the_average_is_kept_unless_another_is_clearly_better_and_the_report_say
         assert told[0] == pytest.approx(errors[way], rel=1e-2)
         for name, tensor in {"all at once": at_once, "in turn": turned, "halfway between": halfway}[way].items():
             torch.testing.assert_close(tensor, free[name], rtol=1e-5, atol=1e-6)
-        assert f"readers solved {way}: " in note
+        assert f"consumers solved {way}: " in note
         assert results[0].plan.settings["restore"]["sequential"] is None
         assert not any("in turn" in note for note in results[2].report.notes)
         seen.add(way)
@@ -210,7 +210,7 @@ def test_where_there_is_no_sum_nothing_is_tried() -> None:
     net = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()))
     free, asked = (restored(net, images(), sequential) for sequential in (None, True))
     assert not any("turn" in note for note in free.report.notes)
-    assert any("not solved in turn: no reader of a pruned group goes into" in note for note in asked.report.notes)
+    assert any("not solved in turn: no consumer of a pruned group goes into" in note for note in asked.report.notes)
     for name, tensor in free.model.state_dict().items():
         assert torch.equal(tensor, asked.model.state_dict()[name])
 
@@ -248,7 +248,7 @@ def test_what_the_probes_leave_out_of_a_mean_is_told() -> None:
 
 
 class Spoiled(Residual):
-    """Changes a reader's input while its output waits for the sum."""
+    """Changes a consumer's input while its output waits for the sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -268,12 +268,12 @@ class Sideways(Residual):
 
 @pytest.mark.parametrize(("kind", "says"), [(Spoiled, "changed in place"), (Sideways, "rows of 8 probes")])
 def test_a_network_that_can_not_be_run_twice_at_once_is_told(kind: type[Residual], says: str) -> None:
-    with pytest.raises(OutOfStep, match=says):
+    with pytest.raises(NotPairable, match=says):
         walk(settle(kind()), [images(4)], {}, lambda turn: None)
 
 
 def test_probes_of_different_shapes_are_told() -> None:
-    with pytest.raises(OutOfStep, match="differ in shape"):
+    with pytest.raises(NotPairable, match="differ in shape"):
         walk(residual(), [images(4), images(4)[:, :, :6]], {}, lambda turn: None)
 
 
@@ -282,11 +282,11 @@ def test_as_many_probes_are_taken_in_turn_as_memory_holds(rows: int, monkeypatch
     net, seen = residual(), []
     room = room_for(rows, 2 * held_bytes(net, ExampleInputs.of(images(1))))
 
-    def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> Walked:
+    def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> PairedPass:
         seen.extend(len(batch.tensors()[0]) for batch in batches)
-        return walk_together(model, batches, *args, **kwargs)
+        return run_paired(model, batches, *args, **kwargs)
 
-    monkeypatch.setattr("lbyl.restore.least_squares.paired_forward.walk_together", counting)
+    monkeypatch.setattr("lbyl.restore.least_squares.paired_forward.run_paired", counting)
     restored(net, images(24), True, memory=room)
     assert seen == [rows]
 
@@ -296,14 +296,14 @@ def test_small_batches_of_a_kind_are_one_where_parts_of_them_would_be_too_small(
 ) -> None:
     net, seen = residual(), []
     parts = [ExampleInputs.of(part) for part in images(32).split([5, 5, 6, 16])]
-    probes = Probes(tuple(parts), parts[0], True, lifelike=(3,), matched=True)
+    probes = Probes(tuple(parts), parts[0], True, recalibration_batches=(3,), matches_training_statistics=True)
     room = room_for(16, 2 * held_bytes(net, ExampleInputs.of(images(1))))
 
-    def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> Walked:
+    def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> PairedPass:
         seen.extend(batch.tensors()[0] for batch in batches)
-        return walk_together(model, batches, *args, **kwargs)
+        return run_paired(model, batches, *args, **kwargs)
 
-    monkeypatch.setattr("lbyl.restore.least_squares.paired_forward.walk_together", counting)
+    monkeypatch.setattr("lbyl.restore.least_squares.paired_forward.run_paired", counting)
     lbyl.compress(net, images(1), ratio=0.5, restore=lbyl.LeastSquares(Given(probes), memory=room))
     # Of 16 dreams and of as many of the others every second one.
     assert [len(part) for part in seen] == [8, 8]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbyl
-from lbyl.runtime.copying import borrowing, duplicate, standing_for
+from lbyl.runtime.copying import copy_model, replacements_by_id, sharing_copy
 from lbyl.surgery.cuts import Cut, cut, cut_copy
 
 
@@ -185,13 +185,13 @@ def test_a_value_that_does_not_fit_is_refused() -> None:
     model = mlp(6, 10)
     for name, value in (("2.weight", torch.zeros(3, 9)), ("7.weight", torch.zeros(3, 10))):
         with pytest.raises(lbyl.SurgeryError, match=name):
-            standing_for(model, {"0.weight": torch.zeros(10, 6), name: value})
+            replacements_by_id(model, {"0.weight": torch.zeros(10, 6), name: value})
 
 
 def test_a_borrowing_copy_holds_no_weights_of_its_own() -> None:
     model = settle(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))).train()
     new = torch.zeros(2, 4, 1, 1)
-    twin = borrowing(model, {"2.weight": new})
+    twin = sharing_copy(model, {"2.weight": new})
     assert twin[0].weight.data_ptr() == model[0].weight.data_ptr()
     assert twin[2].weight.data_ptr() == new.data_ptr()
     assert twin[1].running_mean.data_ptr() != model[1].running_mean.data_ptr()
@@ -205,7 +205,7 @@ def test_a_borrowing_copy_holds_no_weights_of_its_own() -> None:
 def test_rows_that_a_forward_pass_shortens_are_not_the_borrowed_ones() -> None:
     model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1), nn.Linear(4, 3))
     before = model[0].weight.detach().clone()
-    twin = borrowing(model)
+    twin = sharing_copy(model)
     twin(torch.arange(5))
     assert twin[0].weight.norm(dim=1).max() < 0.11 < before.norm(dim=1).max()
     assert torch.equal(model[0].weight, before)
@@ -223,7 +223,7 @@ def test_what_stands_for_a_tensor_takes_its_place_everywhere() -> None:
     model = settle(Tied())
     model.a.weight.requires_grad_(False)
     new = torch.ones(8, 8)
-    twin = duplicate(model, standing_for(model, {"a.weight": new}))
+    twin = copy_model(model, replacements_by_id(model, {"a.weight": new}))
     assert twin.a.weight is twin.b.weight
     assert torch.equal(twin.b.weight, new)
     assert not twin.a.weight.requires_grad
@@ -265,7 +265,7 @@ class Own(nn.Module):
 
 def test_a_duplicate_is_a_deep_copy() -> None:
     model = Hoarder()
-    twin = duplicate(model)
+    twin = copy_model(model)
     assert twin.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in twin.state_dict().items())
     assert {n: vars(m).keys() for n, m in twin.named_modules() if n != "own"} == {

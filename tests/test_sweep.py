@@ -28,9 +28,9 @@ from lbyl.cli.app import app
 from lbyl.io import files
 from lbyl.moments import Probes
 from lbyl.pipeline.analysis import Cuttable
-from lbyl.pipeline.sweep.cache import FolderShelf
+from lbyl.pipeline.sweep.cache import FolderCache
 from lbyl.pipeline.sweep.pareto import Point, by_cost, front
-from lbyl.pipeline.sweep.state import Ledger, occupied
+from lbyl.pipeline.sweep.state import SweepState, occupied
 from lbyl.restore.least_squares.fit import read
 from lbyl.restore.least_squares.solve import empty_sums
 from lbyl.runtime.inputs import ExampleInputs
@@ -111,7 +111,7 @@ def test_moments_are_measured_once_for_all_points_and_all_runs(tmp_path: Path, m
         return read(*args)
 
     monkeypatch.setattr("lbyl.restore.least_squares.fit.read", counted)
-    # Were a reader to be looked at once more for a point, the point would find no probes to look with.
+    # Were a consumer to be looked at once more for a point, the point would find no probes to look with.
     monkeypatch.setattr("lbyl.restore.least_squares.solve.empty_sums", knowing(empty_sums))
     lbyl.sweep(model, x, WIDE[:1], tmp_path / "out", restore=restore)
     lbyl.sweep(model, x, WIDE, tmp_path / "out", restore=restore)
@@ -258,7 +258,7 @@ def test_a_crash_at_any_write_costs_at_most_what_was_being_written(
         for point in found.points:
             ours, theirs = (lbyl.load(folder / point.name, model) for folder in (out, tmp_path / "whole"))
             assert same(ours, theirs)
-    assert crashes == 14  # ledger 2, groundwork 4, each point 3, picture and page 2
+    assert crashes == 14  # state 2, groundwork 4, each point 3, picture and page 2
 
 
 FACTORY = """
@@ -424,15 +424,15 @@ def test_foreign_folders_and_files_are_refused_and_left_alone(tmp_path: Path) ->
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     (model, x), out, restore = net(), tmp_path / "out", counting(tmp_path)
     lbyl.sweep(model, x, WIDE[:1], out, restore=restore)
-    ledger = (out / "sweep.json").read_text()
-    for text in (ledger[:-40], "[]", ledger.replace('"params-0.8"', '"../elsewhere"'), ledger.replace("0.8", '"x"')):
+    state = (out / "sweep.json").read_text()
+    for text in (state[:-40], "[]", state.replace('"params-0.8"', '"../elsewhere"'), state.replace("0.8", '"x"')):
         (out / "sweep.json").write_text(text)
         with pytest.raises(lbyl.LbylError, match=r"sweep\.json is damaged|something else"):
             lbyl.sweep(model, x, WIDE, out, restore=restore)
-    (out / "sweep.json").write_text(ledger.replace('"version": 1', '"version": 7'))
+    (out / "sweep.json").write_text(state.replace('"version": 1', '"version": 7'))
     with pytest.raises(lbyl.ArtifactError, match="version 7 is unknown"):
         lbyl.sweep(model, x, WIDE, out, restore=restore)
-    (out / "sweep.json").write_text(ledger)
+    (out / "sweep.json").write_text(state)
     curves = next(out.rglob("curves.safetensors"))
     curves.write_bytes(curves.read_bytes()[:-8])
     with pytest.raises(lbyl.ArtifactError, match=r"curves\.safetensors is damaged.*delete it"):
@@ -526,30 +526,34 @@ def test_probes_and_curves_come_back_to_the_bit(tmp_path: Path) -> None:
     curves = Curves((Curve(1, (2, 0, 1), torch.tensor([1.0, 1 / 3, 0.1, 0.0]).double(), 1 / 7),), ("a note",))
     cuttable = Cuttable((0, 1), ("another",))
 
-    def shelf() -> FolderShelf:
-        return FolderShelf(tmp_path / "shelf", graph, x, private=False)
+    def cache() -> FolderCache:
+        return FolderCache(tmp_path / "cache", graph, x, private=False)
 
     def never() -> Any:
         raise AssertionError("it is there already")
 
-    assert shelf().cuttable(lambda: cuttable) == shelf().cuttable(never) == cuttable
-    assert shelf().probes(lambda: made) is made
-    found = shelf().probes(never)
+    assert cache().cuttable(lambda: cuttable) == cache().cuttable(never) == cuttable
+    assert cache().probes(lambda: made) is made
+    found = cache().probes(never)
     for ours, theirs in zip((*found.batches, found.held_out), (*made.batches, made.held_out), strict=True):
         assert torch.equal(ours.kwargs["x"], theirs.kwargs["x"])
         assert ours.kwargs["x"].stride() == theirs.kwargs["x"].stride()
-    assert (found.batch_statistics, found.note, found.lifelike) == (True, made.note, made.lifelike)
-    shelf().curves(lambda: curves)
-    again = shelf().curves(never)
+    assert (found.batch_statistics, found.note, found.recalibration_batches) == (
+        True,
+        made.note,
+        made.recalibration_batches,
+    )
+    cache().curves(lambda: curves)
+    again = cache().curves(never)
     assert again.notes == curves.notes
     assert torch.equal(again.curves[0].error, curves.curves[0].error)
     assert (again.curves[0].order, again.curves[0].weight) == ((2, 0, 1), 1 / 7)
-    readings = read(model, graph, {0, 1}, made, lbyl.LeastSquares(), 0, 2**20)
-    assert readings
-    assert shelf().readings(lambda: readings) is readings
-    back = shelf().readings(never)
-    assert back.keys() == readings.keys()
-    for name, reading in readings.items():
+    consumer_moments = read(model, graph, {0, 1}, made, lbyl.LeastSquares(), 0, 2**20)
+    assert consumer_moments
+    assert cache().consumer_moments(lambda: consumer_moments) is consumer_moments
+    back = cache().consumer_moments(never)
+    assert back.keys() == consumer_moments.keys()
+    for name, reading in consumer_moments.items():
         for ours, theirs in zip(back[name].blocks, reading.blocks, strict=True):
             assert ours.count == theirs.count
             assert all(torch.equal(getattr(ours, part), getattr(theirs, part)) for part in ("p", "pp", "pr", "r", "rr"))
@@ -576,6 +580,6 @@ def test_the_front_has_what_no_other_point_beats() -> None:
 
 
 def test_the_ledger_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    ledger = Ledger({"seed": 0}, tuple(points()), "nets:mlp", "m:f", 0.5, {"probe": 1.5})
-    ledger.write(tmp_path)
-    assert Ledger.read(tmp_path) == ledger
+    state = SweepState({"seed": 0}, tuple(points()), "nets:mlp", "m:f", 0.5, {"probe": 1.5})
+    state.write(tmp_path)
+    assert SweepState.read(tmp_path) == state

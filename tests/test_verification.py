@@ -18,7 +18,7 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_macs
 from lbyl.selection.select import Choice, Selection
 from lbyl.surgery.cuts import cut, plan_cuts
-from lbyl.surgery.masking import silences
+from lbyl.surgery.masking import masks_of
 from lbyl.surgery.verification import TOLERANCE, difference, verify
 
 RESTORERS = [lbyl.Prune(), lbyl.LBYL(), lbyl.LBYL(center=True), lbyl.Merge(), lbyl.Coreset()]
@@ -131,20 +131,20 @@ def masked_twin(model: nn.Module, result: lbyl.Result, inputs: Tensor) -> nn.Mod
     graph = lbyl.inspect(model, inputs).graph
     cuts = {(c.parameter, c.dim): c for c in result.plan.cuts}
     with torch.no_grad():
-        for reader in graph.readers:
-            column_cut = cuts.get((reader.weight, 1))
+        for consumer in graph.consumers:
+            column_cut = cuts.get((consumer.weight, 1))
             if column_cut is None:
                 continue
-            row_cut = cuts.get((reader.weight, 0))
-            weight = state[reader.weight]
+            row_cut = cuts.get((consumer.weight, 0))
+            weight = state[consumer.weight]
             rows = list(row_cut.keep) if row_cut else list(range(len(weight)))
-            per_block, rows_per_block = weight.shape[1], len(weight) // reader.blocks
+            per_block, rows_per_block = weight.shape[1], len(weight) // consumer.blocks
             kept = sorted(column_cut.keep)
-            weight.zero_()  # rows that are gone have no reader left: whatever they compute is masked
+            weight.zero_()  # rows that are gone have no consumer left: whatever they compute is masked
             for place, row in enumerate(rows):
                 block = row // rows_per_block
                 columns = [c - block * per_block for c in kept if c // per_block == block]
-                weight[row, columns] = small[reader.weight][place]
+                weight[row, columns] = small[consumer.weight][place]
     return twin
 
 
@@ -330,12 +330,12 @@ def test_without_verification_a_network_that_does_not_run_says_what_to_do() -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("model", [settle(Borrowing()), mlp(6, 8, 8)], ids=["borrowing", "mlp"])
+@pytest.mark.parametrize("model", [settle(Borrowing()), mlp(6, 8, 8)], ids=["sharing_copy", "mlp"])
 def test_zeros_are_laid_on_while_it_runs_and_no_weight_is_changed(model: nn.Module, dtype: torch.dtype) -> None:
     model, x = copy.deepcopy(model).to(dtype), images(8, 6).to(dtype)
     graph = lbyl.inspect(model, x).graph
     selection = Selection(tuple(Choice(group, (0, 3)) for group in graph.groups if group.prunable), ())
-    smaller, inputs, silent = cut(copy.deepcopy(model), plan_cuts(selection)), ExampleInputs.of(x), silences(selection)
+    smaller, inputs, silent = cut(copy.deepcopy(model), plan_cuts(selection)), ExampleInputs.of(x), masks_of(selection)
     before = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
     assert verify(model, smaller, inputs, selection, silent=silent).difference < TOLERANCE
     last = list(tensors_of(smaller).values())[-1]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lbyl.budget.budget import TOLERANCE, Budget
+from lbyl.budget.budget import REACHED_WITHIN, Budget
 from lbyl.budget.costs import Cost, Costing, Term, counted, widths_of
 from lbyl.budget.curves import Curve, Curves
 from lbyl.budget.latency import timed
@@ -29,7 +29,7 @@ def smallest_cost(graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], 
 def allocate(
     graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], target: float, budget: Budget
 ) -> dict[int, int]:
-    """Kept channels of every group that has a curve, such that the cost is at most ``target``.
+    """NormMasks channels of every group that has a curve, such that the cost is at most ``target``.
 
     Greedy: the step with the least added error for the saved cost, over all smaller widths of all groups, again and
     again. Looking at all widths, not only the next, keeps a steep start of a curve from hiding what lies behind.
@@ -48,7 +48,7 @@ def allocate(
 
     floor = smallest_cost(graph, curves, terms, budget)
     cost = sum(term.at(widths) for term in terms)
-    if floor > target * (1 + TOLERANCE):
+    if floor > target * (1 + REACHED_WITHIN):
         raise InputError(
             f"the budget can't be reached: it allows {target:,.0f}, and with every group as small as it may be "
             f"{floor:,.0f} of {cost:,.0f} {budget.unit} are left ({floor / cost:.1%}); raise the budget or max_ratio, "
@@ -66,7 +66,7 @@ def allocate(
             saved = before - sum(term.at(widths | {group: width}) for term in by_group[group])
             added = curve.weight * float(curve.error[width] - curve.error[now])
             # A step must not overshoot what is wanted by far.
-            if saved <= 0 or (cost - saved < target * (1 - TOLERANCE / 2) and width < _next(offered[group], now)):
+            if saved <= 0 or (cost - saved < target * (1 - REACHED_WITHIN / 2) and width < _next(offered[group], now)):
                 continue
             rate = (added + 1e-12) / saved
             if rate < found[0]:
@@ -79,8 +79,8 @@ def allocate(
         rate, width, saved = steps[group]
         if math.isinf(rate):
             break
-        fitting = [g for g in steps if steps[g][1] < widths[g] and cost - steps[g][2] >= target * (1 - TOLERANCE)]
-        if cost - saved < target * (1 - TOLERANCE) and fitting:
+        fitting = [g for g in steps if steps[g][1] < widths[g] and cost - steps[g][2] >= target * (1 - REACHED_WITHIN)]
+        if cost - saved < target * (1 - REACHED_WITHIN) and fitting:
             group = min(fitting, key=lambda g: steps[g][0])
             rate, width, saved = steps[group]
         widths[group] = width
@@ -152,7 +152,7 @@ def choose_widths(
     for _ in range(_CORRECTIONS):
         kept = allocate(graph, curves, terms, aim, budget)
         cost = costing.of(cut(Widths(kept).ratios(graph)))
-        if abs(cost.amount - target) <= max(TOLERANCE * target, min(cost.margin, _LOUDEST * target)):
+        if abs(cost.amount - target) <= max(REACHED_WITHIN * target, min(cost.margin, _LOUDEST * target)):
             return Widths(kept, (*measured.notes, *cost.notes))
         tried.append((aim, cost))
         aim = max(_next_aim(tried, target), smallest)
@@ -183,6 +183,6 @@ def _missed(reached: Sequence[Cost], target: float, total: float, budget: Budget
     if nearest.margin > _LOUDEST * target:
         advice = "the measurements scatter too much: close other programs, or measure on a larger batch"
     return (
-        f"the budget of {target:,.0f} {budget.unit} can't be met within {TOLERANCE:.0%}: the nearest that was reached "
-        f"is {nearest.amount:,.0f} of {total:,.0f} ({share}); {advice}"
+        f"the budget of {target:,.0f} {budget.unit} can't be met within {REACHED_WITHIN:.0%}: the nearest "
+        f"that was reached is {nearest.amount:,.0f} of {total:,.0f} ({share}); {advice}"
     )

@@ -11,7 +11,7 @@ import torch
 from lbyl.errors import InputError
 from lbyl.graph import Group
 
-TOLERANCE = 0.02
+REACHED_WITHIN = 0.02
 _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
 """A group is offered at most so many widths, or long searches would not be felt in the result."""
 

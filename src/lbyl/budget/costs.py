@@ -16,7 +16,7 @@ from lbyl.budget.budget import Budget
 from lbyl.graph import NOT_OURS, Graph, Group
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import tensors_of
-from lbyl.runtime.forward import ReaderCall, run
+from lbyl.runtime.forward import ConsumerCall, run
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_parameters, macs_by_shapes
 
@@ -63,7 +63,7 @@ def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
     """
     dims: dict[str, dict[int, tuple[int, int, dict[int, float]]]] = defaultdict(dict)
     for index, group in enumerate(graph.groups):
-        for slot in (*group.carriers, *group.readers):
+        for slot in (*group.carriers, *group.consumers):
             length = len(slot.channels)
             ours = sum(channel != NOT_OURS for channel in slot.channels)
             _, free, groups = dims[slot.parameter].get(slot.dim, (length, length, {}))
@@ -183,13 +183,13 @@ def _macs_of(model: nn.Module, inputs: ExampleInputs, total: int) -> dict[str, f
     costs: dict[str, float] = defaultdict(float)
     parameters = dict(model.named_parameters())
 
-    def on_read(call: ReaderCall) -> None:
+    def on_consumer(call: ConsumerCall) -> None:
         weight = parameters.get(call.weight)
         if weight is not None:
             costs[call.weight] += call.out.numel() * weight.numel() / call.out.shape[1 if call.op != "linear" else -1]
 
     with undisturbed(model), torch.no_grad():
-        run(model, inputs, on_read=on_read)
+        run(model, inputs, on_consumer=on_consumer)
     costs[""] = max(0.0, total - sum(costs.values()))
     return dict(costs)
 

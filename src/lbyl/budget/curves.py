@@ -14,13 +14,13 @@ from lbyl.graph import Graph, Slot
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import ChannelSums
 from lbyl.runtime.batches import batch_size, split
-from lbyl.runtime.forward import ReaderCall, run
+from lbyl.runtime.forward import ConsumerCall, run
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_macs
 from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
-from lbyl.selection.filters import State, columns_second, describe, paper_form_applies, reader_energy, seats
+from lbyl.selection.filters import State, columns_second, consumer_energy, describe, paper_form_applies, seats
 from lbyl.selection.select import Choose
 from lbyl.surgery.masking import Delivery, fold
 
@@ -34,7 +34,7 @@ class Curve:
     Attributes:
         group: index of the group in the graph.
         order: its channels, the most important first: a width k keeps the first k.
-        error: squared relative error of the readers' outputs with k channels kept, for k = 0 .. width.
+        error: squared relative error of the consumers' outputs with k channels kept, for k = 0 .. width.
         weight: how much of that reaches the network's output: squared relative error there for each unit here.
     """
 
@@ -50,11 +50,11 @@ def error_curve(
     """Squared relative error when only the first k channels stay, for all k at once.
 
     With the Cholesky factor ``L L^T = G + ridge``, what the first k channels leave of channel j is
-    ``G_jj - sum_{i<k} L_ji^2``; it counts by the energy ``|U_j|^2`` with which the readers take it.
+    ``G_jj - sum_{i<k} L_ji^2``; it counts by the energy ``|U_j|^2`` with which the consumers take it.
 
     Args:
         covariance: G, of the channels in the order in which they stay.
-        energy: how strongly the readers take each channel.
+        energy: how strongly the consumers take each channel.
         ridge: added to the diagonal, relative to its mean: what least squares will be given as well.
     """
     count = len(covariance)
@@ -84,8 +84,8 @@ def spread_over_blocks(order: Int[Tensor, " channels"], blocks: Sequence[int]) -
     return tuple(channel for _, _, channel in sorted(placed))
 
 
-_READERS = 6
-"""The curve of a group with more readers (a residual stream) is taken on so many of them."""
+_CONSUMERS = 6
+"""The curve of a group with more consumers (a residual stream) is taken on so many of them."""
 _TRIED = 24
 """Held-out probes that each group's error is followed through the network with."""
 _TRIALS = 5e11
@@ -144,7 +144,7 @@ def _from_weights(graph: Graph, index: int, order: tuple[int, ...], state: State
     gram = rows @ rows.T
     if paper_form_applies(group, state):
         gram = torch.diag(gram.diagonal())
-    energy = torch.stack([reader_energy(slot, _source(state, slot), group.width) for slot in group.readers]).sum(0)
+    energy = torch.stack([consumer_energy(slot, _source(state, slot), group.width) for slot in group.consumers]).sum(0)
     return Curve(index, order, error_curve(gram, energy[list(order)]))
 
 
@@ -161,17 +161,17 @@ def _from_probes(
     sums: dict[str, list[tuple[int, Slot, ChannelSums]]] = defaultdict(list)
     for index in orders:
         group = graph.groups[index]
-        every = max(1, -(-len(group.readers) // _READERS))
-        for slot in group.readers[::every]:
+        every = max(1, -(-len(group.consumers) // _CONSUMERS))
+        for slot in group.consumers[::every]:
             generator = generator_for(seed, f"{slot.parameter}#widths")
             sums[slot.parameter].append((index, slot, ChannelSums(seats(slot, group.width), 4000, generator)))
 
-    def on_read(call: ReaderCall) -> None:
+    def on_consumer(call: ConsumerCall) -> None:
         for _, slot, item in sums.get(call.weight, ()):
             item.add(call, _source(state, slot))
 
     for batch in probes.batches:
-        run(model, batch, on_read=on_read, batch_statistics=probes.batch_statistics)
+        run(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
     seen: dict[int, list[tuple[Slot, ChannelSums]]] = defaultdict(list)
     for entries in sums.values():
         for index, slot, item in entries:
@@ -197,7 +197,7 @@ def _from_probes(
             assert item.moments is not None
             mean = item.moments.p / item.moments.count
             covariance = item.moments.pp / item.moments.count - torch.outer(mean, mean)
-            energy = reader_energy(slot, _source(state, slot), group.width)
+            energy = consumer_energy(slot, _source(state, slot), group.width)
             parts.append(error_curve(covariance.cpu()[at][:, at], energy[at]))
         curve = Curve(index, order, torch.stack(parts).mean(0))
         if expected is not None:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from lbyl.budget.budget import TOLERANCE, Budget
+from lbyl.budget.budget import REACHED_WITHIN, Budget
 from lbyl.budget.costs import Cost, Term, cost_terms, widths_of
 from lbyl.budget.curves import Curve
 from lbyl.graph import NOT_OURS, Graph
 from lbyl.runtime.bench import bench
 from lbyl.runtime.contexts import undisturbed
-from lbyl.runtime.forward import ReaderCall, run
+from lbyl.runtime.forward import ConsumerCall, run
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import Latency, measure_latencies, measure_whole
 
@@ -34,7 +34,7 @@ _MICRO = 1e6
 
 
 @dataclass(frozen=True)
-class Timed:
+class LatencyCost:
     """Microseconds: the layers' own in the unpruned network, and the same share of them as a whole run takes.
 
     Attributes:
@@ -57,7 +57,7 @@ class Timed:
         """The time of a cut network. One that seems to meet the target has to do so a second time."""
         before, after = measure_whole((self.model, smaller), self.inputs, runs=self.runs)
         ratio, total = after.over(before), self.target / self.share
-        if abs(ratio.median - self.share) > max(TOLERANCE * self.share, ratio.margin):
+        if abs(ratio.median - self.share) > max(REACHED_WITHIN * self.share, ratio.margin):
             return Cost(ratio.median * total, ratio.margin * total)
         found = bench(smaller, self.inputs, against=self.model, runs=2 * self.runs)
         ratio = found.whole.ratio
@@ -75,7 +75,7 @@ def timed(
     curves: Sequence[Curve],
     budget: Budget,
     cut: Callable[[Mapping[int, int]], nn.Module],
-) -> Timed:
+) -> LatencyCost:
     """The measure of a latency budget.
 
     Args:
@@ -103,7 +103,7 @@ def timed(
         *_rest(model, inputs, graph, samples, [found.rest.median for found in latencies]),
     )
     total = sum(term.at(whole) for term in terms)
-    return Timed(terms, budget.latency * total, budget.latency, model, inputs, runs)
+    return LatencyCost(terms, budget.latency * total, budget.latency, model, inputs, runs)
 
 
 def _layers(
@@ -111,7 +111,7 @@ def _layers(
 ) -> list[Term]:
     """A term for every layer, under the largest of its parameters that loses channels."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    cut = {slot.parameter for group in graph.groups for slot in (*group.carriers, *group.readers)}
+    cut = {slot.parameter for group in graph.groups for slot in (*group.carriers, *group.consumers)}
     taken: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(latencies))
     for place, latency in enumerate(latencies):
         for layer in latency.layers:
@@ -155,11 +155,11 @@ def _rest(
     """
     sizes: dict[str, int] = defaultdict(int)
 
-    def on_read(call: ReaderCall) -> None:
+    def on_consumer(call: ConsumerCall) -> None:
         sizes[call.weight] += call.out.numel()
 
     with undisturbed(model), torch.no_grad():
-        run(model, inputs, on_read=on_read)
+        run(model, inputs, on_consumer=on_consumer)
     parts: dict[int, float] = defaultdict(float)
     for index, group in enumerate(graph.groups):
         for slot in group.carriers:

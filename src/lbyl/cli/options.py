@@ -353,7 +353,7 @@ RoundTo = Annotated[
     typer.Option(
         metavar="N|auto",
         callback=check_multiple,
-        help="Kept channels come in multiples of this.",
+        help="NormMasks channels come in multiples of this.",
         rich_help_panel=BUDGET,
     ),
 ]
@@ -383,7 +383,7 @@ Moments = Annotated[
 ]
 SolveFor = Annotated[
     Solve | None,
-    typer.Option(help="mix: one number a channel pair; patch: the reader's whole kernel.", rich_help_panel=FITTING),
+    typer.Option(help="mix: one number a channel pair; patch: the consumer's whole kernel.", rich_help_panel=FITTING),
 ]
 Ridge = Annotated[
     float | None,
@@ -396,7 +396,7 @@ Sequential = Annotated[
     bool | None,
     typer.Option(
         "--sequential/--no-sequential",
-        help="Solve readers in turn, to make up for what residual sums lose. Default: where the error on held-out "
+        help="Solve consumers in turn, to make up for what residual sums lose. Default: where the error on held-out "
         "probes is lower for it.",
         show_default=False,
         rich_help_panel=FITTING,

@@ -30,7 +30,7 @@ class SlotRecord:
     parameter: str
     dim: int
     ids: Tensor
-    role: str  # "producer" | "carrier" | "reader"
+    role: str  # "producer" | "carrier" | "consumer"
     blocks: int = 1
 
 
@@ -47,8 +47,8 @@ class ProducerRecord:
 
 
 @dataclass
-class ReaderRecord:
-    """A reader in the making."""
+class ConsumerRecord:
+    """A consumer in the making."""
 
     layer: str
     weight: str
@@ -79,7 +79,7 @@ class Builder:
     ids: Ids = field(default_factory=Ids)
     slots: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
     producers: dict[tuple[str, int], ProducerRecord] = field(default_factory=dict)
-    readers: dict[str, ReaderRecord] = field(default_factory=dict)
+    consumers: dict[str, ConsumerRecord] = field(default_factory=dict)
     tied: list[tuple[str, int]] = field(default_factory=list)
     """Dimensions of weights along which a layer reads what the same weight makes elsewhere."""
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
@@ -140,7 +140,7 @@ class Builder:
         if known is None:
             self.slots[parameter, dim] = SlotRecord(parameter, dim, ids, role, blocks)
             return ids
-        if known.role != role and "reader" in (known.role, role):
+        if known.role != role and "consumer" in (known.role, role):
             self.pin(torch.cat([known.ids, ids]), f"{parameter} is tied: it makes these channels and reads them")
         mixed = (known.ids == NOBODY) != (ids == NOBODY)
         if bool(mixed.any()):
@@ -177,13 +177,13 @@ class Builder:
             self.slot(weight, dim, ids, "producer")
             self.tied.append((weight, dim))
             return
-        self.slot(weight, dim, ids, "reader", blocks)
-        if weight in self.readers:
-            self.readers[weight].calls += 1
-            if self.readers[weight].dim != dim:
+        self.slot(weight, dim, ids, "consumer", blocks)
+        if weight in self.consumers:
+            self.consumers[weight].calls += 1
+            if self.consumers[weight].dim != dim:
                 self.pin(ids, f"{weight} is read along two dimensions")
         else:
-            self.readers[weight] = ReaderRecord(layer, weight, bias, op, blocks, dim=dim)
+            self.consumers[weight] = ConsumerRecord(layer, weight, bias, op, blocks, dim=dim)
 
     def step(self, ids: Tensor, op: str, layer: str, parametric: bool = False) -> None:
         """Record that the channels pass through an operation."""

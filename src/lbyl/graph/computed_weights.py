@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lbyl.errors import SurgeryError
 from lbyl.runtime.contexts import undisturbed
-from lbyl.runtime.copying import duplicate, tensors_of
+from lbyl.runtime.copying import copy_model, tensors_of
 from lbyl.runtime.inputs import ExampleInputs, outputs
 
 _LAYERS: Mapping[str, type[nn.Module]] = {
@@ -60,7 +60,7 @@ def fold_computed(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str])
             hook.remove()
     if not watch.folds:
         return model, ()
-    twin = duplicate(model)
+    twin = copy_model(model)
     folds = []
     for path, (item, weight, bias) in watch.folds.items():
         layer = _place(twin, item)
@@ -81,7 +81,7 @@ def apply_folds(model: nn.Module, folds: Sequence[Fold]) -> nn.Module:
     """
     if not folds:
         return model
-    twin = duplicate(model)
+    twin = copy_model(model)
     for item in folds:
         _place(twin, item)
     return twin

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lbyl.errors import InputError, TraceError
-from lbyl.graph import NOT_OURS, Graph, Group, Reader, Size, Slot, trace
+from lbyl.graph import NOT_OURS, Consumer, Graph, Group, Size, Slot, trace
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs, outputs
 
@@ -18,7 +18,7 @@ _DEEPEST = 5
 
 
 @dataclass(frozen=True)
-class Part:
+class Submodule:
     """A submodule, what the model calls it with, and its channel graph."""
 
     path: str
@@ -42,7 +42,7 @@ def captured(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> d
     return calls
 
 
-def part_of(model: nn.Module, inputs: ExampleInputs, path: str) -> Part:
+def submodule_of(model: nn.Module, inputs: ExampleInputs, path: str) -> Submodule:
     """The named submodule as a part.
 
     Raises:
@@ -61,17 +61,17 @@ def part_of(model: nn.Module, inputs: ExampleInputs, path: str) -> Part:
             "with tensors"
         )
     with undisturbed(module):
-        return Part(path, calls[0], trace(module, calls[0]))
+        return Submodule(path, calls[0], trace(module, calls[0]))
 
 
-def traceable_parts(model: nn.Module, inputs: ExampleInputs) -> tuple[list[Part], dict[str, str]]:
+def traceable_submodules(model: nn.Module, inputs: ExampleInputs) -> tuple[list[Submodule], dict[str, str]]:
     """The largest submodules that can be traced each by itself, and why the others can't.
 
     A submodule counts when the model calls it once, with tensors, and it has channels to cut.
     """
     paths = [path for path, _ in model.named_modules() if path and path.count(".") < _DEEPEST]
     calls = captured(model, inputs, paths)
-    parts: list[Part] = []
+    parts: list[Submodule] = []
     left: dict[str, str] = {}
 
     def visit(path: str, module: nn.Module) -> None:
@@ -86,7 +86,7 @@ def traceable_parts(model: nn.Module, inputs: ExampleInputs) -> tuple[list[Part]
                 why = str(error)
             else:
                 if any(group.prunable for group in graph.groups):
-                    parts.append(Part(path, calls[path][0], graph))
+                    parts.append(Submodule(path, calls[path][0], graph))
                 else:
                     left[path] = "; ".join(dict.fromkeys(g.reason or "" for g in graph.groups)) or "no channels to cut"
                 return
@@ -103,10 +103,10 @@ def traceable_parts(model: nn.Module, inputs: ExampleInputs) -> tuple[list[Part]
     return parts, left
 
 
-def joined(parts: Iterable[Part]) -> Graph:
+def joined(parts: Iterable[Submodule]) -> Graph:
     """The graphs of several parts as one, with the names that the whole model has for everything."""
     groups: list[Group] = []
-    readers: list[Reader] = []
+    consumers: list[Consumer] = []
     barriers: list[str] = []
     sizes: list[Size] = []
     for part in parts:
@@ -132,21 +132,21 @@ def joined(parts: Iterable[Part]) -> Graph:
                     name=name(group.name),
                     producers=producers,
                     carriers=tuple(map(slot, group.carriers)),
-                    readers=tuple(map(slot, group.readers)),
+                    consumers=tuple(map(slot, group.consumers)),
                     tied=tuple(map(slot, group.tied)),
                     averages=tuple(replace(a, module=name(a.module), weight=name(a.weight)) for a in group.averages),
                 )
             )
-        readers += [
+        consumers += [
             replace(
-                reader,
-                layer=name(reader.layer),
-                weight=name(reader.weight),
-                bias=reader.bias and name(reader.bias),
-                columns=columns(reader.columns),
+                consumer,
+                layer=name(consumer.layer),
+                weight=name(consumer.weight),
+                bias=consumer.bias and name(consumer.bias),
+                columns=columns(consumer.columns),
             )
-            for reader in part.graph.readers
+            for consumer in part.graph.consumers
         ]
         barriers += [f"{part.path}: {barrier}" for barrier in part.graph.barriers]
         sizes += [replace(size, module=name(size.module), columns=columns(size.columns)) for size in part.graph.sizes]
-    return Graph(tuple(groups), tuple(readers), tuple(barriers), tuple(sizes))
+    return Graph(tuple(groups), tuple(consumers), tuple(barriers), tuple(sizes))

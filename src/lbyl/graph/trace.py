@@ -24,7 +24,7 @@ from lbyl.graph.exported import export
 from lbyl.graph.program import Program
 from lbyl.graph.recording import record as watch
 from lbyl.graph.rules import find_rule
-from lbyl.graph.types import NOT_OURS, Average, Graph, Group, LayerNorm, Producer, Reader, Size, Slot, Step
+from lbyl.graph.types import NOT_OURS, Average, Consumer, Graph, Group, LayerNorm, Producer, Size, Slot, Step
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 from lbyl.runtime.contexts import uncollected, undisturbed
 from lbyl.runtime.inputs import ExampleInputs
@@ -77,10 +77,10 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
             env.pop(done, None)
     builder.finish_free_parameters()
     graph = _freeze(builder)
-    return replace(graph, groups=_abreast(model, graph.groups), macs=program.macs)
+    return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs)
 
 
-def _abreast(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...]:
+def _coupled_with(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...]:
     """The groups, where the heads of torch's MultiheadAttention and the stream of its queries know of each other.
 
     It takes the width of all heads for that of its input, so that both can only lose the same share.
@@ -91,11 +91,11 @@ def _abreast(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...]:
             continue
         weights = {f"{path}.{name}".lstrip(".") for name in ("in_proj_weight", "q_proj_weight")}
         makes = [i for i, g in enumerate(groups) if weights & {producer.weight.parameter for producer in g.producers}]
-        reads = [i for i, g in enumerate(groups) if weights & {slot.parameter for slot in g.readers}]
+        reads = [i for i, g in enumerate(groups) if weights & {slot.parameter for slot in g.consumers}]
         if len(makes) == len(reads) == 1 and makes != reads:
             heads, stream = found[makes[0]], groups[reads[0]].name
-            if heads.abreast in ("", stream):
-                found[makes[0]] = replace(heads, abreast=stream)
+            if heads.coupled_with in ("", stream):
+                found[makes[0]] = replace(heads, coupled_with=stream)
                 continue
         why = f"{path!r} is torch's MultiheadAttention, which takes the width of its heads for that of its input"
         for index in (*makes, *reads):
@@ -153,7 +153,7 @@ def _freeze(builder: Builder) -> Graph:
         widths.append(len(roots))
 
     carriers: list[list[Slot]] = [[] for _ in members]
-    readers: list[list[Slot]] = [[] for _ in members]
+    consumers: list[list[Slot]] = [[] for _ in members]
     for record in builder.slots.values():
         roots = find(record.ids)
         owners = group_of[roots]
@@ -162,7 +162,7 @@ def _freeze(builder: Builder) -> Graph:
         for index in sorted(set(owners[: 1 if alone else None].tolist()) - {NOT_OURS}):
             channels = places if alone else torch.where(owners == index, places, NOT_OURS)
             slot = Slot(record.parameter, record.dim, tuple(channels.tolist()), record.blocks)
-            (readers if record.role == "reader" else carriers)[index].append(slot)
+            (consumers if record.role == "consumer" else carriers)[index].append(slot)
 
     reasons: list[str | None] = [None] * len(members)
     sizes, broken = _shapes(builder, group_of, channel_of)
@@ -207,7 +207,7 @@ def _freeze(builder: Builder) -> Graph:
         blocks, trouble = _blocks(equal[index], group_of, channel_of, index, widths[index])
         reason = reasons[index] or trouble
         tied = tuple(slot for slot in carriers[index] if (slot.parameter, slot.dim) in builder.tied)
-        if reason is None and not readers[index] and not tied:
+        if reason is None and not consumers[index] and not tied:
             reason = "no layer reads these channels"
         if reason is None and widths[index] < 2:
             reason = "a single channel"
@@ -224,7 +224,7 @@ def _freeze(builder: Builder) -> Graph:
                 widths[index],
                 producers,
                 tuple(carriers[index]),
-                tuple(readers[index]),
+                tuple(consumers[index]),
                 blocks,
                 index in coupled,
                 tuple(steps[index]),
@@ -235,8 +235,8 @@ def _freeze(builder: Builder) -> Graph:
             )
         )
     reading = tuple(
-        Reader(record.layer, record.weight, record.bias, record.op, record.blocks, columns, record.calls, record.dim)
-        for record in builder.readers.values()
+        Consumer(record.layer, record.weight, record.bias, record.op, record.blocks, columns, record.calls, record.dim)
+        for record in builder.consumers.values()
         for roots in [find(builder.slots[record.weight, record.dim].ids)]
         for columns in [tuple(zip(group_of[roots].tolist(), channel_of[roots].tolist(), strict=True))]
     )

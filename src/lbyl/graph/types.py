@@ -65,7 +65,7 @@ class Producer:
 
 @dataclass(frozen=True)
 class Step:
-    """An operation that the group's channels pass through between producer and reader."""
+    """An operation that the group's channels pass through between producer and consumer."""
 
     op: str
     layer: str
@@ -106,14 +106,14 @@ class Group:
         width: number of channels.
         producers: the layers that issue these channels.
         carriers: every slot that is sliced along with the channels, the producers' own among them.
-        readers: input dimensions of the layers that read the channels.
+        consumers: input dimensions of the layers that read the channels.
         blocks: a label for each channel; every label must lose equally many (grouped convolutions).
         coupled: a sum adds channels of different producers here (a residual stream).
-        steps: what lies between producers and readers, in execution order.
+        steps: what lies between producers and consumers, in execution order.
         averages: means that are taken over all channels; those that go must then be zero from the start.
         reason: why the group can't be pruned, or None when it can.
         layer_norms: those that take statistics over these channels, and over fewer of them once some are cut.
-        abreast: the name of the group that has to lose the same share as this one, to the channel; "" for none.
+        coupled_with: the name of the group that has to lose the same share as this one, to the channel; "" for none.
         tied: those of the carriers that also read the channels (an output layer that shares the embedding's table):
             they lose columns, but what these gave can't be made up for there.
     """
@@ -122,25 +122,25 @@ class Group:
     width: int
     producers: tuple[Producer, ...]
     carriers: tuple[Slot, ...]
-    readers: tuple[Slot, ...]
+    consumers: tuple[Slot, ...]
     blocks: tuple[int, ...]
     coupled: bool
     steps: tuple[Step, ...]
     averages: tuple[Average, ...]
     reason: str | None
     layer_norms: tuple[LayerNorm, ...] = ()
-    abreast: str = ""
+    coupled_with: str = ""
     tied: tuple[Slot, ...] = ()
 
     @property
-    def outside(self) -> str | None:
+    def excluded_from_inner(self) -> str | None:
         """Why scope="inner" leaves the group whole, though it can be pruned; None where it does not."""
         if self.coupled:
             return "a residual sum couples it"
         if self.layer_norms:
             return f"layer_norm {self.layer_norms[0].layer!r} takes statistics over it"
-        if self.abreast:
-            return f"{self.abreast!r} has to lose the same share"
+        if self.coupled_with:
+            return f"{self.coupled_with!r} has to lose the same share"
         return None
 
     @property
@@ -155,7 +155,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Reader:
+class Consumer:
     """A layer that mixes its input channels: where restoration can act.
 
     ``columns[j]`` says which (group index, channel) stands at input channel ``j``; the group index is
@@ -178,7 +178,7 @@ class Size:
     """A size that a view or a split in some module asks for, and the channels that it counts.
 
     The module may keep the number in an attribute (heads, a split size), which then follows the cut.
-    ``columns`` is as in :class:`Reader`.
+    ``columns`` is as in :class:`Consumer`.
     """
 
     module: str
@@ -188,7 +188,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Graph:
-    """The channel graph of one model: all groups, all readers in execution order, all barriers, all sizes.
+    """The channel graph of one model: all groups, all consumers in execution order, all barriers, all sizes.
 
     ``computed`` names modules whose weight is computed on the fly, which `lbyl.graph.computed_weights`
     can make plain; ``macs`` are
@@ -196,7 +196,7 @@ class Graph:
     """
 
     groups: tuple[Group, ...]
-    readers: tuple[Reader, ...]
+    consumers: tuple[Consumer, ...]
     barriers: tuple[str, ...]
     sizes: tuple[Size, ...] = ()
     computed: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from lbyl.runtime.forward import ReaderCall
+from lbyl.runtime.forward import ConsumerCall
 from lbyl.runtime.seeding import sample_positions
 
 _CHUNK_BYTES = 16 * 2**20
@@ -20,9 +20,9 @@ _CHUNK_BYTES = 16 * 2**20
 
 @dataclass
 class Moments:
-    """Running sums over the positions at which a reader reads; float64.
+    """Running sums over the positions at which a consumer reads; float64.
 
-    With regressors ``p`` (what the cut reader will see) and targets ``r`` (what the dropped channels
+    With regressors ``p`` (what the cut consumer will see) and targets ``r`` (what the dropped channels
     contributed, or are): sums of p, r, p p^T, p r^T and r^2.
     """
 
@@ -60,12 +60,12 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Moments of everything that a reader reads, whichever of its input channels are dropped later.
+class ConsumerMoments:
+    """Moments of everything that a consumer reads, whichever of its input channels are dropped later.
 
     Attributes:
         blocks: for each block of a grouped convolution the moments of all its patches, without targets.
-        output: count, sum and sum of squares of the reader's output.
+        output: count, sum and sum of squares of the consumer's output.
     """
 
     blocks: tuple[Moments, ...]
@@ -89,7 +89,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which input channels of a reader stay and which go, block by block of a grouped convolution."""
+    """Which input channels of a consumer stay and which go, block by block of a grouped convolution."""
 
     keep: tuple[Int[Tensor, " kept"], ...]
     drop: tuple[Int[Tensor, " dropped"], ...]
@@ -103,10 +103,10 @@ class PatchSums:
     positions: int  # at most this many a call
     generator: torch.Generator
     blocks: list[Moments] = field(default_factory=list)
-    output: list[Tensor] = field(default_factory=list)  # count, sum and sum of squares of the reader's output
+    output: list[Tensor] = field(default_factory=list)  # count, sum and sum of squares of the consumer's output
 
-    def add(self, call: ReaderCall, weight: Tensor, wanted: Tensor | None = None) -> None:
-        """Add one call of the reader.
+    def add(self, call: ConsumerCall, weight: Tensor, wanted: Tensor | None = None) -> None:
+        """Add one call of the consumer.
 
         Where ``wanted`` is given (a tensor like the call's output, without the bias), the target is what the kept
         channels leave of it, not the dropped channels' share of this call's own output.
@@ -134,7 +134,7 @@ class PatchSums:
 
 @dataclass
 class WholeSums:
-    """Moments among all patches that a reader reads; see :class:`Reading`."""
+    """Moments among all patches that a consumer reads; see :class:`ConsumerMoments`."""
 
     number: int  # of blocks
     positions: int
@@ -142,8 +142,8 @@ class WholeSums:
     blocks: list[Moments] = field(default_factory=list)
     output: list[Tensor] = field(default_factory=list)
 
-    def add(self, call: ReaderCall, weight: Tensor) -> None:
-        """Add one call of the reader."""
+    def add(self, call: ConsumerCall, weight: Tensor) -> None:
+        """Add one call of the consumer."""
         self.output = _with_output(self.output, call)
         width, taps = weight.shape[1], weight[0, 0].numel()
         for index in range(self.number):
@@ -154,12 +154,16 @@ class WholeSums:
             for p, r in _positions(call, weight[:, none], columns, none, self.positions, self.generator):
                 self.blocks[index].add(p, r)
 
-    def reading(self) -> Reading | None:
+    def reading(self) -> ConsumerMoments | None:
         """What was summed up; None where no call came by."""
-        return Reading(tuple(self.blocks), (self.output[0], self.output[1], self.output[2])) if self.blocks else None
+        return (
+            ConsumerMoments(tuple(self.blocks), (self.output[0], self.output[1], self.output[2]))
+            if self.blocks
+            else None
+        )
 
 
-def _with_output(sums: Sequence[Tensor], call: ReaderCall) -> list[Tensor]:
+def _with_output(sums: Sequence[Tensor], call: ConsumerCall) -> list[Tensor]:
     """Count, sum and sum of squares of outputs, with those of one more call."""
     out = call.out.reshape(-1, call.out.shape[-1]) if call.op == "linear" else call.out
     dims, sums = [dim for dim in range(out.dim()) if dim != 1], list(sums)
@@ -173,7 +177,7 @@ def _with_output(sums: Sequence[Tensor], call: ReaderCall) -> list[Tensor]:
 
 
 def _positions(
-    call: ReaderCall,
+    call: ConsumerCall,
     kernel: Tensor,
     keep: Tensor,
     drop: Tensor,
@@ -184,7 +188,7 @@ def _positions(
     """Patches of some channels and the share of the output that others have, position by position.
 
     ``kernel`` has the columns of the others only; where there are none, the share has no columns either. Where the cut
-    reader is fed something else (``call.fed``), the patches are of that, ``kernel`` has the columns of the channels
+    consumer is fed something else (``call.fed``), the patches are of that, ``kernel`` has the columns of the channels
     that stay before the others, and what these lose by the difference belongs to the share. Where ``wanted`` is given,
     ``kernel`` has the columns of the channels that stay, and the share is what they leave of what is wanted.
     """
@@ -238,13 +242,13 @@ def _split_like(other: Tensor | None, x: Tensor, size: int) -> Sequence[Tensor |
 
 
 def _lost(x: Tensor, fed: Tensor | None, keep: Tensor, drop: Tensor) -> Tensor:
-    """What the cut reader misses, channels second: those that go; before them, what those that stay have lost."""
+    """What the cut consumer misses, channels second: those that go; before them, what those that stay have lost."""
     return x[:, drop] if fed is None else torch.cat([x[:, keep] - fed[:, keep], x[:, drop]], 1)
 
 
 @dataclass
 class ChannelSums:
-    """Moments among all channels of a group at a reader's input, all places of a channel pooled."""
+    """Moments among all channels of a group at a consumer's input, all places of a channel pooled."""
 
     index: Int[Tensor, "channels places"]
     positions: int
@@ -252,8 +256,8 @@ class ChannelSums:
     moments: Moments | None = None
     columns: Tensor | None = None  # sum of every input column by itself
 
-    def add(self, call: ReaderCall, weight: Tensor) -> None:
-        """Add one call of the reader."""
+    def add(self, call: ConsumerCall, weight: Tensor) -> None:
+        """Add one call of the consumer."""
         x = call.x if call.fed is None else call.fed
         x = x if call.op == "linear" else x.flatten(2).transpose(1, 2)
         x = x.reshape(-1, x.shape[-1])
@@ -269,7 +273,7 @@ class ChannelSums:
 
 
 def _as_2d(
-    call: ReaderCall, kernel: Tensor
+    call: ConsumerCall, kernel: Tensor
 ) -> tuple[Tensor, Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
     x = call.x
     if call.op == "conv1d":

@@ -23,11 +23,12 @@ class Probes:
         held_out: a batch that no solve sees; reconstruction errors are measured on it.
         batch_statistics: batch norms normalize with the probes' own statistics while moments are collected, so
             that every channel has its trained mean and spread whatever the probes look like.
-        lifelike: indices of the batches that batch-norm statistics are moved by, the ones with a structure like
-            real inputs'; empty for all.
-        judged_in: indices of the batches that the held-out ones are like: outputs are compared in the statistics that
-            batch norms see there; empty for all.
-        matched: whether batch norms see in the other batches what they saw in training: real inputs and dreams.
+        recalibration_batches: indices of the batches that batch norms are recalibrated on, those with a structure
+            like real inputs'; empty for all.
+        evaluation_batches: indices of the batches that the held-out ones are like: outputs are compared in the
+            statistics that batch norms see there; empty for all.
+        matches_training_statistics: whether batch norms see in the other batches what they saw in training. Real
+            inputs and dreams do.
         note: what the user should know ("" as a rule).
     """
 
@@ -35,9 +36,9 @@ class Probes:
     held_out: ExampleInputs
     batch_statistics: bool
     note: str = ""
-    lifelike: tuple[int, ...] = ()
-    matched: bool = False
-    judged_in: tuple[int, ...] = ()
+    recalibration_batches: tuple[int, ...] = ()
+    matches_training_statistics: bool = False
+    evaluation_batches: tuple[int, ...] = ()
 
 
 @runtime_checkable
@@ -53,7 +54,7 @@ class ProbeSource(Protocol):
 
 @dataclass(frozen=True)
 class ChannelMoments:
-    """Mean and covariance of the channels that a group's readers see."""
+    """Mean and covariance of the channels that a group's consumers see."""
 
     mean: Float[Tensor, " channels"]
     covariance: Float[Tensor, "channels channels"]

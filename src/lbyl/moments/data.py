@@ -47,8 +47,8 @@ class Data:
             _check(model, batch, inputs)
         if len(read) == 1:
             note = "Data: a single batch, so errors are measured on it as well"
-            return Probes(tuple(read), read[0], batch_statistics=False, note=note, matched=True)
-        return Probes(tuple(read[:-1]), read[-1], batch_statistics=False, matched=True)
+            return Probes(tuple(read), read[0], batch_statistics=False, note=note, matches_training_statistics=True)
+        return Probes(tuple(read[:-1]), read[-1], batch_statistics=False, matches_training_statistics=True)
 
 
 def _check(model: nn.Module, batch: ExampleInputs, inputs: ExampleInputs) -> None:

@@ -12,7 +12,7 @@ from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.moments.photographs import photographs, takes_photographs
 from lbyl.moments.synthesis import dead_leaves, pink, synthesize
-from lbyl.runtime.batches import FEWEST, affordable, alike, first_rows, held_out_size, join, macs_each, split
+from lbyl.runtime.batches import FEWEST, affordable, alike, first_rows, held_out_size, join, macs_per_input, split
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import frozen, run
 from lbyl.runtime.inputs import ExampleInputs, outputs
@@ -68,7 +68,7 @@ class Dream:
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
         """Dreamed inputs of the example's shapes."""
-        each = macs_each(model, inputs)
+        each = macs_per_input(model, inputs)
         count = self.images or affordable(each, 2.4e10, 24, 192, ceiling=1e11)
         others = self.images or affordable(each, 2.4e10, 48, 192, ceiling=4e11)
         shown = self.photographs and takes_photographs(inputs)
@@ -108,15 +108,15 @@ class Dream:
             dreamed, held_out = dreamed[: len(train)], join(dreamed[len(train) :])
             seen = [synthesize(model, inputs, others, dead_leaves, generator)]
         batches = *dreamed, *seen
-        lifelike = tuple(range(len(dreamed), len(batches)))
+        recalibration_batches = tuple(range(len(dreamed), len(batches)))
         return Probes(
             batches,
             held_out,
             batch_statistics=True,
             note="; ".join(notes),
-            lifelike=lifelike,
-            matched=steps > 0,
-            judged_in=lifelike if shown else (),
+            recalibration_batches=recalibration_batches,
+            matches_training_statistics=steps > 0,
+            evaluation_batches=recalibration_batches if shown else (),
         )
 
     def _fitting(self, model: nn.Module, inputs: ExampleInputs) -> tuple[ExampleInputs, int, list[str]]:

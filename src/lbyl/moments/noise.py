@@ -10,7 +10,7 @@ from torch import nn
 from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.moments.synthesis import synthesize, varied_pink
-from lbyl.runtime.batches import affordable, held_out_size, macs_each, split
+from lbyl.runtime.batches import affordable, held_out_size, macs_per_input, split
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
@@ -39,7 +39,7 @@ class Noise:
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
         """Synthetic inputs of the example's shapes."""
-        count = self.images or affordable(macs_each(model, inputs), 1e10, 64, 4096, ceiling=4e11)
+        count = self.images or affordable(macs_per_input(model, inputs), 1e10, 64, 4096, ceiling=4e11)
         held = held_out_size(count)
         made = synthesize(model, inputs, count + held, lambda shape, g: varied_pink(shape, g, self.spectrum), generator)
         train, test = split(made, [count, held])

@@ -18,7 +18,7 @@ from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.moments.noise import Noise
 from lbyl.moments.synthesis import dead_leaves, synthesize
-from lbyl.runtime.batches import affordable, held_out_size, macs_each, split
+from lbyl.runtime.batches import affordable, held_out_size, macs_per_input, split
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
@@ -53,7 +53,7 @@ class Photographs:
         if not takes_photographs(inputs):
             noise = Noise(self.images).probes(model, inputs, generator, progress)
             return replace(noise, note="noise in place of photographs: no input looks like color images")
-        count = self.images or affordable(macs_each(model, inputs), 3.2e10, 48, 192, ceiling=4e11)
+        count = self.images or affordable(macs_per_input(model, inputs), 3.2e10, 48, 192, ceiling=4e11)
         held = held_out_size(count)
         train, test = split(synthesize(model, inputs, count + held, photographs, generator), [count, held])
         return Probes((train,), test, batch_statistics=True)

@@ -10,9 +10,9 @@ from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
-from lbyl.pipeline.analysis import Groundwork
+from lbyl.pipeline.analysis import Analysis
 from lbyl.pipeline.prepare import Prepared, prepare
-from lbyl.pipeline.request import Order
+from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.single import compress_whole
 from lbyl.pipeline.submodules import compress_submodules
@@ -81,15 +81,17 @@ def compress(
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
     scoring = resolve_criterion(criterion)
-    order = Order(ratio, budget, scope, scoring, restore, seed, verify, strict, source, progress)
+    request = CompressionRequest(ratio, budget, scope, scoring, restore, seed, verify, strict, source, progress)
     clock = Clock()
     # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.
     probing = restore == "auto" or isinstance(restore, LeastSquares)
     with nullcontext() if probing else uncollected():
-        return walk(prepare(model, example_inputs, order, submodule, clock), order, clock)
+        return walk(prepare(model, example_inputs, request, submodule, clock), request, clock)
 
 
-def walk(prepared: Prepared, order: Order, clock: Clock, ground: Mapping[str, Groundwork] | None = None) -> Result:
+def walk(
+    prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis] | None = None
+) -> Result:
     """The rest of the street: select, restore, cut and verify.
 
     ``ground`` holds what was found out before, by the path of the part ("" for a model that was traced whole);
@@ -98,8 +100,8 @@ def walk(prepared: Prepared, order: Order, clock: Clock, ground: Mapping[str, Gr
     model, inputs, traced = prepared.model, prepared.inputs, prepared.traced
     ground = ground or {}
     if traced.graph is None:
-        return compress_submodules(model, inputs, order, traced, clock, ground)
-    result, folds = compress_whole(traced.model, inputs, traced.graph, order, clock, ground.get("")), traced.folds
+        return compress_submodules(model, inputs, request, traced, clock, ground)
+    result, folds = compress_whole(traced.model, inputs, traced.graph, request, clock, ground.get("")), traced.folds
     if not folds:
         return result
     note = f"{len(folds)} layers that computed their weight on the fly ({folds[0].module}, ...) are plain layers now"

@@ -38,9 +38,9 @@ class Inspection:
                     "name": group.name,
                     "width": group.width,
                     "producers": list(group.layers),
-                    "consumers": [slot.parameter.rpartition(".")[0] for slot in group.readers],
+                    "consumers": [slot.parameter.rpartition(".")[0] for slot in group.consumers],
                     "coupled": group.coupled,
-                    "outside": group.outside,
+                    "outside": group.excluded_from_inner,
                     "prunable": group.prunable,
                     "reason": group.reason,
                 }
@@ -60,8 +60,8 @@ class Inspection:
                 verdict = f"no: {row['reason']}"
             else:
                 verdict = f"scope=all ({row['outside']})" if row["outside"] else "yes"
-            others, readers = row["producers"][1:], row["consumers"]
-            table.add_row(*map(Text, (row["name"], str(row["width"]), _few(others), _few(readers), verdict)))
+            others, consumers = row["producers"][1:], row["consumers"]
+            table.add_row(*map(Text, (row["name"], str(row["width"]), _few(others), _few(consumers), verdict)))
         yield table
         for barrier in self.graph.barriers:
             yield Text(f"barrier: {barrier}")

@@ -11,8 +11,8 @@ from torch import nn
 from lbyl.errors import InputError, TraceError
 from lbyl.graph import Graph, trace
 from lbyl.graph.computed_weights import Fold, fold_computed
-from lbyl.graph.submodules import Part, part_of, traceable_parts
-from lbyl.pipeline.request import Order
+from lbyl.graph.submodules import Submodule, submodule_of, traceable_submodules
+from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs
 from lbyl.restore.registry import resolve_restorer
 from lbyl.runtime.contexts import undisturbed
@@ -28,7 +28,7 @@ class Traced:
     model: nn.Module
     graph: Graph | None
     folds: tuple[Fold, ...] = ()
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Submodule, ...] = ()
     untraced: tuple[tuple[str, str], ...] = ()
     why: str = ""
 
@@ -36,7 +36,7 @@ class Traced:
 def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule: str | None) -> Traced:
     """The graph of a model, or of those of its submodules that can be traced."""
     if submodule is not None:
-        return Traced(model, None, parts=(part_of(model, inputs, submodule),))
+        return Traced(model, None, parts=(submodule_of(model, inputs, submodule),))
     try:
         with undisturbed(model):
             graph = trace(model, inputs)
@@ -44,7 +44,7 @@ def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule
         if strict:
             raise
         try:
-            parts, untraced = traceable_parts(model, inputs)
+            parts, untraced = traceable_submodules(model, inputs)
         except InputError:  # it does not even run, which the trace's error tells better
             raise error from None
         if not parts:
@@ -76,15 +76,17 @@ class Prepared:
         return tuple((p.path, self.model.get_submodule(p.path), p.inputs, p.graph) for p in traced.parts)
 
 
-def prepare(model: nn.Module, example_inputs: Inputs, order: Order, submodule: str | None, clock: Clock) -> Prepared:
+def prepare(
+    model: nn.Module, example_inputs: Inputs, request: CompressionRequest, submodule: str | None, clock: Clock
+) -> Prepared:
     """Check and trace a model: the first step of `compress`, which explains arguments and errors."""
     check_module(model)
     inputs = ExampleInputs.of(example_inputs)
-    if order.restore != "auto":
-        resolve_restorer(order.restore)
+    if request.restore != "auto":
+        resolve_restorer(request.restore)
     check_weights(model)
     with clock("trace"):
-        return Prepared(model, inputs, trace_model(model, inputs, order.strict, submodule))
+        return Prepared(model, inputs, trace_model(model, inputs, request.strict, submodule))
 
 
 def check_module(model: object) -> None:

@@ -17,7 +17,7 @@ from lbyl.selection.select import ByCriterion, Choose, Ratio
 
 
 @dataclass(frozen=True)
-class Order:
+class CompressionRequest:
     """The arguments of `lbyl.compress`, which explains them."""
 
     ratio: Ratio

@@ -8,15 +8,15 @@ from dataclasses import replace
 from torch import nn
 
 from lbyl.errors import InputError, VerificationError
-from lbyl.graph.submodules import Part
+from lbyl.graph.submodules import Submodule
 from lbyl.io.report.report import Report
-from lbyl.pipeline.analysis import Groundwork
+from lbyl.pipeline.analysis import Analysis
 from lbyl.pipeline.prepare import Traced
-from lbyl.pipeline.request import Order
+from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.pipeline.single import compress_whole
 from lbyl.runtime.contexts import undisturbed
-from lbyl.runtime.copying import duplicate
+from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_macs, count_parameters
 from lbyl.runtime.progress import Clock
@@ -27,28 +27,28 @@ from lbyl.surgery.plan import Plan, architecture_of, library_version
 def compress_submodules(
     model: nn.Module,
     inputs: ExampleInputs,
-    order: Order,
+    request: CompressionRequest,
     traced: Traced,
     clock: Clock,
-    ground: Mapping[str, Groundwork],
+    ground: Mapping[str, Analysis],
 ) -> Result:
     """Compress submodules each by itself and put them into a copy of the model."""
     results: list[tuple[str, Result]] = []
     left = [(path, f"not traced: {why}") for path, why in traced.untraced]
     for part in traced.parts:
-        own = replace(order, ratio=_ratio_within(order.ratio, part), source=None)
+        own = replace(request, ratio=_ratio_within(request.ratio, part), source=None)
         try:
             module = model.get_submodule(part.path)
             done = compress_whole(module, part.inputs, part.graph, own, Clock(), ground.get(part.path))
             results.append((part.path, done))
         except (InputError, VerificationError) as error:
-            if order.strict or len(traced.parts) == 1:
+            if request.strict or len(traced.parts) == 1:
                 raise
             left.append((part.path, str(error)))
     if not results:
         raise InputError("no group of any traceable submodule can be pruned: " + "; ".join(why for _, why in left[:3]))
     with clock("cut"):
-        smaller = duplicate(model, {id(model.get_submodule(path)): result.model for path, result in results})
+        smaller = copy_model(model, {id(model.get_submodule(path)): result.model for path, result in results})
     with clock("verify"), undisturbed(model), undisturbed(smaller):
         macs = count_macs(model, inputs), count_macs(smaller, inputs)
     reports = [(path, result.report) for path, result in results]
@@ -77,11 +77,11 @@ def compress_submodules(
         cuts=tuple(replace(c, parameter=f"{path}.{c.parameter}") for path, plan in plans for c in plan.cuts),
         settings={
             **plans[0][1].settings,
-            "ratio": dict(order.ratio) if isinstance(order.ratio, Mapping) else order.ratio,
+            "ratio": dict(request.ratio) if isinstance(request.ratio, Mapping) else request.ratio,
             "parts": [path for path, _ in plans],
         },
         architecture=architecture_of(model),
-        source=order.source,
+        source=request.source,
         inputs=inputs.describe(),
         library=library_version(),
         attributes=tuple(
@@ -91,7 +91,7 @@ def compress_submodules(
     return Result(smaller, plan, report)
 
 
-def _ratio_within(ratio: Ratio, part: Part) -> Ratio:
+def _ratio_within(ratio: Ratio, part: Submodule) -> Ratio:
     """The ratios of a part's groups, which patterns name by their full names."""
     if not isinstance(ratio, Mapping):
         return ratio

@@ -40,7 +40,7 @@ class Restored:
     seconds: float
     note: str
     errors: tuple[float, float] | None = None
-    """Relative error of the readers' outputs on the probes: after plain pruning, after restoration."""
+    """Relative error of the consumers' outputs on the probes: after plain pruning, after restoration."""
 
 
 @dataclass(frozen=True)

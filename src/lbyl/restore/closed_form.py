@@ -17,7 +17,7 @@ from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State, columns_second, describe, paper_form_applies, subset
 from lbyl.selection.select import Choice, Selection
-from lbyl.surgery.masking import Delivery, fold, nothing_delivered, silenced
+from lbyl.surgery.masking import Delivery, fold, nothing_delivered, with_masks
 
 
 def restore(
@@ -33,7 +33,7 @@ def restore(
     The closed forms need the original weights only, so the order of the groups does not matter: a layer that
     reads one group and produces another loses columns here and rows in surgery.
 
-    With ``masked=False`` weights that would change by zeros alone are left out: `silences` lays these on later, where
+    With ``masked=False`` weights that would change by zeros alone are left out: `masks_of` lays these on later, where
     the uncut network has to run.
     """
     values: dict[str, Tensor] = {}
@@ -42,7 +42,7 @@ def restore(
         started = time.perf_counter()
         keep, drop = choice.tensors()
         delivery, terms = deliver(choice, state, restorer, seed)
-        for slot in choice.group.readers if masked or not isinstance(restorer, Prune) else ():
+        for slot in choice.group.consumers if masked or not isinstance(restorer, Prune) else ():
             weight = values.get(slot.parameter)
             if weight is None:
                 weight = state[slot.parameter].detach().clone()
@@ -53,7 +53,7 @@ def restore(
         if progress:
             progress("restoring", index + 1, len(selection.choices))
     told = rows if isinstance(restorer, Prune) else with_ties(selection, rows)
-    return Restoration(silenced(values, selection, state), tuple(told))
+    return Restoration(with_masks(values, selection, state), tuple(told))
 
 
 def with_ties(selection: Selection, rows: Sequence[Restored]) -> tuple[Restored, ...]:

@@ -46,7 +46,7 @@ class Coreset:
 
 
 def sensitivity(filters: Filters) -> Float[Tensor, " channels"]:
-    """``peak_j |(v_j, c_j)|``: how much a channel can matter to any reader."""
+    """``peak_j |(v_j, c_j)|``: how much a channel can matter to any consumer."""
     return filters.peak * torch.cat([filters.weight, filters.offset[:, None]], 1).norm(dim=1)
 
 

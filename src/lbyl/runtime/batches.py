@@ -83,7 +83,7 @@ def thinned(batches: Sequence[ExampleInputs], most: int) -> list[ExampleInputs]:
     ]
 
 
-def macs_each(model: nn.Module, inputs: ExampleInputs) -> float:
+def macs_per_input(model: nn.Module, inputs: ExampleInputs) -> float:
     """Multiply-accumulates that one input takes."""
     return max(count_macs(model, inputs) / max(batch_size(inputs), 1), 1.0)
 

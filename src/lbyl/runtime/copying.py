@@ -15,7 +15,7 @@ from lbyl.errors import InputError, SurgeryError
 from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, uncollected
 
 
-def duplicate(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
+def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy, with ``instead[id(part)]`` in place of some parts.
 
     Raises:
@@ -97,7 +97,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def lay_on(model: nn.Module, changes: Mapping[str, Sequence[Callable[[Tensor], object]]]) -> nn.Module:
+def apply_changes(model: nn.Module, changes: Mapping[str, Sequence[Callable[[Tensor], object]]]) -> nn.Module:
     """The model itself, once each change was made to the parameter or buffer of its name, in place."""
     state = tensors_of(model)
     for name, those in changes.items():
@@ -106,7 +106,7 @@ def lay_on(model: nn.Module, changes: Mapping[str, Sequence[Callable[[Tensor], o
     return model
 
 
-def standing_for(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def replacements_by_id(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """New parameters and buffers by the ids of those whose place they take in a copy of the model.
 
     Raises:
@@ -123,7 +123,7 @@ def standing_for(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, Te
     return {id(state[name]): in_place_of(state[name], value) for name, value in values.items()}
 
 
-def borrowing(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Module:
+def sharing_copy(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A copy of a model for evaluation that has the model's own parameters, not copies of them, and some new values.
 
     It is there to be run and to be cut into another copy: nobody may write to its parameters. Buffers are copied, for
@@ -133,7 +133,7 @@ def borrowing(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> n
     written = {id(table.weight) for table in tables if table.max_norm is not None}
     borrowed = [p for p in model.parameters() if type(p) is nn.Parameter and id(p) not in written]
     twins: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in borrowed}
-    return duplicate(model, twins | standing_for(model, values or {})).eval()
+    return copy_model(model, twins | replacements_by_id(model, values or {})).eval()
 
 
 def in_place_of(old: Tensor, new: Tensor) -> Tensor:

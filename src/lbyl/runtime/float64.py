@@ -89,7 +89,7 @@ def _linear(
     return out if bias is None else out.add_(bias)
 
 
-class InDouble(TorchFunctionMode):
+class Float64Mode(TorchFunctionMode):
     """While it is on, float64 inputs meet depthwise convolutions tap by tap, and narrow weights of linear layers."""
 
     def __torch_function__(

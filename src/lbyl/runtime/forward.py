@@ -1,4 +1,4 @@
-"""Looking into a running model: what its readers are fed, and what its batch norms see.
+"""Looking into a running model: what its consumers are fed, and what its batch norms see.
 
 A :class:`torch.overrides.TorchFunctionMode` watches the calls that the user's own modules make, so custom
 layers (padding of their own, functional calls) need nothing special, and no module is changed or hooked.
@@ -20,11 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.layer_norms import Foreseen, Kept, KeptStatistics
+from lbyl.runtime.layer_norms import LookAheadNorms, MaskedLayerNorms, NormMasks
 
 
 @dataclass(frozen=True)
-class ReaderCall:
+class ConsumerCall:
     """One call of a layer that mixes channels.
 
     ``stride``, ``padding`` and ``dilation`` are one number an axis; for a linear layer they are empty. ``fed`` is what
@@ -41,7 +41,7 @@ class ReaderCall:
     fed: Tensor | None = None
 
 
-OnRead = Callable[[ReaderCall], None]
+OnConsumer = Callable[[ConsumerCall], None]
 OnNorm = Callable[[str, str, Tensor, Tensor], None]
 """Called as ``on_norm(name of the running mean, name of the running variance, mean, variance)``, where mean and
 (biased) variance are this batch's, at the input of the batch norm, and can be differentiated."""
@@ -68,11 +68,11 @@ def run(
     inputs: ExampleInputs,
     *,
     values: Mapping[str, Tensor] | None = None,
-    on_read: OnRead | None = None,
+    on_consumer: OnConsumer | None = None,
     on_norm: OnNorm | None = None,
     batch_statistics: bool = False,
     stop_after: str | None = None,
-    kept: Kept | None = None,
+    kept: NormMasks | None = None,
     foresee: Collection[str] | None = None,
 ) -> Any:
     """Run a model in evaluation mode and watch it.
@@ -81,7 +81,7 @@ def run(
         model: the network; nothing in it is changed.
         inputs: what to call it with.
         values: parameters and buffers to use instead of the model's own, by name.
-        on_read: called for every convolution and linear layer on a named weight.
+        on_consumer: called for every convolution and linear layer on a named weight.
         on_norm: called for every batch normalization, before it acts.
         batch_statistics: normalize with the mean and variance of this batch instead of the running ones.
         stop_after: name of a weight; the pass ends (returning None) once its layer has run.
@@ -91,9 +91,9 @@ def run(
     """
     values = dict(values or {})
     names = {id(tensor): name for name, tensor in {**tensors_of(model), **values}.items()}
-    ahead = Foreseen(kept, names, foresee) if kept and foresee is not None else None
-    statistics = ahead or (KeptStatistics(kept, names) if kept else nullcontext())
-    watch = _Watch(names, on_read, on_norm, batch_statistics, stop_after, ahead)
+    ahead = LookAheadNorms(kept, names, foresee) if kept and foresee is not None else None
+    statistics = ahead or (MaskedLayerNorms(kept, names) if kept else nullcontext())
+    watch = _Watch(names, on_consumer, on_norm, batch_statistics, stop_after, ahead)
     try:
         with statistics, watch:
             if values:
@@ -119,14 +119,14 @@ class _Watch(TorchFunctionMode):
     def __init__(
         self,
         names: Mapping[int, str],
-        on_read: OnRead | None,
+        on_consumer: OnConsumer | None,
         on_norm: OnNorm | None,
         batch_statistics: bool,
         stop_after: str | None,
-        ahead: Foreseen | None = None,
+        ahead: LookAheadNorms | None = None,
     ) -> None:
         super().__init__()
-        self.names, self.on_read, self.on_norm = names, on_read, on_norm
+        self.names, self.on_consumer, self.on_norm = names, on_consumer, on_norm
         self.batch_statistics, self.stop_after = batch_statistics, stop_after
         self.ahead = ahead
 
@@ -148,21 +148,21 @@ class _Watch(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             name = self.names.get(id(weight))
             if name is not None:
-                if self.on_read:
-                    self.on_read(self._looking_ahead(reader_call(func, name, out, *args, **kwargs)))
+                if self.on_consumer:
+                    self.on_consumer(self._looking_ahead(consumer_call(func, name, out, *args, **kwargs)))
                 if name == self.stop_after:
                     raise _Enough
         elif func in _PRODUCTS and len(args) > _PRODUCTS[func][1] and not kwargs:
             x, weight = (args[place] for place in _PRODUCTS[func])
             name = self.names.get(id(weight))
             if name is not None:
-                if self.on_read:
-                    self.on_read(self._looking_ahead(ReaderCall(name, "linear", x, out)))
+                if self.on_consumer:
+                    self.on_consumer(self._looking_ahead(ConsumerCall(name, "linear", x, out)))
                 if name == self.stop_after:
                     raise _Enough
         return out
 
-    def _looking_ahead(self, call: ReaderCall) -> ReaderCall:
+    def _looking_ahead(self, call: ConsumerCall) -> ConsumerCall:
         return call if self.ahead is None else replace(call, fed=self.ahead.twin(call.x))
 
     def _batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -211,7 +211,7 @@ class _BatchStatistics(torch.autograd.Function):
         return grad, None, None, None
 
 
-def reader_call(
+def consumer_call(
     func: Any,
     name: str,
     out: Tensor,
@@ -222,10 +222,10 @@ def reader_call(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> ReaderCall:
+) -> ConsumerCall:
     """A call of a convolution or linear function, as its arguments tell; the weight is only looked at for its shape."""
     if func is functional.linear:
-        return ReaderCall(name, "linear", input, out)
+        return ConsumerCall(name, "linear", input, out)
     axes = CONVOLUTIONS[func]
     stride, dilation = _each(stride, axes), _each(dilation, axes)
     if padding == "valid":
@@ -235,7 +235,7 @@ def reader_call(
         # Unequal sides can't be told to unfold, so the input is padded here instead.
         sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
         input, padding = functional.pad(input, sides), 0
-    return ReaderCall(name, f"conv{axes}d", input, out, stride, _each(padding, axes), dilation)
+    return ConsumerCall(name, f"conv{axes}d", input, out, stride, _each(padding, axes), dilation)
 
 
 def _each(value: Any, axes: int) -> tuple[int, ...]:

@@ -25,11 +25,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-Kept = Mapping[str, Bool[Tensor, " channels"]]
+NormMasks = Mapping[str, Bool[Tensor, " channels"]]
 """Which channels stay, by the names of the weights of the layer norms that are taken over them."""
 
 
-def kept_layer_norm(
+def masked_layer_norm(
     x: Float[Tensor, "..."],
     kept: Bool[Tensor, " channels"],
     weight: Float[Tensor, " channels"],
@@ -73,7 +73,7 @@ _SHORT = (torch.layer_norm, torch.group_norm)
 """They also take whether cuDNN may be used, which is of no matter here."""
 
 
-class KeptStatistics(TorchFunctionMode):
+class MaskedLayerNorms(TorchFunctionMode):
     """While it is on, layer norms on the named weights take their statistics over the channels that stay.
 
     Args:
@@ -81,7 +81,7 @@ class KeptStatistics(TorchFunctionMode):
         names: the names of tensors by their ids; who replaces a tensor adds the new one.
     """
 
-    def __init__(self, kept: Kept, names: Mapping[int, str]) -> None:
+    def __init__(self, kept: NormMasks, names: Mapping[int, str]) -> None:
         super().__init__()
         self.kept, self.names = kept, names
 
@@ -97,14 +97,14 @@ class KeptStatistics(TorchFunctionMode):
 
 
 def normalized(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Kept, names: Mapping[int, str]
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kept: NormMasks, names: Mapping[int, str]
 ) -> Tensor | None:
     """What a call gives with statistics over the channels that stay; None for all that is no such layer norm."""
     call = _bound(func, args, kwargs)
     mask = None if call is None else kept.get(names.get(id(call["weight"]), ""))
     if call is None or mask is None:
         return None
-    return kept_layer_norm(call["input"], mask, call["weight"], call["bias"], call["eps"], _axis(call))
+    return masked_layer_norm(call["input"], mask, call["weight"], call["bias"], call["eps"], _axis(call))
 
 
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -122,22 +122,22 @@ def _axis(call: Mapping[str, Any]) -> int:
     return 1 if "num_groups" in call else -1
 
 
-class Foreseen(TorchFunctionMode):
+class LookAheadNorms(TorchFunctionMode):
     """While the unpruned network runs, what layer norms will give once they are cut is carried along beside it.
 
     A layer norm over channels that partly go gives two values: its own, with which the network goes on, and a *twin*
     in which the channels that stay are normalized by themselves; those that go are as they were. Operations
-    on a value that has a twin are done on both, until a reader mixes the channels: what it makes is nobody's twin.
+    on a value that has a twin are done on both, until a consumer mixes the channels: what it makes is nobody's twin.
 
     Args:
         kept: which channels stay.
         names: the names of tensors by their ids.
-        readers: the names of the weights at which twins end.
+        consumers: the names of the weights at which twins end.
     """
 
-    def __init__(self, kept: Kept, names: Mapping[int, str], readers: Collection[str]) -> None:
+    def __init__(self, kept: NormMasks, names: Mapping[int, str], consumers: Collection[str]) -> None:
         super().__init__()
-        self.kept, self.names, self.readers = kept, names, readers
+        self.kept, self.names, self.consumers = kept, names, consumers
         self._twins: Any = WeakIdKeyDictionary()
 
     def twin(self, value: Tensor) -> Tensor | None:
@@ -156,7 +156,7 @@ class Foreseen(TorchFunctionMode):
         has_twin = any(item in self._twins for item in given)
         if not has_twin and func not in _CALLS:
             return func(*args, **kwargs)
-        reads = any(self.names.get(id(item)) in self.readers for item in given)
+        reads = any(self.names.get(id(item)) in self.consumers for item in given)
         theirs = None
         if has_twin and not reads:
             changed = _changed(func)

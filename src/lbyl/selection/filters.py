@@ -119,7 +119,7 @@ class Filters:
 
     @cached_property
     def peak(self) -> Float[Tensor, " channels"]:
-        """The largest absolute weight with which any reader reads the channel."""
+        """The largest absolute weight with which any consumer reads the channel."""
         return _peak(self.group, self.state)
 
     @cached_property
@@ -234,7 +234,7 @@ def paper_form_applies(group: Group, state: State) -> str | None:
     """None where the effective filters describe the channels; else what stands in the way."""
     for step in group.steps:
         if step.parametric:
-            return f"{step.op} {step.layer!r} lies between the filters and their readers"
+            return f"{step.op} {step.layer!r} lies between the filters and their consumers"
     for producer in group.producers:
         for stage in producer.stages:
             if isinstance(stage, Depthwise) and state[producer.weight.parameter][0, 0].numel() > 1:
@@ -244,7 +244,7 @@ def paper_form_applies(group: Group, state: State) -> str | None:
 
 
 def columns_second(weight: Tensor, slot: Slot) -> Tensor:
-    """A view of a reader's weight with its input dimension second, as convolutions and linear layers have it."""
+    """A view of a consumer's weight with its input dimension second, as convolutions and linear layers have it."""
     return weight.transpose(0, 1) if slot.dim == 0 else weight
 
 
@@ -338,7 +338,7 @@ def _norm(norm: Norm, slot: Slot, width: int, state: State) -> tuple[Tensor, Ten
 
 def _peak(group: Group, state: State) -> Tensor:
     peak = torch.zeros(group.width, dtype=torch.float64)
-    for slot in group.readers:
+    for slot in group.consumers:
         weight = columns_second(state[slot.parameter], slot).detach().abs()
         per_block = weight.reshape(slot.blocks, -1, *weight.shape[1:]).amax(1)  # blocks, in / blocks, taps
         column = per_block.reshape(len(slot.channels), -1).amax(1).to(torch.float64)
@@ -348,8 +348,8 @@ def _peak(group: Group, state: State) -> Tensor:
     return peak
 
 
-def reader_energy(slot: Slot, source: Float[Tensor, "out columns *taps"], width: int) -> Float[Tensor, " channels"]:
-    """``|U_j|^2``: the sum of squares of the weights with which a reader takes each channel."""
+def consumer_energy(slot: Slot, source: Float[Tensor, "out columns *taps"], width: int) -> Float[Tensor, " channels"]:
+    """``|U_j|^2``: the sum of squares of the weights with which a consumer takes each channel."""
     blocks = source.detach().chunk(slot.blocks)
     sums = [torch.zeros_like(block[0], dtype=torch.float64) for block in blocks]
     for block, total in zip(blocks, sums, strict=True):

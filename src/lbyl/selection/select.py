@@ -41,7 +41,7 @@ class Choice:
         return tuple(channel for channel in range(self.group.width) if channel not in kept)
 
     def tensors(self) -> tuple[Int[Tensor, " kept"], Int[Tensor, " dropped"]]:
-        """Kept and dropped channels as index tensors."""
+        """NormMasks and dropped channels as index tensors."""
         return torch.tensor(self.keep, dtype=torch.int64), torch.tensor(self.drop, dtype=torch.int64)
 
 
@@ -123,8 +123,8 @@ def select(graph: Graph, state: State, ratio: Ratio, scope: str, choose: Choose,
         share = ratio_for(group, ratio)
         if group.reason is not None:
             left.append((group.name, group.reason))
-        elif scope == "inner" and group.outside:
-            left.append((group.name, f'{group.outside} (scope="all" includes it)'))
+        elif scope == "inner" and group.excluded_from_inner:
+            left.append((group.name, f'{group.excluded_from_inner} (scope="all" includes it)'))
         elif share == 0:
             left.append((group.name, "ratio 0"))
         else:
@@ -134,8 +134,8 @@ def select(graph: Graph, state: State, ratio: Ratio, scope: str, choose: Choose,
             else:
                 left.append((group.name, f"{group.width} channels: nothing to drop at this ratio"))
     found = {choice.group.name: choice for choice in choices}
-    for name in dict.fromkeys(group.abreast for group in graph.groups if group.abreast):
-        family = (graph.group(name), *(group for group in graph.groups if group.abreast == name))
+    for name in dict.fromkeys(group.coupled_with for group in graph.groups if group.coupled_with):
+        family = (graph.group(name), *(group for group in graph.groups if group.coupled_with == name))
         together, why = _together(family, found, state, ratio_for(family[0], ratio), choose, seed)
         for group in family:
             if group.name in found and not together:

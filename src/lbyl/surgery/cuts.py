@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
 from lbyl.runtime.contexts import set_modes
-from lbyl.runtime.copying import duplicate, in_place_of, shape_and_dtype, tensors_of
+from lbyl.runtime.copying import copy_model, in_place_of, shape_and_dtype, tensors_of
 from lbyl.selection.select import Selection
 from lbyl.surgery.attributes import Attribute, set_attributes
 
@@ -43,7 +43,7 @@ def plan_cuts(selection: Selection) -> tuple[Cut, ...]:
     for choice in selection.choices:
         kept = np.ones(choice.group.width + 1, dtype=bool)  # the last one is for NOT_OURS
         kept[list(choice.drop)] = False
-        for slot in (*choice.group.carriers, *choice.group.readers):
+        for slot in (*choice.group.carriers, *choice.group.consumers):
             key = slot.parameter, slot.dim
             slots[key] = slot
             here = kept[np.array(slot.channels)]
@@ -78,7 +78,7 @@ def cut_copy(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribu
         SurgeryError: a cut that does not fit the model.
     """
     replaced = _sliced(model, cuts)
-    twin = duplicate(model, replaced)
+    twin = copy_model(model, replaced)
     for path, module in model.named_modules():
         _replace(path, module, twin.get_submodule(path), replaced)
     _finish(twin, attributes)

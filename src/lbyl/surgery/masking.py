@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lbyl.graph import Slot
-from lbyl.runtime.layer_norms import Kept
+from lbyl.runtime.layer_norms import NormMasks
 from lbyl.selection.filters import State, carrying, columns_second, few_rows, seats
 from lbyl.selection.select import Selection
 from lbyl.surgery.cuts import Cut
@@ -38,7 +38,7 @@ def nothing_delivered(kept: int, dropped: int, note: str = "") -> Delivery:
     return Delivery(torch.zeros(kept, dropped).double(), torch.ones(kept).double(), note)
 
 
-def silenced(values: Mapping[str, Tensor], selection: Selection, state: State) -> dict[str, Tensor]:
+def with_masks(values: Mapping[str, Tensor], selection: Selection, state: State) -> dict[str, Tensor]:
     """The values, with dropped channels zero from the start where a mean is taken over all channels of a group.
 
     So they are where a layer reads with the weight that makes the channels: it can't leave them out in another way.
@@ -52,22 +52,22 @@ def silenced(values: Mapping[str, Tensor], selection: Selection, state: State) -
     return changed
 
 
-Silences = Mapping[str, Sequence[Callable[[Tensor], object]]]
+Masks = Mapping[str, Sequence[Callable[[Tensor], object]]]
 """What sets the dropped columns of a weight to zero, in place, by the weight's name."""
 
 
-def silences(selection: Selection) -> Silences:
-    """Plain pruning of the readers, to be laid on copies of their weights when these are made."""
+def masks_of(selection: Selection) -> Masks:
+    """Plain pruning of the consumers, to be laid on copies of their weights when these are made."""
     found: dict[str, list[Callable[[Tensor], object]]] = defaultdict(list)
     for choice in selection.choices:
         _, drop = choice.tensors()
-        for slot in (*choice.group.readers, *choice.group.tied):
-            found[slot.parameter].append(partial(_silence_whole, slot=slot, width=choice.group.width, drop=drop))
+        for slot in (*choice.group.consumers, *choice.group.tied):
+            found[slot.parameter].append(partial(_mask_whole, slot=slot, width=choice.group.width, drop=drop))
     return found
 
 
-def _silence_whole(weight: Tensor, slot: Slot, width: int, drop: Tensor) -> None:
-    silence(columns_second(weight, slot), slot, width, drop)
+def _mask_whole(weight: Tensor, slot: Slot, width: int, drop: Tensor) -> None:
+    mask_columns(columns_second(weight, slot), slot, width, drop)
 
 
 def fold(
@@ -84,7 +84,7 @@ def fold(
     Where a channel has several columns (after a flatten), the delivery holds for each of its places.
     """
     if not bool(delivery.matrix.any()) and bool((delivery.scale == 1).all()):
-        return silence(weight, slot, width, drop)
+        return mask_columns(weight, slot, width, drop)
     index = seats(slot, width)  # channels, places
     per_block = len(slot.channels) // slot.blocks
     rows = len(source) // slot.blocks
@@ -108,7 +108,7 @@ def fold(
     return weight
 
 
-def silence(
+def mask_columns(
     weight: Float[Tensor, "out columns *taps"], slot: Slot, width: int, drop: Int[Tensor, " dropped"]
 ) -> Float[Tensor, "out columns *taps"]:
     """``U[:, D] = 0``; ``weight`` is changed and returned."""
@@ -120,7 +120,7 @@ def silence(
     return weight
 
 
-def kept_channels(selection: Selection) -> dict[str, Bool[Tensor, " channels"]]:
+def norm_masks(selection: Selection) -> dict[str, Bool[Tensor, " channels"]]:
     """What stays at every layer norm over channels of which some go."""
     kept: dict[str, Tensor] = {}
     for choice in selection.choices:
@@ -132,7 +132,7 @@ def kept_channels(selection: Selection) -> dict[str, Bool[Tensor, " channels"]]:
     return kept
 
 
-def still_masked(kept: Kept, cuts: Sequence[Cut]) -> dict[str, Bool[Tensor, " channels"]]:
+def still_masked(kept: NormMasks, cuts: Sequence[Cut]) -> dict[str, Bool[Tensor, " channels"]]:
     """What stays of the channels that are left once a part of the selection is cut, where some are masked still."""
     keep = {item.parameter: torch.tensor(item.keep) for item in cuts}
     left = {name: mask[keep[name]] if name in keep else mask for name, mask in kept.items()}

@@ -1,7 +1,7 @@
 """The cut network must compute what the masked one computes: checked in float64.
 
-In the masked network, readers have zeros in place of dropped columns, and layer norms over dropped channels take their
-statistics over the others (see `lbyl.kept`).
+In the masked network, consumers have zeros in place of dropped columns. Layer norms over dropped channels take their
+statistics over the others (see `lbyl.runtime.layer_norms`).
 
 Channels are wired alike at every pixel, so large images are compared with fewer of them, which is a tenth of the
 work; then the cut network runs once on the example inputs as they are, where only the shapes count, so that layers
@@ -27,20 +27,20 @@ from torch import Tensor, nn
 from lbyl.errors import InputError, LbylError, VerificationError
 from lbyl.graph import Graph
 from lbyl.runtime.contexts import plain_attention, undisturbed
-from lbyl.runtime.copying import duplicate, lay_on, standing_for, tensors_of
-from lbyl.runtime.float64 import LARGE, InDouble
+from lbyl.runtime.copying import apply_changes, copy_model, replacements_by_id, tensors_of
+from lbyl.runtime.float64 import LARGE, Float64Mode
 from lbyl.runtime.inputs import ExampleInputs, outputs
-from lbyl.runtime.layer_norms import Kept, KeptStatistics
+from lbyl.runtime.layer_norms import MaskedLayerNorms, NormMasks
 from lbyl.runtime.macs import macs_by_shapes
 from lbyl.selection.select import Choice, Selection
 from lbyl.surgery.attributes import Attribute, plan_attributes
 from lbyl.surgery.cuts import cut_copy, plan_cuts
-from lbyl.surgery.masking import Silences, kept_channels, still_masked
+from lbyl.surgery.masking import Masks, norm_masks, still_masked
 
 TOLERANCE = 1e-6
 _THINNED = 0.3
 """The share of their rows and columns that large images are compared with."""
-NOTHING: Silences = MappingProxyType({})
+NOTHING: Masks = MappingProxyType({})
 
 Follow = Callable[[Selection], Sequence[Attribute]]
 """Which attributes follow the cut of a selection."""
@@ -60,11 +60,11 @@ class Verification:
 
 
 @contextmanager
-def _widened(model: nn.Module, names: dict[int, str], silent: Silences) -> Iterator[None]:
+def _widened(model: nn.Module, names: dict[int, str], silent: Masks) -> Iterator[None]:
     """Each module's own tensors are float64 while it runs, so that no wide copy of the model is ever held.
 
     ``names`` are those of tensors by their ids; the wide ones are among them while they are in place. ``silent`` is
-    laid on the wide ones. Large weights of linear layers stay narrow, for :class:`lbyl.runtime.float64.InDouble`.
+    laid on the wide ones. Large weights of linear layers stay narrow, for :class:`lbyl.runtime.float64.Float64Mode`.
     """
     state = tensors_of(model) if silent else {}
     laid = {id(state[name]): changes for name, changes in silent.items()}
@@ -107,7 +107,7 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Silences) -> Itera
             hook.remove()
 
 
-def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent: Silences = NOTHING) -> list[Tensor]:
+def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks = NOTHING) -> list[Tensor]:
     """The model's outputs in float64; the model itself stays as it is.
 
     ``kept`` tells which channels layer norms take their statistics over, ``silent`` what is zero in its weights.
@@ -116,15 +116,15 @@ def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent: S
         return _widened_outputs(model, inputs, kept, silent)
     except InputError:
         # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
-        wide = lay_on(copy.deepcopy(model).eval().double(), silent)
-        with plain_attention(), _statistics(kept, _names(wide)), InDouble():
+        wide = apply_changes(copy.deepcopy(model).eval().double(), silent)
+        with plain_attention(), _statistics(kept, _names(wide)), Float64Mode():
             return outputs(wide, inputs)
 
 
-def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: Kept, silent: Silences) -> list[Tensor]:
+def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks) -> list[Tensor]:
     names = _names(model)
     statistics = _statistics(kept, names)
-    with undisturbed(model), _widened(model, names, silent), plain_attention(), statistics, InDouble():
+    with undisturbed(model), _widened(model, names, silent), plain_attention(), statistics, Float64Mode():
         return outputs(model, inputs)
 
 
@@ -132,8 +132,8 @@ def _names(model: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in tensors_of(model).items()}
 
 
-def _statistics(kept: Kept, names: dict[int, str]) -> AbstractContextManager[Any]:
-    return KeptStatistics(kept, names) if kept else nullcontext()
+def _statistics(kept: NormMasks, names: dict[int, str]) -> AbstractContextManager[Any]:
+    return MaskedLayerNorms(kept, names) if kept else nullcontext()
 
 
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -156,7 +156,7 @@ def verify(
     selection: Selection,
     attribute: Follow = lambda selection: (),
     macs: int | None = None,
-    silent: Silences = NOTHING,
+    silent: Masks = NOTHING,
     blame: bool = True,
 ) -> Verification:
     """Compare the cut network with the uncut one whose dropped columns are zero.
@@ -182,7 +182,7 @@ def verify(
     def wrong(what: str) -> VerificationError:
         if not blame:
             return VerificationError(f"the cut network is not the masked one ({what})")
-        full = lay_on(duplicate(masked).eval(), silent) if silent else masked
+        full = apply_changes(copy_model(masked).eval(), silent) if silent else masked
         return _error(_first_bad(full, reference, selection, attribute), what)
 
     try:
@@ -270,30 +270,30 @@ def _families(choices: Sequence[Choice]) -> list[list[Choice]]:
     """Each stream with the groups whose layers read it or write it; and all that belong to no stream."""
     coupled = [choice for choice in choices if _is_stream(choice)]
     # Heads are coupled where a layer of their own makes what is added to their scores, but all they feed is a stream.
-    streams = [a for a in coupled if not any(_readers(a) <= _makers(b) for b in coupled if b is not a)]
+    streams = [a for a in coupled if not any(_consumers(a) <= _makers(b) for b in coupled if b is not a)]
     families = [[stream] for stream in streams]
     others: list[Choice] = []
-    makes, reads = [_makers(stream) for stream in streams], [_readers(stream) for stream in streams]
+    makes, reads = [_makers(stream) for stream in streams], [_consumers(stream) for stream in streams]
     for choice in choices:
         if choice in streams:
             continue
-        makers, readers = _makers(choice), _readers(choice)
-        met = (i for i in range(len(streams)) if makers & reads[i] or readers & makes[i])
+        makers, consumers = _makers(choice), _consumers(choice)
+        met = (i for i in range(len(streams)) if makers & reads[i] or consumers & makes[i])
         found = next(met, None)
         (others if found is None else families[found]).append(choice)
     return [*families, others] if others else families
 
 
 def _is_stream(choice: Choice) -> bool:
-    return bool(choice.group.outside) and not choice.group.abreast
+    return bool(choice.group.excluded_from_inner) and not choice.group.coupled_with
 
 
 def _makers(choice: Choice) -> set[str]:
     return {producer.weight.parameter for producer in choice.group.producers}
 
 
-def _readers(choice: Choice) -> set[str]:
-    return {slot.parameter for slot in choice.group.readers}
+def _consumers(choice: Choice) -> set[str]:
+    return {slot.parameter for slot in choice.group.consumers}
 
 
 def follower(model: nn.Module, graph: Graph) -> Follow:
@@ -332,7 +332,7 @@ class _Reference:
 
     inputs: ExampleInputs
     outputs: list[Tensor]
-    kept: Kept
+    kept: NormMasks
     whole: ExampleInputs
     thinned: bool
     outline: _Outline
@@ -348,7 +348,7 @@ class _Outline:
     def _made(self) -> tuple[nn.Module, ExampleInputs, list[torch.Size]] | None:
         """The network and its inputs on the meta device, and the shapes of its outputs; None where it can't run."""
         nothing = {name: tensor.detach().to("meta") for name, tensor in tensors_of(self._model).items()}
-        ghost = duplicate(self._model, standing_for(self._model, nothing)).eval()
+        ghost = copy_model(self._model, replacements_by_id(self._model, nothing)).eval()
         inputs = self._inputs.to(torch.device("meta"))
         try:
             return ghost, inputs, _shapes(ghost, inputs)
@@ -377,11 +377,9 @@ def said(error: LbylError) -> str:
     return str(error).rpartition("): ")[2] if isinstance(error, InputError) else str(error)
 
 
-def _reference(
-    masked: nn.Module, inputs: ExampleInputs, selection: Selection, silent: Silences = NOTHING
-) -> _Reference:
+def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection, silent: Masks = NOTHING) -> _Reference:
     """Run the masked network in float64, on thinned images if it takes them."""
-    kept = kept_channels(selection)
+    kept = norm_masks(selection)
     device = next((p.device for p in masked.parameters()), torch.device("cpu"))
     whole, thinned = inputs.to(device), inputs.thinned(_THINNED)
     outline = _Outline(masked, whole)

@@ -11,7 +11,7 @@ class Row:
 
     ``re``, ``be`` and ``ae`` are the paper's residual, batch-norm and activation errors, means over the
     dropped channels (None where the weights-only form does not apply). ``errors`` are relative errors of the
-    readers' outputs on the moments that were solved with: after plain pruning, after restoration.
+    consumers' outputs on the moments that were solved with: after plain pruning, after restoration.
     """
 
     group: str

@@ -1,4 +1,4 @@
-"""Groundwork in a folder, as safetensors and JSON: what was found out once is there for the next run."""
+"""Analysis in a folder, as safetensors and JSON: what was found out once is there for the next run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lbyl.errors import ArtifactError, InputError
 from lbyl.graph import Graph
 from lbyl.io.files import write_tensors, write_whole
 from lbyl.moments import Probes
-from lbyl.moments.accumulate import Moments, Reading
+from lbyl.moments.accumulate import ConsumerMoments, Moments
 from lbyl.pipeline.analysis import Cuttable
 from lbyl.runtime.inputs import ExampleInputs
 
@@ -28,12 +28,12 @@ GROUPS = "groups.json"
 PROBES = "probes.safetensors"
 DATA = "data.json"
 CURVES = "curves.safetensors"
-READINGS = "readings.safetensors"
+READINGS = "consumer_moments.safetensors"
 
 
 @dataclass(frozen=True)
-class FolderShelf:
-    """A shelf in a folder of its own.
+class FolderCache:
+    """A cache in a folder of its own.
 
     Attributes:
         folder: its place, made when something is kept.
@@ -88,9 +88,9 @@ class FolderShelf:
             "batches": len(made.batches),
             "batch_statistics": made.batch_statistics,
             "note": made.note,
-            "lifelike": made.lifelike,
-            "matched": made.matched,
-            "judged_in": made.judged_in,
+            "recalibration_batches": made.recalibration_batches,
+            "matches_training_statistics": made.matches_training_statistics,
+            "evaluation_batches": made.evaluation_batches,
             # Convolutions add in another order in this layout, which shows in the last digits.
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         }
@@ -117,8 +117,8 @@ class FolderShelf:
             )
             return Curves(tuple(curves), tuple(map(str, note["notes"])))
 
-    def readings(self, make: Callable[[], dict[str, Reading]]) -> Mapping[str, Reading]:
-        """The readers' moments; of the user's data they are not kept either."""
+    def consumer_moments(self, make: Callable[[], dict[str, ConsumerMoments]]) -> Mapping[str, ConsumerMoments]:
+        """The consumers' moments; of the user's data they are not kept either."""
         if self.private:
             return make()
         file = self.folder / READINGS
@@ -127,11 +127,11 @@ class FolderShelf:
             tensors: dict[str, Tensor] = {}
             facts: list[dict[str, Any]] = []
             for number, (name, reading) in enumerate(made.items()):
-                facts.append({"reader": name, "counts": [block.count for block in reading.blocks]})
+                facts.append({"consumer": name, "counts": [block.count for block in reading.blocks]})
                 for index, block in enumerate(reading.blocks):
                     tensors |= {f"{number}.{index}.p": block.p, f"{number}.{index}.pp": block.pp}
                 tensors |= {f"{number}.output.{index}": part for index, part in enumerate(reading.output)}
-            write_tensors(file, tensors, json.dumps({"readers": facts}))
+            write_tensors(file, tensors, json.dumps({"consumers": facts}))
             return made
         with _reading(file):
             tensors, note = _read(file)
@@ -144,11 +144,11 @@ class FolderShelf:
                 return replace(moments, count=count, p=p, pp=pp, pr=pp[:, :0])
 
             return {
-                str(fact["reader"]): Reading(
+                str(fact["consumer"]): ConsumerMoments(
                     tuple(restored(number, index, int(count)) for index, count in enumerate(fact["counts"])),
                     (tensors[f"{number}.output.0"], tensors[f"{number}.output.1"], tensors[f"{number}.output.2"]),
                 )
-                for number, fact in enumerate(note["readers"])
+                for number, fact in enumerate(note["consumers"])
             }
 
     def _index(self, name: str) -> int:
@@ -178,9 +178,9 @@ class FolderShelf:
                 batch(count),
                 bool(note["batch_statistics"]),
                 str(note["note"]),
-                tuple(map(int, note["lifelike"])),
-                bool(note["matched"]),
-                tuple(map(int, note.get("judged_in", ()))),
+                tuple(map(int, note["recalibration_batches"])),
+                bool(note["matches_training_statistics"]),
+                tuple(map(int, note.get("evaluation_batches", ()))),
             )
 
     def _same(self, made: Probes) -> Probes:
@@ -192,7 +192,7 @@ class FolderShelf:
         if then != now:
             raise InputError(
                 f"the data is not what it was when this sweep began ({file} has its fingerprint): pass the same "
-                "batches in the same order, or begin in another folder"
+                "batches in the same request, or begin in another folder"
             )
         return made
 
@@ -226,7 +226,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Whatever a damaged file does to its reader becomes one clear error."""
+    """Whatever a damaged file does to its consumer becomes one clear error."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, StopIteration, SafetensorError) as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lbyl.errors import InputError
-from lbyl.pipeline.request import Order
+from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.sweep.cache import digest
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
@@ -18,7 +18,7 @@ from lbyl.surgery.plan import described, library_version
 
 
 def fingerprint(
-    model: nn.Module, inputs: ExampleInputs, order: Order, submodule: str | None
+    model: nn.Module, inputs: ExampleInputs, request: CompressionRequest, submodule: str | None
 ) -> dict[str, str | int | bool | None]:
     """Everything that the outcome depends on, but the budgets, as plain data."""
     state, others = tensors_of(model), pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
@@ -27,12 +27,12 @@ def fingerprint(
         "weights": digest(state[name] for name in sorted(state)),
         "inputs": digest(inputs.tensors()),
         "other inputs": json.dumps([repr(leaf) for leaf in others if not isinstance(leaf, Tensor)]),
-        "scope": order.scope,
-        "criterion": _text(described(order.criterion)),
-        "restore": _text(described(order.restorer(model)[0])),
-        "seed": order.seed,
-        "verify": order.verify,
-        "strict": order.strict,
+        "scope": request.scope,
+        "criterion": _text(described(request.criterion)),
+        "restore": _text(described(request.restorer(model)[0])),
+        "seed": request.seed,
+        "verify": request.verify,
+        "strict": request.strict,
         "submodule": submodule,
     }
 

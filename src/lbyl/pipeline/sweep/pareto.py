@@ -155,7 +155,7 @@ def markdown(points: Sequence[Point], source: str | None, unpruned: float | None
     lines += [
         "",
         'Each folder is a smaller network: `lbyl show FOLDER` says what was cut, `lbyl.load("FOLDER")` loads it.',
-        "`sweep.json` holds this table. `groundwork/` holds the probes and error curves that all points share; with",
+        "`sweep.json` holds this table. `analysis/` holds the probes and error curves that all points share; with",
         "it, running the sweep again with other budgets adds points. It can be deleted.",
     ]
     return "\n".join(lines) + "\n"

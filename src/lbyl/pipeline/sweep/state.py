@@ -16,15 +16,15 @@ from lbyl.errors import ArtifactError, InputError
 from lbyl.io.files import TEMPORARY, write_whole
 from lbyl.pipeline.sweep.pareto import Point
 
-LEDGER = "sweep.json"
-GROUNDWORK = "groundwork"
+STATE = "sweep.json"
+ANALYSIS = "analysis"
 _LOCK = ".lock"
 _VERSION = 1
 _LARGEST = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Ledger:
+class SweepState:
     """What is known of a sweep.
 
     Attributes:
@@ -43,7 +43,7 @@ class Ledger:
     unpruned: float | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    def having(self, point: Point) -> Ledger:
+    def having(self, point: Point) -> SweepState:
         """The same with a point in the place of the one of its name, or at the end."""
         names = [known.name for known in self.points]
         if point.name not in names:
@@ -54,23 +54,23 @@ class Ledger:
         """Plain data."""
         return {"version": _VERSION, **dataclasses.asdict(self)}
 
-    def write(self, folder: Path) -> Ledger:
-        """Write ``sweep.json``, whole or not at all, and return the ledger.
+    def write(self, folder: Path) -> SweepState:
+        """Write ``sweep.json``, whole or not at all, and return the state.
 
         Raises:
             InputError: it can't be written.
         """
-        write_whole(folder / LEDGER, json.dumps(self.to_dict(), indent=1))
+        write_whole(folder / STATE, json.dumps(self.to_dict(), indent=1))
         return self
 
     @staticmethod
-    def read(folder: Path) -> Ledger:
+    def read(folder: Path) -> SweepState:
         """Read ``sweep.json``.
 
         Raises:
             ArtifactError: it is damaged, or of another version.
         """
-        file = folder / LEDGER
+        file = folder / STATE
         if file.stat().st_size > _LARGEST:
             raise ArtifactError(f"{file} is larger than {_LARGEST // 2**20} MiB: no sweep of lbyl")
         try:
@@ -80,7 +80,7 @@ class Ledger:
             points = tuple(map(Point.from_dict, data["points"]))
             if any(Path(p.name).name != p.name or p.name.startswith(".") for p in points):
                 raise ValueError("a point's name leads out of the folder")
-            return Ledger(
+            return SweepState(
                 dict(data["fingerprint"]),
                 points,
                 data["source"],
@@ -98,7 +98,7 @@ def exists(folder: Path) -> bool:
     Raises:
         InputError: the folder can't be one of a sweep's.
     """
-    if (folder / LEDGER).is_file():
+    if (folder / STATE).is_file():
         return True
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder} exists already and is no folder; choose another place")
@@ -130,7 +130,7 @@ def occupied(folder: Path) -> Iterator[None]:
 
 def clear(folder: Path, points: Collection[str]) -> None:
     """Remove what a killed process has left half done: temporary files, and unfinished folders of these points."""
-    for file in (*folder.glob(f"{TEMPORARY}*"), *(folder / GROUNDWORK).rglob(f"{TEMPORARY}*")):
+    for file in (*folder.glob(f"{TEMPORARY}*"), *(folder / ANALYSIS).rglob(f"{TEMPORARY}*")):
         file.unlink()
     for entry in folder.glob(".*-*"):
         if entry.is_dir() and entry.name[1:].rpartition("-")[0] in points:

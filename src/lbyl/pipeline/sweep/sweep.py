@@ -22,20 +22,20 @@ from lbyl.io import artifact
 from lbyl.io.files import write_whole
 from lbyl.io.report.report import Report
 from lbyl.moments import Data
-from lbyl.pipeline.analysis import Cuttable, Groundwork, find_cuttable, lay_groundwork
+from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.compress import walk
 from lbyl.pipeline.prepare import Prepared, check_module, check_weights, prepare
-from lbyl.pipeline.request import Order
+from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep import pareto
-from lbyl.pipeline.sweep.cache import FolderShelf
+from lbyl.pipeline.sweep.cache import FolderCache
 from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
 from lbyl.pipeline.sweep.pareto import Point
-from lbyl.pipeline.sweep.state import GROUNDWORK, Ledger, clear, exists, occupied
+from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
 from lbyl.restore.base import Restorer
 from lbyl.restore.least_squares.settings import LeastSquares
 from lbyl.restore.registry import resolve_restorer
-from lbyl.runtime.copying import duplicate
+from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.selection.criteria.base import Criterion, resolve_criterion
@@ -150,29 +150,31 @@ def sweep(
         TraceError: ``torch.export`` can't trace the model.
         ArtifactError: a file of the sweep is damaged.
     """
-    order = Order(0.5, None, scope, resolve_criterion(criterion), restore, seed, verify, strict, source, progress)
+    request = CompressionRequest(
+        0.5, None, scope, resolve_criterion(criterion), restore, seed, verify, strict, source, progress
+    )
     if restore != "auto":
         resolve_restorer(restore)
     _check(budgets)
     check_module(model)
     check_weights(model)
     folder, inputs, judge = Path(path), ExampleInputs.of(example_inputs), _Judge(evaluate)
-    now = fingerprint(model, inputs, order, submodule)
-    network = _Network(model, inputs, order, submodule)
+    now = fingerprint(model, inputs, request, submodule)
+    network = _Network(model, inputs, request, submodule)
     # Whatever is wrong with the network or its judge is found out before there is a folder.
     first = None if exists(folder) else network.first(now, judge)
     with occupied(folder):
-        before = first.write(folder) if first and not exists(folder) else Ledger.read(folder)
+        before = first.write(folder) if first and not exists(folder) else SweepState.read(folder)
         check_same(before.fingerprint, now, str(folder))
         clear(folder, [point.name for point in before.points])
-        ledger = judge.admitted(_listed(before, budgets, folder))
-        if judge.evaluate and ledger.unpruned is None:
-            ledger = replace(ledger, unpruned=judge(duplicate(model), "the unpruned network"))
-        if ledger != before:
-            ledger.write(folder)
-        ledger = _compressed(network, _judged(ledger, folder, judge, model), folder, judge)
-        _show(ledger, folder, anew=ledger != before)
-    return Sweep(folder, ledger.points, ledger.source, ledger.unpruned, dict(ledger.seconds))
+        state = judge.admitted(_listed(before, budgets, folder))
+        if judge.evaluate and state.unpruned is None:
+            state = replace(state, unpruned=judge(copy_model(model), "the unpruned network"))
+        if state != before:
+            state.write(folder)
+        state = _compressed(network, _judged(state, folder, judge, model), folder, judge)
+        _show(state, folder, anew=state != before)
+    return Sweep(folder, state.points, state.source, state.unpruned, dict(state.seconds))
 
 
 @dataclass
@@ -181,14 +183,14 @@ class _Network:
 
     model: nn.Module
     inputs: ExampleInputs
-    order: Order
+    request: CompressionRequest
     submodule: str | None
     clock: Clock = field(default_factory=Clock)
 
     @cached_property
     def prepared(self) -> Prepared:
         """Checked and traced."""
-        return prepare(self.model, self.inputs, self.order, self.submodule, self.clock)
+        return prepare(self.model, self.inputs, self.request, self.submodule, self.clock)
 
     @cached_property
     def cuttable(self) -> dict[str, Cuttable]:
@@ -197,33 +199,33 @@ class _Network:
         refusals: list[LbylError] = []
         with self.clock("verify"):
             for path, module, inputs, graph in self.prepared.parts:
-                cuttable = _attempt(lambda m=module, i=inputs, g=graph: find_cuttable(m, i, g, self.order))
+                cuttable = _attempt(lambda m=module, i=inputs, g=graph: find_cuttable(m, i, g, self.request))
                 if isinstance(cuttable, Cuttable):
                     found[path] = cuttable
                 else:
                     refusals.append(cuttable)
-        if refusals and (self.order.strict or not found):
+        if refusals and (self.request.strict or not found):
             raise refusals[0]
         return found
 
-    def first(self, now: Mapping[str, Any], judge: _Judge) -> Ledger:
-        """The ledger of a sweep that begins."""
+    def first(self, now: Mapping[str, Any], judge: _Judge) -> SweepState:
+        """The state of a sweep that begins."""
         if not self.cuttable:
             raise InputError("the model has no part with groups that can be cut; lbyl.inspect lists them")
-        unpruned = judge(duplicate(self.model), "the unpruned network")
-        return Ledger(now, (), self.order.source, judge.name, unpruned)
+        unpruned = judge(copy_model(self.model), "the unpruned network")
+        return SweepState(now, (), self.request.source, judge.name, unpruned)
 
-    def ground(self, folder: Path) -> dict[str, Groundwork]:
-        """The groundwork of each part, from the folder where it is there."""
-        ground: dict[str, Groundwork] = {}
+    def ground(self, folder: Path) -> dict[str, Analysis]:
+        """The analysis of each part, from the folder where it is there."""
+        ground: dict[str, Analysis] = {}
         for number, (path, module, inputs, graph) in enumerate(self.prepared.parts):
-            restorer, _ = self.order.restorer(module)
+            restorer, _ = self.request.restorer(module)
             private = isinstance(restorer, LeastSquares) and isinstance(restorer.moments, Data)
-            shelf = FolderShelf(folder / GROUNDWORK / str(number), graph, inputs, private)
-            if not shelf.begun and path not in self.cuttable:
+            cache = FolderCache(folder / ANALYSIS / str(number), graph, inputs, private)
+            if not cache.begun and path not in self.cuttable:
                 continue
-            shelf.cuttable(lambda path=path: self.cuttable[path])
-            ground[path] = lay_groundwork(module, inputs, graph, self.order, None, self.clock, shelf)
+            cache.cuttable(lambda path=path: self.cuttable[path])
+            ground[path] = analyze(module, inputs, graph, self.request, None, self.clock, cache)
         return ground
 
 
@@ -235,38 +237,38 @@ def _attempt(work: Callable[[], Made]) -> Made | LbylError:
         return error
 
 
-def _compressed(network: _Network, ledger: Ledger, folder: Path, judge: _Judge) -> Ledger:
+def _compressed(network: _Network, state: SweepState, folder: Path, judge: _Judge) -> SweepState:
     """Make the points that are not there; what can't be made is noted, and the others go on."""
-    waiting = [point for point in ledger.points if not point.made and not point.reason]
+    waiting = [point for point in state.points if not point.made and not point.reason]
     if not waiting:
-        return ledger
+        return state
     ground = network.ground(folder)
-    spent = {stage: ledger.seconds.get(stage, 0.0) + value for stage, value in network.clock.seconds.items()}
-    ledger = replace(ledger, seconds={**ledger.seconds, **spent})
+    spent = {stage: state.seconds.get(stage, 0.0) + value for stage, value in network.clock.seconds.items()}
+    state = replace(state, seconds={**state.seconds, **spent})
     for number, point in enumerate(waiting):
         limit = Budget(**{key: _tupled(value) for key, value in point.budget.items() if key != "name"})
-        progress = _labelled(network.order.progress, f"{point.asked} ({number + 1} of {len(waiting)})")
-        order = replace(network.order, budget=limit, progress=progress)
+        progress = _labelled(network.request.progress, f"{point.asked} ({number + 1} of {len(waiting)})")
+        request = replace(network.request, budget=limit, progress=progress)
         started = perf_counter()
-        result = _attempt(lambda order=order: walk(network.prepared, order, Clock(), ground))
+        result = _attempt(lambda request=request: walk(network.prepared, request, Clock(), ground))
         if isinstance(result, LbylError):
-            ledger = ledger.having(replace(point, reason=str(result))).write(folder)
+            state = state.having(replace(point, reason=str(result))).write(folder)
             continue
         result.save(folder / point.name)
         point = _filled(point, result.report, perf_counter() - started)
-        ledger = ledger.having(point).write(folder)
+        state = state.having(point).write(folder)
         if judge.evaluate:
-            ledger = ledger.having(replace(point, accuracy=judge(result.model, point.asked))).write(folder)
-    return ledger
+            state = state.having(replace(point, accuracy=judge(result.model, point.asked))).write(folder)
+    return state
 
 
-def _judged(ledger: Ledger, folder: Path, judge: _Judge, model: nn.Module) -> Ledger:
+def _judged(state: SweepState, folder: Path, judge: _Judge, model: nn.Module) -> SweepState:
     """Judge the points that were made before there was a judge, or that it did not come to."""
-    for point in ledger.points:
+    for point in state.points:
         if judge.evaluate and point.made and point.accuracy is None:
             smaller = artifact.load(folder / point.name, model)
-            ledger = ledger.having(replace(point, accuracy=judge(smaller, point.asked))).write(folder)
-    return ledger
+            state = state.having(replace(point, accuracy=judge(smaller, point.asked))).write(folder)
+    return state
 
 
 @dataclass(frozen=True)
@@ -297,16 +299,16 @@ class _Judge:
             raise InputError(f"{self.name} returned {said} for {what}; it must return a finite number")
         return said
 
-    def admitted(self, ledger: Ledger) -> Ledger:
-        """The ledger with the function's name in it; numbers of two functions must not meet in one table."""
-        if self.name is None or ledger.evaluate == self.name:
-            return ledger
-        if ledger.evaluate is not None:
+    def admitted(self, state: SweepState) -> SweepState:
+        """The state with the function's name in it; numbers of two functions must not meet in one table."""
+        if self.name is None or state.evaluate == self.name:
+            return state
+        if state.evaluate is not None:
             raise InputError(
-                f"this sweep was evaluated by {ledger.evaluate}, now {self.name} is given: "
+                f"this sweep was evaluated by {state.evaluate}, now {self.name} is given: "
                 "give the same one, or write to another folder"
             )
-        return replace(ledger, evaluate=self.name)
+        return replace(state, evaluate=self.name)
 
 
 def _check(budgets: Sequence[Budget]) -> None:
@@ -319,30 +321,30 @@ def _check(budgets: Sequence[Budget]) -> None:
             raise InputError(f"{budget} is given twice")
 
 
-def _listed(ledger: Ledger, budgets: Sequence[Budget], folder: Path) -> Ledger:
-    """The ledger with every budget in it, and with what the folder holds."""
+def _listed(state: SweepState, budgets: Sequence[Budget], folder: Path) -> SweepState:
+    """The state with every budget in it, and with what the folder holds."""
     for budget in budgets:
         asked = _jsonable(described(budget))
-        if any(point.budget == asked for point in ledger.points):
+        if any(point.budget == asked for point in state.points):
             continue
-        taken = {point.name for point in ledger.points}
+        taken = {point.name for point in state.points}
         name = base = Point("", asked).asked.replace("=", "-")
         count = 1
         while name in taken or (folder / name).exists():
             count += 1
             name = f"{base}-{count}"
-        ledger = ledger.having(Point(name, asked))
-    for point in ledger.points:
+        state = state.having(Point(name, asked))
+    for point in state.points:
         there = (folder / point.name).is_dir()
         if there and not point.made:
-            # The process was killed between the folder's last file and the ledger's line.
+            # The process was killed between the folder's last file and the state's line.
             manifest = artifact.read_manifest(folder / point.name)
             if _jsonable(manifest.plan.settings.get("budget")) != point.budget:
                 raise ArtifactError(f"{folder / point.name} is of another budget; remove it, and it is made anew")
-            ledger = ledger.having(_filled(point, manifest.report, None))
+            state = state.having(_filled(point, manifest.report, None))
         elif point.made and not there:
-            ledger = ledger.having(Point(point.name, point.budget))
-    return ledger
+            state = state.having(Point(point.name, point.budget))
+    return state
 
 
 def _filled(point: Point, report: Report, seconds: float | None) -> Point:
@@ -360,12 +362,12 @@ def _filled(point: Point, report: Report, seconds: float | None) -> Point:
     )
 
 
-def _show(ledger: Ledger, folder: Path, anew: bool) -> None:
+def _show(state: SweepState, folder: Path, anew: bool) -> None:
     """Write table and picture, where they are not there or not true."""
     if anew or not (folder / PAGE).is_file():
-        if pareto.figure_wanted(ledger.points):
-            write_whole(folder / pareto.PICTURE, pareto.picture(ledger.points, ledger.unpruned))
-        write_whole(folder / PAGE, pareto.markdown(ledger.points, ledger.source, ledger.unpruned))
+        if pareto.figure_wanted(state.points):
+            write_whole(folder / pareto.PICTURE, pareto.picture(state.points, state.unpruned))
+        write_whole(folder / PAGE, pareto.markdown(state.points, state.source, state.unpruned))
 
 
 def _labelled(progress: Progress | None, label: str) -> Progress | None:

@@ -1,4 +1,4 @@
-"""Restoration by least squares: probe the network, solve each reader, move the statistics, measure."""
+"""Restoration by least squares: probe the network, solve each consumer, move the statistics, measure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lbyl.graph import Graph
 from lbyl.moments import ClosedFormSource, Probes, ProbeSource
-from lbyl.moments.accumulate import PatchSums, Reading, WholeSums
+from lbyl.moments.accumulate import ConsumerMoments, PatchSums, WholeSums
 from lbyl.restore.base import Restoration
 from lbyl.restore.closed_form import with_ties
 from lbyl.restore.least_squares.recalibrate import (
@@ -26,7 +26,7 @@ from lbyl.restore.least_squares.recalibrate import (
     renormalize,
     transplant,
 )
-from lbyl.restore.least_squares.sequential import Declined, solve_in_turn
+from lbyl.restore.least_squares.sequential import NotApplicable, solve_sequentially
 from lbyl.restore.least_squares.settings import LeastSquares
 from lbyl.restore.least_squares.solve import (
     Findings,
@@ -38,19 +38,19 @@ from lbyl.restore.least_squares.solve import (
     solve_closed_form,
     solve_patches,
 )
-from lbyl.restore.least_squares.targets import Site, masked, output_first, sites
+from lbyl.restore.least_squares.targets import Target, find_targets, masked, output_first
 from lbyl.runtime.batches import FEWEST, first_rows, in_parts
 from lbyl.runtime.copying import tensors_of
-from lbyl.runtime.forward import OnRead, ReaderCall, run
+from lbyl.runtime.forward import ConsumerCall, OnConsumer, run
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
-from lbyl.runtime.layer_norms import Kept
+from lbyl.runtime.layer_norms import NormMasks
 from lbyl.runtime.memory import give_back, held_at_once, held_bytes
 from lbyl.runtime.output_error import Assessment, outputs_error
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State
 from lbyl.selection.select import Selection
-from lbyl.surgery.masking import kept_channels
+from lbyl.surgery.masking import norm_masks
 
 
 def fit(
@@ -61,9 +61,9 @@ def fit(
     settings: LeastSquares,
     seed: int,
     progress: Progress | None = None,
-    readings: Mapping[str, Reading] | None = None,
+    consumer_moments: Mapping[str, ConsumerMoments] | None = None,
 ) -> Restoration:
-    """Restore every reader of a pruned group by least squares on moments.
+    """Restore every consumer of a pruned group by least squares on moments.
 
     Args:
         model: the unpruned network in evaluation mode; nothing in it is changed.
@@ -73,31 +73,31 @@ def fit(
         settings: the restorer.
         seed: for probes and sampled positions.
         progress: called as ``progress(stage, done, total)``.
-        readings: moments of readers that were measured on these probes before, by the names of their weights.
+        consumer_moments: moments of consumers that were measured on these probes before, by the names of their weights.
     """
-    problem = Problem(model, graph, selection, sites(graph, selection), settings, seed, progress)
+    problem = Problem(model, graph, selection, find_targets(graph, selection), settings, seed, progress)
     state = tensors_of(model)
-    ledger, seconds = Findings(state), {}
+    findings, seconds = Findings(state), {}
 
     def restoration(found: _Found, assessment: Assessment | None) -> Restoration:
-        rows = [found.ledger.row(number, choice) for number, choice in enumerate(selection.choices)]
+        rows = [found.findings.row(number, choice) for number, choice in enumerate(selection.choices)]
         return Restoration(found.values, with_ties(selection, rows), assessment, found.notes, seconds)
 
     started = time.perf_counter()
     if isinstance(settings.moments, ClosedFormSource):
         with torch.no_grad():
-            solve_closed_form(selection, settings.moments, problem.found, settings.strength(False), ledger)
+            solve_closed_form(selection, settings.moments, problem.found, settings.strength(False), findings)
             seconds["solve"] = time.perf_counter() - started
-            return restoration(_Found(problem.stored(ledger.values, state), ledger), None)
+            return restoration(_Found(problem.stored(findings.values, state), findings), None)
     probes = make_probes(model, inputs, settings, seed, progress)
     seconds["probe"] = time.perf_counter() - started
     started = time.perf_counter()
     with torch.no_grad():
-        looks = _measured(problem, probes, ledger, readings or {})
-        found = _Found(problem.stored(ledger.values, state), ledger, (probes.note,) if probes.note else ())
+        looks = _measured(problem, probes, findings, consumer_moments or {})
+        found = _Found(problem.stored(findings.values, state), findings, (probes.note,) if probes.note else ())
         seconds["solve"] = time.perf_counter() - started
         started = time.perf_counter()
-        norms = {site.reader.weight: site.norm for site in problem.found if site.norm}
+        norms = {target.consumer.weight: target.norm for target in problem.found if target.norm}
         give_back()
         positions = _positions(problem, probes)
         looks = looks or [look(model, {}, batch, norms, positions) for batch in probes.batches]
@@ -138,7 +138,12 @@ def make_probes(
         return tuple(number for index in indices for number in range(firsts[index], firsts[index + 1]))
 
     batches = tuple(chain.from_iterable(parts))
-    return replace(probes, batches=batches, lifelike=now(probes.lifelike), judged_in=now(probes.judged_in))
+    return replace(
+        probes,
+        batches=batches,
+        recalibration_batches=now(probes.recalibration_batches),
+        evaluation_batches=now(probes.evaluation_batches),
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,7 @@ class _Found:
 
     Attributes:
         values: new parameters and buffers, as the layers store them.
-        ledger: what the solves found out.
+        findings: what the solves found out.
         notes: what the user should know.
         error: on held-out probes, once it is known.
         on_probes: the same values before anything was added that real inputs have and probes do not.
@@ -155,7 +160,7 @@ class _Found:
     """
 
     values: dict[str, Tensor]
-    ledger: Findings
+    findings: Findings
     notes: tuple[str, ...] = ()
     error: float = float("nan")
     on_probes: dict[str, Tensor] | None = None
@@ -168,7 +173,7 @@ class _Found:
 
 def _pruned(problem: Problem, state: State) -> dict[str, Tensor]:
     """Plain pruning: as large as the weights themselves, so nobody holds it for longer than it is needed."""
-    return problem.stored({site.reader.weight: masked(site, state) for site in problem.found}, state)
+    return problem.stored({target.consumer.weight: masked(target, state) for target in problem.found}, state)
 
 
 @dataclass(frozen=True)
@@ -178,22 +183,22 @@ class _Judge:
     model: nn.Module
     state: State
     held_out: tuple[ExampleInputs, ...]
-    kept: Kept
+    kept: NormMasks
     world: Statistics
     expected: list[Tensor]
 
     @staticmethod
     def over(problem: Problem, probes: Probes, looks: Sequence[Look]) -> _Judge:
         """Held-out probes are looked at in the batch-norm statistics that their like have."""
-        judged = averaged([looks[index] for index in probes.judged_in or range(len(looks))])
+        judged = averaged([looks[index] for index in probes.evaluation_batches or range(len(looks))])
         world = judged if probes.batch_statistics else {}
         model, state = problem.model, tensors_of(problem.model)
         most = held_at_once(problem.settings.memory, held_bytes(model, first_rows(probes.held_out)))
         parts = tuple(in_parts(probes.held_out, most))
-        judge = _Judge(model, state, parts, kept_channels(problem.selection), world, [])
+        judge = _Judge(model, state, parts, norm_masks(problem.selection), world, [])
         return replace(judge, expected=judge.outputs({}))
 
-    def outputs(self, values: Mapping[str, Tensor], kept: Kept | None = None) -> list[Tensor]:
+    def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> list[Tensor]:
         """What the network gives for all that is held out, part by part."""
         moved = transplant(values, self.state, self.world)
         found = []
@@ -215,8 +220,8 @@ def _with_renorm(
     """Batch-norm statistics moved by what pruning changed, unless that raises the error on held-out probes."""
     if not problem.settings.renorm or not any(each.statistics for each in looks):
         return found
-    state, kept = found.ledger.state, kept_channels(problem.selection)
-    shown = _lifelike(probes)
+    state, kept = found.findings.state, norm_masks(problem.selection)
+    shown = _recalibration_batches(probes)
     theirs, positions = [looks[index] for index in shown], _positions(problem, probes)
     ours = [look(problem.model, found.values, probes.batches[index], norms, positions, kept) for index in shown]
     moved = renormalize(state, found.values, averaged(theirs), averaged(ours))
@@ -228,40 +233,44 @@ def _with_renorm(
     return replace(found, values=values, error=error, on_probes=moved, renorm=True)
 
 
-def _lifelike(probes: Probes) -> Sequence[int]:
+def _recalibration_batches(probes: Probes) -> Sequence[int]:
     """The batches that batch-norm statistics are moved by."""
-    return probes.lifelike or range(len(probes.batches))
+    return probes.recalibration_batches or range(len(probes.batches))
 
 
 def _positions(problem: Problem, probes: Probes) -> int:
-    """How many outputs of each reader are noted of a batch: those of all may take an eighth of the memory."""
+    """How many outputs of each consumer are noted of a batch: those of all may take an eighth of the memory."""
     state = tensors_of(problem.model)
-    channels = sum(len(site.weight(state)) for site in problem.found if site.norm)
-    return min(POSITIONS, held_at_once(problem.settings.memory, 32 * max(1, channels))) // len(_lifelike(probes))
+    channels = sum(len(target.weight(state)) for target in problem.found if target.norm)
+    return min(POSITIONS, held_at_once(problem.settings.memory, 32 * max(1, channels))) // len(
+        _recalibration_batches(probes)
+    )
 
 
 def _with_turns(problem: Problem, probes: Probes, found: _Found, judge: _Judge) -> _Found:
-    """Readers solved in turn, or halfway between that and all at once, where the error on held-out probes is lower."""
+    """Consumers solved in turn, or halfway to that, where the error on held-out probes is lower."""
     asked = problem.settings.sequential
-    if not (asked or (asked is None and probes.matched)):
+    if not (asked or (asked is None and probes.matches_training_statistics)):
         return found
-    turned = solve_in_turn(problem, probes, found.ledger, found.renorm)
+    turned = solve_sequentially(problem, probes, found.findings, found.renorm)
     give_back()
-    if isinstance(turned, Declined):
+    if isinstance(turned, NotApplicable):
         told = asked or turned.possible
-        return replace(found, notes=found.plus(f"readers not solved in turn: {turned.why}")) if told else found
-    state = found.ledger.state
+        return replace(found, notes=found.plus(f"consumers not solved in turn: {turned.why}")) if told else found
+    state = found.findings.state
     halfway = _between(state, found.on_probes or found.values, turned.on_probes, 0.5)
     errors = {"all at once": found.error, "halfway between": judge(halfway), "in turn": judge(turned.on_probes)}
     if asked:
         errors = {"in turn": errors["in turn"]}
     way = min(errors, key=lambda each: errors[each])
     figures = ", ".join(f"{error:.3g} {each}" for each, error in errors.items())
-    notes = found.plus(f"readers solved {way}: error on held-out probes {figures}")
+    notes = found.plus(f"consumers solved {way}: error on held-out probes {figures}")
     if way == "all at once":
         return replace(found, notes=notes)
     values = turned.values if way == "in turn" else _between(state, found.values, turned.values, 0.5)
-    return replace(found, values=values, error=errors[way], ledger=merged(found.ledger, turned.ledger), notes=notes)
+    return replace(
+        found, values=values, error=errors[way], findings=merged(found.findings, turned.findings), notes=notes
+    )
 
 
 def _between(
@@ -286,86 +295,88 @@ def _less(found: _Found, pruned: Mapping[str, Tensor], state: State, before: flo
     return replace(found, values=dict(pruned), error=before, notes=found.plus(f"{note}; give more probes"))
 
 
-def _measured(problem: Problem, probes: Probes, ledger: Findings, readings: Mapping[str, Reading]) -> list[Look]:
-    """Collect moments and solve, as many readers at a time as the budget allows, in execution order.
+def _measured(
+    problem: Problem, probes: Probes, findings: Findings, consumer_moments: Mapping[str, ConsumerMoments]
+) -> list[Look]:
+    """Collect moments and solve, as many consumers at a time as the budget allows, in execution order.
 
-    Readers whose moments are known are solved with these. Returns what else was seen of the unpruned network,
+    Consumers whose moments are known are solved with these. Returns what else was seen of the unpruned network,
     batch by batch, if it was run with batch statistics: nothing needs to be run again for renorm.
     """
     graph, selection, settings, seed = problem.graph, problem.selection, problem.settings, problem.seed
-    waiting: list[Site] = []
-    for site in problem.found:
-        reading = readings.get(site.reader.weight)
-        sums = empty_sums(site, selection, ledger.state, settings, seed)[0] if reading else None
+    waiting: list[Target] = []
+    for target in problem.found:
+        reading = consumer_moments.get(target.consumer.weight)
+        sums = empty_sums(target, selection, findings.state, settings, seed)[0] if reading else None
         if reading is None or not isinstance(sums, PatchSums):
-            waiting.append(site)
+            waiting.append(target)
             continue
-        kernels = site.weight(ledger.state).chunk(site.reader.blocks)
+        kernels = target.weight(findings.state).chunk(target.consumer.blocks)
         sums.output = list(reading.output)
         pairs = zip(kernels, sums.columns.keep, sums.columns.drop, strict=True)
         sums.blocks = [reading.part(number, kernel, k, d) for number, (kernel, k, d) in enumerate(pairs)]
-        solve_patches(site, sums, selection, settings, ledger)
-    norms = {site.reader.weight for site in problem.found if site.norm}
-    # Readers of channels that a layer norm is taken over are fed something else once these are cut.
-    kept, readers = kept_channels(selection), frozenset(reader.weight for reader in graph.readers)
-    shown, positions = _lifelike(probes), _positions(problem, probes)
+        solve_patches(target, sums, selection, settings, findings)
+    norms = {target.consumer.weight for target in problem.found if target.norm}
+    # Consumers of channels that a layer norm is taken over are fed something else once these are cut.
+    kept, consumers = norm_masks(selection), frozenset(consumer.weight for consumer in graph.consumers)
+    shown, positions = _recalibration_batches(probes), _positions(problem, probes)
     looks: list[Look] = []
     while waiting:
-        taken: dict[str, tuple[Site, Sums]] = {}
+        taken: dict[str, tuple[Target, Sums]] = {}
         cost = 0
         while waiting:
-            site = waiting[0]
-            sums, bytes_needed, note = empty_sums(site, selection, ledger.state, settings, seed)
+            target = waiting[0]
+            sums, bytes_needed, note = empty_sums(target, selection, findings.state, settings, seed)
             if taken and cost + bytes_needed > settings.budget:
                 break
             cost += bytes_needed
-            taken[site.reader.weight] = (site, sums)
+            taken[target.consumer.weight] = (target, sums)
             waiting.pop(0)
             if note:
-                ledger.note(site.choices, note)
+                findings.note(target.choices, note)
 
         watch = probes.batch_statistics and not looks
         # The first pass is looked at to its end; the others stop where nothing more is wanted.
-        last = list(taken)[-1] if graph.readers[-1].weight not in taken and not watch else None
+        last = list(taken)[-1] if graph.consumers[-1].weight not in taken and not watch else None
         for number, batch in enumerate(probes.batches):
             # Of the others, statistics are all that is asked for.
             observer = Observer(norms if number in shown else (), positions) if watch else None
             run(
                 problem.model,
                 batch,
-                on_read=_collecting(taken, ledger.state, observer),
+                on_consumer=_collecting(taken, findings.state, observer),
                 on_norm=observer.on_norm if observer else None,
                 batch_statistics=probes.batch_statistics,
                 stop_after=last,
                 kept=kept,
-                foresee=readers,
+                foresee=consumers,
             )
             if observer:
                 looks.append(observer.look())
             give_back()
         for name in list(taken):
-            # Large, and not needed once the reader is solved.
-            site, sums = taken.pop(name)
+            # Large, and not needed once the consumer is solved.
+            target, sums = taken.pop(name)
             if isinstance(sums, PatchSums):
-                solve_patches(site, sums, selection, settings, ledger)
+                solve_patches(target, sums, selection, settings, findings)
             else:
-                solve_channels(site, sums, selection, settings, ledger)
+                solve_channels(target, sums, selection, settings, findings)
         problem.report("solving", len(problem.found) - len(waiting), len(problem.found))
     return looks
 
 
-def _collecting(taken: Mapping[str, tuple[Site, Sums]], state: State, observer: Observer | None) -> OnRead:
-    """What adds to the sums of readers what they are fed."""
+def _collecting(taken: Mapping[str, tuple[Target, Sums]], state: State, observer: Observer | None) -> OnConsumer:
+    """What adds to the sums of consumers what they are fed."""
 
-    def on_read(call: ReaderCall) -> None:
+    def on_consumer(call: ConsumerCall) -> None:
         if observer:
-            observer.on_read(call)
+            observer.on_consumer(call)
         if call.weight in taken:
-            site, sums = taken[call.weight]
+            target, sums = taken[call.weight]
             for item in [sums] if isinstance(sums, PatchSums) else [entry[2] for entry in sums]:
-                item.add(call, site.weight(state))
+                item.add(call, target.weight(state))
 
-    return on_read
+    return on_consumer
 
 
 def read(
@@ -376,41 +387,41 @@ def read(
     settings: LeastSquares,
     seed: int,
     limit: int,
-) -> dict[str, Reading]:
-    """Moments of all that the readers of some groups read, for `fit` to take parts of.
+) -> dict[str, ConsumerMoments]:
+    """Moments of all that the consumers of some groups read, for `fit` to take parts of.
 
     Args:
         model: the unpruned network in evaluation mode; nothing in it is changed.
         graph: its channel graph.
         groups: indices of the groups that may lose channels.
         probes: what it is run on.
-        settings: the restorer; readers that it solves by "mix" are left out.
+        settings: the restorer; consumers that it solves by "mix" are left out.
         seed: for sampled positions.
-        limit: bytes that all of them may take; readers that come later in the network are then left to `fit`, as are
+        limit: bytes that all of them may take; consumers that come later in the network are then left to `fit`, as are
             those of channels that a layer norm is taken over.
     """
     state = tensors_of(model)
     sums: dict[str, WholeSums] = {}
     weights: dict[str, Tensor] = {}
-    for reader in graph.readers if settings.solve == "patch" else ():
-        read_groups = {group for group, _ in reader.columns if group in groups}
+    for consumer in graph.consumers if settings.solve == "patch" else ():
+        read_groups = {group for group, _ in consumer.columns if group in groups}
         # Behind a layer norm, what is read depends on which channels stay.
-        if reader.op == "conv3d" or not read_groups or any(graph.groups[index].layer_norms for index in read_groups):
+        if consumer.op == "conv3d" or not read_groups or any(graph.groups[index].layer_norms for index in read_groups):
             continue
-        weight = output_first(reader, state)
-        size = reader.blocks * (weight[0].numel()) ** 2 * 8
+        weight = output_first(consumer, state)
+        size = consumer.blocks * (weight[0].numel()) ** 2 * 8
         if size > min(limit, settings.budget):
             continue
         limit -= size
-        generator = generator_for(seed, f"{reader.weight}#positions")
-        sums[reader.weight] = WholeSums(reader.blocks, settings.positions, generator)
-        weights[reader.weight] = weight
+        generator = generator_for(seed, f"{consumer.weight}#positions")
+        sums[consumer.weight] = WholeSums(consumer.blocks, settings.positions, generator)
+        weights[consumer.weight] = weight
 
-    def on_read(call: ReaderCall) -> None:
+    def on_consumer(call: ConsumerCall) -> None:
         if call.weight in sums:
             sums[call.weight].add(call, weights[call.weight])
 
     with torch.no_grad():
         for batch in probes.batches if sums else ():
-            run(model, batch, on_read=on_read, batch_statistics=probes.batch_statistics)
+            run(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
     return {name: reading for name, item in sums.items() if (reading := item.reading())}

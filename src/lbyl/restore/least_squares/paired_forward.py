@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from lbyl.restore.least_squares.recalibrate import Statistics, expected_shift, variance_change
 from lbyl.runtime.batches import join, layout
 from lbyl.runtime.copying import tensors_of
-from lbyl.runtime.forward import BATCH_NORM, CONVOLUTIONS, ReaderCall, reader_call
+from lbyl.runtime.forward import BATCH_NORM, CONVOLUTIONS, ConsumerCall, consumer_call
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.seeding import generator_for, sample_positions
 
@@ -33,31 +33,31 @@ _POSITIONS = 16384
 """As many outputs tell how a change goes with the output."""
 
 
-class OutOfStep(Exception):
+class NotPairable(Exception):
     """The two networks can't be run as one; the message says why."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A reader whose output is asked for, so that it has to be solved now.
+class ConsumerDue:
+    """A consumer whose output is asked for, so that it has to be solved now.
 
     Attributes:
         calls: its call in the cut network, batch by batch; ``out`` is the original network's output.
         wanted: what the output should be, batch by batch: the original one, and what makes up for the sum.
     """
 
-    calls: tuple[ReaderCall, ...]
+    calls: tuple[ConsumerCall, ...]
     wanted: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Walked:
+class PairedPass:
     """What came of a walk.
 
     Attributes:
         original: mean and variance that each batch norm of the original network normalized with.
         cut: the same of the cut network.
-        made_up: the readers that made up for the other operand of a sum, by the names of their weights.
+        made_up: the consumers that made up for the other operand of a sum, by the names of their weights.
         missing: how much higher the mean at some batch norms will be on inputs that match their running means than
             probes say, by the names of these means.
     """
@@ -68,48 +68,48 @@ class Walked:
     missing: Mapping[str, Float[Tensor, " channels"]]
 
 
-def walk_together(
+def run_paired(
     model: nn.Module,
     batches: Sequence[ExampleInputs],
-    readers: Collection[str],
+    consumers: Collection[str],
     values: Mapping[str, Tensor],
-    solve: Callable[[Turn], None],
+    solve: Callable[[ConsumerDue], None],
     *,
     batch_statistics: bool,
     renorm: bool,
-) -> Walked:
-    """Run the original and the cut network side by side; let each reader be solved when its turn comes.
+) -> PairedPass:
+    """Run the original and the cut network side by side; let each consumer be solved when its turn comes.
 
-    A reader that goes into a sum ``s = bn(y) + o`` is asked for ``y + (o - o_cut) / gain``, where ``gain`` is the
+    A consumer that goes into a sum ``s = bn(y) + o`` is asked for ``y + (o - o_cut) / gain``, where ``gain`` is the
     batch norm's weight over its standard deviation, channel by channel, or 1 where there is none: then the sum is
-    what it was, whatever its other operand ``o`` has lost (He, Zhang, Sun, ICCV 2017, section 3.2). Any other reader
+    what it was, whatever its other operand ``o`` has lost (He, Zhang, Sun, ICCV 2017, section 3.2). Any other consumer
     is asked for its original output.
 
     Args:
         model: the unpruned network in evaluation mode; nothing in it is changed.
         batches: probes that differ in their number only.
-        readers: names of the weights that are solved for: convolutions and linear layers that run once.
+        consumers: names of the weights that are solved for: convolutions and linear layers that run once.
         values: parameters and buffers of the cut network that differ from the model's. Each is looked up when it is
             used: ``solve`` puts new ones in.
-        solve: called for each reader, in the order in which their outputs are asked for.
+        solve: called for each consumer, in the order in which their outputs are asked for.
         batch_statistics: normalize with the mean and variance of each batch of the original network.
         renorm: let the cut network's batch norms follow it as they are reached, as
             :func:`lbyl.restore.least_squares.recalibrate.renormalize`
-            does; but behind a reader that is solved, the mean is the one that was asked for.
+            does; but behind a consumer that is solved, the mean is the one that was asked for.
 
     With batch statistics, :func:`lbyl.restore.least_squares.recalibrate.expected_shift`
     tells what the means of these batch norms, and of all
     that follow, leave out.
 
     Raises:
-        OutOfStep: the probes differ in shape, or the network does what can't be done for two at once.
+        NotPairable: the probes differ in shape, or the network does what can't be done for two at once.
     """
-    watch = _Lockstep(model, batches, readers, values, solve, batch_statistics, renorm)
+    watch = _PairedForward(model, batches, consumers, values, solve, batch_statistics, renorm)
     whole = _joined(batches)
     with watch:
         whole.call(model)
     watch.settle_rest()
-    return Walked(watch.original, watch.cut, tuple(watch.made_up), watch.missing)
+    return PairedPass(watch.original, watch.cut, tuple(watch.made_up), watch.missing)
 
 
 def _joined(batches: Sequence[ExampleInputs]) -> ExampleInputs:
@@ -118,13 +118,13 @@ def _joined(batches: Sequence[ExampleInputs]) -> ExampleInputs:
     for batch in batches:
         tensors = batch.tensors()
         if [t.shape[1:] for t in tensors] != first or any(not t.dim() or len(t) != len(tensors[0]) for t in tensors):
-            raise OutOfStep("the probes differ in shape, or not every input has a row a probe")
+            raise NotPairable("the probes differ in shape, or not every input has a row a probe")
     return join([*batches, *batches])
 
 
 @dataclass
 class _Pending:
-    """A reader that has run in the original network only.
+    """A consumer that has run in the original network only.
 
     Attributes:
         run: runs it on an input with some weight and bias.
@@ -135,13 +135,13 @@ class _Pending:
         version: of its input, which nobody may change meanwhile.
         normed: the output of the batch norm behind it, and what fills in the cut network's half of that.
         gains: what that batch norm multiplies by, batch by batch.
-        wanted: what the reader was asked for, where that is not its original output.
+        wanted: what the consumer was asked for, where that is not its original output.
     """
 
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     name: str
     tensors: tuple[Tensor, Tensor, Tensor | None]
-    call: Callable[[Tensor, Tensor], ReaderCall]
+    call: Callable[[Tensor, Tensor], ConsumerCall]
     out: Tensor
     version: int
     normed: tuple[Tensor, Callable[[Tensor], None]] | None = None
@@ -160,21 +160,21 @@ _ASKING = ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point
 _ASKED = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_sparse", "is_mkldnn")
 
 
-class _Lockstep(TorchFunctionMode):
+class _PairedForward(TorchFunctionMode):
     def __init__(
         self,
         model: nn.Module,
         batches: Sequence[ExampleInputs],
-        readers: Collection[str],
+        consumers: Collection[str],
         values: Mapping[str, Tensor],
-        solve: Callable[[Turn], None],
+        solve: Callable[[ConsumerDue], None],
         batch_statistics: bool,
         renorm: bool,
     ) -> None:
         self.names = {id(tensor): name for name, tensor in tensors_of(model).items()}
         self.sizes = [len(batch.tensors()[0]) for batch in batches]
         self.half = sum(self.sizes)
-        self.readers, self.values, self.solve = set(readers), values, solve
+        self.consumers, self.values, self.solve = set(consumers), values, solve
         self.batch_statistics, self.renorm = batch_statistics, renorm
         self.pending: dict[int, _Pending] = {}
         self.original: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
@@ -205,13 +205,13 @@ class _Lockstep(TorchFunctionMode):
         for tensor in tensors:
             name = self.names.get(id(tensor))
             if name in self.values:
-                raise OutOfStep(f"{name} is used by {getattr(func, '__name__', func)}, not by its layer alone")
+                raise NotPairable(f"{name} is used by {getattr(func, '__name__', func)}, not by its layer alone")
         return func(*args, **kwargs)
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of both networks."""
         if len(x) != 2 * self.half:
-            raise OutOfStep(
+            raise NotPairable(
                 f"a layer sees {len(x)} rows of {2 * self.half} probes: the batch is not its first dimension"
             )
         return x[: self.half], x[self.half :]
@@ -238,7 +238,7 @@ class _Lockstep(TorchFunctionMode):
         """A tensor as the cut network has it."""
         return None if tensor is None else self.values.get(self.names.get(id(tensor), ""), tensor)
 
-    # -- readers ---------------------------------------------------------------------------------------
+    # -- consumers ---------------------------------------------------------------------------------------
 
     def _read(
         self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
@@ -248,7 +248,7 @@ class _Lockstep(TorchFunctionMode):
 
         name = self.names.get(id(weight), "")
         new_weight, new_bias = self._now(weight), self._now(bias)
-        waits = name in self.readers
+        waits = name in self.consumers
         if not waits and new_weight is weight and new_bias is bias:
             return run(input, weight, bias)
         original, cut = self._halves(input)
@@ -257,15 +257,15 @@ class _Lockstep(TorchFunctionMode):
             self._fill(out, cut, lambda part: run(part, new_weight, new_bias))
             return out
 
-        def call(x: Tensor, out: Tensor) -> ReaderCall:
-            return reader_call(func, name, out, x, weight, bias, *args, **kwargs)
+        def call(x: Tensor, out: Tensor) -> ConsumerCall:
+            return consumer_call(func, name, out, x, weight, bias, *args, **kwargs)
 
-        self.readers.discard(name)
+        self.consumers.discard(name)
         self.pending[id(out)] = _Pending(run, name, (input, weight, bias), call, out, input._version)
         return out
 
     def _settle(self, tensor: Tensor, other: Tensor | None = None) -> None:
-        """If this is a pending output, solve its reader and fill in what the cut network gives.
+        """If this is a pending output, solve its consumer and fill in what the cut network gives.
 
         ``other`` is what it is going to be added to.
         """
@@ -274,11 +274,11 @@ class _Lockstep(TorchFunctionMode):
             return
         x, weight, bias = item.tensors
         if x._version != item.version:
-            raise OutOfStep(f"the input of {item.name} was changed in place before its output was used")
+            raise NotPairable(f"the input of {item.name} was changed in place before its output was used")
         outs = self._halves(item.out)[0].split(self.sizes)
         wanted = list(outs)
         if other is not None and tensor is item.last:
-            # Part by part into one tensor: each of these is as large as any in the network.
+            # Submodule by part into one tensor: each of these is as large as any in the network.
             item.wanted = torch.empty_like(self._halves(item.out)[0])
             wanted = list(item.wanted.split(self.sizes))
             lost = zip(*(half.split(self.sizes) for half in self._halves(other)), strict=True)
@@ -291,7 +291,7 @@ class _Lockstep(TorchFunctionMode):
             self.made_up.append(item.name)
         cut = self._halves(x)[1]
         calls = [item.call(part, out) for part, out in zip(cut.split(self.sizes), outs, strict=True)]
-        self.solve(Turn(tuple(calls), tuple(wanted)))
+        self.solve(ConsumerDue(tuple(calls), tuple(wanted)))
         self.pending = {key: each for key, each in self.pending.items() if each is not item}
         new_weight = self._now(weight)
         assert new_weight is not None
@@ -333,9 +333,9 @@ class _Lockstep(TorchFunctionMode):
         old = call["running_mean"], call["running_var"]
         names = self.names.get(id(old[0])), self.names.get(id(old[1]))
         if call["training"] or None in names:
-            raise OutOfStep("a batch norm normalizes with the statistics of its batch")
+            raise NotPairable("a batch norm normalizes with the statistics of its batch")
         if any(self._now(t) is not t for t in (weight, bias)):
-            raise OutOfStep(f"weight or bias of the batch norm at {names[0]} were changed")
+            raise NotPairable(f"weight or bias of the batch norm at {names[0]} were changed")
         item = self.pending.get(id(x))
         if item and item.normed:
             self._settle(x)

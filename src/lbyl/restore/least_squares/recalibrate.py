@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lbyl.runtime.forward import ReaderCall, run
+from lbyl.runtime.forward import ConsumerCall, run
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.layer_norms import Kept
+from lbyl.runtime.layer_norms import NormMasks
 from lbyl.runtime.memory import give_back
 from lbyl.runtime.seeding import generator_for, sample_positions
 
@@ -19,7 +19,7 @@ _DEAD = 1e-3
 """A channel whose spread on the probes is less than this share of its trained spread tells nothing."""
 _LARGEST_RATIO = 4.0
 POSITIONS = 16384
-"""As many outputs of a reader tell how its change goes with its output."""
+"""As many outputs of a consumer tell how its change goes with its output."""
 
 
 Statistics = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
@@ -32,7 +32,7 @@ class Look:
 
     Attributes:
         statistics: mean and variance at every batch norm.
-        outputs: for each reader asked for, its output at some positions; equal ones in every look.
+        outputs: for each consumer asked for, its output at some positions; equal ones in every look.
     """
 
     statistics: Statistics
@@ -97,9 +97,9 @@ def recenter(
 ) -> dict[str, Tensor]:
     """Running means, corrected by what the network knows about real inputs and the probes do not.
 
-    Pruning moves the mean of a reader's output; how far is measured on probes. But the real mean of the original
+    Pruning moves the mean of a consumer's output; how far is measured on probes. But the real mean of the original
     output is known, the running mean, and where the probes' own mean is off, so is the move: by
-    :func:`expected_shift`. ``norms`` gives for each reader the running mean of the batch norm that follows. Both
+    :func:`expected_shift`. ``norms`` gives for each consumer the running mean of the batch norm that follows. Both
     networks were looked at on the same probes, batch by batch.
     """
     shifts = {}
@@ -155,12 +155,12 @@ class Observer:
     """Takes a look while a network runs: :func:`lbyl.runtime.forward.run` is given its two methods.
 
     Args:
-        readers: those whose outputs are noted.
+        consumers: those whose outputs are noted.
         positions: how many of each output.
     """
 
-    def __init__(self, readers: Collection[str] = (), positions: int = POSITIONS) -> None:
-        self.readers, self.positions = readers, positions
+    def __init__(self, consumers: Collection[str] = (), positions: int = POSITIONS) -> None:
+        self.consumers, self.positions = consumers, positions
         self.statistics: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self.outputs: dict[str, Tensor] = {}
 
@@ -168,13 +168,13 @@ class Observer:
         """Note the statistics at a batch norm's input."""
         self.statistics[mean_name, var_name] = mean.double(), var.double()
 
-    def on_read(self, call: ReaderCall) -> None:
-        """Note some of a reader's outputs."""
-        if call.weight not in self.readers:
+    def on_consumer(self, call: ConsumerCall) -> None:
+        """Note some of a consumer's outputs."""
+        if call.weight not in self.consumers:
             return
         out = call.out if call.op == "linear" else call.out.flatten(2).transpose(1, 2)
         out = out.reshape(-1, out.shape[-1])
-        # Seeded by the reader's name: two looks see the same positions.
+        # Seeded by the consumer's name: two looks see the same positions.
         chosen = sample_positions(len(out), self.positions, generator_for(0, f"{call.weight}#outputs"))
         self.outputs[call.weight] = out.clone() if chosen is None else out[chosen.to(out.device)]
 
@@ -187,16 +187,16 @@ def look(
     model: nn.Module,
     values: Mapping[str, Tensor],
     batch: ExampleInputs,
-    readers: Collection[str] = (),
+    consumers: Collection[str] = (),
     positions: int = POSITIONS,
-    kept: Kept | None = None,
+    kept: NormMasks | None = None,
 ) -> Look:
-    """Run a batch with batch statistics; note every batch norm's input, and some outputs of some readers.
+    """Run a batch with batch statistics; note every batch norm's input, and some outputs of some consumers.
 
     ``kept`` tells which channels stay at layer norms, as in :func:`lbyl.runtime.forward.run`.
     """
-    observer = Observer(readers, positions)
-    on_norm, on_read = observer.on_norm, observer.on_read
-    run(model, batch, values=values, on_norm=on_norm, on_read=on_read, batch_statistics=True, kept=kept)
+    observer = Observer(consumers, positions)
+    on_norm, on_consumer = observer.on_norm, observer.on_consumer
+    run(model, batch, values=values, on_norm=on_norm, on_consumer=on_consumer, batch_statistics=True, kept=kept)
     give_back()
     return observer.look()

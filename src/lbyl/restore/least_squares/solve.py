@@ -1,4 +1,4 @@
-"""Solving one reader from its moments, by patch or by mix, and what the solves find out."""
+"""Solving one consumer from its moments, by patch or by mix, and what the solves find out."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lbyl.moments import ChannelMoments, ClosedFormSource
 from lbyl.moments.accumulate import ChannelSums, Columns, Moments, PatchSums
 from lbyl.restore.base import Restored
 from lbyl.restore.least_squares.settings import LeastSquares
-from lbyl.restore.least_squares.targets import Site, as_stored, masked
+from lbyl.restore.least_squares.targets import Target, as_stored, masked
 from lbyl.restore.ridge import Prior, Solution, solve
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
-from lbyl.selection.filters import State, describe, few_rows, paper_form_applies, reader_energy, seats
+from lbyl.selection.filters import State, consumer_energy, describe, few_rows, paper_form_applies, seats
 from lbyl.selection.select import Choice, Selection
-from lbyl.surgery.masking import Delivery, fold, nothing_delivered, silenced
+from lbyl.surgery.masking import Delivery, fold, nothing_delivered, with_masks
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Problem:
         model: the unpruned network in evaluation mode; nothing in it is changed.
         graph: its channel graph.
         selection: which channels go.
-        found: the readers that lose some of them.
+        found: the consumers that lose some of them.
         settings: the restorer.
         seed: for probes and sampled positions.
         progress: called as ``progress(stage, done, total)``.
@@ -42,7 +42,7 @@ class Problem:
     model: nn.Module
     graph: Graph
     selection: Selection
-    found: tuple[Site, ...]
+    found: tuple[Target, ...]
     settings: LeastSquares
     seed: int
     progress: Progress | None
@@ -54,12 +54,12 @@ class Problem:
 
     def stored(self, values: dict[str, Tensor], state: State) -> dict[str, Tensor]:
         """Solved weights as the layers store them, and what only dropped channels had out of the way."""
-        return silenced(as_stored(self.found, values), self.selection, state)
+        return with_masks(as_stored(self.found, values), self.selection, state)
 
 
 @dataclass
 class _Powers:
-    """Powers of the reader's output: all of it, what pruning loses, what is still lost after restoration."""
+    """Powers of the consumer's output: all of it, what pruning loses, what is still lost after restoration."""
 
     total: float = 0.0
     before: float = 0.0
@@ -68,7 +68,7 @@ class _Powers:
 
 @dataclass
 class Findings:
-    """What the solves find out, reader by reader.
+    """What the solves find out, consumer by consumer.
 
     Attributes:
         state: the unpruned network's tensors.
@@ -87,23 +87,23 @@ class Findings:
         for number in numbers:
             self.notes[number].append(text)
 
-    def unseen(self, site: Site, numbers: Iterable[int]) -> None:
-        """No probe came by the reader."""
-        self.note(numbers, f"{site.reader.layer} was not seen in the forward pass: pruned without restoration")
+    def unseen(self, target: Target, numbers: Iterable[int]) -> None:
+        """No probe came by the consumer."""
+        self.note(numbers, f"{target.consumer.layer} was not seen in the forward pass: pruned without restoration")
 
-    def singular(self, site: Site, numbers: Iterable[int]) -> None:
+    def singular(self, target: Target, numbers: Iterable[int]) -> None:
         """The moments could not be factored."""
-        self.note(numbers, f"{site.reader.layer}: singular moments, solved by pseudo-inverse")
+        self.note(numbers, f"{target.consumer.layer}: singular moments, solved by pseudo-inverse")
 
-    def absorb(self, site: Site, shift: Tensor) -> None:
-        """Add a constant to the reader's output, where one can be added."""
-        if site.bias is None:
+    def absorb(self, target: Target, shift: Tensor) -> None:
+        """Add a constant to the consumer's output, where one can be added."""
+        if target.bias is None:
             return
-        old = self.values.get(site.bias, self.state[site.bias].detach())
-        self.values[site.bias] = (old.double() + site.sign * shift).to(old.dtype)
+        old = self.values.get(target.bias, self.state[target.bias].detach())
+        self.values[target.bias] = (old.double() + target.sign * shift).to(old.dtype)
 
     def add(self, number: int, total: float, before: float, after: float) -> None:
-        """Count a reader's powers towards a choice."""
+        """Count a consumer's powers towards a choice."""
         errors = self.errors[number]
         errors.total += total
         errors.before += before
@@ -119,91 +119,91 @@ class Findings:
         return Restored(choice.group.name, None, 0.0, "; ".join(dict.fromkeys(self.notes[number])), relative)
 
 
-def merged(ledger: Findings, later: Findings) -> Findings:
+def merged(findings: Findings, later: Findings) -> Findings:
     """What the later solves found out, and the earlier ones where there was no later one."""
-    notes = {number: [*ledger.notes[number], *later.notes[number]] for number in {*ledger.notes, *later.notes}}
-    errors = {**ledger.errors, **later.errors}
-    return Findings(ledger.state, later.values, defaultdict(_Powers, errors), defaultdict(list, notes))
+    notes = {number: [*findings.notes[number], *later.notes[number]] for number in {*findings.notes, *later.notes}}
+    errors = {**findings.errors, **later.errors}
+    return Findings(findings.state, later.values, defaultdict(_Powers, errors), defaultdict(list, notes))
 
 
 Sums = PatchSums | list[tuple[int, Slot, ChannelSums]]
-"""What is summed up for one reader: patches, or channels group by group, with the selection's index and the slot."""
+"""What is summed up for one consumer: patches, or channels group by group, with the selection's index and the slot."""
 
 
 def empty_sums(
-    site: Site, selection: Selection, state: State, settings: LeastSquares, seed: int
+    target: Target, selection: Selection, state: State, settings: LeastSquares, seed: int
 ) -> tuple[Sums, int, str]:
-    """Empty accumulators for one reader, their size in bytes, and a note when "patch" had to give way."""
-    reader = site.reader
-    weight = site.weight(state)
-    generator = generator_for(seed, f"{reader.weight}#positions")
+    """Empty accumulators for one consumer, their size in bytes, and a note when "patch" had to give way."""
+    consumer = target.consumer
+    weight = target.weight(state)
+    generator = generator_for(seed, f"{consumer.weight}#positions")
     taps = weight[0, 0].numel() if weight.dim() > 2 else 1
-    keep = [torch.nonzero(~gone).flatten() for gone in site.dropped.chunk(reader.blocks)]
-    drop = [torch.nonzero(gone).flatten() for gone in site.dropped.chunk(reader.blocks)]
-    rows = len(weight) // reader.blocks
+    keep = [torch.nonzero(~gone).flatten() for gone in target.dropped.chunk(consumer.blocks)]
+    drop = [torch.nonzero(gone).flatten() for gone in target.dropped.chunk(consumer.blocks)]
+    rows = len(weight) // consumer.blocks
     size = sum(len(k) * taps * (len(k) * taps + rows) * 8 for k in keep)
     note = ""
-    if settings.solve == "patch" and reader.op != "conv3d":
+    if settings.solve == "patch" and consumer.op != "conv3d":
         if size <= settings.budget:
             device = weight.device
             columns = Columns(tuple(k.to(device) for k in keep), tuple(d.to(device) for d in drop))
             return PatchSums(columns, settings.positions, generator), size, ""
-        note = f"{reader.layer}: solved by mix, patch moments would take {size / 2**20:.0f} MiB"
+        note = f"{consumer.layer}: solved by mix, patch moments would take {size / 2**20:.0f} MiB"
     entries = []
-    for number in site.choices:
+    for number in target.choices:
         choice = selection.choices[number]
-        slot = next(slot for slot in choice.group.readers if slot.parameter == reader.weight)
+        slot = next(slot for slot in choice.group.consumers if slot.parameter == consumer.weight)
         index = seats(slot, choice.group.width).to(weight.device)
         entries.append((number, slot, ChannelSums(index, settings.positions, generator)))
     return entries, sum(selection.choices[n].group.width ** 2 * 8 for n, *_ in entries), note
 
 
 def solve_patches(
-    site: Site,
+    target: Target,
     sums: PatchSums,
     selection: Selection,
     settings: LeastSquares,
-    ledger: Findings,
+    findings: Findings,
 ) -> None:
-    """Fit the whole kernel of a reader to what its dropped channels gave, or to what it was asked for."""
-    weight = masked(site, ledger.state)
-    ledger.values[site.reader.weight] = weight
+    """Fit the whole kernel of a consumer to what its dropped channels gave, or to what it was asked for."""
+    weight = masked(target, findings.state)
+    findings.values[target.consumer.weight] = weight
     if not sums.blocks:
-        ledger.unseen(site, site.choices)
+        findings.unseen(target, target.choices)
         return
-    rows = len(weight) // site.reader.blocks
+    rows = len(weight) // target.consumer.blocks
     shift = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     expected = None
-    if len(site.choices) == 1 and all(group != NOT_OURS for group, _ in site.reader.columns):
-        choice = selection.choices[site.choices[0]]
-        slot = next(slot for slot in choice.group.readers if slot.parameter == site.reader.weight)
+    if len(target.choices) == 1 and all(group != NOT_OURS for group, _ in target.consumer.columns):
+        choice = selection.choices[target.choices[0]]
+        slot = next(slot for slot in choice.group.consumers if slot.parameter == target.consumer.weight)
         if NOT_OURS not in slot.channels:
-            gram, trust = expected_moments(choice, ledger.state, settings)
+            gram, trust = expected_moments(choice, findings.state, settings)
             expected = None if gram is None else (_by_column(gram, slot, choice.group.width), trust)
     solutions: list[Solution] = []
     for number, (keep, drop, moments) in enumerate(zip(sums.columns.keep, sums.columns.drop, sums.blocks, strict=True)):
         if not bool(moments.rr.any()):
             continue  # nothing is missing here
         out = slice(number * rows, (number + 1) * rows)
-        prior = _patch_prior(site, keep, drop, number, site.weight(ledger.state)[out], expected)
+        prior = _patch_prior(target, keep, drop, number, target.weight(findings.state)[out], expected)
         ridge = settings.strength(prior is not None)
-        solution = solve(moments, ridge, centered=site.bias is not None, prior=prior)
+        solution = solve(moments, ridge, centered=target.bias is not None, prior=prior)
         added = solution.coefficients.T.reshape(rows, len(keep), *weight.shape[2:])
         weight[out][:, keep] += added.to(weight.dtype)
         shift[out] = solution.shift
         solutions.append(solution)
         if solution.singular:
-            ledger.singular(site, site.choices)
-    ledger.absorb(site, shift)
+            findings.singular(target, target.choices)
+    findings.absorb(target, shift)
     count, total, square = sums.output
     power = float((square / count - (total / count).square()).sum())
     before, after = (float(sum(getattr(s, side).sum() for s in solutions)) for side in ("before", "after"))
-    for choice in site.choices:
-        ledger.add(choice, power, before, after)
+    for choice in target.choices:
+        findings.add(choice, power, before, after)
 
 
 def _by_column(gram: Tensor, slot: Slot, width: int) -> Tensor:
-    """Channel moments spread over a reader's input columns; different places of a channel are unrelated."""
+    """Channel moments spread over a consumer's input columns; different places of a channel are unrelated."""
     channels = torch.tensor(slot.channels)
     place = torch.empty_like(channels)
     for number, column in enumerate(seats(slot, width).T):
@@ -212,12 +212,12 @@ def _by_column(gram: Tensor, slot: Slot, width: int) -> Tensor:
 
 
 def _patch_prior(
-    site: Site, keep: Tensor, drop: Tensor, number: int, kernel: Tensor, expected: tuple[Tensor, float] | None
+    target: Target, keep: Tensor, drop: Tensor, number: int, kernel: Tensor, expected: tuple[Tensor, float] | None
 ) -> Prior | None:
-    """Expected patch moments of one block of a reader: taps are unrelated, channels as the weights say."""
+    """Expected patch moments of one block of a consumer: taps are unrelated, channels as the weights say."""
     if expected is None:
         return None
-    first = number * len(site.dropped) // site.reader.blocks
+    first = number * len(target.dropped) // target.consumer.blocks
     gram = expected[0].to(kernel.device)
     kept, between = gram[first + keep][:, first + keep], gram[first + keep][:, first + drop]
     taps = kernel[0, 0].numel() if kernel.dim() > 2 else 1
@@ -228,90 +228,90 @@ def _patch_prior(
 
 
 def solve_channels(
-    site: Site,
+    target: Target,
     entries: list[tuple[int, Slot, ChannelSums]],
     selection: Selection,
     settings: LeastSquares,
-    ledger: Findings,
+    findings: Findings,
 ) -> None:
-    """Fit the delivery matrix of each group that a reader reads."""
-    ledger.values[site.reader.weight] = masked(site, ledger.state)
+    """Fit the delivery matrix of each group that a consumer reads."""
+    findings.values[target.consumer.weight] = masked(target, findings.state)
     for number, slot, sums in entries:
         if sums.moments is None or sums.columns is None:
-            ledger.unseen(site, [number])
+            findings.unseen(target, [number])
             continue
         n = sums.moments.count
         mean = sums.moments.p / n
-        centered = site.bias is not None
+        centered = target.bias is not None
         power = sums.moments.pp / n - (torch.outer(mean, mean) if centered else 0)
         moments = ChannelMoments(mean.cpu(), power.cpu())
         columns = (sums.columns / n).cpu()
-        expected, trust = expected_moments(selection.choices[number], ledger.state, settings)
+        expected, trust = expected_moments(selection.choices[number], findings.state, settings)
         ridge = settings.strength(expected is not None)
         prior = None if expected is None else (expected, trust)
-        _deliver(site, number, slot, selection, moments, columns, ridge, ledger, prior)
+        _deliver(target, number, slot, selection, moments, columns, ridge, findings, prior)
 
 
 def solve_closed_form(
     selection: Selection,
     source: ClosedFormSource,
-    found: tuple[Site, ...],
+    found: tuple[Target, ...],
     ridge: float,
-    ledger: Findings,
+    findings: Findings,
 ) -> None:
     """Deliver every group on moments that come from the weights alone."""
     made: dict[int, ChannelMoments | str] = {}
     for number, choice in enumerate(selection.choices):
-        obstacle = paper_form_applies(choice.group, ledger.state)
+        obstacle = paper_form_applies(choice.group, findings.state)
         if obstacle:
             made[number] = f"pruned without restoration: the weights-only form does not apply, {obstacle}"
-            ledger.note([number], str(made[number]))
+            findings.note([number], str(made[number]))
             continue
         activation = next((step.op for step in choice.group.steps if step.op in ACTIVATIONS), None)
-        kernel = tuple(ledger.state[choice.group.producers[0].weight.parameter].shape[2:])
-        made[number] = source.moments(describe(choice.group, ledger.state), kernel, activation)
-    for site in found:
-        ledger.values[site.reader.weight] = masked(site, ledger.state)
-        for number in site.choices:
+        kernel = tuple(findings.state[choice.group.producers[0].weight.parameter].shape[2:])
+        made[number] = source.moments(describe(choice.group, findings.state), kernel, activation)
+    for target in found:
+        findings.values[target.consumer.weight] = masked(target, findings.state)
+        for number in target.choices:
             moments = made[number]
             if isinstance(moments, str):
                 continue
-            for slot in selection.choices[number].group.readers:
-                if slot.parameter != site.reader.weight:
+            for slot in selection.choices[number].group.consumers:
+                if slot.parameter != target.consumer.weight:
                     continue
                 channels = torch.tensor(slot.channels)
                 columns = torch.where(channels == NOT_OURS, 0.0, moments.mean[channels.clamp_min(0)])
-                _deliver(site, number, slot, selection, moments, columns, ridge, ledger)
+                _deliver(target, number, slot, selection, moments, columns, ridge, findings)
 
 
 def _deliver(
-    site: Site,
+    target: Target,
     number: int,
     slot: Slot,
     selection: Selection,
     moments: ChannelMoments,
     columns: Tensor,
     ridge: float,
-    ledger: Findings,
+    findings: Findings,
     prior: tuple[Tensor, float] | None = None,
 ) -> None:
-    """Solve for S on channel moments, fold it into the reader, and keep the mean of its output."""
+    """Solve for S on channel moments, fold it into the consumer, and keep the mean of its output."""
     choice = selection.choices[number]
     keep, drop = choice.tensors()
     delivery, resid, singular = deliver_from_moments(choice, moments.covariance, ridge, prior)
-    source, new = site.weight(ledger.state), ledger.values[slot.parameter]
-    gone = site.dropped & (torch.tensor(slot.channels) != NOT_OURS)
+    source, new = target.weight(findings.state), findings.values[slot.parameter]
+    gone = target.dropped & (torch.tensor(slot.channels) != NOT_OURS)
     means = columns.to(source.device)
     # What the dropped columns gave on average, less what the restored ones now give in their stead.
     asked = _on_average(source, means * gone.to(means), slot.blocks) + _on_average(new, means, slot.blocks)
-    ledger.values[slot.parameter] = new = fold(new, source, slot, choice.group.width, keep, drop, delivery)
-    ledger.absorb(site, asked - _on_average(new, means, slot.blocks))
+    findings.values[slot.parameter] = new = fold(new, source, slot, choice.group.width, keep, drop, delivery)
+    findings.absorb(target, asked - _on_average(new, means, slot.blocks))
     if singular:
-        ledger.singular(site, [number])
-    # Channels count by the energy that the reader gives them; correlations between them are left out.
-    energy = reader_energy(slot, source, choice.group.width)
+        findings.singular(target, [number])
+    # Channels count by the energy that the consumer gives them; correlations between them are left out.
+    energy = consumer_energy(slot, source, choice.group.width)
     variance = moments.covariance.diagonal()
-    ledger.add(
+    findings.add(
         number,
         float((energy * variance).sum()),
         float((energy * variance)[drop].sum()),
@@ -322,7 +322,7 @@ def _deliver(
 def _on_average(
     weight: Float[Tensor, "out columns *taps"], means: Float[Tensor, " columns_of_all_blocks"], blocks: int
 ) -> Float[Tensor, " out"]:
-    """What a reader gives where every column is its mean: ``sum_it w_oit m_i``, in float64."""
+    """What a consumer gives where every column is its mean: ``sum_it w_oit m_i``, in float64."""
     found = torch.empty(len(weight), dtype=torch.float64, device=weight.device)
     parts = weight.chunk(blocks), found.chunk(blocks), means.double().chunk(blocks)
     for rows, places, here in zip(*parts, strict=True):

@@ -84,12 +84,12 @@ def _widths(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
 
 
 def _errors(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
-    """Of the readers' outputs, pruned and restored, where they were measured; else the paper's RE, BE and AE."""
+    """Of the consumers' outputs, pruned and restored, where they were measured; else the paper's RE, BE and AE."""
     places = np.arange(len(rows))
     if any(row.errors for row in rows):
         pruned, restored = np.array([[*map(_finite, row.errors or (None, None))] for row in rows]).T
         axes.hlines(places, pruned, restored, colors=palette.line, linewidth=2, zorder=1)
-        axes.plot(pruned, places, "o", color=palette.before, markersize=5, label="error of the readers, pruned")
+        axes.plot(pruned, places, "o", color=palette.before, markersize=5, label="error of the consumers, pruned")
         axes.plot(restored, places, "o", color=palette.after, markersize=5, label="restored")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     else:
