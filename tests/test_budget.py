@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lbyl
 from lbyl.budget.allocate import allocate
 from lbyl.budget.costs import Term, cost_terms, widths_of
-from lbyl.budget.curves import Curve, error_curve, spread_over_blocks
+from lbyl.budget.curves import Curve, error_curve
 from lbyl.runtime.macs import count_parameters
 
 PROBED = lbyl.LeastSquares(moments=lbyl.Noise(images=16))
@@ -52,12 +52,6 @@ def test_dead_channels_make_no_curve_of_nan() -> None:
     dead = gram(5)
     dead[2], dead[:, 2] = 0, 0
     assert bool(error_curve(dead, torch.ones(5).double()).isfinite().all())
-
-
-def test_blocks_take_turns() -> None:
-    order = spread_over_blocks(torch.tensor([3, 2, 0, 1]), (0, 0, 1, 1))
-    assert order == (3, 0, 2, 1)
-    assert {channel // 2 for channel in order[:2]} == {0, 1}
 
 
 @pytest.mark.parametrize("scope", ["inner", "all"])

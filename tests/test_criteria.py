@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lbyl
 from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.registry import find
 from lbyl.selection.criteria.l1 import L1
 from lbyl.selection.criteria.l2 import L2
 from lbyl.selection.filters import describe
@@ -18,7 +19,7 @@ FILTERS = torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().ma
 
 
 def scores(name: str, seed: int = 0) -> np.ndarray:
-    return CRITERIA[name]().score(FILTERS, torch.Generator().manual_seed(seed)).numpy()
+    return find("criterion", name)().score(FILTERS, torch.Generator().manual_seed(seed)).numpy()
 
 
 def test_l1() -> None:
@@ -99,7 +100,7 @@ def test_misuse_is_one_clear_error() -> None:
 
     with pytest.raises(lbyl.InputError, match="one score a row"):
         compress(mlp(), images(2, 6), criterion=Wrong())
-    with pytest.raises(lbyl.InputError, match="l1, l2, gm, random"):
+    with pytest.raises(lbyl.InputError, match="l2, l1, gm, random"):
         compress(mlp(), images(2, 6), criterion="l3")
     with pytest.raises(lbyl.InputError, match="no score"):
         compress(mlp(), images(2, 6), criterion=object())  # pyright: ignore[reportArgumentType]

@@ -219,7 +219,7 @@ def test_equal_reports_give_equal_bytes_whatever_the_style(fitted: lbyl.Result) 
 def test_another_process_writes_the_same_bytes(tmp_path: Path, fitted: lbyl.Result) -> None:
     folder = fitted.save(tmp_path / "small")
     code = (
-        "import sys; from lbyl.artifact import read_manifest; from lbyl.page import page; "
+        "import sys; from lbyl.io.artifact import read_manifest; from lbyl.io.report.page import page; "
         "m = read_manifest(sys.argv[1]); sys.stdout.buffer.write(page(m.plan, m.report).encode()); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -46,7 +46,7 @@ def test_what_is_no_color_image_gets_scenes() -> None:
 
 
 def test_every_photograph_has_a_source_and_a_license() -> None:
-    folder = files("lbyl") / "photographs"
+    folder = files("lbyl.moments") / "images"
     told = (folder / "SOURCES.md").read_text(encoding="utf-8")
     names = [file.name for file in folder.iterdir() if file.name.endswith(".jpg")]
     assert len(names) == 32

@@ -36,10 +36,13 @@ if TYPE_CHECKING:
     from lbyl.pipeline.result import Result as Result
     from lbyl.pipeline.sweep.sweep import Sweep as Sweep
     from lbyl.pipeline.sweep.sweep import sweep as sweep
+    from lbyl.restore.base import Restoration as Restoration
+    from lbyl.restore.base import RestorationProblem as RestorationProblem
     from lbyl.restore.base import Restorer as Restorer
+    from lbyl.restore.closed_form import ClosedFormRestorer as ClosedFormRestorer
     from lbyl.restore.coreset import Coreset as Coreset
     from lbyl.restore.lbyl import LBYL as LBYL
-    from lbyl.restore.least_squares.settings import LeastSquares as LeastSquares
+    from lbyl.restore.least_squares.restorer import LeastSquares as LeastSquares
     from lbyl.restore.merge import Merge as Merge
     from lbyl.restore.prune import Prune as Prune
     from lbyl.runtime.bench import Bench as Bench

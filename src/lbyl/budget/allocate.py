@@ -17,6 +17,7 @@ from lbyl.budget.latency import timed
 from lbyl.errors import InputError
 from lbyl.graph import Graph
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.selection.select import KeptCounts
 
 
 def smallest_cost(graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], budget: Budget) -> float:
@@ -29,7 +30,7 @@ def smallest_cost(graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], 
 def allocate(
     graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], target: float, budget: Budget
 ) -> dict[int, int]:
-    """NormMasks channels of every group that has a curve, such that the cost is at most ``target``.
+    """Kept channels of every group that has a curve, such that the cost is at most ``target``.
 
     Greedy: the step with the least added error for the saved cost, over all smaller widths of all groups, again and
     again. Looking at all widths, not only the next, keeps a steep start of a curve from hiding what lies behind.
@@ -102,13 +103,17 @@ _LOUDEST = 0.1
 
 @dataclass(frozen=True)
 class Widths:
-    """What was chosen: kept channels by group index, and the ratio mapping that `select` takes."""
+    """What was chosen: kept channels by group index."""
 
     kept: Mapping[int, int]
     notes: tuple[str, ...] = ()
 
+    def counts(self, graph: Graph) -> KeptCounts:
+        """What `select` takes: the groups that lose channels."""
+        return KeptCounts({index: kept for index, kept in self.kept.items() if kept < graph.groups[index].width})
+
     def ratios(self, graph: Graph) -> dict[str, float]:
-        """A ratio for each group, by its name as a pattern."""
+        """The ratio of each group, by its name as a pattern, for the record."""
         found = {"*": 0.0}
         for index, kept in self.kept.items():
             group = graph.groups[index]
@@ -122,7 +127,7 @@ def choose_widths(
     graph: Graph,
     measured: Curves,
     budget: Budget,
-    cut: Callable[[Mapping[str, float]], nn.Module],
+    cut: Callable[[KeptCounts], nn.Module],
 ) -> Widths:
     """The widths with the least predicted error at which the network costs what the budget allows.
 
@@ -132,7 +137,7 @@ def choose_widths(
         graph: its channel graph.
         measured: the error curves of the groups that may lose channels.
         budget: what may stay.
-        cut: cuts by a ratio mapping, so that the real cost can be told, which the prediction may miss.
+        cut: cuts to kept counts, so that the real cost can be told, which the prediction may miss.
 
     Raises:
         InputError: the budget can't be reached within 2 %; or, for a latency, within the margin of its measurement
@@ -143,7 +148,7 @@ def choose_widths(
     if budget.latency is None:
         costing: Costing = counted(model, inputs, graph, budget)
     else:
-        costing = timed(model, inputs, graph, curves, budget, lambda kept: cut(Widths(kept).ratios(graph)))
+        costing = timed(model, inputs, graph, curves, budget, lambda kept: cut(Widths(kept).counts(graph)))
     terms, target = costing.terms, costing.target
     smallest = smallest_cost(graph, curves, terms, budget)
     # A count is what it is; the smallest time is only predicted, so it is tried.
@@ -151,7 +156,7 @@ def choose_widths(
     tried: list[tuple[float, Cost]] = []
     for _ in range(_CORRECTIONS):
         kept = allocate(graph, curves, terms, aim, budget)
-        cost = costing.of(cut(Widths(kept).ratios(graph)))
+        cost = costing.of(cut(Widths(kept).counts(graph)))
         if abs(cost.amount - target) <= max(REACHED_WITHIN * target, min(cost.margin, _LOUDEST * target)):
             return Widths(kept, (*measured.notes, *cost.notes))
         tried.append((aim, cost))

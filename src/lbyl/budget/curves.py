@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lbyl.graph import Graph, Slot
@@ -21,7 +21,7 @@ from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State, columns_second, consumer_energy, describe, paper_form_applies, seats
-from lbyl.selection.select import Choose
+from lbyl.selection.select import ByCriterion, ranked
 from lbyl.surgery.masking import Delivery, fold
 
 _RIDGE = 1e-2
@@ -74,16 +74,6 @@ def error_curve(
     return error.flip(0).cummax(0).values.flip(0)
 
 
-def spread_over_blocks(order: Int[Tensor, " channels"], blocks: Sequence[int]) -> tuple[int, ...]:
-    """The same order with the blocks in turn, so that any whole round keeps equally many of each."""
-    turns: dict[int, int] = defaultdict(int)
-    placed = []
-    for position, channel in enumerate(order.tolist()):
-        placed.append((turns[blocks[channel]], position, channel))
-        turns[blocks[channel]] += 1
-    return tuple(channel for _, _, channel in sorted(placed))
-
-
 _CONSUMERS = 6
 """The curve of a group with more consumers (a residual stream) is taken on so many of them."""
 _TRIED = 24
@@ -106,7 +96,7 @@ def measure_curves(
     graph: Graph,
     groups: Sequence[int],
     state: State,
-    choose: Choose,
+    by: ByCriterion,
     probes: Probes | None,
     seed: int,
     progress: Progress | None = None,
@@ -119,16 +109,12 @@ def measure_curves(
         graph: its channel graph.
         groups: indices of the groups that may lose channels.
         state: its tensors.
-        choose: which channels are kept, asked for all of them in order.
+        by: which channels are kept.
         probes: what moments are measured on; without them the weights have to tell.
         seed: for the criterion and sampled positions.
         progress: called as ``progress(stage, done, total)``.
     """
-    orders = {}
-    for index in groups:
-        group = graph.groups[index]
-        generator = generator_for(seed, f"{group.name}#0")
-        orders[index] = spread_over_blocks(choose(describe(group, state), group.width, generator), group.blocks)
+    orders = {index: ranked(graph.groups[index], state, by, seed).order() for index in groups}
     with torch.no_grad():
         if probes is None:
             return Curves(tuple(_from_weights(graph, index, orders[index], state) for index in groups))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lbyl.budget.budget import Budget
-    from lbyl.restore.least_squares.settings import LeastSquares
+    from lbyl.restore.least_squares.restorer import LeastSquares
 
 
 class Scope(str, Enum):
@@ -353,7 +353,7 @@ RoundTo = Annotated[
     typer.Option(
         metavar="N|auto",
         callback=check_multiple,
-        help="NormMasks channels come in multiples of this.",
+        help="Kept channels come in multiples of this.",
         rich_help_panel=BUDGET,
     ),
 ]

@@ -6,28 +6,20 @@ This is where the time goes. One compression makes it and uses it once; a sweep 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
-
-from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.budget.curves import Curves, measure_curves
 from lbyl.errors import InputError
-from lbyl.graph import Graph
-from lbyl.moments import Probes, ProbeSource
+from lbyl.moments import Probes
 from lbyl.moments.accumulate import ConsumerMoments
-from lbyl.moments.given import Given
+from lbyl.pipeline.prepare import Subject
 from lbyl.pipeline.request import CompressionRequest
-from lbyl.restore.base import Restorer
-from lbyl.restore.closed_form import restore as solve
-from lbyl.restore.least_squares.fit import make_probes, read
-from lbyl.restore.least_squares.settings import LeastSquares
-from lbyl.restore.prune import Prune
 from lbyl.runtime.copying import sharing_copy, tensors_of
-from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
-from lbyl.selection.select import Selection, check_selection, select
+from lbyl.selection.select import ByCriterion, Selection, check_selection, kept_by_ratio, select
+from lbyl.surgery.masking import pruned_values
 from lbyl.surgery.verification import without_trouble
 
 
@@ -55,12 +47,6 @@ class Analysis:
     probes: Probes | None
     curves: Curves
     consumer_moments: Mapping[str, ConsumerMoments]
-
-    def with_probes(self, restorer: Restorer | LeastSquares) -> Restorer | LeastSquares:
-        """The restorer with its probes made."""
-        if self.probes is None or not isinstance(restorer, LeastSquares):
-            return restorer
-        return replace(restorer, moments=Given(self.probes))
 
 
 _ROOM = 256 * 2**20
@@ -109,9 +95,7 @@ class NoCache:
 
 
 def analyze(
-    model: nn.Module,
-    inputs: ExampleInputs,
-    graph: Graph,
+    subject: Subject,
     request: CompressionRequest,
     budget: Budget | None,
     clock: Clock,
@@ -120,10 +104,8 @@ def analyze(
     """Find out what the widths for any budget are chosen by.
 
     Args:
-        model: the unpruned network; it is not changed.
-        inputs: what it is called with.
-        graph: its channel graph.
-        request: scope, criterion, restorer, seed.
+        subject: the unpruned network; it is not changed.
+        request: scope, criterion, seed.
         budget: groups that it excludes are not looked at; None for all groups.
         clock: takes the seconds.
         cache: where it is kept from one run to the next.
@@ -132,51 +114,48 @@ def analyze(
         InputError: no group is in scope, or the restorer chooses channels by itself.
         VerificationError: no group can be cut.
     """
-    restorer, _ = request.restorer(model)
-    choose, cache, work = request.choose(restorer), cache or NoCache(), sharing_copy(model)
+    graph, inputs, restorer, seed = subject.graph, subject.inputs, subject.restorer, request.seed
+    cache, work = cache or NoCache(), sharing_copy(subject.model)
 
     with clock("verify"):
-        cuttable = cache.cuttable(lambda: find_cuttable(model, inputs, graph, request))
+        cuttable = cache.cuttable(lambda: find_cuttable(subject, request))
     wanted = [index for index in cuttable.groups if not (budget and budget.excludes(graph.groups[index]))]
     if not wanted:
         raise InputError("no group is left that may lose channels: exclude less, or take another scope")
     probes = None
-    if isinstance(restorer, LeastSquares) and isinstance(restorer.moments, ProbeSource):
-        asked = restorer
+    if restorer.takes_probes:
         with clock("probe"):
-            probes = cache.probes(lambda: make_probes(work, inputs, asked, request.seed, request.progress))
+            probes = cache.probes(lambda: restorer.make_probes(work, inputs, seed, request.progress))
+    by = ByCriterion(request.criterion)
     with clock("widths"):
         curves = cache.curves(
-            lambda: measure_curves(
-                work, inputs, graph, wanted, tensors_of(work), choose, probes, request.seed, request.progress
-            )
+            lambda: measure_curves(work, inputs, graph, wanted, tensors_of(work), by, probes, seed, request.progress)
         )
-    consumer_moments: Mapping[str, ConsumerMoments] = {}
-    if isinstance(restorer, LeastSquares) and probes is not None:
-        settings, shown = restorer, probes
+    moments: Mapping[str, ConsumerMoments] = {}
+    if probes is not None:
+        shown = probes
         with clock("solve"):
-            consumer_moments = cache.consumer_moments(
-                lambda: read(work, graph, wanted, shown, settings, request.seed, _ROOM)
-            )
-    return Analysis(cuttable, probes, curves, consumer_moments)
+            moments = cache.consumer_moments(lambda: restorer.measure(work, graph, wanted, shown, seed, _ROOM))
+    return Analysis(cuttable, probes, curves, moments)
 
 
-def find_cuttable(model: nn.Module, inputs: ExampleInputs, graph: Graph, request: CompressionRequest) -> Cuttable:
+def find_cuttable(subject: Subject, request: CompressionRequest) -> Cuttable:
     """The groups that can be cut at all, which must be known before widths are dealt out.
 
     Raises:
         InputError: no group is in scope, or the restorer chooses channels by itself.
         VerificationError: none can be cut.
     """
-    restorer, _ = request.restorer(model)
-    if getattr(restorer, "chooses", False):
-        raise InputError(f"{type(restorer).__name__} chooses channels by itself, so no budget can; give a ratio")
-    state = tensors_of(model)
-    trial = select(graph, state, 0.5, request.scope, request.choose(restorer), request.seed)
+    if subject.restorer.chooses:
+        name = type(subject.restorer).__name__
+        raise InputError(f"{name} chooses channels by itself, so no budget can; give a ratio")
+    graph, state = subject.graph, tensors_of(subject.model)
+    choose = subject.restorer.choose(request.criterion)
+    trial = select(graph, state, kept_by_ratio(graph, 0.5), request.scope, choose, request.seed)
     check_selection(trial)
     notes: tuple[str, ...] = ()
     if request.verify:
-        good = trial if request.strict else that_can_be_cut(model, inputs, graph, trial, request.seed)
+        good = trial if request.strict else that_can_be_cut(subject, trial)
         notes = tuple(f"{name} stays whole: {why}" for name, why in good.left[len(trial.left) :])
         trial = good
     # Widths are dealt out group by group, and these go two at a time.
@@ -188,13 +167,12 @@ def find_cuttable(model: nn.Module, inputs: ExampleInputs, graph: Graph, request
     return Cuttable(tuple(found), notes)
 
 
-def that_can_be_cut(
-    model: nn.Module, inputs: ExampleInputs, graph: Graph, selection: Selection, seed: int
-) -> Selection:
+def that_can_be_cut(subject: Subject, selection: Selection) -> Selection:
     """The selection without the groups that can't be cut, as plain pruning shows before anything is restored.
 
     Raises:
         VerificationError: none of them can be cut.
     """
-    masked = solve(selection, tensors_of(model), Prune(), seed).values
-    return without_trouble(sharing_copy(model, masked), inputs, graph, selection)
+    model = subject.model
+    masked = sharing_copy(model, pruned_values(selection, tensors_of(model)))
+    return without_trouble(masked, subject.inputs, subject.graph, selection)

@@ -12,12 +12,10 @@ from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
 from lbyl.pipeline.analysis import Analysis
 from lbyl.pipeline.prepare import Prepared, prepare
-from lbyl.pipeline.request import CompressionRequest
+from lbyl.pipeline.request import CompressionRequest, Restore, named_restorer
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.single import compress_whole
 from lbyl.pipeline.submodules import compress_submodules
-from lbyl.restore.base import Restorer
-from lbyl.restore.least_squares.settings import LeastSquares
 from lbyl.runtime.contexts import uncollected
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.progress import Clock, Progress
@@ -34,7 +32,7 @@ def compress(
     budget: Budget | None = None,
     scope: str = "inner",
     criterion: str | Criterion = "l2",
-    restore: str | Restorer | LeastSquares = "auto",
+    restore: Restore = "auto",
     seed: int = 0,
     verify: bool = True,
     strict: bool = False,
@@ -80,11 +78,11 @@ def compress(
         raise InputError("give a ratio or a budget, not both: a budget chooses each group's ratio")
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
-    scoring = resolve_criterion(criterion)
-    request = CompressionRequest(ratio, budget, scope, scoring, restore, seed, verify, strict, source, progress)
+    scoring, restorer = resolve_criterion(criterion), named_restorer(restore)
+    request = CompressionRequest(ratio, budget, scope, scoring, restorer, seed, verify, strict, source, progress)
     clock = Clock()
     # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.
-    probing = restore == "auto" or isinstance(restore, LeastSquares)
+    probing = restorer is None or restorer.runs_network
     with nullcontext() if probing else uncollected():
         return walk(prepare(model, example_inputs, request, submodule, clock), request, clock)
 
@@ -97,11 +95,10 @@ def walk(
     ``ground`` holds what was found out before, by the path of the part ("" for a model that was traced whole);
     what is missing is found out here.
     """
-    model, inputs, traced = prepared.model, prepared.inputs, prepared.traced
-    ground = ground or {}
-    if traced.graph is None:
-        return compress_submodules(model, inputs, request, traced, clock, ground)
-    result, folds = compress_whole(traced.model, inputs, traced.graph, request, clock, ground.get("")), traced.folds
+    model, folds, ground = prepared.model, prepared.traced.folds, ground or {}
+    if prepared.traced.graph is None:
+        return compress_submodules(prepared, request, clock, ground)
+    result = compress_whole(prepared.subjects[0], request, clock, ground.get(""))
     if not folds:
         return result
     note = f"{len(folds)} layers that computed their weight on the fly ({folds[0].module}, ...) are plain layers now"

@@ -14,7 +14,7 @@ from lbyl.graph.computed_weights import Fold, fold_computed
 from lbyl.graph.submodules import Submodule, submodule_of, traceable_submodules
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs
-from lbyl.restore.registry import resolve_restorer
+from lbyl.restore.base import Restorer
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
@@ -60,20 +60,34 @@ def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What is cut by itself: a model that was traced whole, or a submodule of one that was not.
+
+    Attributes:
+        path: of the submodule; "" for a whole model.
+        model: it.
+        inputs: what it is called with.
+        graph: its channel graph.
+        restorer: what restores it.
+        why: why this restorer, where it was not named.
+    """
+
+    path: str
+    model: nn.Module
+    inputs: ExampleInputs
+    graph: Graph
+    restorer: Restorer
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A model that was checked and traced, and what it is called with."""
 
     model: nn.Module
     inputs: ExampleInputs
     traced: Traced
-
-    @property
-    def parts(self) -> tuple[tuple[str, nn.Module, ExampleInputs, Graph], ...]:
-        """What is cut by itself: path, module, inputs, graph; the path of a model that was traced whole is ""."""
-        traced = self.traced
-        if traced.graph is not None:
-            return (("", traced.model, self.inputs, traced.graph),)
-        return tuple((p.path, self.model.get_submodule(p.path), p.inputs, p.graph) for p in traced.parts)
+    subjects: tuple[Subject, ...]
 
 
 def prepare(
@@ -82,11 +96,14 @@ def prepare(
     """Check and trace a model: the first step of `compress`, which explains arguments and errors."""
     check_module(model)
     inputs = ExampleInputs.of(example_inputs)
-    if request.restore != "auto":
-        resolve_restorer(request.restore)
     check_weights(model)
     with clock("trace"):
-        return Prepared(model, inputs, trace_model(model, inputs, request.strict, submodule))
+        traced = trace_model(model, inputs, request.strict, submodule)
+    if traced.graph is not None:
+        found = [("", traced.model, inputs, traced.graph)]
+    else:
+        found = [(part.path, model.get_submodule(part.path), part.inputs, part.graph) for part in traced.parts]
+    return Prepared(model, inputs, traced, tuple(Subject(*each, *request.restorer(each[1])) for each in found))
 
 
 def check_module(model: object) -> None:

@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.restore.base import Restorer
-from lbyl.restore.least_squares.settings import LeastSquares
+from lbyl.restore.closed_form import Delivers
 from lbyl.restore.registry import choose_restorer, resolve_restorer
 from lbyl.runtime.progress import Progress
 from lbyl.selection.criteria.base import Criterion
-from lbyl.selection.select import ByCriterion, Choose, Ratio
+from lbyl.selection.select import Ratio
+
+Restore = str | Restorer | Delivers
+"""What users name a restorer by: "auto", a short name, a restorer, or an object with a ``deliver`` method."""
+
+
+def named_restorer(restore: Restore) -> Restorer | None:
+    """The restorer that was named; None for "auto".
+
+    Raises:
+        InputError: an unknown name, or an object that is no restorer.
+    """
+    return None if isinstance(restore, str) and restore == "auto" else resolve_restorer(restore)
 
 
 @dataclass(frozen=True)
 class CompressionRequest:
-    """The arguments of `lbyl.compress`, which explains them."""
+    """The arguments of `lbyl.compress`, which explains them; ``restore`` is None for "auto"."""
 
     ratio: Ratio
     budget: Budget | None
     scope: str
     criterion: Criterion
-    restore: str | Restorer | LeastSquares
+    restore: Restorer | None
     seed: int
     verify: bool
     strict: bool
     source: str | None
     progress: Progress | None
 
-    def restorer(self, model: nn.Module) -> tuple[Restorer | LeastSquares, str]:
+    def restorer(self, model: nn.Module) -> tuple[Restorer, str]:
         """The restorer for a model, and why, where it was not named."""
-        return choose_restorer(model) if self.restore == "auto" else (resolve_restorer(self.restore), "")
-
-    def choose(self, restorer: Restorer | LeastSquares) -> Choose:
-        """How kept channels are chosen: by the restorer where it does, else by the criterion."""
-        own = getattr(restorer, "choose", None) if getattr(restorer, "chooses", False) else None
-        return cast(Choose, own) or ByCriterion(self.criterion)
+        return choose_restorer(model) if self.restore is None else (self.restore, "")

@@ -2,156 +2,211 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lbyl.budget.allocate import Widths, choose_widths
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError, SurgeryError, VerificationError
-from lbyl.graph import Graph
 from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Row
 from lbyl.pipeline.analysis import Analysis, analyze, that_can_be_cut
+from lbyl.pipeline.prepare import Subject
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
-from lbyl.restore.base import Restored
-from lbyl.restore.closed_form import restore as solve
-from lbyl.restore.least_squares.fit import fit
-from lbyl.restore.least_squares.settings import LeastSquares
-from lbyl.restore.prune import Prune
+from lbyl.restore.base import Restoration, RestorationProblem, Restored
 from lbyl.runtime.contexts import set_modes, undisturbed
 from lbyl.runtime.copying import apply_changes, copy_model, sharing_copy, tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_parameters, macs_by_shapes
 from lbyl.runtime.progress import Clock
-from lbyl.selection.select import Choose, Selection, check_selection, select
-from lbyl.surgery.attributes import plan_attributes
-from lbyl.surgery.cuts import cut_copy, plan_cuts
-from lbyl.surgery.masking import masks_of, norm_masks
+from lbyl.selection.select import (
+    KeptCounts,
+    Ratio,
+    Selection,
+    check_patterns,
+    check_selection,
+    kept_by_ratio,
+    select,
+)
+from lbyl.surgery.attributes import Attribute, plan_attributes
+from lbyl.surgery.cuts import Cut, cut_copy, plan_cuts
+from lbyl.surgery.masking import Masks, norm_masks
 from lbyl.surgery.plan import GroupPlan, Plan, architecture_of, described, library_version
-from lbyl.surgery.verification import NOTHING, follower, said, without_trouble
+from lbyl.surgery.verification import follower, said, without_trouble
 from lbyl.surgery.verification import verify as check
 
 
-def compress_whole(
-    model: nn.Module,
-    inputs: ExampleInputs,
-    graph: Graph,
-    request: CompressionRequest,
-    clock: Clock,
-    ground: Analysis | None,
-) -> Result:
+@dataclass(frozen=True)
+class _Planned:
+    """Which channels stay, and how that came about."""
+
+    selection: Selection
+    ratio: Ratio
+    notes: tuple[str, ...] = ()
+    analysis: Analysis | None = None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A smaller network that computes what the masked one computes."""
+
+    model: nn.Module
+    cuts: tuple[Cut, ...]
+    attributes: tuple[Attribute, ...]
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    verified: float | None
+
+
+def compress_whole(subject: Subject, request: CompressionRequest, clock: Clock, ground: Analysis | None) -> Result:
     """Select, restore, cut and verify a model whose graph is known."""
-    restorer, why = request.restorer(model)
-    choosing = request.choose(restorer)
-    fitted, ratio, planned = restorer, request.ratio, ()
-    if request.budget is not None:
-        ground = ground or analyze(model, inputs, graph, request, request.budget, clock)
-        with clock("widths"):
-            widths = _within(model, inputs, graph, ground, choosing, request, request.budget)
-        fitted, ratio = ground.with_probes(restorer), widths.ratios(graph)
-        planned = (*ground.cuttable.notes, *widths.notes)
-    with clock("select"):
-        selection = select(graph, tensors_of(model), ratio, request.scope, choosing, request.seed)
-    check_selection(selection)
-    if isinstance(restorer, LeastSquares) and request.verify and not request.strict and request.budget is None:
-        # Restoration is dear here, so what can't be cut is found out before it.
-        with clock("verify"):
-            selection = that_can_be_cut(model, inputs, graph, selection, request.seed)
-    for _ in range(3):
+    planned = _plan(subject, request, clock, ground)
+    selection = planned.selection
+    for _ in range(_ATTEMPTS):
         with clock("restore"):
-            if isinstance(fitted, LeastSquares):
-                known = ground.consumer_moments if ground else None
-                work = sharing_copy(model)
-                restoration = fit(work, inputs, graph, selection, fitted, request.seed, request.progress, known)
-            else:
-                restoration = solve(selection, tensors_of(model), fitted, request.seed, request.progress, masked=False)
-            work = sharing_copy(model, restoration.values)
-        with clock("cut"):
-            restored, assessment = restoration.groups, restoration.assessment
-            norms = len(norm_masks(selection))
-            statistics = f"{norms} layer norms take their statistics over the channels that stay" if norms else ""
-            notes = tuple(note for note in (why, *planned, *restoration.notes, statistics) if note)
-            seconds = dict(restoration.seconds)
-            del restoration
-            attributes = plan_attributes(work, graph, selection)
+            restoration = _restore(subject, request, replace(planned, selection=selection))
+            work = sharing_copy(subject.model, restoration.values)
+            # Large, and held by the work copy from here on.
+            restoration = replace(restoration, values={})
         try:
-            with clock("cut"):
-                cuts = plan_cuts(selection)
-                smaller = cut_copy(work, cuts, attributes)
-            with clock("verify"):
-                if request.verify:
-                    silent = masks_of(selection) if isinstance(restorer, Prune) else NOTHING
-                    attribute = follower(work, graph)
-                    found = check(work, smaller, inputs, selection, attribute, graph.macs, silent, request.strict)
-                    verified, macs = found.difference, found.macs
-                else:
-                    verified, macs = None, _unverified_macs(work, smaller, inputs, graph.macs)
+            done = _cut(subject, request, clock, selection, work, restoration.masks)
         except (VerificationError, SurgeryError):
             if request.strict or not request.verify:
                 raise
             with clock("verify"):
-                if isinstance(restorer, Prune):
-                    work = apply_changes(copy_model(work).eval(), masks_of(selection))
-                selection = without_trouble(work, inputs, graph, selection)
+                if restoration.masks:
+                    work = apply_changes(copy_model(work).eval(), restoration.masks)
+                selection = without_trouble(work, subject.inputs, subject.graph, selection)
             continue
         break
     else:
         raise VerificationError("no part of the groups could be found that can be cut; inspect lists them")
+    parts = dict(done.model.named_modules())
+    set_modes({parts[name]: module.training for name, module in subject.model.named_modules()})
+    planned = replace(planned, selection=selection)
+    report = _report(subject, planned, restoration, done, clock)
+    return Result(done.model, _written_plan(subject, request, planned, done), report)
 
-    parts = dict(smaller.named_modules())
-    set_modes({parts[name]: module.training for name, module in model.named_modules()})
-    report = Report(
-        rows=tuple(_row(choice.group.width, len(choice.keep), r) for choice, r in _pairs(selection, restored)),
-        left=selection.left,
-        barriers=graph.barriers,
-        parameters=(count_parameters(work), count_parameters(smaller)),
-        macs=macs,
-        verified=verified,
-        seconds={**{k: v for k, v in clock.seconds.items() if k != "restore" or not seconds}, **seconds},
-        notes=notes,
-        assessment=assessment,
+
+_ATTEMPTS = 3
+"""Groups that turn out to be uncuttable are left out, and the rest is tried again, so many times in all."""
+
+
+def _plan(subject: Subject, request: CompressionRequest, clock: Clock, ground: Analysis | None) -> _Planned:
+    """Choose the widths and the channels, and leave out what can't be cut."""
+    model, graph, restorer = subject.model, subject.graph, subject.restorer
+    ratio, notes = request.ratio, ()
+    if request.budget is not None:
+        ground = ground or analyze(subject, request, request.budget, clock)
+        with clock("widths"):
+            widths = _within(subject, ground, request, request.budget)
+        kept, ratio, notes = widths.counts(graph), widths.ratios(graph), (*ground.cuttable.notes, *widths.notes)
+    else:
+        if not subject.path:
+            check_patterns(ratio, (name for group in graph.groups for name in (group.name, *group.layers)))
+        kept = kept_by_ratio(graph, ratio, subject.path)
+    with clock("select"):
+        choose = restorer.choose(request.criterion)
+        selection = select(graph, tensors_of(model), kept, request.scope, choose, request.seed)
+    check_selection(selection)
+    if restorer.runs_network and request.verify and not request.strict and request.budget is None:
+        # Restoration is dear here, so what can't be cut is found out before it.
+        with clock("verify"):
+            selection = that_can_be_cut(subject, selection)
+    return _Planned(selection, ratio, notes, ground)
+
+
+def _within(subject: Subject, ground: Analysis, request: CompressionRequest, budget: Budget) -> Widths:
+    """The widths that a budget comes to."""
+    graph, state, work = subject.graph, tensors_of(subject.model), sharing_copy(subject.model)
+    choose = subject.restorer.choose(request.criterion)
+
+    def cut(kept: KeptCounts) -> nn.Module:
+        part = select(graph, state, kept, request.scope, choose, request.seed)
+        return cut_copy(work, plan_cuts(part), plan_attributes(work, graph, part))
+
+    return choose_widths(work, subject.inputs, graph, ground.curves, budget, cut)
+
+
+def _restore(subject: Subject, request: CompressionRequest, planned: _Planned) -> Restoration:
+    """New weights for the consumers."""
+    problem = RestorationProblem(
+        subject.model, subject.inputs, subject.graph, planned.selection, request.seed, request.progress
     )
+    if planned.analysis is not None:
+        known = planned.analysis
+        problem = replace(problem, probes=known.probes, consumer_moments=known.consumer_moments)
+    return subject.restorer.restore(problem)
+
+
+def _cut(
+    subject: Subject, request: CompressionRequest, clock: Clock, selection: Selection, work: nn.Module, masks: Masks
+) -> _Cut:
+    """Cut the restored network, and verify that nothing else has changed.
+
+    Raises:
+        SurgeryError: a cut does not fit.
+        VerificationError: the cut network computes something else.
+    """
+    inputs, graph = subject.inputs, subject.graph
+    with clock("cut"):
+        attributes = plan_attributes(work, graph, selection)
+        cuts = plan_cuts(selection)
+        smaller = cut_copy(work, cuts, attributes)
+    with clock("verify"):
+        if request.verify:
+            attribute = follower(work, graph)
+            found = check(work, smaller, inputs, selection, attribute, graph.macs, masks, request.strict)
+            verified, macs = found.difference, found.macs
+        else:
+            verified, macs = None, _unverified_macs(work, smaller, inputs, graph.macs)
+    parameters = count_parameters(work), count_parameters(smaller)
+    return _Cut(smaller, cuts, attributes, parameters, macs, verified)
+
+
+def _report(subject: Subject, planned: _Planned, restoration: Restoration, done: _Cut, clock: Clock) -> Report:
+    """What was done, for people and machines."""
+    selection, own = planned.selection, restoration.seconds
+    norms = len(norm_masks(selection))
+    statistics = f"{norms} layer norms take their statistics over the channels that stay" if norms else ""
+    pairs = zip(selection.choices, restoration.groups, strict=True)
+    return Report(
+        rows=tuple(_row(choice.group.width, len(choice.keep), restored) for choice, restored in pairs),
+        left=selection.left,
+        barriers=subject.graph.barriers,
+        parameters=done.parameters,
+        macs=done.macs,
+        verified=done.verified,
+        seconds={**{k: v for k, v in clock.seconds.items() if k != "restore" or not own}, **own},
+        notes=tuple(note for note in (subject.why, *planned.notes, *restoration.notes, statistics) if note),
+        assessment=restoration.assessment,
+    )
+
+
+def _written_plan(subject: Subject, request: CompressionRequest, planned: _Planned, done: _Cut) -> Plan:
+    """What was cut and with which settings, for the saved folder."""
+    ratio, restorer = planned.ratio, subject.restorer
     settings = {
         "ratio": dict(ratio) if isinstance(ratio, Mapping) else ratio,
         **({"budget": described(request.budget)} if request.budget else {}),
         "scope": request.scope,
-        "criterion": described(restorer if getattr(restorer, "chooses", False) else request.criterion),
-        "restore": described(restorer),
+        "criterion": described(restorer.settings if restorer.chooses else request.criterion),
+        "restore": described(restorer.settings),
         "seed": request.seed,
     }
-    plan = Plan(
-        groups=tuple(GroupPlan(c.group.name, c.group.width, c.keep) for c in selection.choices),
-        cuts=cuts,
+    return Plan(
+        groups=tuple(GroupPlan(c.group.name, c.group.width, c.keep) for c in planned.selection.choices),
+        cuts=done.cuts,
         settings=settings,
-        architecture=architecture_of(model),
+        architecture=architecture_of(subject.model),
         source=request.source,
-        inputs=inputs.describe(),
+        inputs=subject.inputs.describe(),
         library=library_version(),
-        attributes=attributes,
+        attributes=done.attributes,
     )
-    return Result(smaller, plan, report)
-
-
-def _within(
-    model: nn.Module,
-    inputs: ExampleInputs,
-    graph: Graph,
-    ground: Analysis,
-    choose: Choose,
-    request: CompressionRequest,
-    budget: Budget,
-) -> Widths:
-    """The widths that a budget comes to."""
-    state, work = tensors_of(model), sharing_copy(model)
-
-    def cut(ratios: Mapping[str, float]) -> nn.Module:
-        part = select(graph, state, ratios, request.scope, choose, request.seed)
-        return cut_copy(work, plan_cuts(part), plan_attributes(work, graph, part))
-
-    return choose_widths(work, inputs, graph, ground.curves, budget, cut)
 
 
 def _unverified_macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs, known: int | None) -> tuple[int, int]:
@@ -164,10 +219,6 @@ def _unverified_macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs,
             f"the cut network does not run: {said(error)}. Leave verification on (verify=True): it "
             "finds the groups that can't be cut, and leaves them whole."
         ) from error
-
-
-def _pairs(selection: Selection, restored: tuple[Restored, ...]) -> Iterator[tuple[Any, Restored]]:
-    return zip(selection.choices, restored, strict=True)
 
 
 def _row(before: int, after: int, restored: Restored) -> Row:

@@ -5,48 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import nn
-
 from lbyl.errors import InputError, VerificationError
-from lbyl.graph.submodules import Submodule
 from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis
-from lbyl.pipeline.prepare import Traced
+from lbyl.pipeline.prepare import Prepared
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.pipeline.single import compress_whole
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import copy_model
-from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_macs, count_parameters
 from lbyl.runtime.progress import Clock
-from lbyl.selection.select import Ratio, ratio_for
+from lbyl.selection.select import check_patterns
 from lbyl.surgery.plan import Plan, architecture_of, library_version
 
 
 def compress_submodules(
-    model: nn.Module,
-    inputs: ExampleInputs,
-    request: CompressionRequest,
-    traced: Traced,
-    clock: Clock,
-    ground: Mapping[str, Analysis],
+    prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis]
 ) -> Result:
     """Compress submodules each by itself and put them into a copy of the model."""
-    results: list[tuple[str, Result]] = []
-    left = [(path, f"not traced: {why}") for path, why in traced.untraced]
-    for part in traced.parts:
-        own = replace(request, ratio=_ratio_within(request.ratio, part), source=None)
-        try:
-            module = model.get_submodule(part.path)
-            done = compress_whole(module, part.inputs, part.graph, own, Clock(), ground.get(part.path))
-            results.append((part.path, done))
-        except (InputError, VerificationError) as error:
-            if request.strict or len(traced.parts) == 1:
-                raise
-            left.append((part.path, str(error)))
-    if not results:
-        raise InputError("no group of any traceable submodule can be pruned: " + "; ".join(why for _, why in left[:3]))
+    model, inputs, traced = prepared.model, prepared.inputs, prepared.traced
+    results, left = _one_by_one(prepared, replace(request, source=None), ground)
     with clock("cut"):
         smaller = copy_model(model, {id(model.get_submodule(path)): result.model for path, result in results})
     with clock("verify"), undisturbed(model), undisturbed(smaller):
@@ -91,13 +70,28 @@ def compress_submodules(
     return Result(smaller, plan, report)
 
 
-def _ratio_within(ratio: Ratio, part: Submodule) -> Ratio:
-    """The ratios of a part's groups, which patterns name by their full names."""
-    if not isinstance(ratio, Mapping):
-        return ratio
-    full = {group.name: replace(group, name=f"{part.path}.{group.name}") for group in part.graph.groups}
-    named = {
-        name: replace(group, producers=tuple(replace(p, layer=f"{part.path}.{p.layer}") for p in group.producers))
-        for name, group in full.items()
-    }
-    return {name: ratio_for(group, ratio) for name, group in named.items()}
+def _one_by_one(
+    prepared: Prepared, request: CompressionRequest, ground: Mapping[str, Analysis]
+) -> tuple[list[tuple[str, Result]], list[tuple[str, str]]]:
+    """What came of each submodule, by its path, and why others were left.
+
+    Raises:
+        InputError: nothing can be pruned in any of them, or a pattern matches no group of any.
+    """
+    subjects = prepared.subjects
+    if request.budget is None:
+        groups = [(f"{subject.path}.", group) for subject in subjects for group in subject.graph.groups]
+        check_patterns(request.ratio, (path + name for path, group in groups for name in (group.name, *group.layers)))
+    results: list[tuple[str, Result]] = []
+    left = [(path, f"not traced: {why}") for path, why in prepared.traced.untraced]
+    for subject in subjects:
+        known = ground.get(subject.path)
+        try:
+            results.append((subject.path, compress_whole(subject, request, Clock(), known)))
+        except (InputError, VerificationError) as error:
+            if request.strict or len(subjects) == 1:
+                raise
+            left.append((subject.path, str(error)))
+    if not results:
+        raise InputError("no group of any traceable submodule can be pruned: " + "; ".join(why for _, why in left[:3]))
+    return results, left

@@ -3,46 +3,101 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from lbyl.graph.activations import ACTIVATIONS
-from lbyl.restore.base import Restoration, Restored, Restorer
+from lbyl.restore.base import Restoration, RestorationProblem, Restored, Restorer
 from lbyl.restore.error_terms import Terms, reconstruction_terms
-from lbyl.restore.prune import Prune
-from lbyl.runtime.progress import Progress
+from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.seeding import generator_for
-from lbyl.selection.filters import State, columns_second, describe, paper_form_applies, subset
+from lbyl.selection.filters import Filters, State, columns_second, describe, paper_form_applies, subset
 from lbyl.selection.select import Choice, Selection
 from lbyl.surgery.masking import Delivery, fold, nothing_delivered, with_masks
 
 
-def restore(
-    selection: Selection,
-    state: State,
-    restorer: Restorer,
-    seed: int,
-    progress: Progress | None = None,
-    masked: bool = True,
-) -> Restoration:
+@runtime_checkable
+class Delivers(Protocol):
+    """Whatever computes the delivery matrix of one group from its weights."""
+
+    def deliver(
+        self,
+        filters: Filters,
+        keep: Int[Tensor, " kept"],
+        drop: Int[Tensor, " dropped"],
+        generator: torch.Generator,
+    ) -> Delivery:
+        """The delivery matrix from the kept to the dropped channels."""
+        ...
+
+
+class ClosedFormRestorer(Restorer):
+    """Restores group by group from the weights alone: a subclass defines :meth:`deliver`."""
+
+    @abstractmethod
+    def deliver(
+        self,
+        filters: Filters,
+        keep: Int[Tensor, " kept"],
+        drop: Int[Tensor, " dropped"],
+        generator: torch.Generator,
+    ) -> Delivery:
+        """The delivery matrix from the kept to the dropped channels of one group.
+
+        Args:
+            filters: the effective filters of the group, one row a channel.
+            keep: indices of the channels that stay, ascending.
+            drop: indices of the channels that go, ascending.
+            generator: for whatever is drawn at random.
+        """
+
+    def restore(self, problem: RestorationProblem) -> Restoration:
+        """Solve every group and fold its delivery matrix into the layers that read it."""
+        return restore_by_delivery(self, problem)
+
+
+@dataclass(frozen=True)
+class Delivering(ClosedFormRestorer):
+    """A restorer of the user's that has a ``deliver`` method and nothing else."""
+
+    own: Delivers
+
+    @property
+    def settings(self) -> object:
+        """The user's object."""
+        return self.own
+
+    def deliver(
+        self,
+        filters: Filters,
+        keep: Int[Tensor, " kept"],
+        drop: Int[Tensor, " dropped"],
+        generator: torch.Generator,
+    ) -> Delivery:
+        """What the user's object delivers."""
+        return self.own.deliver(filters, keep, drop, generator)
+
+
+def restore_by_delivery(restorer: Delivers, problem: RestorationProblem) -> Restoration:
     """Solve every group and fold its delivery matrix into the layers that read it.
 
     The closed forms need the original weights only, so the order of the groups does not matter: a layer that
     reads one group and produces another loses columns here and rows in surgery.
-
-    With ``masked=False`` weights that would change by zeros alone are left out: `masks_of` lays these on later, where
-    the uncut network has to run.
     """
     values: dict[str, Tensor] = {}
     rows = []
+    selection, state = problem.selection, tensors_of(problem.model)
     for index, choice in enumerate(selection.choices):
         started = time.perf_counter()
         keep, drop = choice.tensors()
-        delivery, terms = deliver(choice, state, restorer, seed)
-        for slot in choice.group.consumers if masked or not isinstance(restorer, Prune) else ():
+        delivery, terms = deliver(choice, state, restorer, problem.seed)
+        for slot in choice.group.consumers:
             weight = values.get(slot.parameter)
             if weight is None:
                 weight = state[slot.parameter].detach().clone()
@@ -50,10 +105,9 @@ def restore(
             fold(columns_second(weight, slot), source, slot, choice.group.width, keep, drop, delivery)
             values[slot.parameter] = weight
         rows.append(Restored(choice.group.name, terms, time.perf_counter() - started, delivery.note))
-        if progress:
-            progress("restoring", index + 1, len(selection.choices))
-    told = rows if isinstance(restorer, Prune) else with_ties(selection, rows)
-    return Restoration(with_masks(values, selection, state), tuple(told))
+        if problem.progress:
+            problem.progress("restoring", index + 1, len(selection.choices))
+    return Restoration(with_masks(values, selection, state), with_ties(selection, rows))
 
 
 def with_ties(selection: Selection, rows: Sequence[Restored]) -> tuple[Restored, ...]:
@@ -65,20 +119,16 @@ def with_ties(selection: Selection, rows: Sequence[Restored]) -> tuple[Restored,
     return tuple(told)
 
 
-def deliver(choice: Choice, state: State, restorer: Restorer, seed: int) -> tuple[Delivery, Terms | None]:
+def deliver(choice: Choice, state: State, restorer: Delivers, seed: int) -> tuple[Delivery, Terms | None]:
     """One group's delivery matrix and its error terms; block by block where grouped convolutions need it."""
     group = choice.group
     keep, drop = choice.tensors()
-    filters = (choice.filters if isinstance(restorer, Prune) else None) or describe(group, state)
-    obstacle = None if isinstance(restorer, Prune) else paper_form_applies(group, state)
+    filters = describe(group, state)
+    obstacle = paper_form_applies(group, state)
     if obstacle:
         note = f"pruned without restoration: the weights-only form does not apply, {obstacle}"
         return nothing_delivered(len(keep), len(drop), note), None
-    activation = next((step.op for step in group.steps if step.op in ACTIVATIONS), None)
-    generator = generator_for(seed, f"{group.name}#terms")
     whole = nothing_delivered(len(keep), len(drop))
-    if isinstance(restorer, Prune):
-        return whole, reconstruction_terms(filters, keep, drop, whole, activation, generator)
     labels = torch.tensor(group.blocks)
     notes = []
     for label in torch.unique(labels):
@@ -94,4 +144,12 @@ def deliver(choice: Choice, state: State, restorer: Restorer, seed: int) -> tupl
         whole.scale[in_keep] = part.scale
         notes.append(part.note)
     delivery = replace(whole, note="; ".join(note for note in dict.fromkeys(notes) if note))
-    return delivery, reconstruction_terms(filters, keep, drop, delivery, activation, generator)
+    return delivery, terms_of(choice, filters, delivery, seed)
+
+
+def terms_of(choice: Choice, filters: Filters, delivery: Delivery, seed: int) -> Terms:
+    """The paper's error terms of one group."""
+    keep, drop = choice.tensors()
+    activation = next((step.op for step in choice.group.steps if step.op in ACTIVATIONS), None)
+    generator = generator_for(seed, f"{choice.group.name}#terms")
+    return reconstruction_terms(filters, keep, drop, delivery, activation, generator)

@@ -8,14 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lbyl.restore.closed_form import ClosedFormRestorer
+from lbyl.selection.criteria.base import Criterion
 from lbyl.selection.filters import Filters
+from lbyl.selection.select import Choose
 from lbyl.surgery.masking import Delivery, nothing_delivered
 
 _MOST_DRAWS_PER_CHANNEL = 1000
 
 
 @dataclass(frozen=True)
-class Coreset:
+class Coreset(ClosedFormRestorer):
     """Importance sampling of channels, so that the weighted sum over the drawn ones is unbiased.
 
     Mussay, Osadchy, Braverman, Zhou, Feldman: "Data-Independent Neural Pruning via Coresets", ICLR 2020. A
@@ -26,7 +29,11 @@ class Coreset:
 
     chooses = True
 
-    def choose(self, filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
+    def choose(self, criterion: Criterion) -> Choose:
+        """By drawing; the criterion is not asked."""
+        return self.draw
+
+    def draw(self, filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
         """The drawn channels, ascending."""
         return torch.nonzero(self._draw(filters, count, generator) > 0).flatten()
 
@@ -37,7 +44,7 @@ class Coreset:
         drop: Int[Tensor, " dropped"],
         generator: torch.Generator,
     ) -> Delivery:
-        """S = 0 and the weights u; the generator must be in the state that ``choose`` saw."""
+        """S = 0 and the weights u; the generator must be in the state that ``draw`` saw."""
         none = nothing_delivered(len(keep), len(drop))
         return Delivery(none.matrix, self._draw(filters, len(keep), generator)[keep])
 

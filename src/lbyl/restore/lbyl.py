@@ -9,13 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lbyl.errors import InputError
+from lbyl.restore.closed_form import ClosedFormRestorer
 from lbyl.restore.ridge import solve_ridge
 from lbyl.selection.filters import Filters
 from lbyl.surgery.masking import Delivery
 
 
 @dataclass(frozen=True)
-class LBYL:
+class LBYL(ClosedFormRestorer):
     """The paper's closed form, from the weights alone.
 
     Lee, Kim, Choi: "Training-Free Restoration of Pruned Neural Networks", arXiv 2502.08474. For each dropped

@@ -9,12 +9,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lbyl.errors import InputError
+from lbyl.restore.closed_form import ClosedFormRestorer
 from lbyl.selection.filters import Filters
 from lbyl.surgery.masking import Delivery, nothing_delivered
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(ClosedFormRestorer):
     """One non-zero a column: the most similar kept channel takes the dropped one over, scaled.
 
     Kim, Kim, Kim, Kim, Kim: "Neuron Merging: Compensating for Pruned Neurons", NeurIPS 2020. We measure

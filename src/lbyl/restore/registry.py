@@ -7,23 +7,24 @@ from torch import nn
 from lbyl.errors import InputError
 from lbyl.moments import Dream, Photographs
 from lbyl.restore.base import Restorer
-from lbyl.restore.least_squares.settings import LeastSquares
+from lbyl.restore.closed_form import Delivering, Delivers
+from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.runtime.registry import find
 
 
-def resolve_restorer(restore: str | Restorer | LeastSquares) -> Restorer | LeastSquares:
+def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
     """A restorer by its lower-case name, or the object itself.
 
     Raises:
-        InputError: an unknown name, or an object without ``deliver``.
+        InputError: an unknown name, or an object without ``restore`` and ``deliver``.
     """
-    if isinstance(restore, LeastSquares):
-        return restore
     if isinstance(restore, str):
         restore = find("restorer", restore)()
-    if isinstance(restore, type) or not isinstance(restore, Restorer):
+    if isinstance(restore, Restorer):
+        return restore
+    if isinstance(restore, type) or not isinstance(restore, Delivers):
         raise InputError(f"restore={restore!r} has no deliver(filters, keep, drop, generator) method")
-    return restore
+    return Delivering(restore)
 
 
 def choose_restorer(model: nn.Module) -> tuple[LeastSquares, str]:

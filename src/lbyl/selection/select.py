@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -41,7 +41,7 @@ class Choice:
         return tuple(channel for channel in range(self.group.width) if channel not in kept)
 
     def tensors(self) -> tuple[Int[Tensor, " kept"], Int[Tensor, " dropped"]]:
-        """NormMasks and dropped channels as index tensors."""
+        """Kept and dropped channels as index tensors."""
         return torch.tensor(self.keep, dtype=torch.int64), torch.tensor(self.drop, dtype=torch.int64)
 
 
@@ -69,13 +69,13 @@ def check_ratio(ratio: Ratio) -> None:
             raise InputError(f"{key}={share!r}: the share of channels to drop must be at least 0 and below 1")
 
 
-def ratio_for(group: Group, ratio: Ratio) -> float:
-    """The ratio that applies to a group: the last pattern that matches its name or a producing layer's."""
+def ratio_for(group: Group, ratio: Ratio, prefix: str = "") -> float:
+    """The ratio that applies to a group: the last pattern that matches its full name or a producing layer's."""
     if not isinstance(ratio, Mapping):
         return float(ratio)
     found = 0.0
     for pattern, share in ratio.items():
-        if any(fnmatchcase(name, pattern) for name in (group.name, *group.layers)):
+        if any(fnmatchcase(prefix + name, pattern) for name in (group.name, *group.layers)):
             found = float(share)
     return found
 
@@ -88,6 +88,10 @@ class ByCriterion:
 
     def __call__(self, filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
         """Which of some channels to keep."""
+        return torch.argsort(self.scores(filters, generator), descending=True, stable=True)[:count]
+
+    def scores(self, filters: Filters, generator: torch.Generator) -> Float[Tensor, " channels"]:
+        """The score of each of some channels."""
         norms = self.norms(filters)
         scores = self.criterion.score(filters.raw, generator) if norms is None else norms
         if scores.shape != (len(filters),):
@@ -95,7 +99,7 @@ class ByCriterion:
                 f"{type(self.criterion).__name__}.score returned shape {tuple(scores.shape)} for {len(filters)} "
                 "filters; return one score a row"
             )
-        return torch.argsort(scores, descending=True, stable=True)[:count]
+        return scores
 
     def norms(self, filters: Filters) -> Float[Tensor, " channels"] | None:
         """The scores, where they are norms of the filters: then no channel's depends on the others."""
@@ -104,65 +108,178 @@ class ByCriterion:
         return None if order is None else filters.norms(order)
 
 
-def select(graph: Graph, state: State, ratio: Ratio, scope: str, choose: Choose, seed: int) -> Selection:
-    """Choose the kept channels of every group in scope.
+@dataclass(frozen=True)
+class Ranking:
+    """The channels of a group in the order in which a criterion keeps them.
 
-    Raises:
-        InputError: an unknown scope, a ratio out of range, or a pattern that matches no group.
+    Attributes:
+        blocks: the channels of each block, best first. Grouped convolutions make several blocks, and all of them keep
+            equally many channels.
+        scores: the score of each channel among those of its block.
+        filters: what was scored, where scores are norms, so that it takes little memory.
     """
-    if scope not in ("inner", "all"):
-        raise InputError(f"scope={scope!r}: choose 'inner' (groups that no residual sum couples) or 'all'")
+
+    blocks: Int[Tensor, "blocks size"]
+    scores: Float[Tensor, " channels"]
+    filters: Filters | None = None
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """The channels that stay where each block keeps so many, ascending."""
+        return tuple(sorted(self.blocks[:, :count].flatten().tolist()))
+
+    def order(self) -> tuple[int, ...]:
+        """All channels, best first, the blocks in turn: any whole round keeps equally many of each block."""
+        found: list[int] = []
+        for members in self.blocks.T:
+            ascending = members.sort().values
+            best = torch.argsort(self.scores[ascending], descending=True, stable=True)
+            found += ascending[best].tolist()
+        return tuple(found)
+
+
+def blocks_of(group: Group) -> Int[Tensor, "blocks size"]:
+    """The channels of each block of a group; blocks are of one size, or the group would stay whole."""
+    labels = torch.tensor(group.blocks)
+    return torch.argsort(labels, stable=True).reshape(len(labels.unique()), -1)
+
+
+def ranked(group: Group, state: State, by: ByCriterion, seed: int) -> Ranking:
+    """Rank the channels of a group block by block, for widths to be chosen by and channels to be kept by."""
+    filters, blocks = describe(group, state), blocks_of(group)
+    norms = by.norms(filters)
+    if norms is not None:
+        scores, seen = norms.cpu(), filters
+    else:
+        parts = [
+            by.scores(subset(filters, members), generator_for(seed, f"{group.name}#{group.blocks[int(members[0])]}"))
+            for members in blocks
+        ]
+        scores, seen = torch.empty(group.width, dtype=parts[0].dtype), None
+        for members, part in zip(blocks, parts, strict=True):
+            scores[members] = part.cpu()
+    best = torch.argsort(scores[blocks], dim=1, descending=True, stable=True)
+    return Ranking(blocks.gather(1, best), scores, seen)
+
+
+@dataclass(frozen=True)
+class KeptCounts:
+    """How many channels each group keeps.
+
+    Attributes:
+        counts: by the index of the group; groups that are not named stay whole.
+        uneven: why a residual stream and its heads stay whole, by the stream's name.
+    """
+
+    counts: Mapping[int, int]
+    uneven: Mapping[str, str] = field(default_factory=dict)
+
+
+def kept_by_ratio(graph: Graph, ratio: Ratio, path: str = "") -> KeptCounts:
+    """The kept counts that a ratio stands for.
+
+    Args:
+        graph: the channel graph.
+        ratio: a share, or ``{glob: share}`` over group and layer names.
+        path: of the submodule that the graph is of; globs are over full names.
+    """
     check_ratio(ratio)
-    if isinstance(ratio, Mapping):
-        names = {name for group in graph.groups for name in (group.name, *group.layers)}
-        for pattern in ratio:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise InputError(f"ratio: {pattern!r} matches no group or layer; lbyl.inspect lists their names")
-    choices, left = [], []
-    for group in graph.groups:
-        share = ratio_for(group, ratio)
-        if group.reason is not None:
-            left.append((group.name, group.reason))
-        elif scope == "inner" and group.excluded_from_inner:
-            left.append((group.name, f'{group.excluded_from_inner} (scope="all" includes it)'))
-        elif share == 0:
-            left.append((group.name, "ratio 0"))
-        else:
-            choice = _choice(group, state, share, choose, seed)
-            if len(choice.keep) < group.width:
-                choices.append(choice)
-            else:
-                left.append((group.name, f"{group.width} channels: nothing to drop at this ratio"))
-    found = {choice.group.name: choice for choice in choices}
-    for name in dict.fromkeys(group.coupled_with for group in graph.groups if group.coupled_with):
-        family = (graph.group(name), *(group for group in graph.groups if group.coupled_with == name))
-        together, why = _together(family, found, state, ratio_for(family[0], ratio), choose, seed)
-        for group in family:
-            if group.name in found and not together:
-                left.append((group.name, why))
-                del found[group.name]
-        found |= together
-    return Selection(tuple(found[g.name] for g in graph.groups if g.name in found), tuple(left))
+    prefix = f"{path}." if path else ""
+    shares = {group.name: ratio_for(group, ratio, prefix) for group in graph.groups}
+    counts = {
+        index: _evenly_kept(group, shares[group.name])
+        for index, group in enumerate(graph.groups)
+        if shares[group.name] > 0 and group.reason is None
+    }
+    index_of = {group.name: index for index, group in enumerate(graph.groups)}
+    uneven: dict[str, str] = {}
+    for name, family in _families(graph).items():
+        together, why = _same_share(family, shares[name])
+        if why:
+            uneven[name] = why
+        counts |= {index_of[group]: count for group, count in together.items() if index_of[group] in counts}
+    return KeptCounts(counts, uneven)
 
 
-def _together(
-    family: Sequence[Group], found: Mapping[str, Choice], state: State, share: float, choose: Choose, seed: int
-) -> tuple[dict[str, Choice], str]:
-    """Choices for a stream and its heads, the same share of each, at most the one asked for; or why there are none."""
+def check_patterns(ratio: Ratio, names: Iterable[str]) -> None:
+    """Raise InputError for a pattern that matches no group or layer."""
+    names = list(names)
+    for pattern in ratio if isinstance(ratio, Mapping) else ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"ratio: {pattern!r} matches no group or layer; lbyl.inspect lists their names")
+
+
+def _evenly_kept(group: Group, share: float) -> int:
+    """What a group keeps in all where each of its blocks loses a share."""
+    blocks = len(set(group.blocks))
+    return blocks * kept_count(group.width // blocks, share)
+
+
+def _families(graph: Graph) -> dict[str, tuple[Group, ...]]:
+    """Streams with the heads that have to lose the same share, by the stream's name."""
+    names = dict.fromkeys(group.coupled_with for group in graph.groups if group.coupled_with)
+    return {name: (graph.group(name), *(g for g in graph.groups if g.coupled_with == name)) for name in names}
+
+
+def _same_share(family: Sequence[Group], share: float) -> tuple[dict[str, int], str]:
+    """Kept counts of a stream and its heads, or why there are none.
+
+    Each loses the same share, at most the one asked for.
+    """
     stream, *heads = family
-    for group in heads if stream.name in found else [stream]:
-        if group.name not in found:
-            reason = group.reason or "nothing of it goes"
-            return {}, f"it has to lose the same share as {group.name!r}, which stays whole: {reason}"
     parts = {Fraction(math.ceil(group.width * (1 - share) - 1e-9), group.width) for group in heads}
     if len(parts) > 1 or max(parts) == 1:
         counts = ", ".join(str(count) for count in sorted({group.width for group in heads}))
         return {}, f"{stream.name!r} and its {counts} heads can't lose the same share at this ratio"
     part = parts.pop()
-    together = {group.name: _choice(group, state, float(1 - part), choose, seed) for group in family}
-    if any(len(choice.keep) != part * choice.group.width for choice in together.values()):
+    together = {group.name: _evenly_kept(group, float(1 - part)) for group in family}
+    if any(together[group.name] != part * group.width for group in family):
         return {}, f"{stream.name!r} comes in blocks, which can't lose {float(1 - part):.1%} each as its heads do"
     return together, ""
+
+
+def select(graph: Graph, state: State, kept: KeptCounts, scope: str, choose: Choose, seed: int) -> Selection:
+    """Choose the kept channels of every group in scope.
+
+    Args:
+        graph: the channel graph.
+        state: the network's tensors.
+        kept: how many channels each group keeps.
+        scope: "inner" or "all".
+        choose: which channels these are.
+        seed: for whatever is drawn at random.
+
+    Raises:
+        InputError: an unknown scope.
+    """
+    if scope not in ("inner", "all"):
+        raise InputError(f"scope={scope!r}: choose 'inner' (groups that no residual sum couples) or 'all'")
+    found: dict[str, Choice] = {}
+    left: list[tuple[str, str]] = []
+    for index, group in enumerate(graph.groups):
+        if group.reason is not None:
+            left.append((group.name, group.reason))
+        elif scope == "inner" and group.excluded_from_inner:
+            left.append((group.name, f'{group.excluded_from_inner} (scope="all" includes it)'))
+        elif index not in kept.counts:
+            left.append((group.name, "ratio 0"))
+        elif kept.counts[index] >= group.width:
+            left.append((group.name, f"{group.width} channels: nothing to drop at this ratio"))
+        else:
+            found[group.name] = _choice(group, state, kept.counts[index], choose, seed)
+    for family in _families(graph).values():
+        why = _kept_apart(family, found) or kept.uneven.get(family[0].name, "")
+        left += [(group.name, why) for group in family if why and found.pop(group.name, None)]
+    return Selection(tuple(found[g.name] for g in graph.groups if g.name in found), tuple(left))
+
+
+def _kept_apart(family: Sequence[Group], found: Mapping[str, Choice]) -> str:
+    """Why a stream and its heads can't be cut together: one of them stays whole. "" where none does."""
+    stream, *heads = family
+    for group in heads if stream.name in found else [stream]:
+        if group.name not in found:
+            reason = group.reason or "nothing of it goes"
+            return f"it has to lose the same share as {group.name!r}, which stays whole: {reason}"
+    return ""
 
 
 def check_selection(selection: Selection) -> None:
@@ -172,17 +289,13 @@ def check_selection(selection: Selection) -> None:
         raise InputError(f"no group can be pruned with these settings ({reasons or 'the model has no layer to cut'})")
 
 
-def _choice(group: Group, state: State, share: float, choose: Choose, seed: int) -> Choice:
-    filters, labels = describe(group, state), torch.tensor(group.blocks)
-    # Blocks are of one size, or the group would stay whole.
-    blocks = torch.argsort(labels, stable=True).reshape(len(labels.unique()), -1)
-    count = kept_count(blocks.shape[1], share)
-    norms = choose.norms(filters) if isinstance(choose, ByCriterion) else None
-    if norms is not None:
-        best = torch.argsort(norms.cpu()[blocks], dim=1, descending=True, stable=True)[:, :count]
-        return Choice(group, tuple(sorted(blocks.gather(1, best).flatten().tolist())), filters)
+def _choice(group: Group, state: State, count: int, choose: Choose, seed: int) -> Choice:
+    if isinstance(choose, ByCriterion):
+        ranking = ranked(group, state, choose, seed)
+        return Choice(group, ranking.kept(count // len(ranking.blocks)), ranking.filters)
+    filters, blocks = describe(group, state), blocks_of(group)
     keep = []
     for members in blocks:
-        generator = generator_for(seed, f"{group.name}#{int(labels[members[0]])}")
-        keep.append(members[choose(subset(filters, members), count, generator)])
+        generator = generator_for(seed, f"{group.name}#{group.blocks[int(members[0])]}")
+        keep.append(members[choose(subset(filters, members), count // len(blocks), generator)])
     return Choice(group, tuple(sorted(torch.cat(keep).tolist())))

@@ -52,6 +52,20 @@ def with_masks(values: Mapping[str, Tensor], selection: Selection, state: State)
     return changed
 
 
+def pruned_values(selection: Selection, state: State) -> dict[str, Tensor]:
+    """The weights that change by plain pruning: the consumers' columns of dropped channels are zero."""
+    values: dict[str, Tensor] = {}
+    for choice in selection.choices:
+        _, drop = choice.tensors()
+        for slot in choice.group.consumers:
+            weight = values.get(slot.parameter)
+            if weight is None:
+                weight = state[slot.parameter].detach().clone()
+            mask_columns(columns_second(weight, slot), slot, choice.group.width, drop)
+            values[slot.parameter] = weight
+    return with_masks(values, selection, state)
+
+
 Masks = Mapping[str, Sequence[Callable[[Tensor], object]]]
 """What sets the dropped columns of a weight to zero, in place, by the weight's name."""
 

@@ -31,7 +31,7 @@ def load_line(path: str | os.PathLike[str], source: str | None) -> str:
         return f"import lbyl; net = lbyl.load({folder}, model)  # model: a fresh, unpruned instance"
     if is_rebuildable(source):
         return f"import lbyl; net = lbyl.load({folder})"
-    return f"import lbyl, lbyl.surgery.plan; net = lbyl.load({folder}, lbyl.io.sources.load_source({source!r}))"
+    return f"import lbyl; net = lbyl.load({folder}, lbyl.load_source({source!r}))"
 
 
 def reproducing(plan: Plan) -> Iterator[str]:
@@ -39,7 +39,7 @@ def reproducing(plan: Plan) -> Iterator[str]:
     parts = plan.settings.get("parts", ())
     yield from ("import torch", "import lbyl")
     if plan.source:
-        yield "from lbyl.sources import load_source"
+        yield "from lbyl import load_source"
     yield ""
     if plan.source:
         yield f"model = load_source({shown_source(plan.source)!r})  # with the weights that were compressed"

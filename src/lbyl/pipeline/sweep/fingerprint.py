@@ -29,7 +29,7 @@ def fingerprint(
         "other inputs": json.dumps([repr(leaf) for leaf in others if not isinstance(leaf, Tensor)]),
         "scope": request.scope,
         "criterion": _text(described(request.criterion)),
-        "restore": _text(described(request.restorer(model)[0])),
+        "restore": _text(described(request.restorer(model)[0].settings)),
         "seed": request.seed,
         "verify": request.verify,
         "strict": request.strict,

@@ -21,20 +21,16 @@ from lbyl.errors import ArtifactError, InputError, LbylError, SurgeryError, Veri
 from lbyl.io import artifact
 from lbyl.io.files import write_whole
 from lbyl.io.report.report import Report
-from lbyl.moments import Data
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.compress import walk
 from lbyl.pipeline.prepare import Prepared, check_module, check_weights, prepare
-from lbyl.pipeline.request import CompressionRequest
+from lbyl.pipeline.request import CompressionRequest, Restore, named_restorer
 from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep import pareto
 from lbyl.pipeline.sweep.cache import FolderCache
 from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
 from lbyl.pipeline.sweep.pareto import Point
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
-from lbyl.restore.base import Restorer
-from lbyl.restore.least_squares.settings import LeastSquares
-from lbyl.restore.registry import resolve_restorer
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
@@ -109,7 +105,7 @@ def sweep(
     evaluate: Evaluate | None = None,
     scope: str = "inner",
     criterion: str | Criterion = "l2",
-    restore: str | Restorer | LeastSquares = "auto",
+    restore: Restore = "auto",
     seed: int = 0,
     verify: bool = True,
     strict: bool = False,
@@ -151,10 +147,8 @@ def sweep(
         ArtifactError: a file of the sweep is damaged.
     """
     request = CompressionRequest(
-        0.5, None, scope, resolve_criterion(criterion), restore, seed, verify, strict, source, progress
+        0.5, None, scope, resolve_criterion(criterion), named_restorer(restore), seed, verify, strict, source, progress
     )
-    if restore != "auto":
-        resolve_restorer(restore)
     _check(budgets)
     check_module(model)
     check_weights(model)
@@ -198,10 +192,10 @@ class _Network:
         found: dict[str, Cuttable] = {}
         refusals: list[LbylError] = []
         with self.clock("verify"):
-            for path, module, inputs, graph in self.prepared.parts:
-                cuttable = _attempt(lambda m=module, i=inputs, g=graph: find_cuttable(m, i, g, self.request))
+            for subject in self.prepared.subjects:
+                cuttable = _attempt(lambda subject=subject: find_cuttable(subject, self.request))
                 if isinstance(cuttable, Cuttable):
-                    found[path] = cuttable
+                    found[subject.path] = cuttable
                 else:
                     refusals.append(cuttable)
         if refusals and (self.request.strict or not found):
@@ -218,14 +212,13 @@ class _Network:
     def ground(self, folder: Path) -> dict[str, Analysis]:
         """The analysis of each part, from the folder where it is there."""
         ground: dict[str, Analysis] = {}
-        for number, (path, module, inputs, graph) in enumerate(self.prepared.parts):
-            restorer, _ = self.request.restorer(module)
-            private = isinstance(restorer, LeastSquares) and isinstance(restorer.moments, Data)
-            cache = FolderCache(folder / ANALYSIS / str(number), graph, inputs, private)
-            if not cache.begun and path not in self.cuttable:
+        for number, subject in enumerate(self.prepared.subjects):
+            place, private = folder / ANALYSIS / str(number), subject.restorer.keeps_inputs_private
+            cache = FolderCache(place, subject.graph, subject.inputs, private)
+            if not cache.begun and subject.path not in self.cuttable:
                 continue
-            cache.cuttable(lambda path=path: self.cuttable[path])
-            ground[path] = analyze(module, inputs, graph, self.request, None, self.clock, cache)
+            cache.cuttable(lambda path=subject.path: self.cuttable[path])
+            ground[subject.path] = analyze(subject, self.request, None, self.clock, cache)
         return ground
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lbyl.graph import Graph
 from lbyl.moments import ClosedFormSource, Probes, ProbeSource
 from lbyl.moments.accumulate import ConsumerMoments, PatchSums, WholeSums
-from lbyl.restore.base import Restoration
+from lbyl.restore.base import Restoration, RestorationProblem
 from lbyl.restore.closed_form import with_ties
 from lbyl.restore.least_squares.recalibrate import (
     POSITIONS,
@@ -27,10 +27,10 @@ from lbyl.restore.least_squares.recalibrate import (
     transplant,
 )
 from lbyl.restore.least_squares.sequential import NotApplicable, solve_sequentially
-from lbyl.restore.least_squares.settings import LeastSquares
+from lbyl.restore.least_squares.settings import Settings
 from lbyl.restore.least_squares.solve import (
     Findings,
-    Problem,
+    LeastSquaresProblem,
     Sums,
     empty_sums,
     merged,
@@ -40,7 +40,7 @@ from lbyl.restore.least_squares.solve import (
 )
 from lbyl.restore.least_squares.targets import Target, find_targets, masked, output_first
 from lbyl.runtime.batches import FEWEST, first_rows, in_parts
-from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.copying import sharing_copy, tensors_of
 from lbyl.runtime.forward import ConsumerCall, OnConsumer, run
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.layer_norms import NormMasks
@@ -49,39 +49,27 @@ from lbyl.runtime.output_error import Assessment, outputs_error
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State
-from lbyl.selection.select import Selection
 from lbyl.surgery.masking import norm_masks
 
 
-def fit(
-    model: nn.Module,
-    inputs: ExampleInputs,
-    graph: Graph,
-    selection: Selection,
-    settings: LeastSquares,
-    seed: int,
-    progress: Progress | None = None,
-    consumer_moments: Mapping[str, ConsumerMoments] | None = None,
-) -> Restoration:
-    """Restore every consumer of a pruned group by least squares on moments.
-
-    Args:
-        model: the unpruned network in evaluation mode; nothing in it is changed.
-        inputs: example inputs; probes follow their shapes and dtypes.
-        graph: the channel graph.
-        selection: which channels go.
-        settings: the restorer.
-        seed: for probes and sampled positions.
-        progress: called as ``progress(stage, done, total)``.
-        consumer_moments: moments of consumers that were measured on these probes before, by the names of their weights.
-    """
-    problem = Problem(model, graph, selection, find_targets(graph, selection), settings, seed, progress)
+def fit(task: RestorationProblem, settings: Settings) -> Restoration:
+    """Restore every consumer of a pruned group by least squares on moments."""
+    model, selection = sharing_copy(task.model), task.selection
+    targets = find_targets(task.graph, selection)
+    problem = LeastSquaresProblem(model, task.graph, selection, targets, settings, task.seed, task.progress)
     state = tensors_of(model)
     findings, seconds = Findings(state), {}
 
     def restoration(found: _Found, assessment: Assessment | None) -> Restoration:
         rows = [found.findings.row(number, choice) for number, choice in enumerate(selection.choices)]
-        return Restoration(found.values, with_ties(selection, rows), assessment, found.notes, seconds)
+        return Restoration(
+            found.values,
+            with_ties(selection, rows),
+            assessment,
+            found.notes,
+            seconds,
+            held_out_errors={"pruned": assessment.pruned, **found.errors} if assessment else {},
+        )
 
     started = time.perf_counter()
     if isinstance(settings.moments, ClosedFormSource):
@@ -89,11 +77,11 @@ def fit(
             solve_closed_form(selection, settings.moments, problem.found, settings.strength(False), findings)
             seconds["solve"] = time.perf_counter() - started
             return restoration(_Found(problem.stored(findings.values, state), findings), None)
-    probes = make_probes(model, inputs, settings, seed, progress)
+    probes = task.probes or make_probes(model, task.inputs, settings, task.seed, task.progress)
     seconds["probe"] = time.perf_counter() - started
     started = time.perf_counter()
     with torch.no_grad():
-        looks = _measured(problem, probes, findings, consumer_moments or {})
+        looks = _measured(problem, probes, findings, task.consumer_moments)
         found = _Found(problem.stored(findings.values, state), findings, (probes.note,) if probes.note else ())
         seconds["solve"] = time.perf_counter() - started
         started = time.perf_counter()
@@ -104,6 +92,7 @@ def fit(
         judge = _Judge.over(problem, probes, looks)
         before, found = judge(_pruned(problem, state)), replace(found, error=judge(found.values))
         found = _with_renorm(problem, probes, found, looks, norms, judge)
+        found = replace(found, errors={"all at once": found.error})
         # Large, and not needed any more.
         del looks
         give_back()
@@ -118,7 +107,7 @@ def fit(
 
 
 def make_probes(
-    model: nn.Module, inputs: ExampleInputs, settings: LeastSquares, seed: int, progress: Progress | None = None
+    model: nn.Module, inputs: ExampleInputs, settings: Settings, seed: int, progress: Progress | None = None
 ) -> Probes:
     """Probes for a restorer whose moments are collected, in batches that the memory it may take allows.
 
@@ -157,6 +146,7 @@ class _Found:
         error: on held-out probes, once it is known.
         on_probes: the same values before anything was added that real inputs have and probes do not.
         renorm: whether batch-norm statistics were moved.
+        errors: on held-out probes, by the way the consumers were solved.
     """
 
     values: dict[str, Tensor]
@@ -165,13 +155,14 @@ class _Found:
     error: float = float("nan")
     on_probes: dict[str, Tensor] | None = None
     renorm: bool = False
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def plus(self, note: str) -> tuple[str, ...]:
         """The notes and one more."""
         return (*self.notes, note)
 
 
-def _pruned(problem: Problem, state: State) -> dict[str, Tensor]:
+def _pruned(problem: LeastSquaresProblem, state: State) -> dict[str, Tensor]:
     """Plain pruning: as large as the weights themselves, so nobody holds it for longer than it is needed."""
     return problem.stored({target.consumer.weight: masked(target, state) for target in problem.found}, state)
 
@@ -188,7 +179,7 @@ class _Judge:
     expected: list[Tensor]
 
     @staticmethod
-    def over(problem: Problem, probes: Probes, looks: Sequence[Look]) -> _Judge:
+    def over(problem: LeastSquaresProblem, probes: Probes, looks: Sequence[Look]) -> _Judge:
         """Held-out probes are looked at in the batch-norm statistics that their like have."""
         judged = averaged([looks[index] for index in probes.evaluation_batches or range(len(looks))])
         world = judged if probes.batch_statistics else {}
@@ -215,7 +206,12 @@ class _Judge:
 
 
 def _with_renorm(
-    problem: Problem, probes: Probes, found: _Found, looks: Sequence[Look], norms: Mapping[str, str], judge: _Judge
+    problem: LeastSquaresProblem,
+    probes: Probes,
+    found: _Found,
+    looks: Sequence[Look],
+    norms: Mapping[str, str],
+    judge: _Judge,
 ) -> _Found:
     """Batch-norm statistics moved by what pruning changed, unless that raises the error on held-out probes."""
     if not problem.settings.renorm or not any(each.statistics for each in looks):
@@ -238,7 +234,7 @@ def _recalibration_batches(probes: Probes) -> Sequence[int]:
     return probes.recalibration_batches or range(len(probes.batches))
 
 
-def _positions(problem: Problem, probes: Probes) -> int:
+def _positions(problem: LeastSquaresProblem, probes: Probes) -> int:
     """How many outputs of each consumer are noted of a batch: those of all may take an eighth of the memory."""
     state = tensors_of(problem.model)
     channels = sum(len(target.weight(state)) for target in problem.found if target.norm)
@@ -247,7 +243,7 @@ def _positions(problem: Problem, probes: Probes) -> int:
     )
 
 
-def _with_turns(problem: Problem, probes: Probes, found: _Found, judge: _Judge) -> _Found:
+def _with_turns(problem: LeastSquaresProblem, probes: Probes, found: _Found, judge: _Judge) -> _Found:
     """Consumers solved in turn, or halfway to that, where the error on held-out probes is lower."""
     asked = problem.settings.sequential
     if not (asked or (asked is None and probes.matches_training_statistics)):
@@ -262,6 +258,7 @@ def _with_turns(problem: Problem, probes: Probes, found: _Found, judge: _Judge) 
     errors = {"all at once": found.error, "halfway between": judge(halfway), "in turn": judge(turned.on_probes)}
     if asked:
         errors = {"in turn": errors["in turn"]}
+    found = replace(found, errors=errors)
     way = min(errors, key=lambda each: errors[each])
     figures = ", ".join(f"{error:.3g} {each}" for each, error in errors.items())
     notes = found.plus(f"consumers solved {way}: error on held-out probes {figures}")
@@ -296,7 +293,7 @@ def _less(found: _Found, pruned: Mapping[str, Tensor], state: State, before: flo
 
 
 def _measured(
-    problem: Problem, probes: Probes, findings: Findings, consumer_moments: Mapping[str, ConsumerMoments]
+    problem: LeastSquaresProblem, probes: Probes, findings: Findings, consumer_moments: Mapping[str, ConsumerMoments]
 ) -> list[Look]:
     """Collect moments and solve, as many consumers at a time as the budget allows, in execution order.
 
@@ -379,12 +376,12 @@ def _collecting(taken: Mapping[str, tuple[Target, Sums]], state: State, observer
     return on_consumer
 
 
-def read(
+def measure(
     model: nn.Module,
     graph: Graph,
     groups: Collection[int],
     probes: Probes,
-    settings: LeastSquares,
+    settings: Settings,
     seed: int,
     limit: int,
 ) -> dict[str, ConsumerMoments]:

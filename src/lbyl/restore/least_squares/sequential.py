@@ -12,7 +12,7 @@ from lbyl.moments import Probes
 from lbyl.moments.accumulate import PatchSums
 from lbyl.restore.least_squares.paired_forward import ConsumerDue, NotPairable, run_paired
 from lbyl.restore.least_squares.recalibrate import renormalize, shifted
-from lbyl.restore.least_squares.solve import Findings, Problem, empty_sums, solve_patches
+from lbyl.restore.least_squares.solve import Findings, LeastSquaresProblem, empty_sums, solve_patches
 from lbyl.restore.least_squares.targets import Target, following_norms, target_of
 from lbyl.runtime.batches import first_rows, join, thinned
 from lbyl.runtime.inputs import ExampleInputs
@@ -38,7 +38,7 @@ class NotApplicable:
     possible: bool = True
 
 
-def _takers(problem: Problem, state: State) -> tuple[dict[str, Target], str]:
+def _takers(problem: LeastSquaresProblem, state: State) -> tuple[dict[str, Target], str]:
     """The consumers that can be solved in turn, by the names of their weights; or why that is not to be tried."""
     graph, selection, settings = problem.graph, problem.selection, problem.settings
     coupled = {p.weight.parameter for group in graph.groups if group.coupled for p in group.producers}
@@ -77,7 +77,7 @@ def _by_kind(probes: Probes) -> list[ExampleInputs]:
 
 
 def solve_sequentially(
-    problem: Problem, probes: Probes, done: Findings, renorm: bool
+    problem: LeastSquaresProblem, probes: Probes, done: Findings, renorm: bool
 ) -> SequentialResult | NotApplicable:
     """Solve consumers in execution order, each on what the network gives it once all before it is cut.
 

@@ -15,7 +15,7 @@ from lbyl.graph.activations import ACTIVATIONS
 from lbyl.moments import ChannelMoments, ClosedFormSource
 from lbyl.moments.accumulate import ChannelSums, Columns, Moments, PatchSums
 from lbyl.restore.base import Restored
-from lbyl.restore.least_squares.settings import LeastSquares
+from lbyl.restore.least_squares.settings import Settings
 from lbyl.restore.least_squares.targets import Target, as_stored, masked
 from lbyl.restore.ridge import Prior, Solution, solve
 from lbyl.runtime.progress import Progress
@@ -26,7 +26,7 @@ from lbyl.surgery.masking import Delivery, fold, nothing_delivered, with_masks
 
 
 @dataclass(frozen=True)
-class Problem:
+class LeastSquaresProblem:
     """One restoration by least squares.
 
     Attributes:
@@ -43,7 +43,7 @@ class Problem:
     graph: Graph
     selection: Selection
     found: tuple[Target, ...]
-    settings: LeastSquares
+    settings: Settings
     seed: int
     progress: Progress | None
 
@@ -131,7 +131,7 @@ Sums = PatchSums | list[tuple[int, Slot, ChannelSums]]
 
 
 def empty_sums(
-    target: Target, selection: Selection, state: State, settings: LeastSquares, seed: int
+    target: Target, selection: Selection, state: State, settings: Settings, seed: int
 ) -> tuple[Sums, int, str]:
     """Empty accumulators for one consumer, their size in bytes, and a note when "patch" had to give way."""
     consumer = target.consumer
@@ -162,7 +162,7 @@ def solve_patches(
     target: Target,
     sums: PatchSums,
     selection: Selection,
-    settings: LeastSquares,
+    settings: Settings,
     findings: Findings,
 ) -> None:
     """Fit the whole kernel of a consumer to what its dropped channels gave, or to what it was asked for."""
@@ -231,7 +231,7 @@ def solve_channels(
     target: Target,
     entries: list[tuple[int, Slot, ChannelSums]],
     selection: Selection,
-    settings: LeastSquares,
+    settings: Settings,
     findings: Findings,
 ) -> None:
     """Fit the delivery matrix of each group that a consumer reads."""
@@ -333,7 +333,7 @@ def _on_average(
     return found
 
 
-def expected_moments(choice: Choice, state: State, settings: LeastSquares) -> tuple[Tensor | None, float]:
+def expected_moments(choice: Choice, state: State, settings: Settings) -> tuple[Tensor | None, float]:
     """What the weights alone say about the channels' covariance, and how far to trust it; None for not at all."""
     trust = settings.prior
     if trust is None:

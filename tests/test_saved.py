@@ -1,0 +1,96 @@
+"""Folders that lbyl 0.1.0 saved can be loaded, shown and made again: `saved_0_1_0/`, without the `report.html`.
+
+What was in them then is in `saved_0_1_0.json`. `own` is the network of `saved_network.py` beside it, by least squares:
+a plan with all that a plan can speak of. `squeezenet` is torchvision's, with random weights and by the weights alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lbyl
+
+FOLDERS = Path(__file__).with_name("saved_0_1_0")
+KNOWN: dict[str, Any] = json.loads(FOLDERS.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def image(*shape: int) -> Tensor:
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).mul(0.37).sin().float().reshape(shape)
+
+
+def fresh(name: str) -> nn.Module:
+    from lbyl.sources import load_source  # where it was in 0.1.0: saved folders and their cards say so
+
+    source = {"own": f"{FOLDERS / 'own' / 'saved_network.py'}:network", "squeezenet": "torchvision:squeezenet1_1"}
+    return load_source(source[name], pretrained=False)
+
+
+def check(name: str, net: nn.Module) -> None:
+    known = KNOWN[name]
+    assert {key: list(tensor.shape) for key, tensor in net.state_dict().items()} == known["shapes"]
+    assert not net.training
+    with torch.no_grad():
+        output = net(image(*known["input"]))
+    torch.testing.assert_close(
+        output[:, : len(known["output"][0])], torch.tensor(known["output"]), rtol=1e-4, atol=1e-5
+    )
+    assert float(output.norm()) == pytest.approx(known["norm"], rel=1e-4)
+
+
+def without_load(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key not in ("path", "load")}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_folder_is_loaded_into_a_fresh_network(name: str) -> None:
+    net = fresh(name)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    check(name, lbyl.load(FOLDERS / name, model=net))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+
+
+def test_a_folder_is_loaded_by_its_source() -> None:
+    check("squeezenet", lbyl.load(FOLDERS / "squeezenet"))
+    with pytest.raises(lbyl.InputError, match=r"pass lbyl\.load\(path, model\)"):
+        lbyl.load(FOLDERS / "own")  # a user's code is not run unasked
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_line_that_the_report_has_for_loading_works(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDERS / name)
+    found: dict[str, Any] = {}
+    exec(json.loads(Path("report.json").read_text(encoding="utf-8"))["load"], found)
+    check(name, found["net"])
+
+
+def test_the_code_of_the_card_makes_such_a_network_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDERS / "own")
+    code = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)[-1]
+    assert "from lbyl.sources import load_source" in code
+    found: dict[str, Any] = {}
+    exec(code, found)
+    shapes = {key: list(tensor.shape) for key, tensor in found["result"].model.state_dict().items()}
+    assert shapes == KNOWN["own"]["shapes"]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_folder_is_shown(name: str) -> None:
+    command = [sys.executable, "-m", "lbyl", "show", str(FOLDERS / name), "--json"]
+    shown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    saved = json.loads((FOLDERS / name / "report.json").read_text(encoding="utf-8"))
+    assert without_load(shown) == without_load(saved)
+
+
+def test_a_plan_comes_back_as_it_was() -> None:
+    for name in KNOWN:
+        plan = json.loads((FOLDERS / name / "lbyl.json").read_text(encoding="utf-8"))["plan"]
+        assert json.loads(lbyl.Plan.from_dict(plan).to_json()) == plan
