@@ -14,7 +14,7 @@ import lbyl
 import lbyl.runtime.inputs
 from lbyl.moments.accumulate import Columns, Moments, PatchSums, WholeSums
 from lbyl.moments.synthesis import dead_leaves, pink, varied_pink
-from lbyl.restore.least_squares.fit import read
+from lbyl.restore.least_squares.fit import measure
 from lbyl.restore.least_squares.recalibrate import Look, expected_shift, recenter
 from lbyl.restore.ridge import Prior, solve
 from lbyl.runtime.batches import affordable, macs_per_input
@@ -419,6 +419,6 @@ def test_readers_without_room_for_their_reading_are_left_out() -> None:
     probes = lbyl.Noise(images=8).probes(net, lbyl.runtime.inputs.ExampleInputs.of(images(1)), torch.Generator(), None)
     settings = lbyl.LeastSquares()
     one = (12 * 9) ** 2 * 8
-    assert set(read(net, graph, {0}, probes, settings, 0, one)) == {"3.weight"}
-    assert read(net, graph, {0}, probes, settings, 0, one - 1) == {}
-    assert read(net, graph, {0}, probes, lbyl.LeastSquares(solve="mix"), 0, one) == {}
+    assert set(measure(net, graph, {0}, probes, settings, 0, one)) == {"3.weight"}
+    assert measure(net, graph, {0}, probes, settings, 0, one - 1) == {}
+    assert measure(net, graph, {0}, probes, lbyl.LeastSquares(solve="mix"), 0, one) == {}

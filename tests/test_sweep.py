@@ -31,7 +31,7 @@ from lbyl.pipeline.analysis import Cuttable
 from lbyl.pipeline.sweep.cache import FolderCache
 from lbyl.pipeline.sweep.pareto import Point, by_cost, front
 from lbyl.pipeline.sweep.state import SweepState, occupied
-from lbyl.restore.least_squares.fit import read
+from lbyl.restore.least_squares.fit import measure
 from lbyl.restore.least_squares.solve import empty_sums
 from lbyl.runtime.inputs import ExampleInputs
 

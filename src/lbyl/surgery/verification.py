@@ -14,7 +14,7 @@ found out without computing anything, on PyTorch's meta device, where the networ
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -217,53 +217,54 @@ def cuttable(
     def trouble(choices: Sequence[Choice]) -> str | None:
         return _trouble(masked, reference, Selection(tuple(choices), ()), attribute)
 
-    def kind(choice: Choice) -> tuple[Any, ...]:
-        parent, _, name = choice.group.name.rpartition(".")
-        above = parent.rpartition(".")[0]
-        return type(modules.get(above)), type(modules.get(parent)), name
-
     def by_shapes(choices: Sequence[Choice]) -> str | None:
         return reference.outline.trouble(Selection(tuple(choices), ()), attribute)
 
     good, bad = list(selection.choices), dict[str, str]()
     if trouble(good) is None:
         return selection, bad
-    settled: set[str] = set()
-    if by_shapes(good):
-        fine = [choice for family in _families(good) if by_shapes(family) is None for choice in family]
-        if fine and by_shapes(fine) is None:
-            settled = {choice.group.name for choice in fine}
-            good.sort(key=lambda choice: choice.group.name not in settled)  # a stable sort
+    settled = _settled_by_shapes(good, by_shapes)
+    good.sort(key=lambda choice: choice.group.name not in settled)  # a stable sort
     while good and (why := by_shapes(good) or trouble(good)) is not None:
         if by_shapes(good) is None:  # then what shapes say of those that are settled is not all
             settled = set()
         culprit = _first_bad(masked, reference, Selection(tuple(good), ()), attribute, len(settled))
-        suspects = [
-            choice
-            for choice in good
-            if kind(choice) == kind(culprit) and choice is not culprit and choice.group.name not in settled
-        ]
         # Where shapes tell, nothing is computed until no more of them fail.
         tried = by_shapes if by_shapes(good) else trouble
         alone = tried([culprit])
         bad[culprit.group.name] = alone or why
         good = [choice for choice in good if choice is not culprit]
-        if alone is None or not suspects:
+        kind = _kind(culprit, modules)
+        suspects = [c for c in good if _kind(c, modules) == kind and c.group.name not in settled]
+        if alone is None or not suspects or tried(suspects) is None:
             continue
-        rest = [choice for choice in good if choice not in suspects]
-        half = len(suspects) // 2
-        pieces = [p for p in (suspects[:half], suspects[half:]) if p]
-        if tried(suspects) is None:
-            continue
-        for piece in pieces:
-            if tried(piece) is None:
-                rest += piece
-            else:
-                bad |= {choice.group.name: alone for choice in piece}
-        names = {choice.group.name for choice in rest}
-        good = [choice for choice in good if choice.group.name in names]
+        guilty = _guilty_halves(suspects, tried)
+        bad |= {choice.group.name: alone for choice in guilty}
+        good = [choice for choice in good if choice not in guilty]
     names = {choice.group.name for choice in good}
     return Selection(tuple(c for c in selection.choices if c.group.name in names), selection.left), bad
+
+
+def _settled_by_shapes(good: Sequence[Choice], by_shapes: Callable[[Sequence[Choice]], str | None]) -> set[str]:
+    """The groups of whole families that shapes have nothing against, where they object to the rest."""
+    if not by_shapes(good):
+        return set()
+    fine = [choice for family in _families(good) if by_shapes(family) is None for choice in family]
+    return {choice.group.name for choice in fine} if fine and by_shapes(fine) is None else set()
+
+
+def _kind(choice: Choice, modules: Mapping[str, nn.Module]) -> tuple[Any, ...]:
+    """The classes of the modules that a group lies in, and its name there: groups alike fail alike."""
+    parent, _, name = choice.group.name.rpartition(".")
+    above = parent.rpartition(".")[0]
+    return type(modules.get(above)), type(modules.get(parent)), name
+
+
+def _guilty_halves(suspects: Sequence[Choice], tried: Callable[[Sequence[Choice]], str | None]) -> list[Choice]:
+    """The choices of those halves that can't be cut."""
+    half = len(suspects) // 2
+    pieces = [piece for piece in (suspects[:half], suspects[half:]) if piece]
+    return [choice for piece in pieces if tried(piece) is not None for choice in piece]
 
 
 def _families(choices: Sequence[Choice]) -> list[list[Choice]]:

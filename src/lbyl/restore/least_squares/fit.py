@@ -300,65 +300,94 @@ def _measured(
     Consumers whose moments are known are solved with these. Returns what else was seen of the unpruned network,
     batch by batch, if it was run with batch statistics: nothing needs to be run again for renorm.
     """
-    graph, selection, settings, seed = problem.graph, problem.selection, problem.settings, problem.seed
-    waiting: list[Target] = []
-    for target in problem.found:
-        reading = consumer_moments.get(target.consumer.weight)
-        sums = empty_sums(target, selection, findings.state, settings, seed)[0] if reading else None
-        if reading is None or not isinstance(sums, PatchSums):
-            waiting.append(target)
-            continue
-        kernels = target.weight(findings.state).chunk(target.consumer.blocks)
-        sums.output = list(reading.output)
-        pairs = zip(kernels, sums.columns.keep, sums.columns.drop, strict=True)
-        sums.blocks = [reading.part(number, kernel, k, d) for number, (kernel, k, d) in enumerate(pairs)]
-        solve_patches(target, sums, selection, settings, findings)
-    norms = {target.consumer.weight for target in problem.found if target.norm}
-    # Consumers of channels that a layer norm is taken over are fed something else once these are cut.
-    kept, consumers = norm_masks(selection), frozenset(consumer.weight for consumer in graph.consumers)
-    shown, positions = _recalibration_batches(probes), _positions(problem, probes)
+    waiting = _unknown(problem, findings, consumer_moments)
     looks: list[Look] = []
     while waiting:
-        taken: dict[str, tuple[Target, Sums]] = {}
-        cost = 0
-        while waiting:
-            target = waiting[0]
-            sums, bytes_needed, note = empty_sums(target, selection, findings.state, settings, seed)
-            if taken and cost + bytes_needed > settings.budget:
-                break
-            cost += bytes_needed
-            taken[target.consumer.weight] = (target, sums)
-            waiting.pop(0)
-            if note:
-                findings.note(target.choices, note)
-
-        watch = probes.batch_statistics and not looks
+        taken = _next_consumers(problem, findings, waiting)
         # The first pass is looked at to its end; the others stop where nothing more is wanted.
-        last = list(taken)[-1] if graph.consumers[-1].weight not in taken and not watch else None
-        for number, batch in enumerate(probes.batches):
-            # Of the others, statistics are all that is asked for.
-            observer = Observer(norms if number in shown else (), positions) if watch else None
-            run(
-                problem.model,
-                batch,
-                on_consumer=_collecting(taken, findings.state, observer),
-                on_norm=observer.on_norm if observer else None,
-                batch_statistics=probes.batch_statistics,
-                stop_after=last,
-                kept=kept,
-                foresee=consumers,
-            )
-            if observer:
-                looks.append(observer.look())
-            give_back()
+        looks += _collect(problem, probes, findings, taken, watch=probes.batch_statistics and not looks)
         for name in list(taken):
             # Large, and not needed once the consumer is solved.
             target, sums = taken.pop(name)
             if isinstance(sums, PatchSums):
-                solve_patches(target, sums, selection, settings, findings)
+                solve_patches(target, sums, problem.selection, problem.settings, findings)
             else:
-                solve_channels(target, sums, selection, settings, findings)
+                solve_channels(target, sums, problem.selection, problem.settings, findings)
         problem.report("solving", len(problem.found) - len(waiting), len(problem.found))
+    return looks
+
+
+def _unknown(
+    problem: LeastSquaresProblem, findings: Findings, consumer_moments: Mapping[str, ConsumerMoments]
+) -> list[Target]:
+    """Solve the consumers whose moments are known; the others are returned."""
+    waiting: list[Target] = []
+    for target in problem.found:
+        known = consumer_moments.get(target.consumer.weight)
+        sums = None
+        if known:
+            sums = empty_sums(target, problem.selection, findings.state, problem.settings, problem.seed)[0]
+        if known is None or not isinstance(sums, PatchSums):
+            waiting.append(target)
+            continue
+        kernels = target.weight(findings.state).chunk(target.consumer.blocks)
+        sums.output = list(known.output)
+        pairs = zip(kernels, sums.columns.keep, sums.columns.drop, strict=True)
+        sums.blocks = [known.part(number, kernel, k, d) for number, (kernel, k, d) in enumerate(pairs)]
+        solve_patches(target, sums, problem.selection, problem.settings, findings)
+    return waiting
+
+
+def _next_consumers(
+    problem: LeastSquaresProblem, findings: Findings, waiting: list[Target]
+) -> dict[str, tuple[Target, Sums]]:
+    """Take as many consumers off the list as the budget for moments allows, with empty sums for each."""
+    taken: dict[str, tuple[Target, Sums]] = {}
+    cost = 0
+    while waiting:
+        target = waiting[0]
+        sums, size, note = empty_sums(target, problem.selection, findings.state, problem.settings, problem.seed)
+        if taken and cost + size > problem.settings.budget:
+            break
+        cost += size
+        taken[target.consumer.weight] = (target, sums)
+        waiting.pop(0)
+        if note:
+            findings.note(target.choices, note)
+    return taken
+
+
+def _collect(
+    problem: LeastSquaresProblem,
+    probes: Probes,
+    findings: Findings,
+    taken: Mapping[str, tuple[Target, Sums]],
+    watch: bool,
+) -> list[Look]:
+    """Run the unpruned network on all probes, add to the sums, and look at its batch norms where that is asked for."""
+    consumers = [consumer.weight for consumer in problem.graph.consumers]
+    norms = {target.consumer.weight for target in problem.found if target.norm}
+    shown, positions = _recalibration_batches(probes), _positions(problem, probes)
+    # Consumers of channels that a layer norm is taken over are fed something else once these are cut.
+    kept = norm_masks(problem.selection)
+    last = list(taken)[-1] if consumers[-1] not in taken and not watch else None
+    looks: list[Look] = []
+    for number, batch in enumerate(probes.batches):
+        # Of the others, statistics are all that is asked for.
+        observer = Observer(norms if number in shown else (), positions) if watch else None
+        run(
+            problem.model,
+            batch,
+            on_consumer=_collecting(taken, findings.state, observer),
+            on_norm=observer.on_norm if observer else None,
+            batch_statistics=probes.batch_statistics,
+            stop_after=last,
+            kept=kept,
+            foresee=frozenset(consumers),
+        )
+        if observer:
+            looks.append(observer.look())
+        give_back()
     return looks
 
 
