@@ -126,11 +126,18 @@ def mask_columns(
     weight: Float[Tensor, "out columns *taps"], slot: Slot, width: int, drop: Int[Tensor, " dropped"]
 ) -> Float[Tensor, "out columns *taps"]:
     """``U[:, D] = 0``; ``weight`` is changed and returned."""
-    columns = carrying(slot, width, drop).to(weight.device)
-    if slot.blocks == 1:
-        return weight.index_fill_(1, columns.nonzero().flatten(), 0)
-    blocks = weight.unflatten(0, (slot.blocks, -1))  # blocks, rows, columns of a block, taps
-    blocks.masked_fill_(columns.reshape([slot.blocks, 1, -1] + [1] * (weight.dim() - 2)), 0)
+    return zero_columns(weight, carrying(slot, width, drop), slot.blocks)
+
+
+def zero_columns(
+    weight: Float[Tensor, "out columns *taps"], gone: Bool[Tensor, " columns_of_all_blocks"], blocks: int
+) -> Float[Tensor, "out columns *taps"]:
+    """Set the columns that are gone to zero, in place; a grouped convolution has columns of its own in each block."""
+    gone = gone.to(weight.device)
+    if blocks == 1:
+        return weight.index_fill_(1, gone.nonzero().flatten(), 0)
+    parts = weight.unflatten(0, (blocks, -1))  # blocks, rows, columns of a block, taps
+    parts.masked_fill_(gone.reshape([blocks, 1, -1] + [1] * (weight.dim() - 2)), 0)
     return weight
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lbyl.graph import Consumer, Graph, Norm
 from lbyl.selection.filters import State
 from lbyl.selection.select import Selection
+from lbyl.surgery.masking import zero_columns
 
 
 def output_first(consumer: Consumer, state: State) -> Tensor:
@@ -81,8 +82,4 @@ def as_stored(found: tuple[Target, ...], values: dict[str, Tensor]) -> dict[str,
 
 def masked(target: Target, state: State) -> Tensor:
     """The consumer's weight with its dropped columns zero: plain pruning."""
-    weight = target.weight(state).clone()
-    rows = len(weight) // target.consumer.blocks
-    for number, gone in enumerate(target.dropped.chunk(target.consumer.blocks)):
-        weight[number * rows : (number + 1) * rows][:, gone.to(weight.device)] = 0
-    return weight
+    return zero_columns(target.weight(state).clone(), target.dropped, target.consumer.blocks)
