@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lbyl.errors import ExportError as ExportError
     from lbyl.errors import InputError as InputError
     from lbyl.errors import LbylError as LbylError
+    from lbyl.errors import RestorationError as RestorationError
     from lbyl.errors import SurgeryError as SurgeryError
     from lbyl.errors import TraceError as TraceError
     from lbyl.errors import VerificationError as VerificationError

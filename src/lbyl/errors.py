@@ -11,6 +11,10 @@ class InputError(LbylError, ValueError):
     """A setting, an input or a file that can't be used."""
 
 
+class RestorationError(InputError):
+    """A restorer can't do its work on this network: its probes do not run, or its moments can't be solved with."""
+
+
 class TraceError(LbylError):
     """``torch.export`` can't trace the model on the example inputs."""
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from lbyl.runtime.batches import channels_last
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.intercept import FunctionInterceptor, leading_arguments
 
 Maker = Callable[[Sequence[int], torch.Generator], Tensor]
 """Makes a floating-point input of a given shape, batch first."""
@@ -121,12 +122,14 @@ def synthesize(
     batch = tensors[0].shape[0] if tensors[0].dim() else 0
     vocabulary = _vocabularies(model, inputs) if any(not t.is_floating_point() for t in tensors) else {}
 
+    as_stored = channels_last if takes_channels_last(model, inputs) else Tensor.contiguous
+
     def replace(tensor: Tensor) -> Tensor:
         if not tensor.dim() or tensor.shape[0] != batch:
             return tensor
         shape = (count, *tensor.shape[1:])
         if tensor.is_floating_point():
-            return channels_last(make(shape, generator).to(tensor))
+            return as_stored(make(shape, generator).to(tensor))
         size = vocabulary.get(tensor.untyped_storage().data_ptr())
         if size is not None and tensor.dtype in (torch.int32, torch.int64):
             return torch.randint(size, shape, generator=generator).to(tensor)
@@ -135,15 +138,29 @@ def synthesize(
     return inputs.map(replace)
 
 
-class _Lookups(TorchFunctionMode):
+def takes_channels_last(model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether the model runs on images in that layout, which is faster on CPU: ``x.view(len(x), -1)`` does not."""
+    moved = inputs.map(lambda t: channels_last(t) if t.is_floating_point() else t)
+    if all(a.stride() == b.stride() for a, b in zip(inputs.tensors(), moved.tensors(), strict=True)):
+        return True
+    try:
+        with torch.no_grad():
+            moved.map(Tensor.clone).call(model)
+    except Exception:  # whatever somebody's code raises: the other layout is theirs
+        return False
+    return True
+
+
+class _Lookups(FunctionInterceptor):
+    """Notes how many rows the table has that integers are looked up in, by the memory of these integers."""
+
     def __init__(self) -> None:
+        super().__init__()
         self.sizes: dict[int, int] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.embedding:
-            ids = args[0] if args else kwargs["input"]
-            table = args[1] if len(args) > 1 else kwargs["weight"]
+            ids, table = leading_arguments(args, kwargs, "input", "weight")
             # Models reshape ids before they look them up; a view shares its memory.
             self.sizes[ids.untyped_storage().data_ptr()] = table.shape[0]
         return func(*args, **kwargs)

@@ -14,8 +14,9 @@ from lbyl.budget.curves import Curves, measure_curves
 from lbyl.errors import InputError
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import ConsumerMoments
-from lbyl.pipeline.prepare import Subject
+from lbyl.pipeline.prepare import Subject, restoring
 from lbyl.pipeline.request import CompressionRequest
+from lbyl.restore.base import Restorer
 from lbyl.runtime.copying import sharing_copy, tensors_of
 from lbyl.runtime.progress import Clock
 from lbyl.selection.select import ByCriterion, Selection, check_selection, kept_by_ratio, select
@@ -36,6 +37,7 @@ class Analysis:
     """What was found out about a network before any budget is met.
 
     Attributes:
+        restorer: the one that could do its work.
         cuttable: the groups that may lose channels.
         probes: what moments are measured on; None where the restorer asks for none.
         curves: the predicted error of each of these groups at each of its widths.
@@ -43,6 +45,7 @@ class Analysis:
             room for them.
     """
 
+    restorer: Restorer
     cuttable: Cuttable
     probes: Probes | None
     curves: Curves
@@ -124,19 +127,19 @@ def analyze(
         raise InputError("no group is left that may lose channels: exclude less, or take another scope")
     probes = None
     if restorer.takes_probes:
-        with clock("probe"):
+        with clock("probe"), restoring(restorer):
             probes = cache.probes(lambda: restorer.make_probes(work, inputs, seed, request.progress))
     by = ByCriterion(request.criterion)
-    with clock("widths"):
+    with clock("widths"), restoring(restorer):
         curves = cache.curves(
             lambda: measure_curves(work, inputs, graph, wanted, tensors_of(work), by, probes, seed, request.progress)
         )
     moments: Mapping[str, ConsumerMoments] = {}
     if probes is not None:
         shown = probes
-        with clock("solve"):
+        with clock("solve"), restoring(restorer):
             moments = cache.consumer_moments(lambda: restorer.measure(work, graph, wanted, shown, seed, _ROOM))
-    return Analysis(cuttable, probes, curves, moments)
+    return Analysis(restorer, cuttable, probes, curves, moments)
 
 
 def find_cuttable(subject: Subject, request: CompressionRequest) -> Cuttable:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from lbyl.errors import InputError, TraceError
+from lbyl.errors import InputError, LbylError, RestorationError, SurgeryError, TraceError, VerificationError
 from lbyl.graph import Graph, trace
 from lbyl.graph.computed_weights import Fold, fold_computed
 from lbyl.graph.submodules import Submodule, submodule_of, traceable_submodules
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs
 from lbyl.restore.base import Restorer
+from lbyl.restore.registry import fallbacks
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,54 @@ class Subject:
     graph: Graph
     restorer: Restorer
     why: str = ""
+
+    def attempts(self, request: CompressionRequest) -> Iterator[Subject]:
+        """The same with each restorer that may be tried in turn: only the named one, where one was named."""
+        yield self
+        if request.restore is None:
+            for restorer in fallbacks(self.restorer):
+                yield replace(self, restorer=restorer)
+
+
+@contextmanager
+def restoring(restorer: Restorer) -> Iterator[None]:
+    """Whatever goes wrong while a restorer works on somebody's network becomes one clear error.
+
+    Raises:
+        RestorationError: with what went wrong, and the way out.
+    """
+    try:
+        yield
+    except (VerificationError, SurgeryError, RestorationError):
+        raise
+    except Exception as error:  # whatever somebody's code raises on inputs that it was not made for
+        name = type(restorer.settings).__name__
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        own = isinstance(error, LbylError)
+        text = why if own else f"{name} can't restore this network: {why}. restore='lbyl' asks for the weights alone"
+        raise RestorationError(text) from error
+
+
+def first_that_restores(
+    subject: Subject, request: CompressionRequest, work: Callable[[Subject], Made]
+) -> tuple[Subject, Made]:
+    """What comes of the first restorer that can do its work, and the subject with it.
+
+    Raises:
+        RestorationError: none can, or the one that was named can't.
+    """
+    failed: list[str] = []
+    for attempt in subject.attempts(request):
+        if failed:
+            told = f"{failed[-1]}; {type(attempt.restorer).__name__} was taken instead"
+            attempt = replace(attempt, why="; ".join(filter(None, [subject.why, told])))
+        try:
+            return attempt, work(attempt)
+        except RestorationError as error:
+            if request.restore is not None:
+                raise
+            failed.append(str(error))
+    raise RestorationError(failed[-1])
 
 
 @dataclass(frozen=True)

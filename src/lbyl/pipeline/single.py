@@ -13,7 +13,7 @@ from lbyl.errors import InputError, SurgeryError, VerificationError
 from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Row
 from lbyl.pipeline.analysis import Analysis, analyze, that_can_be_cut
-from lbyl.pipeline.prepare import Subject
+from lbyl.pipeline.prepare import Subject, first_that_restores, restoring
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.restore.base import Restoration, RestorationProblem, Restored
@@ -62,7 +62,19 @@ class _Cut:
 
 
 def compress_whole(subject: Subject, request: CompressionRequest, clock: Clock, ground: Analysis | None) -> Result:
-    """Select, restore, cut and verify a model whose graph is known."""
+    """Select, restore, cut and verify a model whose graph is known.
+
+    Where no restorer was named and the chosen one can't do its work, a lesser one stands in, and a note says so.
+    """
+    if ground is not None:
+        subject = replace(subject, restorer=ground.restorer)
+    return first_that_restores(subject, request, lambda attempt: _compressed(attempt, request, clock, ground))[1]
+
+
+def _compressed(subject: Subject, request: CompressionRequest, clock: Clock, ground: Analysis | None) -> Result:
+    """The same with one restorer."""
+    if ground is not None and ground.restorer != subject.restorer:
+        ground = None
     planned = _plan(subject, request, clock, ground)
     selection = planned.selection
     for _ in range(_ATTEMPTS):
@@ -139,7 +151,8 @@ def _restore(subject: Subject, request: CompressionRequest, planned: _Planned) -
     if planned.analysis is not None:
         known = planned.analysis
         problem = replace(problem, probes=known.probes, consumer_moments=known.consumer_moments)
-    return subject.restorer.restore(problem)
+    with restoring(subject.restorer):
+        return subject.restorer.restore(problem)
 
 
 def _cut(

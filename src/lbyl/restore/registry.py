@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from lbyl.errors import InputError
-from lbyl.moments import Dream, Photographs
+from lbyl.moments import Dream, Noise, Photographs, Weights
 from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivering, Delivers
 from lbyl.restore.least_squares.restorer import LeastSquares
+from lbyl.restore.prune import Prune
 from lbyl.runtime.registry import find
 
 
@@ -39,3 +42,19 @@ def choose_restorer(model: nn.Module) -> tuple[LeastSquares, str]:
         return LeastSquares(moments=Dream()), f"{why}; with lbyl's own photographs, if inputs are color images"
     why = "auto: no batch norm says what inputs do: lbyl's own photographs, or noise if inputs are no color images"
     return LeastSquares(moments=Photographs()), f"{why}; steadied by the weights' own moments"
+
+
+def fallbacks(restorer: Restorer) -> tuple[Restorer, ...]:
+    """What stands in for a chosen restorer that can't do its work, the best first: it asks less of the network.
+
+    Inputs that are not dreamed, then the moments that the weights alone suggest, then plain pruning, which works
+    wherever the network can be cut.
+    """
+    less: list[Restorer] = []
+    if isinstance(restorer, LeastSquares):
+        if isinstance(restorer.moments, Dream):
+            less.append(replace(restorer, moments=replace(restorer.moments, steps=0)))
+        elif isinstance(restorer.moments, Photographs):
+            less.append(replace(restorer, moments=Noise()))
+        less.append(LeastSquares(moments=Weights()))
+    return (*less, Prune())

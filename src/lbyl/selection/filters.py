@@ -354,7 +354,8 @@ def consumer_energy(slot: Slot, source: Float[Tensor, "out columns *taps"], widt
     sums = [torch.zeros_like(block[0], dtype=torch.float64) for block in blocks]
     for block, total in zip(blocks, sums, strict=True):
         for rows in few_rows(block):
-            total += rows.double().square_().sum(0)
+            # Not in place: of a float64 weight, double() is no copy.
+            total += rows.double().square().sum(0)
     column = torch.cat(sums).reshape(len(slot.channels), -1).sum(1).cpu()
     channels = torch.tensor(slot.channels)
     ours = channels != NOT_OURS

@@ -23,7 +23,7 @@ from lbyl.io.files import write_whole
 from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.compress import walk
-from lbyl.pipeline.prepare import Prepared, check_module, check_weights, prepare
+from lbyl.pipeline.prepare import Prepared, check_module, check_weights, first_that_restores, prepare
 from lbyl.pipeline.request import CompressionRequest, Restore, named_restorer
 from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep import pareto
@@ -218,7 +218,9 @@ class _Network:
             if not cache.begun and subject.path not in self.cuttable:
                 continue
             cache.cuttable(lambda path=subject.path: self.cuttable[path])
-            ground[subject.path] = analyze(subject, self.request, None, self.clock, cache)
+            ground[subject.path] = first_that_restores(
+                subject, self.request, lambda s, c=cache: analyze(s, self.request, None, self.clock, c)
+            )[1]
         return ground
 
 

@@ -1,0 +1,140 @@
+"""The default works where plain pruning works, whatever the code does that our own probes do not suit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from nets import images
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lbyl
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Sequential(nn.Conv2d(3, 12, 3, 1, 1), nn.BatchNorm2d(12), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(12, 12, 3, 1, 1), nn.BatchNorm2d(12), nn.ReLU())
+        self.h = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(self.b(self.a(x)).mean((2, 3)))
+
+
+class Viewed(Base):
+    """Tells apart how images lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.Linear(12 * 144, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(self.b(self.a(x)).view(x.size(0), -1))
+
+
+class NoGrad(Base):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Inference(Base):
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class LiteralBatch(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(2, 3, 12, 12))
+
+
+class Log(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.log(x))
+
+
+class Checkpointed(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        inner = checkpoint(self.b, self.a(x), use_reentrant=False)
+        assert isinstance(inner, Tensor)
+        return self.h(inner.mean((2, 3)))
+
+
+KINDS = [Viewed, NoGrad, Inference, LiteralBatch, Log, Checkpointed]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_works_where_plain_pruning_does(kind: type[Base]) -> None:
+    net, x = kind().eval(), torch.rand(2, 3, 12, 12) + 0.1
+    before = copy.deepcopy(net.state_dict())
+    pruned = lbyl.compress(net, x, ratio=0.5, restore="prune")
+    result = lbyl.compress(net, x, ratio=0.5)
+    assert result.report.parameters == pruned.report.parameters
+    assert all(torch.isfinite(tensor).all() for tensor in result.model.state_dict().values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [Viewed, LiteralBatch])
+def test_a_budget_by_default_works_too(kind: type[Base]) -> None:
+    result = lbyl.compress(kind().eval(), torch.rand(2, 3, 12, 12) + 0.1, budget=lbyl.Budget(params=0.6))
+    assert result.report.parameters[1] < 0.63 * result.report.parameters[0]
+
+
+def test_what_stood_in_is_told() -> None:
+    result = lbyl.compress(Log().eval(), torch.rand(2, 3, 12, 12) + 0.1, ratio=0.5)
+    assert any("was taken instead" in note for note in result.report.notes)
+    assert not any(
+        "was taken instead" in note for note in lbyl.compress(Viewed().eval(), images(1, 3, 12, 12)).report.notes
+    )
+
+
+def test_a_restorer_that_was_named_is_not_replaced() -> None:
+    named = lbyl.LeastSquares(moments=lbyl.Noise(images=8))
+    with pytest.raises(lbyl.RestorationError, match=r"LeastSquares can't restore.*restore='lbyl'"):
+        lbyl.compress(LiteralBatch().eval(), torch.rand(2, 3, 12, 12), restore=named)
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 1, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 64, 10),
+    ).eval()
+
+
+RESTORERS: dict[str, Callable[[Tensor], lbyl.Restorer]] = {
+    "data": lambda x: lbyl.LeastSquares(moments=lbyl.Data([x])),
+    "mix": lambda x: lbyl.LeastSquares(moments=lbyl.Data([x]), solve="mix"),
+    "noise": lambda x: lbyl.LeastSquares(moments=lbyl.Noise(images=16)),
+    "gaussian": lambda x: lbyl.LeastSquares(moments=lbyl.Gaussian()),
+    "weights": lambda x: lbyl.LeastSquares(moments=lbyl.Weights()),
+    "lbyl": lambda x: lbyl.LBYL(),
+    "merge": lambda x: lbyl.Merge(),
+    "coreset": lambda x: lbyl.Coreset(),
+}
+
+
+@pytest.mark.parametrize("name", RESTORERS)
+def test_double_precision_restores_as_well_as_single(name: str) -> None:
+    x = images(32, 3, 8, 8)
+
+    def error(dtype: torch.dtype) -> float:
+        net, seen = plain().to(dtype), x.to(dtype)
+        before = copy.deepcopy(net.state_dict())
+        result = lbyl.compress(net, seen[:1], ratio=0.5, restore=RESTORERS[name](seen))
+        assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+        with torch.no_grad():
+            expected = plain()(x)
+            return float((result.model.float()(x) - expected).norm() / expected.norm())
+
+    assert error(torch.float64) == pytest.approx(error(torch.float32), rel=0.02)
