@@ -88,9 +88,9 @@ class FolderCache:
             "batches": len(made.batches),
             "batch_statistics": made.batch_statistics,
             "note": made.note,
-            "recalibration_batches": made.recalibration_batches,
-            "matches_training_statistics": made.matches_training_statistics,
-            "evaluation_batches": made.evaluation_batches,
+            "lifelike": made.recalibration_batches,
+            "matched": made.matches_training_statistics,
+            "judged_in": made.evaluation_batches,
             # Convolutions add in another order in this layout, which shows in the last digits.
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         }
@@ -127,11 +127,11 @@ class FolderCache:
             tensors: dict[str, Tensor] = {}
             facts: list[dict[str, Any]] = []
             for number, (name, reading) in enumerate(made.items()):
-                facts.append({"consumer": name, "counts": [block.count for block in reading.blocks]})
+                facts.append({"reader": name, "counts": [block.count for block in reading.blocks]})
                 for index, block in enumerate(reading.blocks):
                     tensors |= {f"{number}.{index}.p": block.p, f"{number}.{index}.pp": block.pp}
                 tensors |= {f"{number}.output.{index}": part for index, part in enumerate(reading.output)}
-            write_tensors(file, tensors, json.dumps({"consumers": facts}))
+            write_tensors(file, tensors, json.dumps({"readers": facts}))
             return made
         with _reading(file):
             tensors, note = _read(file)
@@ -144,11 +144,11 @@ class FolderCache:
                 return replace(moments, count=count, p=p, pp=pp, pr=pp[:, :0])
 
             return {
-                str(fact["consumer"]): ConsumerMoments(
+                str(fact["reader"]): ConsumerMoments(
                     tuple(restored(number, index, int(count)) for index, count in enumerate(fact["counts"])),
                     (tensors[f"{number}.output.0"], tensors[f"{number}.output.1"], tensors[f"{number}.output.2"]),
                 )
-                for number, fact in enumerate(note["consumers"])
+                for number, fact in enumerate(note["readers"])
             }
 
     def _index(self, name: str) -> int:
@@ -178,9 +178,9 @@ class FolderCache:
                 batch(count),
                 bool(note["batch_statistics"]),
                 str(note["note"]),
-                tuple(map(int, note["recalibration_batches"])),
-                bool(note["matches_training_statistics"]),
-                tuple(map(int, note.get("evaluation_batches", ()))),
+                tuple(map(int, note["lifelike"])),
+                bool(note["matched"]),
+                tuple(map(int, note.get("judged_in", ()))),
             )
 
     def _same(self, made: Probes) -> Probes:

@@ -17,7 +17,7 @@ from lbyl.io.files import TEMPORARY, write_whole
 from lbyl.pipeline.sweep.pareto import Point
 
 STATE = "sweep.json"
-ANALYSIS = "analysis"
+ANALYSIS = "groundwork"
 _LOCK = ".lock"
 _VERSION = 1
 _LARGEST = 64 * 2**20
