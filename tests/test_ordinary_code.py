@@ -138,3 +138,35 @@ def test_double_precision_restores_as_well_as_single(name: str) -> None:
             return float((result.model.float()(x) - expected).norm() / expected.norm())
 
     assert error(torch.float64) == pytest.approx(error(torch.float32), rel=0.02)
+
+
+class Borrowing(nn.Module):
+    """Calls functions with the weights of its layers, as Swin's attention does: the layers themselves never run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.linear(x, self.a.weight, self.a.bias).relu()
+        return nn.functional.linear(hidden, self.b.weight, self.b.bias)
+
+
+@pytest.mark.parametrize("restore", ["prune", "lbyl"])
+def test_weights_that_another_module_uses_are_masked_too(restore: str) -> None:
+    result = lbyl.compress(Borrowing().eval(), images(3, 8), ratio=0.5, restore=restore)
+    assert result.report.rows[0].after == 8
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-9
+
+
+def test_windows_of_attention_are_cut_with_scope_all() -> None:
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(0)
+    net = SwinTransformer([4, 4], 16, [1, 1], [2, 4], [4, 4], num_classes=5).eval()
+    result = lbyl.compress(net, images(1, 3, 32, 32), ratio=0.25, scope="all", restore="prune")
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-9
+    assert len(result.report.rows) >= 4

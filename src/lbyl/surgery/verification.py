@@ -59,16 +59,25 @@ class Verification:
     macs: tuple[int, int]
 
 
+class _NotReached(InputError):
+    """A weight that should have been masked was never its own module's turn."""
+
+
 @contextmanager
 def _widened(model: nn.Module, names: dict[int, str], silent: Masks) -> Iterator[None]:
     """Each module's own tensors are float64 while it runs, so that no wide copy of the model is ever held.
 
     ``names`` are those of tensors by their ids; the wide ones are among them while they are in place. ``silent`` is
     laid on the wide ones. Large weights of linear layers stay narrow, for :class:`lbyl.runtime.float64.Float64Mode`.
+
+    Raises:
+        _NotReached: a weight of ``silent`` was not masked, for another module uses it than its own (Swin's attention
+            calls functions with the weights of its linear layers).
     """
     state = tensors_of(model) if silent else {}
     laid = {id(state[name]): changes for name, changes in silent.items()}
     held: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    unmasked = set(laid)
 
     def widen(module: nn.Module, args: Any) -> None:
         tables = module._parameters, module._buffers
@@ -82,6 +91,7 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Masks) -> Iterator
                     wide = tensor.detach().to(torch.float64, copy=id(tensor) in laid)
                     for change in laid.get(id(tensor), ()):
                         change(wide)
+                    unmasked.discard(id(tensor))
                     placed = nn.Parameter(wide, False) if isinstance(tensor, nn.Parameter) else wide
                     table[name] = placed  # pyright: ignore[reportArgumentType]
                     names[id(placed)] = names.get(id(tensor), "")
@@ -105,6 +115,9 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Masks) -> Iterator
     finally:
         for hook in hooks:
             hook.remove()
+    if unmasked:
+        missed = next(name for name, tensor in state.items() if id(tensor) in unmasked)
+        raise _NotReached(f"{missed} is used by another module than its own")
 
 
 def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks = NOTHING) -> list[Tensor]:
@@ -115,10 +128,23 @@ def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, sile
     try:
         return _widened_outputs(model, inputs, kept, silent)
     except InputError:
-        # A module that uses the tensors of another one meets two precisions: there a whole copy is widened.
-        wide = apply_changes(copy.deepcopy(model).eval().double(), silent)
-        with plain_attention(), _statistics(kept, _names(wide)), Float64Mode():
-            return outputs(wide, inputs)
+        # A module that uses the tensors of another one meets two precisions.
+        return _copied_outputs(model, inputs, kept, silent)
+
+
+def _masked_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks) -> list[Tensor]:
+    """The same where inputs that the model may not take must not cost a whole copy."""
+    try:
+        return _widened_outputs(model, inputs, kept, silent)
+    except _NotReached:
+        return _copied_outputs(model, inputs, kept, silent)
+
+
+def _copied_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks) -> list[Tensor]:
+    """The outputs of a copy that is widened as a whole."""
+    wide = apply_changes(copy.deepcopy(model).eval().double(), silent)
+    with plain_attention(), _statistics(kept, _names(wide)), Float64Mode():
+        return outputs(wide, inputs)
 
 
 def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks) -> list[Tensor]:
@@ -387,7 +413,7 @@ def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection, s
     if thinned is not None:
         wide = thinned.to(device, torch.float64)
         try:
-            expected = _widened_outputs(masked, wide, kept, silent)
+            expected = _masked_outputs(masked, wide, kept, silent)
         except InputError:  # it insists on the size of its images
             pass
         else:
