@@ -196,6 +196,7 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
         seconds={**{k: v for k, v in clock.seconds.items() if k != "restore" or not own}, **own},
         notes=tuple(note for note in (subject.why, *planned.notes, *restoration.notes, statistics) if note),
         assessment=restoration.assessment,
+        held_out_errors=restoration.held_out_errors,
     )
 
 

@@ -49,6 +49,7 @@ def compress_submodules(
             *(f"{path}: {note}" for path, report in reports for note in report.notes),
         ),
         assessment=results[0][1].report.assessment if len(results) == 1 else None,
+        held_out_errors=results[0][1].report.held_out_errors if len(results) == 1 else {},
     )
     plans = [(path, result.plan) for path, result in results]
     plan = Plan(

@@ -34,6 +34,8 @@ class Report:
         notes: anything else that the user should know.
         assessment: relative error of the network's outputs on held-out probes; None without probes.
         latency: how long both networks take; None if not measured.
+        held_out_errors: relative error of the network's outputs on held-out probes, by the way its consumers were
+            solved ("all at once", "halfway between", "in turn"), and where nothing was restored ("pruned").
     """
 
     rows: tuple[Row, ...]
@@ -46,6 +48,7 @@ class Report:
     notes: tuple[str, ...] = ()
     assessment: Assessment | None = None
     latency: Timing | None = None
+    held_out_errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -68,6 +71,7 @@ class Report:
                 if data.get("assessment") is None
                 else Assessment(**{name: float(value) for name, value in data["assessment"].items()}),
                 latency=None if data.get("latency") is None else _timing(data["latency"]),
+                held_out_errors={_text(way): float(error) for way, error in data.get("held_out_errors", {}).items()},
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"the report is damaged: {error!r}") from error

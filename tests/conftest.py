@@ -1,0 +1,15 @@
+"""What all tests share: one thread each, here and in the processes that they start.
+
+Threads of two test processes on two cores wait for each other at the end of every operation. One thread a process
+keeps the time of a test what it is, however busy the machine.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+torch.set_num_threads(1)
