@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import re
 import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import nets
 import pytest
@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 import lbyl
 from lbyl.moments import Probes
-from lbyl.moments.given import Given
 from lbyl.restore.least_squares.paired_forward import ConsumerDue, NotPairable, PairedPass, run_paired
-from lbyl.runtime.forward import ConsumerCall, run
+from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import held_bytes
 
@@ -122,7 +121,7 @@ def test_the_cut_network_runs_as_it_would_alone() -> None:
             torch.testing.assert_close(call.x, fed.pop(call.weight), rtol=1e-4, atol=1e-5)
 
     with torch.no_grad():
-        run(net, ExampleInputs.of(batch), values=values, on_consumer=on_consumer)
+        run_intercepted(net, ExampleInputs.of(batch), values=values, on_consumer=on_consumer)
     assert not fed
 
 
@@ -181,8 +180,7 @@ def test_the_average_is_kept_unless_another_is_clearly_better_and_the_report_say
             name: torch.lerp(at_once[name], turned[name], 0.5) for name in free if free[name].is_floating_point()
         }
         (note,) = (note for note in results[0].report.notes if "consumers solved" in note)
-        figures = re.findall(r"([0-9.e+-]+) (all at once|halfway between|in turn)", note.split("probes ")[1])
-        errors = {way: float(figure) for figure, way in figures}
+        errors = {way: error for way, error in results[0].report.held_out_errors.items() if way != "pruned"}
         assert len(errors) == 3
         told = [result.report.assessment.restored for result in results if result.report.assessment]
         assert told[1:] == pytest.approx([errors["in turn"], errors["all at once"]], rel=1e-2)
@@ -277,37 +275,47 @@ def test_probes_of_different_shapes_are_told() -> None:
         walk(residual(), [images(4), images(4)[:, :, :6]], {}, lambda turn: None)
 
 
+class Watched(Residual):
+    """Notes what it is called with; copies of it note in the same place."""
+
+    seen: ClassVar[list[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        Watched.seen.append(x)  # no copy, whose memory would count
+        return super().forward(x)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A source of probes that are there already."""
+
+    made: Probes
+
+    def probes(self, model: object, inputs: object, generator: object, progress: object) -> Probes:
+        return self.made
+
+
 @pytest.mark.parametrize("rows", [24, 14])
-def test_as_many_probes_are_taken_in_turn_as_memory_holds(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, seen = residual(), []
+def test_as_many_probes_are_taken_in_turn_as_memory_holds(rows: int) -> None:
+    net = settle(Watched())
     room = room_for(rows, 2 * held_bytes(net, ExampleInputs.of(images(1))))
-
-    def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> PairedPass:
-        seen.extend(len(batch.tensors()[0]) for batch in batches)
-        return run_paired(model, batches, *args, **kwargs)
-
-    monkeypatch.setattr("lbyl.restore.least_squares.paired_forward.run_paired", counting)
+    Watched.seen.clear()
     restored(net, images(24), True, memory=room)
-    assert seen == [rows]
+    # In turn, both networks run on all probes as one batch: nothing else runs on as many.
+    assert max(len(x) for x in Watched.seen) == max(2 * rows, 24)
+    assert sum(len(x) == 2 * rows for x in Watched.seen) == 1
 
 
-def test_small_batches_of_a_kind_are_one_where_parts_of_them_would_be_too_small(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    net, seen = residual(), []
+def test_small_batches_of_a_kind_are_one_where_parts_of_them_would_be_too_small() -> None:
+    net = settle(Watched())
     parts = [ExampleInputs.of(part) for part in images(32).split([5, 5, 6, 16])]
     probes = Probes(tuple(parts), parts[0], True, recalibration_batches=(3,), matches_training_statistics=True)
     room = room_for(16, 2 * held_bytes(net, ExampleInputs.of(images(1))))
-
-    def counting(model: nn.Module, batches: list[ExampleInputs], *args: Any, **kwargs: Any) -> PairedPass:
-        seen.extend(batch.tensors()[0] for batch in batches)
-        return run_paired(model, batches, *args, **kwargs)
-
-    monkeypatch.setattr("lbyl.restore.least_squares.paired_forward.run_paired", counting)
+    Watched.seen.clear()
     lbyl.compress(net, images(1), ratio=0.5, restore=lbyl.LeastSquares(Given(probes), memory=room))
-    # Of 16 dreams and of as many of the others every second one.
-    assert [len(part) for part in seen] == [8, 8]
-    assert torch.equal(torch.cat(seen), images(32)[::2])
+    # Of 16 dreams and of as many of the others every second one, once for each network.
+    (both,) = [x for x in Watched.seen if len(x) == 32]
+    assert torch.equal(both, torch.cat([images(32)[::2]] * 2))
 
 
 @pytest.mark.parametrize("sequential", [True, None])
