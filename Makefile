@@ -27,7 +27,7 @@ test: $(VENV)/.dev browser
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(MAKE_SITE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The tests look at the report in a real browser. Root on Debian gets one here; others install it themselves.
 browser:

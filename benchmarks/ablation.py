@@ -19,12 +19,12 @@ from typing import Annotated, Any
 
 import typer
 from accuracy import NETWORKS, Restorers, compressed, of
+from networks import Given
 from output import Cell, Run, Table, known_cells
 from rich.console import Console
 
 import lbyl
 from lbyl.moments import Probes
-from lbyl.moments.given import Given
 from lbyl.runtime.batches import batch_size
 
 RATIOS = {"resnet56": (0.5, 0.7), "efficientnet_lite0": (0.2, 0.3), "digits": (0.7, 0.8)}

@@ -37,6 +37,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from networks import (
+    Given,
     Images,
     cifar10,
     digits_resnet,
@@ -55,7 +56,6 @@ from torch import Tensor, nn
 
 import lbyl
 from lbyl.moments import Probes, ProbeSource
-from lbyl.moments.given import Given
 from lbyl.restore.registry import choose_restorer
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs

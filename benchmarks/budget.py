@@ -19,12 +19,12 @@ from typing import Annotated, Any
 
 import typer
 from accuracy import NETWORKS
+from networks import Given
 from output import Run, Table, known_cells
 from rich.console import Console
 from torch import nn
 
 import lbyl
-from lbyl.moments.given import Given
 from lbyl.restore.registry import choose_restorer
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs

@@ -33,7 +33,6 @@ from torch import nn
 
 import lbyl
 from lbyl.moments import Probes, ProbeSource
-from lbyl.pipeline.request import CompressionRequest
 from lbyl.restore.least_squares.solve import empty_sums
 from lbyl.restore.least_squares.targets import find_targets
 from lbyl.restore.registry import choose_restorer
@@ -42,7 +41,7 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import ROOM
 from lbyl.runtime.progress import Progress
 from lbyl.selection.criteria.base import resolve_criterion
-from lbyl.selection.select import select
+from lbyl.selection.select import kept_by_ratio, select
 
 RATIO, STEPS = 0.5, 2
 ROOMS = (ROOM, 2**30)
@@ -84,8 +83,8 @@ def restorer(net: nn.Module, room: int) -> lbyl.LeastSquares:
 def moments(net: nn.Module, x: torch.Tensor, settings: lbyl.LeastSquares) -> int:
     """Bytes of the moments that are collected together."""
     graph, state = lbyl.inspect(net, x).graph, tensors_of(net)
-    order = CompressionRequest(RATIO, None, "inner", resolve_criterion("l2"), settings, 0, True, False, None, None)
-    selection = select(graph, state, RATIO, order.scope, order.choose(settings), order.seed)
+    choose = settings.choose(resolve_criterion("l2"))
+    selection = select(graph, state, kept_by_ratio(graph, RATIO), "inner", choose, 0)
     sizes = [empty_sums(site, selection, state, settings, 0)[1] for site in find_targets(graph, selection)]
     return max(max(sizes), min(sum(sizes), settings.budget))
 

@@ -29,6 +29,9 @@ STYLES = {
     "Data": ("#7f7f7f", "", "--"),
 }
 INK = "#808080"
+SUMMARY = {"Prune": "plain pruning", "LBYL": "paper", "Default": "default", "Data": "with data"}
+"""The methods that README.md shows, and what it calls them."""
+IN_SUMMARY = ("resnet56", "efficientnet_lite0")
 CAPTIONS = {
     "accuracy": "Accuracy against the share of channels that was cut, one line a method.",
     "assessment": "Accuracy against the output error that the report estimates without data.",
@@ -36,7 +39,7 @@ CAPTIONS = {
 
 
 def draw(cells: list[dict[str, Any]], titles: dict[str, str], folder: Path) -> None:
-    """accuracy.svg and assessment.svg, a panel for each network that was measured, with these titles."""
+    """accuracy.svg and assessment.svg, a panel for each network that was measured; summary.svg for README.md."""
     cells = [cell for cell in cells if cell["kind"] == "accuracy"]
     measured = {cell["network"] for cell in cells if cell["method"] != "Unpruned"}
     titles = {network: title for network, title in titles.items() if network in measured}
@@ -60,6 +63,9 @@ def draw(cells: list[dict[str, Any]], titles: dict[str, str], folder: Path) -> N
     with mpl.rc_context(style):
         _panels(cells, titles, folder / "accuracy.svg", _accuracy)
         _panels(cells, titles, folder / "assessment.svg", _assessment)
+        few = {network: title for network, title in titles.items() if network in IN_SUMMARY}
+        if few:
+            _panels(cells, few, folder / "summary.svg", _summary)
 
 
 def _panels(cells: list[dict[str, Any]], titles: dict[str, str], file: Path, paint: Any) -> None:
@@ -74,9 +80,7 @@ def _panels(cells: list[dict[str, Any]], titles: dict[str, str], file: Path, pai
 
 def _accuracy(axis: Axes, cells: list[dict[str, Any]]) -> None:
     """Accuracy against ratio, one line a method, whiskers from the lowest to the highest seed."""
-    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for cell in cells:
-        found[cell["method"]][cell["ratio"]].append(cell["accuracy"])
+    found = _by_method(cells)
     for method, (color, marker, line) in STYLES.items():
         points = sorted(found[method].items())
         if not points:
@@ -93,6 +97,29 @@ def _accuracy(axis: Axes, cells: list[dict[str, Any]]) -> None:
     for values in found["Unpruned"].values():
         axis.axhline(values[0], color=INK, lw=0.8, ls=":")
     axis.set(xlabel="channels dropped, %", ylabel="top-1, %")
+
+
+def _summary(axis: Axes, cells: list[dict[str, Any]]) -> None:
+    """Accuracy against ratio, a few methods, from the unpruned network on; means over seeds."""
+    found = _by_method(cells)
+    for method, label in SUMMARY.items():
+        color, marker, line = STYLES[method]
+        points = sorted({**found["Unpruned"], **found[method]}.items())
+        x, y = [100 * ratio for ratio, _ in points], [mean(values) for _, values in points]
+        style: Any = {"marker": marker, "ms": 5, "lw": 2.4 if method == "Default" else 1.5}
+        if method == "Data":  # rings, for it nearly coincides with the default
+            style = {"marker": "o", "ms": 10, "mfc": "none", "lw": 1.5}
+        axis.plot(x, y, line, color=color, label=label, **style)
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set(xlabel="channels removed, %", ylabel="top-1 accuracy, %", ylim=(0, 100))
+
+
+def _by_method(cells: list[dict[str, Any]]) -> dict[str, dict[float, list[float]]]:
+    """The accuracies of all seeds, by method and ratio."""
+    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        found[cell["method"]][cell["ratio"]].append(cell["accuracy"])
+    return found
 
 
 def _assessment(axis: Axes, cells: list[dict[str, Any]]) -> None:

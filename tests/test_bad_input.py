@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -13,11 +14,12 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,7 @@ from typer.testing import CliRunner
 
 import lbyl
 from lbyl.cli.app import app
-from lbyl.io import artifact
-from lbyl.io.artifact import MANIFEST, WEIGHTS
+from lbyl.io.artifact import CARD, MANIFEST, WEIGHTS
 from lbyl.io.sources import load_source, load_weights
 
 FACTORY = """
@@ -533,24 +534,62 @@ def test_no_place_to_write(code: int, result: lbyl.Result, tmp_path: Path, monke
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(artifact.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     with pytest.raises(lbyl.InputError, match=os.strerror(code)):
         result.save(tmp_path / "small")
     assert tree(tmp_path) == {}
 
 
+@dataclass
+class Files:
+    """Calls an action at the n-th time that a file within a folder is opened, or one is renamed; keeps their names."""
+
+    folder: Path
+    at: int
+    action: Callable[[], Any]
+    names: list[str] = field(default_factory=list)
+
+    def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(file: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(file, str | Path) and self.folder in Path(file).parents:
+                self.names.append(Path(file).name)
+                if len(self.names) == self.at:
+                    self.action()
+            return call(file, *args, **kwargs)
+
+        return counted
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module, name in ((io, "open"), (os, "rename"), (os, "replace")):
+            monkeypatch.setattr(module, name, self.watched(getattr(module, name)))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")], ids=repr)
-@pytest.mark.parametrize("step", ["save_model", "_digest", "card"])
 def test_an_interruption_leaves_nothing(
-    step: str, error: BaseException, result: lbyl.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, result: lbyl.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """While the weights are collected, at each file, and before the folder gets its name."""
+
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(artifact, step, stop)
-    with pytest.raises(lbyl.InputError if isinstance(error, OSError) else KeyboardInterrupt):
-        result.save(tmp_path / "small")
-    assert tree(tmp_path) == {}
+    def save_interrupted() -> None:
+        with pytest.raises(lbyl.InputError if isinstance(error, OSError) else KeyboardInterrupt):
+            result.save(tmp_path / "small")
+        assert tree(tmp_path) == {}
+
+    hook = result.model.register_state_dict_pre_hook(stop)
+    save_interrupted()
+    hook.remove()
+    stopped: list[str] = []
+    while not stopped or not stopped[-1].startswith(".small-"):  # the folder itself
+        files = Files(tmp_path, len(stopped) + 1, stop)
+        with monkeypatch.context() as patch:
+            files.watch(patch)
+            save_interrupted()
+        stopped.append(files.names[-1])
+    assert {MANIFEST, CARD, "report.html", "report.json"} <= set(stopped)
+    assert result.save(tmp_path / "small").is_dir()
 
 
 def test_a_killed_write_leaves_no_folder_of_that_name(
@@ -558,7 +597,7 @@ def test_a_killed_write_leaves_no_folder_of_that_name(
 ) -> None:
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(artifact, "card", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        Files(tmp_path, 2, lambda: os.kill(os.getpid(), signal.SIGKILL)).watch(monkeypatch)
         result.save(tmp_path / "small")
         os._exit(0)
     _, status = os.waitpid(child, 0)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 import textwrap
-from enum import Enum
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -23,7 +25,7 @@ from typer.testing import CliRunner
 import lbyl
 from lbyl._public import FAMILIES
 from lbyl.cli.app import Stage, TimeLeft, app
-from lbyl.cli.options import CriterionName, Memory, MomentsName, RestorerName
+from lbyl.cli.settings import Settings
 from lbyl.io.images import preprocessing, read_images
 from lbyl.io.sources import load_source
 from lbyl.runtime.memory import ROOM
@@ -284,11 +286,52 @@ def test_an_existing_folder_is_refused_before_any_code_runs(source: str, tmp_pat
     assert "factories may talk" not in result.output
 
 
+@pytest.mark.parametrize("name", ["compress", "sweep"])
+def test_both_commands_have_the_shared_options(name: str) -> None:
+    parameters = {parameter.name: parameter for parameter in commands()[name].params}
+    shared = [field.name for field in fields(Settings)]
+    assert [parameter for parameter in parameters if parameter in shared] == shared
+    assert {shared: parameters[shared].default for shared in ("seed", "criterion")} == {"seed": 0, "criterion": "l2"}
+
+
+@pytest.mark.parametrize("name", ["compress", "sweep"])
 @pytest.mark.parametrize(
-    ("names", "family"), [(CriterionName, "criterion"), (RestorerName, "restorer"), (MomentsName, "moments")]
+    ("option", "family"), [("criterion", "criterion"), ("restore", "restorer"), ("moments", "moments")]
 )
-def test_every_name_of_the_library_is_an_option(names: type[Enum], family: str) -> None:
-    assert set(FAMILIES[family]) <= {name.value for name in names}
+def test_help_and_completion_know_every_name(name: str, option: str, family: str) -> None:
+    shown = command(name, "--help")
+    assert shown.exit_code == 0
+    text = "".join(re.sub("[│\n]", " ", shown.stdout).split())
+    parameter = next(parameter for parameter in commands()[name].params if parameter.name == option)
+    found = [item.value for item in parameter.shell_complete(click_context(name), "")]
+    for member in FAMILIES[family]:
+        assert member in text
+        assert member in found
+    assert [item.value for item in parameter.shell_complete(click_context(name), found[-1])] == [found[-1]]
+
+
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [("--criterion", "l2, l1, gm"), ("--restore", "auto, lbyl"), ("--moments", "weights, gaussian")],
+)
+@pytest.mark.parametrize("model", ["torchvision:resnet18", "FILE"])
+def test_an_unknown_name_is_a_usage_error_that_lists_the_known(
+    source: str, tmp_path: Path, option: str, known: str, model: str
+) -> None:
+    result = compress(source if model == "FILE" else model, tmp_path / "out", option, "magic")
+    assert result.exit_code == 2
+    said = " ".join(re.sub("[│\n]", " ", result.stderr).split())
+    assert "'magic' is no" in said
+    assert known in said
+    assert not (tmp_path / "out").exists()
+
+
+def commands() -> dict[str, Any]:
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def click_context(name: str) -> Any:
+    return commands()[name].make_context(name, ["--help"], resilient_parsing=True)
 
 
 def test_the_command_line_itself_does_not_import_torch() -> None:
@@ -298,6 +341,11 @@ def test_the_command_line_itself_does_not_import_torch() -> None:
         package.__path__ = [sys.argv[1]]
         sys.modules["lbyl"] = package
         import lbyl.cli
+        for words in (["--help"], ["compress", "--help"], ["compress", "timm:x", "-o", "o", "--criterion", "magic"]):
+            try:
+                lbyl.cli.app(words)
+            except SystemExit:
+                pass
         assert "torch" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(Path(lbyl.__file__).parent)], check=True)
@@ -363,7 +411,7 @@ def test_memory_is_for_dreaming_and_solving(tmp_path: Path) -> None:
 
 
 def test_the_help_tells_how_much_memory_is_taken_by_default() -> None:
-    assert f"Default: {ROOM / 2**30:g}." in Memory.__metadata__[0].help
+    assert f"Default: {ROOM / 2**30:g}." in get_type_hints(Settings, include_extras=True)["memory"].__metadata__[0].help
 
 
 def test_options_go_on_from_what_the_network_gets_by_itself(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from lbyl.budget.latency import shaped
 from lbyl.cli.app import app
 from lbyl.runtime.bench import Change
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.latency import Runs, interleaved, measure_latencies, measure_latency, waits
+from lbyl.runtime.latency import Runs, interleaved, measure_latencies, waits
 
 Cost = Callable[[Tensor], float]
 
@@ -50,7 +50,7 @@ def in_eights(weight: Tensor) -> float:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     made = Machine(in_eights)
-    monkeypatch.setattr("lbyl.latency.perf_counter", lambda: made.time)
+    monkeypatch.setattr("lbyl.runtime.latency.perf_counter", lambda: made.time)
     with made:
         yield made
 
@@ -77,7 +77,7 @@ def test_calls_take_turns_after_the_warm_up() -> None:
 
 def test_time_goes_to_the_layer_that_takes_it(machine: Machine) -> None:
     model, x = settle(Residual(16)), images(2, 3, 8, 8)
-    found = measure_latency(model, ExampleInputs.of(x), runs=3)
+    (found,) = measure_latencies([model], ExampleInputs.of(x), runs=3)
     by_name = {layer.name: layer for layer in found.layers}
     assert by_name["a.conv1"].seconds.values == pytest.approx((1.4,) * 3)
     assert by_name["a.bn1"].seconds.median == 0
@@ -102,7 +102,8 @@ class Scaled(nn.Module):
 
 
 def test_a_layer_within_a_layer_and_one_that_runs_twice(machine: Machine) -> None:
-    found = measure_latency(nn.Sequential(Scaled(), nn.Linear(4, 2)), ExampleInputs.of(images(1, 4)), runs=3)
+    model = nn.Sequential(Scaled(), nn.Linear(4, 2))
+    (found,) = measure_latencies([model], ExampleInputs.of(images(1, 4)), runs=3)
     times = {layer.name: layer.seconds.median for layer in found.layers}
     assert times == pytest.approx({"0.inner": 2.2, "0": 0.04, "1": 1.1})
     assert {layer.name: layer.macs for layer in found.layers} == {"0.inner": 32, "0": 0, "1": 8}

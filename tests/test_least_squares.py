@@ -18,7 +18,7 @@ from lbyl.restore.least_squares.fit import measure
 from lbyl.restore.least_squares.recalibrate import Look, expected_shift, recenter
 from lbyl.restore.ridge import Prior, solve
 from lbyl.runtime.batches import affordable, macs_per_input
-from lbyl.runtime.forward import ConsumerCall, run
+from lbyl.runtime.forward import ConsumerCall, run_intercepted
 
 
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -153,7 +153,7 @@ def test_batch_statistics_have_the_right_gradient() -> None:
         return torch.autograd.grad(loss, x)[0]
 
     x = images(4).requires_grad_(True)
-    out = run(
+    out = run_intercepted(
         net,
         lbyl.runtime.inputs.ExampleInputs.of(x),
         on_norm=lambda _, __, m, v: found.extend((m, v)),
@@ -170,7 +170,9 @@ def test_batch_statistics_have_the_right_gradient() -> None:
 def test_readers_see_their_padded_input() -> None:
     net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(4 * 144, 2)))
     calls: list[ConsumerCall] = []
-    run(net, lbyl.runtime.inputs.ExampleInputs.of(images(2)), on_consumer=calls.append, stop_after="0.weight")
+    run_intercepted(
+        net, lbyl.runtime.inputs.ExampleInputs.of(images(2)), on_consumer=calls.append, stop_after="0.weight"
+    )
     (call,) = calls
     assert call.x.shape == (2, 3, 14, 14)
     assert call.padding == (0, 0)
@@ -210,7 +212,7 @@ def test_dreams_come_nearer_to_the_stored_statistics() -> None:
             gaps.append(float(((mean - state[mean_name]).square() / state[var_name]).mean()))
 
         with torch.no_grad():
-            run(net, probes.batches[0], on_norm=on_norm, batch_statistics=True)
+            run_intercepted(net, probes.batches[0], on_norm=on_norm, batch_statistics=True)
         return sum(gaps)
 
     assert distance(60) < 0.5 * distance(0)
@@ -222,18 +224,26 @@ def test_as_many_probes_as_a_network_of_its_size_affords() -> None:
     assert (small, middle, large, vast) == (96, 40, 24, 4)
 
 
-def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, inputs = randomize(conv_net()), lbyl.runtime.inputs.ExampleInputs.of(images(1))
-    step = 3 * macs_per_input(net, inputs) * 20
+def two_convolutions(width: int) -> nn.Module:
+    convs = [nn.Conv2d(inputs, width, 3, bias=False) for inputs in (3, width)]
+    return randomize(nn.Sequential(convs[0], nn.BatchNorm2d(width), convs[1], nn.BatchNorm2d(width)))
 
-    def notes(allowed: float, **settings: int) -> str:
-        monkeypatch.setattr("lbyl.moments.dream._MOST", allowed)
-        return lbyl.Dream(images=16, **settings).probes(net, inputs, torch.Generator().manual_seed(0), None).note
 
-    assert notes(step * 20) == ""
-    assert notes(step * 7.5).startswith("7 steps of dreaming: ")
-    assert notes(step * 4.5).startswith("no dreams but pink noise: ")
-    assert notes(0, steps=2) == ""
+def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so() -> None:
+    """All steps may take 1e13 multiply-accumulates. So little memory makes the dreams small, and the test quick."""
+
+    def notes(net: nn.Module, side: int, allowed: float, steps: int | None = None) -> str:
+        """What is said of so many dreams that this many steps are allowed."""
+        inputs = lbyl.runtime.inputs.ExampleInputs.of(torch.zeros(1, 3, side, side))
+        count = int(1e13 / (3 * macs_per_input(net, inputs) * allowed))
+        dream = lbyl.Dream(images=count, steps=steps, memory=10**6)
+        return dream.probes(net, inputs, torch.Generator().manual_seed(0), None).note
+
+    net, fewer = two_convolutions(32), "probes of 64x64 pixels, not of 1024x1024: "
+    assert notes(net, 1024, 20).startswith(fewer)
+    assert notes(net, 1024, 7.5).startswith("7 steps of dreaming: ")
+    assert notes(net, 1024, 4.5, steps=2).startswith(fewer)
+    assert notes(two_convolutions(256), 128, 4.5).startswith("no dreams but pink noise: ")
 
 
 def test_auto_follows_the_batch_norms_and_says_why() -> None:
@@ -391,7 +401,7 @@ def test_a_restoration_that_raises_the_held_out_error_is_taken_back() -> None:
 def test_a_part_of_a_reading_is_what_the_patches_alone_give(layer: nn.Module, x: torch.Tensor) -> None:
     calls: list[ConsumerCall] = []
     with torch.no_grad():
-        run(layer, lbyl.runtime.inputs.ExampleInputs.of(x), on_consumer=calls.append)
+        run_intercepted(layer, lbyl.runtime.inputs.ExampleInputs.of(x), on_consumer=calls.append)
     weight = layer.get_parameter("weight").detach()
     blocks = getattr(layer, "groups", 1)
     keep, drop = torch.tensor([0, 2, 3]), torch.tensor([1])

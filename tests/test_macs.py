@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lbyl.errors import InputError
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.macs import count_macs, macs_by_shapes
+from lbyl.runtime.latency import measure_latencies
+from lbyl.runtime.macs import count_macs, macs_by_parameter, macs_by_shapes
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,27 @@ def test_the_count_is_pytorchs_own(build, shape, inference: bool) -> None:
     with torch.inference_mode(inference):
         inputs = ExampleInputs.of(x)
         assert count_macs(model, inputs) == macs_by_shapes(model, inputs) == counter.get_total_flops() // 2 > 0
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (mlp, (2, 6)),
+        (residual, (2, 3, 6, 6)),
+        (lambda: nn.Conv2d(3, 4, 3, padding="same"), (3, 6, 8)),  # one image, without a batch axis
+        (lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), (2, 5, 8)),
+    ],
+)
+def test_layers_parameters_and_the_whole_agree(build, shape) -> None:
+    model, inputs = settle(nn.Sequential(build())), ExampleInputs.of(images(*shape))
+    total = count_macs(model, inputs)
+    by_parameter = macs_by_parameter(model, inputs, total)
+    assert sum(by_parameter.values()) == total > 0
+    (found,) = measure_latencies([model], inputs, runs=3, warm_up=0)
+    assert found.macs == total
+    for layer in found.layers:
+        if layer.kind in ("Conv2d", "Linear"):
+            assert layer.macs == by_parameter[f"{layer.name}.weight"]
 
 
 class Picky(nn.Module):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import lbyl
 from lbyl.moments import Probes
-from lbyl.moments.given import Given
 from lbyl.restore.least_squares.fit import make_probes
 from lbyl.runtime.batches import first_rows, in_parts, thinned
 from lbyl.runtime.inputs import ExampleInputs
@@ -167,6 +166,16 @@ def test_what_is_no_batch_is_whole_in_every_part() -> None:
 def test_thinned_rows_keep_their_layout() -> None:
     first = ExampleInputs.of(images(32).contiguous(memory_format=torch.channels_last))
     assert thinned([first], 16)[0].tensors()[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A source of probes that are there already."""
+
+    made: Probes
+
+    def probes(self, model: object, inputs: object, generator: object, progress: object) -> Probes:
+        return self.made
 
 
 def test_batches_are_cut_to_what_memory_holds() -> None:

@@ -240,7 +240,7 @@ def test_layers_read_a_table_as_they_read_inputs() -> None:
 def test_a_table_that_is_read_keeps_its_columns() -> None:
     model, x = settle(Places(shared=True)), images(2, 4, 3)
     assert widths(cut(model, x)) == {"first": (8, 4)}
-    assert reasons(model, x)["stem"] == "places is what 'first' is called with"
+    assert reasons(model, x)["stem"] == "places is a parameter that 'first' takes as its input"
 
 
 class Split(nn.Module):

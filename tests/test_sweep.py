@@ -10,13 +10,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from nets import HardCoded, Residual, images, mlp, settle
 from rich.console import Console
 from torch import Tensor, nn
@@ -25,14 +26,12 @@ from typer.testing import CliRunner
 import lbyl
 from lbyl.budget.curves import Curve, Curves
 from lbyl.cli.app import app
-from lbyl.io import files
 from lbyl.moments import Probes
 from lbyl.pipeline.analysis import Cuttable
 from lbyl.pipeline.sweep.cache import FolderCache
 from lbyl.pipeline.sweep.pareto import Point, by_cost, front
-from lbyl.pipeline.sweep.state import SweepState, occupied
+from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, occupied
 from lbyl.restore.least_squares.fit import measure
-from lbyl.restore.least_squares.solve import empty_sums
 from lbyl.runtime.inputs import ExampleInputs
 
 WIDE = lbyl.Budget(params=0.8), lbyl.Budget(params=0.6)
@@ -83,9 +82,8 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.fixture
 def plain_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages without pictures: drawing them is what takes the time here."""
-    monkeypatch.setattr("lbyl.io.report.page.page", lambda plan, report: "")
-    monkeypatch.setattr("lbyl.pipeline.sweep.pareto.picture", lambda points, unpruned: "")
+    """Pages with empty pictures: drawing them is what takes the time here."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **settings: file.write('<svg viewBox="0 0 1 1"/>'))
 
 
 def test_points_are_what_compress_makes_and_probes_are_made_once(tmp_path: Path) -> None:
@@ -102,31 +100,35 @@ def test_points_are_what_compress_makes_and_probes_are_made_once(tmp_path: Path)
         assert point.error == alone.report.assessment.restored
 
 
-def test_moments_are_measured_once_for_all_points_and_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (model, x), restore = net(), counting(tmp_path)
-    measured: list[int] = []
+def test_moments_are_measured_once_for_all_points_and_all_runs(tmp_path: Path) -> None:
+    model, x = net()
+    rows: list[int] = []
+    stages: list[str] = []
+    model[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))  # pyright: ignore
 
-    def counted(*args: Any) -> Any:
-        measured.append(1)
-        return read(*args)
+    def run(budgets: Sequence[lbyl.Budget], folder: str, **settings: int) -> int:
+        """How often the network is run on the probes, of which there are 13."""
+        rows.clear()
+        stages.clear()
+        restore = lbyl.LeastSquares(moments=lbyl.Noise(images=13), **settings)  # pyright: ignore
+        lbyl.sweep(model, x, budgets, tmp_path / folder, restore=restore, progress=lambda *at: stages.append(at[0]))
+        return rows.count(13)
 
-    monkeypatch.setattr("lbyl.restore.least_squares.fit.read", counted)
-    # Were a consumer to be looked at once more for a point, the point would find no probes to look with.
-    monkeypatch.setattr("lbyl.restore.least_squares.solve.empty_sums", knowing(empty_sums))
-    lbyl.sweep(model, x, WIDE[:1], tmp_path / "out", restore=restore)
-    lbyl.sweep(model, x, WIDE, tmp_path / "out", restore=restore)
-    assert len(measured) == 1
+    def solved_on_probes() -> int:
+        return len({stage for stage in stages if stage.endswith("solving")})
 
-
-def knowing(make: Any) -> Any:
-    """Sums that nothing may be added to: what they are to hold is known."""
-
-    def made(*args: Any) -> Any:
-        sums, *rest = make(*args)
-        sums.add = None
-        return (sums, *rest)
-
-    return made
+    # A point needs the probes once, to see what pruning changes; error curves and moments are made on them before.
+    assert run(WIDE[:1], "out") == 3
+    assert solved_on_probes() == 0
+    kept = snapshot(tmp_path / "out" / ANALYSIS)
+    assert run(WIDE, "out") == 1
+    assert stages == []
+    assert snapshot(tmp_path / "out" / ANALYSIS) == kept
+    assert run(WIDE, "both") == 4
+    assert solved_on_probes() == 0
+    # Moments that there is no room for are measured for each point.
+    run(WIDE, "no room", budget=10)
+    assert solved_on_probes() == 2
 
 
 def test_the_folder_has_a_table_a_picture_and_a_document(tmp_path: Path) -> None:
@@ -174,14 +176,14 @@ def test_a_finished_sweep_does_nothing(tmp_path: Path) -> None:
 def test_more_budgets_and_a_judge_are_added_without_doing_anything_again(tmp_path: Path) -> None:
     (model, x), out, restore = net(), tmp_path / "out", counting(tmp_path)
     lbyl.sweep(model, x, WIDE[:1], out, restore=restore)
-    before = snapshot(out / "params-0.8") | snapshot(out / "groundwork")
+    before = snapshot(out / "params-0.8") | snapshot(out / ANALYSIS)
     more = lbyl.sweep(model, x, WIDE[1:], out, restore=restore, evaluate=judged_by_size)
     assert [point.name for point in more.made] == ["params-0.8", "params-0.6"]
     assert [point.accuracy for point in more.made] == [
         judged_by_size(lbyl.load(out / point.name, model)) for point in more.made
     ]
     assert lines(tmp_path / "log") == ["probes"]
-    assert snapshot(out / "params-0.8") | snapshot(out / "groundwork") == before
+    assert snapshot(out / "params-0.8") | snapshot(out / ANALYSIS) == before
 
 
 def test_budgets_of_the_same_amount_with_other_widths_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -195,25 +197,25 @@ class Crash(BaseException):
     """What a process meets when it dies."""
 
 
-def renames(monkeypatch: pytest.MonkeyPatch, at: int, after: bool) -> None:
-    """Die at the n-th rename, of a file or of a folder: before it or after it."""
-    count = 0
+def renames(monkeypatch: pytest.MonkeyPatch, at: int, after: bool) -> list[str]:
+    """Die at the n-th rename, of a file or of a folder: before it or after it. Returns what is given its name."""
+    names: list[str] = []
 
     def dying(rename: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == at and not after:
+        def counted(source: Any, target: Any) -> Any:
+            names.append(Path(target).name)
+            if len(names) == at and not after:
                 raise Crash
-            done = rename(*args)
-            if count == at:
+            done = rename(source, target)
+            if len(names) == at:
                 raise Crash
             return done
 
         return counted
 
-    monkeypatch.setattr(files.os, "replace", dying(os.replace))
-    monkeypatch.setattr(Path, "rename", dying(Path.rename))
+    monkeypatch.setattr(os, "replace", dying(os.replace))
+    monkeypatch.setattr(os, "rename", dying(os.rename))
+    return names
 
 
 @pytest.mark.usefixtures("plain_pages")
@@ -236,16 +238,16 @@ def test_a_crash_at_any_write_costs_at_most_what_was_being_written(
         return lbyl.sweep(model, x, WIDE, out, restore=restore, evaluate=judge, progress=progress)
 
     expected = run(tmp_path / "whole")
-    ideal, crashes = lines(log), 0
+    ideal, crashes = lines(log), list[str]()
     for at in range(1, 40):
         log.unlink()
         out = tmp_path / f"{at}"
         with monkeypatch.context() as patch:
-            renames(patch, at, after)
+            names = renames(patch, at, after)
             try:
                 run(out)
             except Crash:
-                crashes += 1
+                crashes.append(names[-1])
             else:
                 break
         found = run(out)
@@ -258,7 +260,11 @@ def test_a_crash_at_any_write_costs_at_most_what_was_being_written(
         for point in found.points:
             ours, theirs = (lbyl.load(folder / point.name, model) for folder in (out, tmp_path / "whole"))
             assert same(ours, theirs)
-    assert crashes == 14  # state 2, groundwork 4, each point 3, picture and page 2
+    # It died at whatever a whole sweep leaves: files of its own, those of the analysis, and the points' folders.
+    whole = tmp_path / "whole"
+    written = [file for file in [*whole.iterdir(), *(whole / ANALYSIS).rglob("*")] if file.is_file()]
+    assert {file.name for file in written if file.name != ".lock"} | {"params-0.8", "params-0.6"} == set(crashes)
+    assert crashes.count("sweep.json") > 2 * len(WIDE)  # once before them, and with each when it is made and judged
 
 
 FACTORY = """
@@ -313,13 +319,13 @@ def test_a_killed_process_is_gone_on_with(source: str, tmp_path: Path) -> None:
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    done = {name: stat for name, stat in snapshot(out).items() if re.match(r"macs-|groundwork", name)}
-    assert {name.partition("/")[0] for name in done} == {"macs-0.8", "macs-0.6", "groundwork"}
+    done = {name: stat for name, stat in snapshot(out).items() if re.match(rf"macs-|{ANALYSIS}", name)}
+    assert {name.partition("/")[0] for name in done} == {"macs-0.8", "macs-0.6", ANALYSIS}
     judged = lines(log)
     # What a kill in the middle of a write leaves behind.
     (out / ".params-0.5-abcd1234").mkdir()
     (out / ".params-0.5-abcd1234" / "model.safetensors").write_bytes(b"half")
-    (out / "groundwork" / "0" / ".tmp-x").write_bytes(b"half")
+    (out / ANALYSIS / "0" / ".tmp-x").write_bytes(b"half")
     (out / ".mine").write_text("a file of the user's")
 
     (tmp_path / "go").touch()
@@ -329,7 +335,7 @@ def test_a_killed_process_is_gone_on_with(source: str, tmp_path: Path) -> None:
     after = snapshot(out)
     assert {name: after[name] for name in done} == done
     assert not (out / ".params-0.5-abcd1234").exists()
-    assert not (out / "groundwork" / "0" / ".tmp-x").exists()
+    assert not (out / ANALYSIS / "0" / ".tmp-x").exists()
     assert (out / ".mine").exists()
     # Unpruned, first point, second point (killed); then the second again and the last.
     assert lines(log) == [*judged, judged[2], f"{document['points'][3]['parameters'][1]}"]
@@ -516,7 +522,7 @@ def test_a_submodule_is_swept_and_what_can_not_be_cut_is_told_in_every_point(tmp
         assert same(lbyl.load(tmp_path / "out" / point.name, model), alone.model)
         page = (tmp_path / "out" / point.name / "README.md").read_text()
         assert "second stays whole" in page
-    assert len(list((tmp_path / "out" / "groundwork").iterdir())) == 1
+    assert len(list((tmp_path / "out" / ANALYSIS).iterdir())) == 1
 
 
 def test_probes_and_curves_come_back_to_the_bit(tmp_path: Path) -> None:
@@ -548,7 +554,7 @@ def test_probes_and_curves_come_back_to_the_bit(tmp_path: Path) -> None:
     assert again.notes == curves.notes
     assert torch.equal(again.curves[0].error, curves.curves[0].error)
     assert (again.curves[0].order, again.curves[0].weight) == ((2, 0, 1), 1 / 7)
-    consumer_moments = read(model, graph, {0, 1}, made, lbyl.LeastSquares(), 0, 2**20)
+    consumer_moments = measure(model, graph, {0, 1}, made, lbyl.LeastSquares(), 0, 2**20)
     assert consumer_moments
     assert cache().consumer_moments(lambda: consumer_moments) is consumer_moments
     back = cache().consumer_moments(never)

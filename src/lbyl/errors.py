@@ -33,3 +33,12 @@ class ArtifactError(LbylError):
 
 class ExportError(LbylError):
     """A network can't be exported, or the exported file computes something else."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's class where it has none.
+
+    >>> first_line(ValueError("no such width\\nand much more"))
+    'no such width'
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

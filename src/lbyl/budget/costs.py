@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lbyl.budget.budget import Budget
 from lbyl.graph import NOT_OURS, Graph, Group
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import tensors_of
-from lbyl.runtime.forward import ConsumerCall, run
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.macs import count_parameters, macs_by_shapes
+from lbyl.runtime.macs import count_parameters, macs_by_parameter, macs_by_shapes
 
 _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
 _STEPS = 48
@@ -167,7 +165,7 @@ def counted(model: nn.Module, inputs: ExampleInputs, graph: Graph, budget: Budge
                 return macs_by_shapes(network, inputs)
 
         total = macs(model)
-        costs = _macs_of(model, inputs, total)
+        costs = macs_by_parameter(model, inputs, total)
         return Counted(tuple(cost_terms(graph, costs)), budget.macs * total, macs)
     if budget.params is not None:
         costs = {name: float(p.numel()) for name, p in named.items()}
@@ -176,22 +174,6 @@ def counted(model: nn.Module, inputs: ExampleInputs, graph: Graph, budget: Budge
     costs = {name: float(_bytes([t])) for name, t in {**named, **dict(model.named_buffers())}.items()}
     terms = tuple(cost_terms(graph, costs))
     return Counted(terms, budget.size_mb * 1e6, lambda network: _bytes(tensors_of(network).values()))
-
-
-def _macs_of(model: nn.Module, inputs: ExampleInputs, total: int) -> dict[str, float]:
-    """Multiply-accumulates by parameter; what belongs to none (attention scores) under the name ""."""
-    costs: dict[str, float] = defaultdict(float)
-    parameters = dict(model.named_parameters())
-
-    def on_consumer(call: ConsumerCall) -> None:
-        weight = parameters.get(call.weight)
-        if weight is not None:
-            costs[call.weight] += call.out.numel() * weight.numel() / call.out.shape[1 if call.op != "linear" else -1]
-
-    with undisturbed(model), torch.no_grad():
-        run(model, inputs, on_consumer=on_consumer)
-    costs[""] = max(0.0, total - sum(costs.values()))
-    return dict(costs)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

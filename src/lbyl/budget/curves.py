@@ -14,7 +14,7 @@ from lbyl.graph import Graph, Slot
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import ChannelSums
 from lbyl.runtime.batches import batch_size, split
-from lbyl.runtime.forward import ConsumerCall, run
+from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_macs
 from lbyl.runtime.output_error import outputs_error
@@ -157,7 +157,7 @@ def _from_probes(
             item.add(call, _source(state, slot))
 
     for batch in probes.batches:
-        run(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
+        run_intercepted(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
     seen: dict[int, list[tuple[Slot, ChannelSums]]] = defaultdict(list)
     for entries in sums.values():
         for index, slot, item in entries:
@@ -170,7 +170,7 @@ def _from_probes(
         1, sum(t.numel() for t in probes.held_out.tensors()) // max(1, sum(t.numel() for t in inputs.tensors()))
     )
     affordable = len(orders) * pixels * count_macs(model, inputs) <= _TRIALS
-    expected = run(model, probes.held_out, batch_statistics=probes.batch_statistics) if affordable else None
+    expected = run_intercepted(model, probes.held_out, batch_statistics=probes.batch_statistics) if affordable else None
     curves = []
     for done, index in enumerate(orders):
         group, order = graph.groups[index], orders[index]
@@ -225,7 +225,7 @@ def _travels(
         delivery = Delivery(matrix, torch.ones(len(keep)).double())
         fold(columns_second(weight, slot), _source(state, slot), slot, group.width, keep, drop, delivery)
         values[slot.parameter] = weight
-    found = run(model, probes.held_out, values=values, batch_statistics=probes.batch_statistics)
+    found = run_intercepted(model, probes.held_out, values=values, batch_statistics=probes.batch_statistics)
     return max(outputs_error(expected, found) ** 2 / own, 1e-6)
 
 

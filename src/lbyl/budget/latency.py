@@ -21,7 +21,7 @@ from lbyl.budget.curves import Curve
 from lbyl.graph import NOT_OURS, Graph
 from lbyl.runtime.bench import bench
 from lbyl.runtime.contexts import undisturbed
-from lbyl.runtime.forward import ConsumerCall, run
+from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import Latency, measure_latencies, measure_whole
 
@@ -159,7 +159,7 @@ def _rest(
         sizes[call.weight] += call.out.numel()
 
     with undisturbed(model), torch.no_grad():
-        run(model, inputs, on_consumer=on_consumer)
+        run_intercepted(model, inputs, on_consumer=on_consumer)
     parts: dict[int, float] = defaultdict(float)
     for index, group in enumerate(graph.groups):
         for slot in group.carriers:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Folder, InputSpec, Json, SameInputs, Seed
+from lbyl.cli.options import Folder, Json, SameInputs, Seed
 from lbyl.cli.sources import example_inputs, load_model
+from lbyl.cli.texts import InputSpec
 
 if TYPE_CHECKING:
     from lbyl.surgery.plan import Plan

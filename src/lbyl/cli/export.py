@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Folder, FormatName, Json, SameInputs, Seed
+from lbyl.cli.options import Folder, Json, SameInputs, Seed
 from lbyl.cli.sources import example_inputs
+
+
+class FormatName(str, Enum):
+    """What a saved network is exported as."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
 
 
 @app.command()

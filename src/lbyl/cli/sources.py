@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbyl.cli.options import Fitting, InputSpec
+from lbyl.cli.app import Stage
+from lbyl.cli.names import import_plugins, is_factory
+from lbyl.cli.settings import Settings
+from lbyl.cli.texts import InputSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,20 +63,59 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
     return tuple(make(spec) for spec in specs)
 
 
-def read_batches(
-    folder: Path,
-    source: str,
-    model: nn.Module,
-    example: Tensor,
-    sized: bool,
-    fitting: Fitting,
-    seed: int,
-) -> list[Tensor]:
+def check_images(settings: Settings) -> None:
+    """A folder without images is refused before any time is spent."""
+    if settings.data is not None:
+        from lbyl.io.images import find_images
+
+        find_images(settings.data)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model, its example inputs, and the arguments of `lbyl.compress` and `lbyl.sweep` that the options give."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    arguments: dict[str, Any]
+
+
+def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
+    """Run plugins, load the model, and turn the options into arguments."""
+    import_plugins(settings.plugin)
+    if not is_factory(source):
+        settings.check_names()
+    model = load_model(source, settings.weights, not settings.no_pretrained)
+    settings.check_names()  # the module of a factory may have registered them
+    inputs = example_inputs(source, model, settings.input, settings.seed)
+    batches = None
+    if settings.data is not None:
+        stage(f"reading images from {settings.data}")
+        batches = _read_batches(settings.data, source, model, inputs[0], settings)
+    restorer = settings.restorer(batches, model)
+    stage("tracing")
+    arguments: dict[str, Any] = {
+        "scope": settings.scope.value,
+        "criterion": settings.criterion,
+        "seed": settings.seed,
+        "verify": not settings.no_verify,
+        "strict": settings.strict,
+        "submodule": settings.submodule,
+        "source": source,
+        "progress": stage.follow,
+    }
+    if restorer is not None:
+        arguments["restore"] = restorer
+    return Prepared(model, inputs, arguments)
+
+
+def _read_batches(folder: Path, source: str, model: nn.Module, example: Tensor, settings: Settings) -> list[Tensor]:
     """Batches of the images in a folder, preprocessed as the model expects."""
     from lbyl.io.images import preprocessing, read_images
 
-    preprocess, mode = preprocessing(source, model, example.shape, sized=sized, mean=fitting.mean, std=fitting.std)
-    return [batch.to(example.dtype) for batch in read_images(folder, preprocess, mode, seed)]
+    sized = bool(settings.input)
+    preprocess, mode = preprocessing(source, model, example.shape, sized=sized, mean=settings.mean, std=settings.std)
+    return [batch.to(example.dtype) for batch in read_images(folder, preprocess, mode, settings.seed)]
 
 
 def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | None:

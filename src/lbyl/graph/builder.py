@@ -141,10 +141,13 @@ class Builder:
             self.slots[parameter, dim] = SlotRecord(parameter, dim, ids, role, blocks)
             return ids
         if known.role != role and "consumer" in (known.role, role):
-            self.pin(torch.cat([known.ids, ids]), f"{parameter} is tied: it makes these channels and reads them")
+            self.pin(
+                torch.cat([known.ids, ids]),
+                f"{parameter} is tied: one layer makes these channels with it, another one reads them",
+            )
         mixed = (known.ids == NOBODY) != (ids == NOBODY)
         if bool(mixed.any()):
-            self.pin(torch.cat([known.ids[mixed], ids[mixed]]), f"{parameter} is also used on uncuttable values")
+            self.pin(torch.cat([known.ids[mixed], ids[mixed]]), f"{parameter} is also used on values that can't be cut")
         self.ids.union(known.ids, ids)
         return known.ids
 
@@ -181,7 +184,7 @@ class Builder:
         if weight in self.consumers:
             self.consumers[weight].calls += 1
             if self.consumers[weight].dim != dim:
-                self.pin(ids, f"{weight} is read along two dimensions")
+                self.pin(ids, f"layers read channels along two dimensions of {weight}")
         else:
             self.consumers[weight] = ConsumerRecord(layer, weight, bias, op, blocks, dim=dim)
 
@@ -190,15 +193,18 @@ class Builder:
         self.steps.append((ids, Step(op, layer, parametric)))
 
     def pin(self, ids: Tensor, reason: str) -> None:
-        """Forbid cutting these channels."""
+        """Forbid cutting these channels; the user reads the reason in the report."""
         ids = torch.unique(small(ids))
         ids = ids[ids != NOBODY]
         if ids.numel():
             self.pins.append((ids, reason))
 
     def fix(self, shadow: Tensor, dims: Iterable[int], reason: str) -> None:
-        """Forbid cutting along these dimensions. Judged at the end, when all that belongs together is known:
-        ids that turn out to be one whole head do not run along its inner dimension."""
+        """Forbid cutting along these dimensions.
+
+        This is judged at the end, when it is known which channels belong together: ids that turn out to be one whole
+        head do not run along its inner dimension.
+        """
         rank = shadow.dim()
         self.fixed.append((compact(shadow), tuple(d % rank for d in dims), reason))
 

@@ -1,9 +1,9 @@
 """Means over all channels of a group that the model divides by: RMS norm, global response norm.
 
-Of C channels K stay. When those that go are zero where the mean is taken, the mean over K is C/K times the one over C,
-and so is the sum of that mean and a constant eps that is scaled as well. This factor is followed, with the power that
-roots and divisions give it, to the weight that it is multiplied with, which can take its inverse. The cut network
-then computes exactly what the uncut one does whose channels that go are zero.
+Of C channels K stay. If the dropped ones are zero where the mean is taken, the mean over K is C/K times the mean over
+C. The same holds for the sum of that mean and a constant eps, if eps is scaled as well. Roots and divisions raise this
+factor to a power. It is followed to the weight that it is multiplied with, and this weight takes the inverse. The cut
+network then computes exactly what the uncut one does with zeros in the dropped channels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Scaled:
 
 
 def follow(builder: Builder, node: fx.Node) -> None:
-    """What a node does with a scaled value: passes it on, meets the weight that makes up for it, or can't be cut."""
+    """Follow scaled values through a node. Where no weight can make up for the factor, the channels can't be cut."""
     for source in dict.fromkeys(node.all_input_nodes):
         scaled = builder.scaled.get(source)
         if scaled is None:
@@ -43,7 +43,10 @@ def follow(builder: Builder, node: fx.Node) -> None:
         elif passed is not None:
             builder.scaled[node] = passed
         else:
-            builder.pin(scaled.ids, f"mean over channels in {scaled.module!r}, used by {_name(node)}")
+            builder.pin(
+                scaled.ids,
+                f"{_name(node)} uses a mean over channels in {scaled.module!r}; no weight can make up for a cut there",
+            )
 
 
 def _use(builder: Builder, node: fx.Node, source: fx.Node, scaled: Scaled) -> tuple[str | None, Scaled | None]:

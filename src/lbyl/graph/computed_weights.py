@@ -1,24 +1,23 @@
 """Layers that compute their weight on the fly (weight standardization, weight norm) become plain ones.
 
-What such a layer computes depends on all of its input channels, so a cut would change the weights that stay. The plain
-layer with the weight that it computes today gives the same outputs, and can be cut.
+The weight that such a layer computes depends on all of its input channels, so a cut would change the weights that stay.
+A plain layer with the weight that it computes today gives the same outputs, and it can be cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lbyl.errors import SurgeryError
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import copy_model, tensors_of
 from lbyl.runtime.inputs import ExampleInputs, outputs
+from lbyl.runtime.intercept import FunctionInterceptor, module_hooks
 
 _LAYERS: Mapping[str, type[nn.Module]] = {
     "conv1d": nn.Conv1d,
@@ -31,7 +30,7 @@ _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 @dataclass(frozen=True)
 class Fold:
-    """Put a plain layer with these arguments where a module stands."""
+    """Replace a module by a plain layer with these arguments."""
 
     module: str
     op: str
@@ -47,22 +46,14 @@ def fold_computed(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str])
         paths: the modules whose weight the trace saw being computed.
     """
     modules = {path: model.get_submodule(path) for path in dict.fromkeys(paths) if path}
-    watch = _Watch()
-    hooks = []
-    for path, module in modules.items():
-        hooks.append(module.register_forward_pre_hook(partial(watch.enter, path)))
-        hooks.append(module.register_forward_hook(partial(watch.leave, path)))
-    try:
-        with undisturbed(model), watch:
-            outputs(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not watch.folds:
+    calls = _SoleLayerCalls()
+    with module_hooks(modules, calls.enter, calls.leave), undisturbed(model), calls:
+        outputs(model, inputs)
+    if not calls.folds:
         return model, ()
     twin = copy_model(model)
     folds = []
-    for path, (item, weight, bias) in watch.folds.items():
+    for path, (item, weight, bias) in calls.folds.items():
         layer = _place(twin, item)
         with torch.no_grad():
             layer.get_parameter("weight").copy_(weight)
@@ -89,7 +80,10 @@ def apply_folds(model: nn.Module, folds: Sequence[Fold]) -> nn.Module:
 
 def _place(model: nn.Module, item: Fold) -> nn.Module:
     if item.op not in _LAYERS or item.module not in dict(model.named_modules()):
-        raise SurgeryError(f"{item.module!r}: no module that a plain {item.op} could stand for: another architecture?")
+        raise SurgeryError(
+            f"{item.module!r}: the model has no such module that a plain {item.op} could replace; "
+            "use the architecture that the plan was made for"
+        )
     try:
         layer = _LAYERS[item.op](**item.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -102,15 +96,16 @@ def _place(model: nn.Module, item: Fold) -> nn.Module:
     return layer
 
 
-class _Watch(TorchFunctionMode):
+class _SoleLayerCalls(FunctionInterceptor):
     """Sees which layer function a module calls, and whether that call is all that the module does."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.folds: dict[str, tuple[Fold, Tensor, Tensor | None]] = {}
         self._inside: list[str] = []
         self._calls: dict[str, list[tuple[str, dict[str, Any], Any]]] = {}
 
-    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside.append(path)
         self._calls[path] = []
 
@@ -144,8 +139,7 @@ class _Watch(TorchFunctionMode):
             None if bias is None else bias.detach().clone(),
         )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if self._inside and name in _LAYERS:

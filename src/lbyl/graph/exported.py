@@ -1,4 +1,4 @@
-"""A program by way of `torch.export`, for models that one run does not tell everything about."""
+"""A model's program from `torch.export`, for models that one recorded run does not tell everything about."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from lbyl.errors import TraceError
+from lbyl.errors import TraceError, first_line
 from lbyl.graph.program import Program
 from lbyl.runtime.inputs import ExampleInputs
 
@@ -28,9 +28,8 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
             warnings.simplefilter("ignore")
             program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
     except Exception as error:
-        first = str(error).strip().splitlines()
         raise TraceError(
-            f"torch.export can't trace {type(model).__name__}: {first[0] if first else type(error).__name__}. "
+            f"torch.export can't trace {type(model).__name__}: {first_line(error)}. "
             "Check that the model runs on the example inputs, or pass a part of it that can be traced."
         ) from error
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}

@@ -1,21 +1,20 @@
-"""A program by watching the model run once: as `torch.export` would tell it, in a fraction of the time."""
+"""Recording a model's program during one run: what `torch.export` finds, in a fraction of the time."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lbyl.graph.program import Program
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.intercept import OperatorInterceptor, module_hooks
 from lbyl.runtime.macs import MacCounter, undivided
 
 _LIKE_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.argwhere.default, torch.ops.aten.nonzero_numpy.default)
@@ -23,17 +22,17 @@ _LIKE_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.argwhere.default, 
 
 
 class Unseen(Exception):
-    """The model does something that one run can't vouch for, such as branching on what it computed."""
+    """One run does not tell the whole program; the model may branch on what it computes."""
 
 
 def record(model: nn.Module, inputs: ExampleInputs) -> Program:
     """Run the model and write down its operations.
 
-    One run tells the program of all runs unless Python sees a number that depends on inputs or weights. So what takes
-    longest need not be computed: layers and their norms return zeros, unless the model can't do with them.
+    All runs have the same program unless Python sees a number that depends on inputs or weights. So the expensive part
+    need not be computed: layers and their norms return zeros. Where the model fails on zeros, it is run as it is.
 
     Raises:
-        Unseen: it does, or a weight is used behind the recorder's back.
+        Unseen: Python sees such a number, or a weight is used in a way that the recorder can't see.
     """
     try:
         return _record(model, inputs, MacCounter(spare=True))
@@ -53,7 +52,7 @@ def _record(model: nn.Module, inputs: ExampleInputs, counter: MacCounter) -> Pro
     return recorder.finish(output_tensors(found), counter.total)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(OperatorInterceptor):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._graph = fx.Graph()
@@ -84,30 +83,23 @@ class _Recorder(TorchDispatchMode):
             self._depends.add(node)
         return node
 
-    @contextmanager
-    def following(self, model: nn.Module) -> Iterator[None]:
-        """Keep track of the module that is running."""
-        with ExitStack() as hooks:
-            for path, module in model.named_modules():
-                entry = (path, type(module))
+    def following(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Keep track of the modules that are running."""
 
-                def enter(module: nn.Module, args: Any, entry: tuple[str, type] = entry) -> None:
-                    self._stack.append(entry)
+        def enter(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._stack.append((path, type(module)))
 
-                def leave(module: nn.Module, args: Any, output: Any) -> None:
-                    self._stack.pop()
+        def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
 
-                hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
-                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
-            yield
+        return module_hooks(dict(model.named_modules()), enter, leave, enter_first=True)
 
     def finish(self, outputs: list[Tensor], macs: int) -> Program:
         """The program that returns these tensors."""
         self._graph.output([self._node(tensor) for tensor in outputs])
         return Program(self._graph, self._parameters, macs)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         given, named = (self._nodes_in(item) for item in (args, kwargs))
         node = self._graph.call_function(func, given, named)

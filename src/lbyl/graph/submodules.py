@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from lbyl.errors import InputError, TraceError
 from lbyl.graph import NOT_OURS, Consumer, Graph, Group, Size, Slot, trace
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs, outputs
+from lbyl.runtime.intercept import module_hooks
 
 _DEEPEST = 5
 
@@ -29,16 +29,12 @@ class Submodule:
 def captured(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> dict[str, list[ExampleInputs]]:
     """What each submodule is called with, call by call, when the model runs on its inputs."""
     calls: dict[str, list[ExampleInputs]] = {path: [] for path in paths}
-    with ExitStack() as hooks:
-        for path, found in calls.items():
 
-            def note(module: nn.Module, args: Any, kwargs: Any, found: list[ExampleInputs] = found) -> None:
-                found.append(ExampleInputs(args, kwargs))
+    def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[path].append(ExampleInputs(args, kwargs))
 
-            handle = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
-            hooks.callback(handle.remove)
-        with undisturbed(model):
-            outputs(model, inputs)
+    with module_hooks({path: model.get_submodule(path) for path in calls}, note), undisturbed(model):
+        outputs(model, inputs)
     return calls
 
 

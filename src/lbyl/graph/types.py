@@ -76,8 +76,8 @@ class Step:
 class Average:
     """A mean over all channels of a group that the model divides by.
 
-    When K of C channels stay, ``weight`` times ``(C/K) ** power`` and ``eps`` times ``C/K`` make the cut exact, given
-    that the channels that go are zero where the mean is taken.
+    When K of C channels stay, the cut is exact with ``weight`` times ``(C/K) ** power`` and ``eps`` times ``C/K``, if
+    the dropped channels are zero where the mean is taken.
     """
 
     module: str
@@ -110,12 +110,12 @@ class Group:
         blocks: a label for each channel; every label must lose equally many (grouped convolutions).
         coupled: a sum adds channels of different producers here (a residual stream).
         steps: what lies between producers and consumers, in execution order.
-        averages: means that are taken over all channels; those that go must then be zero from the start.
+        averages: means that are taken over all channels; dropped channels must be zero before these means are taken.
         reason: why the group can't be pruned, or None when it can.
         layer_norms: those that take statistics over these channels, and over fewer of them once some are cut.
         coupled_with: the name of the group that has to lose the same share as this one, to the channel; "" for none.
-        tied: those of the carriers that also read the channels (an output layer that shares the embedding's table):
-            they lose columns, but what these gave can't be made up for there.
+        tied: carriers that also read the channels, such as an output layer that shares the embedding's table. They
+            lose columns, and restoration can't make up for the loss there.
     """
 
     name: str

@@ -14,7 +14,7 @@ from lbyl.moments.photographs import photographs, takes_photographs
 from lbyl.moments.synthesis import dead_leaves, pink, synthesize
 from lbyl.runtime.batches import FEWEST, affordable, alike, first_rows, held_out_size, join, macs_per_input, split
 from lbyl.runtime.copying import tensors_of
-from lbyl.runtime.forward import frozen, run
+from lbyl.runtime.forward import frozen, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, outputs
 from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_at_once, saved_bytes
 from lbyl.runtime.progress import Progress
@@ -159,7 +159,7 @@ class Dream:
         with frozen(model), torch.enable_grad(), InputsForgotten():
             for step in range(steps):
                 terms.clear()
-                run(model, batch, on_norm=on_norm, batch_statistics=True)
+                run_intercepted(model, batch, on_norm=on_norm, batch_statistics=True)
                 if not terms:
                     raise InputError("Dream: no batch norm with running statistics; use lbyl.Photographs or lbyl.Noise")
                 optimizer.zero_grad()

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lbyl.errors import InputError, SurgeryError
 from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, uncollected
+from lbyl.runtime.inputs import ExampleInputs
 
 
 def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
@@ -134,6 +135,17 @@ def sharing_copy(model: nn.Module, values: Mapping[str, Tensor] | None = None) -
     borrowed = [p for p in model.parameters() if type(p) is nn.Parameter and id(p) not in written]
     twins: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in borrowed}
     return copy_model(model, twins | replacements_by_id(model, values or {})).eval()
+
+
+def call_with(model: nn.Module, inputs: ExampleInputs, values: Mapping[str, Tensor]) -> Any:
+    """Run a model once with some parameters and buffers replaced, by name, and give what it returns.
+
+    The model is not copied, and has its own tensors again afterwards. A network that runs more than once with the same
+    new values is better made by :func:`sharing_copy`.
+    """
+    if not values:
+        return inputs.call(model)
+    return torch.func.functional_call(model, dict(values), inputs.args, dict(inputs.kwargs), tie_weights=True)
 
 
 def in_place_of(old: Tensor, new: Tensor) -> Tensor:

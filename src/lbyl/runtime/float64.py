@@ -1,4 +1,4 @@
-"""Layers in float64, where PyTorch takes long or needs much memory.
+"""Faster and smaller ways to compute layers in float64, for those where PyTorch is slow or needs much memory.
 
 Depthwise convolutions are computed on the CPU one channel after the other, which in a mobile network takes several
 times as long as all the rest. Linear layers ask for a wide copy of their weights, which may be the largest thing there.
@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from lbyl.runtime.intercept import FunctionInterceptor
 
 
 def depthwise_conv2d(
@@ -89,17 +90,12 @@ def _linear(
     return out if bias is None else out.add_(bias)
 
 
-class Float64Mode(TorchFunctionMode):
-    """While it is on, float64 inputs meet depthwise convolutions tap by tap, and narrow weights of linear layers."""
+class Float64Mode(FunctionInterceptor):
+    """While it is on, depthwise convolutions in float64 run tap by tap; linear layers widen weights in pieces."""
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return _OURS.get(func, func)(*args, **(kwargs or {}))
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Use the functions of this module where there is one for the call."""
+        return _OURS.get(func, func)(*args, **kwargs)
 
 
 _OURS: dict[Any, Any] = {torch.conv2d: _conv2d, functional.linear: _linear}

@@ -1,13 +1,13 @@
-"""Looking into a running model: what its consumers are fed, and what its batch norms see.
+"""Running a model and looking into it: the inputs of its consumers, and the statistics at its batch norms.
 
-A :class:`torch.overrides.TorchFunctionMode` watches the calls that the user's own modules make, so custom
-layers (padding of their own, functional calls) need nothing special, and no module is changed or hooked.
+The calls that the user's own modules make are intercepted (see `lbyl.runtime.intercept`). So custom layers, with
+padding of their own or functional calls, need nothing special, and no module is changed or hooked.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.copying import call_with
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.intercept import FunctionInterceptor, Names, leading_arguments, names_by_id
 from lbyl.runtime.layer_norms import LookAheadNorms, MaskedLayerNorms, NormMasks
 
 
@@ -48,7 +48,7 @@ OnNorm = Callable[[str, str, Tensor, Tensor], None]
 
 
 def _without_asking(function: Any) -> FunctionType:
-    """A Python function of `torch.nn.functional` that goes into its own body, and not first to who watches it."""
+    """A copy of a Python function of `torch.nn.functional` that runs its own body without asking interceptors."""
     unasked = {**vars(functional), "has_torch_function": lambda tensors: False}
     twin = FunctionType(function.__code__, unasked, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
@@ -56,14 +56,14 @@ def _without_asking(function: Any) -> FunctionType:
 
 
 _ATTENTION = _without_asking(functional.multi_head_attention_forward)
-"""Its layers are called in its body, and would not be seen."""
+"""Interceptors see the layers that it calls. Without this, they would only see the whole."""
 
 
 class _Enough(Exception):
     """Raised inside a forward pass once nothing more is wanted of it."""
 
 
-def run(
+def run_intercepted(
     model: nn.Module,
     inputs: ExampleInputs,
     *,
@@ -75,7 +75,7 @@ def run(
     kept: NormMasks | None = None,
     foresee: Collection[str] | None = None,
 ) -> Any:
-    """Run a model in evaluation mode and watch it.
+    """Run a model that is in evaluation mode, and report what its layers are called with.
 
     Args:
         model: the network; nothing in it is changed.
@@ -85,20 +85,17 @@ def run(
         on_norm: called for every batch normalization, before it acts.
         batch_statistics: normalize with the mean and variance of this batch instead of the running ones.
         stop_after: name of a weight; the pass ends (returning None) once its layer has run.
-        kept: which channels stay at layer norms, by the names of their weights; they take their statistics over these.
-        foresee: names of weights. Layer norms then do what they always did, and only the calls of the layers on
-            these weights tell what they would be fed otherwise.
+        kept: which channels stay at layer norms, by the names of their weights. They take their statistics over these.
+        foresee: names of consumers' weights. Layer norms then keep their usual statistics, and only the reported calls
+            of these consumers also hold the input that they will have once the layer norms are cut.
     """
-    values = dict(values or {})
-    names = {id(tensor): name for name, tensor in {**tensors_of(model), **values}.items()}
+    names = names_by_id(model, values)
     ahead = LookAheadNorms(kept, names, foresee) if kept and foresee is not None else None
     statistics = ahead or (MaskedLayerNorms(kept, names) if kept else nullcontext())
-    watch = _Watch(names, on_consumer, on_norm, batch_statistics, stop_after, ahead)
+    calls = _LayerCalls(names, on_consumer, on_norm, batch_statistics, stop_after, ahead)
     try:
-        with statistics, watch:
-            if values:
-                return torch.func.functional_call(model, values, inputs.args, dict(inputs.kwargs), tie_weights=True)
-            return inputs.call(model)
+        with statistics, calls:
+            return call_with(model, inputs, values or {})
     except _Enough:
         return None
 
@@ -115,29 +112,24 @@ CONVOLUTIONS: dict[Any, int] = {functional.conv1d: 1, functional.conv2d: 2, func
 BATCH_NORM = inspect.signature(functional.batch_norm)
 
 
-class _Watch(TorchFunctionMode):
+class _LayerCalls(FunctionInterceptor):
+    """Reports the calls of consumers and batch norms; see :func:`run_intercepted` for its arguments."""
+
     def __init__(
         self,
-        names: Mapping[int, str],
+        names: Names,
         on_consumer: OnConsumer | None,
         on_norm: OnNorm | None,
         batch_statistics: bool,
         stop_after: str | None,
         ahead: LookAheadNorms | None = None,
     ) -> None:
-        super().__init__()
-        self.names, self.on_consumer, self.on_norm = names, on_consumer, on_norm
+        super().__init__(names)
+        self.on_consumer, self.on_norm = on_consumer, on_norm
         self.batch_statistics, self.stop_after = batch_statistics, stop_after
         self.ahead = ahead
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.batch_norm:
             return self._batch_norm(*args, **kwargs)
         if func is functional.multi_head_attention_forward:
@@ -145,31 +137,29 @@ class _Watch(TorchFunctionMode):
                 return _ATTENTION(*args, **kwargs)
         out = func(*args, **kwargs)
         if func is functional.linear or func in CONVOLUTIONS:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            name = self.names.get(id(weight))
-            if name is not None:
-                if self.on_consumer:
-                    self.on_consumer(self._looking_ahead(consumer_call(func, name, out, *args, **kwargs)))
-                if name == self.stop_after:
-                    raise _Enough
+            _, weight = leading_arguments(args, kwargs, "input", "weight")
+            self._report(weight, lambda name: consumer_call(func, name, out, *args, **kwargs))
         elif func in _PRODUCTS and len(args) > _PRODUCTS[func][1] and not kwargs:
             x, weight = (args[place] for place in _PRODUCTS[func])
-            name = self.names.get(id(weight))
-            if name is not None:
-                if self.on_consumer:
-                    self.on_consumer(self._looking_ahead(ConsumerCall(name, "linear", x, out)))
-                if name == self.stop_after:
-                    raise _Enough
+            self._report(weight, lambda name: ConsumerCall(name, "linear", x, out))
         return out
 
-    def _looking_ahead(self, call: ConsumerCall) -> ConsumerCall:
-        return call if self.ahead is None else replace(call, fed=self.ahead.twin(call.x))
+    def _report(self, weight: Any, describe: Callable[[str], ConsumerCall]) -> None:
+        """Pass on the call of a consumer, if it is one on a named weight."""
+        name = self.name_of(weight)
+        if name is None:
+            return
+        if self.on_consumer:
+            call = describe(name)
+            self.on_consumer(call if self.ahead is None else replace(call, fed=self.ahead.twin(call.x)))
+        if name == self.stop_after:
+            raise _Enough
 
     def _batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         bound = BATCH_NORM.bind(*args, **kwargs)
         bound.apply_defaults()
         call = bound.arguments
-        mean_name, var_name = (self.names.get(id(call[key])) for key in ("running_mean", "running_var"))
+        mean_name, var_name = (self.name_of(call[key]) for key in ("running_mean", "running_var"))
         watched = self.on_norm if mean_name is not None and var_name is not None and not call["training"] else None
         if not self.batch_statistics or call["training"]:
             if watched:
@@ -223,7 +213,7 @@ def consumer_call(
     dilation: Any = 1,
     groups: int = 1,
 ) -> ConsumerCall:
-    """A call of a convolution or linear function, as its arguments tell; the weight is only looked at for its shape."""
+    """Describe the call of a convolution or linear function by its arguments. Of the weight, only the shape is used."""
     if func is functional.linear:
         return ConsumerCall(name, "linear", input, out)
     axes = CONVOLUTIONS[func]
@@ -244,7 +234,7 @@ def _each(value: Any, axes: int) -> tuple[int, ...]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, for a while: backward passes then stop at the inputs."""
+    """For a while, no parameter asks for a gradient, so that backward passes only go to the inputs."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)

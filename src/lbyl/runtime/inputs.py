@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lbyl.errors import InputError, LbylError
+from lbyl.errors import InputError, LbylError, first_line
 
 
 @dataclass(frozen=True)
@@ -113,5 +113,6 @@ def outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     except LbylError:
         raise
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the model does not run on the example inputs ({inputs.describe()}): {line}") from error
+        raise InputError(
+            f"the model does not run on the example inputs ({inputs.describe()}): {first_line(error)}"
+        ) from error

@@ -1,7 +1,7 @@
 """How long a model takes on this machine: as a whole, and in each of its layers.
 
-Time is read off hooks, which are gone afterwards; several models are measured in turns (A B A B ...), so that
-whatever slows the machine down meanwhile slows all of them alike.
+Hooks read the time, and are removed afterwards. Several models are measured in turns (A B A B ...): whatever slows the
+machine down meanwhile slows all of them alike.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -23,6 +23,7 @@ from lbyl.errors import InputError
 from lbyl.runtime.contexts import plain_attention, undisturbed
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs, outputs
+from lbyl.runtime.intercept import module_hooks
 from lbyl.runtime.macs import MacCounter
 from lbyl.runtime.progress import Progress
 
@@ -112,18 +113,6 @@ class Latency:
     macs: int
     device: str
     threads: int
-
-
-def measure_latency(
-    model: nn.Module,
-    inputs: ExampleInputs,
-    *,
-    runs: int = RUNS,
-    warm_up: int = WARM_UP,
-    progress: Progress | None = None,
-) -> Latency:
-    """Measure one model; see :func:`measure_latencies`."""
-    return measure_latencies((model,), inputs, runs=runs, warm_up=warm_up, progress=progress)[0]
 
 
 def measure_latencies(
@@ -239,42 +228,34 @@ def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> float:
 def _attributed(
     model: nn.Module, inputs: ExampleInputs, read: Callable[[], float]
 ) -> tuple[float, Mapping[str, float]]:
-    """By how much a reading (a clock, a counter) goes up in one run, and what of it each layer's own code does."""
+    """How much a clock or a counter goes up in one run, and which part of that is in each layer's own code."""
     spent: dict[str, float] = defaultdict(float)
-    with _watched(model, spent, read):
+    running: list[list[float]] = []  # what was read at the start, and what layers inside took
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        running.append([read(), 0.0])
+
+    def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        started, inside = running.pop()
+        taken = read() - started
+        spent[name] += taken - inside
+        if running:
+            running[-1][1] += taken
+
+    # Innermost, so that what the user's own hooks take is not the layer's.
+    with module_hooks(_layers_of(model), enter, leave, leave_first=True):
         started = read()
         outputs(model, inputs)
         return read() - started, dict(spent)
 
 
-@contextmanager
-def _watched(model: nn.Module, spent: dict[str, float], read: Callable[[], float]) -> Iterator[None]:
-    running: list[list[float]] = []  # what was read at the start, and what layers inside took
-
-    def enter(module: nn.Module, args: Any) -> None:
-        running.append([read(), 0.0])
-
-    def leaving(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            started, inside = running.pop()
-            taken = read() - started
-            spent[name] += taken - inside
-            if running:
-                running[-1][1] += taken
-
-        return leave
-
-    hooks = []
-    try:
-        for name, module in model.named_modules():
-            # What the model itself holds (a class token) can't be told from the rest.
-            if name and any(parameter is not None for parameter in module._parameters.values()):
-                hooks.append(module.register_forward_pre_hook(enter))
-                hooks.append(module.register_forward_hook(leaving(name), prepend=True, always_call=True))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold parameters; the model itself is none, as its class token can't be told from the rest."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and any(parameter is not None for parameter in module._parameters.values())
+    }
 
 
 def _macs(model: nn.Module, inputs: ExampleInputs) -> tuple[int, Mapping[str, float]]:

@@ -1,7 +1,7 @@
-"""Layer norms over channels of which some go: their mean and variance are those of the channels that stay.
+"""Layer norms over channels of which some are dropped: mean and variance are those of the channels that stay.
 
-No weight makes up for the zeros that a layer norm would meet in place of dropped channels. So the masked network that
-a cut is compared with takes its statistics without them, and gives zero where they were::
+Zeros in place of dropped channels would change the statistics of a layer norm, and no weight could make up for that.
+So the masked network that a cut is compared with leaves them out of the statistics, and returns zero in their place::
 
     y_k = gamma_k (x_k - mean_K) / sqrt(var_K + eps) + beta_k    for k in K
     y_d = 0                                                      for all others
@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
+
+from lbyl.runtime.intercept import FunctionInterceptor, Names
 
 NormMasks = Mapping[str, Bool[Tensor, " channels"]]
 """Which channels stay, by the names of the weights of the layer norms that are taken over them."""
@@ -73,7 +74,7 @@ _SHORT = (torch.layer_norm, torch.group_norm)
 """They also take whether cuDNN may be used, which is of no matter here."""
 
 
-class MaskedLayerNorms(TorchFunctionMode):
+class MaskedLayerNorms(FunctionInterceptor):
     """While it is on, layer norms on the named weights take their statistics over the channels that stay.
 
     Args:
@@ -81,23 +82,18 @@ class MaskedLayerNorms(TorchFunctionMode):
         names: the names of tensors by their ids; who replaces a tensor adds the new one.
     """
 
-    def __init__(self, kept: NormMasks, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self.kept, self.names = kept, names
+    def __init__(self, kept: NormMasks, names: Names) -> None:
+        super().__init__(names)
+        self.kept = kept
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        found = normalized(func, args, kwargs or {}, self.kept, self.names)
-        return func(*args, **(kwargs or {})) if found is None else found
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute the named layer norms anew; leave every other call alone."""
+        found = normalized(func, args, kwargs, self.kept, self.names)
+        return func(*args, **kwargs) if found is None else found
 
 
 def normalized(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kept: NormMasks, names: Mapping[int, str]
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kept: NormMasks, names: Names
 ) -> Tensor | None:
     """What a call gives with statistics over the channels that stay; None for all that is no such layer norm."""
     call = _bound(func, args, kwargs)
@@ -122,12 +118,12 @@ def _axis(call: Mapping[str, Any]) -> int:
     return 1 if "num_groups" in call else -1
 
 
-class LookAheadNorms(TorchFunctionMode):
-    """While the unpruned network runs, what layer norms will give once they are cut is carried along beside it.
+class LookAheadNorms(FunctionInterceptor):
+    """While the unpruned network runs, compute beside it what its layer norms will return once they are cut.
 
-    A layer norm over channels that partly go gives two values: its own, with which the network goes on, and a *twin*
-    in which the channels that stay are normalized by themselves; those that go are as they were. Operations
-    on a value that has a twin are done on both, until a consumer mixes the channels: what it makes is nobody's twin.
+    A layer norm over channels of which some are dropped returns two values. The network goes on with its own. In the
+    other, its *twin*, the channels that stay are normalized by themselves, and the dropped ones are unchanged.
+    Operations on a value that has a twin are done on both, until a consumer mixes the channels. Its output has no twin.
 
     Args:
         kept: which channels stay.
@@ -135,23 +131,17 @@ class LookAheadNorms(TorchFunctionMode):
         consumers: the names of the weights at which twins end.
     """
 
-    def __init__(self, kept: NormMasks, names: Mapping[int, str], consumers: Collection[str]) -> None:
-        super().__init__()
-        self.kept, self.names, self.consumers = kept, names, consumers
+    def __init__(self, kept: NormMasks, names: Names, consumers: Collection[str]) -> None:
+        super().__init__(names)
+        self.kept, self.consumers = kept, consumers
         self._twins: Any = WeakIdKeyDictionary()
 
     def twin(self, value: Tensor) -> Tensor | None:
         """What the cut network has in this value's place, at the channels that stay; None where that is the same."""
         return self._twins.get(value)
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the call, and make it on the twins of its arguments as well."""
         given = [item for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
         has_twin = any(item in self._twins for item in given)
         if not has_twin and func not in _CALLS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
@@ -9,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lbyl.errors import InputError
-from lbyl.runtime.contexts import plain_attention
+from lbyl.runtime.contexts import plain_attention, undisturbed
+from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, outputs
+from lbyl.runtime.intercept import OperatorInterceptor
 
 _FREE = {
     torch.ops.aten.adaptive_avg_pool2d,
@@ -31,15 +33,15 @@ _FREE = {
 """Operations without a multiplication that counts, which need not be taken apart to find out."""
 
 
-class MacCounter(TorchDispatchMode):
+class MacCounter(OperatorInterceptor):
     """Multiply-accumulates of convolutions, linear layers and matrix products, by PyTorch's own formulas.
 
     ``torch.utils.flop_counter.FlopCounterMode`` finds the same, but follows every module, which takes as long as a
     small model does.
 
     Args:
-        spare: layers and their norms return zeros, which takes a fraction of the time: for models whose program does
-            not depend on what they compute. Only what is run within `undivided` is spared.
+        spare: return zeros from layers and their norms instead of computing them, which takes a fraction of the time.
+            This is for models whose program does not depend on what they compute. It only works within `undivided`.
     """
 
     def __init__(self, spare: bool = False) -> None:
@@ -51,8 +53,8 @@ class MacCounter(TorchDispatchMode):
         """What has been counted so far."""
         return self._flops // 2
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the call and add what it costs."""
         if self._spare and (zeros := self._spared(func, args, kwargs)) is not None:
             return zeros
         formula = flop_registry.get(func._overloadpacket)
@@ -73,8 +75,18 @@ class MacCounter(TorchDispatchMode):
         x, weight = args[:2]
         zeros = x.new_zeros(shape)
         if func is not torch.ops.aten.batch_norm.default:
-            self._flops += 2 * zeros.numel() * weight[0].numel()
+            self._flops += 2 * layer_macs(zeros, weight[0].numel())
         return zeros
+
+
+def layer_macs(out: Tensor, products: int) -> int:
+    """Multiply-accumulates of one call of a convolution or linear layer, as PyTorch's own formulas count them.
+
+    Args:
+        out: what the layer returned.
+        products: how many products are summed up in one output: the weights in a filter.
+    """
+    return out.numel() * products
 
 
 def undivided() -> AbstractContextManager[Any]:
@@ -133,6 +145,30 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def macs_by_parameter(model: nn.Module, inputs: ExampleInputs, total: int) -> dict[str, float]:
+    """Multiply-accumulates by the name of the parameter that they are done with.
+
+    Args:
+        model: the network.
+        inputs: what it is called with.
+        total: the network's multiply-accumulates. What no parameter takes of them, such as attention scores, is
+            under the name "".
+    """
+    costs: dict[str, float] = defaultdict(float)
+    parameters = dict(model.named_parameters())
+
+    def on_consumer(call: ConsumerCall) -> None:
+        weight = parameters.get(call.weight)
+        if weight is not None:
+            products = call.x.shape[-1] if call.op == "linear" else weight[0].numel()
+            costs[call.weight] += layer_macs(call.out, products)
+
+    with undisturbed(model), torch.no_grad():
+        run_intercepted(model, inputs, on_consumer=on_consumer)
+    costs[""] = max(0.0, total - sum(costs.values()))
+    return dict(costs)
+
+
 def count_macs(model: nn.Module, inputs: ExampleInputs) -> int:
     """Multiply-accumulates of convolutions, linear layers and matrix products in one forward pass."""
     with plain_attention(), MacCounter() as counter:
@@ -141,7 +177,7 @@ def count_macs(model: nn.Module, inputs: ExampleInputs) -> int:
 
 
 def macs_by_shapes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """The same where the model can be traced, so that shapes tell it all: layers are computed only if they have to be.
+    """The same from the shapes alone, for models that can be traced. Layers are computed only if zeros won't do.
 
     Raises:
         InputError: the model does not run on inputs of these shapes.

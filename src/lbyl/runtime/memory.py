@@ -1,22 +1,21 @@
-"""What the activations of a network take of memory, and memory given back to the system."""
+"""How much memory the activations of a network take, and giving freed memory back to the system."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 import weakref
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lbyl.runtime.copying import tensors_of
-from lbyl.runtime.forward import CONVOLUTIONS, frozen, run
+from lbyl.runtime.forward import CONVOLUTIONS, frozen, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.intercept import FunctionInterceptor
 
 ROOM = 5 * 2**29
 """Bytes that activations may take, where nothing else is asked for."""
@@ -35,7 +34,7 @@ def _places(model: nn.Module) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors_of(model).values()}
 
 
-class _Held(TorchFunctionMode):
+class _Held(FunctionInterceptor):
     """Counts the bytes of all tensors that a network makes, from when each is made until nobody refers to it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,10 +43,8 @@ class _Held(TorchFunctionMode):
         self.owners: dict[int, int] = {}
         self.now = self.most = 0
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
                 self._made(leaf)
@@ -83,18 +80,17 @@ def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
     return _each(held.most, inputs)
 
 
-class InputsForgotten(TorchFunctionMode):
-    """Convolutions keep nothing of their inputs for a backward pass in which their weights get no gradient.
+class InputsForgotten(FunctionInterceptor):
+    """While it is on, convolutions whose weights need no gradient do not save their inputs for the backward pass.
 
-    Autograd keeps them all the same, about a third of all that it keeps. What comes back has the input's shape and
-    layout, which the gradient to the input needs, and any values.
+    Autograd saves them even so, and they are about a third of all that it saves. The backward pass gets a tensor with
+    the input's shape and layout, which the gradient to the input needs, and with arbitrary values.
     """
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the call; a convolution saves the shape of its input only."""
         if func not in CONVOLUTIONS or len(args) < 2 or args[1].requires_grad:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         # Neither of the two may refer to the input, or it would stay.
         place, shape = args[0].data_ptr(), args[0].shape
 
@@ -110,11 +106,11 @@ class InputsForgotten(TorchFunctionMode):
             return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
 
 def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """What a forward pass with batch statistics keeps for a backward pass to the inputs, in bytes a row of the batch.
+    """What a forward pass with batch statistics saves for a backward pass to the inputs, in bytes a row of the batch.
 
     Convolutions keep no inputs there; see :class:`InputsForgotten`.
     """
@@ -132,7 +128,7 @@ def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
     kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with frozen(model), torch.enable_grad(), kept, InputsForgotten():
         # What it gives is held until all is counted: freed memory would be used, and taken for what was there before.
-        given = run(model, asked, batch_statistics=True)
+        given = run_intercepted(model, asked, batch_statistics=True)
     del given
     return _each(sum(found.values()), inputs)
 

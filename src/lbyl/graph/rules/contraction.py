@@ -84,7 +84,7 @@ def matmul(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
         return mix(builder, node, a, b, None, dim=0)
     left, right = _operand(builder, a, b), _operand(builder, b, a)
     if left is None or right is None or left.dim() < 2 or right.dim() < 2:
-        return builder.barrier(node, args, f"matmul in {layer_name(node)!r} on an unknown value")
+        return builder.barrier(node, args, f"matmul in {layer_name(node)!r} on a value that the trace can't follow")
     rank = max(left.dim(), right.dim())
     lead = string.ascii_lowercase[: rank - 2]
     first, second = lead[rank - left.dim() :] + "XY", lead[rank - right.dim() :] + "YZ"
@@ -126,7 +126,7 @@ def attention(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
     parts = [builder.shadow(given[name]) for name in names[:3]]
     if any(part is None for part in parts):
-        return builder.barrier(node, args, f"attention in {layer_name(node)!r} on an unknown value")
+        return builder.barrier(node, args, f"attention in {layer_name(node)!r} on a value that the trace can't follow")
     q, k, v = (part for part in parts if part is not None)
     if kwargs.get("enable_gqa") and q.dim() > 2:
         k, v = (part.repeat_interleave(q.shape[-3] // part.shape[-3], -3) for part in (k, v))

@@ -41,7 +41,7 @@ def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     """y = f(x), element by element."""
     x = builder.shadow(args[0])
     if x is None:
-        return builder.barrier(node, args, f"{node.target} on an unknown value")
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     builder.step(small(x).reshape(-1), str(node.target).split(".")[1].rstrip("_"), layer_name(node))
     return x
 
@@ -57,7 +57,7 @@ def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     operands = [arg for arg in args if isinstance(arg, Tensor | ParameterRef)]
     shadows = [builder.shadow(operand) for operand in operands]
     if not shadows or any(shadow is None for shadow in shadows):
-        return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on an unknown value")
+        return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
     shape = output_shape(node)
     if name == "prelu" and isinstance(operands[1], ParameterRef):
         weight = shadows[1]

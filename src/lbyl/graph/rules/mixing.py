@@ -46,7 +46,7 @@ def linear(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
     if isinstance(x, ParameterRef) and (own := builder.shadow(x)) is not None:
         # A table that comes with the model (places, queries) is read like an input, so it keeps its columns.
-        builder.pin(small(own).reshape(-1), f"{x.name} is what {layer_name(node)!r} is called with")
+        builder.pin(small(own).reshape(-1), f"{x.name} is a parameter that {layer_name(node)!r} takes as its input")
         x = torch.full((), NOBODY).expand(x.shape)
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
         builder.computed.append(layer_name(node))

@@ -21,7 +21,7 @@ def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     """Apply the operation itself to the ids."""
     x = builder.shadow(args[0])
     if x is None:
-        return builder.barrier(node, args, f"{node.target} on an unknown value")
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     assert callable(node.target)
     return compact(node.target(x, *args[1:], **kwargs))
 
@@ -31,7 +31,7 @@ def reshape(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     """A new shape; ids that end up along one axis in some pattern are the index map of what reads them."""
     x = builder.shadow(args[0])
     if x is None:
-        return builder.barrier(node, args, f"{node.target} on an unknown value")
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     result = compact(x.reshape(output_shape(node)))
     if "channel_shuffle" in str(node.target):
         result = compact(torch.channel_shuffle(x, args[1]))
@@ -45,7 +45,7 @@ def repeat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     """Copies; the sizes may be spelled out."""
     x = builder.shadow(args[0])
     if x is None:
-        return builder.barrier(node, args, f"{node.target} on an unknown value")
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     assert callable(node.target)
     result = compact(node.target(x, *args[1:], **kwargs))
     builder.shaped(result, node)
@@ -57,7 +57,7 @@ def split(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     """Pieces along one axis; equal ones must stay equal."""
     x = builder.shadow(args[0])
     if x is None:
-        return builder.barrier(node, args, f"{node.target} on an unknown value")
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     assert callable(node.target)
     pieces = [compact(piece) for piece in node.target(x, *args[1:], **kwargs)]
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.dim()
@@ -75,7 +75,7 @@ def glu(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
     """a * sigmoid(b), a and b being the halves of one axis."""
     x, dim = builder.shadow(args[0]), args[1] if len(args) > 1 else kwargs.get("dim", -1)
     if x is None:
-        return builder.barrier(node, args, "glu on an unknown value")
+        return builder.barrier(node, args, "glu on a value that the trace can't follow")
     _keep_equal(builder, x, dim % x.dim(), 2)
     a, b = x.chunk(2, dim)
     builder.step(small(compact(a)).reshape(-1), "glu", layer_name(node))
@@ -87,7 +87,7 @@ def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     """A range of one axis; halves must stay equal, other bounds may be attributes of the module."""
     x = builder.shadow(args[0])
     if x is None:
-        return builder.barrier(node, args, f"{node.target} on an unknown value")
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     assert callable(node.target)
     result = compact(node.target(x, *args[1:], **kwargs))
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
@@ -114,10 +114,10 @@ def pick(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     """One index of an axis, which therefore must keep its size."""
     x = builder.shadow(args[0])
     if x is None:
-        return builder.barrier(node, args, f"{node.target} on an unknown value")
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     assert callable(node.target)
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    builder.fix(x, [dim], f"picked by index in {layer_name(node)!r}")
+    builder.fix(x, [dim], f"{layer_name(node)!r} picks one of them by its index")
     picked = node.target(x, *args[1:], **kwargs)
     return [compact(item) for item in picked] if isinstance(picked, (list, tuple)) else compact(picked)
 
@@ -139,7 +139,7 @@ def cat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
     """Concatenation: groups stay apart along its axis, and go together along every other one."""
     shadows = [shadow for item in args[0] if (shadow := builder.shadow(item)) is not None]
     if len(shadows) < len(args[0]):
-        return builder.barrier(node, args, f"{node.target} on an unknown value")
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     if "stack" in str(node.target):
         dim %= shadows[0].dim() + 1
@@ -172,7 +172,7 @@ def pad(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
     """Padding along axes that carry no channels; a padded channel axis has a hard-coded width."""
     x = args[0]
     if not isinstance(x, Tensor):
-        return builder.barrier(node, args, f"{node.target} on an unknown value")
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     x, shape = compact(builder.ids.find(x)), output_shape(node)
     changed = [d for d in range(x.dim()) if shape[d] != x.shape[d]]
     if any(varies(x, d) for d in changed):
@@ -187,7 +187,7 @@ def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     """Picking by indices that the trace does not know: along axes that carry no channels."""
     name, x = str(node.target).split(".")[1], builder.shadow(args[0])
     if x is None:
-        return builder.barrier(node, args, f"{name} on an unknown value")
+        return builder.barrier(node, args, f"{name} on a value that the trace can't follow")
     indices = args[1] if name == "index" else [*([None] * (args[1] % x.dim())), args[2]]
     picked = [d for d, item in enumerate(indices) if item is not None]
     x = compact(builder.ids.find(x))

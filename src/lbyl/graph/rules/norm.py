@@ -71,7 +71,7 @@ def _fixed(builder: Builder, node: fx.Node, args: tuple[Any, ...]) -> Any:
     """None of the channels that the statistics are over can go."""
     x, name = args[0], str(node.target).split(".")[1]
     if not isinstance(x, Tensor):
-        return builder.barrier(node, args, f"{name} on an unknown value")
+        return builder.barrier(node, args, f"{name} on a value that the trace can't follow")
     over = range(x.dim() - len(args[1]), x.dim())
     builder.fix(x, over, f"{name} {layer_name(node)!r} takes statistics over them")
     builder.step(small(x).reshape(-1), name, layer_name(node), parametric=True)

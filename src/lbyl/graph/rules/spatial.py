@@ -24,7 +24,7 @@ def pool(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     assert match is not None
     x = args[0]
     if not isinstance(x, Tensor):
-        return builder.barrier(node, args, f"{name} on an unknown value")
+        return builder.barrier(node, args, f"{name} on a value that the trace can't follow")
     x, shape = compact(builder.ids.find(x)), output_shape(node)
     spatial = range(x.dim() - int(match[1]), x.dim())
     if any(varies(x, d) for d in spatial):

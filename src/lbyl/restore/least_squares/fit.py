@@ -41,7 +41,7 @@ from lbyl.restore.least_squares.solve import (
 from lbyl.restore.least_squares.targets import Target, find_targets, masked, output_first
 from lbyl.runtime.batches import FEWEST, first_rows, in_parts
 from lbyl.runtime.copying import sharing_copy, tensors_of
-from lbyl.runtime.forward import ConsumerCall, OnConsumer, run
+from lbyl.runtime.forward import ConsumerCall, OnConsumer, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.layer_norms import NormMasks
 from lbyl.runtime.memory import give_back, held_at_once, held_bytes
@@ -194,7 +194,7 @@ class _Judge:
         moved = transplant(values, self.state, self.world)
         found = []
         for part in self.held_out:
-            found.append(output_tensors(run(self.model, part, values=moved, kept=kept)))
+            found.append(output_tensors(run_intercepted(self.model, part, values=moved, kept=kept)))
             give_back()
         if len({len(tensors) for tensors in found}) > 1 or not all(t.dim() for tensors in found for t in tensors):
             return list(chain.from_iterable(found))
@@ -375,7 +375,7 @@ def _collect(
     for number, batch in enumerate(probes.batches):
         # Of the others, statistics are all that is asked for.
         observer = Observer(norms if number in shown else (), positions) if watch else None
-        run(
+        run_intercepted(
             problem.model,
             batch,
             on_consumer=_collecting(taken, findings.state, observer),
@@ -449,5 +449,5 @@ def measure(
 
     with torch.no_grad():
         for batch in probes.batches if sums else ():
-            run(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
+            run_intercepted(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
     return {name: reading for name, item in sums.items() if (reading := item.reading())}

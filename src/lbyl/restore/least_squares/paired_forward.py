@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lbyl.restore.least_squares.recalibrate import Statistics, expected_shift, variance_change
 from lbyl.runtime.batches import join, layout
-from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import BATCH_NORM, CONVOLUTIONS, ConsumerCall, consumer_call
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.intercept import FunctionInterceptor, names_by_id
 from lbyl.runtime.seeding import generator_for, sample_positions
 
 _FAINT = 1e-3
@@ -104,12 +104,12 @@ def run_paired(
     Raises:
         NotPairable: the probes differ in shape, or the network does what can't be done for two at once.
     """
-    watch = _PairedForward(model, batches, consumers, values, solve, batch_statistics, renorm)
+    both = _PairedForward(model, batches, consumers, values, solve, batch_statistics, renorm)
     whole = _joined(batches)
-    with watch:
+    with both:
         whole.call(model)
-    watch.settle_rest()
-    return PairedPass(watch.original, watch.cut, tuple(watch.made_up), watch.missing)
+    both.settle_rest()
+    return PairedPass(both.original, both.cut, tuple(both.made_up), both.missing)
 
 
 def _joined(batches: Sequence[ExampleInputs]) -> ExampleInputs:
@@ -154,13 +154,64 @@ class _Pending:
         return self.normed[0] if self.normed else self.out
 
 
+@dataclass(frozen=True)
+class _NormCall:
+    """A call of a batch norm.
+
+    Attributes:
+        x: its input in both networks.
+        weight: gamma.
+        bias: beta.
+        eps: added to the variance.
+        running: its running mean and variance.
+        names: the names of these two.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    running: tuple[Tensor, Tensor]
+    names: tuple[str, str]
+
+    def normalize(self, part: Tensor, mean: Tensor, var: Tensor, into: Tensor) -> None:
+        """Normalize a part of the input with these statistics."""
+        mean, var = mean.to(self.x.dtype), var.to(self.x.dtype)
+        into.copy_(functional.batch_norm(part, mean, var, self.weight, self.bias, False, 0.0, self.eps))
+
+
+@dataclass(frozen=True)
+class _Normed:
+    """A batch norm that has run in the original network.
+
+    Attributes:
+        call: how it was called.
+        original: its input in the original network.
+        out: its output in both networks.
+        sizes: how many rows share their statistics: those of a batch, or all.
+        used: mean and variance that it normalized with, part by part.
+        measured: mean and variance of its input, part by part; the running ones where nobody needs them.
+        item: the consumer before it, where that is pending.
+    """
+
+    call: _NormCall
+    original: Tensor
+    out: Tensor
+    sizes: Sequence[int]
+    used: Sequence[tuple[Tensor, Tensor]]
+    measured: Sequence[tuple[Tensor, Tensor]]
+    item: _Pending | None
+
+
 # ``x + y`` and ``x += y`` come as methods.
 _ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__)
 _ASKING = ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size")
 _ASKED = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_sparse", "is_mkldnn")
 
 
-class _PairedForward(TorchFunctionMode):
+class _PairedForward(FunctionInterceptor):
+    """Makes each call for both networks; see :func:`run_paired` for its arguments."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -171,7 +222,7 @@ class _PairedForward(TorchFunctionMode):
         batch_statistics: bool,
         renorm: bool,
     ) -> None:
-        self.names = {id(tensor): name for name, tensor in tensors_of(model).items()}
+        super().__init__(names_by_id(model))
         self.sizes = [len(batch.tensors()[0]) for batch in batches]
         self.half = sum(self.sizes)
         self.consumers, self.values, self.solve = set(consumers), values, solve
@@ -182,14 +233,8 @@ class _PairedForward(TorchFunctionMode):
         self.made_up: list[str] = []
         self.missing: dict[str, Tensor] = {}
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the call for both networks at once, or once for each where their weights differ."""
         if _only_asks(func):
             return func(*args, **kwargs)
         if func is functional.batch_norm:
@@ -203,7 +248,7 @@ class _PairedForward(TorchFunctionMode):
         if func is functional.linear or func in CONVOLUTIONS:
             return self._read(func, *args, **kwargs)
         for tensor in tensors:
-            name = self.names.get(id(tensor))
+            name = self.name_of(tensor)
             if name in self.values:
                 raise NotPairable(f"{name} is used by {getattr(func, '__name__', func)}, not by its layer alone")
         return func(*args, **kwargs)
@@ -236,7 +281,7 @@ class _PairedForward(TorchFunctionMode):
 
     def _now(self, tensor: Tensor | None) -> Tensor | None:
         """A tensor as the cut network has it."""
-        return None if tensor is None else self.values.get(self.names.get(id(tensor), ""), tensor)
+        return None if tensor is None else self.values.get(self.name_of(tensor) or "", tensor)
 
     # -- consumers ---------------------------------------------------------------------------------------
 
@@ -246,7 +291,7 @@ class _PairedForward(TorchFunctionMode):
         def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
             return func(x, weight, bias, *args, **kwargs)
 
-        name = self.names.get(id(weight), "")
+        name = self.name_of(weight) or ""
         new_weight, new_bias = self._now(weight), self._now(bias)
         waits = name in self.consumers
         if not waits and new_weight is weight and new_bias is bias:
@@ -278,7 +323,7 @@ class _PairedForward(TorchFunctionMode):
         outs = self._halves(item.out)[0].split(self.sizes)
         wanted = list(outs)
         if other is not None and tensor is item.last:
-            # Submodule by part into one tensor: each of these is as large as any in the network.
+            # Part by part into one tensor: each of these is as large as any in the network.
             item.wanted = torch.empty_like(self._halves(item.out)[0])
             wanted = list(item.wanted.split(self.sizes))
             lost = zip(*(half.split(self.sizes) for half in self._halves(other)), strict=True)
@@ -326,70 +371,82 @@ class _PairedForward(TorchFunctionMode):
     # -- batch norms -----------------------------------------------------------------------------------
 
     def _batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        call = self._norm_call(*args, **kwargs)
+        item = self.pending.get(id(call.x))
+        if item and item.normed:
+            self._settle(call.x)
+            item = None
+        original, cut = self._halves(call.x)
+        normed = self._normalize_original(call, original, item)
+        if item is None:
+            self._normalize_cut(normed, cut)
+            return normed.out
+        scale = torch.ones_like(call.running[1]) if call.weight is None else call.weight
+        gains = [scale / (var + call.eps).sqrt() for _, var in normed.used]
+        item.gains = gains if len(gains) == len(self.sizes) else gains * len(self.sizes)
+        item.normed = normed.out, partial(self._normalize_cut, normed)
+        self.pending[id(normed.out)] = item
+        return normed.out
+
+    def _norm_call(self, *args: Any, **kwargs: Any) -> _NormCall:
         bound = BATCH_NORM.bind(*args, **kwargs)
         bound.apply_defaults()
         call = bound.arguments
-        x, weight, bias, eps = (call[key] for key in ("input", "weight", "bias", "eps"))
-        old = call["running_mean"], call["running_var"]
-        names = self.names.get(id(old[0])), self.names.get(id(old[1]))
-        if call["training"] or None in names:
+        running = call["running_mean"], call["running_var"]
+        mean_name, var_name = (self.name_of(tensor) for tensor in running)
+        if call["training"] or mean_name is None or var_name is None:
             raise NotPairable("a batch norm normalizes with the statistics of its batch")
-        if any(self._now(t) is not t for t in (weight, bias)):
-            raise NotPairable(f"weight or bias of the batch norm at {names[0]} were changed")
-        item = self.pending.get(id(x))
-        if item and item.normed:
-            self._settle(x)
-            item = None
-        original, cut = self._halves(x)
+        if any(self._now(t) is not t for t in (call["weight"], call["bias"])):
+            raise NotPairable(f"weight or bias of the batch norm at {mean_name} were changed")
+        return _NormCall(call["input"], call["weight"], call["bias"], call["eps"], running, (mean_name, var_name))
+
+    def _normalize_original(self, call: _NormCall, original: Tensor, item: _Pending | None) -> _Normed:
+        """Normalize the original network's half; the other one is not yet filled in."""
         # Running statistics hold for all probes, a batch's own for that batch.
         sizes = self.sizes if self.batch_statistics else [self.half]
-        out, measured = torch.empty_like(x), []
-
-        def normalize(part: Tensor, mean: Tensor, var: Tensor, into: Tensor) -> None:
-            into.copy_(functional.batch_norm(part, mean.to(x.dtype), var.to(x.dtype), weight, bias, False, 0.0, eps))
-
+        out, measured = torch.empty_like(call.x), []
         for part, into in zip(original.split(sizes), out[: self.half].split(sizes), strict=True):
             if not self.batch_statistics:
-                normalize(part, *old, into)
+                call.normalize(part, *call.running, into)
             if self.batch_statistics or self.renorm:
-                normed, mean, var = _own(part, weight, bias, eps)
+                own, mean, var = _own(part, call.weight, call.bias, call.eps)
                 measured.append((mean, var))
                 if self.batch_statistics:
-                    into.copy_(normed)
+                    into.copy_(own)
             else:
-                measured.append(old)
-        base = measured if self.batch_statistics else [old]
+                measured.append(call.running)
+        used = measured if self.batch_statistics else [call.running]
+        return _Normed(call, original, out, sizes, used, measured, item)
 
-        def follow(z: Tensor) -> None:
-            shift = self._now(old[0]) - old[0]  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
-            used = []
-            for part, place, (mean, var), (own_mean, own_var) in zip(
-                z.split(sizes), out[self.half :].split(sizes), base, measured, strict=True
-            ):
-                new_mean, new_var = mean + shift, var
-                if self.renorm:
-                    _, cut_mean, cut_var = _own(part, weight, bias, eps)
-                    alive, ratio = variance_change(own_var, cut_var, old[1])
-                    new_var = torch.where(alive, var * ratio, var)
-                    if item is None:
-                        new_mean = torch.where(alive, mean + (cut_mean - own_mean), new_mean)
-                normalize(part, new_mean, new_var, place)
-                used.append((new_mean, new_var))
-            if self.batch_statistics and (item or self.renorm):
-                asked = original if item is None or item.wanted is None else item.wanted
-                gap = old[0].double() - _mean(measured)[0]
-                self.missing[str(names[0])] = _beyond_probes(original, asked, z, gap)
-            self.original[names], self.cut[names] = _mean(base), _mean(used)  # pyright: ignore[reportArgumentType]
-
-        if item is None:
-            follow(cut)
-            return out
-        scale = torch.ones_like(old[1]) if weight is None else weight
-        gains = [scale / (var + eps).sqrt() for _, var in base]
-        item.gains = gains if len(gains) == len(self.sizes) else gains * len(self.sizes)
-        item.normed = out, follow
-        self.pending[id(out)] = item
-        return out
+    def _normalize_cut(self, normed: _Normed, cut: Tensor) -> None:
+        """Fill in the cut network's half of what a batch norm gives, now that its input there is known."""
+        call, item = normed.call, normed.item
+        mean_name, var_name = call.names
+        new_running_mean = self._now(call.running[0])
+        assert new_running_mean is not None
+        shift = new_running_mean - call.running[0]
+        used = []
+        for part, place, (mean, var), (own_mean, own_var) in zip(
+            cut.split(normed.sizes),
+            normed.out[self.half :].split(normed.sizes),
+            normed.used,
+            normed.measured,
+            strict=True,
+        ):
+            new_mean, new_var = mean + shift, var
+            if self.renorm:
+                _, cut_mean, cut_var = _own(part, call.weight, call.bias, call.eps)
+                alive, ratio = variance_change(own_var, cut_var, call.running[1])
+                new_var = torch.where(alive, var * ratio, var)
+                if item is None:
+                    new_mean = torch.where(alive, mean + (cut_mean - own_mean), new_mean)
+            call.normalize(part, new_mean, new_var, place)
+            used.append((new_mean, new_var))
+        if self.batch_statistics and (item or self.renorm):
+            asked = normed.original if item is None or item.wanted is None else item.wanted
+            gap = call.running[0].double() - _mean(normed.measured)[0]
+            self.missing[mean_name] = _beyond_probes(normed.original, asked, cut, gap)
+        self.original[mean_name, var_name], self.cut[mean_name, var_name] = _mean(normed.used), _mean(used)
 
 
 def _own(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lbyl.runtime.forward import ConsumerCall, run
+from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.layer_norms import NormMasks
 from lbyl.runtime.memory import give_back
@@ -152,7 +152,7 @@ def averaged(looks: Sequence[Look]) -> Statistics:
 
 
 class Observer:
-    """Takes a look while a network runs: :func:`lbyl.runtime.forward.run` is given its two methods.
+    """Takes a look while a network runs: :func:`lbyl.runtime.forward.run_intercepted` is given its two methods.
 
     Args:
         consumers: those whose outputs are noted.
@@ -193,10 +193,12 @@ def look(
 ) -> Look:
     """Run a batch with batch statistics; note every batch norm's input, and some outputs of some consumers.
 
-    ``kept`` tells which channels stay at layer norms, as in :func:`lbyl.runtime.forward.run`.
+    ``kept`` tells which channels stay at layer norms, as in :func:`lbyl.runtime.forward.run_intercepted`.
     """
     observer = Observer(consumers, positions)
     on_norm, on_consumer = observer.on_norm, observer.on_consumer
-    run(model, batch, values=values, on_norm=on_norm, on_consumer=on_consumer, batch_statistics=True, kept=kept)
+    run_intercepted(
+        model, batch, values=values, on_norm=on_norm, on_consumer=on_consumer, batch_statistics=True, kept=kept
+    )
     give_back()
     return observer.look()

@@ -1,0 +1,307 @@
+"""The options that `compress` and `sweep` share: each is declared once, as a field of :class:`Settings`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from lbyl.cli.names import check_name, is_factory, name_option
+from lbyl.cli.options import Inputs, NoPretrained, Seed, Strict, Submodule, Weights
+from lbyl.cli.texts import check_multiple, parse_divisors, parse_numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lbyl.budget.budget import Budget
+    from lbyl.restore.least_squares.restorer import LeastSquares
+
+BUDGET = "Budget"
+FITTING = "Least squares"
+
+
+class Scope(str, Enum):
+    """Which groups lose channels."""
+
+    inner = "inner"
+    all = "all"
+
+
+class Solve(str, Enum):
+    """What least squares solves for."""
+
+    mix = "mix"
+    patch = "patch"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a compression, as they were given. Their order is the order in help."""
+
+    round_to: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            callback=check_multiple,
+            help="Each group keeps a multiple of this number of channels.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = "1"
+    min_keep: Annotated[
+        int, typer.Option(min=1, help="Each group keeps at least so many channels.", rich_help_panel=BUDGET)
+    ] = 1
+    max_ratio: Annotated[
+        float,
+        typer.Option(min=0, max=0.999, help="No group loses a larger share of its channels.", rich_help_panel=BUDGET),
+    ] = 0.9
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Groups and layers that stay whole.", rich_help_panel=BUDGET),
+    ] = None
+    scope: Annotated[
+        Scope,
+        typer.Option(help="inner: groups that no residual sum or layer norm couples; all: every prunable group."),
+    ] = Scope.inner
+    criterion: Annotated[str, name_option("criterion", "How channels are scored. The lowest scores go first.")] = "l2"
+    restore: Annotated[
+        str,
+        name_option(
+            "restorer", "How the kept channels make up for the dropped ones. auto: the best way that this model allows."
+        ),
+    ] = "auto"
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE|FILE.py",
+            help="Import this module of yours first. Names that it registers with lbyl.register can then be used. "
+            "Repeat it for several. A module is code: it is run.",
+        ),
+    ] = None
+    moments: Annotated[
+        str | None,
+        name_option(
+            "moments",
+            "Where second moments come from: the weights, Gaussian theory, noise images, photographs, dreamed images, "
+            "or your own images (--data).",
+            FITTING,
+        ),
+    ] = None
+    solve: Annotated[
+        Solve | None,
+        typer.Option(
+            help="mix: one number for each pair of channels; patch: the consumer's whole kernel.",
+            rich_help_panel=FITTING,
+        ),
+    ] = None
+    ridge: Annotated[
+        float | None,
+        typer.Option(min=0, help="Penalty, relative to the moments' mean diagonal.", rich_help_panel=FITTING),
+    ] = None
+    no_renorm: Annotated[
+        bool,
+        typer.Option("--no-renorm", help="Do not recalibrate batch-norm statistics.", rich_help_panel=FITTING),
+    ] = False
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--no-sequential",
+            help="Solve consumers one after another, each on what the network with the earlier ones solved gives it. "
+            "Default: whichever has the lower error on held-out probes.",
+            show_default=False,
+            rich_help_panel=FITTING,
+        ),
+    ] = None
+    no_photographs: Annotated[
+        bool,
+        typer.Option(
+            "--no-photographs",
+            help="Do not add crops of the photographs that come with lbyl to dreamed images.",
+            rich_help_panel=FITTING,
+        ),
+    ] = False
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB",
+            min=0.001,
+            help="Gibibytes that activations may take while dreaming and solving. Default: 2.5.",
+            show_default=False,
+            rich_help_panel=FITTING,
+        ),
+    ] = None
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Take moments from the images in this folder and its subfolders. They are preprocessed as the model "
+            "expects. No labels are needed.",
+            rich_help_panel=FITTING,
+        ),
+    ] = None
+    mean: Annotated[
+        Any,
+        typer.Option(
+            metavar="M[,M,M]",
+            parser=parse_numbers,
+            help="Subtracted from the pixels of --data, which are 0 to 1. "
+            "Default: the numbers of timm or torchvision for this model, else ImageNet's.",
+            show_default=False,
+            rich_help_panel=FITTING,
+        ),
+    ] = None
+    std: Annotated[
+        Any,
+        typer.Option(
+            metavar="S[,S,S]",
+            parser=parse_divisors,
+            help="The pixels are then divided by these numbers.",
+            show_default=False,
+            rich_help_panel=FITTING,
+        ),
+    ] = None
+    weights: Weights = None
+    input: Inputs = None
+    seed: Seed = 0
+    no_verify: Annotated[
+        bool,
+        typer.Option("--no-verify", help="Do not compare the cut network with the masked one (for huge models)."),
+    ] = False
+    no_pretrained: NoPretrained = False
+    submodule: Submodule = None
+    strict: Strict = False
+
+    def check(self, source: str) -> None:
+        """Names that nobody knows and options that contradict each other are usage errors."""
+        # A plugin and the module of a factory may register names. Where there is neither, no time is spent.
+        if not self.plugin and not is_factory(source):
+            self.check_names()
+        given = self._of_least_squares()
+        if given and self.restore != "auto":
+            raise typer.BadParameter(
+                f"{given[0]} is for least squares; leave out either it or --restore {self.restore}"
+            )
+        self._check_data(given)
+        self._check_moments()
+
+    def check_names(self) -> None:
+        """A usage error where a name is not known."""
+        check_name("--criterion", "criterion", self.criterion)
+        check_name("--restore", "restorer", self.restore)
+        if self.moments is not None:
+            check_name("--moments", "moments", self.moments)
+
+    def _of_least_squares(self) -> list[str]:
+        """The options of least squares that were given."""
+        values = {
+            "--moments": self.moments,
+            "--solve": self.solve,
+            "--ridge": self.ridge,
+            "--no-renorm": self.no_renorm or None,
+            "--data": self.data,
+            "--mean": self.mean,
+            "--std": self.std,
+            "--sequential" if self.sequential else "--no-sequential": self.sequential,
+            "--no-photographs": self.no_photographs or None,
+            "--memory": self.memory,
+        }
+        return [option for option, value in values.items() if value is not None]
+
+    def _check_data(self, given: list[str]) -> None:
+        if self.data is None:
+            for option in ("--mean", "--std"):
+                if option in given:
+                    raise typer.BadParameter(f"{option} is for images; pass them with --data FOLDER")
+            if self.moments == "data":
+                raise typer.BadParameter("--moments data needs images; pass them with --data FOLDER")
+        elif self.moments not in (None, "data"):
+            raise typer.BadParameter(f"leave out either --data or --moments {self.moments}")
+
+    def _check_moments(self) -> None:
+        if self.no_photographs and (self.data or self.moments not in (None, "dream")):
+            raise typer.BadParameter("--no-photographs is for dreams; leave out --data, or pass --moments dream")
+        if self.moments in ("weights", "gaussian"):
+            if self.solve is Solve.patch:
+                raise typer.BadParameter(f"--moments {self.moments} says nothing about patches; pass --solve mix")
+            if self.sequential:
+                raise typer.BadParameter(f"--moments {self.moments} runs no network; leave out --sequential")
+
+    def budget(self, name: str, amount: float) -> Budget:
+        """The budget that limits one cost to an amount."""
+        from lbyl.budget.budget import Budget
+
+        return Budget(
+            **{name: amount},  # pyright: ignore[reportArgumentType]
+            round_to=self.round_to if self.round_to == "auto" else int(self.round_to),
+            min_keep=self.min_keep,
+            max_ratio=self.max_ratio,
+            exclude=tuple(self.exclude or ()),
+        )
+
+    def restorer(self, batches: list[Tensor] | None, model: nn.Module) -> str | LeastSquares | None:
+        """The restorer that was asked for, or None where the library is to choose one by itself.
+
+        Options of least squares change the restorer that the library chooses for this model.
+        """
+        if self.restore != "auto":
+            return self.restore
+        from lbyl.moments import Data, Dream
+        from lbyl.restore.registry import choose_restorer
+        from lbyl.runtime.registry import find
+
+        changes: dict[str, Any] = {}
+        if batches:
+            changes["moments"] = Data(batches, batches=len(batches))
+        elif self.no_photographs:
+            changes["moments"] = Dream(photographs=False)
+        elif self.moments:
+            changes["moments"] = find("moments", self.moments)()
+        if self.solve:
+            changes["solve"] = self.solve.value
+        if self.ridge is not None:
+            changes["ridge"] = self.ridge
+        if self.no_renorm:
+            changes["renorm"] = False
+        if self.sequential is not None:
+            changes["sequential"] = self.sequential
+        if self.memory is not None:
+            changes["memory"] = round(self.memory * 2**30)
+        if not changes:
+            return None
+        restorer = replace(choose_restorer(model)[0], **changes)
+        if isinstance(restorer.moments, Dream):
+            return replace(restorer, moments=replace(restorer.moments, memory=restorer.memory))
+        return restorer
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of :class:`Settings`, in place of its parameter of that type."""
+    own = get_type_hints(command, include_extras=True)
+    shared = get_type_hints(Settings, include_extras=True)
+    shared_names = [field.name for field in fields(Settings)]
+    parameters: list[inspect.Parameter] = []
+    (place,) = (name for name, hint in own.items() if hint is Settings)
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == place:
+            parameters += [_parameter(field.name, field.default, shared[field.name]) for field in fields(Settings)]
+        else:
+            parameters.append(_parameter(parameter.name, parameter.default, own[parameter.name]))
+
+    @wraps(command)
+    def with_options(**options: Any) -> None:
+        settings = Settings(**{name: options.pop(name) for name in shared_names})
+        command(**options, **{place: settings})
+
+    # Typer reads these two.
+    with_options.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
+
+
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -1,0 +1,153 @@
+"""How the texts of options are read. A text that can't be read is a usage error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import typer
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape and dtype of one positional input, as ``--input`` spells them.
+
+    >>> InputSpec.parse("1x3x224x224")
+    InputSpec(shape=(1, 3, 224, 224), dtype='float32')
+    >>> InputSpec.parse("int64:1x128")
+    InputSpec(shape=(1, 128), dtype='int64')
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @staticmethod
+    def parse(text: str) -> InputSpec:
+        """Read ``1x3x224x224`` or ``int64:1x128``; anything else is a usage error."""
+        dtype, separator, sizes = text.rpartition(":")
+        dtype = dtype if separator else "float32"
+        if dtype not in _DTYPES:
+            raise typer.BadParameter(f"{text!r}: {dtype!r} is no dtype; write one of {', '.join(_DTYPES)}")
+        try:
+            shape = tuple(int(size) for size in sizes.split("x"))
+        except ValueError:
+            shape = (0,)
+        if min(shape) < 1:
+            raise typer.BadParameter(f"{text!r} is no shape; write sizes such as 1x3x224x224 or int64:1x128")
+        return InputSpec(shape, dtype)
+
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
+
+
+def check_inputs(texts: list[str] | None) -> list[str] | None:
+    """The texts, each of which must be the shape of an input."""
+    for text in texts or []:
+        InputSpec.parse(text)
+    return texts
+
+
+def parse_ratio(texts: list[str]) -> float | dict[str, float]:
+    """One number for every group, or ``GLOB=R`` as often as needed; a number among globs stands for ``*``.
+
+    >>> parse_ratio(["0.3"])
+    0.3
+    >>> parse_ratio(["0.3", "layer4.*=0.5", "fc=0"])
+    {'*': 0.3, 'layer4.*': 0.5, 'fc': 0.0}
+    """
+    ratios: dict[str, float] = {}
+    for text in texts:
+        pattern, _, number = text.rpartition("=")
+        pattern = pattern or "*"
+        try:
+            share = float(number)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r}: {number!r} is no number; write 0.3 or 'layer4.*=0.3'") from None
+        if not 0 <= share < 1:
+            raise typer.BadParameter(f"{text!r}: the share of channels to drop must be at least 0 and below 1")
+        if pattern in ratios:
+            raise typer.BadParameter(f"two ratios for {pattern!r}")
+        ratios[pattern] = share
+    return ratios["*"] if list(ratios) == ["*"] else ratios
+
+
+def check_ratios(texts: list[str] | None) -> list[str] | None:
+    """The texts, which must be ratios."""
+    if texts:
+        parse_ratio(texts)
+    return texts
+
+
+def parse_budget(text: str) -> tuple[str, float]:
+    """What is limited, and to how much.
+
+    >>> parse_budget("macs=0.5")
+    ('macs', 0.5)
+    """
+    name, _, number = text.partition("=")
+    try:
+        if name not in ("macs", "params", "size_mb", "latency"):
+            raise ValueError
+        return name, float(number)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: write macs=0.5, params=0.5, latency=0.5 or size_mb=10") from None
+
+
+def check_budget(text: str | None) -> str | None:
+    """The text, which must be a budget."""
+    if text is not None:
+        parse_budget(text)
+    return text
+
+
+def parse_budgets(texts: list[str]) -> list[tuple[str, float]]:
+    """What is limited, and to how much, amount by amount.
+
+    >>> parse_budgets(["macs=0.9,0.8", "params=0.5"])
+    [('macs', 0.9), ('macs', 0.8), ('params', 0.5)]
+    """
+    found: list[tuple[str, float]] = []
+    for text in texts:
+        name, _, amounts = text.partition("=")
+        for amount in amounts.split(","):
+            budget = parse_budget(f"{name}={amount}")
+            if budget in found:
+                raise typer.BadParameter(f"{name}={amount} is given twice")
+            found.append(budget)
+    return found
+
+
+def check_budgets(texts: list[str]) -> list[str]:
+    """The texts, which must be budgets."""
+    parse_budgets(texts)
+    return texts
+
+
+def check_multiple(text: str) -> str:
+    """The text, which must be a positive whole number or auto."""
+    if text != "auto" and not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise typer.BadParameter(f"{text!r}: write a whole number from 1, or auto")
+    return text
+
+
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them: one for all color channels, or one for each.
+
+    >>> parse_numbers("0.485,0.456,0.406")
+    (0.485, 0.456, 0.406)
+    """
+    try:
+        numbers = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise typer.BadParameter(f"{text!r}: write numbers such as 0.5 or 0.485,0.456,0.406")
+    return numbers
+
+
+def parse_divisors(text: str) -> tuple[float, ...]:
+    """Numbers that pixels are divided by."""
+    numbers = parse_numbers(text)
+    if min(numbers) <= 0:
+        raise typer.BadParameter(f"{text!r}: pixels are divided by these numbers; they must be above 0")
+    return numbers

@@ -1,0 +1,280 @@
+"""The end of a trace: what the rules have found out becomes a frozen :class:`lbyl.graph.types.Graph`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from lbyl.graph.builder import Builder, ProducerRecord
+from lbyl.graph.types import NOT_OURS, Average, Consumer, Graph, Group, LayerNorm, Producer, Size, Slot, Step
+from lbyl.graph.union_find import NOBODY, compact, small, varies
+
+
+def freeze(builder: Builder) -> Graph:
+    """The channel graph of a program that the rules have walked through."""
+    channels = _Channels(builder)
+    _add_slots(builder, channels)
+    sizes, broken = _shapes(builder, channels)
+    for ids, why in [*builder.pins, *_fixed(builder), *broken]:
+        for draft in channels.drafts_with(ids):
+            draft.exclude(why)
+    _add_operations(builder, channels)
+    _add_averages(builder, channels)
+    _add_layer_norms(builder, channels)
+    names: set[str] = set()
+    return Graph(
+        tuple(_group(builder, channels, draft, names) for draft in channels.drafts),
+        tuple(_consumers(builder, channels)),
+        tuple(dict.fromkeys(builder.barriers)),
+        sizes,
+        tuple(dict.fromkeys(builder.computed)),
+    )
+
+
+@dataclass
+class _Draft:
+    """A group in the making; see :class:`lbyl.graph.types.Group`.
+
+    ``equal`` holds representatives of channels that are split into so many blocks of equal size.
+    """
+
+    index: int
+    width: int
+    producers: Sequence[ProducerRecord]
+    carriers: list[Slot] = field(default_factory=list)
+    consumers: list[Slot] = field(default_factory=list)
+    coupled: bool = False
+    steps: list[Step] = field(default_factory=list)
+    averages: list[Average] = field(default_factory=list)
+    layer_norms: list[LayerNorm] = field(default_factory=list)
+    equal: list[tuple[Tensor, int]] = field(default_factory=list)
+    reason: str | None = None
+
+    def exclude(self, reason: str) -> None:
+        """Say why the group can't be pruned; the first reason stays."""
+        self.reason = self.reason or reason
+
+
+class _Channels:
+    """Which group each id belongs to, and which of its channels it is.
+
+    Two tensors have an entry for each id that stands for a class: ``group_of`` and ``channel_of``, where
+    ``NOT_OURS`` means that no layer makes it.
+    """
+
+    def __init__(self, builder: Builder) -> None:
+        self.find = builder.ids.find
+        self.group_of = torch.full((len(builder.ids),), NOT_OURS, dtype=torch.int64)
+        self.channel_of = torch.full((len(builder.ids),), NOT_OURS, dtype=torch.int64)
+        self.drafts: list[_Draft] = []
+        for index, records in enumerate(_link_producers(builder)):
+            roots = _distinct(self.find(torch.cat([record.ids for record in records])))
+            self.group_of[roots] = index
+            self.channel_of[roots] = torch.arange(len(roots))
+            self.drafts.append(_Draft(index, len(roots), records))
+
+    def drafts_with(self, ids: Tensor) -> list[_Draft]:
+        """The groups that some of these ids belong to."""
+        found = set(self.group_of.take(self.find(ids).reshape(-1)).tolist()) - {NOT_OURS}
+        return [self.drafts[index] for index in sorted(found)]
+
+    def columns(self, ids: Tensor) -> tuple[tuple[int, int], ...]:
+        """The group and the channel of each id."""
+        roots = self.find(ids)
+        return tuple(zip(self.group_of[roots].tolist(), self.channel_of[roots].tolist(), strict=True))
+
+
+# -- what the rules have found out, group by group --------------------------------------------------------
+
+
+def _add_slots(builder: Builder, channels: _Channels) -> None:
+    for record in builder.slots.values():
+        roots = channels.find(record.ids)
+        owners, places = channels.group_of[roots], channels.channel_of[roots]
+        alone = bool((owners == owners[:1]).all())  # as a rule
+        for index in sorted(set(owners[: 1 if alone else None].tolist()) - {NOT_OURS}):
+            carried = places if alone else torch.where(owners == index, places, NOT_OURS)
+            slot = Slot(record.parameter, record.dim, tuple(carried.tolist()), record.blocks)
+            draft = channels.drafts[index]
+            (draft.consumers if record.role == "consumer" else draft.carriers).append(slot)
+
+
+def _add_operations(builder: Builder, channels: _Channels) -> None:
+    for ids in builder.sums:
+        for draft in channels.drafts_with(ids):
+            draft.coupled = True
+    for ids, step in builder.steps:
+        for draft in channels.drafts_with(ids):
+            if step not in draft.steps:
+                draft.steps.append(step)
+    for ids, blocks in builder.equal:
+        for draft in channels.drafts_with(ids):
+            draft.equal.append((channels.find(ids), blocks))
+
+
+def _add_averages(builder: Builder, channels: _Channels) -> None:
+    for record in builder.averages:
+        over = channels.drafts_with(record.ids)
+        if len(over) == 1 and _evenly(channels, record.ids, over[0].width):
+            over[0].averages.append(Average(record.module, record.eps, record.weight, record.power))
+            continue
+        for draft in over:
+            draft.exclude(f"{record.module!r} takes a mean over more channels than those of this group")
+
+
+def _add_layer_norms(builder: Builder, channels: _Channels) -> None:
+    for ids, norm in builder.layer_norms:
+        over = channels.drafts_with(ids)
+        for draft in over:
+            if norm not in draft.layer_norms:
+                draft.layer_norms.append(norm)
+        if not _some_stay(channels, ids):
+            for draft in over:
+                draft.exclude(f"layer_norm {norm.layer!r} takes statistics over some of them only")
+
+
+def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]) -> Group:
+    """The finished group, under a name that is not yet among ``names``."""
+    blocks, trouble = _blocks(channels, draft)
+    tied = tuple(slot for slot in draft.carriers if (slot.parameter, slot.dim) in builder.tied)
+    if trouble:
+        draft.exclude(trouble)
+    if not draft.consumers and not tied:
+        draft.exclude("no layer reads these channels")
+    if draft.width < 2:
+        draft.exclude("a single channel")
+    slots = {(slot.parameter, slot.dim): slot for slot in draft.carriers}
+    producers = tuple(
+        Producer(record.layer, slots[record.weight, record.dim], record.bias, tuple(record.stages))
+        for record in draft.producers
+    )
+    name = next((p.layer for p in producers if p.layer not in names), f"{producers[0].layer}#{draft.index}")
+    names.add(name)
+    return Group(
+        name=name,
+        width=draft.width,
+        producers=producers,
+        carriers=tuple(draft.carriers),
+        consumers=tuple(draft.consumers),
+        blocks=blocks,
+        coupled=draft.coupled,
+        steps=tuple(draft.steps),
+        averages=tuple(draft.averages),
+        reason=draft.reason,
+        layer_norms=tuple(draft.layer_norms),
+        tied=tied,
+    )
+
+
+def _consumers(builder: Builder, channels: _Channels) -> Iterator[Consumer]:
+    for record in builder.consumers.values():
+        columns = channels.columns(builder.slots[record.weight, record.dim].ids)
+        yield Consumer(
+            record.layer, record.weight, record.bias, record.op, record.blocks, columns, record.calls, record.dim
+        )
+
+
+# -- what keeps channels from being pruned -----------------------------------------------------------------
+
+
+def _fixed(builder: Builder) -> Iterator[tuple[Tensor, str]]:
+    """Ids that run along a dimension that must keep its size, with the reason."""
+    for shadow, dims, why in builder.fixed:
+        final = compact(builder.ids.find(shadow))
+        if any(varies(final, dim) for dim in dims):
+            yield small(final).reshape(-1), why
+
+
+def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], list[tuple[Tensor, str]]]:
+    """Sizes that the model's code may spell out; and ids that leave no rectangle when some of them go."""
+    sizes: dict[Size, None] = {}
+    broken = []
+    for shadow, module in builder.shapes:
+        final = compact(channels.find(shadow))
+        moving = [dim for dim in range(final.dim()) if varies(final, dim)]
+        if len(moving) > 1:
+            broken.append((small(final).reshape(-1), f"a view in {module!r} splits them in a pattern"))
+        elif moving:
+            sizes[Size(module, final.shape[moving[0]], channels.columns(small(final).reshape(-1)))] = None
+    return tuple(sizes), broken
+
+
+def _evenly(channels: _Channels, ids: Tensor, width: int) -> bool:
+    """Whether these are all channels of one group, each equally often: only then is one factor right for all cuts."""
+    roots = channels.find(ids)
+    if bool((channels.group_of[roots] == NOT_OURS).any()):
+        return False
+    return len(set(torch.bincount(channels.channel_of[roots], minlength=width).tolist())) == 1
+
+
+def _some_stay(channels: _Channels, ids: Tensor) -> bool:
+    """Whether some of these channels stay whatever is cut: others than ours, or all of a group are among them."""
+    roots = channels.find(ids)
+    owners = channels.group_of[roots]
+    if bool((owners == NOT_OURS).any()):
+        return True
+    return any(
+        len(torch.unique(channels.channel_of[roots[owners == draft.index]])) == draft.width
+        for draft in channels.drafts_with(ids)
+    )
+
+
+def _blocks(channels: _Channels, draft: _Draft) -> tuple[tuple[int, ...], str | None]:
+    """Label the channels so that cutting equally many of every label suits all grouped convolutions."""
+    width = draft.width
+    if not draft.equal:
+        return (0,) * width, None
+    labels = torch.zeros(width, dtype=torch.int64)
+    for roots, blocks in draft.equal:
+        ours = channels.group_of[roots] == draft.index
+        block = torch.arange(len(roots)) * blocks // len(roots)
+        # Which blocks each channel has a seat in; channels with seats in the same ones are alike.
+        seats = torch.unique(channels.channel_of[roots[ours]] * blocks + block[ours])
+        counts = torch.bincount(seats // blocks, minlength=width)
+        if bool((counts == 1).all()):
+            rows = seats % blocks
+        else:
+            kinds: dict[tuple[int, ...], int] = {}
+            each = iter((seats % blocks).tolist())
+            rows = torch.tensor([kinds.setdefault(tuple(islice(each, n)), len(kinds)) for n in counts.tolist()])
+        labels = torch.unique(labels * (width + blocks) + rows, return_inverse=True)[1]
+    # Numbered in order of appearance.
+    names = {label: number for number, label in enumerate(dict.fromkeys(labels.tolist()))}
+    result = tuple(names[label] for label in labels.tolist())
+    if len(set(torch.bincount(labels).tolist())) > 1:
+        return result, "grouped layers split these channels into blocks of different sizes"
+    return result, None
+
+
+# -- which producers belong together -----------------------------------------------------------------------
+
+
+def _link_producers(builder: Builder) -> list[list[ProducerRecord]]:
+    """Producers that share a channel form one group; in order of execution."""
+    owner: dict[int, int] = {}
+    sets: list[list[ProducerRecord]] = []
+    for record in builder.producers.values():
+        roots = set(builder.ids.find(record.ids).tolist()) - {NOBODY}
+        met = sorted({owner[root] for root in roots if root in owner})
+        if met:
+            target = met[0]
+            for other in met[1:]:
+                sets[target] += sets[other]
+                sets[other] = []
+                owner = {root: target if index == other else index for root, index in owner.items()}
+        else:
+            target = len(sets)
+            sets.append([])
+        sets[target].append(record)
+        owner.update(dict.fromkeys(roots, target))
+    order = {id(record): position for position, record in enumerate(builder.producers.values())}
+    return [sorted(records, key=lambda record: order[id(record)]) for records in sets if records]
+
+
+def _distinct(ids: Tensor) -> Tensor:
+    """Distinct values in order of first appearance."""
+    return torch.tensor(list(dict.fromkeys(ids.tolist())), dtype=torch.int64)
