@@ -299,7 +299,7 @@ def test_both_commands_have_the_shared_options(name: str) -> None:
     ("option", "family"), [("criterion", "criterion"), ("restore", "restorer"), ("moments", "moments")]
 )
 def test_help_and_completion_know_every_name(name: str, option: str, family: str) -> None:
-    shown = command(name, "--help")
+    shown = run(app, [name, "--help"], env={"COLUMNS": "160"})
     assert shown.exit_code == 0
     text = "".join(re.sub("[│\n]", " ", shown.stdout).split())
     parameter = next(parameter for parameter in commands()[name].params if parameter.name == option)

@@ -181,7 +181,12 @@ def test_the_average_is_kept_unless_another_is_clearly_better_and_the_report_say
         }
         (note,) = (note for note in results[0].report.notes if "consumers solved" in note)
         errors = {way: error for way, error in results[0].report.held_out_errors.items() if way != "pruned"}
-        assert len(errors) == 3
+        assert set(errors) == {"all at once", "halfway between", "in turn"}
+        for result, way in zip(results[1:], ("in turn", "all at once"), strict=True):
+            assert set(result.report.held_out_errors) == {"pruned", way}
+        for result in results:
+            assert result.report.assessment
+            assert result.report.held_out_errors["pruned"] == result.report.assessment.pruned
         told = [result.report.assessment.restored for result in results if result.report.assessment]
         assert told[1:] == pytest.approx([errors["in turn"], errors["all at once"]], rel=1e-2)
         best = min(errors, key=lambda way: errors[way])
@@ -194,6 +199,10 @@ def test_the_average_is_kept_unless_another_is_clearly_better_and_the_report_say
         assert not any("in turn" in note for note in results[2].report.notes)
         seen.add(way)
     assert len(seen) == 3
+
+
+def test_where_nothing_is_measured_there_are_no_errors() -> None:
+    assert lbyl.compress(residual(), images(1), ratio=0.5, restore="lbyl").report.held_out_errors == {}
 
 
 def test_dreams_are_solved_on_in_turn_and_equal_seeds_give_equal_results() -> None:

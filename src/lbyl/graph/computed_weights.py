@@ -82,7 +82,7 @@ def _place(model: nn.Module, item: Fold) -> nn.Module:
     if item.op not in _LAYERS or item.module not in dict(model.named_modules()):
         raise SurgeryError(
             f"{item.module!r}: the model has no such module that a plain {item.op} could replace; "
-            "use the architecture that the plan was made for"
+            "the plan was made for another architecture, which has to be passed"
         )
     try:
         layer = _LAYERS[item.op](**item.arguments)
