@@ -11,7 +11,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lbyl.errors import InputError, LbylError, RestorationError, SurgeryError, TraceError, VerificationError
+from lbyl.errors import (
+    ArtifactError,
+    InputError,
+    LbylError,
+    RestorationError,
+    SurgeryError,
+    TraceError,
+    VerificationError,
+    first_line,
+)
 from lbyl.graph import Graph, trace
 from lbyl.graph.computed_weights import Fold, fold_computed
 from lbyl.graph.submodules import Submodule, submodule_of, traceable_submodules
@@ -102,11 +111,11 @@ def restoring(restorer: Restorer) -> Iterator[None]:
     """
     try:
         yield
-    except (VerificationError, SurgeryError, RestorationError):
+    except (VerificationError, SurgeryError, RestorationError, ArtifactError):
         raise
     except Exception as error:  # whatever somebody's code raises on inputs that it was not made for
         name = type(restorer.settings).__name__
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         own = isinstance(error, LbylError)
         text = why if own else f"{name} can't restore this network: {why}. restore='lbyl' asks for the weights alone"
         raise RestorationError(text) from error
