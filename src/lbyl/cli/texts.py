@@ -40,11 +40,11 @@ class InputSpec:
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
 
 
-def check_inputs(texts: list[str] | None) -> list[str] | None:
+def check_inputs(texts: list[str] | None) -> list[str]:
     """The texts, each of which must be the shape of an input."""
     for text in texts or []:
         InputSpec.parse(text)
-    return texts
+    return texts or []  # not None: typer 0.15 asks for its length
 
 
 def parse_ratio(texts: list[str]) -> float | dict[str, float]:
@@ -71,11 +71,11 @@ def parse_ratio(texts: list[str]) -> float | dict[str, float]:
     return ratios["*"] if list(ratios) == ["*"] else ratios
 
 
-def check_ratios(texts: list[str] | None) -> list[str] | None:
+def check_ratios(texts: list[str] | None) -> list[str]:
     """The texts, which must be ratios."""
     if texts:
         parse_ratio(texts)
-    return texts
+    return texts or []  # not None: see above
 
 
 def parse_budget(text: str) -> tuple[str, float]:
