@@ -118,7 +118,7 @@ def test_compress_by_name(module: Path, importable: str, source: str, tmp_path: 
 
 def test_sweep_by_name(module: Path, source: str, tmp_path: Path) -> None:
     names = ("--plugin", module, "--criterion", "mine", "--restore", "mine")
-    result = command("sweep", source, "-o", tmp_path / "out", *SHAPE, "--budget", "params=0.7", *names, "--json")
+    result = command("sweep", source, "-o", tmp_path / "out", *SHAPE, "--budget", "params=0.75", *names, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)
 
