@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +218,38 @@ def test_a_damaged_plan_or_report(folder: Path, damage: str) -> None:
     edit(folder, DAMAGES[damage])
     with pytest.raises(lbyl.ArtifactError):
         lbyl.load(folder, fresh())
+
+
+PLACES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "type": (
+        lambda data: data["plan"]["groups"][1].update(keep="all"),
+        r"the plan is damaged: .*\$\.groups\[1\]\.keep",
+    ),
+    "missing": (lambda data: data["plan"]["cuts"][2].pop("size"), r"the plan is damaged: .*`size`.*\$\.cuts\[2\]"),
+    "order": (lambda data: data["plan"]["groups"][0].update(keep=[3, 1]), r"keeps \[3, 1\].*\$\.groups\[0\]\.keep"),
+    "scale": (
+        lambda data: data["plan"]["cuts"][1].update(scale=-1),
+        r"positive number, found -1.*\$\.cuts\[1\]\.scale",
+    ),
+    "report": (lambda data: data["report"].update(notes=[1]), r"the report is damaged: .*\$\.notes\[0\]"),
+    "foreign": (lambda data: data["report"]["rows"][0].update(color="red"), r"unknown field 'color'.*\$\.rows\[0\]"),
+}
+
+
+@pytest.mark.parametrize("damage", PLACES)
+def test_damage_is_told_by_its_place(folder: Path, damage: str) -> None:
+    change, words = PLACES[damage]
+    edit(folder, change)
+    with pytest.raises(lbyl.ArtifactError, match=words):
+        lbyl.load(folder, fresh())
+
+
+def test_numbers_that_are_none_come_back(folder: Path) -> None:
+    edit(folder, lambda data: data["report"].update(verified=float("nan"), seconds={"cut": float("inf")}))
+    report = artifact.read_manifest(folder).report
+    assert report.verified is not None
+    assert math.isnan(report.verified)
+    assert report.seconds == {"cut": math.inf}
 
 
 def test_missing_files(folder: Path, tmp_path: Path) -> None:

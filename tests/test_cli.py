@@ -106,7 +106,9 @@ def test_compress_saves_what_the_library_saves(source: str, tmp_path: Path) -> N
     result = compress(source, out, "--ratio", 0.5, "--seed", 3)
     assert result.exit_code == 0, result.output
     assert "8 → 4" in result.stdout
+    # Whole, however narrow the terminal is: lines are there to be pasted.
     assert f"saved to {out}" in result.stdout
+    assert any(str(out) in line and "load_source" in line for line in result.stdout.splitlines())
     net = load_source(source)
     x = torch.randn(2, 3, 12, 12)
     expected = lbyl.compress(net, x, ratio=0.5, seed=3).model

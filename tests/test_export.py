@@ -20,10 +20,12 @@ from typer.testing import CliRunner
 
 import lbyl
 from lbyl.cli.app import app
-from lbyl.io import export as exporting
 from lbyl.io.artifact import CARD, MANIFEST, WEIGHTS, read_manifest
+from lbyl.io.export.check import difference
 from lbyl.io.report.model_card import card
-from lbyl.runtime.inputs import output_tensors
+from lbyl.runtime import registry
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.registry import find
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -203,6 +205,31 @@ def test_a_check_that_sees_nothing_says_so(tmp_path: Path) -> None:
     )
 
 
+def test_a_format_of_the_user_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kept:
+        """It keeps the program in memory; the file only has a word."""
+
+        name, runtime = "mine", "nothing"
+
+        def check_available(self) -> None:
+            pass
+
+        def write(self, traced: Any, file: Path) -> None:
+            self.module = traced.program.module()
+            file.write_text("mine")
+
+        def open(self, file: Path) -> Callable[[ExampleInputs], list[Tensor]]:
+            return lambda inputs: output_tensors(inputs.call(self.module))
+
+    monkeypatch.setitem(registry._REGISTERED, "format", {})
+    lbyl.register("format", "mine", Kept)
+    exported = lbyl.export(folder, mlp(6, 8), format="mine")
+    assert exported.file.name == "model.mine"
+    assert "checked with nothing" in exported.summary()[1]
+    with pytest.raises(lbyl.InputError, match=r"write 'onnx' or 'pt2' or 'mine'"):
+        lbyl.export(folder, mlp(6, 8), format="other")
+
+
 def test_an_earlier_export_is_replaced(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(b"old")
     assert lbyl.export(folder, mlp(6, 8)).file.stat().st_size > 100
@@ -213,7 +240,8 @@ def test_an_earlier_export_is_replaced(folder: Path) -> None:
 def test_a_file_that_computes_something_else_is_not_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch, format: str, wrong: str
 ) -> None:
-    write = exporting._write
+    kind = find("format", format)
+    load = kind.open
     damage: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
         "numbers": lambda found: [found[0] * (1 + 1e-3)],
         "shape": lambda found: [found[0][:1, :1]],
@@ -221,13 +249,13 @@ def test_a_file_that_computes_something_else_is_not_kept(
         "count": lambda found: found * 2,
     }
 
-    def lie(*args: Any) -> Any:
-        run = write(*args)
+    def lie(self: Any, file: Path) -> Any:
+        run = load(self, file)
         return lambda inputs: damage[wrong](run(inputs))
 
     (folder / f"model.{format}").write_bytes(b"an earlier one")
     before = sorted(os.listdir(folder))
-    monkeypatch.setattr(exporting, "_write", lie)
+    monkeypatch.setattr(kind, "open", lie)
     with pytest.raises(lbyl.ExportError, match="no file was kept"):
         lbyl.export(folder, mlp(6, 8), format=format)
     assert sorted(os.listdir(folder)) == before
@@ -236,10 +264,10 @@ def test_a_file_that_computes_something_else_is_not_kept(
 
 def test_infinities_and_nothing_compare() -> None:
     inf = torch.inf
-    assert exporting._difference(torch.tensor([inf, torch.nan, 2.0]), torch.tensor([inf, torch.nan, 1.0])) == (1, 0.5)
-    assert exporting._difference(torch.tensor([inf, 2.0]), torch.tensor([-inf, 2.0]))[0] > 1e300
-    assert exporting._difference(torch.zeros(0), torch.zeros(0)) == (0, 0)
-    assert exporting._difference(torch.zeros(2), torch.ones(2)) == (1, 1)
+    assert difference(torch.tensor([inf, torch.nan, 2.0]), torch.tensor([inf, torch.nan, 1.0])) == (1, 0.5)
+    assert difference(torch.tensor([inf, 2.0]), torch.tensor([-inf, 2.0]))[0] > 1e300
+    assert difference(torch.zeros(0), torch.zeros(0)) == (0, 0)
+    assert difference(torch.zeros(2), torch.ones(2)) == (1, 1)
 
 
 def test_a_model_that_can_not_be_exported(tmp_path: Path) -> None:
@@ -321,11 +349,11 @@ def test_missing_and_broken_folders(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
-    def full(traced: Any, file: Path, *_: Any) -> Any:
+    def full(self: Any, traced: Any, file: Path) -> None:
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "_write", full)
+    monkeypatch.setattr(find("format", format), "write", full)
     with pytest.raises(lbyl.InputError, match=f"can't write .*model.{format}: No space left"):
         lbyl.export(folder, mlp(6, 8), format=format)
     assert sorted(os.listdir(folder)) == sorted(SAVED)

@@ -449,7 +449,6 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
-    pytest.importorskip("fcntl", reason="no such locks on Windows")
     model, x = net()
     with (
         occupied(tmp_path / "out"),

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lbyl.errors import TraceError as TraceError
     from lbyl.errors import VerificationError as VerificationError
     from lbyl.io.artifact import load as load
-    from lbyl.io.export import Exported as Exported
-    from lbyl.io.export import export as export
+    from lbyl.io.export.export import Exported as Exported
+    from lbyl.io.export.export import export as export
     from lbyl.io.report.report import Report as Report
     from lbyl.io.sources import load_source as load_source
     from lbyl.moments.data import Data as Data
@@ -78,5 +78,9 @@ FAMILIES: dict[str, dict[str, str]] = {
         "dream": "Dream",
         "data": "Data",
     },
+    "format": {"onnx": "lbyl.io.export.onnx:OnnxFormat", "pt2": "lbyl.io.export.pt2:Pt2Format"},
 }
-"""The short names of the members of each family, for arguments and the command line."""
+"""The short names of the members of each family, for arguments and the command line.
+
+A member is a public name, or ``module:name`` for one that has no public name.
+"""

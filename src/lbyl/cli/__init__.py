@@ -1,6 +1,6 @@
-"""The command line, on top of the same functions that users call: one file a command.
+"""The command line. Each command has its file and calls the functions that users call in Python.
 
-Torch is imported inside the commands, so that help and usage errors come at once.
+Torch is imported inside the commands, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from lbyl.cli.app import app
 
 COMMANDS = ("inspect", "compress", "sweep", "show", "export", "bench")
-"""Modules of this package, in the order in which help lists them; each adds its command to `app`."""
+"""Modules of this package, in the order of the help. Each adds its command to `app`."""
 
 for _name in COMMANDS:
     importlib.import_module(f"lbyl.cli.{_name}")

@@ -1,4 +1,4 @@
-"""The application, its two consoles, and what every command shares: a progress line, one-line errors, JSON."""
+"""The application, its two consoles, and what all commands share: a progress line, one-line errors, and JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# What is piped must not be cut short at a terminal width that nobody sees.
+# Output that is piped must not be cut at the width of a terminal that nobody sees.
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -46,7 +46,7 @@ def _root(
 
 
 class Stage:
-    """The line that moves: a spinner with what is going on, a bar where the amount of work is known."""
+    """The progress line: the name of the stage, and a bar if the amount of work is known."""
 
     def __init__(self, progress: Progress, stage: str) -> None:
         self._progress, self._name = progress, stage
@@ -55,13 +55,13 @@ class Stage:
     def __call__(self, stage: str, done: int = 0, total: int | None = None) -> None:
         """Show that ``done`` of ``total`` parts of a stage are done."""
         if stage != self._name:
-            # A new line, for the speed of one stage says nothing about the next.
+            # A new line, because the speed of one stage says nothing about the next.
             self._progress.remove_task(self._task)
             self._name, self._task = stage, self._progress.add_task(stage, total=total)
         self._progress.update(self._task, completed=done)
 
     def follow(self, stage: str, done: int, total: int) -> None:
-        """The callback of `compress`, which is silent about what comes after the last layer."""
+        """The progress callback of `compress`, which reports nothing after the last layer."""
         if stage in ("restoring", "solving") and done == total:
             self("cutting and verifying")
         else:
@@ -69,7 +69,7 @@ class Stage:
 
 
 class TimeLeft(TimeRemainingColumn):
-    """An estimate, where the amount of work is known and some of it is done."""
+    """An estimate, if the amount of work is known and some of it is done."""
 
     def render(self, task: Task) -> Text:
         """The time left, or nothing."""
@@ -79,9 +79,9 @@ class TimeLeft(TimeRemainingColumn):
 
 @contextmanager
 def working(what: str) -> Iterator[Stage]:
-    """Show what is going on, on stderr; an LbylError becomes one line there and exit code 1.
+    """Show progress on stderr. An LbylError becomes one line there and exit code 1.
 
-    Stdout belongs to the outcome: whatever libraries and factories print meanwhile goes to stderr.
+    Stdout is for the result. What libraries and factories print meanwhile goes to stderr.
     """
     text = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), text, BarColumn(), TimeElapsedColumn(), TimeLeft())

@@ -29,32 +29,34 @@ def bench(
         typer.Option(
             metavar="SOURCE",
             help="The unpruned network: timm:NAME, torchvision:NAME, package.module:factory or file.py:factory. "
-            "Default: what the folder was compressed from, where that is of timm or torchvision.",
+            "Default: the source that the folder was compressed from, if it is timm or torchvision.",
             show_default=False,
         ),
     ] = None,
     weights: Annotated[
         Path | None,
-        typer.Option(help="State dict for the unpruned network; without it, its weights are random: time is the same."),
+        typer.Option(
+            help="State dict for the unpruned network. Without it, the weights are random, which takes the same time."
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
             help="What builds the unpruned model that the folder is loaded into. "
-            "Default: what the folder was compressed from, or --against where that is a factory of your own.",
+            "Default: the source that the folder was compressed from, or --against if that is a factory of yours.",
             show_default=False,
         ),
     ] = None,
     input: SameInputs = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Batch size, in place of the inputs' own.", show_default=False)
+        int | None, typer.Option(min=1, help="Batch size, in place of that of the inputs.", show_default=False)
     ] = None,
-    runs: Annotated[int, typer.Option(min=3, help="How often each network is timed.")] = 20,
+    runs: Annotated[int, typer.Option(min=3, help="How many times each network is timed.")] = 20,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure, layer by layer, how much faster a saved network is than the unpruned one, and what gave no speed."""
+    """Measure how much faster a saved network is than the unpruned one, layer by layer, and what gained nothing."""
     with working(f"reading {folder}") as stage:
         from lbyl.io.artifact import read_manifest
 

@@ -85,8 +85,8 @@ def compress(
         print_json(document(output, saved.plan, saved.report))
         return
     out.print(saved.report)
-    out.print(Text(f"saved to {output}; {output / PAGE} is the report for people"))
-    out.print(Text(f"load it with\n\n    {load_line(output, source)}\n"))
+    out.print(Text(f"saved to {output}; {output / PAGE} is the report for people"), soft_wrap=True)
+    out.print(Text(f"load it with\n\n    {load_line(output, source)}\n"), soft_wrap=True)
 
 
 def _check(ratio: list[str] | None, budget: str | None, settings: Settings) -> None:

@@ -30,12 +30,12 @@ def export(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="What builds the unpruned model (module:factory), where it is of neither timm nor torchvision.",
+            help="What builds the unpruned model (module:factory), if it is neither from timm nor from torchvision.",
         ),
     ] = None,
     input: SameInputs = None,
     fixed_batch: Annotated[
-        bool, typer.Option("--fixed-batch", help="Take the example's batch size only, instead of any.")
+        bool, typer.Option("--fixed-batch", help="Accept the example's batch size only, instead of any.")
     ] = False,
     seed: Seed = 0,
     as_json: Json = False,

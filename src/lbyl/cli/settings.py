@@ -111,8 +111,8 @@ class Settings:
         bool | None,
         typer.Option(
             "--sequential/--no-sequential",
-            help="Solve consumers one after another, each on what the network with the earlier ones solved gives it. "
-            "Default: whichever has the lower error on held-out probes.",
+            help="Solve consumers one after another, so that they also make up for what residual sums lose. "
+            "Default: whichever way has the lower error on held-out probes.",
             show_default=False,
             rich_help_panel=FITTING,
         ),
@@ -178,7 +178,7 @@ class Settings:
 
     def check(self, source: str) -> None:
         """Names that nobody knows and options that contradict each other are usage errors."""
-        # A plugin and the module of a factory may register names. Where there is neither, no time is spent.
+        # A plugin or the module of a factory may register names. Without them, names are checked at once.
         if not self.plugin and not is_factory(source):
             self.check_names()
         given = self._of_least_squares()

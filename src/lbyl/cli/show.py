@@ -25,5 +25,5 @@ def show(folder: Folder, as_json: Json = False) -> None:
     out.print(Text(", ".join(f"{name}={setting(value)}" for name, value in plan.settings.items())))
     out.print(manifest.report)
     if (folder / PAGE).is_file():
-        out.print(Text(f"{folder / PAGE} shows it with pictures"))
-    out.print(Text(f"load it with\n\n    {load_line(folder, plan.source)}\n"))
+        out.print(Text(f"{folder / PAGE} shows it with pictures"), soft_wrap=True)
+    out.print(Text(f"load it with\n\n    {load_line(folder, plan.source)}\n"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""From what was typed to models, example inputs, images and folders; and back to what is printed of them."""
+"""Turns options into models, example inputs and images, and settings back into text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_output(path: Path) -> None:
-    """What `save` would refuse is refused before any time is spent."""
+    """Refuse a folder that `save` would refuse, before any time is spent."""
     from lbyl.errors import InputError
     from lbyl.io.artifact import check_free
 
@@ -64,7 +64,7 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
 
 
 def check_images(settings: Settings) -> None:
-    """A folder without images is refused before any time is spent."""
+    """Refuse a folder without images, before any time is spent."""
     if settings.data is not None:
         from lbyl.io.images import find_images
 
@@ -129,7 +129,7 @@ def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | No
 
 
 def setting(value: Any) -> str:
-    """A settings object the way Python would print it."""
+    """A settings object as Python would print it."""
     if isinstance(value, Mapping) and "name" in value:
         fields = ", ".join(f"{key}={setting(item)}" for key, item in value.items() if key != "name")
         return f"{value['name']}({fields})"

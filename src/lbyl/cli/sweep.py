@@ -75,4 +75,4 @@ def sweep(
         print_json(swept.to_dict())
         return
     out.print(swept)
-    out.print(Text(f"saved to {output}"))
+    out.print(Text(f"saved to {output}"), soft_wrap=True)

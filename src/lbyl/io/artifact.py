@@ -1,6 +1,7 @@
 """The saved folder: weights, ``lbyl.json``, a model card and a report, written whole or not at all.
 
-``load`` reads ``model.safetensors`` and ``lbyl.json``; the card, ``report.html`` and ``report.json`` are for others.
+``load`` reads only ``model.safetensors`` and ``lbyl.json``. The model card and ``report.html`` are for people,
+``report.json`` is for other programs.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from lbyl.errors import ArtifactError, InputError, SurgeryError
+from lbyl.errors import ArtifactError, InputError, SurgeryError, first_line
 from lbyl.graph.computed_weights import apply_folds
+from lbyl.io.files import flush, stage
 from lbyl.io.huggingface import is_pretrained_model, write_config
 from lbyl.io.report.model_card import card
 from lbyl.io.report.report import Report
@@ -48,49 +48,38 @@ class Manifest:
 def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Report) -> Path:
     """Write a compressed model into a new folder, with a report for people and one for machines.
 
-    Everything goes to a temporary folder beside it first, which is then renamed: a reader never sees half.
-    A model of transformers gets a ``config.json`` as well, where one can say its widths; the saved report says so.
+    Everything is written to a temporary folder beside it, which is then renamed, so nobody ever sees an unfinished
+    folder. A model of transformers also gets a ``config.json`` if one can express its widths; the saved report says
+    whether it did.
 
     Raises:
         InputError: the path exists, or its parent does not.
     """
-    from lbyl.io.report.page import page
+    from lbyl.io.report.page import page  # Matplotlib and Jinja take long to import
 
     target = Path(path)
     check_free(target)
     try:
-        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            save_model(model, str(stage / WEIGHTS), metadata={"format": "pt"})
+        with stage(target) as folder:
+            save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
             if is_pretrained_model(model):
-                note = write_config(stage, model, plan.architecture)
+                note = write_config(folder, model, plan.architecture)
                 report = replace(report, notes=(*report.notes, note))
-            manifest = {
-                "plan": plan.to_dict(),
-                "report": report.to_dict(),
-                "sha256": _digest(stage / WEIGHTS),
-            }
-            with (stage / MANIFEST).open("w", encoding="utf-8") as file:
-                json.dump(manifest, file)
-                file.flush()
-                os.fsync(file.fileno())
-            (stage / CARD).write_text(card(plan, report), encoding="utf-8")
-            (stage / PAGE).write_text(page(plan, report), encoding="utf-8")
-            (stage / DOCUMENT).write_text(json.dumps(document(".", plan, report)), encoding="utf-8")
-            stage.chmod(0o755)
-            stage.rename(target)
-        except BaseException:
-            shutil.rmtree(stage, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise InputError(f"can't write {target}: {error.strerror or error}") from error
-    except SafetensorError as error:  # what its writer makes of a full disk
+            manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": _digest(folder / WEIGHTS)}
+            (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+            flush(folder / MANIFEST)
+            (folder / CARD).write_text(card(plan, report), encoding="utf-8")
+            (folder / PAGE).write_text(page(plan, report), encoding="utf-8")
+            (folder / DOCUMENT).write_text(json.dumps(document(".", plan, report)), encoding="utf-8")
+            folder.chmod(0o755)
+            folder.rename(target)
+    except SafetensorError as error:  # its writer raises this where the disk is full
         raise InputError(f"can't write {target}: {error}") from error
     return target
 
 
 def check_free(target: Path) -> None:
-    """Raise InputError unless a folder of this name can be made: nothing is there yet, but its parent is."""
+    """Raise InputError unless a folder of this name can be made: its parent exists, and it does not yet."""
     try:
         if target.exists() or target.is_symlink():
             raise InputError(f"{target} exists already; choose another folder or remove it first")
@@ -101,17 +90,17 @@ def check_free(target: Path) -> None:
 
 
 def document(path: str | os.PathLike[str], plan: Plan, report: Report) -> dict[str, Any]:
-    """The outcome for machines: what ``report.json`` holds, and what the command line prints with ``--json``.
+    """The outcome for programs: the content of ``report.json``, and what the command line prints with ``--json``.
 
     Args:
-        path: the folder; ``report.json`` says ".", for it may be moved.
-        plan: how it was compressed.
+        path: the folder. ``report.json`` says ".", because the folder may be moved.
+        plan: what was cut, and with which settings.
         report: what came of it.
 
     Returns:
-        Plain data with the keys ``path``; ``load``, the line of Python that loads the folder; ``plan``, the fields
-        of :class:`lbyl.Plan` without ``cuts`` and ``architecture``, which ``lbyl.json`` has and ``groups`` imply;
-        and ``report``, the fields of :class:`lbyl.Report`.
+        Plain data with four keys. ``path`` is the folder. ``load`` is the line of Python that loads it. ``plan`` has
+        the fields of :class:`lbyl.Plan` without ``cuts`` and ``architecture``: ``lbyl.json`` has those, and ``groups``
+        implies them. ``report`` has the fields of :class:`lbyl.Report`.
     """
     described = {name: value for name, value in plan.to_dict().items() if name not in ("cuts", "architecture")}
     return {
@@ -149,8 +138,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Args:
         path: the folder that ``result.save`` wrote.
-        model: a fresh, unpruned instance of the architecture (it is not changed); may be left out when the
-            plan knows a ``timm:`` or ``torchvision:`` source.
+        model: a fresh, unpruned instance of the architecture; it is not changed. It may be left out if the plan knows
+            a ``timm:`` or ``torchvision:`` source.
 
     Returns:
         The smaller network, in evaluation mode.
@@ -175,7 +164,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         smaller = cut_copy(apply_folds(model, plan.folds), plan.cuts, plan.attributes)
         load_model(smaller, str(weights))
     except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
-        raise ArtifactError(f"{weights} does not fit its plan: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
     return smaller.eval()
 
 

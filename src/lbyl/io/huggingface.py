@@ -1,52 +1,50 @@
 """A ``config.json`` that says how wide a pruned Hugging Face model is, so that ``from_pretrained`` loads its folder.
 
-A configuration says widths in a few numbers for all layers alike, and not every width has one. Which number decides
-which size is not taken from a list of architectures: the model is built on the meta device, where nothing is
-allocated, with one number changed, and the sizes that answer are those that it decides.
+A configuration has a few numbers for widths. Each holds for all layers alike, and some widths have no number. There is
+no list of architectures that says which number decides which size. Instead, the model is built on the meta device,
+where nothing is allocated, with one number changed: the sizes that change too are the ones that the number decides.
 
-Nothing here imports transformers: a model that has a configuration brought it along.
+Nothing here imports transformers: if a model has a configuration, transformers is imported already.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from fractions import Fraction
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lbyl.errors import first_line
+from lbyl.io.quiet import quiet
 from lbyl.surgery.plan import architecture_of
 
 CONFIG = "config.json"
 
 _WIDTH = re.compile(r"intermediate|inner|ffn|d_ff|mlp_dim|hidden_dim|hidden_size|n_embd|d_model|(^|_)heads?$")
-"""Numbers that hidden neurons, heads and streams are counted by. Not sizes within heads: those go whole."""
+"""Numbers that count hidden neurons, heads and channels of streams. Sizes within heads are not cut."""
 
 _HEADS = re.compile(r"(^|_)heads?$")
 """Numbers that count heads."""
 
 _WITHIN = re.compile(r"head_dim|(?<!all_)head_size|scal|groups|n_rep")
-"""Attributes that say how a head computes; shapes alone don't tell 8 heads of 4 from 4 of 8."""
+"""Attributes that say how a head computes. Shapes alone do not tell 8 heads of 4 from 4 heads of 8."""
 
 _Settings = dict[str, Any]
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
 class _Unsayable(Exception):
-    """Why no configuration has these widths."""
+    """Why no configuration can express these widths."""
 
 
 def is_pretrained_model(model: nn.Module) -> bool:
-    """Whether a model has a configuration and a way back from a folder, as those of transformers do."""
+    """Whether a model has a configuration and can be loaded from a folder, as models of transformers can."""
     config = getattr(model, "config", None)
     return all(callable(getattr(config, name, None)) for name in ("to_dict", "to_json_string")) and callable(
         getattr(type(model), "from_pretrained", None)
@@ -56,11 +54,11 @@ def is_pretrained_model(model: nn.Module) -> bool:
 def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[int]]) -> str:
     """Write ``config.json`` beside saved weights, if ``from_pretrained`` then gives the very same model.
 
-    That is tried, not supposed: first with the shapes of a model built from the configuration, then by loading it.
+    This is tested: first on the shapes of a model that is built from the configuration, then by loading the folder.
 
     Args:
-        folder: where ``model.safetensors`` of the pruned model is already.
-        model: the pruned model; its own configuration still has the old widths, and is not changed.
+        folder: a folder that already has the ``model.safetensors`` of the pruned model.
+        model: the pruned model. Its own configuration still has the old widths; it is not changed.
         before: shapes of the parameters and buffers of the unpruned model.
 
     Returns:
@@ -69,7 +67,7 @@ def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[i
     name = type(model).__name__
     file = folder / CONFIG
     try:
-        with _quiet():
+        with quiet():
             text = _config_text(model, {parameter: tuple(shape) for parameter, shape in before.items()})
             file.write_text(text, encoding="utf-8")
             _check_loaded(folder, model)
@@ -84,7 +82,7 @@ def _check_loaded(folder: Path, model: nn.Module) -> None:
     try:
         loaded: nn.Module = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise _Unsayable(_line(error)) from error
+        raise _Unsayable(f"{type(error).__name__}: {first_line(error)}") from error
     state, found = model.state_dict(), loaded.state_dict()
     for name in sorted(state.keys() | found.keys()):
         if (
@@ -120,7 +118,7 @@ def _config_text(model: nn.Module, before: _Shapes) -> str:
     if unexplained:
         parameter, dim = min(unexplained)
         raise _Unsayable(f"no number in {name} says that {parameter} has {after[parameter][dim]} in dimension {dim}")
-    # A number is made explicit only where the others no longer imply it; heads may decide no size at all.
+    # A number is written out only if the others no longer imply it. The number of heads may decide no size at all.
     trouble = f"a model built from its {name} has other shapes, or none can be"
     for numbers in (new, {**_fewer_heads(model, settings), **new}):
         for candidate in (_with(plain, numbers), _with(settings, numbers)):
@@ -139,8 +137,8 @@ def _sizes(shapes: _Shapes) -> dict[tuple[str, int], int]:
 def _decides(
     model: nn.Module, settings: _Settings, path: tuple[str, ...], value: int, before: _Shapes
 ) -> dict[tuple[str, int], Fraction]:
-    """The sizes that a number decides, and by how much each grows with it."""
-    # 1 divides everything, and what divides a number divides its double: the checks of a configuration let one pass.
+    """The sizes that a number decides, and how much each grows when the number grows by one."""
+    # Configurations check divisibility: 1 divides everything, and what divides a number also divides its double.
     probe, probed = 1, None
     for probe in (1, 2 * value) if value != 1 else (2,):
         probed = _attempt(model, _with(settings, {path: probe}))
@@ -161,7 +159,7 @@ def _solved(
     before: Mapping[tuple[str, int], int],
     after: Mapping[tuple[str, int], int],
 ) -> int:
-    """What a number must be for the sizes that it decides."""
+    """The value that a number must have for the sizes that it decides."""
     name = ".".join(path)
     wanted = {value + (after[axis] - before[axis]) / slope for axis, slope in slopes.items()}
     if len(wanted) > 1:
@@ -173,7 +171,7 @@ def _solved(
 
 
 def _explicit(settings: _Settings) -> _Settings:
-    """The same settings, where what follows from other numbers is a number of its own."""
+    """The same settings, in which numbers that follow from others are written out."""
     settings = copy.deepcopy(settings)
     hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
     if settings.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
@@ -186,7 +184,7 @@ def _explicit(settings: _Settings) -> _Settings:
 
 
 def _fields(settings: _Settings, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Whole numbers that may say a width, those of configurations within the configuration among them."""
+    """Whole numbers that may be a width, also those of configurations within the configuration."""
     for name, value in settings.items():
         if isinstance(value, dict) and name.endswith("config"):
             yield from _fields(value, (*path, name))
@@ -205,7 +203,7 @@ def _with(settings: _Settings, values: Mapping[tuple[str, ...], int]) -> _Settin
 
 
 def _config(model: nn.Module, settings: _Settings) -> Any:
-    """A configuration the way a reader of ``config.json`` gets it, with all of its checks."""
+    """A configuration as it is read from ``config.json``, with all of its checks."""
     kind: Any = type(model.config)
     return kind.from_dict(json.loads(kind.from_dict(copy.deepcopy(settings)).to_json_string()))
 
@@ -216,19 +214,19 @@ def _attempt(model: nn.Module, settings: _Settings) -> nn.Module | None:
     try:
         with torch.device("meta"):
             return kind(_config(model, settings))
-    except Exception:  # whatever a model's own checks raise
+    except Exception:  # a model's own checks may raise anything
         return None
 
 
 def _fewer_heads(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...], int]:
-    """How many heads there are by now, where all layers say the same and the configuration has a number for it."""
+    """The number of heads that are left, if it is the same in all layers and one number of the configuration."""
     numbers = {v for m in model.modules() for name, v in vars(m).items() if _HEADS.search(name) and type(v) is int}
     paths = [path for path, _ in _fields(settings) if _HEADS.search(path[-1])]
     return {paths[0]: numbers.pop()} if len(numbers) == len(paths) == 1 else {}
 
 
 def _other_heads(model: nn.Module, built: nn.Module) -> str:
-    """What says that heads would be other ones than those of the model; "" where nothing does."""
+    """An attribute by which the heads of ``built`` compute differently; "" if there is none."""
     modules = dict(built.named_modules())
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -237,21 +235,3 @@ def _other_heads(model: nn.Module, built: nn.Module) -> str:
                 if found != value:
                     return f"{path}.{name} is {value}, and would be {found}"
     return ""
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading bars and advice on initialization say nothing about what is asked here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -16,21 +16,21 @@ from lbyl.errors import InputError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, BATCHES = 24, 4
 BICUBIC = 3
-"""PIL.Image.Resampling.BICUBIC; PIL itself is imported only where images are read."""
+"""PIL.Image.Resampling.BICUBIC. PIL itself is imported only when images are read."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 Preprocess = Callable[[Any], Tensor]
-"""From a PIL image to what the model takes, without the batch axis."""
+"""From a PIL image to the model's input, without the batch axis."""
 
 
 def read_images(folder: Path, preprocess: Preprocess, mode: str = "RGB", seed: int = 0) -> list[Tensor]:
     """Up to ``BATCHES`` batches of images from a folder and the folders in it.
 
-    Where there are more, a random draw decides: a folder sorted by class would otherwise show one class only.
+    If there are more images, a random sample is taken: the first files of a folder sorted by class show one class only.
 
     Raises:
-        InputError: no folder, no image in it, one that can't be read, or sizes that differ in the end.
+        InputError: there is no folder or no image in it, an image can't be read, or preprocessed sizes differ.
     """
     from PIL import Image
 
@@ -52,7 +52,7 @@ def read_images(folder: Path, preprocess: Preprocess, mode: str = "RGB", seed: i
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below a folder, in order of their names.
+    """All image files in a folder and the folders in it, sorted by name.
 
     Raises:
         InputError: no such folder, or no image in it.
@@ -78,18 +78,18 @@ def preprocessing(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[Preprocess, str]:
-    """How images become inputs of a model, and the PIL mode that they are converted to first.
+    """How images become inputs of a model, and the PIL mode that they are first converted to.
 
     Args:
-        source: as ``lbyl.io.sources.load_source`` takes it; timm and torchvision know their own preprocessing.
-        model: what the source gave.
+        source: as for ``lbyl.io.sources.load_source``; timm and torchvision have their own preprocessing.
+        model: the model that the source gave.
         shape: of the example input, batch x channels x height x width.
-        sized: the user named that shape; it is not just the source's default.
-        mean: subtracted from pixels that lie between 0 and 1; ImageNet's where nothing else is known.
-        std: what is then divided by.
+        sized: whether the user gave that shape; otherwise it is the source's default.
+        mean: subtracted from pixels, which lie between 0 and 1; ImageNet's if nothing else is known.
+        std: the divisor after that.
 
     Raises:
-        InputError: the model does not take images, or the numbers of channels do not fit.
+        InputError: the model takes no images, or the numbers of channels do not fit.
     """
     if len(shape) != 4 or shape[1] not in (1, 3):
         sizes = "x".join(map(str, shape))
@@ -131,7 +131,7 @@ def _resize_and_normalize(
     center, spread = (torch.tensor(numbers).reshape(-1, 1, 1) for numbers in (shift, divisor))
 
     def preprocess(image: Any) -> Tensor:
-        # The largest centered window of the input's proportions: nothing is stretched.
+        # The largest centered window that has the input's proportions, so that nothing is stretched.
         scale = min(image.height / height, image.width / width)
         left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
         window = (left, top, left + scale * width, top + scale * height)

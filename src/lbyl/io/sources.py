@@ -1,4 +1,4 @@
-"""Where models and weights come from: ``timm:NAME``, ``torchvision:NAME``, or a factory of the user's own."""
+"""Where models and weights come from: ``timm:NAME``, ``torchvision:NAME``, or a factory that the user wrote."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lbyl.errors import InputError
+from lbyl.errors import InputError, first_line
 
 FORMS = "timm:NAME, torchvision:NAME, package.module:factory or file.py:factory"
 
@@ -29,7 +29,7 @@ def load_source(source: str, pretrained: bool = True) -> nn.Module:
         pretrained: load the published weights (``timm`` and ``torchvision`` only).
 
     Raises:
-        InputError: an unknown form, library, name or factory, or weights that can't be had.
+        InputError: an unknown form, library, name or factory, or weights that can't be loaded.
     """
     kind, separator, name = source.rpartition(":")
     if not separator or not kind or not name:
@@ -45,10 +45,10 @@ def load_source(source: str, pretrained: bool = True) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a state dict from ``.safetensors``, or from a ``.pth`` read with ``weights_only=True``.
+    """Load a state dict from ``.safetensors``, or from a ``.pth`` that is read with ``weights_only=True``.
 
     Raises:
-        InputError: no such file, a file that only unpickling could read, or keys and shapes that do not fit.
+        InputError: there is no such file, only unpickling could read it, or its keys or shapes do not fit.
     """
     file = Path(path)
     if not file.is_file():
@@ -57,7 +57,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         if file.suffix == ".safetensors":
             state: Any = load_file(file)
         else:
-            with warnings.catch_warnings():  # what is wrong with a file is said once, by the error
+            with warnings.catch_warnings():  # the error says what is wrong with a file, and once is enough
                 warnings.simplefilter("ignore")
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
@@ -107,9 +107,8 @@ def _download(source: str, build: Any) -> nn.Module:
     try:
         return build()
     except (OSError, RuntimeError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{source}: the model or its pretrained weights can't be loaded ({line}); "
+            f"{source}: the model or its pretrained weights can't be loaded ({first_line(error)}); "
             "pass --weights FILE, or --no-pretrained for random ones"
         ) from error
 
@@ -122,7 +121,7 @@ def _library(name: str) -> Any:
 
 
 def load_function(source: str) -> Callable[..., Any]:
-    """A function of the user's own, by ``package.module:function`` or ``file.py:function``; its module is run.
+    """A function that the user wrote: ``package.module:function`` or ``file.py:function``. Its module is run.
 
     Raises:
         InputError: no such file, module or function.

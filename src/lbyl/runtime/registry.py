@@ -1,7 +1,7 @@
-"""Members of a family (criteria, restorers, moment sources) by their short names.
+"""Members of a family (criteria, restorers, moment sources, export formats) by their short names.
 
 Those of lbyl are listed in `lbyl._public`. Others join them by :func:`register`, or by an entry point of the group
-``lbyl.criterion``, ``lbyl.restorer`` or ``lbyl.moments`` in an installed package.
+``lbyl.criterion``, ``lbyl.restorer``, ``lbyl.moments`` or ``lbyl.format`` in an installed package.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _REGISTERED: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES}
 
 
 def register(family: str, name: str, member: Any) -> None:
-    """Give a member of a family a short name, for arguments of :func:`lbyl.compress` and the command line.
+    """Give a member of a family a short name, for arguments and the command line.
 
     Args:
-        family: "criterion", "restorer" or "moments".
+        family: "criterion", "restorer", "moments" or "format".
         name: the short name.
         member: a class that can be made without arguments, or a function that makes one.
 
@@ -49,8 +49,8 @@ def find(family: str, name: str) -> Any:
         InputError: no member of the family has this name.
     """
     if name in FAMILIES[family]:
-        public = FAMILIES[family][name]
-        return getattr(importlib.import_module(HOME[public]), public)
+        module, _, member = FAMILIES[family][name].rpartition(":")
+        return getattr(importlib.import_module(module or HOME[member]), member)
     if name in _REGISTERED[family]:
         return _REGISTERED[family][name]
     for entry in entry_points(group=f"lbyl.{family}", name=name):

@@ -1,11 +1,11 @@
-"""The plan: what was cut and with which settings, as plain data that travels into the saved folder."""
+"""The plan: what was cut and with which settings. It is plain data, and a part of the saved folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -16,6 +16,7 @@ from torch import nn
 from lbyl.errors import ArtifactError
 from lbyl.graph.computed_weights import Fold
 from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.documents import check_no_faults, read_as
 from lbyl.surgery.attributes import Attribute
 from lbyl.surgery.cuts import Cut
 
@@ -38,14 +39,14 @@ class Plan:
     Attributes:
         groups: kept channels by group.
         cuts: every slice of every parameter and buffer.
-        attributes: every whole number that a module keeps and that follows the cut.
+        attributes: numbers that modules keep (heads, widths) and that follow the cut.
         settings: the arguments of :func:`lbyl.compress`.
         architecture: shape of every parameter and buffer of the unpruned model.
         source: where the unpruned model comes from ("timm:...", "torchvision:..."), or None.
         inputs: dtype and shape of the example inputs.
-        folds: layers that computed their weight on the fly and are plain now.
-        library: version of lbyl that made the plan.
-        version: version of this format.
+        folds: layers that computed their weight on the fly and have become plain layers.
+        library: the version of lbyl that made the plan.
+        version: the version of this format.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -89,32 +90,9 @@ class Plan:
             raise ArtifactError(
                 f"plan version {data['version']!r} is unknown here (this lbyl reads version {VERSION}); update lbyl"
             )
-        try:
-            return Plan(
-                groups=tuple(_group(g) for g in data["groups"]),
-                cuts=tuple(
-                    Cut(
-                        _text(c["parameter"]),
-                        _number(c["dim"]),
-                        _number(c["size"]),
-                        _numbers(c["keep"]),
-                        _number(c["blocks"]),
-                        _factor(c.get("scale", 1.0)),
-                    )
-                    for c in data["cuts"]
-                ),
-                settings=dict(data["settings"]),
-                architecture={_text(name): _numbers(shape) for name, shape in data["architecture"].items()},
-                source=None if data["source"] is None else _text(data["source"]),
-                inputs=_text(data["inputs"]),
-                library=_text(data["library"]),
-                attributes=tuple(_attribute(a) for a in data.get("attributes", ())),
-                folds=tuple(
-                    Fold(_text(f["module"]), _text(f["op"]), dict(f["arguments"])) for f in data.get("folds", ())
-                ),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"the plan is damaged: {error!r}") from error
+        plan = read_as(Plan, data, "the plan")
+        check_no_faults(_faults(plan), "the plan")
+        return plan
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ArtifactError unless ``model`` has the unpruned shapes that the plan was made for."""
@@ -141,53 +119,37 @@ def architecture_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
 
 
-def _group(data: Any) -> GroupPlan:
-    group = GroupPlan(_text(data["name"]), _number(data["width"]), _numbers(data["keep"]))
-    rising = all(a < b for a, b in pairwise((-1, *group.keep, group.width)))
-    if not rising or not group.keep:
-        raise ValueError(f"{group.name} keeps {list(group.keep[:3])} ... of {group.width} channels")
-    return group
+def _faults(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What no plan of lbyl says, though its types are right, and where it stands."""
+    for index, group in enumerate(plan.groups):
+        rising = all(a < b for a, b in pairwise((-1, *group.keep, group.width)))
+        if not rising or not group.keep:
+            fault = f"{group.name} keeps {list(group.keep[:3])} ... of {group.width} channels"
+            yield fault, f"$.groups[{index}].keep"
+    for index, cut in enumerate(plan.cuts):
+        if not 0 < cut.scale < math.inf:
+            yield f"expected a positive number, found {cut.scale!r}", f"$.cuts[{index}].scale"
+    for index, attribute in enumerate(plan.attributes):
+        if fault := _attribute_fault(attribute):
+            yield f"{attribute.module}.{attribute.name} {fault}", f"$.attributes[{index}]"
 
 
-def _attribute(data: Any) -> Attribute:
-    place = None if data["place"] is None else _number(data["place"])
-    if isinstance(data["old"], float):
-        item = Attribute(_text(data["module"]), _text(data["name"]), place, _factor(data["old"]), _factor(data["new"]))
-        if item.name.startswith("__") or place is not None:
-            raise ValueError(f"{item.module}.{item.name} is no constant of a mean")
-        return item
-    item = Attribute(_text(data["module"]), _text(data["name"]), place, _number(data["old"]), _number(data["new"]))
-    if item.name.startswith("__") or not 0 < item.new <= item.old or (place is not None and place < 0):
-        raise ValueError(f"{item.module}.{item.name} from {item.old} to {item.new} is no width that shrinks")
-    return item
-
-
-def _factor(value: Any) -> float:
-    if not isinstance(value, float) or not 0 < value < math.inf:
-        raise TypeError(f"expected a positive number, found {value!r}")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, found {value!r}")
-    return value
-
-
-def _number(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected a whole number, found {value!r}")
-    return value
-
-
-def _numbers(value: Any) -> tuple[int, ...]:
-    return tuple(_number(item) for item in value)
+def _attribute_fault(attribute: Attribute) -> str:
+    """Why a module's number can't follow a cut; "" if it can."""
+    old, new, place = attribute.old, attribute.new, attribute.place
+    if isinstance(old, float):
+        positive = isinstance(new, float) and 0 < old < math.inf and 0 < new < math.inf
+        return "" if positive and place is None and not attribute.name.startswith("__") else "is no constant of a mean"
+    shrinks = isinstance(new, int) and 0 < new <= old
+    if shrinks and (place is None or place >= 0) and not attribute.name.startswith("__"):
+        return ""
+    return f"from {old} to {new} is no width that shrinks"
 
 
 def described(setting: Any) -> dict[str, Any]:
-    """A settings object as plain data that travels into the plan."""
+    """A settings object as plain data, for the plan."""
     fields = dataclasses.fields(setting) if dataclasses.is_dataclass(setting) else ()
-    # What is not shown, such as the user's data, does not travel.
+    # A field that repr leaves out, such as the user's data, stays out of the plan.
     values = {field.name: getattr(setting, field.name) for field in fields if field.repr}
     plain = {key: described(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}
     return {"name": type(setting).__name__, **plain}
@@ -202,5 +164,5 @@ def library_version() -> str:
 
 
 def is_rebuildable(source: str) -> bool:
-    """Whether a saved plan may build this source by itself: a library's model, not a user's code."""
+    """Whether loading a plan may build its source: a library's model may be built, a user's code may not be run."""
     return source.rpartition(":")[0] in ("timm", "torchvision")

@@ -1,1 +1,1 @@
-"""What a report holds and how it is shown."""
+"""What a report holds, and how it is shown."""

@@ -1,13 +1,13 @@
-"""Numbers and lines of text the way people read them."""
+"""Numbers and lines of text for people."""
 
 from __future__ import annotations
 
 FLOAT32 = 4
-"""Bytes of a parameter, in the sizes that are shown."""
+"""Bytes of a parameter, for the sizes that are shown."""
 
 
 def share(before: float, after: float) -> str:
-    """What is left, in percent.
+    """The share that is left, in percent.
 
     >>> share(200, 150)
     '75.0%'
@@ -25,7 +25,7 @@ def size(count: int) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share, or a dash for none.
+    """A share in percent, or a dash for None.
 
     >>> percent(0.123), percent(None)
     ('12.3%', '–')
@@ -34,7 +34,7 @@ def percent(value: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits, or a dash for none.
+    """Three digits, or a dash for None.
 
     >>> number(0.012345), number(None)
     ('0.0123', '–')

@@ -1,4 +1,4 @@
-"""The model card: a ``README.md`` with metadata, as the Hugging Face Hub reads it, made from plan and report."""
+"""The model card, made from plan and report: a ``README.md`` with the metadata that the Hugging Face Hub reads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lbyl.surgery.plan import Plan, is_rebuildable
 
 
 def card(plan: Plan, report: Report) -> str:
-    """What was cut, what it cost, how to load the result and how to make it again, as Markdown.
+    """What was cut, what it cost, how to load the result, and how to make it again, as Markdown.
 
     Args:
-        plan: what was cut and with which settings.
-        report: the totals, and one row a group.
+        plan: what was cut, and with which settings.
+        report: the totals, and a row for each group.
 
     Returns:
         The text of a model card: YAML metadata, then Markdown.
@@ -34,7 +34,7 @@ def card(plan: Plan, report: Report) -> str:
 def _metadata(plan: Plan) -> Iterator[str]:
     yield from ("---", "library_name: lbyl", "tags:", "- pruned", "- lbyl", "- pytorch")
     if plan.source:
-        # Not base_model, which must be a repository of the Hub: the plan does not know whose weights were loaded.
+        # Not base_model: that must be a repository of the Hub, and the plan does not know whose weights were loaded.
         yield f"base_model_source: {json.dumps(shown_source(plan.source), ensure_ascii=False)}"
     yield "---"
 

@@ -1,17 +1,21 @@
-"""One row a group: what was cut and what it cost."""
+"""The numbers of a report: a row for each group, and the totals."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lbyl.runtime.bench import Timing
+from lbyl.runtime.output_error import Assessment
 
 
 @dataclass(frozen=True)
 class Row:
     """One pruned group.
 
-    ``re``, ``be`` and ``ae`` are the paper's residual, batch-norm and activation errors, means over the
-    dropped channels (None where the weights-only form does not apply). ``errors`` are relative errors of the
-    consumers' outputs on the moments that were solved with: after plain pruning, after restoration.
+    ``re``, ``be`` and ``ae`` are the paper's residual, batch-norm and activation errors, as means over the dropped
+    channels; None if the weights-only form does not apply. ``errors`` are relative errors of the consumers' outputs,
+    after plain pruning and after restoration, on the moments that restoration solved with.
     """
 
     group: str
@@ -23,3 +27,30 @@ class Row:
     seconds: float
     note: str = ""
     errors: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What :class:`lbyl.Report` holds; its documentation explains the fields."""
+
+    rows: tuple[Row, ...]
+    left: tuple[tuple[str, str], ...]
+    barriers: tuple[str, ...]
+    parameters: tuple[int, int]
+    macs: tuple[int, int] | None
+    verified: float | None
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+    assessment: Assessment | None = None
+    latency: Timing | None = None
+    held_out_errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def probed(self) -> bool:
+        """Whether errors of the consumers were measured on probes."""
+        return any(row.errors for row in self.rows)
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether there are errors of the paper's kinds (RE, BE, AE)."""
+        return any(value is not None for row in self.rows for value in (row.re, row.be, row.ae))

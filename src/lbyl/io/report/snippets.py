@@ -1,4 +1,4 @@
-"""The Python that loads a saved network, and the Python that makes it again, written from the plan."""
+"""Python code, made from the plan, that loads a saved network or makes it again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lbyl.surgery.plan import Plan, is_rebuildable
 
 
 def loading(plan: Plan) -> Iterator[str]:
-    """Loads the folder that the plan was saved in, whatever its place."""
+    """The lines that load the folder that the plan was saved in, wherever it is."""
     yield "import lbyl"
     yield ""
     if plan.source and is_rebuildable(plan.source):
@@ -25,7 +25,7 @@ def loading(plan: Plan) -> Iterator[str]:
 
 
 def load_line(path: str | os.PathLike[str], source: str | None) -> str:
-    """The same for a folder whose place is known, on one line."""
+    """The same in one line, for a folder whose place is known."""
     folder = repr(str(path))
     if source is None:
         return f"import lbyl; net = lbyl.load({folder}, model)  # model: a fresh, unpruned instance"
@@ -35,7 +35,7 @@ def load_line(path: str | os.PathLike[str], source: str | None) -> str:
 
 
 def reproducing(plan: Plan) -> Iterator[str]:
-    """Makes the same network again: the call with all its settings."""
+    """The lines that make the same network again: the call with all its settings."""
     parts = plan.settings.get("parts", ())
     yield from ("import torch", "import lbyl")
     if plan.source:
@@ -59,9 +59,9 @@ def reproducing(plan: Plan) -> Iterator[str]:
 
 
 def arguments(plan: Plan) -> dict[str, str]:
-    """The settings by which the network was compressed, each the way Python spells it."""
+    """The settings that the network was compressed with, as Python code."""
     settings = dict(plan.settings)
-    settings.pop("parts", None)  # which parts could be traced is found out again
+    settings.pop("parts", None)  # a new call finds out again which parts can be traced
     if settings.get("criterion") == settings.get("restore"):
         settings.pop("criterion", None)  # this restorer chooses the channels by itself
     if settings.get("budget"):
@@ -70,7 +70,7 @@ def arguments(plan: Plan) -> dict[str, str]:
 
 
 def _tensor(text: str) -> str:
-    """The Python that makes an input of this dtype and shape."""
+    """The Python code that makes an input of this dtype and shape."""
     dtype, _, sizes = text.partition(" ")
     shape = ", ".join(sizes.split("x")) if sizes != "scalar" else "()"
     if dtype == "float32":
@@ -80,7 +80,7 @@ def _tensor(text: str) -> str:
 
 
 def _python(value: Any) -> str:
-    """A setting the way it is written in Python."""
+    """A setting as Python code."""
     import lbyl
 
     if isinstance(value, Mapping) and "name" in value:
@@ -97,7 +97,7 @@ def _reads_data(value: Any) -> bool:
 
 
 def shown_source(source: str) -> str:
-    """The source as it is published: of a factory's file, the name is enough."""
+    """The source as it may be published: of a factory's file only the name, not the folders."""
     place, separator, name = source.rpartition(":")
     return f"{PurePath(place).name}{separator}{name}" if place.endswith(".py") else source
 

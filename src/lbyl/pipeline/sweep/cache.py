@@ -1,4 +1,4 @@
-"""Analysis in a folder, as safetensors and JSON: what was found out once is there for the next run."""
+"""The analysis in a folder, as safetensors and JSON, so that the next run can use it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,15 +32,79 @@ CURVES = "curves.safetensors"
 READINGS = "consumer_moments.safetensors"
 
 
+Note = TypeVar("Note")
+
+
+@dataclass(frozen=True)
+class _GroupsNote:
+    """Names of the groups that can be cut; notes on the others."""
+
+    groups: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _ProbesNote:
+    """The fields of :class:`lbyl.moments.Probes` that are no tensors; three keys have the names of version 0.1.0."""
+
+    batches: int
+    batch_statistics: bool
+    note: str
+    lifelike: tuple[int, ...]
+    matched: bool
+    channels_last: tuple[str, ...]
+    judged_in: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _CurveNote:
+    """An error curve without its tensor."""
+
+    group: str
+    index: int
+    order: tuple[int, ...]
+    weight: float
+
+
+@dataclass(frozen=True)
+class _CurvesNote:
+    """All error curves without their tensors."""
+
+    curves: tuple[_CurveNote, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _ConsumerNote:
+    """A consumer, and over how many positions each block of its moments was summed."""
+
+    reader: str
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _ConsumersNote:
+    """All consumers whose moments are kept."""
+
+    readers: tuple[_ConsumerNote, ...]
+
+
+@dataclass(frozen=True)
+class _DataNote:
+    """The fingerprint of the user's data."""
+
+    sha256: str
+
+
 @dataclass(frozen=True)
 class FolderCache:
-    """A cache in a folder of its own.
+    """The analysis of one part of the network, in a folder of its own.
 
     Attributes:
-        folder: its place, made when something is kept.
+        folder: its place, which is made when something is kept.
         graph: the channel graph; groups are kept by name.
-        inputs: the example inputs, whose structure and device probes have.
-        private: the probes are the user's data, which is not kept: they are read anew, and must be the same.
+        inputs: the example inputs; probes have their structure and device.
+        private: whether the probes are the user's data. They are not kept, but read again, and must be the same.
     """
 
     folder: Path
@@ -61,14 +126,14 @@ class FolderCache:
             names = [self.graph.groups[index].name for index in made.groups]
             write_whole(file, json.dumps({"groups": names, "notes": made.notes}))
         with _reading(file):
-            data = json.loads(file.read_text(encoding="utf-8"))
-            return Cuttable(tuple(map(self._index, data["groups"])), tuple(map(str, data["notes"])))
+            found = msgspec.convert(json.loads(file.read_text(encoding="utf-8")), _GroupsNote)
+            return Cuttable(tuple(map(self._index, found.groups)), found.notes)
 
     def probes(self, make: Callable[[], Probes]) -> Probes:
-        """The probes, to the bit as they were made.
+        """The probes, bit for bit as they were made.
 
         Raises:
-            InputError: the user's data is not what it was.
+            InputError: the user's data has changed.
         """
         if self.private:
             return self._same(make())
@@ -91,7 +156,7 @@ class FolderCache:
             "lifelike": made.recalibration_batches,
             "matched": made.matches_training_statistics,
             "judged_in": made.evaluation_batches,
-            # Convolutions add in another order in this layout, which shows in the last digits.
+            # Convolutions add in another order in this layout, so the last digits differ.
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         }
         write_tensors(file, tensors, json.dumps(note))
@@ -110,15 +175,12 @@ class FolderCache:
             write_tensors(file, tensors, json.dumps({"curves": facts, "notes": made.notes}))
             return made
         with _reading(file):
-            tensors, note = _read(file)
-            curves = (
-                Curve(self._index(c["group"]), tuple(c["order"]), tensors[f"{c['index']}"], float(c["weight"]))
-                for c in note["curves"]
-            )
-            return Curves(tuple(curves), tuple(map(str, note["notes"])))
+            tensors, note = _read(file, _CurvesNote)
+            curves = (Curve(self._index(c.group), c.order, tensors[f"{c.index}"], c.weight) for c in note.curves)
+            return Curves(tuple(curves), note.notes)
 
     def consumer_moments(self, make: Callable[[], dict[str, ConsumerMoments]]) -> Mapping[str, ConsumerMoments]:
-        """The consumers' moments; of the user's data they are not kept either."""
+        """The consumers' moments. Those of the user's data are not kept either."""
         if self.private:
             return make()
         file = self.folder / READINGS
@@ -134,7 +196,7 @@ class FolderCache:
             write_tensors(file, tensors, json.dumps({"readers": facts}))
             return made
         with _reading(file):
-            tensors, note = _read(file)
+            tensors, note = _read(file, _ConsumersNote)
             device = next((t.device for t in self.inputs.tensors()), torch.device("cpu"))
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -144,11 +206,11 @@ class FolderCache:
                 return replace(moments, count=count, p=p, pp=pp, pr=pp[:, :0])
 
             return {
-                str(fact["reader"]): ConsumerMoments(
-                    tuple(restored(number, index, int(count)) for index, count in enumerate(fact["counts"])),
+                fact.reader: ConsumerMoments(
+                    tuple(restored(number, index, count) for index, count in enumerate(fact.counts)),
                     (tensors[f"{number}.output.0"], tensors[f"{number}.output.1"], tensors[f"{number}.output.2"]),
                 )
-                for number, fact in enumerate(note["readers"])
+                for number, fact in enumerate(note.readers)
             }
 
     def _index(self, name: str) -> int:
@@ -157,7 +219,7 @@ class FolderCache:
     def _read_probes(self, file: Path) -> Probes:
         leaves, structure = _leaves(self.inputs)
         with _reading(file):
-            tensors, note = _read(file)
+            tensors, note = _read(file, _ProbesNote)
 
             def batch(index: int) -> ExampleInputs:
                 numbers = iter(range(len(leaves)))
@@ -166,21 +228,20 @@ class FolderCache:
                     if not isinstance(value, Tensor):
                         return value
                     name = f"{index}.{next(numbers)}"
-                    layout = torch.channels_last if name in note["channels_last"] else torch.contiguous_format
+                    layout = torch.channels_last if name in note.channels_last else torch.contiguous_format
                     return tensors[name].to(value.device).contiguous(memory_format=layout)
 
                 args, kwargs = pytree.tree_unflatten([leaf(value) for value in leaves], structure)
                 return ExampleInputs(args, kwargs)
 
-            count = int(note["batches"])
             return Probes(
-                tuple(map(batch, range(count))),
-                batch(count),
-                bool(note["batch_statistics"]),
-                str(note["note"]),
-                tuple(map(int, note["lifelike"])),
-                bool(note["matched"]),
-                tuple(map(int, note.get("judged_in", ()))),
+                tuple(map(batch, range(note.batches))),
+                batch(note.batches),
+                note.batch_statistics,
+                note.note,
+                note.lifelike,
+                note.matched,
+                note.judged_in,
             )
 
     def _same(self, made: Probes) -> Probes:
@@ -188,8 +249,8 @@ class FolderCache:
         if not file.exists():
             write_whole(file, json.dumps({"sha256": now}))
         with _reading(file):
-            then = json.loads(file.read_text(encoding="utf-8"))["sha256"]
-        if then != now:
+            then = msgspec.convert(json.loads(file.read_text(encoding="utf-8")), _DataNote)
+        if then.sha256 != now:
             raise InputError(
                 f"the data is not what it was when this sweep began ({file} has its fingerprint): pass the same "
                 "batches in the same request, or begin in another folder"
@@ -219,14 +280,16 @@ def _is_channels_last(tensor: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def _read(file: Path, kind: type[Note]) -> tuple[dict[str, Tensor], Note]:
+    """The tensors of a file, and its note."""
     with safe_open(file, framework="pt") as content:
-        return {name: content.get_tensor(name) for name in content.keys()}, json.loads(content.metadata()["lbyl"])  # noqa: SIM118
+        note = msgspec.convert(json.loads(content.metadata()["lbyl"]), kind)
+        return {name: content.get_tensor(name) for name in content.keys()}, note  # noqa: SIM118
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Whatever a damaged file does to its consumer becomes one clear error."""
+    """Whatever a damaged file causes becomes one clear error."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, StopIteration, SafetensorError) as error:

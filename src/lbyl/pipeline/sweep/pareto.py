@@ -1,4 +1,4 @@
-"""The points of a sweep against each other: which are worth having, as a table, a picture and a page."""
+"""The points of a sweep compared: which are worth having, as a table, a picture and a page."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lbyl.io.report.colors import PLAIN
 from lbyl.io.report.format import line, percent, share
 
 if TYPE_CHECKING:
@@ -19,25 +20,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURE = "pareto.svg"
-_INK, _PALE, _STRONG = "#808080", "#9aa5b1", "#2b7fb8"
-"""Of middling lightness, so that white grounds and black ones both show them."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One budget of a sweep, and what came of it.
+    """One budget of a sweep, and its outcome.
 
     Attributes:
-        name: its folder within the sweep's.
+        name: its folder within the sweep's folder.
         budget: the fields of the :class:`lbyl.Budget`.
         made: whether the folder is there.
-        reason: why it could not be made ("" as a rule).
+        reason: why it could not be made; otherwise "".
         parameters: count before and after.
         macs: multiply-accumulates on the example inputs, before and after.
-        pruned: error of the outputs on held-out probes without restoration; None without probes.
+        pruned: the outputs' error on held-out probes without restoration; None without probes.
         error: the same with restoration: the predicted damage.
-        accuracy: what the user's function said of it.
-        seconds: what the point took beyond the work that all points share.
+        accuracy: what the user's function returned for it.
+        seconds: the time of the point, without the work that all points share.
     """
 
     name: str
@@ -53,31 +52,22 @@ class Point:
 
     @property
     def asked(self) -> str:
-        """The budget in a word, such as ``macs=0.6``."""
+        """The budget in short, such as ``macs=0.6``."""
         kind, amount = next((k, v) for k, v in self.budget.items() if k != "name" and v is not None)
         return f"{kind}={amount:g}"
 
     @property
     def cost(self) -> float:
-        """Share of the multiply-accumulates that is left; of the parameters where the others were not counted."""
+        """The share of the multiply-accumulates that is left; of the parameters if these were not counted."""
         before, after = self.macs or self.parameters or (0, 0)
         return after / before if before else math.nan
 
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Point:
-        """Read a point back from plain data."""
-
-        def pair(value: Any) -> tuple[int, int] | None:
-            return None if value is None else (int(value[0]), int(value[1]))
-
-        fields = {**data, "parameters": pair(data["parameters"]), "macs": pair(data["macs"])}
-        return Point(**fields)
-
 
 def front(points: Sequence[Point]) -> tuple[str, ...]:
-    """Names of the points that no other one beats: none is at most as large and at most as damaged, and less in one.
+    """Names of the points that no other point beats.
 
-    Damage is lost accuracy where every point has one, else the predicted error.
+    A point beats another if it is neither larger nor more damaged, and better in one of the two. Damage is lost
+    accuracy if every point has an accuracy, otherwise the predicted error.
     """
     made = [point for point in points if point.made]
     judged = damage(made)
@@ -94,7 +84,7 @@ def front(points: Sequence[Point]) -> tuple[str, ...]:
 
 
 def damage(made: Sequence[Point]) -> Callable[[Point], float] | None:
-    """What points are judged by, the less the better; None where nothing is known of some of them."""
+    """What points are judged by: less is better. None if nothing is known of some of them."""
     if made and all(point.accuracy is not None for point in made):
         return lambda point: -float(point.accuracy or 0.0)
     if made and all(point.error is not None for point in made):
@@ -103,12 +93,12 @@ def damage(made: Sequence[Point]) -> Callable[[Point], float] | None:
 
 
 def by_cost(points: Sequence[Point]) -> list[Point]:
-    """The largest first; the ones that were not made last."""
+    """The points sorted by cost, the largest first. Points that were not made come last."""
     return sorted(points, key=lambda point: (not point.made, -point.cost if point.made else 0.0))
 
 
 def rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    """The table's head, and its cells line by line; columns of which nothing is known are left out."""
+    """The table's head, and its cells line by line. Columns without any value are left out."""
     best = front(points)
     judged = [point for point in points if point.made]
     columns: list[tuple[str, bool, Callable[[Point], str]]] = [
@@ -144,7 +134,7 @@ def failures(points: Sequence[Point]) -> Iterator[str]:
 
 
 def markdown(points: Sequence[Point], source: str | None, unpruned: float | None) -> str:
-    """The table as ``README.md`` of the sweep's folder, with the picture where there is one."""
+    """The table as ``README.md`` of the sweep's folder, with the picture if there is one."""
     head, body = rows(points)
     lines = [f"# Sweep{f' of `{line(source)}`' if source else ''}", ""]
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -179,7 +169,7 @@ def figure_wanted(points: Sequence[Point]) -> bool:
 
 
 def plot(points: Sequence[Point], unpruned: float | None) -> Figure:
-    """Predicted error against cost, and beside it accuracy where it is known; points on the front stand out."""
+    """Predicted error against cost, and beside it the accuracy if it is known. Points on the front stand out."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -193,11 +183,13 @@ def plot(points: Sequence[Point], unpruned: float | None) -> Figure:
     figure = Figure((4.8 * max(1, len(panels)), 3.6), layout="constrained")
     for axes, (name, value) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False):
         known = [p for p in made if value(p) is not None]
-        axes.plot([p.cost for p in known], [value(p) for p in known], "o", color=_PALE)
+        axes.plot([p.cost for p in known], [value(p) for p in known], "o", color=PLAIN.before)
         on_front = [p for p in known if p.name in best]
-        axes.plot([p.cost for p in on_front], [value(p) for p in on_front], "o-", color=_STRONG, label="on the front")
+        axes.plot(
+            [p.cost for p in on_front], [value(p) for p in on_front], "o-", color=PLAIN.after, label="on the front"
+        )
         if name == "accuracy" and unpruned is not None:
-            axes.axhline(unpruned, color=_INK, linestyle=":", label="unpruned")
+            axes.axhline(unpruned, color=PLAIN.ink, linestyle=":", label="unpruned")
         elif name != "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_ylim(bottom=0)
@@ -219,14 +211,14 @@ def picture(points: Sequence[Point], unpruned: float | None) -> str:
 
 
 def _quiet(axes: Axes) -> None:
-    axes.grid(color=_INK, alpha=0.3, linewidth=0.6)
-    axes.tick_params(colors=_INK)
+    axes.grid(color=PLAIN.ink, alpha=0.3, linewidth=0.6)
+    axes.tick_params(colors=PLAIN.ink)
     axes.set_facecolor("none")
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
+    axes.xaxis.label.set_color(PLAIN.ink)
+    axes.yaxis.label.set_color(PLAIN.ink)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    axes.legend(frameon=False, fontsize=9, labelcolor=PLAIN.ink)
 
 
 def _left(pair: tuple[int, int] | None) -> str:

@@ -1,4 +1,4 @@
-"""The folder of a sweep: `sweep.json`, which says what is done, and a lock, so that one process works in it."""
+"""The folder of a sweep: `sweep.json` says what is done, and a lock keeps other processes out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lbyl.errors import ArtifactError, InputError
 from lbyl.io.files import TEMPORARY, write_whole
 from lbyl.pipeline.sweep.pareto import Point
+from lbyl.runtime.documents import check_no_faults, read_as
 
 STATE = "sweep.json"
 ANALYSIS = "groundwork"
@@ -29,11 +32,11 @@ class SweepState:
 
     Attributes:
         fingerprint: of the network, its inputs and the settings.
-        points: in the order in which they were asked for, made or not.
+        points: in the order in which they were requested, made or not.
         source: where the network comes from.
-        evaluate: name of the user's function.
-        unpruned: what it said of the unpruned network.
-        seconds: of the work that all points share, by stage.
+        evaluate: the name of the user's function.
+        unpruned: what this function returned for the unpruned network.
+        seconds: the time of the work that all points share, by stage.
     """
 
     fingerprint: Mapping[str, Any]
@@ -44,7 +47,7 @@ class SweepState:
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def having(self, point: Point) -> SweepState:
-        """The same with a point in the place of the one of its name, or at the end."""
+        """The state in which this point replaces the one of the same name, or is added at the end."""
         names = [known.name for known in self.points]
         if point.name not in names:
             return replace(self, points=(*self.points, point))
@@ -75,28 +78,28 @@ class SweepState:
             raise ArtifactError(f"{file} is larger than {_LARGEST // 2**20} MiB: no sweep of lbyl")
         try:
             data: Any = json.loads(file.read_text(encoding="utf-8"))
-            if data["version"] != _VERSION:
-                raise ArtifactError(f"{file}: version {data['version']!r} is unknown here; update lbyl")
-            points = tuple(map(Point.from_dict, data["points"]))
-            if any(Path(p.name).name != p.name or p.name.startswith(".") for p in points):
-                raise ValueError("a point's name leads out of the folder")
-            return SweepState(
-                dict(data["fingerprint"]),
-                points,
-                data["source"],
-                data["evaluate"],
-                None if data["unpruned"] is None else float(data["unpruned"]),
-                {str(stage): float(value) for stage, value in data["seconds"].items()},
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"{file} is damaged: {error!r}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{file} is damaged: {error}") from error
+        if not isinstance(data, dict) or "version" not in data:
+            raise ArtifactError(f"{file} is damaged: it has no version")
+        if data["version"] != _VERSION:
+            raise ArtifactError(f"{file}: version {data['version']!r} is unknown here; update lbyl")
+        state = read_as(SweepState, data, str(file))
+        check_no_faults(_faults(state), str(file))
+        return state
+
+
+def _faults(state: SweepState) -> Iterator[tuple[str, str]]:
+    for index, point in enumerate(state.points):
+        if Path(point.name).name != point.name or point.name.startswith("."):
+            yield f"the name {point.name!r} leads out of the folder", f"$.points[{index}].name"
 
 
 def exists(folder: Path) -> bool:
     """Whether a sweep has begun in the folder.
 
     Raises:
-        InputError: the folder can't be one of a sweep's.
+        InputError: a sweep can't use this folder.
     """
     if (folder / STATE).is_file():
         return True
@@ -113,36 +116,29 @@ def exists(folder: Path) -> bool:
 
 @contextmanager
 def occupied(folder: Path) -> Iterator[None]:
-    """Work in a folder alone.
+    """Hold the folder's lock, so that no other process works in it.
 
     Raises:
         InputError: another process works in it, or it can't be made.
     """
+    lock = FileLock(folder / _LOCK, timeout=0)
     try:
         folder.mkdir(exist_ok=True)
-        lock = (folder / _LOCK).open("w")
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"another process is sweeping in {folder}; wait for it, or choose another folder") from error
     except OSError as error:
         raise InputError(f"can't write {folder}: {error.strerror or error}") from error
-    with lock:
-        _take(lock, folder)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def clear(folder: Path, points: Collection[str]) -> None:
-    """Remove what a killed process has left half done: temporary files, and unfinished folders of these points."""
+    """Remove what a killed process has left behind: temporary files, and unfinished folders of these points."""
     for file in (*folder.glob(f"{TEMPORARY}*"), *(folder / ANALYSIS).rglob(f"{TEMPORARY}*")):
         file.unlink()
     for entry in folder.glob(".*-*"):
         if entry.is_dir() and entry.name[1:].rpartition("-")[0] in points:
             shutil.rmtree(entry)
-
-
-def _take(lock: Any, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing there ends with its process as surely
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise InputError(f"another process is sweeping in {folder}; wait for it, or choose another folder") from error

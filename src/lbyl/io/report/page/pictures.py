@@ -1,10 +1,9 @@
-"""Widths and errors of the groups as Matplotlib figures. Matplotlib's global state is not touched."""
+"""Widths and errors of the groups as Matplotlib figures. Matplotlib's global state stays as it is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 from unicodedata import east_asian_width
@@ -13,38 +12,24 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lbyl.io.report.colors import PLAIN, Palette
+from lbyl.io.report.rows import ReportData, Row
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lbyl.io.report.report import Report
-    from lbyl.io.report.rows import Row
-
 _NAMED = 40
-"""More groups than this share the height that these many have, and only some of them are named."""
+"""With more groups than this, the picture grows no further, and only some groups are named."""
 _LETTERS = 24
 _INCHES = 4.8, 0.21  # width of a panel, height of a row
 _TERMS = (("RE", "re", "o"), ("BE", "be", "s"), ("AE", "ae", "D"))
 
 
-@dataclass(frozen=True)
-class Palette:
-    """Colors: of text, of lines, of what was there before and of what is there after."""
-
-    ink: str
-    line: str
-    before: str
-    after: str
-
-
-PLAIN = Palette(ink="#808080", line="#80808066", before="#9aa5b1", after="#2b7fb8")
-"""Of middling lightness, so that white grounds and black ones both show them."""
-
-
-def plot(report: Report) -> Figure:
-    """Widths before and after, and beside them the errors where there are any, one line a group.
+def plot(report: ReportData) -> Figure:
+    """Widths before and after, and beside them the errors if there are any, one line for each group.
 
     Args:
-        report: its rows are drawn, from the network's input at the top to its output at the bottom.
+        report: its rows are drawn; the network's input is at the top.
 
     Returns:
         A figure that belongs to no window and no backend; ``figure.savefig("widths.png")`` writes it.
@@ -57,14 +42,14 @@ def plot(report: Report) -> Figure:
     return figure
 
 
-def widths(report: Report, palette: Palette) -> Figure:
+def widths(report: ReportData, palette: Palette) -> Figure:
     """The panel of widths alone."""
     figure = Figure((_INCHES[0], _height(report.rows)), layout="constrained")
     _widths(figure.subplots(), report.rows, palette)
     return figure
 
 
-def errors(report: Report, palette: Palette) -> Figure:
+def errors(report: ReportData, palette: Palette) -> Figure:
     """The panel of errors alone."""
     figure = Figure((_INCHES[0], _height(report.rows)), layout="constrained")
     _errors(figure.subplots(), report.rows, palette)
@@ -84,7 +69,7 @@ def _widths(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
 
 
 def _errors(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
-    """Of the consumers' outputs, pruned and restored, where they were measured; else the paper's RE, BE and AE."""
+    """Errors of the consumers' outputs, pruned and restored, if they were measured; otherwise the paper's errors."""
     places = np.arange(len(rows))
     if any(row.errors for row in rows):
         pruned, restored = np.array([[*map(_finite, row.errors or (None, None))] for row in rows]).T
@@ -102,12 +87,12 @@ def _errors(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
 
 
 def _finite(value: float | None) -> float:
-    """The value, or what Matplotlib leaves out."""
+    """The value, or NaN, which Matplotlib leaves out."""
     return value if value is not None and math.isfinite(value) else math.nan
 
 
 def _bars(axes: Axes, values: Sequence[float], color: str, label: str) -> None:
-    """Horizontal bars as a single path, so that a picture of a thousand groups is no larger than it looks."""
+    """Horizontal bars as a single path, so that a picture of a thousand groups is still a small file."""
     half = 0.5 if len(values) > _NAMED else 0.36
     edges = [edge for place in range(len(values)) for edge in (place - half, place + half)]
     steps = [step for value in values for step in (value, 0)][:-1]
@@ -148,7 +133,7 @@ def _height(rows: Sequence[Row]) -> float:
 
 
 def _short(name: str) -> str:
-    """A name that fits beside its bar and that every font and XML can take: its end says the most."""
+    """The end of a name, which says the most. It fits beside its bar, and every font and XML can hold it."""
     name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
     ends = accumulate(2 if east_asian_width(letter) in "WF" else 1 for letter in reversed(name))
     fitting = sum(end < _LETTERS for end in ends)

@@ -1,30 +1,28 @@
-"""Plan and report into HTML, through Jinja2: whatever comes from the user is escaped."""
+"""Plan and report as HTML, through Jinja2, which escapes whatever comes from the user."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lbyl.io.report import colors
 from lbyl.io.report.format import FLOAT32, line, number, percent, share, size
 from lbyl.io.report.page.pictures import errors, has_errors, widths
 from lbyl.io.report.page.svg import inline_svg
 from lbyl.io.report.page.verdict import verdict
+from lbyl.io.report.rows import ReportData
 from lbyl.io.report.snippets import arguments, loading, name_of, reproducing, shown_source
-
-if TYPE_CHECKING:
-    from lbyl.io.report.report import Report
-    from lbyl.pipeline.inspection import Inspection
-    from lbyl.surgery.plan import Plan
+from lbyl.surgery.plan import Plan
 
 
 @dataclass(frozen=True)
 class Total:
-    """A quantity of the whole network, before and after, as text; and the share that is left."""
+    """A quantity of the whole network before and after, as text, and the share that is left."""
 
     name: str
     before: str
@@ -41,27 +39,35 @@ class Picture:
     caption: str
 
 
-def page(plan: Plan, report: Report) -> str:
+class Described(Protocol):
+    """Something that can be plain data, such as :class:`lbyl.Inspection`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain data."""
+        ...
+
+
+def page(plan: Plan, report: ReportData) -> str:
     """One self-contained file: no script, no font, no request. Equal plans and reports give equal text."""
     return _render("page.html.j2", report, plan)
 
 
-def result_html(plan: Plan, report: Report) -> str:
+def result_html(plan: Plan, report: ReportData) -> str:
     """The same for a notebook's cell."""
     return _render("notebook.html.j2", report, plan)
 
 
-def report_html(report: Report) -> str:
-    """Totals and groups for a notebook's cell, without pictures and without the plan, which a report does not know."""
+def report_html(report: ReportData) -> str:
+    """Totals and groups for a notebook's cell. Without the plan there are no pictures and no code."""
     return _render("notebook.html.j2", report, None)
 
 
-def inspection_html(inspection: Inspection) -> str:
+def inspection_html(inspection: Described) -> str:
     """The groups of a model for a notebook's cell."""
     return _environment().get_template("inspection.html.j2").render(inspection.to_dict())
 
 
-def _render(template: str, report: Report, plan: Plan | None) -> str:
+def _render(template: str, report: ReportData, plan: Plan | None) -> str:
     return (
         _environment()
         .get_template(template)
@@ -70,7 +76,7 @@ def _render(template: str, report: Report, plan: Plan | None) -> str:
             verdict=verdict(report.assessment),
             totals=list(_totals(report, plan)),
             measured={name: any(getattr(row, name) for row in report.rows) for name in ("errors", "note", "seconds")},
-            terms=any(value is not None for row in report.rows for value in (row.re, row.be, row.ae)),
+            terms=report.has_terms,
             plan=plan,
             pictures=list(_pictures(report)) if plan else [],
             name=name_of(plan) if plan else "",
@@ -82,7 +88,7 @@ def _render(template: str, report: Report, plan: Plan | None) -> str:
     )
 
 
-def _totals(report: Report, plan: Plan | None) -> Iterator[Total]:
+def _totals(report: ReportData, plan: Plan | None) -> Iterator[Total]:
     before, after = report.parameters
     kept = after / before if before else 1.0
     yield Total("Weights", size(before * FLOAT32), size(after * FLOAT32), kept, "in float32")
@@ -97,13 +103,13 @@ def _totals(report: Report, plan: Plan | None) -> Iterator[Total]:
         yield Total("Latency", _milliseconds(timing.before), _milliseconds(timing.after), timing.ratio, note)
 
 
-def _pictures(report: Report) -> Iterator[Picture]:
+def _pictures(report: ReportData) -> Iterator[Picture]:
     if report.rows:
         title = "Channels of each group, before and after"
         yield Picture(Markup(inline_svg(widths, report, "widths", title)), title + ", from input to output.")
     if has_errors(report.rows):
         title = "Error of each group"
-        if any(row.errors for row in report.rows):
+        if report.probed:
             caption = "Relative error of what reads each group: pruned, and after restoration."
         else:
             caption = "Residual (RE), batch-norm (BE) and activation error (AE) of each group."
@@ -138,4 +144,5 @@ def _environment() -> Environment:
     )
     filters: dict[str, Any] = {"line": line, "number": number, "percent": percent, "share": share}
     environment.filters.update(filters)
+    environment.globals["colors"] = colors
     return environment

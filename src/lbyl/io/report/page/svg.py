@@ -1,4 +1,4 @@
-"""A Matplotlib figure as SVG that stands inside a page and takes the page's colors, light or dark."""
+"""A Matplotlib figure as SVG inside a page. It takes the page's colors, light or dark."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ from xml.etree import ElementTree
 
 import matplotlib as mpl
 
-from lbyl.io.report.page.pictures import Palette
+from lbyl.io.report.colors import Palette
+from lbyl.io.report.rows import ReportData
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lbyl.io.report.report import Report
-
 VARIABLES = Palette(ink="#010203", line="#040506", before="#070809", after="#0a0b0c")
-"""Colors that stand for CSS variables of the same names: Matplotlib can't be given these."""
+"""Placeholders for the CSS variables of these names, which Matplotlib can't take."""
 
-_DROPPED = ("metadata", "style")  # the style sheet would rule the whole page
+_DROPPED = ("metadata", "style")  # this style sheet would apply to the whole page
 
 
-def inline_svg(draw: Callable[[Report, Palette], Figure], report: Report, name: str, title: str) -> str:
-    """The ``svg`` element of a picture. Equal reports give equal text, whatever style the user has chosen.
+def inline_svg(draw: Callable[[ReportData, Palette], Figure], report: ReportData, name: str, title: str) -> str:
+    """The ``svg`` element of a picture. Equal reports give equal text, whatever Matplotlib style the user has set.
 
     Args:
-        draw: makes the figure of a report in the colors of a palette.
+        draw: draws a report in the colors of a palette.
         report: what to draw.
-        name: tells the ids of this picture from those of the page's others.
-        title: what a screen reader says.
+        name: a prefix for this picture's ids, which must be unique in the page.
+        title: the text for screen readers.
     """
     file = io.StringIO()
     with warnings.catch_warnings(), mpl.rc_context():
-        # The browser draws the text, in a font that may know the letters which Matplotlib's does not.
+        # The browser draws the text, and its font may have letters that Matplotlib's font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         mpl.rcdefaults()  # all but the backend
-        mpl.rcParams["svg.fonttype"] = "none"  # the page's own font, and text that can be searched
-        mpl.rcParams["svg.hashsalt"] = "lbyl"  # or equal figures would have other ids every time
+        mpl.rcParams["svg.fonttype"] = "none"  # the page's font, and text that can be searched
+        mpl.rcParams["svg.hashsalt"] = "lbyl"  # otherwise ids differ each time
         draw(report, VARIABLES).savefig(file, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
     for parent in list(root.iter()):
@@ -54,12 +53,12 @@ def inline_svg(draw: Callable[[Report, Palette], Figure], report: Report, name: 
 
 
 def _local(name: str) -> str:
-    """HTML knows SVG without namespaces."""
+    """The name without its namespace, as HTML takes it."""
     return name.rpartition("}")[2]
 
 
 def _adapted(key: str, value: str, name: str, colors: dict[str, str]) -> str:
-    """An attribute with ids of this picture's own and the page's colors."""
+    """An attribute in which ids have this picture's prefix and colors are the page's."""
     if key == "id":
         return f"{name}-{value}"
     if key == "href":

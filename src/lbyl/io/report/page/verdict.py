@@ -8,12 +8,12 @@ from lbyl.io.report.format import percent
 from lbyl.runtime.output_error import DESTROYED, Assessment
 
 SLIGHT, STRONG = 0.1, 0.5
-"""Output errors up to which the change is called slight, and from which on it is called strong."""
+"""An output error up to the first is called slight, one above the second strong."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A tone ("good", "fair", "bad" or "none"), a headline, and what stands behind it."""
+    """A tone ("good", "fair", "bad" or "none"), a headline, and the details."""
 
     tone: str
     headline: str
@@ -21,7 +21,7 @@ class Verdict:
 
 
 def verdict(assessment: Assessment | None) -> Verdict:
-    """What the assessment says, and that it is no accuracy.
+    """The assessment in words, with the caution that it is not an accuracy.
 
     >>> verdict(Assessment(pruned=0.4, restored=0.05)).headline
     'The outputs are nearly what they were.'
@@ -35,7 +35,7 @@ def verdict(assessment: Assessment | None) -> Verdict:
     pruned, restored = assessment.pruned, assessment.restored
     detail = f"Error of the outputs on held-out probes: {percent(restored)}; {percent(pruned)} without restoration."
     caution = " This is no accuracy: evaluate the network on your own data."
-    if not restored <= DESTROYED:  # nor where it is no number
+    if not restored <= DESTROYED:  # NaN included
         advice = " Prune less, or give real inputs (lbyl.Data)."
         return Verdict("bad", "The network is likely destroyed.", detail + advice)
     if restored > STRONG:

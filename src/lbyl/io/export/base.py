@@ -1,0 +1,120 @@
+"""What every format does, and the traced program that it writes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lbyl.io.export.inputs import has_batch
+from lbyl.io.quiet import quiet
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.inputs import ExampleInputs
+
+Run = Callable[[ExampleInputs], list[Tensor]]
+"""Runs a written file on inputs."""
+
+
+class Format(Protocol):
+    """A kind of file.
+
+    A class of this form joins the family "format" by :func:`lbyl.register`; it is made without arguments.
+
+    Attributes:
+        name: its short name, which is also the suffix of its files.
+        runtime: what the written file is checked with.
+    """
+
+    name: str
+    runtime: str
+
+    def check_available(self) -> None:
+        """Raise InputError if a package is missing."""
+        ...
+
+    def write(self, traced: TracedProgram, file: Path) -> None:
+        """Write a program. The file must hold neither the user's data nor names of files on this machine."""
+        ...
+
+    def open(self, file: Path) -> Run:
+        """Load a written file, and return what runs it."""
+        ...
+
+
+@dataclass(frozen=True)
+class TracedProgram:
+    """A traced program, and which of its axes are dynamic (None: none)."""
+
+    program: Any
+    shapes: dict[str, Any] | None
+
+
+class Refused(Exception):
+    """What PyTorch or a runtime said when it failed, in one line."""
+
+    def __init__(self, doing: str, error: Exception) -> None:
+        lines = [line.strip(" -") for line in str(error).strip().splitlines() if line.strip(" -")]
+        # The first line only says that a constraint is violated; the second line says which one and how.
+        if len(lines) > 1 and lines[0].startswith("Constraints violated"):
+            lines = lines[1:]
+        super().__init__(f"{doing}: {lines[0].split('. ')[0] if lines else type(error).__name__}")
+
+
+def trace(model: nn.Module, inputs: ExampleInputs, batch: int | None = None) -> TracedProgram:
+    """The traced program.
+
+    Args:
+        model: the network.
+        inputs: what it is traced on.
+        batch: first axes of this size may later be of any size; None fixes all sizes.
+
+    Raises:
+        Refused: ``torch.export`` can't trace it.
+    """
+    shapes, doing = None, "torch.export can't trace it"
+    if batch is not None:
+        axis = torch.export.Dim("batch", min=1)
+        args, kwargs = pytree.tree_map(
+            lambda leaf: {0: axis} if isinstance(leaf, Tensor) and has_batch(leaf, batch) else None,
+            (inputs.args, dict(inputs.kwargs)),
+        )
+        shapes = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        doing += " for every batch size"
+    try:
+        with undisturbed(model), quiet(), torch.no_grad():
+            program: Any = torch.export.export(
+                model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False
+            )
+    except Exception as error:
+        raise Refused(doing, error) from error
+    return TracedProgram(program, shapes)
+
+
+def write(format: Format, traced: TracedProgram, file: Path) -> Run:
+    """Write a program in a format, and return what runs the written file.
+
+    Raises:
+        Refused: the format can't hold the program, or its runtime can't load the file.
+        OSError: the disk is full, say.
+    """
+    file.unlink(missing_ok=True)
+    try:
+        with quiet(), torch.no_grad():
+            format.write(traced, file)
+    except OSError:
+        raise
+    except Exception as error:
+        # The exporter wraps the cause into a page of advice.
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise Refused(f"it can't be written as {format.name}", cause) from error
+    try:
+        with quiet():
+            return format.open(file)
+    except Exception as error:
+        raise Refused(f"{format.runtime} can't load it", error) from error

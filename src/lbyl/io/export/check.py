@@ -1,0 +1,73 @@
+"""A written file compared with the PyTorch model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lbyl.errors import ExportError
+from lbyl.io.export.base import Refused, Run
+from lbyl.runtime.inputs import ExampleInputs
+
+TOLERANCE = 1e-4
+"""Largest difference between the file and the model, relative to an output's largest magnitude, in float32."""
+
+Case = tuple[ExampleInputs, list[Tensor]]
+"""Inputs, and what the PyTorch model gives for them."""
+
+
+def largest_differences(
+    run: Run, cases: Sequence[Case], tolerance: float, file: str, dynamic: bool
+) -> tuple[float, float]:
+    """Largest absolute and relative difference between the file and the model over all cases.
+
+    Raises:
+        ExportError: the file computes something else.
+        Refused: it does not run.
+    """
+    absolute = relative = 0.0
+    for inputs, expected in cases:
+        try:
+            found = run(inputs)
+        except ExportError:
+            raise
+        except Exception as error:
+            raise Refused(f"the exported file does not run on {inputs.describe()}", error) from error
+        if [t.shape for t in found] != [t.shape for t in expected]:
+            raise ExportError(
+                f"{file} returns {_shapes(found)} on {inputs.describe()}, "
+                f"the PyTorch model {_shapes(expected)}; no file was kept"
+            )
+        for a, b in zip(expected, found, strict=True):
+            apart, share = difference(a, b)
+            if not share <= _allowed(a.dtype, tolerance):
+                raise ExportError(
+                    f"{file} does not compute what the PyTorch model does: the largest difference on "
+                    f"{inputs.describe()} is {apart:.1e}, relative {share:.1e} (allowed: "
+                    f"{_allowed(a.dtype, tolerance):.0e}); no file was kept"
+                    + (". A fixed batch size may help: dynamic=False (--fixed-batch)" if dynamic else "")
+                )
+            absolute, relative = max(absolute, apart), max(relative, share)
+    return absolute, relative
+
+
+def difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and the same relative to the largest finite magnitude that is expected."""
+    a, b = expected.detach().double(), found.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())  # the difference of equal infinities is NaN
+    apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
+    largest = float(apart.max()) if apart.numel() else 0.0
+    finite = a[a.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return largest, largest / scale if scale else largest
+
+
+def _allowed(dtype: torch.dtype, tolerance: float) -> float:
+    return max(tolerance, 16 * torch.finfo(dtype).eps) if dtype.is_floating_point else tolerance
+
+
+def _shapes(tensors: Sequence[Tensor]) -> str:
+    return ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensors)

@@ -1,0 +1,185 @@
+"""`export`: a saved network as one file for other runtimes. The file is run against the model before it is kept."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lbyl.errors import ExportError, InputError
+from lbyl.io import artifact
+from lbyl.io.export.base import Format, Refused, trace, write
+from lbyl.io.export.check import TOLERANCE, Case, largest_differences
+from lbyl.io.export.inputs import batch_size, described_inputs, has_batch, with_batch
+from lbyl.io.files import stage
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.inputs import ExampleInputs, outputs
+from lbyl.runtime.registry import find, names
+from lbyl.surgery.plan import Plan, is_rebuildable
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and the outcome of its check.
+
+    Attributes:
+        file: where it is.
+        format: "onnx" or "pt2".
+        difference: largest absolute difference between the file's outputs and the model's.
+        relative: the same, relative to the largest magnitude of the output.
+        dynamic: whether the file takes any batch size; otherwise it takes only ``batches[0]``.
+        batches: the batch sizes that it was run on; the example's is the first.
+        note: what the user should know, such as why the batch size is fixed.
+    """
+
+    file: Path
+    format: str
+    difference: float
+    relative: float
+    dynamic: bool
+    batches: tuple[int, ...]
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome as plain data."""
+        return {**asdict(self), "file": str(self.file), "bytes": self.file.stat().st_size}
+
+    def summary(self) -> list[str]:
+        """The outcome, a line each."""
+        axis = "any batch size" if self.dynamic else f"batch size fixed to {self.batches[0]}"
+        batches = " and ".join(map(str, self.batches))
+        lines = [
+            f"{self.file}: {self.format}, {self.file.stat().st_size / 1e6:,.1f} MB, {axis}",
+            f"checked with {find('format', self.format).runtime} on batches of {batches}: "
+            f"max difference {self.difference:.1e} (relative {self.relative:.1e})",
+        ]
+        return lines + ([f"note: {self.note}"] if self.note else [])
+
+
+def export(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    format: str = "onnx",
+    inputs: Any = None,
+    dynamic: bool = True,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> Exported:
+    """Write ``model.onnx`` or ``model.pt2`` into a saved folder, and check it by running it.
+
+    The file takes any batch size (the first axis of the inputs) if the model does. Otherwise its batch size is that of
+    the example, and ``note`` says why. The file gets its name only after the check, so a wrong file never appears.
+    A file of an earlier export is replaced.
+
+    Args:
+        path: the folder that ``result.save`` wrote.
+        model: a fresh, unpruned instance of the architecture, as for :func:`lbyl.load`.
+        format: "onnx", or "pt2" for ``torch.export.load``.
+        inputs: what the model is called with: a tensor, a tuple, or a dict of keyword inputs. May be left out if
+            the network was compressed on positional floating-point tensors.
+        dynamic: False fixes the batch size to that of the inputs.
+        tolerance: largest difference that passes, relative to an output's largest magnitude. It is larger for
+            formats narrower than float32, as their precision requires.
+        seed: for inputs that are made here.
+
+    Raises:
+        InputError: the format is unknown, inputs can't be made up or do not fit, or a package is missing.
+        ArtifactError: this is no folder of lbyl, or a damaged one.
+        ExportError: the model can't be exported, or the file computes something else; no file is left.
+    """
+    if format not in names("format"):
+        raise InputError(f"format is {format!r}; write {' or '.join(map(repr, names('format')))}")
+    kind: Format = find("format", format)()
+    kind.check_available()
+    plan = artifact.read_manifest(path).plan
+    _check_model_known(path, plan, model)
+    example = described_inputs(plan, seed) if inputs is None else ExampleInputs.of(inputs)
+    smaller = artifact.load(path, model)
+    case = example, _outputs(smaller, example, made_up=inputs is None)
+    target = Path(path) / f"model.{format}"
+    with stage(target) as folder:
+        exported = _Attempt(smaller, case, kind, folder / target.name, tolerance).exported(dynamic, target)
+        # Weights above 2 GB are in a file of their own. It must be there before the file that names it.
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
+            file.replace(target.with_name(file.name))
+    return exported
+
+
+def _check_model_known(path: str | os.PathLike[str], plan: Plan, model: nn.Module | None) -> None:
+    if model is None and not (plan.source and is_rebuildable(plan.source)):
+        known = f" (it was compressed from {plan.source})" if plan.source else ""
+        raise InputError(
+            f"{path}: the plan does not know how to build the model{known}; "
+            "pass a fresh, unpruned instance as model= (--model on the command line)"
+        )
+
+
+def _outputs(model: nn.Module, example: ExampleInputs, made_up: bool) -> list[Tensor]:
+    with undisturbed(model):
+        try:
+            return outputs(model, example)
+        except InputError as error:
+            if made_up:
+                raise InputError(
+                    f"{error}. Pass what it is called with as inputs= (--input on the command line)"
+                ) from None
+            raise
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What is to be written and checked: for any batch size if possible, otherwise for the example's."""
+
+    model: nn.Module
+    case: Case
+    format: Format
+    file: Path
+    tolerance: float
+
+    def exported(self, dynamic: bool, target: Path) -> Exported:
+        """Write and check the file; the outcome names the target instead."""
+        example, reference = self.case
+        batch, why = batch_size(example, reference), ""
+        if dynamic and batch is None:
+            why = f"the inputs ({example.describe()}) have no batch axis"
+        elif dynamic and batch is not None:
+            sizes = tuple(dict.fromkeys((batch, batch + 2, 1)))
+            try:
+                differences = self._any_batch(batch, sizes)
+            except (InputError, Refused) as error:
+                why = str(error)
+            else:
+                still = [t for t in example.tensors() if not has_batch(t, batch)]
+                why = f"{len(still)} of {len(example.tensors())} inputs have no batch axis" if still else ""
+                return Exported(target, self.format.name, *differences, True, sizes, _notes(why, reference))
+        try:
+            run = write(self.format, trace(self.model, example), self.file)
+            differences = largest_differences(run, [self.case], self.tolerance, self.file.name, dynamic=False)
+        except Refused as error:
+            raise ExportError(
+                f"{type(self.model).__name__} can't be exported as {self.format.name}: {error}"
+            ) from error
+        why = f"fixed batch size: {why}" if why else ""
+        return Exported(target, self.format.name, *differences, False, (batch or 1,), _notes(why, reference))
+
+    def _any_batch(self, batch: int, sizes: tuple[int, ...]) -> tuple[float, float]:
+        example = self.case[0]
+        cases = [self.case]
+        with undisturbed(self.model):
+            for size in sizes[1:]:
+                other = with_batch(example, batch, size)
+                cases.append((other, outputs(self.model, other)))
+        # The tracer would take an axis of size 1 for one that is always 1.
+        least = max(batch, 2)
+        traced = trace(self.model, with_batch(example, batch, least), least)
+        run = write(self.format, traced, self.file)
+        return largest_differences(run, cases, self.tolerance, self.file.name, dynamic=True)
+
+
+def _notes(why: str, reference: list[Tensor]) -> str:
+    blind = not any(bool(tensor.any()) for tensor in reference)
+    return "; ".join(filter(None, (why, "all outputs are zero on these inputs, so the check says little" * blind)))

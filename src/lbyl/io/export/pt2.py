@@ -1,0 +1,42 @@
+"""pt2: the file of ``torch.export``."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lbyl.io.export.base import Run, TracedProgram
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
+
+
+class Pt2Format:
+    """A program for ``torch.export.load``."""
+
+    name = "pt2"
+    runtime = "torch.export.load"
+
+    def check_available(self) -> None:
+        """PyTorch is all that is needed."""
+
+    def write(self, traced: TracedProgram, file: Path) -> None:
+        """Write the program without example inputs and stack traces: both would give away what is on this machine."""
+        traced.program.example_inputs = None
+        for node in traced.program.graph.nodes:
+            node.meta.pop("stack_trace", None)
+        # In memory first: when the disk is full, PyTorch's own writer of files crashes the process.
+        buffer = BytesIO()
+        torch.export.save(traced.program, buffer)
+        file.write_bytes(buffer.getbuffer())
+
+    def open(self, file: Path) -> Run:
+        """Load the program."""
+        module = torch.export.load(file).module()
+
+        def run(inputs: ExampleInputs) -> list[Tensor]:
+            with torch.no_grad():
+                return output_tensors(inputs.call(module))
+
+        return run
