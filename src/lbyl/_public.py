@@ -50,10 +50,14 @@ if TYPE_CHECKING:
     from lbyl.runtime.bench import bench as bench
     from lbyl.runtime.registry import register as register
     from lbyl.selection.criteria.base import Criterion as Criterion
+    from lbyl.selection.criteria.base import SeeingCriterion as SeeingCriterion
+    from lbyl.selection.criteria.energy import Energy as Energy
     from lbyl.selection.criteria.geometric_median import GeometricMedian as GeometricMedian
     from lbyl.selection.criteria.l1 import L1 as L1
     from lbyl.selection.criteria.l2 import L2 as L2
+    from lbyl.selection.criteria.obs import OBS as OBS
     from lbyl.selection.criteria.random import Random as Random
+    from lbyl.selection.view import ChannelView as ChannelView
     from lbyl.surgery.plan import Plan as Plan
 
 
@@ -68,7 +72,14 @@ HOME = _read()
 """The module of each public name."""
 
 FAMILIES: dict[str, dict[str, str]] = {
-    "criterion": {"l2": "L2", "l1": "L1", "gm": "GeometricMedian", "random": "Random"},
+    "criterion": {
+        "l2": "L2",
+        "l1": "L1",
+        "gm": "GeometricMedian",
+        "energy": "Energy",
+        "obs": "OBS",
+        "random": "Random",
+    },
     "restorer": {"lbyl": "LBYL", "merge": "Merge", "coreset": "Coreset", "prune": "Prune"},
     "moments": {
         "weights": "Weights",

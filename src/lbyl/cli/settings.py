@@ -68,7 +68,7 @@ class Settings:
         Scope,
         typer.Option(help="inner: groups that no residual sum or layer norm couples; all: every prunable group."),
     ] = Scope.inner
-    criterion: Annotated[str, name_option("criterion", "How channels are scored. The lowest scores go first.")] = "l2"
+    criterion: Annotated[str, name_option("criterion", "How channels are scored. The lowest scores go first.")] = "auto"
     restore: Annotated[
         str,
         name_option(

@@ -5,8 +5,8 @@ This is where the time goes. One compression makes it and uses it once; a sweep 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from lbyl.budget.budget import Budget
@@ -14,12 +14,16 @@ from lbyl.budget.curves import Curves, measure_curves
 from lbyl.errors import InputError
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import ConsumerMoments
+from lbyl.moments.columns import column_moments
 from lbyl.pipeline.prepare import Subject, restoring
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.restore.base import Restorer
+from lbyl.restore.registry import choose_restorer
 from lbyl.runtime.copying import sharing_copy, tensors_of
 from lbyl.runtime.progress import Clock
+from lbyl.selection.criteria.base import needs_probes
 from lbyl.selection.select import ByCriterion, Selection, check_selection, kept_by_ratio, select
+from lbyl.selection.view import ColumnMoments
 from lbyl.surgery.masking import pruned_values
 from lbyl.surgery.verification import without_trouble
 
@@ -33,13 +37,26 @@ class Cuttable:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What was seen of a network before its channels are chosen.
+
+    Attributes:
+        probes: what it was run on; None where neither criterion nor restorer ask for any.
+        moments: what consumers are fed, by the names of their weights, for a criterion that looks at it.
+    """
+
+    probes: Probes | None = None
+    moments: Mapping[str, ColumnMoments] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Analysis:
     """What was found out about a network before any budget is met.
 
     Attributes:
         restorer: the one that could do its work.
         cuttable: the groups that may lose channels.
-        probes: what moments are measured on; None where the restorer asks for none.
+        seen: what the network was run on, and what passed through these groups.
         curves: the predicted error of each of these groups at each of its widths.
         consumer_moments: moments of what their consumers read, by the consumers' weights, as far as there is
             room for them.
@@ -47,7 +64,7 @@ class Analysis:
 
     restorer: Restorer
     cuttable: Cuttable
-    probes: Probes | None
+    seen: Seen
     curves: Curves
     consumer_moments: Mapping[str, ConsumerMoments]
 
@@ -125,11 +142,9 @@ def analyze(
     wanted = [index for index in cuttable.groups if not (budget and budget.excludes(graph.groups[index]))]
     if not wanted:
         raise InputError("no group is left that may lose channels: exclude less, or take another scope")
-    probes = None
-    if restorer.takes_probes:
-        with clock("probe"), restoring(restorer):
-            probes = cache.probes(lambda: restorer.make_probes(work, inputs, seed, request.progress))
-    by = ByCriterion(request.criterion)
+    seen = look(subject, request, wanted, clock, cache, always=restorer.takes_probes)
+    probes = seen.probes if restorer.takes_probes else None
+    by = ByCriterion(subject.criterion, seen.moments)
     with clock("widths"), restoring(restorer):
         curves = cache.curves(
             lambda: measure_curves(work, inputs, graph, wanted, tensors_of(work), by, probes, seed, request.progress)
@@ -139,7 +154,37 @@ def analyze(
         shown = probes
         with clock("solve"), restoring(restorer):
             moments = cache.consumer_moments(lambda: restorer.measure(work, graph, wanted, shown, seed, _ROOM))
-    return Analysis(restorer, cuttable, probes, curves, moments)
+    return Analysis(restorer, cuttable, seen, curves, moments)
+
+
+def look(
+    subject: Subject,
+    request: CompressionRequest,
+    groups: Collection[int],
+    clock: Clock,
+    cache: Cache | None = None,
+    always: bool = False,
+) -> Seen:
+    """Make probes and look at what passes through some groups, as far as the criterion asks for it.
+
+    Probes are the restorer's, or where it takes none, those that the best restorer would take. ``always`` makes them
+    even where the criterion does not ask for any.
+
+    Raises:
+        RestorationError: the network does not run on probes.
+    """
+    needed = needs_probes(subject.criterion) and not subject.restorer.chooses
+    if not needed and not always:
+        return Seen()
+    restorer, cache = subject.restorer, cache or NoCache()
+    restorer = restorer if restorer.takes_probes else choose_restorer(subject.model)[0]
+    work = sharing_copy(subject.model)
+    with clock("probe"), restoring(restorer):
+        probes = cache.probes(lambda: restorer.make_probes(work, subject.inputs, request.seed, request.progress))
+        if not needed:
+            return Seen(probes)
+        products = getattr(subject.criterion, "sees", "") == "products"
+        return Seen(probes, column_moments(work, subject.graph, groups, probes, products=products, seed=request.seed))
 
 
 def find_cuttable(subject: Subject, request: CompressionRequest) -> Cuttable:
@@ -153,7 +198,8 @@ def find_cuttable(subject: Subject, request: CompressionRequest) -> Cuttable:
         name = type(subject.restorer).__name__
         raise InputError(f"{name} chooses channels by itself, so no budget can; give a ratio")
     graph, state = subject.graph, tensors_of(subject.model)
-    choose = subject.restorer.choose(request.criterion)
+    # What can be cut does not depend on which channels are tried: nothing is measured for it.
+    choose = subject.restorer.choose(ByCriterion(subject.criterion))
     trial = select(graph, state, kept_by_ratio(graph, 0.5), request.scope, choose, request.seed)
     check_selection(trial)
     notes: tuple[str, ...] = ()

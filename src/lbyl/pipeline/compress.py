@@ -12,14 +12,14 @@ from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
 from lbyl.pipeline.analysis import Analysis
 from lbyl.pipeline.prepare import Prepared, prepare
-from lbyl.pipeline.request import CompressionRequest, Restore, named_restorer
+from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.single import compress_whole
 from lbyl.pipeline.submodules import compress_submodules
 from lbyl.runtime.contexts import uncollected
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.progress import Clock, Progress
-from lbyl.selection.criteria.base import Criterion, resolve_criterion
+from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.selection.select import Ratio, check_ratio
 from lbyl.surgery.plan import architecture_of
 
@@ -31,7 +31,7 @@ def compress(
     ratio: Ratio | None = None,
     budget: Budget | None = None,
     scope: str = "inner",
-    criterion: str | Criterion = "l2",
+    criterion: str | Criterion | SeeingCriterion = "auto",
     restore: Restore = "auto",
     seed: int = 0,
     verify: bool = True,
@@ -51,7 +51,9 @@ def compress(
             the predicted error is least.
         scope: "inner" prunes groups that no residual sum couples and no layer norm is taken over, "all" every
             prunable one; a layer norm over pruned channels then takes its statistics over those that stay.
-        criterion: "l1", "l2", "gm", "random", or an object with ``score(filters, generator)``.
+        criterion: how channels are scored: "l1", "l2", "gm" (of filters), "energy", "obs" (of what passes through them
+            on probes), "random", or an object with a ``score``. "auto" takes "l2" where there are batch norms or the
+            network is not run on probes, else "energy".
         restore: a restorer or its lower-case name ("lbyl", "prune", "merge", "coreset"); "auto" takes the best
             that needs no data, and the report says which and why.
         seed: for whatever is drawn at random; equal seeds give equal results.
@@ -78,7 +80,7 @@ def compress(
         raise InputError("give a ratio or a budget, not both: a budget chooses each group's ratio")
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
-    scoring, restorer = resolve_criterion(criterion), named_restorer(restore)
+    scoring, restorer = named_criterion(criterion), named_restorer(restore)
     request = CompressionRequest(ratio, budget, scope, scoring, restorer, seed, verify, strict, source, progress)
     clock = Clock()
     # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.

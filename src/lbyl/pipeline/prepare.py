@@ -32,6 +32,7 @@ from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
+from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 
 Made = TypeVar("Made")
 
@@ -84,7 +85,8 @@ class Subject:
         inputs: what it is called with.
         graph: its channel graph.
         restorer: what restores it.
-        why: why this restorer, where it was not named.
+        criterion: what channels are chosen by.
+        why: why these, where they were not named.
     """
 
     path: str
@@ -92,14 +94,22 @@ class Subject:
     inputs: ExampleInputs
     graph: Graph
     restorer: Restorer
-    why: str = ""
+    criterion: Criterion | SeeingCriterion
+    why: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(path: str, model: nn.Module, inputs: ExampleInputs, graph: Graph, request: CompressionRequest) -> Subject:
+        """A traced module, with the restorer and the criterion that were named, or the best for it."""
+        restorer, why = request.restorer(model)
+        criterion, how = request.scoring(model, restorer)
+        return Subject(path, model, inputs, graph, restorer, criterion, tuple(filter(None, [why, how])))
 
     def attempts(self, request: CompressionRequest) -> Iterator[Subject]:
         """The same with each restorer that may be tried in turn: only the named one, where one was named."""
         yield self
         if request.restore is None:
             for restorer in fallbacks(self.restorer):
-                yield replace(self, restorer=restorer)
+                yield replace(self, restorer=restorer, criterion=request.scoring(self.model, restorer)[0])
 
 
 @contextmanager
@@ -133,7 +143,7 @@ def first_that_restores(
     for attempt in subject.attempts(request):
         if failed:
             told = f"{failed[-1]}; {type(attempt.restorer).__name__} was taken instead"
-            attempt = replace(attempt, why="; ".join(filter(None, [subject.why, told])))
+            attempt = replace(attempt, why=(*subject.why, told))
         try:
             return attempt, work(attempt)
         except RestorationError as error:
@@ -166,7 +176,7 @@ def prepare(
         found = [("", traced.model, inputs, traced.graph)]
     else:
         found = [(part.path, model.get_submodule(part.path), part.inputs, part.graph) for part in traced.parts]
-    return Prepared(model, inputs, traced, tuple(Subject(*each, *request.restorer(each[1])) for each in found))
+    return Prepared(model, inputs, traced, tuple(Subject.of(*each, request) for each in found))
 
 
 def check_module(model: object) -> None:

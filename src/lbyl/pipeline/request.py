@@ -11,7 +11,8 @@ from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivers
 from lbyl.restore.registry import choose_restorer, resolve_restorer
 from lbyl.runtime.progress import Progress
-from lbyl.selection.criteria.base import Criterion
+from lbyl.selection.criteria.auto import choose_criterion
+from lbyl.selection.criteria.base import Criterion, SeeingCriterion, resolve_criterion
 from lbyl.selection.select import Ratio
 
 Restore = str | Restorer | Delivers
@@ -27,14 +28,23 @@ def named_restorer(restore: Restore) -> Restorer | None:
     return None if isinstance(restore, str) and restore == "auto" else resolve_restorer(restore)
 
 
+def named_criterion(criterion: str | Criterion | SeeingCriterion) -> Criterion | SeeingCriterion | None:
+    """The criterion that was named; None for "auto".
+
+    Raises:
+        InputError: an unknown name, or an object that is no criterion.
+    """
+    return None if isinstance(criterion, str) and criterion == "auto" else resolve_criterion(criterion)
+
+
 @dataclass(frozen=True)
 class CompressionRequest:
-    """The arguments of `lbyl.compress`, which explains them; ``restore`` is None for "auto"."""
+    """The arguments of `lbyl.compress`, which explains them; ``criterion`` and ``restore`` are None for "auto"."""
 
     ratio: Ratio
     budget: Budget | None
     scope: str
-    criterion: Criterion
+    criterion: Criterion | SeeingCriterion | None
     restore: Restorer | None
     seed: int
     verify: bool
@@ -45,3 +55,8 @@ class CompressionRequest:
     def restorer(self, model: nn.Module) -> tuple[Restorer, str]:
         """The restorer for a model, and why, where it was not named."""
         return choose_restorer(model) if self.restore is None else (self.restore, "")
+
+    def scoring(self, model: nn.Module, restorer: Restorer) -> tuple[Criterion | SeeingCriterion, str]:
+        """The criterion for a model that a restorer restores, and why, where it was not named."""
+        named = self.criterion
+        return choose_criterion(model, restorer.takes_probes) if named is None else (named, "")

@@ -12,7 +12,8 @@ from lbyl.budget.budget import Budget
 from lbyl.errors import InputError, SurgeryError, VerificationError
 from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Row
-from lbyl.pipeline.analysis import Analysis, analyze, that_can_be_cut
+from lbyl.moments import Probes
+from lbyl.pipeline.analysis import Analysis, analyze, look, that_can_be_cut
 from lbyl.pipeline.prepare import Subject, first_that_restores, restoring
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
@@ -23,6 +24,7 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_parameters, macs_by_shapes
 from lbyl.runtime.progress import Clock
 from lbyl.selection.select import (
+    ByCriterion,
     KeptCounts,
     Ratio,
     Selection,
@@ -45,6 +47,7 @@ class _Planned:
 
     selection: Selection
     ratio: Ratio
+    probes: Probes | None
     notes: tuple[str, ...] = ()
     analysis: Analysis | None = None
 
@@ -113,6 +116,7 @@ def _plan(subject: Subject, request: CompressionRequest, clock: Clock, ground: A
     ratio, notes = request.ratio, ()
     if request.budget is not None:
         ground = ground or analyze(subject, request, request.budget, clock)
+        seen = ground.seen
         with clock("widths"):
             widths = _within(subject, ground, request, request.budget)
         kept, ratio, notes = widths.counts(graph), widths.ratios(graph), (*ground.cuttable.notes, *widths.notes)
@@ -120,21 +124,22 @@ def _plan(subject: Subject, request: CompressionRequest, clock: Clock, ground: A
         if not subject.path:
             check_patterns(ratio, (name for group in graph.groups for name in (group.name, *group.layers)))
         kept = kept_by_ratio(graph, ratio, subject.path)
+        seen = look(subject, request, list(kept.counts), clock)
     with clock("select"):
-        choose = restorer.choose(request.criterion)
+        choose = restorer.choose(ByCriterion(subject.criterion, seen.moments))
         selection = select(graph, tensors_of(model), kept, request.scope, choose, request.seed)
     check_selection(selection)
     if restorer.runs_network and request.verify and not request.strict and request.budget is None:
         # Restoration is dear here, so what can't be cut is found out before it.
         with clock("verify"):
             selection = that_can_be_cut(subject, selection)
-    return _Planned(selection, ratio, notes, ground)
+    return _Planned(selection, ratio, seen.probes, notes, ground)
 
 
 def _within(subject: Subject, ground: Analysis, request: CompressionRequest, budget: Budget) -> Widths:
     """The widths that a budget comes to."""
     graph, state, work = subject.graph, tensors_of(subject.model), sharing_copy(subject.model)
-    choose = subject.restorer.choose(request.criterion)
+    choose = subject.restorer.choose(ByCriterion(subject.criterion, ground.seen.moments))
 
     def cut(kept: KeptCounts) -> nn.Module:
         part = select(graph, state, kept, request.scope, choose, request.seed)
@@ -146,11 +151,16 @@ def _within(subject: Subject, ground: Analysis, request: CompressionRequest, bud
 def _restore(subject: Subject, request: CompressionRequest, planned: _Planned) -> Restoration:
     """New weights for the consumers."""
     problem = RestorationProblem(
-        subject.model, subject.inputs, subject.graph, planned.selection, request.seed, request.progress
+        subject.model,
+        subject.inputs,
+        subject.graph,
+        planned.selection,
+        request.seed,
+        request.progress,
+        probes=planned.probes if subject.restorer.takes_probes else None,
     )
     if planned.analysis is not None:
-        known = planned.analysis
-        problem = replace(problem, probes=known.probes, consumer_moments=known.consumer_moments)
+        problem = replace(problem, consumer_moments=planned.analysis.consumer_moments)
     with restoring(subject.restorer):
         return subject.restorer.restore(problem)
 
@@ -194,7 +204,7 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
         macs=done.macs,
         verified=done.verified,
         seconds={**{k: v for k, v in clock.seconds.items() if k != "restore" or not own}, **own},
-        notes=tuple(note for note in (subject.why, *planned.notes, *restoration.notes, statistics) if note),
+        notes=tuple(note for note in (*subject.why, *planned.notes, *restoration.notes, statistics) if note),
         assessment=restoration.assessment,
         held_out_errors=restoration.held_out_errors,
     )
@@ -207,7 +217,7 @@ def _written_plan(subject: Subject, request: CompressionRequest, planned: _Plann
         "ratio": dict(ratio) if isinstance(ratio, Mapping) else ratio,
         **({"budget": described(request.budget)} if request.budget else {}),
         "scope": request.scope,
-        "criterion": described(restorer.settings if restorer.chooses else request.criterion),
+        "criterion": described(restorer.settings if restorer.chooses else subject.criterion),
         "restore": described(restorer.settings),
         "seed": request.seed,
     }

@@ -15,7 +15,6 @@ from lbyl.restore.error_terms import Terms
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.output_error import Assessment
 from lbyl.runtime.progress import Progress
-from lbyl.selection.criteria.base import Criterion
 from lbyl.selection.select import ByCriterion, Choose, Selection
 from lbyl.surgery.masking import Masks
 
@@ -106,9 +105,9 @@ class Restorer(ABC):
         """Whether its probes are data of the user's, which must not be written to disk."""
         return False
 
-    def choose(self, criterion: Criterion) -> Choose:
+    def choose(self, by: ByCriterion) -> Choose:
         """How kept channels are chosen: by the criterion, unless the restorer does it itself."""
-        return ByCriterion(criterion)
+        return by
 
     @property
     def takes_probes(self) -> bool:

@@ -9,9 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lbyl.restore.closed_form import ClosedFormRestorer
-from lbyl.selection.criteria.base import Criterion
 from lbyl.selection.filters import Filters
-from lbyl.selection.select import Choose
+from lbyl.selection.select import ByCriterion, Choose
 from lbyl.surgery.masking import Delivery, nothing_delivered
 
 _MOST_DRAWS_PER_CHANNEL = 1000
@@ -29,7 +28,7 @@ class Coreset(ClosedFormRestorer):
 
     chooses = True
 
-    def choose(self, criterion: Criterion) -> Choose:
+    def choose(self, by: ByCriterion) -> Choose:
         """By drawing; the criterion is not asked."""
         return self.draw
 

@@ -348,15 +348,20 @@ def _peak(group: Group, state: State) -> Tensor:
     return peak
 
 
-def consumer_energy(slot: Slot, source: Float[Tensor, "out columns *taps"], width: int) -> Float[Tensor, " channels"]:
-    """``|U_j|^2``: the sum of squares of the weights with which a consumer takes each channel."""
+def column_energy(slot: Slot, source: Float[Tensor, "out columns *taps"]) -> Float[Tensor, " columns_of_all_blocks"]:
+    """The sum of squares of the weights with which a consumer takes each of its input columns."""
     blocks = source.detach().chunk(slot.blocks)
     sums = [torch.zeros_like(block[0], dtype=torch.float64) for block in blocks]
     for block, total in zip(blocks, sums, strict=True):
         for rows in few_rows(block):
             # Not in place: of a float64 weight, double() is no copy.
             total += rows.double().square().sum(0)
-    column = torch.cat(sums).reshape(len(slot.channels), -1).sum(1).cpu()
+    return torch.cat(sums).reshape(len(slot.channels), -1).sum(1).cpu()
+
+
+def consumer_energy(slot: Slot, source: Float[Tensor, "out columns *taps"], width: int) -> Float[Tensor, " channels"]:
+    """``|U_j|^2``: the sum of squares of the weights with which a consumer takes each channel."""
+    column = column_energy(slot, source)
     channels = torch.tensor(slot.channels)
     ours = channels != NOT_OURS
     return torch.zeros(width, dtype=torch.float64).index_add_(0, channels[ours], column[ours])

@@ -16,8 +16,9 @@ from torch import Tensor
 from lbyl.errors import InputError
 from lbyl.graph import Graph, Group
 from lbyl.runtime.seeding import generator_for
-from lbyl.selection.criteria.base import Criterion
+from lbyl.selection.criteria.base import Criterion, SeeingCriterion, needs_probes
 from lbyl.selection.filters import Filters, State, describe, subset
+from lbyl.selection.view import ChannelView, ColumnMoments, readings_of
 
 Ratio = float | Mapping[str, float]
 
@@ -82,23 +83,43 @@ def ratio_for(group: Group, ratio: Ratio, prefix: str = "") -> float:
 
 @dataclass(frozen=True)
 class ByCriterion:
-    """Keep the channels that score highest; among equals, the first."""
+    """Keep the channels that score highest; among equals, the first.
 
-    criterion: Criterion
+    Attributes:
+        criterion: what scores them.
+        moments: what consumers are fed, by the names of their weights, for a criterion that looks at it.
+    """
+
+    criterion: Criterion | SeeingCriterion
+    moments: Mapping[str, ColumnMoments] = field(default_factory=dict, repr=False)
 
     def __call__(self, filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
         """Which of some channels to keep."""
-        return torch.argsort(self.scores(filters, generator), descending=True, stable=True)[:count]
+        members = torch.arange(len(filters))
+        return torch.argsort(self.scores(filters, members, generator), descending=True, stable=True)[:count]
 
-    def scores(self, filters: Filters, generator: torch.Generator) -> Float[Tensor, " channels"]:
-        """The score of each of some channels."""
-        norms = self.norms(filters)
-        scores = self.criterion.score(filters.raw, generator) if norms is None else norms
-        if scores.shape != (len(filters),):
+    def scores(
+        self, filters: Filters, members: Int[Tensor, " members"], generator: torch.Generator
+    ) -> Float[Tensor, " members"]:
+        """The scores of some channels of a group."""
+        part, norms = subset(filters, members), self.norms(filters)
+        if norms is not None:
+            return norms[members]
+        name = type(self.criterion).__name__
+        if isinstance(sees := getattr(self.criterion, "sees", None), str):
+            seen = self.moments if needs_probes(self.criterion) else None
+            readings = readings_of(filters, members, seen)
+            if sees != "consumers" and not readings:
+                return part.norms(2)  # no probe came by, so the weights have to tell
+            scores = self.criterion.score(ChannelView(part, readings, generator))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        else:
+            scores = self.criterion.score(part.raw, generator)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if scores.shape != (len(members),):
             raise InputError(
-                f"{type(self.criterion).__name__}.score returned shape {tuple(scores.shape)} for {len(filters)} "
-                "filters; return one score a row"
+                f"{name}.score returned shape {tuple(scores.shape)} for {len(members)} filters; return one score a row"
             )
+        if not bool(torch.isfinite(scores).all()):
+            raise InputError(f"{name}.score returned NaN or infinity for a channel of {filters.group.name}")
         return scores
 
     def norms(self, filters: Filters) -> Float[Tensor, " channels"] | None:
@@ -151,7 +172,7 @@ def ranked(group: Group, state: State, by: ByCriterion, seed: int) -> Ranking:
         scores, seen = norms.cpu(), filters
     else:
         parts = [
-            by.scores(subset(filters, members), generator_for(seed, f"{group.name}#{group.blocks[int(members[0])]}"))
+            by.scores(filters, members, generator_for(seed, f"{group.name}#{group.blocks[int(members[0])]}"))
             for members in blocks
         ]
         scores, seen = torch.empty(group.width, dtype=parts[0].dtype), None

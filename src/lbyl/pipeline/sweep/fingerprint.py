@@ -28,7 +28,7 @@ def fingerprint(
         "inputs": digest(inputs.tensors()),
         "other inputs": json.dumps([repr(leaf) for leaf in others if not isinstance(leaf, Tensor)]),
         "scope": request.scope,
-        "criterion": _text(described(request.criterion)),
+        "criterion": _text(described(request.scoring(model, request.restorer(model)[0])[0])),
         "restore": _text(described(request.restorer(model)[0].settings)),
         "seed": request.seed,
         "verify": request.verify,

@@ -24,7 +24,7 @@ from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.compress import walk
 from lbyl.pipeline.prepare import Prepared, check_module, check_weights, first_that_restores, prepare
-from lbyl.pipeline.request import CompressionRequest, Restore, named_restorer
+from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep import pareto
 from lbyl.pipeline.sweep.cache import FolderCache
@@ -34,7 +34,7 @@ from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occup
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
-from lbyl.selection.criteria.base import Criterion, resolve_criterion
+from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.surgery.plan import described
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def sweep(
     *,
     evaluate: Evaluate | None = None,
     scope: str = "inner",
-    criterion: str | Criterion = "l2",
+    criterion: str | Criterion | SeeingCriterion = "auto",
     restore: Restore = "auto",
     seed: int = 0,
     verify: bool = True,
@@ -147,7 +147,7 @@ def sweep(
         ArtifactError: a file of the sweep is damaged.
     """
     request = CompressionRequest(
-        0.5, None, scope, resolve_criterion(criterion), named_restorer(restore), seed, verify, strict, source, progress
+        0.5, None, scope, named_criterion(criterion), named_restorer(restore), seed, verify, strict, source, progress
     )
     _check(budgets)
     check_module(model)

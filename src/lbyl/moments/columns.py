@@ -1,0 +1,114 @@
+"""What consumers are fed on probes, column by column: what criteria look at before any channel is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.graph import Consumer, Graph
+from lbyl.moments.base import Probes
+from lbyl.runtime.forward import ConsumerCall, run_intercepted
+from lbyl.runtime.memory import give_back
+from lbyl.runtime.seeding import generator_for, sample_positions
+from lbyl.selection.view import ColumnMoments
+
+_CHUNK = 2**20
+"""Elements that are widened to float64 at a time."""
+
+
+@dataclass
+class _Sums:
+    """Sums over the positions at which a consumer reads."""
+
+    count: int
+    first: Tensor
+    second: Tensor  # of squares, or of all products
+    generator: torch.Generator
+
+    def add(self, call: ConsumerCall, positions: int) -> None:
+        """Add what the consumer is fed in one call."""
+        x = call.x if call.op == "linear" else call.x.flatten(2).transpose(1, 2)
+        x = x.reshape(-1, x.shape[-1])
+        if self.second.dim() == 2:
+            chosen = sample_positions(len(x), positions, self.generator)
+            x = x if chosen is None else x[chosen.to(x.device)]
+        self.count += len(x)
+        for part in x.split(max(1, _CHUNK // x.shape[1])):
+            wide = part.double()
+            self.first += wide.sum(0)
+            self.second += wide.T @ wide if self.second.dim() == 2 else wide.square().sum(0)
+
+    def moments(self) -> ColumnMoments:
+        """The means."""
+        mean, second = (self.first / self.count).cpu(), (self.second / self.count).cpu()
+        products = second if second.dim() == 2 else None
+        return ColumnMoments(mean, second if products is None else products.diagonal(), products)
+
+
+def column_moments(
+    model: nn.Module,
+    graph: Graph,
+    groups: Collection[int],
+    probes: Probes,
+    *,
+    products: bool,
+    seed: int,
+    positions: int = 20_000,
+    budget: int = 512 * 2**20,
+) -> dict[str, ColumnMoments]:
+    """Moments of what the consumers of some groups are fed, by the names of their weights.
+
+    Args:
+        model: the unpruned network in evaluation mode; nothing in it is changed.
+        graph: its channel graph.
+        groups: indices of the groups.
+        probes: what it is run on.
+        products: measure the products of all pairs of columns, not the squares alone.
+        seed: for sampled positions.
+        positions: at most so many of each batch, where products are measured.
+        budget: bytes that all products of one pass over the probes may take; where more are wanted, there are more
+            passes. Of a consumer whose products alone take more, squares are measured.
+    """
+    waiting = [c for c in graph.consumers if any(group in groups for group, _ in c.columns)]
+    found: dict[str, ColumnMoments] = {}
+    while waiting:
+        taken, room, later = list[Consumer](), budget, list[Consumer]()
+        for consumer in waiting:
+            size = _size(consumer, products, budget)
+            (taken if size <= room else later).append(consumer)
+            room -= size if size <= room else 0
+        sums = {c.weight: _empty(model, c, _size(c, products, budget) > 0, seed) for c in taken}
+        found |= _one_pass(model, sums, probes, positions)
+        waiting = later
+    return found
+
+
+def _size(consumer: Consumer, products: bool, budget: int) -> int:
+    """Bytes that the products of a consumer take; 0 where squares are measured."""
+    size = len(consumer.columns) ** 2 * 8
+    return size if products and size <= budget else 0
+
+
+def _empty(model: nn.Module, consumer: Consumer, products: bool, seed: int) -> _Sums:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    columns = len(consumer.columns)
+    shape = (columns, columns) if products else (columns,)
+    first, second = (torch.zeros(each, dtype=torch.float64, device=device) for each in ((columns,), shape))
+    return _Sums(0, first, second, generator_for(seed, f"{consumer.weight}#columns"))
+
+
+def _one_pass(
+    model: nn.Module, sums: Mapping[str, _Sums], probes: Probes, positions: int
+) -> Mapping[str, ColumnMoments]:
+    def on_consumer(call: ConsumerCall) -> None:
+        if call.weight in sums:
+            sums[call.weight].add(call, positions)
+
+    with torch.no_grad():
+        for batch in probes.batches:
+            run_intercepted(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
+            give_back()
+    return {name: item.moments() for name, item in sums.items() if item.count}

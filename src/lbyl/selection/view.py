@@ -1,0 +1,127 @@
+"""What a criterion is shown of a group's channels: filters, how consumers read them, and what passes through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lbyl.graph import Slot
+from lbyl.selection.filters import Filters, column_energy, columns_second, seats
+
+
+@dataclass(frozen=True)
+class ColumnMoments:
+    """What a consumer is fed on probes, by its input columns; all positions of all inputs count alike.
+
+    Attributes:
+        mean: ``E[x_j]`` of each column.
+        square: ``E[x_j^2]`` of each column.
+        products: ``E[x_i x_j]`` of all pairs, where they were asked for and there was room for them.
+    """
+
+    mean: Float[Tensor, " columns"]
+    square: Float[Tensor, " columns"]
+    products: Float[Tensor, "columns columns"] | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one consumer reads the channels at hand.
+
+    A channel may stand at several columns of the consumer (an attention head, a feature map that was flattened): its
+    seats. Where channels have unequally many, seats are padded with zeros.
+
+    Attributes:
+        slot: the consumer's input dimension.
+        weight: the consumer's weight, output first.
+        index: the consumer's column at each seat, or -1.
+        moments: what the consumer is fed; None where nothing was measured.
+    """
+
+    slot: Slot
+    weight: Float[Tensor, "out columns *taps"]
+    index: Int[Tensor, "channels seats"]
+    moments: ColumnMoments | None
+
+    @cached_property
+    def energy(self) -> Float[Tensor, "channels seats"]:
+        """``|U_j|^2``: the sum of squares of the weights with which the consumer takes each seat."""
+        return self._seated(column_energy(self.slot, self.weight))
+
+    @property
+    def mean(self) -> Float[Tensor, "channels seats"]:
+        """``E[x_j]`` at each seat."""
+        return self._seated(self._seen.mean)
+
+    @property
+    def square(self) -> Float[Tensor, "channels seats"]:
+        """``E[x_j^2]`` at each seat."""
+        return self._seated(self._seen.square)
+
+    @property
+    def products(self) -> Float[Tensor, "channels*seats channels*seats"]:
+        """``E[x_i x_j]`` of all pairs of seats, a channel's seats side by side."""
+        products = self._seen.products
+        if products is None:  # too large to be measured: columns count as unrelated
+            products = torch.diag(self._seen.square)
+        flat = self.index.flatten()
+        there = (flat >= 0).double()
+        return products[flat.clamp_min(0)][:, flat.clamp_min(0)] * torch.outer(there, there)
+
+    @cached_property
+    def columns(self) -> Float[Tensor, "channels seats fan_out"]:
+        """The weights with which the consumer takes each seat: all that a channel tells it."""
+        slot, width = self.slot, self.weight.shape[1]
+        rows = len(self.weight) // slot.blocks
+        flat = self.index.clamp_min(0).cpu()
+        # All of a view's channels stand in the same block of a grouped convolution.
+        block = int(flat.flatten()[0]) // width if slot.blocks > 1 else 0
+        part = self.weight.detach()[block * rows : (block + 1) * rows].transpose(0, 1).flatten(1)
+        return part[flat - block * width].double().cpu() * (self.index >= 0)[..., None]
+
+    @property
+    def _seen(self) -> ColumnMoments:
+        if self.moments is None:
+            raise ValueError(f"{self.slot.parameter}: nothing was measured at this consumer")
+        return self.moments
+
+    def _seated(self, columns: Tensor) -> Tensor:
+        return columns.cpu()[self.index.clamp_min(0)] * (self.index >= 0)
+
+
+@dataclass(frozen=True)
+class ChannelView:
+    """Some channels that compete with each other: a group's, or one block's of a grouped convolution.
+
+    Attributes:
+        channels: their filters; ``channels.raw`` is one flattened filter a row.
+        readings: how each consumer reads them. With moments, for a criterion that asks for these; consumers that no
+            probe came by are left out then.
+        generator: for whatever is drawn at random.
+    """
+
+    channels: Filters
+    readings: tuple[Reading, ...]
+    generator: torch.Generator
+
+    def __len__(self) -> int:
+        return len(self.channels)
+
+
+def readings_of(
+    filters: Filters, members: Int[Tensor, " members"], moments: Mapping[str, ColumnMoments] | None
+) -> tuple[Reading, ...]:
+    """How each consumer of a group reads some of its channels; only those with moments, where moments are given."""
+    found = []
+    for slot in filters.group.consumers:
+        if moments is not None and slot.parameter not in moments:
+            continue
+        weight = columns_second(filters.state[slot.parameter].detach(), slot)
+        index = seats(slot, filters.group.width)[members]
+        found.append(Reading(slot, weight, index, None if moments is None else moments[slot.parameter]))
+    return tuple(found)
