@@ -18,8 +18,8 @@ from lbyl.runtime.registry import names
 
 
 def choices(family: str) -> tuple[str, ...]:
-    """What can be named: the members of the family, and auto among restorers."""
-    return (*(("auto",) if family == "restorer" else ()), *names(family))
+    """What can be named: the members of the family, and auto among restorers and criteria."""
+    return (*(("auto",) if family in ("restorer", "criterion") else ()), *names(family))
 
 
 def name_option(family: str, help: str, panel: str | None = None) -> Any:

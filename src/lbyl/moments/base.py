@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lbyl.moments.attached_norms import LayerStatistics
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 from lbyl.selection.filters import Filters
@@ -30,6 +31,8 @@ class Probes:
         matches_training_statistics: whether batch norms see in the other batches what they saw in training. Real
             inputs and dreams do.
         note: what the user should know ("" as a rule).
+        statistics: mean and variance of the outputs of layers that no batch norm follows, by the layers' names, as
+            they were measured on the probes.
     """
 
     batches: tuple[ExampleInputs, ...]
@@ -39,6 +42,7 @@ class Probes:
     recalibration_batches: tuple[int, ...] = ()
     matches_training_statistics: bool = False
     evaluation_batches: tuple[int, ...] = ()
+    statistics: LayerStatistics = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lbyl.errors import InputError
+from lbyl.moments.attached_norms import measure_statistics, with_norms
 from lbyl.moments.base import Probes
-from lbyl.moments.photographs import photographs, takes_photographs
+from lbyl.moments.input_scales import input_scales
+from lbyl.moments.photographs import Photographs, photographs, takes_photographs
+from lbyl.moments.scale import InputScales
 from lbyl.moments.synthesis import dead_leaves, pink, synthesize
+from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.batches import FEWEST, affordable, alike, first_rows, held_out_size, join, macs_per_input, split
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import frozen, run_intercepted
@@ -67,7 +71,21 @@ class Dream:
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
-        """Dreamed inputs of the example's shapes."""
+        """Dreamed inputs of the example's shapes.
+
+        Where the network has no batch norms, the statistics are those that its layers' outputs have on photographs.
+        """
+        if batch_norms(model):
+            return self._made(model, inputs, generator, progress)
+        seen = Photographs().probes(model, inputs, generator, progress)
+        statistics = measure_statistics(model, seen.batches)
+        if not statistics:
+            raise InputError("Dream: no layer whose statistics could be met; use lbyl.Photographs or lbyl.Noise")
+        return replace(self._made(with_norms(model, statistics), inputs, generator, progress), statistics=statistics)
+
+    def _made(
+        self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
+    ) -> Probes:
         each = macs_per_input(model, inputs)
         count = self.images or affordable(each, 2.4e10, 24, 192, ceiling=1e11)
         others = self.images or affordable(each, 2.4e10, 48, 192, ceiling=4e11)
@@ -89,7 +107,8 @@ class Dream:
             inputs, fitting, why = self._fitting(model, inputs)
             most, notes = min(most, fitting), [*notes, *why]
         train, test = alike(count, most, FEWEST), [] if shown else alike(held, most, FEWEST)
-        starts = split(synthesize(model, inputs, dreams, pink, generator), train + test)
+        scales = input_scales(model, inputs)
+        starts = split(synthesize(model, inputs, dreams, pink, generator, scales), train + test)
         dreamed = []
         for number, start in enumerate(starts):
 
@@ -97,23 +116,23 @@ class Dream:
                 if progress:
                     progress("dreaming", done + step, steps * len(starts))
 
-            dreamed.append(self._dreamed(model, start, steps, report))
+            dreamed.append(self._dreamed(model, start, steps, scales, report))
             give_back()
         if shown:
             # In two batches, for one of all of them would be the largest thing in memory.
             half = others // 2 if others > 3 else 0
             parts = [size for size in (half, others - half, held) if size]
-            *seen, held_out = split(synthesize(model, inputs, others + held, photographs, generator), parts)
+            *seen, held_out = split(synthesize(model, inputs, others + held, photographs, generator, scales), parts)
         else:
             dreamed, held_out = dreamed[: len(train)], join(dreamed[len(train) :])
-            seen = [synthesize(model, inputs, others, dead_leaves, generator)]
+            seen = [synthesize(model, inputs, others, dead_leaves, generator, scales)]
         batches = *dreamed, *seen
         recalibration_batches = tuple(range(len(dreamed), len(batches)))
         return Probes(
             batches,
             held_out,
             batch_statistics=True,
-            note="; ".join(notes),
+            note="; ".join(filter(None, [scales.note, *notes])),
             recalibration_batches=recalibration_batches,
             matches_training_statistics=steps > 0,
             evaluation_batches=recalibration_batches if shown else (),
@@ -140,11 +159,15 @@ class Dream:
         return inputs, FEWEST, [why]
 
     def _dreamed(
-        self, model: nn.Module, start: ExampleInputs, steps: int, report: Callable[[int], None]
+        self, model: nn.Module, start: ExampleInputs, steps: int, scales: InputScales, report: Callable[[int], None]
     ) -> ExampleInputs:
         """One batch, moved step by step."""
         batch = start.map(lambda t: t.detach().clone())
-        pixels = [t.requires_grad_(True) for t in batch.tensors() if t.is_floating_point()]
+        pixels = [
+            {"params": [t.requires_grad_(True)], "lr": self.lr * float(scale.deviation.mean())}
+            for t, scale in zip(batch.tensors(), scales.scales, strict=True)
+            if t.is_floating_point()
+        ]
         state = tensors_of(model)
         terms: list[Tensor] = []
 

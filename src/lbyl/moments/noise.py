@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.moments.base import Probes
+from lbyl.moments.input_scales import input_scales
 from lbyl.moments.synthesis import synthesize, varied_pink
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input, split
 from lbyl.runtime.inputs import ExampleInputs
@@ -41,6 +43,11 @@ class Noise:
         """Synthetic inputs of the example's shapes."""
         count = self.images or affordable(macs_per_input(model, inputs), 1e10, 64, 4096, ceiling=4e11)
         held = held_out_size(count)
-        made = synthesize(model, inputs, count + held, lambda shape, g: varied_pink(shape, g, self.spectrum), generator)
+        scales = input_scales(model, inputs)
+
+        def make(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+            return varied_pink(shape, generator, self.spectrum)
+
+        made = synthesize(model, inputs, count + held, make, generator, scales)
         train, test = split(made, [count, held])
-        return Probes((train,), test, batch_statistics=True)
+        return Probes((train,), test, batch_statistics=True, note=scales.note)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.moments.base import Probes
+from lbyl.moments.input_scales import input_scales
 from lbyl.moments.noise import Noise
 from lbyl.moments.synthesis import dead_leaves, synthesize
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input, split
@@ -52,11 +53,14 @@ class Photographs:
         """Crops of the example's size."""
         if not takes_photographs(inputs):
             noise = Noise(self.images).probes(model, inputs, generator, progress)
-            return replace(noise, note="noise in place of photographs: no input looks like color images")
+            told = "noise in place of photographs: no input looks like color images"
+            return replace(noise, note="; ".join(filter(None, [told, noise.note])))
         count = self.images or affordable(macs_per_input(model, inputs), 3.2e10, 48, 192, ceiling=4e11)
         held = held_out_size(count)
-        train, test = split(synthesize(model, inputs, count + held, photographs, generator), [count, held])
-        return Probes((train,), test, batch_statistics=True)
+        scales = input_scales(model, inputs)
+        made = synthesize(model, inputs, count + held, photographs, generator, scales)
+        train, test = split(made, [count, held])
+        return Probes((train,), test, batch_statistics=True, note=scales.note)
 
 
 def takes_photographs(inputs: ExampleInputs) -> bool:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lbyl.moments.scale import InputScales
 from lbyl.runtime.batches import channels_last
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import FunctionInterceptor, leading_arguments
@@ -112,9 +113,16 @@ def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
 
 
 def synthesize(
-    model: nn.Module, inputs: ExampleInputs, count: int, make: Maker, generator: torch.Generator
+    model: nn.Module,
+    inputs: ExampleInputs,
+    count: int,
+    make: Maker,
+    generator: torch.Generator,
+    scales: InputScales,
 ) -> ExampleInputs:
     """Inputs like the example's, ``count`` of them: floats from ``make``, token ids at random, the rest repeated.
+
+    Floats are brought to their scales, one for each of the example's tensors.
 
     Tensors whose first axis is the batch axis (as long as the first tensor's) are replaced; others stay.
     """
@@ -124,12 +132,15 @@ def synthesize(
 
     as_stored = channels_last if takes_channels_last(model, inputs) else Tensor.contiguous
 
+    scale_of = iter(scales.scales)
+
     def replace(tensor: Tensor) -> Tensor:
+        scale = next(scale_of)
         if not tensor.dim() or tensor.shape[0] != batch:
             return tensor
         shape = (count, *tensor.shape[1:])
         if tensor.is_floating_point():
-            return as_stored(make(shape, generator).to(tensor))
+            return as_stored(scale.of(make(shape, generator)).to(tensor))
         size = vocabulary.get(tensor.untyped_storage().data_ptr())
         if size is not None and tensor.dtype in (torch.int32, torch.int64):
             return torch.randint(size, shape, generator=generator).to(tensor)

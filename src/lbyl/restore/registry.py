@@ -12,6 +12,7 @@ from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivering, Delivers
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.prune import Prune
+from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.registry import find
 
 
@@ -32,11 +33,7 @@ def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
 
 def choose_restorer(model: nn.Module) -> tuple[LeastSquares, str]:
     """The best restorer that needs no data of the user's, and why: what ``restore="auto"`` stands for."""
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    ]
+    norms = batch_norms(model)
     if norms:
         why = f"auto: dreamed probes, for {len(norms)} batch norms say what inputs do"
         return LeastSquares(moments=Dream()), f"{why}; with lbyl's own photographs, if inputs are color images"

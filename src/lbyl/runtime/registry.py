@@ -55,5 +55,5 @@ def find(family: str, name: str) -> Any:
         return _REGISTERED[family][name]
     for entry in entry_points(group=f"lbyl.{family}", name=name):
         return entry.load()
-    choices = (*(("auto",) if family == "restorer" else ()), *names(family))
+    choices = (*(("auto",) if family in ("restorer", "criterion") else ()), *names(family))
     raise InputError(f"unknown {family} {name!r}; choose one of {', '.join(choices)}")

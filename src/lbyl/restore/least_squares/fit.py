@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lbyl.graph import Graph
 from lbyl.moments import ClosedFormSource, Probes, ProbeSource
 from lbyl.moments.accumulate import ConsumerMoments, PatchSums, WholeSums
+from lbyl.moments.attached_norms import folded, measure_statistics, normed_graph, with_norms
 from lbyl.restore.base import Restoration, RestorationProblem
 from lbyl.restore.closed_form import with_ties
 from lbyl.restore.least_squares.recalibrate import (
@@ -40,7 +41,7 @@ from lbyl.restore.least_squares.solve import (
 )
 from lbyl.restore.least_squares.targets import Target, find_targets, masked, output_first
 from lbyl.runtime.batches import FEWEST, first_rows, in_parts
-from lbyl.runtime.copying import sharing_copy, tensors_of
+from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import ConsumerCall, OnConsumer, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.layer_norms import NormMasks
@@ -54,16 +55,22 @@ from lbyl.surgery.masking import norm_masks
 
 def fit(task: RestorationProblem, settings: Settings) -> Restoration:
     """Restore every consumer of a pruned group by least squares on moments."""
-    model, selection = sharing_copy(task.model), task.selection
-    targets = find_targets(task.graph, selection)
-    problem = LeastSquaresProblem(model, task.graph, selection, targets, settings, task.seed, task.progress)
+    started, selection, seconds = time.perf_counter(), task.selection, {}
+    closed = isinstance(settings.moments, ClosedFormSource)
+    probes = None if closed else task.probes or make_probes(task.model, task.inputs, settings, task.seed, task.progress)
+    seconds["probe"] = time.perf_counter() - started
+    attached = probes.statistics if probes else {}
+    model = with_norms(task.model, attached)
+    graph = normed_graph(task.graph, attached)
+    targets = find_targets(graph, selection)
+    problem = LeastSquaresProblem(model, graph, selection, targets, settings, task.seed, task.progress)
     state = tensors_of(model)
-    findings, seconds = Findings(state), {}
+    findings = Findings(state)
 
     def restoration(found: _Found, assessment: Assessment | None) -> Restoration:
         rows = [found.findings.row(number, choice) for number, choice in enumerate(selection.choices)]
         return Restoration(
-            found.values,
+            folded(model, attached, found.values),
             with_ties(selection, rows),
             assessment,
             found.notes,
@@ -72,14 +79,12 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
         )
 
     started = time.perf_counter()
-    if isinstance(settings.moments, ClosedFormSource):
+    if probes is None:
+        assert isinstance(settings.moments, ClosedFormSource)
         with torch.no_grad():
             solve_closed_form(selection, settings.moments, problem.found, settings.strength(False), findings)
             seconds["solve"] = time.perf_counter() - started
             return restoration(_Found(problem.stored(findings.values, state), findings), None)
-    probes = task.probes or make_probes(model, task.inputs, settings, task.seed, task.progress)
-    seconds["probe"] = time.perf_counter() - started
-    started = time.perf_counter()
     with torch.no_grad():
         looks = _measured(problem, probes, findings, task.consumer_moments)
         found = _Found(problem.stored(findings.values, state), findings, (probes.note,) if probes.note else ())
@@ -119,6 +124,10 @@ def make_probes(
     # Of what was made, for a user's own inputs may be larger than the example.
     most = max(FEWEST, held_at_once(settings.memory, held_bytes(model, first_rows(probes.batches[0]))))
     parts = [in_parts(batch, most, FEWEST) for batch in probes.batches]
+    if settings.attach_norms and not probes.statistics:
+        statistics = measure_statistics(model, [each for part in parts for each in part])
+        matching = probes.matches_training_statistics or bool(statistics)
+        probes = replace(probes, statistics=statistics, matches_training_statistics=matching)
     if all(len(part) == 1 for part in parts):
         return probes
     firsts = list(accumulate((len(part) for part in parts), initial=0))

@@ -38,6 +38,9 @@ class LeastSquares(Settings, Restorer):
             (the paper's ``V V^T``, each filter centered). None takes 0.5 for channels that no batch norm
             keeps at their trained mean and spread, and 0 for the others.
         renorm: move the batch-norm statistics downstream by what pruning changed, where that helps.
+        attach_norms: where the network has no batch norms, give each layer one of its own for as long as restoration
+            takes, with the statistics that are measured on the probes; it is folded into the layer at the end. Then
+            ``renorm``, ``sequential`` and dreams do for such a network what they do for others.
         sequential: solve consumers in turn, and the layers in between with them, each on what the network gives it once
             all before it is cut, and let those that go into a residual sum make up for what the sum's other operand has
             lost. None tries it on dreams and real inputs, where there are batch norms and residual sums, with as many

@@ -18,6 +18,7 @@ class Settings:
     ridge: float | None = None
     prior: float | None = None
     renorm: bool = True
+    attach_norms: bool = True
     sequential: bool | None = None
     budget: int = 512 * 2**20
     memory: int = ROOM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lbyl.runtime.batch_norms import batch_norms
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.selection.criteria.energy import Energy
 from lbyl.selection.criteria.l2 import L2
@@ -16,7 +17,6 @@ def choose_criterion(model: nn.Module, probed: bool) -> tuple[Criterion | Seeing
         model: the network.
         probed: whether the network is run on probes anyway, so that what passes through channels can be seen.
     """
-    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    if not probed or any(norm.running_mean is not None for norm in norms):
+    if not probed or batch_norms(model):
         return L2(), ""
     return Energy(), "auto: channels are chosen by the energy that consumers take from them"

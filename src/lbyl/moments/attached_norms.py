@@ -1,0 +1,174 @@
+"""Batch norms for networks that have none: they are attached to a copy, do nothing at first, and are folded away.
+
+Where batch norms were folded into the layers before them, or never were, nothing says what a layer's output is like on
+real inputs, and nothing can be moved once the layers before it are cut. So each layer gets a batch norm of its own,
+whose running statistics are those that were measured on probes, with ``gamma`` and ``beta`` to match. Whatever works on
+batch norms then works here as well.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lbyl.graph import Graph, Norm, Producer
+from lbyl.runtime.batch_norms import batch_norms
+from lbyl.runtime.copying import sharing_copy, tensors_of
+from lbyl.runtime.forward import run_intercepted
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.memory import give_back
+
+LayerStatistics = Mapping[str, tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]]
+"""Mean and variance of the output of each layer, by its name."""
+
+_EPS = 1e-5
+_GAMMA, _BETA, _MEAN, _VAR = (f"lbyl_attached_{part}" for part in ("gamma", "beta", "mean", "var"))
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def with_norms(model: nn.Module, statistics: LayerStatistics) -> nn.Module:
+    """A copy that shares the network's parameters, with a batch norm behind each layer whose statistics are known."""
+    copy = sharing_copy(model)
+    for layer, (mean, var) in statistics.items():
+        _attach(copy.get_submodule(layer), mean, var)
+    return copy
+
+
+def normed_graph(graph: Graph, statistics: LayerStatistics) -> Graph:
+    """The network's graph, in which the layers whose statistics are known are followed by their batch norms."""
+
+    def normed(producer: Producer) -> Producer:
+        if producer.layer not in statistics or producer.weight.dim != 0 or producer.stages:
+            return producer
+        gamma, beta, mean, var = _names(producer.layer)
+        return replace(producer, stages=(Norm(f"{producer.layer} (attached)", gamma, beta, mean, var, _EPS),))
+
+    groups = tuple(replace(group, producers=tuple(map(normed, group.producers))) for group in graph.groups)
+    return replace(graph, groups=groups)
+
+
+def folded(model: nn.Module, statistics: LayerStatistics, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New values of the network's own tensors, which compute what some values do with the attached batch norms.
+
+    ``w' = s w`` and ``b' = s (b - mean) + beta`` with ``s = gamma / sqrt(var + eps)``, all by output channel.
+
+    Args:
+        model: as :func:`with_norms` gives it.
+        statistics: that it was made with.
+        values: of parameters and buffers, the attached batch norms' among them.
+    """
+    state, own = tensors_of(model), dict(values)
+    for layer in statistics:
+        names = _names(layer)
+        moved = any(name in values for name in names)
+        gamma, beta, mean, var = (own.pop(name, state[name]).double() for name in names)
+        if not moved:
+            continue
+        scale = gamma / (var + _EPS).sqrt()
+        weight, bias = (values.get(name, state[name].detach()) for name in (f"{layer}.weight", f"{layer}.bias"))
+        rows = scale.reshape(-1, *[1] * (weight.dim() - 1))
+        own[f"{layer}.weight"] = (weight.double() * rows).to(weight.dtype)
+        own[f"{layer}.bias"] = ((bias.double() - mean) * scale + beta).to(bias.dtype)
+    return own
+
+
+def measure_statistics(model: nn.Module, batches: Sequence[ExampleInputs]) -> LayerStatistics:
+    """Mean and variance of the outputs of all convolutions and linear layers with a bias that run once.
+
+    The layer that gives the network's own output is left out: what it gives is compared, not normalized. Where the
+    network has batch norms with running statistics, there is nothing to be measured.
+    """
+    if batch_norms(model):
+        return {}
+    copy = sharing_copy(model)
+    names = _layers_that_run_once(copy, batches[0])
+    for name in names:
+        layer = copy.get_submodule(name)
+        assert isinstance(layer.bias, Tensor)
+        _attach(layer, torch.zeros_like(layer.bias), torch.ones_like(layer.bias))
+    layer_of = {_names(name)[2]: name for name in names}
+    count = 0
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
+        if mean_name in layer_of:
+            mean, var = mean.double(), var.double()
+            now = mean * rows, (var + mean.square()) * rows
+            old = sums.get(layer_of[mean_name])
+            sums[layer_of[mean_name]] = now if old is None else (old[0] + now[0], old[1] + now[1])
+
+    with torch.no_grad():
+        for batch in batches:
+            rows = len(batch.tensors()[0])
+            count += rows
+            run_intercepted(copy, batch, on_norm=on_norm)
+            give_back()
+    found = {name: (first / count, second / count) for name, (first, second) in sums.items()}
+    return {name: (mean, (square - mean.square()).clamp_min(0)) for name, (mean, square) in found.items()}
+
+
+def _names(layer: str) -> tuple[str, str, str, str]:
+    prefix = f"{layer}." if layer else ""
+    return f"{prefix}{_GAMMA}", f"{prefix}{_BETA}", f"{prefix}{_MEAN}", f"{prefix}{_VAR}"
+
+
+def _layers_that_run_once(model: nn.Module, inputs: ExampleInputs) -> list[str]:
+    """Layers with a weight and bias of their own that run once, and whose output is not the network's."""
+    calls: dict[str, int] = {}
+    given: dict[str, weakref.ref[Tensor]] = {}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS) and name}
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    hooks = []
+    for name, module in layers.items():
+
+        def note(_: nn.Module, __: object, out: Tensor, name: str = name) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            given[name] = weakref.ref(out)
+
+        hooks.append(module.register_forward_hook(note))
+    try:
+        with torch.no_grad():
+            outs = output_tensors(inputs.call(model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        name
+        for name, module in layers.items()
+        if calls.get(name) == 1
+        and not any(given[name]() is tensor for tensor in outs)
+        and type(module._parameters.get("weight")) is nn.Parameter
+        and type(module._parameters.get("bias")) is nn.Parameter
+        and users[id(module._parameters["weight"])] == users[id(module._parameters["bias"])] == 1
+    ]
+
+
+def _attach(layer: nn.Module, mean: Tensor, var: Tensor) -> None:
+    """Attach a batch norm that is the identity."""
+    bias = layer.bias
+    assert isinstance(bias, Tensor)
+    mean, var = mean.detach().to(bias), var.detach().to(bias)
+    layer.register_buffer(_MEAN, mean)
+    layer.register_buffer(_VAR, var)
+    layer.register_buffer(_GAMMA, (var + _EPS).sqrt())
+    layer.register_buffer(_BETA, mean.clone())
+    layer.register_forward_hook(_normalize)
+
+
+def _normalize(layer: nn.Module, inputs: object, out: Tensor) -> Tensor:
+    """What the batch norm makes of a layer's output."""
+    gamma, beta, mean, var = (layer.get_buffer(name) for name in (_GAMMA, _BETA, _MEAN, _VAR))
+    # A linear layer has its channels last. Nothing is reshaped without need: sums are recognized by their operands.
+    apart = isinstance(layer, nn.Linear) and out.dim() > 2
+    x = out.flatten(0, -2) if apart else out
+    normed = functional.batch_norm(x, mean, var, gamma, beta, False, 0.0, _EPS)
+    return normed.reshape(out.shape) if apart else normed

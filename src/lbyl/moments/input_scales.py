@@ -1,0 +1,113 @@
+"""The network's own scale: what mean and deviation its inputs have, as far as the network or the example tells."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.moments.scale import UNIT, InputScales, Scale
+from lbyl.moments.synthesis import pink
+from lbyl.runtime.batch_norms import batch_norms
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.forward import ConsumerCall, run_intercepted
+from lbyl.runtime.inputs import ExampleInputs
+
+_FAR = 3.0
+"""Where batch norms normalize anyway, inputs keep unit scale unless they are further off than this factor."""
+_USUAL = 0.15
+"""An example whose mean and deviation are this close to 0 and 1 says that inputs are normalized."""
+
+
+def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
+    """The scales of a model's inputs.
+
+    Where the first layer is followed by a batch norm, its stored statistics tell: with the weights summed over their
+    taps, ``running_mean = W m + b`` gives the mean of each input channel, and the running variance next to the one that
+    natural images of unit variance cause gives the deviation. They are used where they are far from 0 and 1, for batch
+    norms bring the rest to scale. Where there are no batch norms, the example has to tell, unless it is constant.
+    """
+    tensors = inputs.tensors()
+    scales = [UNIT] * len(tensors)
+    told: list[str] = []
+    for index, tensor in enumerate(tensors):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if batch_norms(model):
+            scale, whence = _from_first_norm(model, inputs, index), "the first batch norm's statistics"
+            if scale is None:
+                scale, whence = _from_example(tensor), "the example"
+                scale = scale if float(scale.deviation.max()) > _FAR else UNIT
+            scale = scale if _is_far(scale) else UNIT
+        else:
+            scale, whence = _from_example(tensor), "the example"
+        scales[index] = scale
+        if scale is not UNIT:
+            told.append(f"inputs of mean {_said(scale.mean)} and deviation {_said(scale.deviation)}, as {whence} says")
+    return InputScales(tuple(scales), "; ".join(dict.fromkeys(told)))
+
+
+def _said(values: Tensor) -> str:
+    return ", ".join(f"{value:.3g}" for value in values[:4].tolist()) + (", ..." if len(values) > 4 else "")
+
+
+def _is_far(scale: Scale) -> bool:
+    spread = scale.deviation
+    off = bool((spread > _FAR).any() or (spread < 1 / _FAR).any())
+    return off or bool((scale.mean.abs() > _FAR * spread).any())
+
+
+def _from_example(tensor: Tensor) -> Scale:
+    """Mean and deviation of all its values; unit scale where they are about that, or where it is constant."""
+    values = tensor.detach().double()
+    mean, deviation = float(values.mean()), float(values.std(unbiased=False))
+    if not (torch.isfinite(values).all()) or deviation < 1e-6 * max(1.0, abs(mean)):
+        return UNIT
+    if abs(mean) < _USUAL and abs(deviation - 1) < _USUAL:
+        return UNIT
+    return Scale(torch.tensor([mean]), torch.tensor([deviation]))
+
+
+def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Scale | None:
+    """What the statistics of the batch norm right behind the first convolution say; None where there is none."""
+    example = inputs.tensors()[index]
+    if example.dim() < 3:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    unit = pink((max(4, len(example)), *example.shape[1:]), generator).to(example)
+    replaced = inputs.map(lambda t: unit if t is example else _as_many(t, example, len(unit)))
+    seen: list[ConsumerCall] = []
+    found: list[tuple[str, str, Tensor, Tensor]] = []
+
+    def on_consumer(call: ConsumerCall) -> None:
+        if not seen and not found and call.x.data_ptr() == unit.data_ptr() and call.op.startswith("conv"):
+            seen.append(call)
+
+    def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
+        if seen and not found:
+            found.append((mean_name, var_name, mean, var))
+
+    try:
+        with torch.no_grad():
+            run_intercepted(model, replaced, on_consumer=on_consumer, on_norm=on_norm)
+    except Exception:  # whatever somebody's code raises: then nothing is known
+        return None
+    state = tensors_of(model)
+    if not seen or not found or len(found[0][2]) != len(state[seen[0].weight]):
+        return None
+    mean_name, var_name, mean, var = found[0]
+    weight = state[seen[0].weight].detach().double()
+    if weight.shape[1] != example.shape[1] or len(weight) < weight.shape[1]:
+        return None
+    sums = weight.flatten(2).sum(2)
+    shift = torch.linalg.lstsq(sums, (state[mean_name].double() - mean.double())[:, None], driver="gelsd").solution[
+        :, 0
+    ]
+    ratio = (state[var_name].double() / var.double().clamp_min(1e-12)).sqrt()
+    return Scale(shift.float().cpu(), ratio.median().float().reshape(1).cpu())
+
+
+def _as_many(tensor: Tensor, example: Tensor, count: int) -> Tensor:
+    """Other inputs with as many rows, where they have a row an example."""
+    if not tensor.dim() or len(tensor) != len(example):
+        return tensor
+    return tensor[:1].expand(count, *tensor.shape[1:])

@@ -1,0 +1,139 @@
+"""Criteria that look at what consumers read and at what passes through the channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lbyl
+
+
+def two_layers(hidden: int = 12) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, hidden), nn.ReLU(), nn.Linear(hidden, 5)).eval()
+
+
+def kept(net: nn.Module, x: Tensor, criterion: object, ratio: float = 0.5, **more: object) -> tuple[int, ...]:
+    result = lbyl.compress(net, x[:1], ratio=ratio, criterion=criterion, restore=data(x), **more)  # pyright: ignore
+    return result.plan.groups[0].keep
+
+
+def data(x: Tensor) -> lbyl.LeastSquares:
+    return lbyl.LeastSquares(moments=lbyl.Data(list(x.split(len(x) // 4))))
+
+
+def test_energy_is_the_consumers_columns_times_the_mean_square() -> None:
+    net, x = two_layers(), torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
+    hidden = torch.relu(net[0](x[:300])).double()  # the last batch is held out
+    energy = net[2].weight.double().square().sum(0) * hidden.square().mean(0)  # pyright: ignore
+    assert kept(net, x, "energy") == tuple(sorted(energy.argsort(descending=True)[:6].tolist()))
+
+
+def test_obs_drops_what_the_others_can_stand_in_for() -> None:
+    net, x = two_layers(6), torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():  # channels 4 and 5 are loud, but copies of each other
+        net[0].weight[4:] *= 5  # pyright: ignore
+        net[0].weight[5], net[0].bias[5] = net[0].weight[4], net[0].bias[4]  # pyright: ignore
+        net[2].weight[:, :4] *= 0.2  # pyright: ignore
+    assert {4, 5} <= set(kept(net, x, "energy", 1 / 6))
+    assert len({4, 5} & set(kept(net, x, lbyl.OBS(ridge=1e-6), 1 / 6))) == 1
+
+
+@dataclass(frozen=True)
+class Loudest:
+    """A criterion of a user's: the mean over the seats of what a channel carries."""
+
+    sees: ClassVar[str] = "squares"
+
+    def score(self, view: lbyl.ChannelView) -> Tensor:
+        return torch.stack([reading.square.mean(1) for reading in view.readings]).sum(0)
+
+
+@dataclass(frozen=True)
+class MostRead:
+    """Another one, which needs no probes."""
+
+    sees: ClassVar[str] = "consumers"
+
+    def score(self, view: lbyl.ChannelView) -> Tensor:
+        assert all(reading.moments is None for reading in view.readings)
+        return torch.stack([reading.energy.sum(1) for reading in view.readings]).sum(0)
+
+
+def test_own_criteria_that_see() -> None:
+    net, x = two_layers(), torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
+    loud = torch.relu(net[0](x[:300])).square().mean(0)
+    assert kept(net, x, Loudest()) == tuple(sorted(loud.argsort(descending=True)[:6].tolist()))
+    read = net[2].weight.square().sum(0)  # pyright: ignore
+    by_weights = lbyl.compress(net, x[:1], criterion=MostRead(), restore="prune").plan.groups[0].keep
+    assert by_weights == tuple(sorted(read.argsort(descending=True)[:6].tolist()))
+
+
+class Flattened(nn.Module):
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+        self.fc = nn.Linear(8 * 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.mix(torch.relu(self.conv(x)))).flatten(1))
+
+
+@pytest.mark.parametrize("criterion", ["energy", "obs"])
+@pytest.mark.parametrize("make", [Flattened, lambda: Flattened(groups=2)], ids=["flattened", "grouped"])
+@pytest.mark.parametrize("restore", ["auto", "prune", "lbyl"])
+def test_seats_blocks_and_restorers_that_take_no_probes(
+    criterion: str, make: Callable[[], nn.Module], restore: str
+) -> None:
+    torch.manual_seed(0)
+    net = make().eval()
+    result = lbyl.compress(net, torch.randn(1, 3, 4, 4), criterion=criterion, restore=restore)
+    assert [len(group.keep) for group in result.plan.groups] == [4, 4]
+    assert result.report.verified is not None
+
+
+@pytest.mark.parametrize("criterion", ["energy", "obs"])
+def test_a_budget_keeps_what_was_priced(criterion: str) -> None:
+    net, x = two_layers(), torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
+    budget = lbyl.compress(net, x[:1], budget=lbyl.Budget(params=0.6), criterion=criterion, restore=data(x))
+    count = len(budget.plan.groups[0].keep)
+    assert budget.plan.groups[0].keep == kept(net, x, criterion, 1 - count / 12)
+
+
+def with_norm() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+
+
+def test_auto_sees_where_no_batch_norm_tells() -> None:
+    x, image = torch.randn(400, 6), torch.randn(1, 3, 8, 8)
+    result = lbyl.compress(two_layers(), x[:1], restore=data(x))
+    assert result.plan.settings["criterion"]["name"] == "Energy"
+    assert any("energy" in note for note in result.report.notes)
+    assert lbyl.compress(with_norm(), image).plan.settings["criterion"]["name"] == "L2"
+    assert lbyl.compress(two_layers(), x[:1], restore="lbyl").plan.settings["criterion"]["name"] == "L2"
+
+
+class Blind:
+    sees = "everything"
+
+    def score(self, view: object) -> Tensor:
+        raise AssertionError
+
+
+class Broken:
+    def score(self, filters: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.full((len(filters),), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "says"),
+    [(Blind(), "sees must be"), (lbyl.L1, "is a class"), (Broken(), "NaN"), (3, "no score"), ("magic", "energy, obs")],
+)
+def test_criteria_that_are_none(criterion: object, says: str) -> None:
+    with pytest.raises(lbyl.InputError, match=says):
+        lbyl.compress(two_layers(), torch.randn(1, 6), criterion=criterion, restore="prune")  # pyright: ignore
