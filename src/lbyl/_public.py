@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lbyl.moments.data import Data as Data
     from lbyl.moments.dream import Dream as Dream
     from lbyl.moments.gaussian import Gaussian as Gaussian
+    from lbyl.moments.generated import Generated as Generated
     from lbyl.moments.noise import Noise as Noise
     from lbyl.moments.photographs import Photographs as Photographs
     from lbyl.moments.weights import Weights as Weights
@@ -87,6 +88,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "noise": "Noise",
         "photographs": "Photographs",
         "dream": "Dream",
+        "generated": "Generated",
         "data": "Data",
     },
     "format": {"onnx": "lbyl.io.export.onnx:OnnxFormat", "pt2": "lbyl.io.export.pt2:Pt2Format"},

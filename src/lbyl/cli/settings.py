@@ -243,7 +243,9 @@ class Settings:
             exclude=tuple(self.exclude or ()),
         )
 
-    def restorer(self, batches: list[Tensor] | None, model: nn.Module) -> str | LeastSquares | None:
+    def restorer(
+        self, batches: list[Tensor] | None, model: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> str | LeastSquares | None:
         """The restorer that was asked for, or None where the library is to choose one by itself.
 
         Options of least squares change the restorer that the library chooses for this model.
@@ -252,6 +254,7 @@ class Settings:
             return self.restore
         from lbyl.moments import Data, Dream
         from lbyl.restore.registry import choose_restorer
+        from lbyl.runtime.inputs import ExampleInputs
         from lbyl.runtime.registry import find
 
         changes: dict[str, Any] = {}
@@ -273,7 +276,7 @@ class Settings:
             changes["memory"] = round(self.memory * 2**30)
         if not changes:
             return None
-        restorer = replace(choose_restorer(model)[0], **changes)
+        restorer = replace(choose_restorer(model, ExampleInputs.of(inputs))[0], **changes)
         if isinstance(restorer.moments, Dream):
             return replace(restorer, moments=replace(restorer.moments, memory=restorer.memory))
         return restorer

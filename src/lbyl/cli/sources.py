@@ -92,7 +92,7 @@ def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
     if settings.data is not None:
         stage(f"reading images from {settings.data}")
         batches = _read_batches(settings.data, source, model, inputs[0], settings)
-    restorer = settings.restorer(batches, model)
+    restorer = settings.restorer(batches, model, inputs)
     stage("tracing")
     arguments: dict[str, Any] = {
         "scope": settings.scope.value,

@@ -6,6 +6,7 @@ from lbyl.moments.base import ChannelMoments, ClosedFormSource, Probes, ProbeSou
 from lbyl.moments.data import Data
 from lbyl.moments.dream import Dream
 from lbyl.moments.gaussian import Gaussian
+from lbyl.moments.generated import Generated
 from lbyl.moments.noise import Noise
 from lbyl.moments.photographs import Photographs
 from lbyl.moments.weights import Weights
@@ -17,6 +18,7 @@ __all__ = [
     "Data",
     "Dream",
     "Gaussian",
+    "Generated",
     "Noise",
     "Photographs",
     "ProbeSource",

@@ -56,6 +56,12 @@ class ProbeSource(Protocol):
         ...
 
 
+def is_lifelike(source: object, inputs: ExampleInputs) -> bool:
+    """Whether the probes of a source are like real inputs; those of a user's own source are taken to be."""
+    asked = getattr(source, "lifelike", None)
+    return bool(asked(inputs)) if callable(asked) else True
+
+
 @dataclass(frozen=True)
 class ChannelMoments:
     """Mean and covariance of the channels that a group's consumers see."""

@@ -28,6 +28,10 @@ class Data:
     source: Iterable[Any] = field(repr=False)
     batches: int = 4
 
+    def lifelike(self, inputs: ExampleInputs) -> bool:
+        """Whether its probes are like real inputs."""
+        return True
+
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:

@@ -68,6 +68,10 @@ class Dream:
         if self.memory < 1:
             raise InputError(f"Dream(memory={self.memory}): must be at least 1 byte")
 
+    def lifelike(self, inputs: ExampleInputs) -> bool:
+        """Whether its probes are like real inputs."""
+        return takes_photographs(inputs)
+
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,10 @@ from lbyl.runtime.inputs import ExampleInputs
 
 _FAR = 3.0
 """Where batch norms normalize anyway, inputs keep unit scale unless they are further off than this factor."""
-_USUAL = 0.15
-"""An example whose mean and deviation are this close to 0 and 1 says that inputs are normalized."""
+_NORMALIZED = 2.2
+"""Inputs of unit variance have a wider range than this."""
+_RANGES = ((0.0, 1.0), (-0.5, 0.5), (-1.0, 1.0), (0.0, 255.0))
+"""Usual bounds of pixels."""
 
 
 def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
@@ -57,14 +61,27 @@ def _is_far(scale: Scale) -> bool:
 
 
 def _from_example(tensor: Tensor) -> Scale:
-    """Mean and deviation of all its values; unit scale where they are about that, or where it is constant."""
+    """What an example says: unit scale where its values look normalized, or where it is constant.
+
+    One example tells little of a mean and a deviation, but much of the range: values within usual bounds are taken to
+    have a quarter of the range as their deviation, and a mean between the example's and the middle of the range.
+    """
     values = tensor.detach().double()
+    if not bool(torch.isfinite(values).all()):
+        return UNIT
     mean, deviation = float(values.mean()), float(values.std(unbiased=False))
-    if not (torch.isfinite(values).all()) or deviation < 1e-6 * max(1.0, abs(mean)):
+    low, high = float(values.min()), float(values.max())
+    if deviation < 1e-6 * max(1.0, abs(mean)):
         return UNIT
-    if abs(mean) < _USUAL and abs(deviation - 1) < _USUAL:
+    if high - low > _NORMALIZED and abs(mean) < 1.5 and 0.4 < deviation < 2:
         return UNIT
-    return Scale(torch.tensor([mean]), torch.tensor([deviation]))
+    # The range of so many normal values; what has a much narrower one is bounded.
+    normal = 2 * math.sqrt(2 * math.log(max(values.numel(), 2))) * deviation
+    if high - low > 0.75 * normal:
+        return Scale(torch.tensor([mean]), torch.tensor([deviation]))
+    fitting = (span for span in _RANGES if span[0] <= low and high <= span[1])
+    low, high = next((span for span in fitting if span[1] - span[0] < 2 * (high - low)), (low, high))
+    return Scale(torch.tensor([(mean + (low + high) / 2) / 2]), torch.tensor([(high - low) / 4]), low, high)
 
 
 def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Scale | None:

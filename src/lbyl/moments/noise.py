@@ -37,6 +37,10 @@ class Noise:
         if self.images is not None and self.images < 2:
             raise InputError(f"Noise(images={self.images}): batch statistics need at least 2")
 
+    def lifelike(self, inputs: ExampleInputs) -> bool:
+        """Whether its probes are like real inputs."""
+        return False
+
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
@@ -46,7 +50,9 @@ class Noise:
         scales = input_scales(model, inputs)
 
         def make(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-            return varied_pink(shape, generator, self.spectrum)
+            made = varied_pink(shape, generator, self.spectrum)
+            # Between bounds, strong contrasts have edges and flat regions as real inputs do.
+            return made if all(scale.usual for scale in scales.scales) else 2 * made
 
         made = synthesize(model, inputs, count + held, make, generator, scales)
         train, test = split(made, [count, held])

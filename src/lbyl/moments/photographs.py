@@ -47,6 +47,10 @@ class Photographs:
         if self.images is not None and self.images < 2:
             raise InputError(f"Photographs(images={self.images}): batch statistics need at least 2")
 
+    def lifelike(self, inputs: ExampleInputs) -> bool:
+        """Whether its probes are like real inputs."""
+        return takes_photographs(inputs)
+
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +12,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scale:
-    """Mean and deviation of one input, each a number for every channel (axis 1), or one for all."""
+    """Mean and deviation of one input, each a number for every channel (axis 1) or one for all, and its bounds."""
 
     mean: Float[Tensor, " channels"]
     deviation: Float[Tensor, " channels"]
+    low: float = -math.inf
+    high: float = math.inf
 
     def of(self, unit: Float[Tensor, "batch channels *positions"]) -> Float[Tensor, "batch channels *positions"]:
         """An input of zero mean and unit variance, brought to this scale."""
-        if float(self.mean.abs().max()) == 0 and bool((self.deviation == 1).all()):
+        if self.usual:
             return unit
         shape = (1, -1, *[1] * (unit.dim() - 2)) if unit.dim() > 1 else (-1,)
-        return unit * self.deviation.reshape(shape).to(unit) + self.mean.reshape(shape).to(unit)
+        moved = unit * self.deviation.reshape(shape).to(unit) + self.mean.reshape(shape).to(unit)
+        return moved.clamp(self.low, self.high)
+
+    @property
+    def usual(self) -> bool:
+        """Whether inputs have zero mean and unit variance anyway."""
+        return not bool(self.mean.any()) and bool((self.deviation == 1).all())
 
 
 UNIT = Scale(torch.zeros(1), torch.ones(1))

@@ -100,8 +100,8 @@ class Subject:
     @staticmethod
     def of(path: str, model: nn.Module, inputs: ExampleInputs, graph: Graph, request: CompressionRequest) -> Subject:
         """A traced module, with the restorer and the criterion that were named, or the best for it."""
-        restorer, why = request.restorer(model)
-        criterion, how = request.scoring(model, restorer)
+        restorer, why = request.restorer(model, inputs)
+        criterion, how = request.scoring(model, inputs, restorer)
         return Subject(path, model, inputs, graph, restorer, criterion, tuple(filter(None, [why, how])))
 
     def attempts(self, request: CompressionRequest) -> Iterator[Subject]:
@@ -109,7 +109,7 @@ class Subject:
         yield self
         if request.restore is None:
             for restorer in fallbacks(self.restorer):
-                yield replace(self, restorer=restorer, criterion=request.scoring(self.model, restorer)[0])
+                yield replace(self, restorer=restorer, criterion=request.scoring(self.model, self.inputs, restorer)[0])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from lbyl.budget.budget import Budget
 from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivers
 from lbyl.restore.registry import choose_restorer, resolve_restorer
+from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 from lbyl.selection.criteria.auto import choose_criterion
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion, resolve_criterion
@@ -52,11 +53,15 @@ class CompressionRequest:
     source: str | None
     progress: Progress | None
 
-    def restorer(self, model: nn.Module) -> tuple[Restorer, str]:
+    def restorer(self, model: nn.Module, inputs: ExampleInputs) -> tuple[Restorer, str]:
         """The restorer for a model, and why, where it was not named."""
-        return choose_restorer(model) if self.restore is None else (self.restore, "")
+        return choose_restorer(model, inputs) if self.restore is None else (self.restore, "")
 
-    def scoring(self, model: nn.Module, restorer: Restorer) -> tuple[Criterion | SeeingCriterion, str]:
+    def scoring(
+        self, model: nn.Module, inputs: ExampleInputs, restorer: Restorer
+    ) -> tuple[Criterion | SeeingCriterion, str]:
         """The criterion for a model that a restorer restores, and why, where it was not named."""
         named = self.criterion
-        return choose_criterion(model, restorer.takes_probes) if named is None else (named, "")
+        if named is not None:
+            return named, ""
+        return choose_criterion(model, restorer.takes_probes, restorer.takes_lifelike_probes(inputs))

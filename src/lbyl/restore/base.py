@@ -114,6 +114,10 @@ class Restorer(ABC):
         """Whether :meth:`make_probes` gives inputs that moments are measured on."""
         return False
 
+    def takes_lifelike_probes(self, inputs: ExampleInputs) -> bool:
+        """Whether these inputs are like real ones, so that they tell which channels matter."""
+        return False
+
     def make_probes(
         self, model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None = None
     ) -> Probes:

@@ -7,12 +7,14 @@ from dataclasses import replace
 from torch import nn
 
 from lbyl.errors import InputError
-from lbyl.moments import Dream, Noise, Photographs, Weights
+from lbyl.moments import Dream, Generated, Noise, Photographs, Weights
+from lbyl.moments.generated import writes_text
 from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivering, Delivers
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.prune import Prune
 from lbyl.runtime.batch_norms import batch_norms
+from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.registry import find
 
 
@@ -31,12 +33,14 @@ def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
     return Delivering(restore)
 
 
-def choose_restorer(model: nn.Module) -> tuple[LeastSquares, str]:
+def choose_restorer(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquares, str]:
     """The best restorer that needs no data of the user's, and why: what ``restore="auto"`` stands for."""
     norms = batch_norms(model)
     if norms:
         why = f"auto: dreamed probes, for {len(norms)} batch norms say what inputs do"
         return LeastSquares(moments=Dream()), f"{why}; with lbyl's own photographs, if inputs are color images"
+    if writes_text(model, inputs):
+        return LeastSquares(moments=Generated()), "auto: text that the model writes itself"
     why = "auto: no batch norm says what inputs do: lbyl's own photographs, or noise if inputs are no color images"
     return LeastSquares(moments=Photographs()), f"{why}; steadied by the weights' own moments"
 

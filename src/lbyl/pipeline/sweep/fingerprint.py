@@ -21,6 +21,7 @@ def fingerprint(
     model: nn.Module, inputs: ExampleInputs, request: CompressionRequest, submodule: str | None
 ) -> dict[str, str | int | bool | None]:
     """Everything that the outcome depends on, but the budgets, as plain data."""
+    restorer = request.restorer(model, inputs)[0]
     state, others = tensors_of(model), pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
     return {
         "lbyl": library_version(),
@@ -28,8 +29,8 @@ def fingerprint(
         "inputs": digest(inputs.tensors()),
         "other inputs": json.dumps([repr(leaf) for leaf in others if not isinstance(leaf, Tensor)]),
         "scope": request.scope,
-        "criterion": _text(described(request.scoring(model, request.restorer(model)[0])[0])),
-        "restore": _text(described(request.restorer(model)[0].settings)),
+        "criterion": _text(described(request.scoring(model, inputs, restorer)[0])),
+        "restore": _text(described(restorer.settings)),
         "seed": request.seed,
         "verify": request.verify,
         "strict": request.strict,

@@ -14,6 +14,7 @@ from lbyl.graph import Graph
 from lbyl.moments import ClosedFormSource, Probes, ProbeSource
 from lbyl.moments.accumulate import ConsumerMoments, PatchSums, WholeSums
 from lbyl.moments.attached_norms import folded, measure_statistics, normed_graph, with_norms
+from lbyl.moments.base import is_lifelike
 from lbyl.restore.base import Restoration, RestorationProblem
 from lbyl.restore.closed_form import with_ties
 from lbyl.restore.least_squares.recalibrate import (
@@ -40,6 +41,7 @@ from lbyl.restore.least_squares.solve import (
     solve_patches,
 )
 from lbyl.restore.least_squares.targets import Target, find_targets, masked, output_first
+from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.batches import FEWEST, first_rows, in_parts
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import ConsumerCall, OnConsumer, run_intercepted
@@ -60,6 +62,9 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
     probes = None if closed else task.probes or make_probes(task.model, task.inputs, settings, task.seed, task.progress)
     seconds["probe"] = time.perf_counter() - started
     attached = probes.statistics if probes else {}
+    if settings.prior is None and not closed and (attached or is_lifelike(settings.moments, task.inputs)):
+        # Moments that can be trusted, or norms that keep channels steady, need no steadying.
+        settings = replace(settings, prior=0.0)
     model = with_norms(task.model, attached)
     graph = normed_graph(task.graph, attached)
     targets = find_targets(graph, selection)
@@ -93,7 +98,8 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
         norms = {target.consumer.weight: target.norm for target in problem.found if target.norm}
         give_back()
         positions = _positions(problem, probes)
-        looks = looks or [look(model, {}, batch, norms, positions) for batch in probes.batches]
+        if not looks and (attached or batch_norms(model)):
+            looks = [look(model, {}, batch, norms, positions) for batch in probes.batches]
         judge = _Judge.over(problem, probes, looks)
         before, found = judge(_pruned(problem, state)), replace(found, error=judge(found.values))
         found = _with_renorm(problem, probes, found, looks, norms, judge)
@@ -190,8 +196,9 @@ class _Judge:
     @staticmethod
     def over(problem: LeastSquaresProblem, probes: Probes, looks: Sequence[Look]) -> _Judge:
         """Held-out probes are looked at in the batch-norm statistics that their like have."""
-        judged = averaged([looks[index] for index in probes.evaluation_batches or range(len(looks))])
-        world = judged if probes.batch_statistics else {}
+        world: Statistics = {}
+        if probes.batch_statistics and looks:
+            world = averaged([looks[index] for index in probes.evaluation_batches or range(len(looks))])
         model, state = problem.model, tensors_of(problem.model)
         most = held_at_once(problem.settings.memory, held_bytes(model, first_rows(probes.held_out)))
         parts = tuple(in_parts(probes.held_out, most))

@@ -10,6 +10,7 @@ from torch import nn
 from lbyl.graph import Graph
 from lbyl.moments import Data, Probes, ProbeSource
 from lbyl.moments.accumulate import ConsumerMoments
+from lbyl.moments.base import is_lifelike
 from lbyl.restore.base import Restoration, RestorationProblem, Restorer
 from lbyl.restore.least_squares.fit import fit, make_probes, measure
 from lbyl.restore.least_squares.settings import Settings
@@ -35,8 +36,9 @@ class LeastSquares(Settings, Restorer):
             takes 0.3 for probed moments, 0.1 for closed forms, which no sample of inputs makes noisy, and 0.001
             where a prior already steadies probed ones.
         prior: between 0 and 1: how far probed moments are drawn towards the ones that the weights alone suggest
-            (the paper's ``V V^T``, each filter centered). None takes 0.5 for channels that no batch norm
-            keeps at their trained mean and spread, and 0 for the others.
+            (the paper's ``V V^T``, each filter centered). None takes 0.5 where probes
+            are unlike real inputs and neither the network's batch norms nor attached ones keep channels at their mean
+            and spread, and 0 elsewhere.
         renorm: move the batch-norm statistics downstream by what pruning changed, where that helps.
         attach_norms: where the network has no batch norms, give each layer one of its own for as long as restoration
             takes, with the statistics that are measured on the probes; it is folded into the layer at the end. Then
@@ -68,6 +70,10 @@ class LeastSquares(Settings, Restorer):
     def takes_probes(self) -> bool:
         """Whether moments are collected, not taken in closed form."""
         return isinstance(self.moments, ProbeSource)
+
+    def takes_lifelike_probes(self, inputs: ExampleInputs) -> bool:
+        """Whether the moment source says so of its probes."""
+        return self.takes_probes and is_lifelike(self.moments, inputs)
 
     def make_probes(
         self, model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None = None

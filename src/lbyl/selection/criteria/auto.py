@@ -10,13 +10,20 @@ from lbyl.selection.criteria.energy import Energy
 from lbyl.selection.criteria.l2 import L2
 
 
-def choose_criterion(model: nn.Module, probed: bool) -> tuple[Criterion | SeeingCriterion, str]:
+def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Criterion | SeeingCriterion, str]:
     """What ``criterion="auto"`` stands for, and why.
 
     Args:
         model: the network.
         probed: whether the network is run on probes anyway, so that what passes through channels can be seen.
+        lifelike: whether these probes are like real inputs. On others, the activations of a network without any norm
+            say less than its weights do.
     """
-    if not probed or batch_norms(model):
+    if not probed or batch_norms(model) or not (lifelike or _normalizes(model)):
         return L2(), ""
     return Energy(), "auto: channels are chosen by the energy that consumers take from them"
+
+
+def _normalizes(model: nn.Module) -> bool:
+    """Whether layer, group or instance norms, or others by that name, bring activations to scale."""
+    return any("norm" in type(module).__name__.lower() for module in model.modules())
