@@ -205,6 +205,8 @@ def writes_text(model: nn.Module, inputs: ExampleInputs) -> bool:
     config = getattr(model, "config", None)
     if ids is None or ids.shape[1] < 2 or getattr(config, "is_encoder_decoder", False):
         return False
+    if hasattr(model, "can_generate") and not _generates(model):
+        return False
     try:
         with torch.no_grad():
             first = _logits(inputs.call(model), ids)
@@ -216,8 +218,12 @@ def writes_text(model: nn.Module, inputs: ExampleInputs) -> bool:
     if first is None or second is None:
         return False
     scale = first.abs().max().clamp_min(1e-6)
-    same = (first[:, :-1] - second[:, :-1]).abs().max() <= 1e-3 * scale
-    return bool(same) and bool((first[:, -1] - second[:, -1]).abs().max() > 1e-3 * scale)
+    same = (first[:, :-1] - second[:, :-1]).abs().max() <= _ROUNDING * scale
+    return bool(same) and bool((first[:, -1] - second[:, -1]).abs().max() > _ROUNDING * scale)
+
+
+_ROUNDING = 1e-5
+"""Logits that differ by a smaller share of the largest one are the same."""
 
 
 def like_example(inputs: ExampleInputs, ids: Int[Tensor, "batch tokens"]) -> ExampleInputs:
@@ -256,7 +262,7 @@ _MADE = {
 def _logits(output: Any, ids: Tensor) -> Tensor | None:
     """The first output with a vector for each token."""
     found = (t for t in output_tensors(output) if t.is_floating_point() and t.dim() == 3)
-    return next((t for t in found if t.shape[:2] == ids.shape and t.shape[2] > 1), None)
+    return next((t for t in found if t.shape[:2] == ids.shape and t.shape[2] > int(ids.max())), None)
 
 
 def _longest(model: nn.Module, ids: Tensor) -> int:

@@ -54,6 +54,7 @@ class _ProbesNote:
     matched: bool
     channels_last: tuple[str, ...]
     judged_in: tuple[int, ...] = ()
+    statistics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,10 @@ class FolderCache:
                 "give lbyl.Data, or a source of probes that follows its inputs"
             )
         tensors = {f"{i}.{j}": t for i, batch in enumerate(batches) for j, t in enumerate(batch.tensors())}
+        for number, (mean, var) in enumerate(made.statistics.values()):
+            tensors |= {f"statistics.{number}.mean": mean, f"statistics.{number}.var": var}
         note = {
+            "statistics": list(made.statistics),
             "batches": len(made.batches),
             "batch_statistics": made.batch_statistics,
             "note": made.note,
@@ -242,6 +246,10 @@ class FolderCache:
                 note.lifelike,
                 note.matched,
                 note.judged_in,
+                {
+                    layer: (tensors[f"statistics.{number}.mean"], tensors[f"statistics.{number}.var"])
+                    for number, layer in enumerate(note.statistics)
+                },
             )
 
     def _same(self, made: Probes) -> Probes:
