@@ -175,13 +175,19 @@ class Restorers:
         return self.settled(method, seed) if method in DREAMED else self(method, seed)
 
     def applies(self, method: str) -> bool:
-        """Dreams need batch norms."""
-        return method != "Dream" or isinstance(choose_restorer(self.net)[0].moments, lbyl.Dream)
+        """Dream is a column of its own where the default dreams."""
+        return method != "Dream" or isinstance(
+            choose_restorer(self.net, ExampleInputs.of(self.pixels[:1]))[0].moments, lbyl.Dream
+        )
 
     def settled(self, method: str, seed: int) -> lbyl.LeastSquares:
         """The default, or dreams alone, with the probes made: they are what `lbyl.compress` makes of that seed."""
         if (method, seed) not in self.made:
-            chosen = choose_restorer(self.net)[0] if method == "Default" else self(method, seed)
+            chosen = (
+                choose_restorer(self.net, ExampleInputs.of(self.pixels[:1]))[0]
+                if method == "Default"
+                else self(method, seed)
+            )
             assert isinstance(chosen.moments, ProbeSource)
             self.made[method, seed] = replace(chosen, moments=Given(self.probes(chosen.moments, seed)))
         return self.made[method, seed]

@@ -35,7 +35,7 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 def prepared(net: nn.Module, x: Any) -> lbyl.LeastSquares:
     """The default restorer with its probes made."""
-    restorer, _ = choose_restorer(net)
+    restorer, _ = choose_restorer(net, ExampleInputs.of(x))
     assert isinstance(restorer, lbyl.LeastSquares)
     source: Any = restorer.moments
     probes = source.probes(copy_model(net).eval(), ExampleInputs.of(x), generator_for(0, "probes"), None)

@@ -41,7 +41,7 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import ROOM
 from lbyl.runtime.progress import Progress
 from lbyl.selection.criteria.base import resolve_criterion
-from lbyl.selection.select import kept_by_ratio, select
+from lbyl.selection.select import ByCriterion, kept_by_ratio, select
 
 RATIO, STEPS = 0.5, 2
 ROOMS = (ROOM, 2**30)
@@ -70,9 +70,9 @@ class Weighed:
         return made
 
 
-def restorer(net: nn.Module, room: int) -> lbyl.LeastSquares:
+def restorer(net: nn.Module, x: torch.Tensor, room: int) -> lbyl.LeastSquares:
     """The default, with so much room for activations."""
-    chosen = replace(choose_restorer(net)[0], memory=room)
+    chosen = replace(choose_restorer(net, ExampleInputs.of(x))[0], memory=room)
     source = chosen.moments
     if isinstance(source, lbyl.Dream):
         source = replace(source, memory=room, steps=STEPS)
@@ -83,7 +83,7 @@ def restorer(net: nn.Module, room: int) -> lbyl.LeastSquares:
 def moments(net: nn.Module, x: torch.Tensor, settings: lbyl.LeastSquares) -> int:
     """Bytes of the moments that are collected together."""
     graph, state = lbyl.inspect(net, x).graph, tensors_of(net)
-    choose = settings.choose(resolve_criterion("l2"))
+    choose = settings.choose(ByCriterion(resolve_criterion("l2")))
     selection = select(graph, state, kept_by_ratio(graph, RATIO), "inner", choose, 0)
     sizes = [empty_sums(site, selection, state, settings, 0)[1] for site in find_targets(graph, selection)]
     return max(max(sizes), min(sum(sizes), settings.budget))
@@ -92,11 +92,11 @@ def moments(net: nn.Module, x: torch.Tensor, settings: lbyl.LeastSquares) -> int
 def measure(name: str, room: int) -> dict[str, Any]:
     """One compression, in this process."""
     tiny = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
-    lbyl.compress(tiny, torch.zeros(1, 3, 16, 16), restore=restorer(tiny, room))
+    lbyl.compress(tiny, torch.zeros(1, 3, 16, 16), restore=restorer(tiny, torch.zeros(1, 3, 16, 16), room))
     torch.manual_seed(0)
     make, side = NETWORKS[name]
     net, x = settle(make(weights=None)), torch.randn(1, 3, side, side)
-    settings = restorer(net, room)
+    settings = restorer(net, x, room)
     together, peak = moments(net, x, settings), PeakMemory()
     peak.start()
     started = time.perf_counter()

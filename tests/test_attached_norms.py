@@ -130,11 +130,11 @@ class Grouped(nn.Module):
 def test_layers_of_all_kinds(make: Callable[[], nn.Module], shape: tuple[int, ...], scope: str) -> None:
     net, x = settle(make()), torch.randn(96, *shape, generator=torch.Generator().manual_seed(2))
     restore = lbyl.LeastSquares(moments=lbyl.Data(list(x.split(32)), batches=3))
-    try:
-        result = lbyl.compress(net, x[:1], restore=restore, scope=scope)
-    except lbyl.InputError as nothing:
-        assert "no group can be pruned" in str(nothing)
+    if isinstance(net, Tokens) and scope == "inner":  # a layer norm is taken over all that could go
+        with pytest.raises(lbyl.InputError, match="no group can be pruned"):
+            lbyl.compress(net, x[:1], ratio={"first": 0.5}, restore=restore, scope=scope)
         return
+    result = lbyl.compress(net, x[:1], restore=restore, scope=scope)
     assert result.report.assessment is not None
     assert result.report.assessment.restored <= result.report.assessment.pruned
     assert set(result.model.state_dict()) == set(net.state_dict())

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lbyl.io.export.export import export as export
     from lbyl.io.report.report import Report as Report
     from lbyl.io.sources import load_source as load_source
+    from lbyl.moments.class_dream import ClassDream as ClassDream
     from lbyl.moments.data import Data as Data
     from lbyl.moments.dream import Dream as Dream
     from lbyl.moments.gaussian import Gaussian as Gaussian
@@ -88,6 +89,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "noise": "Noise",
         "photographs": "Photographs",
         "dream": "Dream",
+        "classdream": "ClassDream",
         "generated": "Generated",
         "data": "Data",
     },

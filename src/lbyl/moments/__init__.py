@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lbyl.moments.base import ChannelMoments, ClosedFormSource, Probes, ProbeSource
+from lbyl.moments.class_dream import ClassDream
 from lbyl.moments.data import Data
 from lbyl.moments.dream import Dream
 from lbyl.moments.gaussian import Gaussian
@@ -14,6 +15,7 @@ from lbyl.runtime.progress import Progress
 
 __all__ = [
     "ChannelMoments",
+    "ClassDream",
     "ClosedFormSource",
     "Data",
     "Dream",

@@ -1,0 +1,119 @@
+"""Inputs that the network is sure of: noise, moved until each is taken for a class of its own choosing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lbyl.errors import InputError
+from lbyl.moments.base import Probes
+from lbyl.moments.input_scales import input_scales
+from lbyl.moments.noise import Noise
+from lbyl.runtime.batches import FEWEST, affordable, alike, batch_size, join, macs_per_input, split
+from lbyl.runtime.forward import frozen
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_at_once, saved_bytes
+from lbyl.runtime.progress import Progress
+
+
+@dataclass(frozen=True)
+class ClassDream:
+    """Pink noise, moved by Adam until the network takes each input for the class that was drawn for it.
+
+    For classifiers that no batch norm tells what inputs do, and whose inputs are no color images: noise excites what a
+    network looks for hardly at all, and what it does not look for a lot. The loss is the cross-entropy of the answers,
+    all classes alike often; inputs stay within the bounds that the example has. Outputs that are no answers among
+    classes (one row an input, two numbers or more) get :class:`lbyl.Noise`.
+
+    Attributes:
+        images: inputs that moments are collected on; a quarter more is held out. None takes as many as 1e11
+            multiply-accumulates allow, between 32 and 640.
+        steps: Adam steps.
+        lr: step size, in deviations of the inputs.
+        memory: bytes that activations may take: fewer inputs are moved at a time where these would take more.
+    """
+
+    images: int | None = None
+    steps: int = 30
+    lr: float = 0.2
+    memory: int = ROOM
+
+    def __post_init__(self) -> None:
+        if (self.images is not None and self.images < 2) or self.steps < 1 or not self.lr > 0 or self.memory < 1:
+            raise InputError(f"{self}: at least 2 images, 1 step, and a positive lr and memory")
+
+    def lifelike(self, inputs: ExampleInputs) -> bool:
+        """Not by their activations' sizes, which are those of inputs that the network is too sure of."""
+        return False
+
+    def probes(
+        self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
+    ) -> Probes:
+        """Inputs of the example's shapes that the network is sure of."""
+        count = self.images or affordable(macs_per_input(model, inputs), 1e11, 32, 640, ceiling=1e12)
+        started = Noise(count).probes(model, inputs, generator, progress)
+        classes = _classes(model, inputs)
+        if not answers_among_classes(model, inputs):
+            told = "noise in place of dreamed classes: no output is an answer among classes"
+            return replace(started, note="; ".join(filter(None, [told, started.note])))
+        batches = [self._moved(model, each, inputs, classes, generator, progress) for each in started.batches]
+        held_out = self._moved(model, started.held_out, inputs, classes, generator, progress)
+        return replace(started, batches=tuple(batches), held_out=held_out)
+
+    def _moved(
+        self,
+        model: nn.Module,
+        start: ExampleInputs,
+        inputs: ExampleInputs,
+        classes: int,
+        generator: torch.Generator,
+        progress: Progress | None,
+    ) -> ExampleInputs:
+        """A batch, as many inputs at a time as fit into memory."""
+        most = max(FEWEST, held_at_once(self.memory, saved_bytes(model, inputs) / batch_size(inputs)))
+        parts = split(start, alike(batch_size(start), most, FEWEST))
+        scales = input_scales(model, inputs).scales
+        moved: list[ExampleInputs] = []
+        for number, part in enumerate(parts):
+            batch = part.map(lambda t: t.detach().clone())
+            pairs = [(t, s) for t, s in zip(batch.tensors(), scales, strict=True) if t.is_floating_point()]
+            wanted = torch.randint(classes, (batch_size(batch),), generator=generator).to(pairs[0][0].device)
+            groups = [{"params": [t.requires_grad_(True)], "lr": self.lr * float(s.deviation.mean())} for t, s in pairs]
+            optimizer = torch.optim.Adam(groups)
+            with frozen(model), torch.enable_grad(), InputsForgotten():
+                for step in range(self.steps):
+                    optimizer.zero_grad()
+                    answers = _answers(batch.call(model), batch)
+                    assert answers is not None
+                    functional.cross_entropy(answers.float(), wanted).backward()
+                    optimizer.step()
+                    with torch.no_grad():
+                        for tensor, scale in pairs:
+                            tensor.clamp_(scale.low, scale.high)
+                    if progress:
+                        progress("dreaming", number * self.steps + step + 1, self.steps * len(parts))
+            moved.append(batch.map(Tensor.detach))
+            give_back()
+        return join(moved)
+
+
+def answers_among_classes(model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether a network gives each of its inputs, among which there are floats, an answer among classes."""
+    floats = any(t.is_floating_point() for t in inputs.tensors())
+    return floats and _classes(model, inputs) > 0
+
+
+def _classes(model: nn.Module, inputs: ExampleInputs) -> int:
+    """Among how many classes the network answers; 0 where it gives no such answers."""
+    with torch.no_grad():
+        answers = _answers(inputs.call(model), inputs)
+    return 0 if answers is None else answers.shape[1]
+
+
+def _answers(output: object, inputs: ExampleInputs) -> Tensor | None:
+    """The first output with a row of two numbers or more for each input."""
+    found = (t for t in output_tensors(output) if t.is_floating_point() and t.dim() == 2)
+    return next((t for t in found if len(t) == batch_size(inputs) and t.shape[1] > 1), None)
