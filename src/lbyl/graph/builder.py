@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,8 @@ class Builder:
     tied: list[tuple[str, int]] = field(default_factory=list)
     """Dimensions of weights along which a layer reads what the same weight makes elsewhere."""
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
+    """Parameters that an operation without a rule uses, and why none of their dimensions can be cut."""
     sums: list[Tensor] = field(default_factory=list)
     equal: list[tuple[Tensor, int]] = field(default_factory=list)
     fixed: list[tuple[Tensor, tuple[int, ...], str]] = field(default_factory=list)
@@ -119,6 +121,18 @@ class Builder:
         if any(varies(shadow, dim) for dim in range(shadow.dim()) if dim != axis % shadow.dim()):
             return None
         return shadow.movedim(axis, 0).reshape(shadow.shape[axis], -1)[:, 0]
+
+    def gather(self, shadow: Tensor, axis: int) -> Tensor | None:
+        """Ids along ``axis``, where all that stands at an index of it, along whatever other axes, becomes one channel.
+
+        A linear layer whose outputs a view spreads over an image makes so many elements of each channel. None where
+        the ids do not change along ``axis`` itself, and where some of what would be joined is nobody's.
+        """
+        ids = self.channels(shadow, axis)
+        shadow = compact(self.ids.find(small(shadow)).expand(shadow.shape))
+        if ids is not None or not varies(shadow, axis % shadow.dim()) or bool((small(shadow) == NOBODY).any()):
+            return ids
+        return self.channels(self.join(shadow, [d for d in range(shadow.dim()) if d != axis % shadow.dim()]), axis)
 
     def spread(self, ids: Tensor, axis: int, shape: Iterable[int]) -> Tensor:
         """A shadow of ``shape`` that carries ``ids`` along ``axis`` and is constant elsewhere."""
@@ -227,14 +241,18 @@ class Builder:
 
     def barrier(self, node: fx.Node, values: Iterable[Any], why: str) -> Any:
         """Pin every channel among ``values`` and return an output that is nobody's."""
-        ids = [small(value).reshape(-1) for value in _tensors(values)]
-        ids += [self._free[v.name].reshape(-1) for v in values if isinstance(v, ParameterRef) and v.name in self._free]
+        values = list(_leaves(values))
+        ids = [small(value).reshape(-1) for value in values if isinstance(value, Tensor)]
+        names = [value.name for value in values if isinstance(value, ParameterRef)]
+        ids += [self._free[name].reshape(-1) for name in names if name in self._free]
+        for name in names:
+            self.whole.setdefault(name, why)
         if ids and bool((torch.cat(ids) != NOBODY).any()):
             self.barriers.append(why)
             self.pin(torch.cat(ids), why)
         return nobody_like(node)
 
-    def finish_free_parameters(self) -> None:
+    def finish(self) -> None:
         """Give each directly used parameter a slot along the dimension that carries channels, or pin it."""
         for name, shadow in self._free.items():
             roots = self.ids.find(shadow)
@@ -248,14 +266,17 @@ class Builder:
                     break
             else:
                 self.pin(roots[shared], f"{name} carries channels along more than one dimension")
+        for record in self.slots.values():
+            if record.parameter in self.whole:
+                self.pin(record.ids, self.whole[record.parameter])
 
 
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
             yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def nobody_like(node: fx.Node) -> Any:

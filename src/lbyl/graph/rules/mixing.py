@@ -31,7 +31,7 @@ def mix(
         # It mixes positions, the same way for every channel (the token mixing of MLP-Mixer).
         builder.step(small(x).reshape(-1), "linear over positions", _layer(node, weight))
         return x.narrow(-1, 0, 1).expand(output_shape(node))
-    ids = builder.channels(x, -1)
+    ids = builder.gather(x, -1)
     if ids is None:
         return builder.barrier(node, [x, weight], f"linear in {layer_name(node)!r} on mixed axes")
     layer, bias_name = _layer(node, weight), bias.name if bias else None
@@ -76,10 +76,13 @@ def transposed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
     blocks = _argument(args, kwargs, 6, "groups", 1)
     op = str(node.target).split(".")[1]
-    known = isinstance(x, Tensor) and isinstance(weight, ParameterRef) and isinstance(bias, ParameterRef | None)
-    ids = builder.channels(x, x.dim() - len(weight.shape) + 1) if known else None
-    if ids is None or (blocks > 1 and (weight.shape[1] != 1 or weight.shape[0] != blocks)):
-        return builder.barrier(node, args, f"grouped {op} in {layer_name(node)!r}")
+    if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
+        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a computed weight")
+    ids = builder.gather(x, x.dim() - len(weight.shape) + 1)
+    if ids is None:
+        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} on mixed axes")
+    if blocks > 1 and (weight.shape[1] != 1 or weight.shape[0] != blocks):
+        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with {blocks} groups, which is not depthwise")
     axis, layer, bias_name = x.dim() - len(weight.shape) + 1, _layer(node, weight), bias.name if bias else None
     if blocks > 1:
         builder.step(ids, f"depthwise {op}", layer, parametric=True)
@@ -102,7 +105,7 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
         builder.computed.append(layer_name(node))
         return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a computed weight")
     axis = x.dim() - len(weight.shape) + 1
-    ids = builder.channels(x, axis)
+    ids = builder.gather(x, axis)
     if ids is None:
         return builder.barrier(node, args, f"{op} in {layer_name(node)!r} on mixed axes")
     layer, bias_name, shape = _layer(node, weight), bias.name if bias else None, output_shape(node)
