@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from lbyl.graph.types import Depthwise, LayerNorm, Norm, Step
 from lbyl.graph.union_find import NOBODY, Ids, compact, small, varies
+from lbyl.runtime.reductions import Reduction, aten_name
 
 _LARGEST_FREE_PARAMETER = 4_000_000
 
@@ -68,6 +70,7 @@ class AverageRecord:
     eps: float | None
     weight: str
     power: float
+    reduction: Reduction | None = None
 
 
 @dataclass
@@ -94,6 +97,10 @@ class Builder:
     barriers: list[str] = field(default_factory=list)
     averages: list[AverageRecord] = field(default_factory=list)
     layer_norms: list[tuple[Tensor, LayerNorm]] = field(default_factory=list)
+    statistics: dict[Reduction, Tensor] = field(default_factory=dict)
+    """The ids that other operations take together, by where these operations are."""
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """How often each operation was called in each module so far, the one that is looked at among them."""
     scaled: dict[fx.Node, Any] = field(default_factory=dict)
     """Values that depend on how many channels there are, see `lbyl.graph.channel_means`."""
     pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)
@@ -145,6 +152,11 @@ class Builder:
         """The producer whose output is this node's first argument, when nobody else sees that value."""
         source = node.args[0]
         return self.pure.get(source) if isinstance(source, fx.Node) and len(source.users) == 1 else None
+
+    def reduction(self, node: fx.Node, dim: int) -> Reduction:
+        """The node as a reduction along an axis."""
+        place = layer_name(node), aten_name(node.target)
+        return Reduction(*place, self.calls[place] - 1, dim)
 
     # -- findings -------------------------------------------------------------------------------------
 

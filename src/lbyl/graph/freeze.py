@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from lbyl.graph.builder import Builder, ProducerRecord
-from lbyl.graph.types import NOT_OURS, Average, Consumer, Graph, Group, LayerNorm, Producer, Size, Slot, Step
+from lbyl.graph.types import (
+    NOT_OURS,
+    Average,
+    Consumer,
+    Graph,
+    Group,
+    LayerNorm,
+    Producer,
+    Size,
+    Slot,
+    Statistic,
+    Step,
+)
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 
@@ -25,6 +37,7 @@ def freeze(builder: Builder) -> Graph:
     _add_operations(builder, channels)
     _add_averages(builder, channels)
     _add_layer_norms(builder, channels)
+    _add_statistics(builder, channels)
     names: set[str] = set()
     return Graph(
         tuple(_group(builder, channels, draft, names) for draft in channels.drafts),
@@ -51,6 +64,7 @@ class _Draft:
     steps: list[Step] = field(default_factory=list)
     averages: list[Average] = field(default_factory=list)
     layer_norms: list[LayerNorm] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
     equal: list[tuple[Tensor, int]] = field(default_factory=list)
     reason: str | None = None
 
@@ -122,6 +136,9 @@ def _add_averages(builder: Builder, channels: _Channels) -> None:
         if len(over) == 1 and _evenly(channels, record.ids, over[0].width):
             over[0].averages.append(Average(record.module, record.eps, record.weight, record.power))
             continue
+        if record.reduction is not None:
+            builder.statistics[record.reduction] = record.ids
+            continue
         for draft in over:
             draft.exclude(f"{record.module!r} takes a mean over more channels than those of this group")
 
@@ -135,6 +152,18 @@ def _add_layer_norms(builder: Builder, channels: _Channels) -> None:
         if not _some_stay(channels, ids):
             for draft in over:
                 draft.exclude(f"layer_norm {norm.layer!r} takes statistics over some of them only")
+
+
+def _add_statistics(builder: Builder, channels: _Channels) -> None:
+    for reduction, ids in builder.statistics.items():
+        roots = channels.find(ids)
+        owners = channels.group_of[roots]
+        over = channels.drafts_with(ids)
+        for draft in over:
+            carried = torch.where(owners == draft.index, channels.channel_of[roots], NOT_OURS)
+            draft.statistics.append(Statistic(reduction, tuple(carried.tolist())))
+            if not _some_stay(channels, ids):
+                draft.exclude(f"{reduction.op} in {reduction.module!r} is taken over some of them only")
 
 
 def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]) -> Group:
@@ -167,6 +196,7 @@ def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]
         reason=draft.reason,
         layer_norms=tuple(draft.layer_norms),
         tied=tied,
+        statistics=tuple(draft.statistics),
     )
 
 

@@ -27,6 +27,7 @@ from lbyl.graph.rules import find_rule
 from lbyl.graph.types import Graph, Group
 from lbyl.runtime.contexts import uncollected, undisturbed
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.reductions import aten_name
 
 _NO_EFFECT = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_set_grad_enabled")
 
@@ -75,6 +76,7 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
         for done in uses[node]:
             env.pop(done, None)
     builder.finish()
+    channel_means.settle(builder, model)
     graph = freeze(builder)
     return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs)
 
@@ -105,11 +107,11 @@ def _coupled_with(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...
 def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]] if isinstance(args[0], (list, tuple)) else nobody_like(node)
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target))
+    name = aten_name(node.target)
     if name in _NO_EFFECT:
         return None
     rule, where = find_rule(name), layer_name(node)
+    builder.calls[where, name] += 1
     place = f"{name} in {where!r}" if where else name
     everything = [*_flat(args), *_flat(list(kwargs.values()))]
     if rule is None:

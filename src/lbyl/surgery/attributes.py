@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
 from lbyl.graph import Graph
+from lbyl.graph.channel_means import attributes_with
 from lbyl.selection.select import Selection
 
 
@@ -74,8 +75,7 @@ def _constants(model: nn.Module, selection: Selection) -> Iterator[Attribute]:
         for average in choice.group.averages:
             if not average.eps:
                 continue
-            module = model.get_submodule(average.module)
-            names = [name for name, value in vars(module).items() if type(value) is float and value == average.eps]
+            names = attributes_with(model, average.module, average.eps)
             if len(names) != 1:
                 raise SurgeryError(
                     f"{average.module}: {len(names)} of its attributes hold {average.eps}, which it adds to a mean "

@@ -14,7 +14,7 @@ from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 
 @rule(
-    "permute", "transpose", "t", "unsqueeze", "squeeze", "expand_as", "flip", "movedim", "swapaxes", "roll", "numpy_T",
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "flip", "movedim", "swapaxes", "roll", "numpy_T",
     "broadcast_to", "pixel_unshuffle", "repeat_interleave",
 )  # fmt: skip
 def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -38,6 +38,21 @@ def reshape(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
         builder.shaped(x.reshape(x.shape[0], args[1], -1, *x.shape[2:]), node)
     builder.shaped(result, node)
     return result
+
+
+@rule("expand_as")
+def expand_as(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Copies along the axes of another value, and as many as that one has once it is cut."""
+    x, other = builder.shadow(args[0]), builder.shadow(args[1])
+    if x is None or other is None:
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
+    if bool((small(x) != NOBODY).any()):
+        return compact(x.expand(other.shape))
+    x = x.reshape([1] * (other.dim() - x.dim()) + list(x.shape))
+    for d in range(other.dim()):
+        if x.shape[d] == other.shape[d]:
+            other = other.narrow(d, 0, 1)
+    return compact(other.expand(output_shape(node)))
 
 
 @rule("expand", "repeat", "tile")

@@ -96,6 +96,13 @@ def parts(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     return builder.join(x, [-1])[..., 0]
 
 
+_OF_THOSE_THAT_STAY = (
+    "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
+    "logsumexp", "prod", "median", "aminmax",
+)  # fmt: skip
+"""What can be taken over fewer channels, and is the same when some are zero, or as good."""
+
+
 @rule(
     "mean", "sum", "amax", "amin", "var", "std", "norm", "logsumexp", "linalg_vector_norm", "max", "min", "softmax",
     "_softmax", "log_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "prod", "sort", "argsort",
@@ -120,8 +127,12 @@ def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
     if any(varies(x, d) for d in dims):
         if not any(varies(x, d) for d in range(x.dim()) if d not in dims):
-            if name == "mean" and sum(varies(x, d) for d in dims) == 1:
-                averages.start(builder, node, small(x).reshape(-1))
+            along = [d for d in dims if varies(x, d)]
+            if name == "mean" and len(along) == 1:
+                averages.start(builder, node, small(x).reshape(-1), along[0])
+                return nobody_like(node)
+            if name in _OF_THOSE_THAT_STAY and len(along) == 1:
+                builder.statistics[builder.reduction(node, along[0])] = small(x).reshape(-1)
                 return nobody_like(node)
             return builder.barrier(node, args, f"{name} over channels in {layer_name(node)!r}")
         x = compact(builder.ids.find(builder.join(x, dims)))
