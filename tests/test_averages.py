@@ -119,6 +119,10 @@ def test_restoration_keeps_the_cut_exact(name: str) -> None:
 class Literal(RootMeanSquare):
     """A constant that is no attribute."""
 
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        del self.variance_epsilon
+
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.3))
 

@@ -214,6 +214,11 @@ class Builder:
         else:
             self.consumers[weight] = ConsumerRecord(layer, weight, bias, op, blocks, dim=dim)
 
+    def tie(self, weight: str, dim: int, ids: Tensor) -> None:
+        """Record that a layer reads these channels in a way that restoration can't solve for: it only loses columns."""
+        self.slot(weight, dim, ids, "carrier")
+        self.tied.append((weight, dim))
+
     def step(self, ids: Tensor, op: str, layer: str, parametric: bool = False) -> None:
         """Record that the channels pass through an operation."""
         self.steps.append((ids, Step(op, layer, parametric)))

@@ -109,6 +109,10 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
         if module.num_groups > 1:  # groups go as a whole, and a single one gets narrower
             module.num_groups = module.num_groups * len(weight) // module.num_channels
         module.num_channels = len(weight)
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        last = "_l0" if isinstance(module, nn.RNNBase) else ""
+        module.input_size = module.get_parameter(f"weight_ih{last}").shape[1]
+        module.hidden_size = module.get_parameter(f"weight_hh{last}").shape[1]
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = len({**module._parameters, **module._buffers}[next(iter(before))])  # pyright: ignore
     else:

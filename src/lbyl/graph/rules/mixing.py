@@ -95,6 +95,26 @@ def transposed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     return builder.spread(out, axis, output_shape(node))
 
 
+@rule("deform_conv2d")
+def deformed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Deformable convolution (torchvision): a convolution that reads where other values say."""
+    x, weight, offset, mask, bias = args[:5]
+    blocks, parts = args[11:13]
+    if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
+        return builder.barrier(node, args, f"deform_conv2d in {layer_name(node)!r} with a computed weight")
+    ids = builder.gather(x, 1)
+    if ids is None or blocks > 1 or parts > 1:
+        what = "on mixed axes" if ids is None else "with groups"
+        return builder.barrier(node, args, f"deform_conv2d in {layer_name(node)!r} {what}")
+    for places in (offset, mask):
+        if isinstance(places, Tensor):
+            builder.pin(places, f"they tell deform_conv2d in {layer_name(node)!r} where to read")
+    bias_name = bias.name if isinstance(bias, ParameterRef) else None
+    builder.tie(weight.name, 1, ids)
+    out = builder.produce(node, _layer(node, weight), weight.name, bias_name, weight.shape[0])
+    return builder.spread(out, 1, output_shape(node))
+
+
 @rule("conv1d", "conv2d", "conv3d")
 def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Convolution: dense, grouped (equally many channels a block) or depthwise (channels pass through)."""
