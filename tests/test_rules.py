@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from nets import images, settle
@@ -388,17 +390,29 @@ def test_a_tied_table_loses_columns_and_stays_tied(restore: str | lbyl.LeastSqua
     assert ("makes these channels and reads them" in row.note) == (restore != "prune")
 
 
-def test_recurrent_layers_are_barriers_by_name() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.before, self.lstm = nn.Linear(5, 6), nn.LSTM(6, 7, batch_first=True)
-            self.after, self.head = nn.Linear(7, 8), nn.Linear(8, 3)
+class Recurrent(nn.Module):
+    def __init__(self, layer: Any, **settings: Any) -> None:
+        super().__init__()
+        self.before, self.layer = nn.Linear(5, 6), layer(6, 8, batch_first=True, **settings)
+        width = settings.get("proj_size", 8) * (2 if settings.get("bidirectional") else 1)
+        self.after, self.head = nn.Linear(width, 8), nn.Linear(8, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.after(self.lstm(self.before(x))[0]).relu())
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.after(self.layer(self.before(x))[0]).relu())
 
-    model = settle(Recurrent())
+
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_lose_what_they_read_and_units(layer: Any, settings: dict[str, Any]) -> None:
+    result = cut(settle(Recurrent(layer, **settings)), images(2, 4, 5))
+    assert widths(result) == {"before": (6, 3), "layer": (8, 4), "after": (8, 4)}
+    inside = result.model.layer
+    assert (inside.input_size, inside.hidden_size) == (3, 4)
+    assert result.model(images(3, 7, 5)).shape == (3, 7, 3)  # another batch, another length
+
+
+def test_recurrent_layers_with_projections_are_barriers_by_name() -> None:
+    model = settle(Recurrent(nn.LSTM, proj_size=2))
     assert "lstm" in str(reasons(model, images(2, 4, 5))["before"])
     assert widths(cut(model, images(2, 4, 5))) == {"after": (8, 4)}
 

@@ -97,6 +97,10 @@ class Builder:
     barriers: list[str] = field(default_factory=list)
     averages: list[AverageRecord] = field(default_factory=list)
     layer_norms: list[tuple[Tensor, LayerNorm]] = field(default_factory=list)
+    products: list[tuple[Tensor, str]] = field(default_factory=list)
+    """Channels of two factors, pair by pair, whose products some layer adds up."""
+    joins: list[tuple[Tensor, str]] = field(default_factory=list)
+    """Why some channels became one."""
     statistics: dict[Reduction, Tensor] = field(default_factory=dict)
     """The ids that other operations take together, by where these operations are."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -177,16 +181,16 @@ class Builder:
         self.ids.union(known.ids, ids)
         return known.ids
 
-    def produce(self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int, dim: int = 0) -> Tensor:
+    def produce(self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int, dim: int = 0, blocks: int = 1) -> Tensor:
         """Issue ``count`` new channels for a layer, or the same ones again when it runs a second time.
 
-        ``dim`` is the dimension of the weight along which they run.
+        ``dim`` is the dimension of the weight along which they run, ``blocks`` is as in :class:`Slot`.
         """
         record = self.producers.get((weight, dim))
         if record is None:
             record = ProducerRecord(layer, weight, bias, self.ids.fresh(count, issued=True), dim)
             self.producers[weight, dim] = record
-            self.slot(weight, dim, record.ids, "producer")
+            self.slot(weight, dim, record.ids, "producer", blocks)
             self.pure[node] = record
         else:
             # A layer that runs twice has no single batch norm after it.
@@ -245,11 +249,16 @@ class Builder:
         if any(varies(shadow, d) for d in range(shadow.dim())):
             self.shapes.append((shadow, layer_name(node)))
 
-    def join(self, shadow: Tensor, dims: Iterable[int]) -> Tensor:
-        """Make one channel of everything along these dimensions; returns the shadow without them varying."""
+    def join(self, shadow: Tensor, dims: Iterable[int], why: str = "") -> Tensor:
+        """Make one channel of everything along these dimensions; returns the shadow without them varying.
+
+        ``why`` is for the user, where all channels of a layer become one.
+        """
         shadow = compact(shadow)
         for dim in sorted({d % shadow.dim() for d in dims}):
             if varies(shadow, dim):
+                if why:
+                    self.joins.append((shadow.narrow(dim, 0, 1), why))
                 first = shadow.narrow(dim, 0, 1)
                 size = small(shadow)
                 self.ids.union(size.narrow(dim, 0, 1).expand(size.shape), size)

@@ -42,7 +42,7 @@ def freeze(builder: Builder) -> Graph:
     return Graph(
         tuple(_group(builder, channels, draft, names) for draft in channels.drafts),
         tuple(_consumers(builder, channels)),
-        tuple(dict.fromkeys(builder.barriers)),
+        tuple(dict.fromkeys(map(readable, builder.barriers))),
         sizes,
         tuple(dict.fromkeys(builder.computed)),
     )
@@ -66,11 +66,18 @@ class _Draft:
     layer_norms: list[LayerNorm] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
     equal: list[tuple[Tensor, int]] = field(default_factory=list)
+    products: list[str] = field(default_factory=list)
+    joined: str = ""
     reason: str | None = None
 
     def exclude(self, reason: str) -> None:
         """Say why the group can't be pruned; the first reason stays."""
-        self.reason = self.reason or reason
+        self.reason = self.reason or readable(reason)
+
+
+def readable(reason: str) -> str:
+    """A reason without the empty name of the model itself."""
+    return reason.replace(" in ''", "")
 
 
 class _Channels:
@@ -121,6 +128,12 @@ def _add_operations(builder: Builder, channels: _Channels) -> None:
     for ids in builder.sums:
         for draft in channels.drafts_with(ids):
             draft.coupled = True
+    for ids, layer in builder.products:
+        for draft in channels.drafts_with(ids):
+            draft.products.append(layer)
+    for ids, why in builder.joins:
+        for draft in channels.drafts_with(ids):
+            draft.joined = draft.joined or why
     for ids, step in builder.steps:
         for draft in channels.drafts_with(ids):
             if step not in draft.steps:
@@ -172,10 +185,10 @@ def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]
     tied = tuple(slot for slot in draft.carriers if (slot.parameter, slot.dim) in builder.tied)
     if trouble:
         draft.exclude(trouble)
-    if not draft.consumers and not tied:
+    if not draft.consumers and not tied and not draft.products:
         draft.exclude("no layer reads these channels")
     if draft.width < 2:
-        draft.exclude("a single channel")
+        draft.exclude(_why_single(draft))
     slots = {(slot.parameter, slot.dim): slot for slot in draft.carriers}
     producers = tuple(
         Producer(record.layer, slots[record.weight, record.dim], record.bias, tuple(record.stages))
@@ -197,7 +210,15 @@ def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]
         layer_norms=tuple(draft.layer_norms),
         tied=tied,
         statistics=tuple(draft.statistics),
+        products=tuple(dict.fromkeys(draft.products)),
     )
+
+
+def _why_single(draft: _Draft) -> str:
+    """Why there is nothing to choose from."""
+    if all(len(record.ids) == 1 for record in draft.producers):
+        return "it has a single channel"
+    return f"its channels go together, all or none: {draft.joined or 'the code adds or multiplies them'}"
 
 
 def _consumers(builder: Builder, channels: _Channels) -> Iterator[Consumer]:
@@ -227,7 +248,7 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
         final = compact(channels.find(shadow))
         moving = [dim for dim in range(final.dim()) if varies(final, dim)]
         if len(moving) > 1:
-            broken.append((small(final).reshape(-1), f"a view in {module!r} splits them in a pattern"))
+            broken.append((small(final).reshape(-1), f"a view in {module!r} lays them out in rows and columns, as a channel shuffle does; cuts would leave gaps"))
         elif moving:
             sizes[Size(module, final.shape[moving[0]], channels.columns(small(final).reshape(-1)))] = None
     return tuple(sizes), broken

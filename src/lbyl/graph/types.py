@@ -15,8 +15,8 @@ class Slot:
     """One dimension of one parameter or buffer, and the group's channel that each index carries.
 
     ``channels[j]`` is a channel number of the group, or ``NOT_OURS``. With ``blocks > 1`` the slot is the
-    input dimension of a grouped convolution: ``channels`` then runs over all its input channels, of which
-    the parameter stores ``len(channels) / blocks`` columns a filter.
+    input dimension of a grouped convolution, or the output dimension of a transposed one: ``channels`` then runs over
+    all of them, of which the parameter stores ``len(channels) / blocks`` a row.
     """
 
     parameter: str
@@ -129,6 +129,8 @@ class Group:
         coupled_with: the name of the group that has to lose the same share as this one, to the channel; "" for none.
         tied: carriers that also read the channels, such as an output layer that shares the embedding's table. They
             lose columns, and restoration can't make up for the loss there.
+        products: the modules that add up products of these channels in pairs (the scores of attention with one head);
+            dropped channels must be zero there.
         statistics: other operations that take these channels together, and fewer of them once some are cut.
     """
 
@@ -146,6 +148,7 @@ class Group:
     coupled_with: str = ""
     tied: tuple[Slot, ...] = ()
     statistics: tuple[Statistic, ...] = ()
+    products: tuple[str, ...] = ()
 
     @property
     def excluded_from_inner(self) -> str | None:

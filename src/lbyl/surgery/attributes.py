@@ -91,7 +91,9 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
     if isinstance(module, nn.modules.conv._ConvNd) and "weight" in before:
         assert isinstance(weight, Tensor)
         old, transposed = before["weight"], module.transposed
-        if module.groups > 1 and old.shape[1] == 1:  # depthwise: the number of groups is the width
+        if transposed and module.groups == old.shape[0]:  # depthwise: the number of groups is the width
+            module.groups = weight.shape[0]
+        elif not transposed and module.groups > 1 and old.shape[1] == 1:
             multiplier = old.shape[0] // module.groups
             if weight.shape[0] % multiplier:
                 raise SurgeryError(f"{path}: {weight.shape[0]} filters do not fit a channel multiplier of {multiplier}")
@@ -122,6 +124,7 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
 _WIDTHS = (
     "num_channels",
     "num_features",
+    "num_parameters",
     "in_features",
     "out_features",
     "in_channels",

@@ -39,16 +39,21 @@ def nothing_delivered(kept: int, dropped: int, note: str = "") -> Delivery:
 
 
 def with_masks(values: Mapping[str, Tensor], selection: Selection, state: State) -> dict[str, Tensor]:
-    """The values, with dropped channels zero from the start where a mean is taken over all channels of a group.
+    """The values, with dropped channels zero from the start where a mean or a product is taken over a whole group.
 
     So they are where a layer reads with the weight that makes the channels: it can't leave them out in another way.
     """
     changed = dict(values)
     for choice in selection.choices:
-        for slot in choice.group.carriers if choice.group.averages else choice.group.tied:
+        everywhere = choice.group.averages or choice.group.products
+        for slot in choice.group.carriers if everywhere else choice.group.tied:
             value = changed.get(slot.parameter, state[slot.parameter].detach()).clone()
             rows = carrying(slot, choice.group.width, choice.drop).to(value.device)
-            changed[slot.parameter] = value.index_fill_(slot.dim, rows.nonzero().flatten(), 0)
+            if slot.blocks > 1:
+                zero_columns(value, rows, slot.blocks)
+            else:
+                value.index_fill_(slot.dim, rows.nonzero().flatten(), 0)
+            changed[slot.parameter] = value
     return changed
 
 

@@ -81,14 +81,16 @@ def transposed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     ids = builder.gather(x, x.dim() - len(weight.shape) + 1)
     if ids is None:
         return builder.barrier(node, args, f"{op} in {layer_name(node)!r} on mixed axes")
-    if blocks > 1 and (weight.shape[1] != 1 or weight.shape[0] != blocks):
-        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with {blocks} groups, which is not depthwise")
     axis, layer, bias_name = x.dim() - len(weight.shape) + 1, _layer(node, weight), bias.name if bias else None
-    if blocks > 1:
+    if blocks > 1 and weight.shape[0] == blocks:
         builder.step(ids, f"depthwise {op}", layer, parametric=True)
-        out = builder.slot(weight.name, 0, ids, "carrier")
+        out = builder.slot(weight.name, 0, ids, "carrier").repeat_interleave(weight.shape[1])
         if bias_name:
             builder.slot(bias_name, 0, out, "carrier")
+    elif blocks > 1:
+        builder.tie(weight.name, 0, ids)
+        out = builder.produce(node, layer, weight.name, bias_name, weight.shape[1] * blocks, 1, blocks)
+        builder.equal += [(ids, blocks), (out, blocks)]
     else:
         builder.read(layer, weight.name, bias_name, op, ids, dim=0)
         out = builder.produce(node, layer, weight.name, bias_name, weight.shape[1], 1)

@@ -26,6 +26,7 @@ def batch_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
             builder.slot(tensor.name, 0, ids, "carrier")
     x = builder.spread(ids, axis, x.shape)
     if tensors[2] is None:  # statistics of the batch, each channel by itself
+        _remembered(builder, node, x, tensors)
         builder.step(ids, "batch_norm", layer_name(node), parametric=True)
         return x
     gamma, beta, mean, var = (tensor.name if tensor else None for tensor in tensors)
@@ -39,6 +40,12 @@ def batch_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     else:
         builder.step(ids, "batch_norm", layer, parametric=True)
     return x
+
+
+def _remembered(builder: Builder, node: fx.Node, x: Tensor, tensors: list[Any]) -> None:
+    """A norm without tensors of its own, whose sizes would tell, may remember its width."""
+    if not any(tensors):
+        builder.shaped(x, node)
 
 
 @rule("layer_norm")
@@ -105,7 +112,7 @@ def group_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
         builder.layer_norms.append((ids, LayerNorm(layer_name(node), weight.name)))
         builder.step(ids, "group_norm", layer_name(node), parametric=True)
         return builder.spread(ids, 1, x.shape)
-    rows = builder.join(ids.reshape(blocks, -1), [1])
+    rows = builder.join(ids.reshape(blocks, -1), [1], f"group_norm {layer_name(node)!r} takes statistics over them")
     builder.step(rows.reshape(-1), "group_norm", layer_name(node), parametric=True)
     return builder.spread(builder.ids.find(ids), 1, x.shape)
 
@@ -120,5 +127,6 @@ def instance_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs
     for tensor in tensors:
         if tensor is not None:
             builder.slot(tensor.name, 0, ids, "carrier")
+    _remembered(builder, node, builder.spread(ids, 1, x.shape), tensors)
     builder.step(ids, "instance_norm", layer_name(node), parametric=True)
     return builder.spread(ids, 1, x.shape)
