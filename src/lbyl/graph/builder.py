@@ -181,7 +181,9 @@ class Builder:
         self.ids.union(known.ids, ids)
         return known.ids
 
-    def produce(self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int, dim: int = 0, blocks: int = 1) -> Tensor:
+    def produce(
+        self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int, dim: int = 0, blocks: int = 1
+    ) -> Tensor:
         """Issue ``count`` new channels for a layer, or the same ones again when it runs a second time.
 
         ``dim`` is the dimension of the weight along which they run, ``blocks`` is as in :class:`Slot`.

@@ -5,8 +5,8 @@ C. The same holds for the sum of that mean and a constant eps, if eps is scaled 
 factor to a power. It is followed to the weight that it is multiplied with, and this weight takes the inverse. The cut
 network then computes exactly what the uncut one does with zeros in the dropped channels.
 
-Where there is no such weight (a pixel norm, a layer norm written by hand), or the constant is no attribute that could be
-scaled, the mean is taken over the channels that stay, as a layer norm's is.
+Where there is no such weight (a pixel norm, a layer norm written by hand), or the constant is no attribute that could
+be scaled, the mean is taken over the channels that stay, as a layer norm's is.
 """
 
 from __future__ import annotations

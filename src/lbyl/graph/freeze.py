@@ -248,7 +248,8 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
         final = compact(channels.find(shadow))
         moving = [dim for dim in range(final.dim()) if varies(final, dim)]
         if len(moving) > 1:
-            broken.append((small(final).reshape(-1), f"a view in {module!r} lays them out in rows and columns, as a channel shuffle does; cuts would leave gaps"))
+            layout = f"a view in {module!r} lays them out in rows and columns, as a channel shuffle does"
+            broken.append((small(final).reshape(-1), f"{layout}; cuts would leave gaps"))
         elif moving:
             sizes[Size(module, final.shape[moving[0]], channels.columns(small(final).reshape(-1)))] = None
     return tuple(sizes), broken

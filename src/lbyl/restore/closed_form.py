@@ -115,10 +115,8 @@ def with_ties(selection: Selection, rows: Sequence[Restored]) -> tuple[Restored,
     told = []
     for choice, row in zip(selection.choices, rows, strict=True):
         makes = {producer.weight.parameter for producer in choice.group.producers}
-        names = [
-            f"{slot.parameter} {'makes these channels and reads' if slot.parameter in makes else 'reads'} them: cut only"
-            for slot in choice.group.tied
-        ]
+        how = {True: "makes these channels and reads them", False: "reads these channels in its own way"}
+        names = [f"{slot.parameter} {how[slot.parameter in makes]}: cut only" for slot in choice.group.tied]
         told.append(replace(row, note="; ".join(filter(None, [row.note, *names]))))
     return tuple(told)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like, output_shape
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.rules.mixing import mix
@@ -130,9 +130,30 @@ def einsum(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     names = terms.split(",")
     shadows = [_operand(builder, v, next((o for o in values if o is not v), None)) for v in values]
     plain = arrow and "." not in equation
+    if plain and len(values) == 2 and isinstance(values[0], Tensor) and isinstance(values[1], ParameterRef):
+        mixed = _mixed(builder, node, values[0], values[1], names, out)
+        if mixed is not None:
+            return mixed
     if not plain or any(shadow is None for shadow in shadows) or any(len(set(n)) < len(n) for n in names):
         return builder.barrier(node, args, f"einsum in {layer_name(node)!r}")
     return contract(builder, node, [(s, n) for s, n in zip(shadows, names, strict=True) if s is not None], out)
+
+
+def _mixed(
+    builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, names: list[str], out: str
+) -> Tensor | None:
+    """The result where the right factor is a matrix that mixes the left one's channels; None where it is not."""
+    read = [label for label in names[1] if label in names[0] and label not in out]
+    made = [label for label in names[1] if label in out and label not in names[0]]
+    if len(names[1]) != 2 or len(read) != 1 or len(made) != 1:
+        return None
+    ids = builder.channels(x, names[0].index(read[0]))
+    if ids is None or not bool(builder.ids.issued(ids).any()):
+        return None
+    builder.tie(weight.name, names[1].index(read[0]), ids)
+    dim, layer = names[1].index(made[0]), weight.name.rpartition(".")[0] or layer_name(node)
+    issued = builder.produce(node, layer, weight.name, None, weight.shape[dim], dim)
+    return builder.spread(issued, out.index(made[0]), output_shape(node))
 
 
 @rule("scaled_dot_product_attention")

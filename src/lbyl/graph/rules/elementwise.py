@@ -98,7 +98,7 @@ def merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: 
     numbers = torch.unique(a.reshape(-1) * count + b.reshape(-1))
     pairs = torch.stack([numbers // count, numbers % count], 1)
     left, right = builder.ids.find(pairs).unbind(1)
-    if name in ("add", "sub", "rsub", "lerp", "addcmul"):
+    if name in ("add", "sub", "subtract", "rsub", "lerp", "addcmul"):
         # One layer's own channels may be added up (rotary positions): that is no residual stream.
         summed = builder.ids.different_makers(left, right)
         builder.sums.append(pairs[summed].reshape(-1))

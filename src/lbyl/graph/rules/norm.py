@@ -112,6 +112,8 @@ def group_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
         builder.layer_norms.append((ids, LayerNorm(layer_name(node), weight.name)))
         builder.step(ids, "group_norm", layer_name(node), parametric=True)
         return builder.spread(ids, 1, x.shape)
+    _remembered(builder, node, x.unflatten(1, (blocks, -1)), tensors)
+    _remembered(builder, node, x, tensors)
     rows = builder.join(ids.reshape(blocks, -1), [1], f"group_norm {layer_name(node)!r} takes statistics over them")
     builder.step(rows.reshape(-1), "group_norm", layer_name(node), parametric=True)
     return builder.spread(builder.ids.find(ids), 1, x.shape)

@@ -66,13 +66,17 @@ def sample(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     """Each channel is read at places that another value holds, two or three numbers a place."""
     x, grid = args[:2]
     if not isinstance(x, Tensor):
-        return builder.barrier(node, args, f"grid_sampler in {layer_name(node)!r} on a value that the trace can't follow")
+        return builder.barrier(
+            node, args, f"grid_sampler in {layer_name(node)!r} on a value that the trace can't follow"
+        )
     if isinstance(grid, Tensor):
         builder.pin(grid, f"they are places at which grid_sampler in {layer_name(node)!r} reads")
     return _each_alone(builder, node, x, range(2, x.dim()))
 
 
-@rule(*(f"fft_{way}{kind}" for way in ("", "i") for kind in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn", "fftshift")))
+@rule(
+    *(f"fft_{way}{kind}" for way in ("", "i") for kind in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn", "fftshift"))
+)
 def fft(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Fourier transforms along axes that carry no channels: each channel by itself."""
     name, x = str(node.target).split(".")[1], args[0]
