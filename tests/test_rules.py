@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import lbyl
 from lbyl.graph import Graph
+from lbyl.graph.rules import rule
 
 
 def cut(model: nn.Module, inputs: object, ratio: float = 0.5, **options: object) -> lbyl.Result:
@@ -615,3 +616,74 @@ def test_shuffled_channels_that_a_chunk_splits_again_stay_whole() -> None:
     result = lbyl.compress(settle(Shuffled()), images(2, 3, 4, 4), scope="all", restore="prune", strict=True)
     assert widths(result) == {"inner": (6, 3)}
     assert any("view" in why for _, why in result.report.left)
+
+
+class Odd(nn.Module):
+    """Calls an operation of the tests' own, whose rule fails."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(torch.ops.lbyl_tests, self.name)(x)
+
+
+def raising(builder: Any, node: Any, args: Any, kwargs: Any) -> Any:
+    raise KeyError("no such thing")
+
+
+def narrowing(builder: Any, node: Any, args: Any, kwargs: Any) -> Any:
+    return args[0][..., :2]
+
+
+@pytest.mark.parametrize("fault", [raising, narrowing])
+def test_a_rule_that_fails_is_a_barrier_by_name(fault: Any) -> None:
+    name = f"odd_{fault.__name__}"  # rules are there to stay
+
+    def copied(x: Tensor) -> Tensor:
+        return x.clone()
+
+    operation = torch.library.custom_op(f"lbyl_tests::{name}", copied, mutates_args=())
+    operation.register_fake(torch.empty_like)
+    rule(name)(fault)
+    model = settle(nn.Sequential(nn.Linear(6, 8), Odd(name), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)))
+    assert f"{name} in '1' is called in a way that its rule does not know" in str(reasons(model, images(2, 6))["0"])
+    assert widths(cut(model, images(2, 6))) == {"2": (5, 2)}
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.InstanceNorm2d(8), "num_features"),
+        (nn.InstanceNorm2d(8, affine=True), "num_features"),
+        (nn.BatchNorm2d(8, affine=False, track_running_stats=False), "num_features"),
+        (nn.PReLU(8), "num_parameters"),
+        (nn.GroupNorm(2, 8, affine=False), "num_channels"),
+    ],
+    ids=lambda item: type(item).__name__ if isinstance(item, nn.Module) else item,
+)
+def test_what_a_layer_remembers_of_its_width_follows(layer: nn.Module, name: str) -> None:
+    result = cut(settle(nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.ReLU(), nn.Conv2d(8, 4, 3))), images(2, 3, 8, 8))
+    assert getattr(result.model[1], name) == 4  # pyright: ignore
+
+
+class Pooled(nn.Module):
+    """Products of channels: all pairs of them (bilinear pooling), or rows and columns (a shuffle)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Conv2d(3, 8, 1), nn.Linear(64 if how == "bilinear" else 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).flatten(2)
+        if self.how == "bilinear":
+            return self.b((y @ y.transpose(1, 2)).flatten(1))
+        return self.b(y.view(len(y), 2, 4, -1).transpose(1, 2).reshape(y.shape).mean(-1))
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("bilinear", "multiplied with each other"), ("shuffle", "as a channel shuffle does")]
+)
+def test_what_cannot_be_cut_says_why(how: str, why: str) -> None:
+    assert why in str(reasons(settle(Pooled(how)), images(2, 3, 4, 4))["a"])

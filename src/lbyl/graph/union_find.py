@@ -60,6 +60,8 @@ class Ids:
         a, b = self.find(a), self.find(b)
         apart = a != b
         merged = torch.cat([a[apart], b[apart]])
+        if not merged.numel():
+            return
         while a.numel():
             apart = a != b
             a, b = a[apart], b[apart]
