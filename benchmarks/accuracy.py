@@ -176,18 +176,16 @@ class Restorers:
 
     def applies(self, method: str) -> bool:
         """Dream is a column of its own where the default dreams."""
-        return method != "Dream" or isinstance(
-            choose_restorer(self.net, ExampleInputs.of(self.pixels[:1]))[0].moments, lbyl.Dream
-        )
+        return method != "Dream" or isinstance(self.default().moments, lbyl.Dream)
+
+    def default(self) -> lbyl.LeastSquares:
+        """What `lbyl.compress` takes where nothing is asked of it."""
+        return choose_restorer(self.net, ExampleInputs.of(self.pixels[:1]))[0]
 
     def settled(self, method: str, seed: int) -> lbyl.LeastSquares:
         """The default, or dreams alone, with the probes made: they are what `lbyl.compress` makes of that seed."""
         if (method, seed) not in self.made:
-            chosen = (
-                choose_restorer(self.net, ExampleInputs.of(self.pixels[:1]))[0]
-                if method == "Default"
-                else self(method, seed)
-            )
+            chosen = self.default() if method == "Default" else self(method, seed)
             assert isinstance(chosen.moments, ProbeSource)
             self.made[method, seed] = replace(chosen, moments=Given(self.probes(chosen.moments, seed)))
         return self.made[method, seed]

@@ -44,8 +44,9 @@ def settle(model: Module, seed: int = 0) -> Module:
                     normal(module.weight, 0.3)
                     module.weight.add_(1)
                     normal(module.bias, 0.3)
-                normal(module.running_mean, 0.5)
-                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) * 2 + 0.2)
+                if module.track_running_stats:
+                    normal(module.running_mean, 0.5)
+                    module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) * 2 + 0.2)
             elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
                 normal(module.weight, module.weight[0].numel() ** -0.5)
                 if module.bias is not None:

@@ -116,9 +116,32 @@ def test_restoration_keeps_the_cut_exact(name: str) -> None:
     assert report.assessment.restored <= report.assessment.pruned
 
 
-@pytest.mark.parametrize("norm", [Shifted, nn.RMSNorm], ids=["shifted", "no constant"])
-def test_what_no_weight_makes_up_for_stays_whole(norm) -> None:
-    group = lbyl.inspect(built(lambda: Stream(norm)), images(2, 5, 6)).graph.group("table")
+class Literal(RootMeanSquare):
+    """A constant that is no attribute."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        del self.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.3))
+
+
+@pytest.mark.parametrize("restore", ["prune", lbyl.LeastSquares(moments=lbyl.Noise(images=16))], ids=["prune", "fit"])
+@pytest.mark.parametrize("norm", [Shifted, Literal])
+def test_where_no_weight_makes_up_for_it_the_mean_is_of_what_stays(norm, restore) -> None:
+    model, x = built(lambda: Stream(norm)), images(2, 5, 6)
+    group = lbyl.inspect(model, x).graph.group("table")
+    assert group.statistics
+    assert not group.averages
+    result = lbyl.compress(model, x, ratio=1 / 3, scope="all", restore=restore, strict=True)
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-6
+    assert {row.group: row.after for row in result.report.rows}["table"] == 8
+
+
+def test_a_mean_over_an_unknown_constant_keeps_channels_whole() -> None:
+    group = lbyl.inspect(built(lambda: Stream(nn.RMSNorm)), images(2, 5, 6)).graph.group("table")
     assert not group.prunable
     assert group.reason is not None
     assert "mean" in group.reason or "statistics" in group.reason

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,15 +46,17 @@ def small(*_: object, dreams: bool = False, **__: object) -> torch.nn.Module:
 
 
 def test_the_rule_in_extending_works_and_is_needed() -> None:
-    rule, check = blocks("extending.md", "python")
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Unfold(2), torch.nn.Conv1d(32, 5, 1)).eval()
+    operation, rule, check = blocks("extending.md", "python")
+    names: dict[str, Any] = {}
+    exec(operation, names)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), names["Patches"](), torch.nn.Conv1d(32, 5, 1)).eval()
     before = lbyl.inspect(net, torch.randn(1, 3, 6, 6)).graph.group("0")
-    assert before.reason == "im2col in '1' has no rule"
+    assert before.reason == "patches in '1' has no rule"
     # In a process of its own, for rules are there to stay.
-    code = "\n".join([rule, check, "print('the check has run')", rule])
+    code = "\n".join([operation, rule, check, "print('the check has run')", rule])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "the check has run" in done.stdout, done.stderr
-    assert "ValueError: two rules for im2col" in done.stderr
+    assert "ValueError: two rules for patches" in done.stderr
 
 
 @pytest.mark.parametrize("page", OWN_PYTHON)

@@ -196,7 +196,7 @@ def test_halves_that_are_added_are_one_group_with_two_rows_a_channel() -> None:
 
     group = graph_of(settle(Halves()), images(2, 6)).group("both")
     assert group.width == 4
-    assert group.coupled
+    assert not group.coupled  # a layer's own channels are no residual stream
     assert group.producers[0].weight.channels == (0, 1, 2, 3, 0, 1, 2, 3)
 
 

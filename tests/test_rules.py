@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from nets import images, settle
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 
 import lbyl
 from lbyl.graph import Graph
+from lbyl.graph.rules import rule
 
 
 def cut(model: nn.Module, inputs: object, ratio: float = 0.5, **options: object) -> lbyl.Result:
@@ -388,17 +391,29 @@ def test_a_tied_table_loses_columns_and_stays_tied(restore: str | lbyl.LeastSqua
     assert ("makes these channels and reads them" in row.note) == (restore != "prune")
 
 
-def test_recurrent_layers_are_barriers_by_name() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.before, self.lstm = nn.Linear(5, 6), nn.LSTM(6, 7, batch_first=True)
-            self.after, self.head = nn.Linear(7, 8), nn.Linear(8, 3)
+class Recurrent(nn.Module):
+    def __init__(self, layer: Any, **settings: Any) -> None:
+        super().__init__()
+        self.before, self.layer = nn.Linear(5, 6), layer(6, 8, batch_first=True, **settings)
+        width = settings.get("proj_size", 8) * (2 if settings.get("bidirectional") else 1)
+        self.after, self.head = nn.Linear(width, 8), nn.Linear(8, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.after(self.lstm(self.before(x))[0]).relu())
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.after(self.layer(self.before(x))[0]).relu())
 
-    model = settle(Recurrent())
+
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_lose_what_they_read_and_units(layer: Any, settings: dict[str, Any]) -> None:
+    result = cut(settle(Recurrent(layer, **settings)), images(2, 4, 5))
+    assert widths(result) == {"before": (6, 3), "layer": (8, 4), "after": (8, 4)}
+    inside = result.model.layer
+    assert (inside.input_size, inside.hidden_size) == (3, 4)
+    assert result.model(images(3, 7, 5)).shape == (3, 7, 3)  # another batch, another length
+
+
+def test_recurrent_layers_with_projections_are_barriers_by_name() -> None:
+    model = settle(Recurrent(nn.LSTM, proj_size=2))
     assert "lstm" in str(reasons(model, images(2, 4, 5))["before"])
     assert widths(cut(model, images(2, 4, 5))) == {"after": (8, 4)}
 
@@ -601,3 +616,74 @@ def test_shuffled_channels_that_a_chunk_splits_again_stay_whole() -> None:
     result = lbyl.compress(settle(Shuffled()), images(2, 3, 4, 4), scope="all", restore="prune", strict=True)
     assert widths(result) == {"inner": (6, 3)}
     assert any("view" in why for _, why in result.report.left)
+
+
+class Odd(nn.Module):
+    """Calls an operation of the tests' own, whose rule fails."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(torch.ops.lbyl_tests, self.name)(x)
+
+
+def raising(builder: Any, node: Any, args: Any, kwargs: Any) -> Any:
+    raise KeyError("no such thing")
+
+
+def narrowing(builder: Any, node: Any, args: Any, kwargs: Any) -> Any:
+    return args[0][..., :2]
+
+
+@pytest.mark.parametrize("fault", [raising, narrowing])
+def test_a_rule_that_fails_is_a_barrier_by_name(fault: Any) -> None:
+    name = f"odd_{fault.__name__}"  # rules are there to stay
+
+    def copied(x: Tensor) -> Tensor:
+        return x.clone()
+
+    operation = torch.library.custom_op(f"lbyl_tests::{name}", copied, mutates_args=())
+    operation.register_fake(torch.empty_like)
+    rule(name)(fault)
+    model = settle(nn.Sequential(nn.Linear(6, 8), Odd(name), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)))
+    assert f"{name} in '1' is called in a way that its rule does not know" in str(reasons(model, images(2, 6))["0"])
+    assert widths(cut(model, images(2, 6))) == {"2": (5, 2)}
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.InstanceNorm2d(8), "num_features"),
+        (nn.InstanceNorm2d(8, affine=True), "num_features"),
+        (nn.BatchNorm2d(8, affine=False, track_running_stats=False), "num_features"),
+        (nn.PReLU(8), "num_parameters"),
+        (nn.GroupNorm(2, 8, affine=False), "num_channels"),
+    ],
+    ids=lambda item: type(item).__name__ if isinstance(item, nn.Module) else item,
+)
+def test_what_a_layer_remembers_of_its_width_follows(layer: nn.Module, name: str) -> None:
+    result = cut(settle(nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.ReLU(), nn.Conv2d(8, 4, 3))), images(2, 3, 8, 8))
+    assert getattr(result.model[1], name) == 4  # pyright: ignore
+
+
+class Pooled(nn.Module):
+    """Products of channels: all pairs of them (bilinear pooling), or rows and columns (a shuffle)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Conv2d(3, 8, 1), nn.Linear(64 if how == "bilinear" else 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).flatten(2)
+        if self.how == "bilinear":
+            return self.b((y @ y.transpose(1, 2)).flatten(1))
+        return self.b(y.view(len(y), 2, 4, -1).transpose(1, 2).reshape(y.shape).mean(-1))
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("bilinear", "multiplied with each other"), ("shuffle", "as a channel shuffle does")]
+)
+def test_what_cannot_be_cut_says_why(how: str, why: str) -> None:
+    assert why in str(reasons(settle(Pooled(how)), images(2, 3, 4, 4))["a"])

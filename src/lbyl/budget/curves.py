@@ -130,7 +130,8 @@ def _from_weights(graph: Graph, index: int, order: tuple[int, ...], state: State
     gram = rows @ rows.T
     if paper_form_applies(group, state):
         gram = torch.diag(gram.diagonal())
-    energy = torch.stack([consumer_energy(slot, _source(state, slot), group.width) for slot in group.consumers]).sum(0)
+    readers = [consumer_energy(slot, _source(state, slot), group.width) for slot in (*group.consumers, *group.tied)]
+    energy = torch.stack(readers).sum(0) if readers else torch.ones(group.width, dtype=torch.float64)
     return Curve(index, order, error_curve(gram, energy[list(order)]))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from lbyl.graph.types import Depthwise, LayerNorm, Norm, Step
 from lbyl.graph.union_find import NOBODY, Ids, compact, small, varies
+from lbyl.runtime.reductions import Reduction, aten_name
 
 _LARGEST_FREE_PARAMETER = 4_000_000
 
@@ -68,6 +70,7 @@ class AverageRecord:
     eps: float | None
     weight: str
     power: float
+    reduction: Reduction | None = None
 
 
 @dataclass
@@ -83,6 +86,8 @@ class Builder:
     tied: list[tuple[str, int]] = field(default_factory=list)
     """Dimensions of weights along which a layer reads what the same weight makes elsewhere."""
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
+    """Parameters that an operation without a rule uses, and why none of their dimensions can be cut."""
     sums: list[Tensor] = field(default_factory=list)
     equal: list[tuple[Tensor, int]] = field(default_factory=list)
     fixed: list[tuple[Tensor, tuple[int, ...], str]] = field(default_factory=list)
@@ -92,6 +97,14 @@ class Builder:
     barriers: list[str] = field(default_factory=list)
     averages: list[AverageRecord] = field(default_factory=list)
     layer_norms: list[tuple[Tensor, LayerNorm]] = field(default_factory=list)
+    products: list[tuple[Tensor, str]] = field(default_factory=list)
+    """Channels of two factors, pair by pair, whose products some layer adds up."""
+    joins: list[tuple[Tensor, str]] = field(default_factory=list)
+    """Why some channels became one."""
+    statistics: dict[Reduction, Tensor] = field(default_factory=dict)
+    """The ids that other operations take together, by where these operations are."""
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """How often each operation was called in each module so far, the one that is looked at among them."""
     scaled: dict[fx.Node, Any] = field(default_factory=dict)
     """Values that depend on how many channels there are, see `lbyl.graph.channel_means`."""
     pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)
@@ -120,6 +133,18 @@ class Builder:
             return None
         return shadow.movedim(axis, 0).reshape(shadow.shape[axis], -1)[:, 0]
 
+    def gather(self, shadow: Tensor, axis: int) -> Tensor | None:
+        """Ids along ``axis``, where all that stands at an index of it, along whatever other axes, becomes one channel.
+
+        A linear layer whose outputs a view spreads over an image makes so many elements of each channel. None where
+        the ids do not change along ``axis`` itself, and where some of what would be joined is nobody's.
+        """
+        ids = self.channels(shadow, axis)
+        shadow = compact(self.ids.find(small(shadow)).expand(shadow.shape))
+        if ids is not None or not varies(shadow, axis % shadow.dim()) or bool((small(shadow) == NOBODY).any()):
+            return ids
+        return self.channels(self.join(shadow, [d for d in range(shadow.dim()) if d != axis % shadow.dim()]), axis)
+
     def spread(self, ids: Tensor, axis: int, shape: Iterable[int]) -> Tensor:
         """A shadow of ``shape`` that carries ``ids`` along ``axis`` and is constant elsewhere."""
         shape = tuple(shape)
@@ -131,6 +156,11 @@ class Builder:
         """The producer whose output is this node's first argument, when nobody else sees that value."""
         source = node.args[0]
         return self.pure.get(source) if isinstance(source, fx.Node) and len(source.users) == 1 else None
+
+    def reduction(self, node: fx.Node, dim: int) -> Reduction:
+        """The node as a reduction along an axis."""
+        place = layer_name(node), aten_name(node.target)
+        return Reduction(*place, self.calls[place] - 1, dim)
 
     # -- findings -------------------------------------------------------------------------------------
 
@@ -151,16 +181,18 @@ class Builder:
         self.ids.union(known.ids, ids)
         return known.ids
 
-    def produce(self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int, dim: int = 0) -> Tensor:
+    def produce(
+        self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int, dim: int = 0, blocks: int = 1
+    ) -> Tensor:
         """Issue ``count`` new channels for a layer, or the same ones again when it runs a second time.
 
-        ``dim`` is the dimension of the weight along which they run.
+        ``dim`` is the dimension of the weight along which they run, ``blocks`` is as in :class:`Slot`.
         """
         record = self.producers.get((weight, dim))
         if record is None:
             record = ProducerRecord(layer, weight, bias, self.ids.fresh(count, issued=True), dim)
             self.producers[weight, dim] = record
-            self.slot(weight, dim, record.ids, "producer")
+            self.slot(weight, dim, record.ids, "producer", blocks)
             self.pure[node] = record
         else:
             # A layer that runs twice has no single batch norm after it.
@@ -188,6 +220,11 @@ class Builder:
         else:
             self.consumers[weight] = ConsumerRecord(layer, weight, bias, op, blocks, dim=dim)
 
+    def tie(self, weight: str, dim: int, ids: Tensor) -> None:
+        """Record that a layer reads these channels in a way that restoration can't solve for: it only loses columns."""
+        self.slot(weight, dim, ids, "carrier")
+        self.tied.append((weight, dim))
+
     def step(self, ids: Tensor, op: str, layer: str, parametric: bool = False) -> None:
         """Record that the channels pass through an operation."""
         self.steps.append((ids, Step(op, layer, parametric)))
@@ -214,11 +251,16 @@ class Builder:
         if any(varies(shadow, d) for d in range(shadow.dim())):
             self.shapes.append((shadow, layer_name(node)))
 
-    def join(self, shadow: Tensor, dims: Iterable[int]) -> Tensor:
-        """Make one channel of everything along these dimensions; returns the shadow without them varying."""
+    def join(self, shadow: Tensor, dims: Iterable[int], why: str = "") -> Tensor:
+        """Make one channel of everything along these dimensions; returns the shadow without them varying.
+
+        ``why`` is for the user, where all channels of a layer become one.
+        """
         shadow = compact(shadow)
         for dim in sorted({d % shadow.dim() for d in dims}):
             if varies(shadow, dim):
+                if why:
+                    self.joins.append((shadow.narrow(dim, 0, 1), why))
                 first = shadow.narrow(dim, 0, 1)
                 size = small(shadow)
                 self.ids.union(size.narrow(dim, 0, 1).expand(size.shape), size)
@@ -227,14 +269,18 @@ class Builder:
 
     def barrier(self, node: fx.Node, values: Iterable[Any], why: str) -> Any:
         """Pin every channel among ``values`` and return an output that is nobody's."""
-        ids = [small(value).reshape(-1) for value in _tensors(values)]
-        ids += [self._free[v.name].reshape(-1) for v in values if isinstance(v, ParameterRef) and v.name in self._free]
+        values = list(_leaves(values))
+        ids = [small(value).reshape(-1) for value in values if isinstance(value, Tensor)]
+        names = [value.name for value in values if isinstance(value, ParameterRef)]
+        ids += [self._free[name].reshape(-1) for name in names if name in self._free]
+        for name in names:
+            self.whole.setdefault(name, why)
         if ids and bool((torch.cat(ids) != NOBODY).any()):
             self.barriers.append(why)
             self.pin(torch.cat(ids), why)
         return nobody_like(node)
 
-    def finish_free_parameters(self) -> None:
+    def finish(self) -> None:
         """Give each directly used parameter a slot along the dimension that carries channels, or pin it."""
         for name, shadow in self._free.items():
             roots = self.ids.find(shadow)
@@ -248,14 +294,17 @@ class Builder:
                     break
             else:
                 self.pin(roots[shared], f"{name} carries channels along more than one dimension")
+        for record in self.slots.values():
+            if record.parameter in self.whole:
+                self.pin(record.ids, self.whole[record.parameter])
 
 
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
             yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def nobody_like(node: fx.Node) -> Any:

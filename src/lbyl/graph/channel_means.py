@@ -4,6 +4,9 @@ Of C channels K stay. If the dropped ones are zero where the mean is taken, the 
 C. The same holds for the sum of that mean and a constant eps, if eps is scaled as well. Roots and divisions raise this
 factor to a power. It is followed to the weight that it is multiplied with, and this weight takes the inverse. The cut
 network then computes exactly what the uncut one does with zeros in the dropped channels.
+
+Where there is no such weight (a pixel norm, a layer norm written by hand), or the constant is no attribute that could
+be scaled, the mean is taken over the channels that stay, as a layer norm's is.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lbyl.graph.builder import AverageRecord, Builder, layer_name
+from lbyl.runtime.reductions import Reduction
 
 _SAME = (
     "view", "reshape", "to", "_to_copy", "type_as", "clone", "contiguous", "expand", "alias", "detach", "dropout",
@@ -27,26 +31,26 @@ class Scaled:
 
     ids: Tensor
     module: str
+    reduction: Reduction
     power: float = 1.0
     eps: float | None = None
 
 
 def follow(builder: Builder, node: fx.Node) -> None:
-    """Follow scaled values through a node. Where no weight can make up for the factor, the channels can't be cut."""
+    """Follow scaled values through a node. Where no weight makes up for the factor, it is a mean of those that stay."""
     for source in dict.fromkeys(node.all_input_nodes):
         scaled = builder.scaled.get(source)
         if scaled is None:
             continue
         weight, passed = _use(builder, node, source, scaled)
         if weight is not None:
-            builder.averages.append(AverageRecord(scaled.ids, scaled.module, scaled.eps, weight, -scaled.power))
+            builder.averages.append(
+                AverageRecord(scaled.ids, scaled.module, scaled.eps, weight, -scaled.power, scaled.reduction)
+            )
         elif passed is not None:
             builder.scaled[node] = passed
         else:
-            builder.pin(
-                scaled.ids,
-                f"{_name(node)} uses a mean over channels in {scaled.module!r}; no weight can make up for a cut there",
-            )
+            builder.statistics[scaled.reduction] = scaled.ids
 
 
 def _use(builder: Builder, node: fx.Node, source: fx.Node, scaled: Scaled) -> tuple[str | None, Scaled | None]:
@@ -79,9 +83,23 @@ def _parameter(builder: Builder, value: Any) -> str | None:
     return builder.parameters.get(value) if isinstance(value, fx.Node) else None
 
 
-def start(builder: Builder, node: fx.Node, ids: Tensor) -> None:
-    """A mean over these channels has been taken."""
-    builder.scaled[node] = Scaled(ids, layer_name(node))
+def start(builder: Builder, node: fx.Node, ids: Tensor, dim: int) -> None:
+    """A mean over the channels along an axis has been taken."""
+    builder.scaled[node] = Scaled(ids, layer_name(node), builder.reduction(node, dim))
+
+
+def settle(builder: Builder, model: nn.Module) -> None:
+    """Once all is walked through: keep those averages that weights and attributes make up for, all of them."""
+    for record in builder.averages:
+        if record.reduction is not None and record.eps and len(attributes_with(model, record.module, record.eps)) != 1:
+            builder.statistics[record.reduction] = record.ids
+    builder.averages = [record for record in builder.averages if record.reduction not in builder.statistics]
+
+
+def attributes_with(model: nn.Module, module: str, value: float) -> list[str]:
+    """The names of a module's attributes that hold a constant."""
+    own = vars(model.get_submodule(module))
+    return [name for name, held in own.items() if type(held) is float and held == value]
 
 
 def _name(node: fx.Node) -> str:

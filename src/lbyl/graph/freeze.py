@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from lbyl.graph.builder import Builder, ProducerRecord
-from lbyl.graph.types import NOT_OURS, Average, Consumer, Graph, Group, LayerNorm, Producer, Size, Slot, Step
+from lbyl.graph.types import (
+    NOT_OURS,
+    Average,
+    Consumer,
+    Graph,
+    Group,
+    LayerNorm,
+    Producer,
+    Size,
+    Slot,
+    Statistic,
+    Step,
+)
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 
@@ -25,11 +37,12 @@ def freeze(builder: Builder) -> Graph:
     _add_operations(builder, channels)
     _add_averages(builder, channels)
     _add_layer_norms(builder, channels)
+    _add_statistics(builder, channels)
     names: set[str] = set()
     return Graph(
         tuple(_group(builder, channels, draft, names) for draft in channels.drafts),
         tuple(_consumers(builder, channels)),
-        tuple(dict.fromkeys(builder.barriers)),
+        tuple(dict.fromkeys(map(readable, builder.barriers))),
         sizes,
         tuple(dict.fromkeys(builder.computed)),
     )
@@ -51,12 +64,20 @@ class _Draft:
     steps: list[Step] = field(default_factory=list)
     averages: list[Average] = field(default_factory=list)
     layer_norms: list[LayerNorm] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
     equal: list[tuple[Tensor, int]] = field(default_factory=list)
+    products: list[str] = field(default_factory=list)
+    joined: str = ""
     reason: str | None = None
 
     def exclude(self, reason: str) -> None:
         """Say why the group can't be pruned; the first reason stays."""
-        self.reason = self.reason or reason
+        self.reason = self.reason or readable(reason)
+
+
+def readable(reason: str) -> str:
+    """A reason without the empty name of the model itself."""
+    return reason.replace(" in ''", "")
 
 
 class _Channels:
@@ -107,6 +128,12 @@ def _add_operations(builder: Builder, channels: _Channels) -> None:
     for ids in builder.sums:
         for draft in channels.drafts_with(ids):
             draft.coupled = True
+    for ids, layer in builder.products:
+        for draft in channels.drafts_with(ids):
+            draft.products.append(layer)
+    for ids, why in builder.joins:
+        for draft in channels.drafts_with(ids):
+            draft.joined = draft.joined or why
     for ids, step in builder.steps:
         for draft in channels.drafts_with(ids):
             if step not in draft.steps:
@@ -121,6 +148,9 @@ def _add_averages(builder: Builder, channels: _Channels) -> None:
         over = channels.drafts_with(record.ids)
         if len(over) == 1 and _evenly(channels, record.ids, over[0].width):
             over[0].averages.append(Average(record.module, record.eps, record.weight, record.power))
+            continue
+        if record.reduction is not None:
+            builder.statistics[record.reduction] = record.ids
             continue
         for draft in over:
             draft.exclude(f"{record.module!r} takes a mean over more channels than those of this group")
@@ -137,16 +167,28 @@ def _add_layer_norms(builder: Builder, channels: _Channels) -> None:
                 draft.exclude(f"layer_norm {norm.layer!r} takes statistics over some of them only")
 
 
+def _add_statistics(builder: Builder, channels: _Channels) -> None:
+    for reduction, ids in builder.statistics.items():
+        roots = channels.find(ids)
+        owners = channels.group_of[roots]
+        over = channels.drafts_with(ids)
+        for draft in over:
+            carried = torch.where(owners == draft.index, channels.channel_of[roots], NOT_OURS)
+            draft.statistics.append(Statistic(reduction, tuple(carried.tolist())))
+            if not _some_stay(channels, ids):
+                draft.exclude(f"{reduction.op} in {reduction.module!r} is taken over some of them only")
+
+
 def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]) -> Group:
     """The finished group, under a name that is not yet among ``names``."""
     blocks, trouble = _blocks(channels, draft)
     tied = tuple(slot for slot in draft.carriers if (slot.parameter, slot.dim) in builder.tied)
     if trouble:
         draft.exclude(trouble)
-    if not draft.consumers and not tied:
+    if not draft.consumers and not tied and not draft.products:
         draft.exclude("no layer reads these channels")
     if draft.width < 2:
-        draft.exclude("a single channel")
+        draft.exclude(_why_single(draft))
     slots = {(slot.parameter, slot.dim): slot for slot in draft.carriers}
     producers = tuple(
         Producer(record.layer, slots[record.weight, record.dim], record.bias, tuple(record.stages))
@@ -167,7 +209,16 @@ def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]
         reason=draft.reason,
         layer_norms=tuple(draft.layer_norms),
         tied=tied,
+        statistics=tuple(draft.statistics),
+        products=tuple(dict.fromkeys(draft.products)),
     )
+
+
+def _why_single(draft: _Draft) -> str:
+    """Why there is nothing to choose from."""
+    if all(len(record.ids) == 1 for record in draft.producers):
+        return "it has a single channel"
+    return f"its channels go together, all or none: {draft.joined or 'the code adds or multiplies them'}"
 
 
 def _consumers(builder: Builder, channels: _Channels) -> Iterator[Consumer]:
@@ -197,7 +248,8 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
         final = compact(channels.find(shadow))
         moving = [dim for dim in range(final.dim()) if varies(final, dim)]
         if len(moving) > 1:
-            broken.append((small(final).reshape(-1), f"a view in {module!r} splits them in a pattern"))
+            layout = f"a view in {module!r} lays them out in rows and columns, as a channel shuffle does"
+            broken.append((small(final).reshape(-1), f"{layout}; cuts would leave gaps"))
         elif moving:
             sizes[Size(module, final.shape[moving[0]], channels.columns(small(final).reshape(-1)))] = None
     return tuple(sizes), broken

@@ -14,8 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lbyl.graph.program import Program
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
-from lbyl.runtime.intercept import OperatorInterceptor, module_hooks
-from lbyl.runtime.macs import MacCounter, undivided
+from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
+from lbyl.runtime.macs import MacCounter
 
 _LIKE_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.argwhere.default, torch.ops.aten.nonzero_numpy.default)
 """Made of an operation whose result has as many elements as the data will have it, but not marked as such."""

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from lbyl.errors import first_line
 from lbyl.graph import channel_means
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
 from lbyl.graph.exported import export
@@ -26,6 +27,7 @@ from lbyl.graph.rules import find_rule
 from lbyl.graph.types import Graph, Group
 from lbyl.runtime.contexts import uncollected, undisturbed
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.reductions import aten_name
 
 _NO_EFFECT = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_set_grad_enabled")
 
@@ -73,7 +75,8 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
         channel_means.follow(builder, node)
         for done in uses[node]:
             env.pop(done, None)
-    builder.finish_free_parameters()
+    builder.finish()
+    channel_means.settle(builder, model)
     graph = freeze(builder)
     return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs)
 
@@ -104,16 +107,31 @@ def _coupled_with(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...
 def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]] if isinstance(args[0], (list, tuple)) else nobody_like(node)
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target))
+    name = aten_name(node.target)
     if name in _NO_EFFECT:
         return None
-    rule = find_rule(name)
+    rule, where = find_rule(name), layer_name(node)
+    builder.calls[where, name] += 1
+    place = f"{name} in {where!r}" if where else name
+    everything = [*_flat(args), *_flat(list(kwargs.values()))]
     if rule is None:
-        everything = list(_flat(args)) + list(_flat(list(kwargs.values())))
-        where = layer_name(node)
-        return builder.barrier(node, everything, f"{name} in {where!r} has no rule" if where else f"{name} has no rule")
-    return rule(builder, node, args, kwargs)
+        return builder.barrier(node, everything, f"{place} has no rule")
+    try:
+        found = rule(builder, node, args, kwargs)
+    except Exception as error:  # a call that its rule was not made for; some rules come from users
+        what = first_line(error) or type(error).__name__
+        return builder.barrier(node, everything, f"{place} is called in a way that its rule does not know ({what})")
+    if not _fits(found, node):
+        return builder.barrier(node, everything, f"{place} is called in a way that its rule does not know")
+    return found
+
+
+def _fits(found: Any, node: fx.Node) -> bool:
+    """Whether what a rule returned has the shapes of what the operation did."""
+    val = node.meta.get("val")
+    if isinstance(val, (list, tuple)):
+        return isinstance(found, (list, tuple)) and len(found) >= len(val)
+    return not isinstance(val, Tensor) or (isinstance(found, (Tensor, ParameterRef)) and found.shape == val.shape)
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

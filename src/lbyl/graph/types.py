@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lbyl.runtime.reductions import Reduction
+
 NOT_OURS = -1
 """Marks an index of a parameter's dimension that carries no channel of the group at hand."""
 
@@ -13,8 +15,8 @@ class Slot:
     """One dimension of one parameter or buffer, and the group's channel that each index carries.
 
     ``channels[j]`` is a channel number of the group, or ``NOT_OURS``. With ``blocks > 1`` the slot is the
-    input dimension of a grouped convolution: ``channels`` then runs over all its input channels, of which
-    the parameter stores ``len(channels) / blocks`` columns a filter.
+    input dimension of a grouped convolution, or the output dimension of a transposed one: ``channels`` then runs over
+    all of them, of which the parameter stores ``len(channels) / blocks`` a row.
     """
 
     parameter: str
@@ -98,6 +100,17 @@ class LayerNorm:
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """An operation that takes channels of a group together: over those that stay, once some are cut.
+
+    ``channels[j]`` is the channel of the group at index ``j`` of its axis, or ``NOT_OURS``.
+    """
+
+    reduction: Reduction
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Group:
     """Channels that must go together.
 
@@ -116,6 +129,9 @@ class Group:
         coupled_with: the name of the group that has to lose the same share as this one, to the channel; "" for none.
         tied: carriers that also read the channels, such as an output layer that shares the embedding's table. They
             lose columns, and restoration can't make up for the loss there.
+        products: the modules that add up products of these channels in pairs (the scores of attention with one head);
+            dropped channels must be zero there.
+        statistics: other operations that take these channels together, and fewer of them once some are cut.
     """
 
     name: str
@@ -131,6 +147,8 @@ class Group:
     layer_norms: tuple[LayerNorm, ...] = ()
     coupled_with: str = ""
     tied: tuple[Slot, ...] = ()
+    statistics: tuple[Statistic, ...] = ()
+    products: tuple[str, ...] = ()
 
     @property
     def excluded_from_inner(self) -> str | None:
@@ -139,6 +157,9 @@ class Group:
             return "a residual sum couples it"
         if self.layer_norms:
             return f"layer_norm {self.layer_norms[0].layer!r} takes statistics over it"
+        if self.statistics:
+            first = self.statistics[0].reduction
+            return f"{first.op} in {first.module!r} is taken over it"
         if self.coupled_with:
             return f"{self.coupled_with!r} has to lose the same share"
         return None

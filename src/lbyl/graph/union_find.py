@@ -8,13 +8,18 @@ from torch import Tensor
 NOBODY = 0
 """The id of whatever is no channel: images, constants, padding. It is never merged with another id."""
 
+_SEVERAL = 2**62
+"""Stands for the makers of a class of channels that several layers make."""
+
 
 class Ids:
     """A union-find over integer channel ids; the smallest member of a class stands for it."""
 
     def __init__(self) -> None:
         self._parent = torch.zeros(1, dtype=torch.int64)
-        self._issued = torch.zeros(1, dtype=torch.bool)  # of classes, by the ids that stand for them
+        # Who makes the channels of a class, by the id that stands for it: a number, 0 for nobody, or _SEVERAL.
+        self._maker = torch.zeros(1, dtype=torch.int64)
+        self._makers = 0
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -23,12 +28,19 @@ class Ids:
         """``count`` ids that were never used before; ``issued`` when some layer makes these channels."""
         new = torch.arange(len(self._parent), len(self._parent) + count)
         self._parent = torch.cat([self._parent, new])
-        self._issued = torch.cat([self._issued, torch.full((count,), issued)])
+        self._makers += issued
+        self._maker = torch.cat([self._maker, torch.full((count,), self._makers if issued else 0)])
         return new
 
     def issued(self, ids: Tensor) -> Tensor:
         """Which of these ids stand together with the output channels of some layer."""
-        return self._issued[self.find(ids)]
+        return self._maker[self.find(ids)] != 0
+
+    def different_makers(self, a: Tensor, b: Tensor) -> Tensor:
+        """Which pairs of ids stand for channels of different layers, both of them issued."""
+        a, b = self.find(a), self.find(b)
+        one, other = self._maker[a], self._maker[b]
+        return (a != b) & (one != 0) & (other != 0) & ((one != other) | (one == _SEVERAL))
 
     def find(self, ids: Tensor) -> Tensor:
         """The representative of each id; same shape, and constant along the same dimensions."""
@@ -45,15 +57,25 @@ class Ids:
         a, b = a.reshape(-1), b.reshape(-1)
         real = (a != NOBODY) & (b != NOBODY)
         a, b = a[real], b[real]
-        ours = a[self.issued(a) | self.issued(b)]
+        a, b = self.find(a), self.find(b)
+        apart = a != b
+        merged = torch.cat([a[apart], b[apart]])
+        if not merged.numel():
+            return
         while a.numel():
-            a, b = self.find(a), self.find(b)
             apart = a != b
             a, b = a[apart], b[apart]
             low, high = torch.minimum(a, b), torch.maximum(a, b)
             # Several pairs may name the same `high`; all but one go round the loop again.
             self._parent.scatter_reduce_(0, high, low, "amin")
-        self._issued[self.find(ours)] = True
+            a, b = self.find(a), self.find(b)
+        makers = self._maker[merged]
+        merged, makers = merged[makers != 0], makers[makers != 0]
+        roots, places = torch.unique(self.find(merged), return_inverse=True)
+        ends = torch.zeros(2, len(roots), dtype=torch.int64)
+        least = ends[0].scatter_reduce_(0, places, makers, "amin", include_self=False)
+        most = ends[1].scatter_reduce_(0, places, makers, "amax", include_self=False)
+        self._maker[roots] = torch.where(least == most, least, _SEVERAL)
 
 
 def compact(shadow: Tensor) -> Tensor:

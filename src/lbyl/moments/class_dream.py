@@ -73,7 +73,7 @@ class ClassDream:
         progress: Progress | None,
     ) -> ExampleInputs:
         """A batch, as many inputs at a time as fit into memory."""
-        most = max(FEWEST, held_at_once(self.memory, saved_bytes(model, inputs) / batch_size(inputs)))
+        most = max(FEWEST, held_at_once(self.memory, saved_bytes(model, inputs) // batch_size(inputs)))
         parts = split(start, alike(batch_size(start), most, FEWEST))
         scales = input_scales(model, inputs).scales
         moved: list[ExampleInputs] = []

@@ -193,8 +193,11 @@ def _cut(
 def _report(subject: Subject, planned: _Planned, restoration: Restoration, done: _Cut, clock: Clock) -> Report:
     """What was done, for people and machines."""
     selection, own = planned.selection, restoration.seconds
-    norms = len(norm_masks(selection))
+    kept = norm_masks(selection)
+    norms = sum(isinstance(key, str) for key in kept)
     statistics = f"{norms} layer norms take their statistics over the channels that stay" if norms else ""
+    others = len(kept) - norms
+    taken = f"{others} statistics in the model's own code are taken over the channels that stay" if others else ""
     pairs = zip(selection.choices, restoration.groups, strict=True)
     return Report(
         rows=tuple(_row(choice.group.width, len(choice.keep), restored) for choice, restored in pairs),
@@ -204,7 +207,7 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
         macs=done.macs,
         verified=done.verified,
         seconds={**{k: v for k, v in clock.seconds.items() if k != "restore" or not own}, **own},
-        notes=tuple(note for note in (*subject.why, *planned.notes, *restoration.notes, statistics) if note),
+        notes=tuple(note for note in (*subject.why, *planned.notes, *restoration.notes, statistics, taken) if note),
         assessment=restoration.assessment,
         held_out_errors=restoration.held_out_errors,
     )

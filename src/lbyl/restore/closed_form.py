@@ -111,10 +111,12 @@ def restore_by_delivery(restorer: Delivers, problem: RestorationProblem) -> Rest
 
 
 def with_ties(selection: Selection, rows: Sequence[Restored]) -> tuple[Restored, ...]:
-    """The rows, with a note where a layer could not be restored, for its weight makes the channels that it reads."""
+    """The rows, with a note where a layer that reads the channels could not be restored."""
     told = []
     for choice, row in zip(selection.choices, rows, strict=True):
-        names = [f"{slot.parameter} makes these channels and reads them: cut only" for slot in choice.group.tied]
+        makes = {producer.weight.parameter for producer in choice.group.producers}
+        how = {True: "makes these channels and reads them", False: "reads these channels in its own way"}
+        names = [f"{slot.parameter} {how[slot.parameter in makes]}: cut only" for slot in choice.group.tied]
         told.append(replace(row, note="; ".join(filter(None, [row.note, *names]))))
     return tuple(told)
 

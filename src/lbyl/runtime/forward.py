@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -20,7 +20,7 @@ from torch.nn import functional
 from lbyl.runtime.copying import call_with
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import FunctionInterceptor, Names, leading_arguments, names_by_id
-from lbyl.runtime.layer_norms import LookAheadNorms, MaskedLayerNorms, NormMasks
+from lbyl.runtime.layer_norms import LookAheadNorms, NormMasks, statistics_of_kept
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def run_intercepted(
     """
     names = names_by_id(model, values)
     ahead = LookAheadNorms(kept, names, foresee) if kept and foresee is not None else None
-    statistics = ahead or (MaskedLayerNorms(kept, names) if kept else nullcontext())
+    statistics = ahead or statistics_of_kept(model, kept or {}, names)
     calls = _LayerCalls(names, on_consumer, on_norm, batch_statistics, stop_after, ahead)
     try:
         with statistics, calls:

@@ -8,10 +8,11 @@ made of. :func:`module_hooks` tells when modules start and end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +61,11 @@ class OperatorInterceptor(Interceptor, TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.on_call(func, args, kwargs or {})
+
+
+def undivided() -> AbstractContextManager[Any]:
+    """Below autograd, where an operation that is made of others has not been taken apart yet."""
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def leading_arguments(args: Sequence[Any], kwargs: Mapping[str, Any], *names: str) -> tuple[Any, ...]:

@@ -14,20 +14,23 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lbyl.runtime.intercept import FunctionInterceptor, Names
+from lbyl.runtime.reductions import Reduction, masked_reductions
 
-NormMasks = Mapping[str, Bool[Tensor, " channels"]]
-"""Which channels stay, by the names of the weights of the layer norms that are taken over them."""
+NormMasks = Mapping[str | Reduction, Bool[Tensor, " channels"]]
+"""Which channels stay, by the names of the weights of the layer norms that are taken over them, or by what takes them
+together in a model's own code."""
 
 
 def masked_layer_norm(
@@ -90,6 +93,24 @@ class MaskedLayerNorms(FunctionInterceptor):
         """Compute the named layer norms anew; leave every other call alone."""
         found = normalized(func, args, kwargs, self.kept, self.names)
         return func(*args, **kwargs) if found is None else found
+
+
+@contextmanager
+def statistics_of_kept(model: nn.Module, kept: NormMasks, names: Names) -> Iterator[None]:
+    """While it is on, layer norms and other statistics of a model are taken over the channels that stay.
+
+    Args:
+        model: the network that runs.
+        kept: which channels stay.
+        names: the names of tensors by their ids; who replaces a tensor adds the new one.
+    """
+    reductions = {key: mask for key, mask in kept.items() if isinstance(key, Reduction)}
+    with ExitStack() as on:
+        if reductions:
+            on.enter_context(masked_reductions(model, reductions))
+        if len(kept) > len(reductions):
+            on.enter_context(MaskedLayerNorms(kept, names))
+        yield
 
 
 def normalized(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -16,7 +15,7 @@ from lbyl.errors import InputError
 from lbyl.runtime.contexts import plain_attention, undisturbed
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, outputs
-from lbyl.runtime.intercept import OperatorInterceptor
+from lbyl.runtime.intercept import OperatorInterceptor, undivided
 
 _FREE = {
     torch.ops.aten.adaptive_avg_pool2d,
@@ -87,11 +86,6 @@ def layer_macs(out: Tensor, products: int) -> int:
         products: how many products are summed up in one output: the weights in a filter.
     """
     return out.numel() * products
-
-
-def undivided() -> AbstractContextManager[Any]:
-    """Below autograd, where an operation that is made of others has not been taken apart yet."""
-    return torch._C._AutoDispatchBelowAutograd()
 
 
 @cache

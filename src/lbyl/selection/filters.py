@@ -249,8 +249,7 @@ def columns_second(weight: Tensor, slot: Slot) -> Tensor:
 
 
 def _rows(tensor: Tensor, slot: Slot, width: int) -> Tensor:
-    if slot.dim and tensor.dim() > 1:
-        tensor = tensor.movedim(slot.dim, 0)
+    tensor = _channels_first(tensor, slot)
     flat = tensor.detach().to(torch.float64, copy=True).reshape(tensor.shape[0], -1)
     if slot.channels == tuple(range(width)):
         return flat  # the usual case, and then no copy of a large weight is made
@@ -292,11 +291,20 @@ def _energy(
 
 def _powers(tensor: Tensor, slot: Slot, width: int, power: int) -> Float[Tensor, "channels occurrences"]:
     """The sum of ``|w|^p`` of each row of a weight, at the row's places in the group."""
-    if slot.dim and tensor.dim() > 1:
-        tensor = tensor.movedim(slot.dim, 0)
+    tensor = _channels_first(tensor, slot)
     flat = tensor.detach().reshape(tensor.shape[0], -1)
     sums = [_raised_(piece.to(torch.float64, copy=True), power).sum(1) for piece in few_rows(flat)]
     return _rows(torch.cat(sums), slot, width)
+
+
+def _channels_first(tensor: Tensor, slot: Slot) -> Tensor:
+    """A producer's weight, or what has one number a channel, with its channels first."""
+    if not slot.dim or tensor.dim() == 1:
+        return tensor
+    if slot.blocks == 1:
+        return tensor.movedim(slot.dim, 0)
+    # A transposed convolution with groups: the rows of each block make channels of their own.
+    return tensor.unflatten(0, (slot.blocks, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def few_rows(tensor: Tensor) -> Sequence[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
 from lbyl.graph import Graph
+from lbyl.graph.channel_means import attributes_with
 from lbyl.selection.select import Selection
 
 
@@ -74,8 +75,7 @@ def _constants(model: nn.Module, selection: Selection) -> Iterator[Attribute]:
         for average in choice.group.averages:
             if not average.eps:
                 continue
-            module = model.get_submodule(average.module)
-            names = [name for name, value in vars(module).items() if type(value) is float and value == average.eps]
+            names = attributes_with(model, average.module, average.eps)
             if len(names) != 1:
                 raise SurgeryError(
                     f"{average.module}: {len(names)} of its attributes hold {average.eps}, which it adds to a mean "
@@ -91,7 +91,9 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
     if isinstance(module, nn.modules.conv._ConvNd) and "weight" in before:
         assert isinstance(weight, Tensor)
         old, transposed = before["weight"], module.transposed
-        if module.groups > 1 and old.shape[1] == 1:  # depthwise: the number of groups is the width
+        if transposed and module.groups == old.shape[0]:  # depthwise: the number of groups is the width
+            module.groups = weight.shape[0]
+        elif not transposed and module.groups > 1 and old.shape[1] == 1:
             multiplier = old.shape[0] // module.groups
             if weight.shape[0] % multiplier:
                 raise SurgeryError(f"{path}: {weight.shape[0]} filters do not fit a channel multiplier of {multiplier}")
@@ -109,6 +111,10 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
         if module.num_groups > 1:  # groups go as a whole, and a single one gets narrower
             module.num_groups = module.num_groups * len(weight) // module.num_channels
         module.num_channels = len(weight)
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        last = "_l0" if isinstance(module, nn.RNNBase) else ""
+        module.input_size = module.get_parameter(f"weight_ih{last}").shape[1]
+        module.hidden_size = module.get_parameter(f"weight_hh{last}").shape[1]
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = len({**module._parameters, **module._buffers}[next(iter(before))])  # pyright: ignore
     else:
@@ -118,6 +124,7 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
 _WIDTHS = (
     "num_channels",
     "num_features",
+    "num_parameters",
     "in_features",
     "out_features",
     "in_channels",

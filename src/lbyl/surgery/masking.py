@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lbyl.graph import Slot
 from lbyl.runtime.layer_norms import NormMasks
+from lbyl.runtime.reductions import Reduction
 from lbyl.selection.filters import State, carrying, columns_second, few_rows, seats
 from lbyl.selection.select import Selection
-from lbyl.surgery.cuts import Cut
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,21 @@ def nothing_delivered(kept: int, dropped: int, note: str = "") -> Delivery:
 
 
 def with_masks(values: Mapping[str, Tensor], selection: Selection, state: State) -> dict[str, Tensor]:
-    """The values, with dropped channels zero from the start where a mean is taken over all channels of a group.
+    """The values, with dropped channels zero from the start where a mean or a product is taken over a whole group.
 
     So they are where a layer reads with the weight that makes the channels: it can't leave them out in another way.
     """
     changed = dict(values)
     for choice in selection.choices:
-        for slot in choice.group.carriers if choice.group.averages else choice.group.tied:
+        everywhere = choice.group.averages or choice.group.products
+        for slot in choice.group.carriers if everywhere else choice.group.tied:
             value = changed.get(slot.parameter, state[slot.parameter].detach()).clone()
             rows = carrying(slot, choice.group.width, choice.drop).to(value.device)
-            changed[slot.parameter] = value.index_fill_(slot.dim, rows.nonzero().flatten(), 0)
+            if slot.blocks > 1:
+                zero_columns(value, rows, slot.blocks)
+            else:
+                value.index_fill_(slot.dim, rows.nonzero().flatten(), 0)
+            changed[slot.parameter] = value
     return changed
 
 
@@ -141,20 +146,24 @@ def zero_columns(
     return weight
 
 
-def norm_masks(selection: Selection) -> dict[str, Bool[Tensor, " channels"]]:
-    """What stays at every layer norm over channels of which some go."""
-    kept: dict[str, Tensor] = {}
+def norm_masks(selection: Selection) -> dict[str | Reduction, Bool[Tensor, " channels"]]:
+    """What stays at every layer norm, and at other statistics, over channels of which some go."""
+    kept: dict[str | Reduction, Tensor] = {}
     for choice in selection.choices:
         names = {norm.weight for norm in choice.group.layer_norms}
         for slot in choice.group.carriers:
             if slot.parameter in names:
                 here = ~carrying(slot, choice.group.width, choice.drop)
                 kept[slot.parameter] = kept[slot.parameter] & here if slot.parameter in kept else here
+        for statistic in choice.group.statistics:
+            there = torch.tensor(statistic.channels)
+            here, key = ~torch.isin(there, torch.tensor(choice.drop)), statistic.reduction
+            kept[key] = kept[key] & here if key in kept else here
     return kept
 
 
-def still_masked(kept: NormMasks, cuts: Sequence[Cut]) -> dict[str, Bool[Tensor, " channels"]]:
+def still_masked(kept: NormMasks, part: Selection) -> dict[str | Reduction, Bool[Tensor, " channels"]]:
     """What stays of the channels that are left once a part of the selection is cut, where some are masked still."""
-    keep = {item.parameter: torch.tensor(item.keep) for item in cuts}
-    left = {name: mask[keep[name]] if name in keep else mask for name, mask in kept.items()}
+    cut = norm_masks(part)
+    left = {name: mask[cut[name]] if name in cut else mask for name, mask in kept.items()}
     return {name: mask for name, mask in left.items() if not bool(mask.all())}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from lbyl.runtime.contexts import plain_attention, undisturbed
 from lbyl.runtime.copying import apply_changes, copy_model, replacements_by_id, tensors_of
 from lbyl.runtime.float64 import LARGE, Float64Mode
 from lbyl.runtime.inputs import ExampleInputs, outputs
-from lbyl.runtime.layer_norms import MaskedLayerNorms, NormMasks
+from lbyl.runtime.layer_norms import NormMasks, statistics_of_kept
 from lbyl.runtime.macs import macs_by_shapes
 from lbyl.selection.select import Choice, Selection
 from lbyl.surgery.attributes import Attribute, plan_attributes
@@ -143,23 +143,19 @@ def _masked_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, si
 def _copied_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks) -> list[Tensor]:
     """The outputs of a copy that is widened as a whole."""
     wide = apply_changes(copy.deepcopy(model).eval().double(), silent)
-    with plain_attention(), _statistics(kept, _names(wide)), Float64Mode():
+    with plain_attention(), statistics_of_kept(wide, kept, _names(wide)), Float64Mode():
         return outputs(wide, inputs)
 
 
 def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks) -> list[Tensor]:
     names = _names(model)
-    statistics = _statistics(kept, names)
+    statistics = statistics_of_kept(model, kept, names)
     with undisturbed(model), _widened(model, names, silent), plain_attention(), statistics, Float64Mode():
         return outputs(model, inputs)
 
 
 def _names(model: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in tensors_of(model).items()}
-
-
-def _statistics(kept: NormMasks, names: dict[int, str]) -> AbstractContextManager[Any]:
-    return MaskedLayerNorms(kept, names) if kept else nullcontext()
 
 
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -441,7 +437,7 @@ def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribut
         cuts = plan_cuts(part)
         smaller = cut_copy(masked, cuts, attribute(part))
         # Layer norms over channels of the groups that are only masked go on without these.
-        kept = still_masked(reference.kept, cuts)
+        kept = still_masked(reference.kept, part)
         gap = difference(reference.outputs, _wide_outputs(smaller, reference.inputs, kept))
         if gap <= TOLERANCE and reference.thinned:
             _count(smaller, reference.whole)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like, output_shape
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.rules.mixing import mix
@@ -18,20 +18,24 @@ from lbyl.graph.union_find import NOBODY, compact, small, varies
 _Labeled = tuple[Tensor, str]
 
 
-def contract(builder: Builder, node: fx.Node, operands: Sequence[_Labeled], out: str) -> Tensor:
-    """Ids of a sum of products, in einsum's notation.
+def contract(
+    builder: Builder, node: fx.Node, operands: Sequence[_Labeled], out: str, shape: Sequence[int] | None = None
+) -> Tensor:
+    """Ids of a sum of products, in einsum's notation; ``shape`` is that of the result, the node's if there is none.
 
     Factors that meet in a product go together, and so do the terms of a sum. For attention that makes one
-    channel of every head: queries and keys meet along the head's inner axis, which is summed over.
+    channel of every head: queries and keys meet along the head's inner axis, which is summed over. Where there is a
+    single head, its channels stay apart: each is a term of the sum, which is gone if its factors are zero.
     """
+    whole_shape = output_shape(node) if shape is None else tuple(shape)
     layer = layer_name(node)
     if not any(bool(builder.ids.issued(small(shadow)).any()) for shadow, _ in operands):
-        return nobody_like(node)
+        return torch.full((), NOBODY).expand(whole_shape)
     operands = [(compact(builder.ids.find(shadow)), labels) for shadow, labels in operands]
     sizes = {x: n for shadow, labels in operands for x, n in zip(labels, shadow.shape, strict=True) if n > 1}
     moving = {x for shadow, labels in operands for d, x in enumerate(labels) if varies(shadow, d)}
     space = [x for x in sizes if x in moving]
-    shape = tuple(sizes[x] for x in space)
+    extent = tuple(sizes[x] for x in space)
     result = torch.zeros([1] * len(space), dtype=torch.int64)
     for shadow, labels in operands:
         own = [x for x in space if x in labels]
@@ -47,8 +51,15 @@ def contract(builder: Builder, node: fx.Node, operands: Sequence[_Labeled], out:
             result = merge(builder, "matmul", layer, view, result, whole) if view.numel() > 1 else view
         else:
             result = _together(builder, result, view, whole)
-    result = compact(result.expand(shape))
+    result = compact(builder.ids.find(result.expand(extent)))
     summed = [d for d, x in enumerate(space) if x not in out]
+    moved = [d for d in range(len(space)) if varies(result, d)]
+    if len(moved) == 1 and moved[0] in summed and _everywhere(operands, space[moved[0]]):
+        builder.products.append((small(result).reshape(-1), layer))
+        builder.step(small(result).reshape(-1), str(node.target).split(".")[1], layer, parametric=True)
+        return torch.full((), NOBODY).expand(whole_shape)
+    for shadow, _ in operands:
+        builder.joins.append((small(shadow).reshape(-1), f"they are multiplied with each other in {layer!r}"))
     result = builder.join(result, summed)
     for d in summed:
         result = result.narrow(d, 0, 1)
@@ -57,9 +68,14 @@ def contract(builder: Builder, node: fx.Node, operands: Sequence[_Labeled], out:
     places = [kept.index(x) for x in out if x in kept]
     result = result.permute(places)
     view = [sizes[x] if x in kept else 1 for x in out]
-    found = compact(builder.ids.find(result.reshape(view)).expand(output_shape(node)))
+    found = compact(builder.ids.find(result.reshape(view)).expand(whole_shape))
     builder.step(small(found).reshape(-1), str(node.target).split(".")[1], layer, parametric=True)
     return found
+
+
+def _everywhere(operands: Sequence[_Labeled], label: str) -> bool:
+    """Whether all factors that run along an axis have channels along it."""
+    return all(varies(shadow, labels.index(label)) for shadow, labels in operands if label in labels)
 
 
 def _together(builder: Builder, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -114,9 +130,30 @@ def einsum(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     names = terms.split(",")
     shadows = [_operand(builder, v, next((o for o in values if o is not v), None)) for v in values]
     plain = arrow and "." not in equation
+    if plain and len(values) == 2 and isinstance(values[0], Tensor) and isinstance(values[1], ParameterRef):
+        mixed = _mixed(builder, node, values[0], values[1], names, out)
+        if mixed is not None:
+            return mixed
     if not plain or any(shadow is None for shadow in shadows) or any(len(set(n)) < len(n) for n in names):
         return builder.barrier(node, args, f"einsum in {layer_name(node)!r}")
     return contract(builder, node, [(s, n) for s, n in zip(shadows, names, strict=True) if s is not None], out)
+
+
+def _mixed(
+    builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, names: list[str], out: str
+) -> Tensor | None:
+    """The result where the right factor is a matrix that mixes the left one's channels; None where it is not."""
+    read = [label for label in names[1] if label in names[0] and label not in out]
+    made = [label for label in names[1] if label in out and label not in names[0]]
+    if len(names[1]) != 2 or len(read) != 1 or len(made) != 1:
+        return None
+    ids = builder.channels(x, names[0].index(read[0]))
+    if ids is None or not bool(builder.ids.issued(ids).any()):
+        return None
+    builder.tie(weight.name, names[1].index(read[0]), ids)
+    dim, layer = names[1].index(made[0]), weight.name.rpartition(".")[0] or layer_name(node)
+    issued = builder.produce(node, layer, weight.name, None, weight.shape[dim], dim)
+    return builder.spread(issued, out.index(made[0]), output_shape(node))
 
 
 @rule("scaled_dot_product_attention")
@@ -131,9 +168,13 @@ def attention(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     if kwargs.get("enable_gqa") and q.dim() > 2:
         k, v = (part.repeat_interleave(q.shape[-3] // part.shape[-3], -3) for part in (k, v))
     lead = string.ascii_lowercase[: q.dim() - 2]
-    joined: list[_Labeled] = [(q, lead + "LE"), (k, lead + "SE"), (v, lead + "SF")]
+    factors: list[_Labeled] = [(q, lead + "LE"), (k, lead + "SE")]
+    if kwargs.get("scale") is None:
+        for part in (q, k):
+            builder.fix(part, [-1], f"attention in {layer_name(node)!r} divides by the root of their number")
     mask = builder.shadow(given.get("attn_mask"))
     if mask is not None and mask.dim() <= q.dim():
         mask = mask.reshape([1] * (q.dim() - mask.dim()) + list(mask.shape))
-        joined.append((mask, lead + "LS"))
-    return contract(builder, node, joined, lead + "LF")
+        factors.append((mask, lead + "LS"))
+    scores = contract(builder, node, factors, lead + "LS", (*q.shape[:-1], k.shape[-2]))
+    return contract(builder, node, [(scores, lead + "LS"), (v, lead + "SF")], lead + "LF")

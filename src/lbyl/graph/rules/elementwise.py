@@ -18,6 +18,8 @@ _SILENT = (
     "detach",
     "dropout",
     "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
     "to",
     "type_as",
     "lift_fresh_copy",
@@ -35,10 +37,14 @@ def unchanged(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     "hardswish", "hardsigmoid", "log_sigmoid", "softplus", "softsign", "clamp", "clamp_min", "clamp_max", "abs",
     "neg", "exp", "log", "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "erf", "sign", "hardshrink",
     "softshrink", "threshold", "nan_to_num", "zero", "fill", "exp2", "expm1", "log1p", "floor", "ceil", "round",
-    "isnan", "isinf", "logical_not", "bitwise_not", "tril", "triu",
+    "isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "tril", "triu", "rrelu", "clip", "absolute", "negative",
+    "positive", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "logit", "trunc",
+    "frac", "sgn", "log2", "log10", "real", "imag", "angle", "conj", "conj_physical", "resolve_conj", "resolve_neg",
 )  # fmt: skip
 def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """y = f(x), element by element."""
+    """y = f(x), element by element; bounds may be tensors."""
+    if len(_operands(args, kwargs)) > 1:
+        return combine(builder, node, args, kwargs)
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -49,12 +55,14 @@ def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 @rule(
     "add", "sub", "rsub", "mul", "div", "maximum", "minimum", "pow", "prelu", "where", "lerp", "addcmul", "addcdiv",
     "masked_fill", "eq", "ne", "gt", "lt", "ge", "le", "logical_and", "logical_or", "bitwise_and", "bitwise_or",
-    "remainder", "floor_divide", "fmod", "atan2",
+    "remainder", "floor_divide", "fmod", "atan2", "multiply", "divide", "true_divide", "subtract", "fmax", "fmin",
+    "logaddexp", "xlogy", "heaviside", "copysign", "hypot", "float_power", "logical_xor", "bitwise_xor", "complex",
+    "polar",
 )  # fmt: skip
 def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """y = f(a, b, ...): channels that meet at one element belong together."""
     name = str(node.target).split(".")[1].rstrip("_")
-    operands = [arg for arg in args if isinstance(arg, Tensor | ParameterRef)]
+    operands = _operands(args, kwargs)
     shadows = [builder.shadow(operand) for operand in operands]
     if not shadows or any(shadow is None for shadow in shadows):
         return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
@@ -73,6 +81,10 @@ def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     return result
 
 
+def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | ParameterRef]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | ParameterRef)]
+
+
 def merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Make one channel of what meets at an element of two values that broadcast to ``shape``."""
     a, b = _lift(builder, a, b, len(shape), layer), _lift(builder, b, a, len(shape), layer)
@@ -86,8 +98,9 @@ def merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: 
     numbers = torch.unique(a.reshape(-1) * count + b.reshape(-1))
     pairs = torch.stack([numbers // count, numbers % count], 1)
     left, right = builder.ids.find(pairs).unbind(1)
-    if name in ("add", "sub", "rsub", "lerp", "addcmul"):
-        summed = (left != right) & builder.ids.issued(left) & builder.ids.issued(right)
+    if name in ("add", "sub", "subtract", "rsub", "lerp", "addcmul"):
+        # One layer's own channels may be added up (rotary positions): that is no residual stream.
+        summed = builder.ids.different_makers(left, right)
         builder.sums.append(pairs[summed].reshape(-1))
     builder.ids.union(left, right)
     return torch.where(a == NOBODY, b, a).expand(shape)

@@ -31,7 +31,7 @@ def mix(
         # It mixes positions, the same way for every channel (the token mixing of MLP-Mixer).
         builder.step(small(x).reshape(-1), "linear over positions", _layer(node, weight))
         return x.narrow(-1, 0, 1).expand(output_shape(node))
-    ids = builder.channels(x, -1)
+    ids = builder.gather(x, -1)
     if ids is None:
         return builder.barrier(node, [x, weight], f"linear in {layer_name(node)!r} on mixed axes")
     layer, bias_name = _layer(node, weight), bias.name if bias else None
@@ -76,20 +76,45 @@ def transposed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
     blocks = _argument(args, kwargs, 6, "groups", 1)
     op = str(node.target).split(".")[1]
-    known = isinstance(x, Tensor) and isinstance(weight, ParameterRef) and isinstance(bias, ParameterRef | None)
-    ids = builder.channels(x, x.dim() - len(weight.shape) + 1) if known else None
-    if ids is None or (blocks > 1 and (weight.shape[1] != 1 or weight.shape[0] != blocks)):
-        return builder.barrier(node, args, f"grouped {op} in {layer_name(node)!r}")
+    if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
+        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a computed weight")
+    ids = builder.gather(x, x.dim() - len(weight.shape) + 1)
+    if ids is None:
+        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} on mixed axes")
     axis, layer, bias_name = x.dim() - len(weight.shape) + 1, _layer(node, weight), bias.name if bias else None
-    if blocks > 1:
+    if blocks > 1 and weight.shape[0] == blocks:
         builder.step(ids, f"depthwise {op}", layer, parametric=True)
-        out = builder.slot(weight.name, 0, ids, "carrier")
+        out = builder.slot(weight.name, 0, ids, "carrier").repeat_interleave(weight.shape[1])
         if bias_name:
             builder.slot(bias_name, 0, out, "carrier")
+    elif blocks > 1:
+        builder.tie(weight.name, 0, ids)
+        out = builder.produce(node, layer, weight.name, bias_name, weight.shape[1] * blocks, 1, blocks)
+        builder.equal += [(ids, blocks), (out, blocks)]
     else:
         builder.read(layer, weight.name, bias_name, op, ids, dim=0)
         out = builder.produce(node, layer, weight.name, bias_name, weight.shape[1], 1)
     return builder.spread(out, axis, output_shape(node))
+
+
+@rule("deform_conv2d")
+def deformed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Deformable convolution (torchvision): a convolution that reads where other values say."""
+    x, weight, offset, mask, bias = args[:5]
+    blocks, parts = args[11:13]
+    if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
+        return builder.barrier(node, args, f"deform_conv2d in {layer_name(node)!r} with a computed weight")
+    ids = builder.gather(x, 1)
+    if ids is None or blocks > 1 or parts > 1:
+        what = "on mixed axes" if ids is None else "with groups"
+        return builder.barrier(node, args, f"deform_conv2d in {layer_name(node)!r} {what}")
+    for places in (offset, mask):
+        if isinstance(places, Tensor):
+            builder.pin(places, f"they tell deform_conv2d in {layer_name(node)!r} where to read")
+    bias_name = bias.name if isinstance(bias, ParameterRef) else None
+    builder.tie(weight.name, 1, ids)
+    out = builder.produce(node, _layer(node, weight), weight.name, bias_name, weight.shape[0])
+    return builder.spread(out, 1, output_shape(node))
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -102,7 +127,7 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
         builder.computed.append(layer_name(node))
         return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a computed weight")
     axis = x.dim() - len(weight.shape) + 1
-    ids = builder.channels(x, axis)
+    ids = builder.gather(x, axis)
     if ids is None:
         return builder.barrier(node, args, f"{op} in {layer_name(node)!r} on mixed axes")
     layer, bias_name, shape = _layer(node, weight), bias.name if bias else None, output_shape(node)

@@ -14,7 +14,7 @@ from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 
 @rule(
-    "permute", "transpose", "t", "unsqueeze", "squeeze", "expand_as", "flip", "movedim", "swapaxes", "roll", "numpy_T",
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "flip", "movedim", "swapaxes", "roll", "numpy_T",
     "broadcast_to", "pixel_unshuffle", "repeat_interleave",
 )  # fmt: skip
 def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -38,6 +38,21 @@ def reshape(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
         builder.shaped(x.reshape(x.shape[0], args[1], -1, *x.shape[2:]), node)
     builder.shaped(result, node)
     return result
+
+
+@rule("expand_as")
+def expand_as(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Copies along the axes of another value, and as many as that one has once it is cut."""
+    x, other = builder.shadow(args[0]), builder.shadow(args[1])
+    if x is None or other is None:
+        return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
+    if bool((small(x) != NOBODY).any()):
+        return compact(x.expand(other.shape))
+    x = x.reshape([1] * (other.dim() - x.dim()) + list(x.shape))
+    for d in range(other.dim()):
+        if x.shape[d] == other.shape[d]:
+            other = other.narrow(d, 0, 1)
+    return compact(other.expand(output_shape(node)))
 
 
 @rule("expand", "repeat", "tile")
@@ -126,7 +141,7 @@ def pick(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
 def pixel_shuffle(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Channels become space: those that make one output channel go together."""
     x, factor = args[0], args[1]
-    ids = builder.channels(x, -3) if isinstance(x, Tensor) else None
+    ids = builder.gather(x, -3) if isinstance(x, Tensor) else None
     if ids is None:
         return builder.barrier(node, args, f"pixel_shuffle in {layer_name(node)!r} on mixed axes")
     joined = builder.join(ids.reshape(-1, factor**2), [1])[:, 0]
@@ -146,6 +161,7 @@ def cat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
         shadows = [shadow.unsqueeze(dim) for shadow in shadows]
     shadows = [compact(builder.ids.find(shadow)) for shadow in shadows if shadow.shape != (0,)]
     dim %= shadows[0].dim()
+    shadows = [shadow for shadow in shadows if shadow.shape[dim]] or shadows[:1]
     if any(varies(shadow, d) for shadow in shadows for d in range(shadow.dim()) if d != dim):
         shadows = _aligned(builder, shadows, dim, layer_name(node))
     result = compact(torch.cat(shadows, dim))
@@ -205,18 +221,47 @@ def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     return compact(x[places])
 
 
-@rule(
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "new_zeros",
-    "new_ones",
-    "zeros",
-    "ones",
-    "full",
-    "arange",
-    "empty",
-)
+@rule("im2col")
+def unfold(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Patches become channels: each channel is repeated, one after the other for every tap."""
+    x, kernel = args[0], args[1]
+    ids = builder.gather(x, -3) if isinstance(x, Tensor) else None
+    if ids is None:
+        return builder.barrier(node, args, f"unfold in {layer_name(node)!r} on mixed axes")
+    return builder.spread(ids.repeat_interleave(kernel[0] * kernel[1]), -2, output_shape(node))
+
+
+@rule("col2im")
+def fold(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Channels become patches: those that are the taps of one output channel go together."""
+    x, kernel = args[0], args[2]
+    ids = builder.gather(x, -2) if isinstance(x, Tensor) else None
+    if ids is None:
+        return builder.barrier(node, args, f"fold in {layer_name(node)!r} on mixed axes")
+    joined = builder.join(ids.reshape(-1, kernel[0] * kernel[1]), [1])[:, 0]
+    return builder.spread(joined, -3, output_shape(node))
+
+
+@rule("unfold")
+def windows(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Windows along an axis that carries no channels; places within a window make a new last axis."""
+    x = builder.shadow(args[0])
+    if x is None:
+        return builder.barrier(node, args, "unfold on a value that the trace can't follow")
+    dim, x = args[1] % x.dim(), compact(builder.ids.find(x))
+    if varies(x, dim):
+        return builder.barrier(node, args, f"unfold along channels in {layer_name(node)!r}")
+    return x.narrow(dim, 0, 1).unsqueeze(-1).expand(output_shape(node))
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+def like(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A value that is as wide as another one, also once that is cut."""
+    x = builder.shadow(args[0])
+    return constant(builder, node, args, kwargs) if x is None else x
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "arange", "empty", "rand", "randn")
 def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A value made from a shape alone."""
     return torch.full((), NOBODY, dtype=torch.int64).expand(output_shape(node))

@@ -17,12 +17,18 @@ def batch_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     """y = gamma (x - mean) / sqrt(var + eps) + beta, a map of each channel by itself."""
     x, *tensors = args[:5]
     axis = 1
-    ids = builder.channels(x, axis) if isinstance(x, Tensor) else None
-    if ids is None or not all(isinstance(t, ParameterRef | None) for t in tensors) or tensors[2] is None:
-        return builder.barrier(node, args, f"batch_norm in {layer_name(node)!r} without running statistics")
+    ids = builder.gather(x, axis) if isinstance(x, Tensor) else None
+    if ids is None or not all(isinstance(t, ParameterRef | None) for t in tensors):
+        what = "on mixed axes" if ids is None else "with computed tensors"
+        return builder.barrier(node, args, f"batch_norm in {layer_name(node)!r} {what}")
     for tensor in tensors:
         if tensor is not None:
             builder.slot(tensor.name, 0, ids, "carrier")
+    x = builder.spread(ids, axis, x.shape)
+    if tensors[2] is None:  # statistics of the batch, each channel by itself
+        _remembered(builder, node, x, tensors)
+        builder.step(ids, "batch_norm", layer_name(node), parametric=True)
+        return x
     gamma, beta, mean, var = (tensor.name if tensor else None for tensor in tensors)
     layer = (mean or "").rpartition(".")[0]
     producer = builder.follow(node)
@@ -34,6 +40,12 @@ def batch_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     else:
         builder.step(ids, "batch_norm", layer, parametric=True)
     return x
+
+
+def _remembered(builder: Builder, node: fx.Node, x: Tensor, tensors: list[Any]) -> None:
+    """A norm without tensors of its own, whose sizes would tell, may remember its width."""
+    if not any(tensors):
+        builder.shaped(x, node)
 
 
 @rule("layer_norm")
@@ -86,7 +98,7 @@ def group_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     """
     x, blocks = args[0], args[1]
     tensors = [args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias"))]
-    ids = builder.channels(x, 1) if isinstance(x, Tensor) else None
+    ids = builder.gather(x, 1) if isinstance(x, Tensor) else None
     if ids is None or not all(isinstance(t, ParameterRef | None) for t in tensors):
         return builder.barrier(node, args, f"group_norm in {layer_name(node)!r} on mixed axes")
     weight = tensors[0]
@@ -99,8 +111,10 @@ def group_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     if blocks == 1 and isinstance(weight, ParameterRef):
         builder.layer_norms.append((ids, LayerNorm(layer_name(node), weight.name)))
         builder.step(ids, "group_norm", layer_name(node), parametric=True)
-        return x
-    rows = builder.join(ids.reshape(blocks, -1), [1])
+        return builder.spread(ids, 1, x.shape)
+    _remembered(builder, node, x.unflatten(1, (blocks, -1)), tensors)
+    _remembered(builder, node, x, tensors)
+    rows = builder.join(ids.reshape(blocks, -1), [1], f"group_norm {layer_name(node)!r} takes statistics over them")
     builder.step(rows.reshape(-1), "group_norm", layer_name(node), parametric=True)
     return builder.spread(builder.ids.find(ids), 1, x.shape)
 
@@ -109,11 +123,12 @@ def group_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
 def instance_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Statistics of each channel by itself."""
     x, *tensors = args[:5]
-    ids = builder.channels(x, 1) if isinstance(x, Tensor) else None
+    ids = builder.gather(x, 1) if isinstance(x, Tensor) else None
     if ids is None or not all(isinstance(t, ParameterRef | None) for t in tensors):
         return builder.barrier(node, args, f"instance_norm in {layer_name(node)!r} on mixed axes")
     for tensor in tensors:
         if tensor is not None:
             builder.slot(tensor.name, 0, ids, "carrier")
+    _remembered(builder, node, builder.spread(ids, 1, x.shape), tensors)
     builder.step(ids, "instance_norm", layer_name(node), parametric=True)
-    return x
+    return builder.spread(ids, 1, x.shape)

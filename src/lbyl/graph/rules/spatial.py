@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx
 
 from lbyl.graph import channel_means as averages
-from lbyl.graph.builder import Builder, layer_name, nobody_like, output_shape
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like, output_shape
 from lbyl.graph.rules import rule
-from lbyl.graph.union_find import compact, small, varies
+from lbyl.graph.rules.elementwise import combine
+from lbyl.graph.union_find import NOBODY, compact, small, varies
 
-_POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)]
-_RESAMPLE = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "bilinear2d", "bicubic2d", "trilinear3d")]
+_POOLS = [
+    *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
+    *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
+    *(f"fractional_max_pool{n}d" for n in (2, 3)),
+]
+_RESAMPLE = [
+    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d")),
+    *(f"_upsample_{kind}" for kind in ("nearest_exact1d", "nearest_exact2d", "nearest_exact3d")),
+    *(f"_upsample_{kind}" for kind in ("bilinear2d_aa", "bicubic2d_aa", "lanczos2d_aa")),
+    "upsample_trilinear3d",
+]
 
 
 @rule(*_POOLS, *_RESAMPLE)
@@ -25,19 +36,82 @@ def pool(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     x = args[0]
     if not isinstance(x, Tensor):
         return builder.barrier(node, args, f"{name} on a value that the trace can't follow")
-    x, shape = compact(builder.ids.find(x)), output_shape(node)
-    spatial = range(x.dim() - int(match[1]), x.dim())
-    if any(varies(x, d) for d in spatial):
-        return builder.barrier(node, args, f"{name} over channels in {layer_name(node)!r}")
-    for d in spatial:
+    return _each_alone(builder, node, x, range(-int(match[1]), 0))
+
+
+def _each_alone(builder: Builder, node: fx.Node, x: Tensor, dims: Iterable[int]) -> Any:
+    """The result where every channel is worked on by itself along some axes."""
+    name, x = str(node.target).split(".")[1], compact(builder.ids.find(x))
+    dims = {d % x.dim() for d in dims}
+    if any(varies(x, d) for d in dims):
+        if not any(varies(x, d) for d in range(x.dim()) if d not in dims) or bool((small(x) == NOBODY).any()):
+            return builder.barrier(node, [x], f"{name} over channels in {layer_name(node)!r}")
+        x = compact(builder.ids.find(builder.join(x, dims)))
+    for d in dims:
         x = x.narrow(d, 0, 1)
-    builder.step(x.reshape(-1), name, layer_name(node))
-    return x.expand(shape)
+    builder.step(small(x).reshape(-1), name, layer_name(node))
+    return _results(node, x)
+
+
+def _results(node: fx.Node, x: Tensor) -> Any:
+    """Shadows of what a node returns, given one that is a single index long along the axes that were worked on."""
+    val = node.meta["val"]
+    if isinstance(val, Tensor):
+        return x.expand(val.shape) if val.dim() == x.dim() else x.reshape(val.shape)
+    return [x.expand(item.shape) if item.dim() == x.dim() else x.reshape(item.shape) for item in val]
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def sample(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Each channel is read at places that another value holds, two or three numbers a place."""
+    x, grid = args[:2]
+    if not isinstance(x, Tensor):
+        return builder.barrier(
+            node, args, f"grid_sampler in {layer_name(node)!r} on a value that the trace can't follow"
+        )
+    if isinstance(grid, Tensor):
+        builder.pin(grid, f"they are places at which grid_sampler in {layer_name(node)!r} reads")
+    return _each_alone(builder, node, x, range(2, x.dim()))
+
+
+@rule(
+    *(f"fft_{way}{kind}" for way in ("", "i") for kind in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn", "fftshift"))
+)
+def fft(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Fourier transforms along axes that carry no channels: each channel by itself."""
+    name, x = str(node.target).split(".")[1], args[0]
+    if not isinstance(x, Tensor):
+        return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
+    position = 1 if name.endswith("shift") else 2
+    usual = None if name.endswith(("n", "shift")) else (-2, -1) if name.endswith("2") else -1
+    dims = args[position] if len(args) > position else kwargs.get("dim", usual)
+    dims = range(x.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+    return _each_alone(builder, node, x, dims)
+
+
+@rule("view_as_real", "view_as_complex")
+def parts(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Real and imaginary part along a last axis of two, or both in one number."""
+    x, name = builder.shadow(args[0]), str(node.target).split(".")[1]
+    if x is None:
+        return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
+    if name == "view_as_real":
+        return x.unsqueeze(-1).expand(output_shape(node))
+    return builder.join(x, [-1])[..., 0]
+
+
+_OF_THOSE_THAT_STAY = (
+    "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
+    "logsumexp", "prod", "median", "aminmax",
+)  # fmt: skip
+"""What can be taken over fewer channels, and is the same when some are zero, or as good."""
 
 
 @rule(
     "mean", "sum", "amax", "amin", "var", "std", "norm", "logsumexp", "linalg_vector_norm", "max", "min", "softmax",
-    "_softmax", "log_softmax", "cumsum",
+    "_softmax", "log_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "prod", "sort", "argsort",
+    "median", "nanmedian", "mode", "kthvalue", "topk", "argmax", "argmin", "any", "all", "count_nonzero", "nansum",
+    "nanmean", "aminmax", "var_mean", "std_mean",
 )  # fmt: skip
 def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What takes several elements along some axes together keeps channels apart that run along other axes.
@@ -45,27 +119,28 @@ def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     Where channels run along both (radix splits, heads), those that are taken together go together.
     """
     name, x = str(node.target).split(".")[1], args[0]
-    position = 2 if name in ("linalg_vector_norm", "norm") else 1
-    dims = args[position] if len(args) > position else kwargs.get("dim")
+    if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor | ParameterRef):
+        return combine(builder, node, args, kwargs)
+    position = 2 if name in ("linalg_vector_norm", "norm", "kthvalue", "topk") else 1
+    usual = -1 if name in ("sort", "argsort", "kthvalue", "topk", "mode") else None
+    dims = args[position] if len(args) > position else kwargs.get("dim", usual)
+    dims = usual if isinstance(dims, bool) else dims
     if not isinstance(x, Tensor) or dims is None or isinstance(dims, Tensor):
         return builder.barrier(node, args, f"{name} over all axes in {layer_name(node)!r}")
     x = compact(builder.ids.find(x))
     dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
     if any(varies(x, d) for d in dims):
         if not any(varies(x, d) for d in range(x.dim()) if d not in dims):
-            if name == "mean" and sum(varies(x, d) for d in dims) == 1:
-                averages.start(builder, node, small(x).reshape(-1))
+            along = [d for d in dims if varies(x, d)]
+            if name == "mean" and len(along) == 1:
+                averages.start(builder, node, small(x).reshape(-1), along[0])
+                return nobody_like(node)
+            if name in _OF_THOSE_THAT_STAY and len(along) == 1:
+                builder.statistics[builder.reduction(node, along[0])] = small(x).reshape(-1)
                 return nobody_like(node)
             return builder.barrier(node, args, f"{name} over channels in {layer_name(node)!r}")
         x = compact(builder.ids.find(builder.join(x, dims)))
     builder.step(small(x).reshape(-1), name, layer_name(node))
-    result = node.meta["val"]
-    if not isinstance(result, Tensor):
-        for d in dims:
-            x = x.narrow(d, 0, 1)
-        return [x.reshape(tuple(item.shape)) for item in result]
-    if tuple(result.shape) == tuple(x.shape):
-        return x
     for d in dims:
         x = x.narrow(d, 0, 1)
-    return x.reshape(output_shape(node))
+    return _results(node, x)

@@ -1,0 +1,100 @@
+"""Recurrent layers: what they read, and the width of their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from lbyl.graph.builder import Builder, ParameterRef, layer_name
+from lbyl.graph.rules import rule
+from lbyl.graph.union_find import compact, small, varies
+
+_GATES = {"lstm": 4, "gru": 3}
+"""How many rows the weights have for each unit of the state; other layers have one."""
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Layers over a sequence. All of them have states of one width, in both directions, so these go together."""
+    op, where = str(node.target).split(".")[1], layer_name(node)
+    x, state, parameters = args[:3]
+    if not isinstance(parameters, (list, tuple)) or not isinstance(x, Tensor):
+        return builder.barrier(node, args, f"{op} in {where!r} on packed sequences")
+    has_biases, layers, _, _, bidirectional, _ = args[3:9]
+    directions, each = 2 if bidirectional else 1, 4 if has_biases else 2
+    if len(parameters) != layers * directions * each or not all(isinstance(p, ParameterRef) for p in parameters):
+        return builder.barrier(node, args, f"{op} in {where!r} with projections or computed weights")
+    ids = builder.gather(x, -1)
+    if ids is None:
+        return builder.barrier(node, args, f"{op} in {where!r} on mixed axes")
+    names, units = iter(parameters), None
+    for _ in range(layers):
+        made = None
+        for _ in range(directions):
+            made = _layer(builder, node, op, ids, [next(names) for _ in range(each)], units)
+            units = made
+        assert made is not None
+        ids = made.repeat(directions)
+    assert units is not None
+    _start(builder, node, state, units)
+    builder.step(units, op, where, parametric=True)
+    shapes = [item.shape for item in node.meta["val"]]
+    return [builder.spread(ids, -1, shapes[0]), *(builder.spread(units, -1, shape) for shape in shapes[1:])]
+
+
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One step of a recurrent layer."""
+    op, where = str(node.target).split(".")[1].removesuffix("_cell"), layer_name(node)
+    x, state, *parameters = args[:6]
+    if not isinstance(x, Tensor) or not all(isinstance(p, ParameterRef) for p in parameters if p is not None):
+        return builder.barrier(node, args, f"{op} cell in {where!r} with computed weights")
+    ids = builder.gather(x, -1)
+    if ids is None:
+        return builder.barrier(node, args, f"{op} cell in {where!r} on mixed axes")
+    units = _layer(builder, node, op, ids, [p for p in parameters if p is not None], None)
+    _start(builder, node, state, units)
+    builder.step(units, op, where, parametric=True)
+    val = node.meta["val"]
+    if isinstance(val, Tensor):
+        return builder.spread(units, -1, val.shape)
+    return [builder.spread(units, -1, item.shape) for item in val]
+
+
+def _layer(
+    builder: Builder, node: fx.Node, op: str, ids: Tensor, parameters: Sequence[ParameterRef], units: Tensor | None
+) -> Tensor:
+    """Read some channels and make the units of a state; ``units`` are those that they are the same as."""
+    from_input, from_state, *biases = parameters
+    bias = biases[0].name if biases else None
+    builder.tie(from_input.name, 1, ids)
+    layer = from_input.name.rpartition(".")[0] or layer_name(node)
+    rows = builder.produce(node, layer, from_input.name, bias, from_input.shape[0])
+    builder.pure.pop(node, None)
+    made = builder.join(rows.reshape(_GATES.get(op, 1), -1), [0])[0]
+    if units is not None:
+        builder.ids.union(made, units)
+    builder.slot(from_state.name, 0, rows, "carrier")
+    builder.tie(from_state.name, 1, made)
+    for other in biases[1:]:
+        builder.slot(other.name, 0, rows, "carrier")
+    return builder.ids.find(made)
+
+
+def _start(builder: Builder, node: fx.Node, state: Any, units: Tensor) -> None:
+    """The state that a sequence begins with, which is as wide as the one that it ends with."""
+    for value in _tensors(state):
+        if not bool(builder.ids.issued(small(value)).any()):
+            continue
+        value = compact(builder.ids.find(value))
+        if any(varies(value, d) for d in range(value.dim() - 1)):
+            builder.pin(value, f"they begin the state of {layer_name(node)!r}, in a pattern")
+        builder.ids.union(units.expand(value.shape), value)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    for value in state if isinstance(state, (list, tuple)) else [state]:
+        if isinstance(value, Tensor):
+            yield value

@@ -1,0 +1,87 @@
+"""Statistics that a model's own code takes over channels of which some are dropped: over those that stay.
+
+A layer norm or a pixel norm written by hand, a normalization over channels, the mean and maximum of spatial attention:
+one operation takes the channels at a place together. Zeros at dropped channels would change a mean or a maximum. So
+the masked network that a cut is compared with leaves them out there, as the cut one does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """An operation that takes what stands along an axis together, by where and how often a model has called it.
+
+    Attributes:
+        module: the path of the innermost module that runs it.
+        op: its ATen name.
+        call: how many calls of this operation came before it in this module during one forward pass.
+        dim: the axis.
+    """
+
+    module: str
+    op: str
+    call: int
+    dim: int
+
+
+def aten_name(func: Any) -> str:
+    """The name of an operation without namespace and overload."""
+    schema = getattr(func, "_schema", None)
+    return schema.name.split("::")[1] if schema else getattr(func, "__name__", str(func))
+
+
+@contextmanager
+def masked_reductions(model: nn.Module, kept: Mapping[Reduction, Bool[Tensor, " channels"]]) -> Iterator[None]:
+    """While it is on, one forward pass of the model takes these reductions over the channels that stay.
+
+    Args:
+        model: the network that runs.
+        kept: which channels stay, for each of them.
+    """
+    path: list[str] = []
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        path.append(name)
+
+    def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        path.pop()
+
+    modules = dict(model.named_modules())
+    with (
+        module_hooks(modules, enter, leave, enter_first=True),
+        undivided(),
+        _Reductions(kept, lambda: path[-1] if path else ""),
+    ):
+        yield
+
+
+class _Reductions(OperatorInterceptor):
+    def __init__(self, kept: Mapping[Reduction, Tensor], where: Callable[[], str]) -> None:
+        super().__init__()
+        self.kept, self.where = kept, where
+        self.ops = {reduction.op for reduction in kept}
+        self.calls: Counter[tuple[str, str]] = Counter()
+
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = aten_name(func)
+        if name in self.ops:
+            place = self.where(), name
+            number, self.calls[place] = self.calls[place], self.calls[place] + 1
+            for dim in range(args[0].dim()):
+                mask = self.kept.get(Reduction(*place, number, dim))
+                if mask is not None and mask.numel() == args[0].shape[dim]:
+                    stay = mask.nonzero().flatten().to(args[0].device)
+                    return func(args[0].index_select(dim, stay), *args[1:], **kwargs)
+        return func(*args, **kwargs)
