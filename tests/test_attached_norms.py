@@ -91,11 +91,12 @@ class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.again, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.wide, self.narrow = nn.Linear(8, 16), nn.Linear(16, 8)
         self.twin = nn.Linear(8, 8)
         self.twin.weight = self.again.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.inner(torch.relu(self.inner(x))))
+        x = self.narrow(torch.relu(self.wide(torch.relu(self.inner(torch.relu(self.inner(x)))))))
         return self.last(torch.relu(self.twin(torch.relu(self.again(x)))))
 
 

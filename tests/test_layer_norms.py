@@ -490,8 +490,8 @@ def test_the_assessment_is_of_the_network_that_comes_out(trained: tuple[nn.Modul
     model, source = trained
     x, _ = source.data(train=True)
     settings = lbyl.LeastSquares(moments=lbyl.Data([x[:64], x[64:128]]))
-    result = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=settings)
-    pruned = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore="prune")
+    result = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=settings, criterion="l2")
+    pruned = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore="prune", criterion="l2")
     probes = lbyl.Data([x[:64], x[64:128]]).probes(model, ExampleInputs.of(x[:1]), torch.Generator(), None)
     with torch.no_grad():
         expected = probes.held_out.call(model)
