@@ -209,6 +209,11 @@ def fashion_mnist(data: Path) -> Images:
     return _read(data / "data" / "fashion_mnist_test.npz", (0.5,), (0.5,))
 
 
+def digits() -> Images:
+    """Scikit-learn's digits but those that the examples hold out."""
+    return Images(*_example("digits.network").data(train=True))
+
+
 def held_out_digits() -> Images:
     """The 597 of scikit-learn's digits that the examples hold out."""
     return Images(*_example("digits.network").data())
