@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lbyl.graph.program import Program
 from lbyl.runtime.contexts import plain_attention
-from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
 from lbyl.runtime.intercept import OperatorInterceptor, module_hooks
 from lbyl.runtime.macs import MacCounter, undivided
 
@@ -44,12 +44,14 @@ def record(model: nn.Module, inputs: ExampleInputs) -> Program:
 
 def _record(model: nn.Module, inputs: ExampleInputs, counter: MacCounter) -> Program:
     recorder = _Recorder(model)
-    own = inputs.map(torch.clone)
+    own = inputs.cloned()
     for tensor in own.tensors():
         recorder.place(tensor, depends=True)
     with torch.no_grad(), plain_attention(), recorder.following(model), undivided(), counter, recorder:
         found = own.call(model)
-    return recorder.finish(output_tensors(found), counter.total)
+    tensors = output_tensors(found)
+    check_output(tensors, found)
+    return recorder.finish(tensors, counter.total)
 
 
 class _Recorder(OperatorInterceptor):

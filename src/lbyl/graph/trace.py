@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from lbyl.errors import InputError
 from lbyl.graph import channel_means
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
 from lbyl.graph.exported import export
@@ -39,10 +40,13 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
 
     Raises:
         TraceError: ``torch.export`` refused the model.
+        InputError: the model returns no tensor.
     """
     try:
         with uncollected(), undisturbed(model):  # what the run leaves in caches would be constants to `torch.export`
             program = record(model, inputs)
+    except InputError:  # it returns no tensor
+        raise
     except Exception:  # whatever it is, `torch.export` says whether the model can be traced, and if not, why
         program = export(model, inputs)
     with uncollected():

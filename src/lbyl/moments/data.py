@@ -54,7 +54,7 @@ class Data:
 def _check(model: nn.Module, batch: ExampleInputs, inputs: ExampleInputs) -> None:
     try:
         with torch.no_grad():
-            batch.call(model)
+            batch.cloned().call(model)
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

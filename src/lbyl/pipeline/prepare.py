@@ -160,6 +160,7 @@ def prepare(
     check_module(model)
     inputs = ExampleInputs.of(example_inputs)
     check_weights(model)
+    check_values(inputs)
     with clock("trace"):
         traced = trace_model(model, inputs, request.strict, submodule)
     if traced.graph is not None:
@@ -176,16 +177,40 @@ def check_module(model: object) -> None:
         raise InputError(f"model is {kind}; pass a torch.nn.Module with its weights loaded")
 
 
+_HUGE = 1e18
+"""Squares of larger numbers are infinite in float32."""
+
+
 def check_weights(model: nn.Module) -> None:
-    """Raise InputError for weights that nothing can be restored from."""
+    """Raise InputError for weights and statistics that nothing can be restored from."""
+    buffers = dict(model.named_buffers())
     for name, tensor in tensors_of(model).items():
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device, where it has no values; load the weights first")
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        values = tensor.detach()
+        low, high = (float(value) for value in values.aminmax())
+        is_statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
+        if math.isnan(low) or (not math.isfinite(high - low) and (name not in buffers or is_statistic)):
+            # Attention masks hold -inf on purpose.
+            raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")
+        if name.endswith("running_var") and low < 0:
+            raise InputError(f"{name} holds {low:.3g}: no variance is negative; load the right statistics")
+        if name not in buffers and max(-low, high) > _HUGE and tensor.dtype != torch.float64:
+            raise InputError(
+                f"{name} holds values as large as {max(-low, high):.1e}, whose squares are infinite in float32; "
+                "lbyl can't restore from such weights"
+            )
+
+
+def check_values(inputs: ExampleInputs) -> None:
+    """Raise InputError for example inputs that hold NaN or +inf (attention masks hold -inf on purpose)."""
+    for number, tensor in enumerate(inputs.tensors()):
         if (
             tensor.is_floating_point()
-            and not math.isfinite(float(tensor.detach().sum()))
-            and not bool(torch.isfinite(tensor.detach()).all())
+            and tensor.numel()
+            and not tensor.is_meta
+            and not bool((tensor < math.inf).all())
         ):
-            if name in dict(model.named_buffers()):
-                continue  # attention masks hold -inf on purpose
-            raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")
+            raise InputError(f"example_inputs hold NaN or infinity in tensor {number}, {inputs.describe()}")
