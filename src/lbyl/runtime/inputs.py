@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -107,6 +108,11 @@ class ExampleInputs:
     def call(self, model: nn.Module) -> Any:
         """Run the model on these inputs themselves; what may write to them gets them :meth:`cloned`."""
         return model(*self.args, **self.kwargs)
+
+    def has_faults(self) -> bool:
+        """Whether some number is NaN or +inf; attention masks hold -inf on purpose."""
+        real = [t for t in self.tensors() if t.is_floating_point() and t.numel() and not t.is_meta]
+        return not all(bool((t < math.inf).all()) for t in real)
 
     def describe(self) -> str:
         """Dtypes and shapes, for messages."""
