@@ -145,4 +145,5 @@ def joined(parts: Iterable[Submodule]) -> Graph:
         ]
         barriers += [f"{part.path}: {barrier}" for barrier in part.graph.barriers]
         sizes += [replace(size, module=name(size.module), columns=columns(size.columns)) for size in part.graph.sizes]
-    return Graph(tuple(groups), tuple(consumers), tuple(barriers), tuple(sizes))
+    notes = tuple(f"{part.path}: {note}" for part in parts for note in part.graph.notes)
+    return Graph(tuple(groups), tuple(consumers), tuple(barriers), tuple(sizes), notes=notes)

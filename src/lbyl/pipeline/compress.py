@@ -11,12 +11,12 @@ from torch import nn
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
 from lbyl.pipeline.analysis import Analysis
-from lbyl.pipeline.prepare import Prepared, prepare
+from lbyl.pipeline.prepare import Prepared, check_module, prepare
 from lbyl.pipeline.request import CompressionRequest, Restore, named_restorer
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.single import compress_whole
 from lbyl.pipeline.submodules import compress_submodules
-from lbyl.runtime.contexts import uncollected
+from lbyl.runtime.contexts import alone, uncollected
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.selection.criteria.base import Criterion, resolve_criterion
@@ -83,7 +83,8 @@ def compress(
     clock = Clock()
     # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.
     probing = restorer is None or restorer.runs_network
-    with nullcontext() if probing else uncollected():
+    check_module(model)
+    with alone(model), nullcontext() if probing else uncollected():
         return walk(prepare(model, example_inputs, request, submodule, clock), request, clock)
 
 

@@ -23,7 +23,7 @@ class Inspection:
     """The channel groups of a model; print it with Rich, or read ``graph``.
 
     Where the model could not be traced whole, ``graph`` holds the groups of the parts that could be, ``untraced``
-    names the others, and ``note`` says why.
+    names the others, and ``note`` says why. ``note`` also says what is to know of the run that was traced.
     """
 
     graph: Graph
@@ -98,5 +98,5 @@ def inspect(
     check_module(model)
     found = trace_model(model, ExampleInputs.of(example_inputs), strict, submodule)
     if found.graph is not None:
-        return Inspection(found.graph)
+        return Inspection(found.graph, note="; ".join(found.graph.notes))
     return Inspection(joined(found.parts), found.untraced, found.why)

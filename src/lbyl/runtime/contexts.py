@@ -58,20 +58,32 @@ def alone(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
+def _generators() -> tuple[Any, ...]:
+    """The states of all global generators."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
+
+
+def _set_generators(states: tuple[Any, ...] | int) -> None:
+    """Set them to what :func:`_generators` gave, or start all from a seed."""
+    if isinstance(states, int):
+        random.seed(states)
+        np.random.seed(states)
+        torch.manual_seed(states)
+        return
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3] is not None:
+        torch.cuda.set_rng_state_all(states[3])
+
+
+_GENERATORS = _Switch(_generators, _set_generators)
+
+
+def seeded(seed: int = 0) -> AbstractContextManager[None]:
     """All global generators start from a seed, and are afterwards where they were: noise is the same in all runs."""
-    python, arrays = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
+    return _GENERATORS.held(seed)
 
 
 @contextmanager
