@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lbyl.errors import (
     ArtifactError,
@@ -157,7 +158,7 @@ def prepare(
     model: nn.Module, example_inputs: Inputs, request: CompressionRequest, submodule: str | None, clock: Clock
 ) -> Prepared:
     """Check and trace a model: the first step of `compress`, which explains arguments and errors."""
-    check_module(model)
+    model = plain_module(model)
     inputs = ExampleInputs.of(example_inputs)
     check_weights(model)
     check_values(inputs)
@@ -170,11 +171,44 @@ def prepare(
     return Prepared(model, inputs, traced, tuple(Subject(*each, *request.restorer(each[1])) for each in found))
 
 
-def check_module(model: object) -> None:
-    """Raise InputError for what is no module."""
+_WRAPPERS = {
+    nn.DataParallel: "module",
+    nn.parallel.DistributedDataParallel: "module",
+    torch.optim.swa_utils.AveragedModel: "module",
+}
+
+
+def plain_module(model: object) -> nn.Module:
+    """The network itself, without what wraps it for training: DataParallel, torch.compile and the like.
+
+    Raises:
+        InputError: it is no module, or one that can't be cut.
+    """
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise InputError(f"model is {kind}; pass a torch.nn.Module with its weights loaded")
+    inner = getattr(model, _WRAPPERS.get(type(model), "_orig_mod"), None)
+    if isinstance(inner, nn.Module):
+        return plain_module(inner)
+    for path, module in model.named_modules():
+        if fault := _uncuttable(module):
+            raise InputError(f"{repr(path) if path else 'the model'} is {fault}")
+    return model
+
+
+def _uncuttable(module: nn.Module) -> str:
+    """Why a module is none that can be cut, and what to pass instead; "" where it is one."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a TorchScript module, which can't be cut; pass the nn.Module that was scripted or traced"
+    if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+        return "lazy: its width is not known yet; run the model once on the example inputs, then pass it"
+    place = type(module).__module__
+    if place.startswith(_QUANTIZED) and not place.endswith(".stubs"):
+        return "prepared for quantization or quantized; compress the float model first, then prepare that"
+    return ""
+
+
+_QUANTIZED = ("torch.ao.quantization", "torch.ao.nn.qat", "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.q")
 
 
 _HUGE = 1e18

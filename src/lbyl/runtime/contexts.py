@@ -69,7 +69,9 @@ def _set_generators(states: tuple[Any, ...] | int) -> None:
     if isinstance(states, int):
         random.seed(states)
         np.random.seed(states)
-        torch.manual_seed(states)
+        torch.default_generator.manual_seed(states)
+        if torch.cuda.is_initialized():  # otherwise it would be seeded once it is
+            torch.cuda.manual_seed_all(states)
         return
     random.setstate(states[0])
     np.random.set_state(states[1])
