@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
-from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.contexts import seeded, undisturbed
 from lbyl.runtime.copying import copy_model, tensors_of
 from lbyl.runtime.inputs import ExampleInputs, outputs
 from lbyl.runtime.intercept import FunctionInterceptor, module_hooks
@@ -85,7 +85,8 @@ def _place(model: nn.Module, item: Fold) -> nn.Module:
             "the plan was made for another architecture, which has to be passed"
         )
     try:
-        layer = _LAYERS[item.op](**item.arguments)
+        with seeded():
+            layer = _LAYERS[item.op](**item.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SurgeryError(f"{item.module!r}: {item.op} with {dict(item.arguments)} is no layer: {error}") from error
     state = tensors_of(model.get_submodule(item.module))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,21 @@ from torch.utils import _pytree as pytree
 
 from lbyl.errors import TraceError, first_line
 from lbyl.graph.program import Program
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
+
+_INSIDE = "model"
+
+
+class _TensorsOnly(nn.Module):
+    """Gives the tensors of what a model returns, for `torch.export` refuses objects that it does not know."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return output_tensors(self.model(*args, **kwargs))
 
 
 def export(model: nn.Module, inputs: ExampleInputs) -> Program:
@@ -26,7 +41,8 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
         # A failed export prints the whole program; what matters of it is in the error.
         with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False)
+            own = inputs.cloned()
+            program = torch.export.export(_TensorsOnly(model), own.args, dict(own.kwargs), strict=False)
     except Exception as error:
         raise TraceError(
             f"torch.export can't trace {type(model).__name__}: {first_line(error)}. "
@@ -35,6 +51,9 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
     parameters = {}
     for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        inside = {path.removeprefix(_INSIDE).lstrip("."): kind for path, kind in stack.values()}
+        node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in inside.items()}
         for item in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(item, Tensor) and not all(isinstance(size, int) for size in item.shape):
                 raise TraceError(
@@ -45,5 +64,5 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
         if spec is None or spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER) or spec.persistent is False:
             continue
         if isinstance(node.meta.get("val"), Tensor):
-            parameters[node] = str(spec.target)
+            parameters[node] = str(spec.target).removeprefix(f"{_INSIDE}.")
     return Program(program.graph, parameters)

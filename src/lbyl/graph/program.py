@@ -18,8 +18,10 @@ class Program:
         parameters: which parameter or buffer a placeholder stands for. Other placeholders are inputs, constants
             and buffers that are not saved with the model (masks, rotary frequencies).
         macs: multiply-accumulates of the pass; None where it was not run with real tensors.
+        notes: what the user should know of the pass.
     """
 
     graph: fx.Graph
     parameters: Mapping[fx.Node, str]
     macs: int | None = None
+    notes: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lbyl.graph.program import Program
 from lbyl.runtime.contexts import plain_attention
-from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
 from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
 from lbyl.runtime.macs import MacCounter
 
@@ -25,15 +25,22 @@ class Unseen(Exception):
     """One run does not tell the whole program; the model may branch on what it computes."""
 
 
-def record(model: nn.Module, inputs: ExampleInputs) -> Program:
+def record(model: nn.Module, inputs: ExampleInputs, follow: bool = False) -> Program:
     """Run the model and write down its operations.
 
     All runs have the same program unless Python sees a number that depends on inputs or weights. So the expensive part
     need not be computed: layers and their norms return zeros. Where the model fails on zeros, it is run as it is.
 
+    Args:
+        model: the network; it is not changed.
+        inputs: what it is called with.
+        follow: where Python sees such a number, go where it leads on these inputs; a note says so.
+
     Raises:
-        Unseen: Python sees such a number, or a weight is used in a way that the recorder can't see.
+        Unseen: Python sees such a number, unless it is followed; a size depends on one; or a weight is used in a way that the recorder can't see.
     """
+    if follow:
+        return _record(model, inputs, MacCounter(), follow)
     try:
         return _record(model, inputs, MacCounter(spare=True))
     except Unseen:
@@ -42,19 +49,22 @@ def record(model: nn.Module, inputs: ExampleInputs) -> Program:
         return _record(model, inputs, MacCounter())
 
 
-def _record(model: nn.Module, inputs: ExampleInputs, counter: MacCounter) -> Program:
-    recorder = _Recorder(model)
-    own = inputs.map(torch.clone)
+def _record(model: nn.Module, inputs: ExampleInputs, counter: MacCounter, follow: bool = False) -> Program:
+    recorder = _Recorder(model, follow)
+    own = inputs.cloned()
     for tensor in own.tensors():
         recorder.place(tensor, depends=True)
     with torch.no_grad(), plain_attention(), recorder.following(model), undivided(), counter, recorder:
         found = own.call(model)
-    return recorder.finish(output_tensors(found), counter.total)
+    tensors = output_tensors(found)
+    check_output(tensors, found)
+    return recorder.finish(tensors, counter)
 
 
 class _Recorder(OperatorInterceptor):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, follow: bool) -> None:
         super().__init__()
+        self._follow, self._seen = follow, list[str]()
         self._graph = fx.Graph()
         self._nodes: Any = WeakIdKeyDictionary()
         self._depends: set[fx.Node] = set()
@@ -94,10 +104,24 @@ class _Recorder(OperatorInterceptor):
 
         return module_hooks(dict(model.named_modules()), enter, leave, enter_first=True)
 
-    def finish(self, outputs: list[Tensor], macs: int) -> Program:
+    def finish(self, outputs: list[Tensor], counter: MacCounter) -> Program:
         """The program that returns these tensors."""
         self._graph.output([self._node(tensor) for tensor in outputs])
-        return Program(self._graph, self._parameters, macs)
+        notes = counter.notes
+        if self._seen:
+            where = ", ".join(repr(path) for path in list(dict.fromkeys(self._seen))[:3])
+            notes += (
+                f"the network looks at numbers that it computes (in {where}): it was traced, cut and verified along "
+                f"the way that it takes on the example inputs{self._idle()}",
+            )
+        return Program(self._graph, self._parameters, counter.total, notes)
+
+    def _idle(self) -> str:
+        """What to say of parameters that this run did not use."""
+        unused = [name for node, name in self._parameters.items() if not node.users]
+        layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused))
+        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+        return f"; {', '.join(layers[:3])}{more} did not run there and may no longer fit" if layers else ""
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
@@ -110,7 +134,10 @@ class _Recorder(OperatorInterceptor):
         depends = any(source in self._depends for source in node.all_input_nodes)
         if depends:
             self._depends.add(node)
-            if isinstance(result, (bool, int, float, complex)) or _shape_depends(func, args):
+            number = isinstance(result, (bool, int, float, complex))
+            if number and self._follow:
+                self._seen.append(self._stack[-1][0] if self._stack else "")
+            elif number or _shape_depends(func, args):
                 raise Unseen(f"{func} lets the program depend on its data")
         if isinstance(result, Tensor):
             self._nodes[result] = node

@@ -31,7 +31,7 @@ def captured(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> d
     calls: dict[str, list[ExampleInputs]] = {path: [] for path in paths}
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls[path].append(ExampleInputs(args, kwargs))
+        calls[path].append(ExampleInputs(args, kwargs).cloned())
 
     with module_hooks({path: model.get_submodule(path) for path in calls}, note), undisturbed(model):
         outputs(model, inputs)
@@ -78,7 +78,7 @@ def traceable_submodules(model: nn.Module, inputs: ExampleInputs) -> tuple[list[
             try:
                 with undisturbed(module):
                     graph = trace(module, calls[path][0])
-            except TraceError as error:
+            except (TraceError, InputError) as error:
                 why = str(error)
             else:
                 if any(group.prunable for group in graph.groups):
@@ -145,4 +145,5 @@ def joined(parts: Iterable[Submodule]) -> Graph:
         ]
         barriers += [f"{part.path}: {barrier}" for barrier in part.graph.barriers]
         sizes += [replace(size, module=name(size.module), columns=columns(size.columns)) for size in part.graph.sizes]
-    return Graph(tuple(groups), tuple(consumers), tuple(barriers), tuple(sizes))
+    notes = tuple(f"{part.path}: {note}" for part in parts for note in part.graph.notes)
+    return Graph(tuple(groups), tuple(consumers), tuple(barriers), tuple(sizes), notes=notes)

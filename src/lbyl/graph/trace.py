@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from lbyl.errors import first_line
+from lbyl.errors import InputError, TraceError, first_line
 from lbyl.graph import channel_means
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
 from lbyl.graph.exported import export
@@ -27,7 +27,6 @@ from lbyl.graph.rules import find_rule
 from lbyl.graph.types import Graph, Group
 from lbyl.runtime.contexts import uncollected, undisturbed
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.reductions import aten_name
 
 _NO_EFFECT = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_set_grad_enabled")
 
@@ -41,14 +40,33 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
 
     Raises:
         TraceError: ``torch.export`` refused the model.
+        InputError: the model returns no tensor.
     """
     try:
         with uncollected(), undisturbed(model):  # what the run leaves in caches would be constants to `torch.export`
             program = record(model, inputs)
+    except InputError:  # it returns no tensor
+        raise
     except Exception:  # whatever it is, `torch.export` says whether the model can be traced, and if not, why
-        program = export(model, inputs)
+        program = _exported(model, inputs)
     with uncollected():
         return graph_of(model, program)
+
+
+def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
+    """The program for all inputs, or else the one for these: where the model branches on what it computes.
+
+    Raises:
+        TraceError: there is neither.
+    """
+    try:
+        return export(model, inputs)
+    except TraceError as error:
+        try:
+            with uncollected(), undisturbed(model):
+                return record(model, inputs, follow=True)
+        except Exception:  # then one run does not tell either
+            raise error from None
 
 
 def graph_of(model: nn.Module, program: Program) -> Graph:
@@ -72,13 +90,14 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
                     builder.pin(item, "the model's output")
         else:
             env[node] = nobody_like(node)
-        channel_means.follow(builder, node)
+        if node.op != "call_function" or _name(node) not in _NO_EFFECT:
+            channel_means.follow(builder, node)
         for done in uses[node]:
             env.pop(done, None)
     builder.finish()
     channel_means.settle(builder, model)
     graph = freeze(builder)
-    return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs)
+    return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs, notes=program.notes)
 
 
 def _coupled_with(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...]:
@@ -104,10 +123,16 @@ def _coupled_with(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...
     return tuple(found)
 
 
+def _name(node: fx.Node) -> str:
+    """The ATen name of an operation."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.split("::")[1] if schema else getattr(node.target, "__name__", str(node.target))
+
+
 def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if node.target is operator.getitem:
         return args[0][args[1]] if isinstance(args[0], (list, tuple)) else nobody_like(node)
-    name = aten_name(node.target)
+    name = _name(node)
     if name in _NO_EFFECT:
         return None
     rule, where = find_rule(name), layer_name(node)

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +69,47 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"{file} can't be read with weights_only=True, and lbyl never unpickles code; "
             "save the state dict as .safetensors"
         ) from error
-    for key in ("state_dict", "model", "net"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
+    while isinstance(state, Mapping):
+        inside = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), None)
+        if inside is None:
+            break
+        state = inside
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise InputError(f"{file} holds no state dict (names to tensors)")
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     try:
-        model.load_state_dict(dict(state))
+        model.load_state_dict(_unwrapped(dict(state), model.state_dict().keys()))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise InputError(f"{file} does not fit {type(model).__name__}: {' '.join(lines[1:2] or lines)}") from error
     return model
+
+
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "module", "ema", "state_dict_ema", "model_ema", "params")
+"""Where training programs put the weights in a checkpoint; the first one counts."""
+_PREFIXES = ("module.", "model.", "net.", "network.", "_forward_module.")
+
+
+def _unwrapped(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """A state dict without what wrappers put before its names: DataParallel, torch.compile, Lightning and the like.
+
+    What is not under the prefix that all weights of the model are under (a loss, a counter) is left out.
+    """
+    if not any("_orig_mod." in name for name in expected):
+        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    if not expected or state.keys() >= set(expected):
+        return state
+    first = next(iter(expected))
+    found = [name.removesuffix(first) for name in state if name.endswith(f".{first}")]
+    fitting = [prefix for prefix in found if all(prefix + name in state for name in expected)]
+    for prefix in _PREFIXES:  # of a model that does not fit for another reason, which the error is to tell
+        if not fitting and state and all(name.startswith(prefix) for name in state):
+            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in state.items()}, expected)
+    if not fitting:
+        return state
+    prefix = min(fitting, key=lambda prefix: (prefix not in _PREFIXES, len(prefix)))
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _timm(name: str, pretrained: bool) -> nn.Module:

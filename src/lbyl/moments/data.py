@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from lbyl.errors import InputError
+from lbyl.errors import InputError, first_line
 from lbyl.moments.base import Probes
+from lbyl.runtime.batches import FEWEST, affordable, alike, batch_size, held_out_size, join_all, macs_per_input, split
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
@@ -22,11 +22,18 @@ class Data:
 
     Attributes:
         source: an iterable of batches, each like ``example_inputs``: a tensor, a tuple or a dict.
-        batches: how many batches are read. The last one is held out for measuring, unless it is the only one.
+        batches: how many batches are read. The last one is held out for measuring, unless it is the only one. None
+            reads 4, and more of small ones: up to 128 inputs, as far as 4e11 multiply-accumulates allow. Batches of
+            less than 4 inputs are joined, where they have one shape and the model takes it. The report says how many
+            were read and how many were left.
     """
 
     source: Iterable[Any] = field(repr=False)
-    batches: int = 4
+    batches: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batches is not None and self.batches < 1:
+            raise InputError(f"Data(batches={self.batches}): at least 1 is read")
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""
@@ -37,31 +44,88 @@ class Data:
     ) -> Probes:
         """The first batches of the source, moved to the model's device."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        read = [ExampleInputs.of(batch).to(device) for batch in islice(iter(self.source), self.batches)]
-        if not read:
-            raise InputError("Data: the source gave no batch; an exhausted generator? pass a list or a DataLoader")
-        expected = [(t.shape[1:], t.dtype) for t in inputs.tensors()]
-        found = [(t.shape[1:], t.dtype) for t in read[0].tensors()]
-        if [e[1] for e in expected] != [f[1] for f in found]:
-            raise InputError(
-                f"Data: a batch holds {read[0].describe()}, the example inputs {inputs.describe()}; "
-                "leave the labels out"
-            )
+        rows = affordable(macs_per_input(model, inputs), _MOST_MACS, _BATCHES, _ROWS, ceiling=_MOST_MACS)
+        read, note = self._read(inputs, device, rows)
         for batch in {batch.describe(): batch for batch in read}.values():
             _check(model, batch, inputs)
+        small = len(read) > 1 and min(batch_size(batch) for batch in read) < FEWEST
+        if small or (self.batches is None and len(read) > _BATCHES):
+            read, how = _regrouped(model, read)
+            note = f"{note}; {how}"
         if len(read) == 1:
-            note = "Data: a single batch, so errors are measured on it as well"
+            note += "; a single batch, so errors are measured on it as well"
             return Probes(tuple(read), read[0], batch_statistics=False, note=note, matches_training_statistics=True)
-        return Probes(tuple(read[:-1]), read[-1], batch_statistics=False, matches_training_statistics=True)
+        return Probes(tuple(read[:-1]), read[-1], batch_statistics=False, note=note, matches_training_statistics=True)
+
+    def _read(self, inputs: ExampleInputs, device: torch.device, rows: int) -> tuple[list[ExampleInputs], str]:
+        """The batches, and a note on how many were left."""
+        read, source, count = list[ExampleInputs](), iter(self.source), 0
+        while len(read) < (self.batches or _BATCHES) or (self.batches is None and count < rows):
+            batch = next(source, None)
+            if batch is None:
+                break
+            read.append(ExampleInputs.of(batch).to(device))
+            _check_like(read[-1], len(read) - 1, inputs)
+            count += batch_size(read[-1])
+        else:
+            total = len(self.source) if isinstance(self.source, Sized) else None
+            if total is None and next(source, None) is not None:
+                return read, f"Data: {_counted(read)} were read, and the source had more; Data(batches=...) takes more"
+            if total is not None and total > len(read):
+                left = f"{total - len(read):,} were left; Data(batches=...) takes more"
+                return read, f"Data: {_counted(read)} were read, {left}"
+        if not read:
+            raise InputError("Data: the source gave no batch; an exhausted generator? pass a list or a DataLoader")
+        return read, f"Data: {_counted(read)} were read, all there are"
+
+
+_BATCHES, _ROWS, _MOST_MACS = 4, 128, 4e11
+"""What is read unless the user says how much: so many batches, and more of small ones, as far as time allows."""
+
+
+def _counted(read: Sequence[ExampleInputs]) -> str:
+    return f"{len(read):,} batches ({sum(batch_size(batch) for batch in read):,} inputs)"
+
+
+def _check_like(batch: ExampleInputs, number: int, inputs: ExampleInputs) -> None:
+    """Raise InputError for a batch that is nothing like the example, or not finite."""
+    if [t.dtype for t in inputs.tensors()] != [t.dtype for t in batch.tensors()]:
+        raise InputError(
+            f"Data: batch {number} holds {batch.describe()}, the example inputs {inputs.describe()}; "
+            "leave the labels out"
+        )
+    if batch.has_faults():
+        raise InputError(f"Data: batch {number} holds NaN or infinity; leave it out, or mend what prepares it")
+
+
+def _regrouped(model: nn.Module, read: list[ExampleInputs]) -> tuple[list[ExampleInputs], str]:
+    """The same rows in a few batches of equal size, a quarter of them held out; and what was done.
+
+    Single rows have no statistics, and one row held out tells little.
+    """
+    whole = sum(batch_size(batch) for batch in read)
+    shapes = {tuple(t.shape[1:] for t in batch.tensors()) for batch in read}
+    if len(shapes) > 1 or any(not t.dim() or len(t) != batch_size(b) for b in read for t in b.tensors()):
+        return read, "they differ in shape, so each was taken by itself and errors are measured on the last"
+    if whole < _BATCHES:
+        return read, "errors are measured on the last"
+    held = held_out_size(whole)
+    rest = whole - held
+    made = split(join_all(read), [*alike(rest, -(-rest // (_BATCHES - 1))), held])
+    try:
+        for batch in made:
+            _check(model, batch, read[0])
+    except InputError:
+        return read, "the network takes none of another size, so errors are measured on the last"
+    return made, f"they were joined into {len(made)}"
 
 
 def _check(model: nn.Module, batch: ExampleInputs, inputs: ExampleInputs) -> None:
     try:
         with torch.no_grad():
-            batch.call(model)
+            batch.cloned().call(model)
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"Data: the model does not run on a batch of {batch.describe()} ({line}); "
+            f"Data: the model does not run on a batch of {batch.describe()} ({first_line(error)}); "
             f"batches must be like the example inputs, {inputs.describe()}"
         ) from error

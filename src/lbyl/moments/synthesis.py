@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -89,27 +89,73 @@ def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
     gradient = 0.5 * torch.randn(count, leaves, 2, generator=generator)
     strength = 0.25 * torch.exp(0.7 * torch.randn(count, leaves, generator=generator))
     tone = color(leaves)
-    numbers = torch.stack([radius, center_x, center_y, angle, aspect, *gradient.unbind(2), strength], 2).tolist()
-    for image, rows in enumerate(numbers):
-        for leaf, (r, cx, cy, turn, stretch, slope_u, slope_v, amount) in enumerate(rows):
-            # Only the leaf's bounding box is painted.
-            reach = math.ceil(1.5 * r * max(stretch, 1 / stretch)) + 1
-            x0, x1 = max(0, int(cx) - reach), min(width, int(cx) + reach + 1)
-            y0, y1 = max(0, int(cy) - reach), min(height, int(cy) + reach + 1)
-            if x0 >= x1 or y0 >= y1:
-                continue
-            dx = torch.arange(x0, x1).float() - cx
-            dy = torch.arange(y0, y1).float()[:, None] - cy
-            u = (dx * math.cos(turn) + dy * math.sin(turn)) / (r * stretch)
-            v = (dy * math.cos(turn) - dx * math.sin(turn)) / (r / stretch)
-            far = torch.maximum(u.abs(), v.abs()) if square[image, leaf] else (u * u + v * v).sqrt()
-            mask = ((1 - far) * r + 0.5).clamp(0, 1)
-            shade = (slope_u * u + slope_v * v).clamp(-2, 2)
-            box = images[image, :, y0:y1, x0:x1]
-            paint = tone[image, leaf].reshape(-1, 1, 1) + shade + amount * grain[leaf % 2][image, :, y0:y1, x0:x1]
-            box += mask * (paint - box)
+    shape_of = torch.stack(
+        [radius, center_x, center_y, angle.cos(), angle.sin(), aspect, *gradient.unbind(2), strength]
+    )
+    reach = (1.5 * radius * torch.maximum(aspect, 1 / aspect)).ceil().long() + 1
+    # A leaf hides those before it, so they come in turn, each in all images at a time.
+    for leaf in range(leaves):
+        order = reach[:, leaf].argsort(descending=True)
+        for rows in order.split(_alike_in_size(reach[order, leaf].tolist(), height, width)):
+            numbers, sharp = shape_of[:, rows, leaf], square[rows, leaf]
+            _paint(images, rows, int(reach[rows[0], leaf]), numbers, sharp, tone[rows, leaf], grain[leaf % 2])
     images = images - images.mean((0, 2, 3), keepdim=True)
     return images / images.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+
+
+_WASTE = 4000
+"""So many pixels may be painted in vain before it pays to paint in boxes of another size."""
+_BY_ITSELF = 1600
+"""A box of more pixels is painted by itself: there the pixels take the time, not the calls."""
+
+
+def _alike_in_size(falling: Sequence[int], height: int, width: int) -> list[int]:
+    """How many leaves in turn, by how far they reach, are painted in boxes of one size: that of the first."""
+    counts, largest, wasted = list[int](), 0, 0
+    for reach in falling:
+        area = min(height, 2 * reach + 1) * min(width, 2 * reach + 1)
+        if counts and largest <= _BY_ITSELF and wasted + largest - area <= _WASTE:
+            counts[-1] += 1
+            wasted += largest - area
+        else:
+            counts.append(1)
+            largest, wasted = area, 0
+    return counts
+
+
+def _paint(
+    images: Float[Tensor, "images channels height width"],
+    rows: Int[Tensor, " leaves"],
+    reach: int,
+    numbers: Float[Tensor, "9 leaves"],
+    square: Bool[Tensor, " leaves"],
+    tone: Float[Tensor, "leaves channels"],
+    grain: Float[Tensor, "images channels height width"],
+) -> None:
+    """Paint one leaf into each of these images, in boxes of the same size."""
+    r, cx, cy, cos, sin, stretch, slope_u, slope_v, amount = numbers[:, :, None, None]
+    height, width = images.shape[2:]
+
+    def places(center: Tensor, side: int) -> Tensor:
+        wide = min(side, 2 * reach + 1)
+        return (center.flatten().long() - reach).clamp(0, side - wide)[:, None] + torch.arange(wide)
+
+    xs, ys = places(cx, width), places(cy, height)
+    dx, dy = xs[:, None, :] - cx, ys[:, :, None] - cy
+    u = (dx * cos + dy * sin) / (r * stretch)
+    v = (dy * cos - dx * sin) / (r / stretch)
+    far = torch.where(square[:, None, None], torch.maximum(u.abs(), v.abs()), (u * u + v * v).sqrt())
+    mask = ((1 - far) * r + 0.5).clamp(0, 1)[:, None]
+    shade = (slope_u * u + slope_v * v).clamp(-2, 2)[:, None]
+    if len(rows) == 1:  # a view of the box, which takes less than its places one by one
+        box = int(rows), slice(None), slice(int(ys[0, 0]), int(ys[0, -1]) + 1), slice(int(xs[0, 0]), int(xs[0, -1]) + 1)
+    else:
+        channels = torch.arange(images.shape[1])[:, None, None]
+        box = rows[:, None, None, None], channels, ys[:, None, :, None], xs[:, None, None, :]
+    there = images[box]
+    images[box] = there + (mask * (tone[:, :, None, None] + shade + amount[:, None] * grain[box] - there)).view_as(
+        there
+    )
 
 
 def synthesize(
@@ -156,7 +202,7 @@ def takes_channels_last(model: nn.Module, inputs: ExampleInputs) -> bool:
         return True
     try:
         with torch.no_grad():
-            moved.map(Tensor.clone).call(model)
+            moved.cloned().call(model)
     except Exception:  # whatever somebody's code raises: the other layout is theirs
         return False
     return True
@@ -178,6 +224,9 @@ class _Lookups(FunctionInterceptor):
 
 
 def _vocabularies(model: nn.Module, inputs: ExampleInputs) -> dict[int, int]:
+    own = inputs.cloned()
     with torch.no_grad(), _Lookups() as lookups:
-        inputs.call(model)
-    return lookups.sizes
+        own.call(model)
+    places = zip(inputs.tensors(), own.tensors(), strict=True)
+    found = [(tensor, lookups.sizes.get(twin.untyped_storage().data_ptr())) for tensor, twin in places]
+    return {tensor.untyped_storage().data_ptr(): size for tensor, size in found if size is not None}

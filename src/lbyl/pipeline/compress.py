@@ -11,12 +11,12 @@ from torch import nn
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
 from lbyl.pipeline.analysis import Analysis
-from lbyl.pipeline.prepare import Prepared, prepare
+from lbyl.pipeline.prepare import Prepared, plain_module, prepare
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.single import compress_whole
 from lbyl.pipeline.submodules import compress_submodules
-from lbyl.runtime.contexts import uncollected
+from lbyl.runtime.contexts import alone, uncollected
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
@@ -85,8 +85,13 @@ def compress(
     clock = Clock()
     # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.
     probing = restorer is None or restorer.runs_network
-    with nullcontext() if probing else uncollected():
-        return walk(prepare(model, example_inputs, request, submodule, clock), request, clock)
+    inner = plain_module(model)
+    with alone(inner), nullcontext() if probing else uncollected():
+        result = walk(prepare(inner, example_inputs, request, submodule, clock), request, clock)
+    if inner is model:
+        return result
+    note = f"the network was taken out of its {type(model).__name__}"
+    return replace(result, report=replace(result.report, notes=(note, *result.report.notes)))
 
 
 def walk(

@@ -13,8 +13,9 @@ from torch import nn
 
 from lbyl.graph import Graph
 from lbyl.graph.submodules import joined
-from lbyl.pipeline.prepare import check_module, trace_model
+from lbyl.pipeline.prepare import plain_module, trace_model
 from lbyl.pipeline.result import Inputs
+from lbyl.runtime.contexts import alone
 from lbyl.runtime.inputs import ExampleInputs
 
 
@@ -23,7 +24,7 @@ class Inspection:
     """The channel groups of a model; print it with Rich, or read ``graph``.
 
     Where the model could not be traced whole, ``graph`` holds the groups of the parts that could be, ``untraced``
-    names the others, and ``note`` says why.
+    names the others, and ``note`` says why. ``note`` also says what is to know of the run that was traced.
     """
 
     graph: Graph
@@ -95,8 +96,9 @@ def inspect(
         InputError: inputs that are none of these, or no such submodule.
         TraceError: ``torch.export`` can't trace the model on them.
     """
-    check_module(model)
-    found = trace_model(model, ExampleInputs.of(example_inputs), strict, submodule)
+    model = plain_module(model)
+    with alone(model):
+        found = trace_model(model, ExampleInputs.of(example_inputs), strict, submodule)
     if found.graph is not None:
-        return Inspection(found.graph)
+        return Inspection(found.graph, note="; ".join(found.graph.notes))
     return Inspection(joined(found.parts), found.untraced, found.why)

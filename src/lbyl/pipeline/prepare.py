@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lbyl.errors import (
     ArtifactError,
@@ -167,9 +168,10 @@ def prepare(
     model: nn.Module, example_inputs: Inputs, request: CompressionRequest, submodule: str | None, clock: Clock
 ) -> Prepared:
     """Check and trace a model: the first step of `compress`, which explains arguments and errors."""
-    check_module(model)
+    model = plain_module(model)
     inputs = ExampleInputs.of(example_inputs)
     check_weights(model)
+    check_values(inputs)
     with clock("trace"):
         traced = trace_model(model, inputs, request.strict, submodule)
     if traced.graph is not None:
@@ -179,23 +181,74 @@ def prepare(
     return Prepared(model, inputs, traced, tuple(Subject.of(*each, request) for each in found))
 
 
-def check_module(model: object) -> None:
-    """Raise InputError for what is no module."""
+_WRAPPERS = {
+    nn.DataParallel: "module",
+    nn.parallel.DistributedDataParallel: "module",
+    torch.optim.swa_utils.AveragedModel: "module",
+}
+
+
+def plain_module(model: object) -> nn.Module:
+    """The network itself, without what wraps it for training: DataParallel, torch.compile and the like.
+
+    Raises:
+        InputError: it is no module, or one that can't be cut.
+    """
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise InputError(f"model is {kind}; pass a torch.nn.Module with its weights loaded")
+    inner = getattr(model, _WRAPPERS.get(type(model), "_orig_mod"), None)
+    if isinstance(inner, nn.Module):
+        return plain_module(inner)
+    for path, module in model.named_modules():
+        if fault := _uncuttable(module):
+            raise InputError(f"{repr(path) if path else 'the model'} is {fault}")
+    return model
+
+
+def _uncuttable(module: nn.Module) -> str:
+    """Why a module is none that can be cut, and what to pass instead; "" where it is one."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a TorchScript module, which can't be cut; pass the nn.Module that was scripted or traced"
+    if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+        return "lazy: its width is not known yet; run the model once on the example inputs, then pass it"
+    place = type(module).__module__
+    if place.startswith(_QUANTIZED) and not place.endswith(".stubs"):
+        return "prepared for quantization or quantized; compress the float model first, then prepare that"
+    return ""
+
+
+_QUANTIZED = ("torch.ao.quantization", "torch.ao.nn.qat", "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.q")
+
+
+_HUGE = 1e18
+"""Squares of larger numbers are infinite in float32."""
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise InputError for weights that nothing can be restored from."""
+    """Raise InputError for weights and statistics that nothing can be restored from."""
+    buffers = dict(model.named_buffers())
     for name, tensor in tensors_of(model).items():
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device, where it has no values; load the weights first")
-        if (
-            tensor.is_floating_point()
-            and not math.isfinite(float(tensor.detach().sum()))
-            and not bool(torch.isfinite(tensor.detach()).all())
-        ):
-            if name in dict(model.named_buffers()):
-                continue  # attention masks hold -inf on purpose
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        values = tensor.detach()
+        low, high = (float(value) for value in values.aminmax())
+        is_statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
+        if math.isnan(low) or (not math.isfinite(high - low) and (name not in buffers or is_statistic)):
+            # Attention masks hold -inf on purpose.
             raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")
+        if name.endswith("running_var") and low < 0:
+            raise InputError(f"{name} holds {low:.3g}: no variance is negative; load the right statistics")
+        if name not in buffers and max(-low, high) > _HUGE and tensor.dtype != torch.float64:
+            raise InputError(
+                f"{name} holds values as large as {max(-low, high):.1e}, whose squares are infinite in float32; "
+                "lbyl can't restore from such weights"
+            )
+
+
+def check_values(inputs: ExampleInputs) -> None:
+    """Raise InputError for example inputs that nothing can be compared on."""
+    if inputs.has_faults():
+        raise InputError(f"example_inputs hold NaN or infinity ({inputs.describe()})")

@@ -62,6 +62,7 @@ class _Cut:
     parameters: tuple[int, int]
     macs: tuple[int, int]
     verified: float | None
+    note: str = ""
 
 
 def compress_whole(subject: Subject, request: CompressionRequest, clock: Clock, ground: Analysis | None) -> Result:
@@ -161,7 +162,7 @@ def _restore(subject: Subject, request: CompressionRequest, planned: _Planned) -
     )
     if planned.analysis is not None:
         problem = replace(problem, consumer_moments=planned.analysis.consumer_moments)
-    with restoring(subject.restorer):
+    with undisturbed(subject.model), restoring(subject.restorer):
         return subject.restorer.restore(problem)
 
 
@@ -183,11 +184,11 @@ def _cut(
         if request.verify:
             attribute = follower(work, graph)
             found = check(work, smaller, inputs, selection, attribute, graph.macs, masks, request.strict)
-            verified, macs = found.difference, found.macs
+            verified, macs, note = found.difference, found.macs, found.note
         else:
-            verified, macs = None, _unverified_macs(work, smaller, inputs, graph.macs)
+            verified, note, macs = None, "", _unverified_macs(work, smaller, inputs, graph.macs)
     parameters = count_parameters(work), count_parameters(smaller)
-    return _Cut(smaller, cuts, attributes, parameters, macs, verified)
+    return _Cut(smaller, cuts, attributes, parameters, macs, verified, note)
 
 
 def _report(subject: Subject, planned: _Planned, restoration: Restoration, done: _Cut, clock: Clock) -> Report:
@@ -207,7 +208,19 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
         macs=done.macs,
         verified=done.verified,
         seconds={**{k: v for k, v in clock.seconds.items() if k != "restore" or not own}, **own},
-        notes=tuple(note for note in (*subject.why, *planned.notes, *restoration.notes, statistics, taken) if note),
+        notes=tuple(
+            note
+            for note in (
+                *subject.why,
+                *subject.graph.notes,
+                *planned.notes,
+                *restoration.notes,
+                statistics,
+                taken,
+                done.note,
+            )
+            if note
+        ),
         assessment=restoration.assessment,
         held_out_errors=restoration.held_out_errors,
     )

@@ -42,6 +42,13 @@ def join(parts: Sequence[ExampleInputs]) -> ExampleInputs:
     return parts[0].map(lambda _: next(whole))
 
 
+def join_all(batches: Sequence[ExampleInputs]) -> ExampleInputs:
+    """Batches of any sizes as one, where every tensor has a row an input."""
+    rows = zip(*(batch.tensors() for batch in batches), strict=True)
+    whole = iter([torch.cat(row) for row in rows])
+    return batches[0].map(lambda _: next(whole))
+
+
 def first_rows(inputs: ExampleInputs) -> ExampleInputs:
     """A batch of two at most; networks that run on more need not run on one."""
     size = batch_size(inputs)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from operator import is_
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """What torch itself keeps in every module."""
@@ -16,38 +21,158 @@ ATOMS = frozenset((bool, int, float, str, type(None)))
 CONTAINERS = (dict, list, set)
 
 
+class _Switch:
+    """A switch of the whole process that several threads want in one position: the last one to leave sets it back."""
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
+        self._read, self._write = read, write
+        self._lock, self._users, self._before = threading.Lock(), 0, None
+
+    @contextmanager
+    def held(self, position: Any) -> Iterator[None]:
+        """In this position for a while."""
+        with self._lock:
+            if not self._users:
+                self._before = self._read()
+            self._users += 1
+            self._write(position)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._write(self._before)
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """No other thread works on this model meanwhile."""
+    with _locks_lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        yield
+
+
+def _generators() -> tuple[Any, ...]:
+    """The states of all global generators."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
+
+
+def _set_generators(states: tuple[Any, ...] | int) -> None:
+    """Set them to what :func:`_generators` gave, or start all from a seed."""
+    if isinstance(states, int):
+        random.seed(states)
+        np.random.seed(states)
+        torch.default_generator.manual_seed(states)
+        if torch.cuda.is_initialized():  # otherwise it would be seeded once it is
+            torch.cuda.manual_seed_all(states)
+        return
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3] is not None:
+        torch.cuda.set_rng_state_all(states[3])
+
+
+_GENERATORS = _Switch(_generators, _set_generators)
+
+
+def seeded(seed: int = 0) -> AbstractContextManager[None]:
+    """All global generators start from a seed, and are afterwards where they were: noise is the same in all runs."""
+    return _GENERATORS.held(seed)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module's mode and plain attributes are what they were.
+    """Evaluation mode for a while; afterwards the model and the global generators are what they were.
 
-    Some modules keep what they compute from their weights (attention biases, masks): after a run in another
-    precision, or a trace with fake tensors, that would be wrong or worse.
+    Every module's mode, plain attributes, buffers and arrays are put back. Some modules keep what they compute from
+    their weights (attention biases, masks): after a run in another precision, or a trace with fake tensors, that would
+    be wrong or worse. Others count their calls.
     """
-    modes = {module: module.training for module in model.modules()}
-    before = [(vars(module), vars(module).copy()) for module in modes]
-    held = {
-        id(value): (value, value.copy())
-        for _, own in before
-        for name, value in own.items()
-        if type(value) not in ATOMS and isinstance(value, CONTAINERS) and name not in MODULE_ATTRIBUTES
-    }
-    model.eval()  # even where they all are: it makes some forget what they keep
-    try:
-        yield
-    finally:
-        set_modes(modes)
-        for now, own in before:
-            if now.keys() == own.keys() and all(map(is_, now.values(), own.values())):
-                continue  # as usual
-            for name in now.keys() - own.keys() - MODULE_ATTRIBUTES:
-                del now[name]
-            now.update({name: value for name, value in own.items() if name not in MODULE_ATTRIBUTES})
-        for container, content in held.values():
-            container.clear()
-            if isinstance(container, list):
-                container.extend(content)
-            else:
-                container.update(content)
+    with alone(model), seeded():
+        modes = {module: module.training for module in model.modules()}
+        before = [(vars(module), vars(module).copy()) for module in modes]
+        held = {
+            id(value): (value, value.copy())
+            for _, own in before
+            for name, value in own.items()
+            if type(value) not in ATOMS and isinstance(value, CONTAINERS) and name not in MODULE_ATTRIBUTES
+        }
+        buffers = [(module._buffers, module._buffers.copy()) for module in modes]
+        written = _Written(modes)
+        model.eval()  # even where they all are: it makes some forget what they keep
+        try:
+            yield
+        finally:
+            set_modes(modes)
+            for now, own in before:
+                if now.keys() == own.keys() and all(map(is_, now.values(), own.values())):
+                    continue  # as usual
+                for name in now.keys() - own.keys() - MODULE_ATTRIBUTES:
+                    del now[name]
+                now.update({name: value for name, value in own.items() if name not in MODULE_ATTRIBUTES})
+            for container, content in held.values():
+                container.clear()
+                if isinstance(container, list):
+                    container.extend(content)
+                else:
+                    container.update(content)
+            for table, tensors in buffers:
+                if table.keys() != tensors.keys() or not all(map(is_, table.values(), tensors.values())):
+                    table.clear()
+                    table.update(tensors)
+            written.put_back()
+
+
+class _Written:
+    """The content of what forward passes may write to: buffers, arrays, tensors that are plain attributes."""
+
+    def __init__(self, modules: Mapping[nn.Module, bool]) -> None:
+        tensors: dict[int, Tensor] = {}
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
+        for module in modules:
+            own = [t for t in module._buffers.values() if t is not None]
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+                own.append(module.weight)
+            for name, value in vars(module).items():
+                if type(value) in ATOMS or name in MODULE_ATTRIBUTES:
+                    continue
+                for item in _items(value):
+                    if isinstance(item, np.ndarray):
+                        self._arrays.append((item, item.copy()))
+                    elif isinstance(item, Tensor) and not isinstance(item, nn.Parameter):
+                        own.append(item)
+            tensors |= {id(t): t for t in own if t.layout == torch.strided and not t.is_meta}
+        self._tensors = [(t, _version(t), t.detach().clone()) for t in tensors.values()]
+
+    def put_back(self) -> None:
+        """Everything as it was."""
+        with torch.no_grad():
+            for tensor, version, content in self._tensors:
+                if version is None or tensor._version != version:
+                    tensor.detach().copy_(content)
+        for array, content in self._arrays:
+            if array.flags.writeable:
+                array[...] = content
+
+
+def _items(value: Any) -> list[Any]:
+    """An attribute's value, and what it holds where it is a plain container."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Counts how often a tensor was written to; None for those that do not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def set_modes(modes: Mapping[nn.Module, bool]) -> None:
@@ -57,24 +182,15 @@ def set_modes(modes: Mapping[nn.Module, bool]) -> None:
             module.training = training
 
 
-@contextmanager
-def plain_attention() -> Iterator[None]:
+_FAST_ATTENTION = _Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
+_COLLECTION = _Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable())
+
+
+def plain_attention() -> AbstractContextManager[None]:
     """Without the fast path of torch's attention, which hides a whole layer in one operation."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+    return _FAST_ATTENTION.held(False)
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
+def uncollected() -> AbstractContextManager[None]:
     """Without garbage collection: while many objects are made and kept, going through all of them is in vain."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return _COLLECTION.held(False)

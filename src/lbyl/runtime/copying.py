@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lbyl.errors import InputError, SurgeryError
-from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, uncollected
+from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, alone, uncollected
 from lbyl.runtime.inputs import ExampleInputs
 
 
@@ -32,7 +32,7 @@ def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()
     try:
-        with uncollected():
+        with alone(model), uncollected():
             _copy_modules(model, memo)
             return copy.deepcopy(model, memo)
     except Exception as error:
@@ -143,9 +143,10 @@ def call_with(model: nn.Module, inputs: ExampleInputs, values: Mapping[str, Tens
     The model is not copied, and has its own tensors again afterwards. A network that runs more than once with the same
     new values is better made by :func:`sharing_copy`.
     """
+    own = inputs.cloned()
     if not values:
-        return inputs.call(model)
-    return torch.func.functional_call(model, dict(values), inputs.args, dict(inputs.kwargs), tie_weights=True)
+        return own.call(model)
+    return torch.func.functional_call(model, dict(values), own.args, dict(own.kwargs), tie_weights=True)
 
 
 def in_place_of(old: Tensor, new: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _linear(
     bias: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "*rows out"]:
     """What `torch.nn.functional.linear` gives with the weight in the input's precision, some outputs at a time."""
-    if input.dtype != torch.float64 or weight.dtype == input.dtype:
+    if input.dtype.itemsize <= weight.dtype.itemsize:
         return functional.linear(input, weight, bias)
     size = max(1, LARGE // weight.shape[1])
     out = input.new_empty(*input.shape[:-1], len(weight))
@@ -91,11 +91,27 @@ def _linear(
 
 
 class Float64Mode(FunctionInterceptor):
-    """While it is on, depthwise convolutions in float64 run tap by tap; linear layers widen weights in pieces."""
+    """While it is on, depthwise convolutions in float64 run tap by tap; linear layers widen weights in pieces.
+
+    ``narrower`` are the precisions below float64 that results came in meanwhile: the model's code asked for them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrower: set[torch.dtype] = set()
+
+    @property
+    def narrowest(self) -> str:
+        """The name of the coarsest of them."""
+        coarsest = max(self.narrower, key=lambda dtype: torch.finfo(dtype).eps)
+        return str(coarsest).removeprefix("torch.")
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Use the functions of this module where there is one for the call."""
-        return _OURS.get(func, func)(*args, **kwargs)
+        result = _OURS.get(func, func)(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64:
+            self.narrower.add(result.dtype)
+        return result
 
 
 _OURS: dict[Any, Any] = {torch.conv2d: _conv2d, functional.linear: _linear}

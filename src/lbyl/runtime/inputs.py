@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -83,9 +88,31 @@ class ExampleInputs:
 
         return self.map(thin)
 
+    def cloned(self) -> ExampleInputs:
+        """Copies that a forward pass may write to. A tensor that stands at several places still does."""
+        twins: dict[int, Tensor] = {}
+
+        def twin(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return twins.setdefault(id(leaf), leaf.clone())
+            if isinstance(leaf, _OPAQUE):
+                return leaf
+            try:
+                return copy.deepcopy(leaf)
+            except Exception:  # whatever it is, the model gets it as it is
+                return leaf
+
+        args, kwargs = pytree.tree_map(twin, (self.args, dict(self.kwargs)))
+        return ExampleInputs(args, kwargs)
+
     def call(self, model: nn.Module) -> Any:
-        """Run the model on these inputs."""
+        """Run the model on these inputs themselves; what may write to them gets them :meth:`cloned`."""
         return model(*self.args, **self.kwargs)
+
+    def has_faults(self) -> bool:
+        """Whether some number is NaN or +inf; attention masks hold -inf on purpose."""
+        real = [t for t in self.tensors() if t.is_floating_point() and t.numel() and not t.is_meta]
+        return not all(bool((t < math.inf).all()) for t in real)
 
     def describe(self) -> str:
         """Dtypes and shapes, for messages."""
@@ -94,25 +121,86 @@ class ExampleInputs:
         )
 
 
+_OPAQUE = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    type,
+    Enum,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    nn.Module,
+    torch.dtype,
+    torch.device,
+)
+"""What holds no tensor of a model's input or output."""
+
+
 def output_tensors(output: Any) -> list[Tensor]:
-    """All tensors in a model's output, whatever its structure (tuples, dicts, dataclass-like mappings)."""
-    if not isinstance(output, Tensor | tuple | list | dict) and hasattr(output, "to_tuple"):
-        output = output.to_tuple()
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    """All tensors in a model's output, whatever holds them: containers, dataclasses, namespaces, other objects.
+
+    What transformers' decoders keep for the next token (a cache) is no output, but a part of the computation.
+    """
+    return list(_tensors_in(output, {}))
 
 
-def outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
-    """The model's output tensors, detached.
+def _tensors_in(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if isinstance(value, _OPAQUE) or id(value) in seen or _is_cache(value):
+        return
+    seen[id(value)] = value
+    if isinstance(value, Mapping):
+        items = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        items = list(value)
+    else:
+        slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+        held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        items = list({**held, **getattr(value, "__dict__", {})}.values())
+    for item in items:
+        yield from _tensors_in(item, seen)
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    found = vars(kind).get("__slots__", ())
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _is_cache(value: Any) -> bool:
+    return any(kind.__module__ == "transformers.cache_utils" for kind in type(value).__mro__)
+
+
+def outputs(model: nn.Module, inputs: ExampleInputs, given_away: bool = False) -> list[Tensor]:
+    """The model's output tensors, detached; the inputs stay as they are, unless they are ``given_away``.
 
     Raises:
-        InputError: the model fails on these inputs.
+        InputError: the model fails on these inputs, or returns no tensor.
     """
     try:
         with torch.no_grad():
-            return [tensor.detach() for tensor in output_tensors(inputs.call(model))]
+            output = (inputs if given_away else inputs.cloned()).call(model)
+            found = [tensor.detach() for tensor in output_tensors(output)]
     except LbylError:
         raise
     except Exception as error:
         raise InputError(
             f"the model does not run on the example inputs ({inputs.describe()}): {first_line(error)}"
         ) from error
+    check_output(found, output)
+    return found
+
+
+def check_output(found: list[Tensor], output: Any) -> None:
+    """Raise InputError where a model returned no tensor, so that nothing says what it computes."""
+    if not found:
+        raise InputError(
+            f"no tensor was found in what the model returns (a {type(output).__name__}), so nothing can be compared; "
+            "return a tensor, or any container or object that holds some"
+        )

@@ -140,16 +140,16 @@ def measure_latencies(
         for model in models:
             stack.enter_context(undisturbed(model))
         # Counting is the first run, so that a model that fails does so before anything is timed.
-        counted = [_macs(model, inputs) for model in models]
+        counted, inputs = [_macs(model, inputs) for model in models], inputs.cloned()
         for _ in range(warm_up):
             for model in models:
-                outputs(model, inputs)
+                outputs(model, inputs, given_away=True)
         whole: list[list[float]] = [[] for _ in models]
         apart: list[list[tuple[float, Mapping[str, float]]]] = [[] for _ in models]
         clocks = [clock_of(model, inputs) for model in models]
         for done in range(runs):
             for index, model in enumerate(models):
-                whole[index].append(_timed(lambda model=model: outputs(model, inputs), clocks[index]))
+                whole[index].append(_timed(partial(outputs, model, inputs, True), clocks[index]))
             for index, model in enumerate(models):
                 apart[index].append(_attributed(model, inputs, clocks[index]))
             if progress:
@@ -168,7 +168,8 @@ def measure_whole(
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(undisturbed(model))
-        calls = [lambda model=model: outputs(model, inputs) for model in models]
+        inputs = inputs.cloned()
+        calls = [partial(outputs, model, inputs, True) for model in models]
         return interleaved(calls, [clock_of(model, inputs) for model in models], runs, warm_up)
 
 
@@ -245,7 +246,7 @@ def _attributed(
     # Innermost, so that what the user's own hooks take is not the layer's.
     with module_hooks(_layers_of(model), enter, leave, leave_first=True):
         started = read()
-        outputs(model, inputs)
+        outputs(model, inputs, given_away=True)
         return read() - started, dict(spent)
 
 

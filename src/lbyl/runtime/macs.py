@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
@@ -46,17 +47,24 @@ class MacCounter(OperatorInterceptor):
     def __init__(self, spare: bool = False) -> None:
         super().__init__()
         self._flops, self._spare = 0, spare
+        self._uncounted: dict[str, None] = {}
 
     @property
     def total(self) -> int:
         """What has been counted so far."""
         return self._flops // 2
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which operations multiply and are not counted, if there were any."""
+        names = ", ".join(self._uncounted)
+        return (f"MACs leave out what no formula is known for: {names}",) if names else ()
+
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the call and add what it costs."""
         if self._spare and (zeros := self._spared(func, args, kwargs)) is not None:
             return zeros
-        formula = flop_registry.get(func._overloadpacket)
+        formula = _FORMULAS.get(func.name().partition(".")[0]) or flop_registry.get(func._overloadpacket)
         if formula is None and _composite(func):
             # Within inference_mode, operations arrive whole that are made of others.
             with self:
@@ -64,6 +72,8 @@ class MacCounter(OperatorInterceptor):
         result = func(*args, **kwargs)
         if formula is not None:
             self._flops += formula(*args, **kwargs, out_val=result)
+        elif _multiplies(func):
+            self._uncounted[func.name().partition(".")[0]] = None
         return result
 
     def _spared(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -76,6 +86,83 @@ class MacCounter(OperatorInterceptor):
         if func is not torch.ops.aten.batch_norm.default:
             self._flops += 2 * layer_macs(zeros, weight[0].numel())
         return zeros
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _recurrent(x: Tensor, first: Tensor, second: Tensor, *rest: Any, out_val: Any) -> int:
+    return 2 * _rows(x) * (first.numel() + second.numel())
+
+
+def _recurrent_cudnn(x: Tensor, weights: Any, *rest: Any, out_val: Any) -> int:
+    return 2 * _rows(x) * sum(weight.numel() for weight in weights if weight.dim() == 2)
+
+
+def _trilinear(a: Tensor, b: Tensor, c: Tensor, *axes: Any, out_val: Any) -> int:
+    shapes = []
+    for tensor, added in zip((a, b, c), axes[:3], strict=True):
+        shape = list(tensor.shape)
+        for axis in added:
+            shape.insert(axis, 1)
+        shapes.append(shape)
+    return 2 * math.prod(map(max, *shapes))
+
+
+def _filtered(x: Tensor, weight: Tensor, *rest: Any, out_val: Tensor, **named: Any) -> int:
+    return 2 * layer_macs(out_val, weight[0].numel())
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any, **named: Any) -> int:
+    return 2 * _rows(query) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _of_second(x: Tensor, y: Tensor, *rest: Any, out_val: Any, **named: Any) -> int:
+    return 2 * y.numel()
+
+
+def _batches_summed(x: Tensor, a: Tensor, b: Tensor, *rest: Any, out_val: Any, **named: Any) -> int:
+    return 2 * a.numel() * b.shape[-1]
+
+
+def _distances(a: Tensor, b: Tensor, *rest: Any, out_val: Tensor, **named: Any) -> int:
+    return 2 * out_val.numel() * a.shape[-1]
+
+
+def _over_time(x: Tensor, weight: Tensor, *rest: Any, out_val: Tensor, **named: Any) -> int:
+    return 2 * layer_macs(out_val, weight[..., 0].numel())
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "aten::mkldnn_rnn_layer": _recurrent,
+    "aten::_cudnn_rnn": _recurrent_cudnn,
+    "aten::_trilinear": _trilinear,
+    "aten::_conv_depthwise2d": _filtered,
+    "aten::conv_tbc": _over_time,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::mv": lambda x, y, *rest, out_val: 2 * x.numel(),
+    "aten::addmv": lambda x, y, *rest, out_val, **named: 2 * y.numel(),
+    "aten::dot": _of_second,
+    "aten::vdot": _of_second,
+    "aten::addbmm": _batches_summed,
+    "aten::_cdist_forward": _distances,
+    "aten::_euclidean_dist": _distances,
+    "torchvision::deform_conv2d": _filtered,
+}
+"""Floating-point operations, two a multiply-accumulate, where PyTorch has no formula; by the operation's name."""
+
+_SOLVERS = ("_fft", "linalg_", "_linalg", "cholesky", "triangular_solve", "lu_", "ormqr", "_sparse", "_weight_int")
+_NAMESPACES = ("aten", "prim", "prims", "profiler")
+_MOVING = ("torchvision::nms", "torchvision::roi_align", "torchvision::roi_pool", "torchvision::ps_roi")
+
+
+def _multiplies(func: Any) -> bool:
+    """Whether an operation without a formula may be more than an element-wise one."""
+    namespace, _, name = func.name().partition("::")
+    if namespace in _NAMESPACES:
+        return name.startswith(_SOLVERS)
+    return not func.name().startswith(_MOVING)
 
 
 def layer_macs(out: Tensor, products: int) -> int:

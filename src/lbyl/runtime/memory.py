@@ -76,7 +76,7 @@ def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
     """
     held = _Held(model)
     with torch.no_grad(), held:
-        inputs.call(model)
+        inputs.cloned().call(model)
     return _each(held.most, inputs)
 
 

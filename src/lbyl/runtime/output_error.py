@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from lbyl.errors import InputError
 from lbyl.runtime.inputs import output_tensors
 
 DESTROYED = 0.9
@@ -24,18 +28,39 @@ def outputs_error(reference: Any, outputs: Any) -> float:
     """``min_a |a f'(x) - f(x)| / |f(x)|`` over all floating-point outputs, both less the mean of f.
 
     ``reference`` is what one network gave, ``outputs`` what another did, in the same structure. The mean is taken
-    over the batch. The common factor ``a`` is left free because decisions taken from outputs do not depend on it,
+    over all inputs and positions, each feature by itself: features are the second axis of images, the last one of
+    sequences and rows. The common factor ``a`` is left free because decisions taken from outputs do not depend on it,
     while pruning shrinks them: 0 says that nothing changed, 1 that nothing is left.
+
+    Raises:
+        InputError: nothing that the reference holds is finite.
     """
     expected = [t for t in output_tensors(reference) if t.is_floating_point()]
     found = [t for t in output_tensors(outputs) if t.is_floating_point()]
     cross = own = theirs = 0.0
     for a, b in zip(expected, found, strict=True):
-        mean = a.double().mean(0, keepdim=True)
-        x, y = a.double() - mean, b.double() - mean
+        a, b = a.double(), b.double()
+        here = torch.isfinite(a)  # what is masked out is -inf on purpose
+        if not bool(here.all()):
+            if a.numel() and not bool(here.any()):
+                raise InputError("the network's outputs on the probes are not finite")
+            a, b = a[here], b[here]
+        mean = _mean(a)
+        x, y = a - mean, b - mean
         cross += float((x * y).sum())
         own += float(x.square().sum())
         theirs += float(y.square().sum())
+    if own == theirs == 0:
+        return 0.0
     if not math.isfinite(cross) or cross <= 0:
         return 1.0
     return math.sqrt(max(0.0, 1 - cross**2 / (own * theirs)))
+
+
+def _mean(tensor: Tensor) -> Tensor:
+    """The mean of every feature; of all together where each of them is there only once."""
+    axis = 1 if tensor.dim() > 3 else tensor.dim() - 1
+    others = [dim for dim in range(tensor.dim()) if dim != axis]
+    if not others or tensor.numel() <= tensor.shape[axis]:
+        return tensor.mean()
+    return tensor.mean(others, keepdim=True)

@@ -1,4 +1,4 @@
-"""The cut network must compute what the masked one computes: checked in float64.
+"""The cut network must compute what the masked one computes: checked in float64, where the network runs in it.
 
 In the masked network, consumers have zeros in place of dropped columns. Layer norms over dropped channels take their
 statistics over the others (see `lbyl.runtime.layer_norms`).
@@ -7,16 +7,17 @@ Channels are wired alike at every pixel, so large images are compared with fewer
 work; then the cut network runs once on the example inputs as they are, where only the shapes count, so that layers
 return zeros. Networks that insist on the size of their images are compared on that.
 
+Networks that insist on a precision of their own are compared in that one, with a tolerance that follows from it.
+
 Most of what can't be cut fails by its shapes: a width that the code takes from elsewhere. Which groups those are is
 found out without computing anything, on PyTorch's meta device, where the network runs on it.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -38,6 +39,9 @@ from lbyl.surgery.cuts import cut_copy, plan_cuts
 from lbyl.surgery.masking import Masks, norm_masks, still_masked
 
 TOLERANCE = 1e-6
+"""In float64."""
+_ROUNDINGS = 2**13
+"""So many roundings of the largest output may add up in other precisions; a tenth of it at the most."""
 _THINNED = 0.3
 """The share of their rows and columns that large images are compared with."""
 NOTHING: Masks = MappingProxyType({})
@@ -50,13 +54,42 @@ Follow = Callable[[Selection], Sequence[Attribute]]
 class Verification:
     """The largest difference of any output, relative to that output's largest magnitude.
 
-    ``macs`` are the multiply-accumulates on the example inputs, before and after the cut.
+    ``difference`` is None where all outputs are empty, so that nothing could be compared; ``macs`` are the
+    multiply-accumulates on the example inputs, before and after the cut; ``note`` is what the user should know.
     """
 
-    difference: float
+    difference: float | None
     tolerance: float
     dtype: str
     macs: tuple[int, int]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """What a network is run in: ``dtype``, or its own precision where that is None."""
+
+    dtype: torch.dtype | None
+    mode: Float64Mode = field(default_factory=Float64Mode)
+
+    def tolerance(self, model: nn.Module) -> float:
+        """How much outputs may differ, going by the coarsest precision that was seen."""
+        own = _own_dtype(model) if self.dtype is None else self.dtype
+        return max(_tolerance(dtype) for dtype in (own, *self.mode.narrower))
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE if dtype == torch.float64 else min(0.1, _ROUNDINGS * torch.finfo(dtype).eps)
+
+
+def _own_dtype(model: nn.Module) -> torch.dtype:
+    return next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.get_default_dtype())
+
+
+def _precisions(model: nn.Module) -> list[_Precision]:
+    """Those that a network is tried in, in turn."""
+    coarse = [torch.float32] if torch.finfo(_own_dtype(model)).bits < 32 else []
+    return [_Precision(dtype) for dtype in (torch.float64, *coarse, None)]
 
 
 class _NotReached(InputError):
@@ -64,8 +97,8 @@ class _NotReached(InputError):
 
 
 @contextmanager
-def _widened(model: nn.Module, names: dict[int, str], silent: Masks) -> Iterator[None]:
-    """Each module's own tensors are float64 while it runs, so that no wide copy of the model is ever held.
+def _widened(model: nn.Module, names: dict[int, str], silent: Masks, dtype: torch.dtype | None) -> Iterator[None]:
+    """Each module's own tensors are ``dtype`` while it runs, so that no wide copy of the model is ever held.
 
     ``names`` are those of tensors by their ids; the wide ones are among them while they are in place. ``silent`` is
     laid on the wide ones. Large weights of linear layers stay narrow, for :class:`lbyl.runtime.float64.Float64Mode`.
@@ -87,8 +120,8 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Masks) -> Iterator
                 if tensor is None or not tensor.is_floating_point():
                     continue
                 narrow = type(module) is nn.Linear and name == "weight" and tensor.numel() > LARGE
-                if not narrow or id(tensor) in laid:
-                    wide = tensor.detach().to(torch.float64, copy=id(tensor) in laid)
+                if (not narrow and dtype is not None) or id(tensor) in laid:
+                    wide = tensor.detach().to(dtype or tensor.dtype, copy=id(tensor) in laid)
                     for change in laid.get(id(tensor), ()):
                         change(wide)
                     unmasked.discard(id(tensor))
@@ -120,37 +153,46 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Masks) -> Iterator
         raise _NotReached(f"{missed} is used by another module than its own")
 
 
-def _wide_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks = NOTHING) -> list[Tensor]:
-    """The model's outputs in float64; the model itself stays as it is.
+def _wide_outputs(
+    model: nn.Module, inputs: ExampleInputs, precision: _Precision, kept: NormMasks, silent: Masks = NOTHING
+) -> list[Tensor]:
+    """The model's outputs in some precision; the model itself stays as it is.
 
     ``kept`` tells which channels layer norms take their statistics over, ``silent`` what is zero in its weights.
     """
     try:
-        return _widened_outputs(model, inputs, kept, silent)
+        return _widened_outputs(model, inputs, precision, kept, silent)
     except InputError:
         # A module that uses the tensors of another one meets two precisions.
-        return _copied_outputs(model, inputs, kept, silent)
+        return _copied_outputs(model, inputs, precision, kept, silent)
 
 
-def _masked_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks) -> list[Tensor]:
+def _masked_outputs(
+    model: nn.Module, inputs: ExampleInputs, precision: _Precision, kept: NormMasks, silent: Masks
+) -> list[Tensor]:
     """The same where inputs that the model may not take must not cost a whole copy."""
     try:
-        return _widened_outputs(model, inputs, kept, silent)
+        return _widened_outputs(model, inputs, precision, kept, silent)
     except _NotReached:
-        return _copied_outputs(model, inputs, kept, silent)
+        return _copied_outputs(model, inputs, precision, kept, silent)
 
 
-def _copied_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks) -> list[Tensor]:
+def _copied_outputs(
+    model: nn.Module, inputs: ExampleInputs, precision: _Precision, kept: NormMasks, silent: Masks
+) -> list[Tensor]:
     """The outputs of a copy that is widened as a whole."""
-    wide = apply_changes(copy.deepcopy(model).eval().double(), silent)
-    with plain_attention(), statistics_of_kept(wide, kept, _names(wide)), Float64Mode():
+    wide = copy_model(model).eval()
+    wide = apply_changes(wide if precision.dtype is None else wide.to(precision.dtype), silent)
+    with undisturbed(wide), plain_attention(), statistics_of_kept(wide, kept, _names(wide)), precision.mode:
         return outputs(wide, inputs)
 
 
-def _widened_outputs(model: nn.Module, inputs: ExampleInputs, kept: NormMasks, silent: Masks) -> list[Tensor]:
+def _widened_outputs(
+    model: nn.Module, inputs: ExampleInputs, precision: _Precision, kept: NormMasks, silent: Masks
+) -> list[Tensor]:
     names = _names(model)
-    statistics = statistics_of_kept(model, kept, names)
-    with undisturbed(model), _widened(model, names, silent), plain_attention(), statistics, Float64Mode():
+    statistics, widened = statistics_of_kept(model, kept, names), _widened(model, names, silent, precision.dtype)
+    with undisturbed(model), widened, plain_attention(), statistics, precision.mode:
         return outputs(model, inputs)
 
 
@@ -159,16 +201,27 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Largest absolute difference over largest magnitude, tensor by tensor; inf where shapes differ."""
+    """Largest absolute difference over largest magnitude, tensor by tensor; inf where shapes differ.
+
+    Where no output has a fraction, it is the largest share of numbers that are not the same.
+    """
     if [t.shape for t in expected] != [t.shape for t in found]:
         return float("inf")
+    pairs = list(zip(expected, found, strict=True))
+    if not any(_has_fraction(t) for t in expected):
+        return max((float((a != b).double().mean()) for a, b in pairs if a.numel()), default=0.0)
     worst = 0.0
-    for a, b in zip(expected, found, strict=True):
-        if not a.is_floating_point():
+    for a, b in pairs:
+        if not _has_fraction(a):
             continue
+        a, b = ((t.to(torch.complex128 if t.is_complex() else torch.float64)) for t in (a, b))
         gap = (a - b).abs().max() / a.abs().max().clamp_min(1e-300) if a.numel() else torch.zeros(())
         worst = max(worst, float(gap) if bool(torch.isfinite(gap)) else float("inf"))
     return worst
+
+
+def _has_fraction(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def verify(
@@ -208,14 +261,19 @@ def verify(
         return _error(_first_bad(full, reference, selection, attribute), what)
 
     try:
-        found, after = _wide_outputs(smaller, reference.inputs, {}), _count(smaller, reference.whole)
+        found = _wide_outputs(smaller, reference.inputs, reference.precision, {})
+        after = _count(smaller, reference.whole)
     except InputError as error:
         raise wrong(str(error)) from error
     gap = difference(reference.outputs, found)
-    if gap > TOLERANCE:
+    if gap > reference.tolerance:
         raise wrong(f"outputs differ by {gap:.2g} of their magnitude")
     before = _count(masked, reference.whole) if macs is None else macs
-    return Verification(gap, TOLERANCE, "float64", (before, after))
+    if not any(t.numel() for t in found):
+        note = "not verified: the network's outputs on the example inputs are empty, so nothing was compared"
+        return Verification(None, reference.tolerance, reference.dtype, (before, after), note)
+    note = reference.note if gap > TOLERANCE or reference.precision.dtype != torch.float64 else ""
+    return Verification(gap, reference.tolerance, reference.dtype, (before, after), note)
 
 
 def cuttable(
@@ -342,15 +400,19 @@ def without_trouble(masked: nn.Module, inputs: ExampleInputs, graph: Graph, sele
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the masked network makes of some inputs in float64.
+    """What the masked network makes of some inputs in a precision that it runs in.
 
     Attributes:
-        inputs: the inputs in float64.
+        inputs: the inputs in that precision.
         outputs: the masked network's.
         kept: which channels stay at its layer norms.
         whole: the example inputs as they are, on which the cut network must run as well.
         thinned: whether ``inputs`` are images with fewer pixels than those.
         outline: the masked network without numbers.
+        precision: what both networks are run in.
+        tolerance: how much their outputs may differ.
+        dtype: the precision's name.
+        why: why it is not float64, as far as that is known.
     """
 
     inputs: ExampleInputs
@@ -359,6 +421,16 @@ class _Reference:
     whole: ExampleInputs
     thinned: bool
     outline: _Outline
+    precision: _Precision
+    tolerance: float
+    dtype: str
+    why: str = ""
+
+    @property
+    def note(self) -> str:
+        """What the user should know of the precision."""
+        text = f"verified in {self.dtype}, to {self.tolerance:.1e}"
+        return f"{text}: the network does not run in float64 ({self.why})" if self.why else text
 
 
 class _Outline:
@@ -401,25 +473,48 @@ def said(error: LbylError) -> str:
 
 
 def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection, silent: Masks = NOTHING) -> _Reference:
-    """Run the masked network in float64, on thinned images if it takes them."""
+    """Run the masked network in the first precision that it runs in."""
+    first: InputError | None = None
+    for precision in _precisions(masked):
+        try:
+            found = _reference_in(precision, masked, inputs, selection, silent)
+        except InputError as error:
+            first, last = first or error, error
+        else:
+            return found if first is None else replace(found, why=said(first))
+    raise last
+
+
+def _reference_in(
+    precision: _Precision, masked: nn.Module, inputs: ExampleInputs, selection: Selection, silent: Masks
+) -> _Reference:
+    """Run the masked network in this precision, on thinned images if it takes them."""
     kept = norm_masks(selection)
     device = next((p.device for p in masked.parameters()), torch.device("cpu"))
     whole, thinned = inputs.to(device), inputs.thinned(_THINNED)
     outline = _Outline(masked, whole)
+
+    def reference(made: ExampleInputs, expected: list[Tensor]) -> _Reference:
+        tolerance, dtype = precision.tolerance(masked), precision.dtype or _own_dtype(masked)
+        name = str(dtype).removeprefix("torch.")
+        if dtype == torch.float64 and precision.mode.narrower:
+            name += f", with {precision.mode.narrowest} inside"
+        return _Reference(made, expected, kept, whole, made is not full, outline, precision, tolerance, name)
+
+    full = inputs.to(device, precision.dtype)
     if thinned is not None:
-        wide = thinned.to(device, torch.float64)
+        wide = thinned.to(device, precision.dtype)
         try:
-            expected = _masked_outputs(masked, wide, kept, silent)
+            expected = _masked_outputs(masked, wide, precision, kept, silent)
         except InputError:  # it insists on the size of its images
             pass
         else:
             if _finite(expected):
-                return _Reference(wide, expected, kept, whole, thinned=True, outline=outline)
-    wide = inputs.to(device, torch.float64)
-    expected = _wide_outputs(masked, wide, kept, silent)
+                return reference(wide, expected)
+    expected = _wide_outputs(masked, full, precision, kept, silent)
     if not _finite(expected):
         raise InputError("the network's output on the example inputs is not finite (NaN or infinity in weights?)")
-    return _Reference(wide, expected, kept, whole, thinned=False, outline=outline)
+    return reference(full, expected)
 
 
 def _count(model: nn.Module, inputs: ExampleInputs) -> int:
@@ -428,7 +523,7 @@ def _count(model: nn.Module, inputs: ExampleInputs) -> int:
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+    return all(bool(torch.isfinite(t).all()) for t in tensors if _has_fraction(t))
 
 
 def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribute: Follow) -> str | None:
@@ -438,12 +533,12 @@ def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribut
         smaller = cut_copy(masked, cuts, attribute(part))
         # Layer norms over channels of the groups that are only masked go on without these.
         kept = still_masked(reference.kept, part)
-        gap = difference(reference.outputs, _wide_outputs(smaller, reference.inputs, kept))
-        if gap <= TOLERANCE and reference.thinned:
+        gap = difference(reference.outputs, _wide_outputs(smaller, reference.inputs, reference.precision, kept))
+        if gap <= reference.tolerance and reference.thinned:
             _count(smaller, reference.whole)
     except LbylError as error:
         return said(error)
-    return None if gap <= TOLERANCE else f"outputs differ by {gap:.2g} of their magnitude"
+    return None if gap <= reference.tolerance else f"outputs differ by {gap:.2g} of their magnitude"
 
 
 def _first_bad(

@@ -68,7 +68,7 @@ def _summary(plan: Plan, report: Report) -> Iterator[str]:
         yield "The cut was not verified."
     else:
         yield (
-            "The cut was verified in float64: the smaller network computes what the masked one does "
+            "The cut was verified: the smaller network computes what the masked one does "
             f"(relative difference {report.verified:.1e})."
         )
     for note in report.notes:

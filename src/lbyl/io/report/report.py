@@ -82,7 +82,8 @@ class Report(ReportData):
             if self.latency.no_speed:
                 lines.append(f"no speed from the cut of {self.latency.no_speed}")
         if self.verified is None:
-            lines.append("not verified: verification was switched off")
+            if not any(note.startswith("not verified") for note in self.notes):
+                lines.append("not verified: verification was switched off")
         else:
             lines.append(f"verified: the cut network equals the masked one (relative difference {self.verified:.1e})")
         if self.assessment:

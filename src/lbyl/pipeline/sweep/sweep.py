@@ -23,7 +23,7 @@ from lbyl.io.files import write_whole
 from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.compress import walk
-from lbyl.pipeline.prepare import Prepared, check_module, check_weights, first_that_restores, prepare
+from lbyl.pipeline.prepare import Prepared, check_weights, first_that_restores, plain_module, prepare
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep import pareto
@@ -150,7 +150,7 @@ def sweep(
         0.5, None, scope, named_criterion(criterion), named_restorer(restore), seed, verify, strict, source, progress
     )
     _check(budgets)
-    check_module(model)
+    model = plain_module(model)
     check_weights(model)
     folder, inputs, judge = Path(path), ExampleInputs.of(example_inputs), _Judge(evaluate)
     now = fingerprint(model, inputs, request, submodule)

@@ -1,0 +1,157 @@
+"""Networks, inputs and the global state of PyTorch are what they were, whatever a forward pass writes to."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from nets import images
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+import lbyl
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU()), nn.Conv2d(12, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+class WritesInput(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        return super().forward(x)
+
+
+class Counts(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+class Replaces(Counts):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return Base.forward(self, x) * self.calls
+
+
+class KeepsArray(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.history, self.last = np.zeros(3), torch.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.history[0] += 1
+        self.last += 1
+        return super().forward(x) * float(self.history[0]) * self.last[0]
+
+
+class Noisy(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + torch.randn_like(y) + random.random() + float(np.random.rand())
+
+
+KINDS = [Base, WritesInput, Counts, Replaces, KeepsArray, Noisy]
+
+
+def content(net: nn.Module) -> dict[str, Tensor]:
+    held = {f"own {k}": torch.as_tensor(v) for k, v in vars(net).items() if isinstance(v, np.ndarray | Tensor)}
+    return copy.deepcopy({**net.state_dict(), **held})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("restore", ["prune", "lbyl", "auto"])
+def test_a_forward_pass_that_writes_leaves_no_trace(kind: type[Base], restore: str) -> None:
+    net, x = kind().eval(), images(2, 3, 8, 8)
+    before, seen = content(net), x.clone()
+    result = lbyl.compress(net, x, ratio=0.5, restore=restore)
+    assert result.report.verified is not None
+    assert result.report.rows[0].after == 6
+    assert torch.equal(x, seen)
+    after = content(net)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    kept = content(result.model)
+    assert all(torch.equal(kept[name], before[name]) for name in kept if name.startswith(("own", "calls")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspection_leaves_no_trace(kind: type[Base]) -> None:
+    net, x = kind().eval(), images(2, 3, 8, 8)
+    before, seen = content(net), x.clone()
+    lbyl.inspect(net, x)
+    assert torch.equal(x, seen)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in content(net).items())
+
+
+def folded(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(norm(nn.Conv2d(3, 12, 3)), nn.ReLU(), nn.Conv2d(12, 4, 3))
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "plain": Base,
+    "noise": Noisy,
+    "weight norm": lambda: folded(weight_norm),
+    "spectral norm": lambda: folded(spectral_norm),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("restore", ["prune", "coreset", "auto"])
+def test_the_global_generators_stay(name: str, restore: str, tmp_path) -> None:
+    net, fresh, x = NETS[name]().eval(), NETS[name]().eval(), images(2, 3, 8, 8)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    result = lbyl.compress(net, x, ratio=0.5, restore=restore)
+    result.save(tmp_path / "saved")
+    lbyl.load(tmp_path / "saved", fresh)
+    lbyl.inspect(net, x)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+
+
+def net_with(name: str, value: float) -> Base:
+    net = Base().eval()
+    state = net.state_dict()
+    state[name].flatten()[0] = value
+    return net
+
+
+BAD_TENSORS = {
+    "a weight that is not a number": ("b.weight", float("nan")),
+    "a mean that is not a number": ("a.1.running_mean", float("nan")),
+    "an infinite variance": ("a.1.running_var", float("inf")),
+    "a negative variance": ("a.1.running_var", -0.5),
+    "a huge weight": ("a.0.weight", 1e30),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TENSORS)
+def test_tensors_that_nothing_can_be_restored_from_are_named(what: str) -> None:
+    name, value = BAD_TENSORS[what]
+    with pytest.raises(lbyl.InputError, match=name):
+        lbyl.compress(net_with(name, value), images(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_batch_that_is_not_finite_is_named(value: float) -> None:
+    batches = [images(4, 3, 8, 8) for _ in range(3)]
+    batches[1][2, 0, 0, 0] = value
+    with pytest.raises(lbyl.InputError, match="batch 1 "):
+        lbyl.compress(Base().eval(), images(1, 3, 8, 8), restore=lbyl.LeastSquares(moments=lbyl.Data(batches)))
+    with pytest.raises(lbyl.InputError, match="example_inputs hold"):
+        lbyl.compress(Base().eval(), batches[1])
