@@ -6,7 +6,6 @@ from enum import Enum
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from lbyl.cli.app import app, out, print_json, working
 from lbyl.cli.options import Folder, Json, SameInputs, Seed
@@ -46,6 +45,7 @@ def export(
 
         read_manifest(folder)  # before any code of the user's runs
         import lbyl
+        from lbyl.io.report.format import shown
         from lbyl.io.sources import load_source
 
         fresh = load_source(model, pretrained=False) if model else None
@@ -55,4 +55,4 @@ def export(
     if as_json:
         print_json(exported.to_dict())
     else:
-        out.print(*map(Text, exported.summary()), sep="\n", soft_wrap=True)
+        out.print(*map(shown, exported.summary()), sep="\n", soft_wrap=True)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.text import Text
 from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.errors import ArtifactError, InputError, LbylError, SurgeryError, VerificationError
 from lbyl.io import artifact
 from lbyl.io.files import write_whole
+from lbyl.io.report.format import shown
 from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.compress import walk
@@ -93,7 +93,7 @@ class Sweep:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield pareto.table(self.points)
         for text in (*pareto.told(self.points, self.unpruned), *pareto.failures(self.points)):
-            yield Text(text)
+            yield shown(text)
 
 
 def sweep(
@@ -241,9 +241,8 @@ def _compressed(network: _Network, state: SweepState, folder: Path, judge: _Judg
     spent = {stage: state.seconds.get(stage, 0.0) + value for stage, value in network.clock.seconds.items()}
     state = replace(state, seconds={**state.seconds, **spent})
     for number, point in enumerate(waiting):
-        limit = Budget(**{key: _tupled(value) for key, value in point.budget.items() if key != "name"})
         progress = _labelled(network.request.progress, f"{point.asked} ({number + 1} of {len(waiting)})")
-        request = replace(network.request, budget=limit, progress=progress)
+        request = replace(network.request, budget=point.limit, progress=progress)
         started = perf_counter()
         result = _attempt(lambda request=request: walk(network.prepared, request, Clock(), ground))
         if isinstance(result, LbylError):
@@ -376,7 +375,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _jsonable(item) for key, item in value.items()}
     return [_jsonable(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
