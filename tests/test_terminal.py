@@ -1,4 +1,4 @@
-"""The command line where terminals, streams and folders are not as they should be: no traceback, and nothing is lost."""
+"""The command line where terminals, streams and folders are not as they should be: no traceback, nothing is lost."""
 
 from __future__ import annotations
 

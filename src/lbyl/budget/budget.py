@@ -54,7 +54,7 @@ class Budget:
         if self.round_to != "auto":
             check_number('Budget(round_to={}) is not "auto"', self.round_to, whole=True, least=1)
         check_number("Budget(min_keep={})", self.min_keep, whole=True, least=1)
-        check_number("Budget(max_ratio={})", self.max_ratio, least=0, below=1)
+        check_number("Budget(max_ratio={}), the largest ratio", self.max_ratio, least=0, below=1)
         exclude = self.exclude
         if isinstance(exclude, str) or not isinstance(exclude, Iterable):
             raise InputError(f"Budget(exclude={exclude!r}): must be a sequence of globs, such as ['layer4.*']")

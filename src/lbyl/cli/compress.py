@@ -83,7 +83,7 @@ def compress(
         # The saved report may say more, such as whether a config.json could be written.
         saved = read_manifest(output)
     if as_json:
-        print_json(document(output, saved.plan, saved.report, trusted=True))
+        print_json(document(output, saved.plan, saved.report))
         return
     out.print(saved.report)
     out.print(shown(f"saved to {output}; {output / PAGE} is the report for people"), soft_wrap=True)

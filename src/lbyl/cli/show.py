@@ -21,7 +21,7 @@ def show(folder: Folder, as_json: Json = False) -> None:
         manifest = read_manifest(folder)
     plan = manifest.plan
     if as_json:
-        print_json(document(folder, plan, manifest.report))
+        print_json(document(folder, plan, manifest.report, trusted=False))
         return
     out.print(shown(f"{plan.source or 'a model of unknown source'} on {plan.inputs}, by lbyl {plan.library}"))
     out.print(shown(", ".join(f"{name}={setting(value)}" for name, value in plan.settings.items())))

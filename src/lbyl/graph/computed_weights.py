@@ -25,6 +25,7 @@ _LAYERS: Mapping[str, type[nn.Module]] = {
     "conv3d": nn.Conv3d,
     "linear": nn.Linear,
 }
+_LARGEST = 2**40
 _ARGUMENTS = {
     *("bias", "in_features", "out_features", "in_channels", "out_channels"),
     *("kernel_size", "stride", "padding", "dilation", "groups"),
@@ -101,6 +102,8 @@ def _place(model: nn.Module, item: Fold) -> nn.Module:
             raise ValueError(f"unknown arguments {sorted(foreign)}")
         with torch.device("meta"):  # whoever wrote the plan, nothing is allocated by its word
             layer = _LAYERS[item.op](**item.arguments)
+        if sum(parameter.numel() for parameter in layer.parameters()) > _LARGEST:
+            raise ValueError("too large")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise SurgeryError(f"{item.module!r}: {item.op} with {dict(item.arguments)} is no layer: {error}") from error
     state = tensors_of(model.get_submodule(item.module))

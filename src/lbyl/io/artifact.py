@@ -71,7 +71,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
             (folder / MANIFEST).write_text(document_text(manifest, f"the plan of {target}"), encoding="utf-8")
             (folder / CARD).write_text(card(plan, report), encoding="utf-8")
             (folder / PAGE).write_text(page(plan, report), encoding="utf-8")
-            (folder / DOCUMENT).write_text(to_json(document(".", plan, report, trusted=True)), encoding="utf-8")
+            (folder / DOCUMENT).write_text(to_json(document(".", plan, report)), encoding="utf-8")
             finish(folder)
             folder.rename(target)
     except SafetensorError as error:  # its writer raises this where the disk is full
@@ -90,7 +90,7 @@ def check_free(target: Path) -> None:
         raise InputError(f"can't write {target}: {error.strerror or error}; choose another name") from error
 
 
-def document(path: str | os.PathLike[str], plan: Plan, report: Report, *, trusted: bool = False) -> dict[str, Any]:
+def document(path: str | os.PathLike[str], plan: Plan, report: Report, *, trusted: bool = True) -> dict[str, Any]:
     """The outcome for programs: the content of ``report.json``, and what the command line prints with ``--json``.
 
     Args:

@@ -34,7 +34,7 @@ def check_number(
 
     >>> check_number("Dream(lr={})", -0.5, above=0)
     Traceback (most recent call last):
-    lbyl.errors.InputError: Dream(lr=-0.5): must be a number above 0
+    lbyl.errors.InputError: Dream(lr=-0.5): must lie above 0
     """
     if value is None and optional:
         return
@@ -44,8 +44,9 @@ def check_number(
         fits = (least is None or value >= least) and (above is None or value > above)
         fits = fits and (most is None or value <= most) and (below is None or value < below)
     if not fits:
-        bounds = [(least, "at least"), (above, "above"), (most, "at most"), (below, "below")]
+        bounds = [(least, "at least"), (above, "above"), (most, "not above"), (below, "below")]
         told = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
-        none = ", or None" if optional else ""
-        what = "a whole number" if whole else "a number"
-        raise InputError(f"{place.format(repr(value))}: must be {what} {told}".rstrip() + none)
+        be = "lie" if told and least is None else "be"
+        if whole or not told:
+            be = f"be {'a whole' if whole else 'a'} number{' of' if told else ''}"
+        raise InputError(f"{place.format(repr(value))}: must {be} {told}".rstrip() + ", or None" * optional)
