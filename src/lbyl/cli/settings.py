@@ -252,7 +252,7 @@ class Settings:
             return self.restore
         from lbyl.moments import Data, Dream
         from lbyl.restore.registry import choose_restorer
-        from lbyl.runtime.registry import find
+        from lbyl.runtime.registry import make
 
         changes: dict[str, Any] = {}
         if batches:
@@ -260,7 +260,7 @@ class Settings:
         elif self.no_photographs:
             changes["moments"] = Dream(photographs=False)
         elif self.moments:
-            changes["moments"] = find("moments", self.moments)()
+            changes["moments"] = make("moments", self.moments)
         if self.solve:
             changes["solve"] = self.solve.value
         if self.ridge is not None:

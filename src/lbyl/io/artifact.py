@@ -26,6 +26,7 @@ from lbyl.io.report.model_card import card
 from lbyl.io.report.report import Report
 from lbyl.io.report.snippets import load_line
 from lbyl.io.sources import load_source
+from lbyl.runtime.checks import as_path, check_module
 from lbyl.runtime.copying import shape_and_dtype, tensors_of
 from lbyl.runtime.documents import document_text, read_json, to_json
 from lbyl.surgery.cuts import cut_copy
@@ -59,7 +60,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     """
     from lbyl.io.report.page import page  # Matplotlib and Jinja take long to import
 
-    target = Path(path)
+    target = as_path(path)
     check_free(target)
     try:
         with stage(target) as folder:
@@ -119,7 +120,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises:
         ArtifactError: no such folder, or a damaged or foreign file.
     """
-    file = Path(path) / MANIFEST
+    file = as_path(path) / MANIFEST
     with _reading(file):
         if not file.is_file():
             raise ArtifactError(f"{path} is no folder saved by lbyl: it has no {MANIFEST}")
@@ -150,6 +151,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         if plan.source is None or not is_rebuildable(plan.source):
             raise InputError(f"{path}: the plan does not know how to build the model; pass lbyl.load(path, model)")
         model = load_source(plan.source, pretrained=False)
+    check_module(model)
     if any(tensor.is_meta for tensor in tensors_of(model).values()):
         raise InputError(f"{type(model).__name__} is on the meta device; pass a fresh instance on the CPU, say")
     plan.check_model(model)

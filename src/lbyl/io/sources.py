@@ -31,7 +31,7 @@ def load_source(source: str, pretrained: bool = True) -> nn.Module:
     Raises:
         InputError: an unknown form, library, name or factory, or weights that can't be loaded.
     """
-    kind, separator, name = source.rpartition(":")
+    kind, separator, name = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     if not separator or not kind or not name:
         raise InputError(f"{source!r} names no model; write {FORMS}")
     if kind == "timm":
@@ -126,7 +126,7 @@ def load_function(source: str) -> Callable[..., Any]:
     Raises:
         InputError: no such file, module or function.
     """
-    place, separator, name = source.rpartition(":")
+    place, separator, name = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     if not separator or not place or not name:
         raise InputError(f"{source!r} names no function; write package.module:function or file.py:function")
     return _function(place, name, "function")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lbyl.errors import InputError
+from lbyl.errors import InputError, first_line
 from lbyl.moments.base import Probes
+from lbyl.runtime.checks import check_number, named_kind
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
@@ -27,6 +28,11 @@ class Data:
 
     source: Iterable[Any] = field(repr=False)
     batches: int = 4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, (str, type)) or not isinstance(self.source, Iterable):
+            raise InputError(f"Data: the source is {named_kind(self.source)}; pass a list of batches or a DataLoader")
+        check_number("Data(batches={})", self.batches, whole=True, least=1)
 
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
@@ -56,8 +62,7 @@ def _check(model: nn.Module, batch: ExampleInputs, inputs: ExampleInputs) -> Non
         with torch.no_grad():
             batch.call(model)
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"Data: the model does not run on a batch of {batch.describe()} ({line}); "
+            f"Data: the model does not run on a batch of {batch.describe()} ({first_line(error)}); "
             f"batches must be like the example inputs, {inputs.describe()}"
         ) from error

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.moments.synthesis import synthesize, varied_pink
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input, split
+from lbyl.runtime.checks import check_number
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
@@ -32,8 +32,8 @@ class Noise:
     spectrum: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.images is not None and self.images < 2:
-            raise InputError(f"Noise(images={self.images}): batch statistics need at least 2")
+        check_number("Noise(images={})", self.images, whole=True, least=2, optional=True)
+        check_number("Noise(spectrum={})", self.spectrum)
 
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None

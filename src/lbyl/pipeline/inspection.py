@@ -13,8 +13,9 @@ from torch import nn
 from lbyl.graph import Graph
 from lbyl.graph.submodules import joined
 from lbyl.io.report.format import shown
-from lbyl.pipeline.prepare import check_module, trace_model
+from lbyl.pipeline.prepare import trace_model
 from lbyl.pipeline.result import Inputs
+from lbyl.runtime.checks import check_module
 from lbyl.runtime.inputs import ExampleInputs
 
 

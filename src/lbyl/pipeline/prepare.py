@@ -28,8 +28,9 @@ from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs
 from lbyl.restore.base import Restorer
 from lbyl.restore.registry import fallbacks
+from lbyl.runtime.checks import check_module
 from lbyl.runtime.contexts import undisturbed
-from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.copying import shape_and_dtype, tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
 
@@ -169,16 +170,11 @@ def prepare(
     return Prepared(model, inputs, traced, tuple(Subject(*each, *request.restorer(each[1])) for each in found))
 
 
-def check_module(model: object) -> None:
-    """Raise InputError for what is no module."""
-    if not isinstance(model, nn.Module):
-        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise InputError(f"model is {kind}; pass a torch.nn.Module with its weights loaded")
-
-
 def check_weights(model: nn.Module) -> None:
     """Raise InputError for weights that nothing can be restored from."""
     for name, tensor in tensors_of(model).items():
+        if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and not tensor.numel():
+            raise InputError(f"{name} is {shape_and_dtype(tensor)}: there is nothing to cut in a width of zero")
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device, where it has no values; load the weights first")
         if (

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from lbyl.budget.budget import Budget
+from lbyl.errors import InputError
 from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivers
 from lbyl.restore.registry import choose_restorer, resolve_restorer
+from lbyl.runtime.checks import check_seed, check_switch, named_kind
 from lbyl.runtime.progress import Progress
 from lbyl.selection.criteria.base import Criterion
-from lbyl.selection.select import Ratio
+from lbyl.selection.select import Ratio, check_scope
 
 Restore = str | Restorer | Delivers
 """What users name a restorer by: "auto", a short name, a restorer, or an object with a ``deliver`` method."""
@@ -41,6 +43,18 @@ class CompressionRequest:
     strict: bool
     source: str | None
     progress: Progress | None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise InputError(f"budget is {named_kind(self.budget)}; pass lbyl.Budget(macs=0.5)")
+        check_scope(self.scope)
+        check_seed(self.seed)
+        check_switch("verify={}", self.verify)
+        check_switch("strict={}", self.strict)
+        if self.source is not None and not isinstance(self.source, str):
+            raise InputError(f"source is {named_kind(self.source)}; write a text such as timm:resnet18, or None")
+        if self.progress is not None and not callable(self.progress):
+            raise InputError(f"progress is {named_kind(self.progress)}; pass a function of stage, done and total")
 
     def restorer(self, model: nn.Module) -> tuple[Restorer, str]:
         """The restorer for a model, and why, where it was not named."""

@@ -12,7 +12,7 @@ from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivering, Delivers
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.prune import Prune
-from lbyl.runtime.registry import find
+from lbyl.runtime.registry import make
 
 
 def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
@@ -22,11 +22,12 @@ def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
         InputError: an unknown name, or an object without ``restore`` and ``deliver``.
     """
     if isinstance(restore, str):
-        restore = find("restorer", restore)()
+        restore = make("restorer", restore)
     if isinstance(restore, Restorer):
         return restore
     if isinstance(restore, type) or not isinstance(restore, Delivers):
-        raise InputError(f"restore={restore!r} has no deliver(filters, keep, drop, generator) method")
+        hint = f"; pass an object, {restore.__name__}()" if isinstance(restore, type) else ""
+        raise InputError(f"restore={restore!r} has no deliver(filters, keep, drop, generator) method{hint}")
     return Delivering(restore)
 
 

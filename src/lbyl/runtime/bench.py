@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from lbyl.errors import visible
+from lbyl.runtime.checks import check_module, check_number
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import RUNS, WARM_UP, LayerLatency, Runs, measure_latencies
 from lbyl.runtime.progress import Progress
@@ -209,6 +210,10 @@ def bench(
         >>> [(layer.name, layer.macs) for layer in found.layers]
         [('0', (512, 384)), ('2', (128, 96))]
     """
+    check_module(model)
+    check_module(against, "against")
+    check_number("runs={}", runs, whole=True, least=3)
+    check_number("warm_up={}", warm_up, whole=True, least=0)
     inputs = ExampleInputs.of(example_inputs)
     before, after = measure_latencies((against, model), inputs, runs=runs, warm_up=warm_up, progress=progress)
     first, second = ({layer.name: layer for layer in found.layers} for found in (before, after))

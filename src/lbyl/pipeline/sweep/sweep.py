@@ -23,7 +23,7 @@ from lbyl.io.report.format import shown
 from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.compress import walk
-from lbyl.pipeline.prepare import Prepared, check_module, check_weights, first_that_restores, prepare
+from lbyl.pipeline.prepare import Prepared, check_weights, first_that_restores, prepare
 from lbyl.pipeline.request import CompressionRequest, Restore, named_restorer
 from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep import pareto
@@ -31,6 +31,7 @@ from lbyl.pipeline.sweep.cache import FolderCache
 from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
 from lbyl.pipeline.sweep.pareto import Point
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
+from lbyl.runtime.checks import as_path, check_module, named_kind
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
@@ -150,9 +151,11 @@ def sweep(
         0.5, None, scope, resolve_criterion(criterion), named_restorer(restore), seed, verify, strict, source, progress
     )
     _check(budgets)
+    if evaluate is not None and not callable(evaluate):
+        raise InputError(f"evaluate is {named_kind(evaluate)}; pass a function of a network that returns a number")
     check_module(model)
     check_weights(model)
-    folder, inputs, judge = Path(path), ExampleInputs.of(example_inputs), _Judge(evaluate)
+    folder, inputs, judge = as_path(path), ExampleInputs.of(example_inputs), _Judge(evaluate)
     now = fingerprint(model, inputs, request, submodule)
     network = _Network(model, inputs, request, submodule)
     # Whatever is wrong with the network or its judge is found out before there is a folder.
@@ -306,11 +309,13 @@ class _Judge:
 
 
 def _check(budgets: Sequence[Budget]) -> None:
+    if isinstance(budgets, (Budget, str)) or not isinstance(budgets, Sequence):
+        raise InputError(f"budgets is {named_kind(budgets)}; pass a list, such as [lbyl.Budget(macs=0.5)]")
     if not budgets:
         raise InputError("a sweep needs at least one budget, such as lbyl.Budget(macs=0.5)")
     for number, budget in enumerate(budgets):
         if not isinstance(budget, Budget):
-            raise InputError(f"budgets[{number}] is a {type(budget).__name__}; write lbyl.Budget(macs=0.5)")
+            raise InputError(f"budgets[{number}] is {named_kind(budget)}; write lbyl.Budget(macs=0.5)")
         if budget in budgets[:number]:
             raise InputError(f"{budget} is given twice")
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lbyl.errors import InputError
-from lbyl.runtime.registry import find
+from lbyl.runtime.registry import make
 
 
 @runtime_checkable
@@ -34,7 +34,8 @@ def resolve_criterion(criterion: str | Criterion) -> Criterion:
         InputError: an unknown name, or an object without ``score``.
     """
     if isinstance(criterion, str):
-        criterion = find("criterion", criterion)()
-    if not isinstance(criterion, Criterion):
-        raise InputError(f"criterion {criterion!r} has no score(filters, generator) method")
+        criterion = make("criterion", criterion)
+    if isinstance(criterion, type) or not isinstance(criterion, Criterion):
+        hint = f"; pass an object, {criterion.__name__}()" if isinstance(criterion, type) else ""
+        raise InputError(f"criterion {criterion!r} has no score(filters, generator) method{hint}")
     return criterion
