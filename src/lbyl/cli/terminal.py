@@ -74,9 +74,10 @@ def _end(number: int, frame: Any) -> NoReturn:
 
 def _flushed(stream: TextIO | None) -> int:
     """Write what is still waiting. Gives 1 where that can't be done, after which Python won't try again at its end."""
+    if stream is None:
+        return 0
     try:
-        if stream is not None:
-            stream.flush()
+        stream.flush()
         return 0
     except (OSError, ValueError) as error:
         with suppress(OSError, ValueError):

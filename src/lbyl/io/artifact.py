@@ -29,6 +29,7 @@ from lbyl.io.sources import load_source
 from lbyl.runtime.checks import as_path, check_module
 from lbyl.runtime.copying import shape_and_dtype, tensors_of
 from lbyl.runtime.documents import document_text, read_json, to_json
+from lbyl.runtime.recursion import deep_calls
 from lbyl.surgery.cuts import cut_copy
 from lbyl.surgery.plan import Plan, is_rebuildable
 
@@ -162,10 +163,11 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         if _digest(weights) != manifest.sha256:
             raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
     try:
-        smaller = cut_copy(apply_folds(model, plan.folds), plan.cuts, plan.attributes)
-        _check_shapes(smaller, weights)
-        fill_folds(smaller, model, plan.folds)
-        load_model(smaller, str(weights))
+        with deep_calls(model):
+            smaller = cut_copy(apply_folds(model, plan.folds), plan.cuts, plan.attributes)
+            _check_shapes(smaller, weights)
+            fill_folds(smaller, model, plan.folds)
+            load_model(smaller, str(weights))
     except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
     return smaller.eval()

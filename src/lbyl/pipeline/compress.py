@@ -16,9 +16,11 @@ from lbyl.pipeline.request import CompressionRequest, Restore, named_restorer
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.single import compress_whole
 from lbyl.pipeline.submodules import compress_submodules
+from lbyl.runtime.checks import check_module
 from lbyl.runtime.contexts import uncollected
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.progress import Clock, Progress
+from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, resolve_criterion
 from lbyl.selection.select import Ratio, check_ratio
 from lbyl.surgery.plan import architecture_of
@@ -83,7 +85,8 @@ def compress(
     clock = Clock()
     # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.
     probing = restorer is None or restorer.runs_network
-    with nullcontext() if probing else uncollected():
+    check_module(model)
+    with deep_calls(model), nullcontext() if probing else uncollected():
         return walk(prepare(model, example_inputs, request, submodule, clock), request, clock)
 
 

@@ -17,6 +17,7 @@ from lbyl.pipeline.prepare import trace_model
 from lbyl.pipeline.result import Inputs
 from lbyl.runtime.checks import check_module
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.recursion import deep_calls
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def inspect(
         TraceError: ``torch.export`` can't trace the model on them.
     """
     check_module(model)
-    found = trace_model(model, ExampleInputs.of(example_inputs), strict, submodule)
+    with deep_calls(model):
+        found = trace_model(model, ExampleInputs.of(example_inputs), strict, submodule)
     if found.graph is not None:
         return Inspection(found.graph)
     return Inspection(joined(found.parts), found.untraced, found.why)

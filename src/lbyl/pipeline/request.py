@@ -49,6 +49,7 @@ class CompressionRequest:
             raise InputError(f"budget is {named_kind(self.budget)}; pass lbyl.Budget(macs=0.5)")
         check_scope(self.scope)
         check_seed(self.seed)
+        object.__setattr__(self, "seed", int(self.seed))  # one of NumPy's would not get into a plan
         check_switch("verify={}", self.verify)
         check_switch("strict={}", self.strict)
         if self.source is not None and not isinstance(self.source, str):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lbyl.restore.closed_form import ClosedFormRestorer
 from lbyl.runtime.checks import check_number
 from lbyl.selection.filters import Filters
-from lbyl.surgery.masking import Delivery, nothing_delivered
+from lbyl.surgery.masking import Delivery, empty_delivery
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,6 @@ class Merge(ClosedFormRestorer):
         chosen = distance.argmin(0)
         columns = torch.arange(len(drop))
         similar = cosine[chosen, columns] >= (self.threshold if self.threshold is not None else -torch.inf)
-        delivery = nothing_delivered(len(keep), len(drop))
+        delivery = empty_delivery(len(keep), len(drop))
         delivery.matrix[chosen[similar], columns[similar]] = scale[chosen, columns][similar]
         return delivery

@@ -47,8 +47,9 @@ def check_number(
     kind = Integral if whole else Real
     fits = isinstance(value, kind) and not isinstance(value, bool) and (whole or math.isfinite(value))
     if fits:
-        fits = (least is None or value >= least) and (above is None or value > above)
-        fits = fits and (most is None or value <= most) and (below is None or value < below)
+        number: Any = value
+        fits = (least is None or number >= least) and (above is None or number > above)
+        fits = fits and (most is None or number <= most) and (below is None or number < below)
     if not fits:
         bounds = [(least, "at least"), (above, "above"), (most, "not above"), (below, "below")]
         told = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
@@ -62,7 +63,7 @@ def check_number(
 
 def check_seed(seed: Any) -> None:
     """Raise InputError for what can't be a seed."""
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= int(seed) < 2**63:
         raise InputError(f"seed={shortened(repr(seed), 50)}: must be a whole number of 64 bits")
 
 

@@ -54,8 +54,7 @@ class Point:
     @property
     def limit(self) -> Budget:
         """The budget. Raises InputError or TypeError where the fields are not those of one."""
-        fields = {name: value for name, value in self.budget.items() if name != "name"}
-        return Budget(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        return Budget(**{name: value for name, value in self.budget.items() if name != "name"})
 
     @property
     def asked(self) -> str:

@@ -24,6 +24,7 @@ STATE = "sweep.json"
 ANALYSIS = "groundwork"
 _LOCK = ".lock"
 _VERSION = 1
+_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,10 @@ def _faults(state: SweepState) -> Iterator[tuple[str, str]]:
     known: set[str] = set()
     for index, point in enumerate(state.points):
         place = f"$.points[{index}]"
-        if Path(point.name).name != point.name or point.name.startswith(".") or not point.name.isprintable():
+        if Path(point.name).name != point.name or point.name.startswith("."):
             yield f"the name {point.name!r} leads out of the folder", f"{place}.name"
+        if not point.name.isprintable() or not 0 < len(point.name) <= _LONGEST_NAME:
+            yield f"{point.name!r} is no name of a folder", f"{place}.name"
         if point.name in known:
             yield f"the name {point.name!r} is there twice", f"{place}.name"
         known.add(point.name)

@@ -35,6 +35,7 @@ from lbyl.runtime.checks import as_path, check_module, named_kind
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
+from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, resolve_criterion
 from lbyl.surgery.plan import described
 
@@ -159,8 +160,9 @@ def sweep(
     now = fingerprint(model, inputs, request, submodule)
     network = _Network(model, inputs, request, submodule)
     # Whatever is wrong with the network or its judge is found out before there is a folder.
-    first = None if exists(folder) else network.first(now, judge)
-    with occupied(folder):
+    with deep_calls(model):
+        first = None if exists(folder) else network.first(now, judge)
+    with deep_calls(model), occupied(folder):
         before = first.write(folder) if first and not exists(folder) else SweepState.read(folder)
         check_same(before.fingerprint, now, str(folder))
         clear(folder, [point.name for point in before.points])
