@@ -19,7 +19,6 @@ app = typer.Typer(
     name="lbyl",
     help="Structured pruning of trained networks, restored in closed form: no data of yours, no retraining.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Annotated
 
 import typer
 
 from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.names import check_name, name_option
 from lbyl.cli.options import Folder, Json, SameInputs, Seed
 from lbyl.cli.sources import example_inputs
-
-
-class FormatName(str, Enum):
-    """What a saved network is exported as."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
 
 
 @app.command()
 def export(
     folder: Folder,
-    format: Annotated[
-        FormatName, typer.Option(help="onnx: for most runtimes; pt2: for torch.export.load.")
-    ] = FormatName.onnx,
+    format: Annotated[str, name_option("format", "onnx: for most runtimes; pt2: for torch.export.load.")] = "onnx",
     model: Annotated[
         str | None,
         typer.Option(
@@ -40,6 +31,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a saved network into its folder as one file for other runtimes, and check it by running it."""
+    check_name("--format", "format", format)
     with working(f"reading {folder}") as stage:
         from lbyl.io.artifact import read_manifest
 
@@ -50,8 +42,8 @@ def export(
 
         fresh = load_source(model, pretrained=False) if model else None
         inputs = example_inputs(model or "", fresh, input, seed) if input else None
-        stage(f"exporting and checking {format.value}")
-        exported = lbyl.export(folder, fresh, format=format.value, inputs=inputs, dynamic=not fixed_batch, seed=seed)
+        stage(f"exporting and checking {format}")
+        exported = lbyl.export(folder, fresh, format=format, inputs=inputs, dynamic=not fixed_batch, seed=seed)
     if as_json:
         print_json(exported.to_dict())
     else:

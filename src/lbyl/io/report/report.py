@@ -92,7 +92,7 @@ class Report(ReportData):
             if self.assessment.restored > DESTROYED:
                 lines.append("WARNING: the network is likely destroyed; prune less, or give real inputs (lbyl.Data)")
         lines.append("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()))
-        return lines + [f"note: {note}" for note in self.notes]
+        return [*lines, *(f"note: {note}" for note in self.notes)]
 
 
 def _foreign_fields(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
