@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -511,3 +512,47 @@ def test_time_left_is_shown_where_work_is_counted() -> None:
     assert column.render(progress.tasks[0]).plain.endswith(" left")
     stage.follow("solving", 5, 5)
     assert (progress.tasks[0].description, progress.tasks[0].total) == ("cutting and verifying", None)
+
+
+UNTRUSTED = "x\x1b[2K\x1b[1A|`<b>`\u202e"
+
+
+def test_what_comes_from_a_folder_is_shown_and_never_obeyed(tmp_path: Path) -> None:
+    """Names, notes and sources that would erase a warning, or be code to paste."""
+    saved = Path(__file__).with_name("saved_0_1_0") / "own"
+    shutil.copytree(saved, tmp_path / "own")
+    data = json.loads((saved / "lbyl.json").read_text())
+    data["plan"] |= {"source": f"{UNTRUSTED}.py:run", "inputs": UNTRUSTED, "library": UNTRUSTED}
+    data["plan"]["settings"]["ratio"] = {UNTRUSTED: 0.5}
+    data["report"]["notes"] = [UNTRUSTED, "two\nlines"]
+    data["report"]["left"] = [[UNTRUSTED, UNTRUSTED]]
+    data["report"]["rows"][0] |= {"group": UNTRUSTED, "note": UNTRUSTED}
+    data["report"]["seconds"] = {UNTRUSTED: 1.0}
+    (tmp_path / "own" / "lbyl.json").write_text(json.dumps(data))
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "own")]).stdout
+    assert "x\\x1b[2K" in shown
+    assert not {"\x1b", "\u202e"} & set(shown)
+    assert "note: two lines\n" in shown
+    assert "load_source" not in shown
+    found = json.loads(CliRunner().invoke(app, ["show", str(tmp_path / "own"), "--json"]).stdout)
+    assert "load_source" not in found["load"]
+    for change in ({"source": 5 * UNTRUSTED}, {"version": UNTRUSTED}, {"groups": [{"name": UNTRUSTED * 9999}]}):
+        (tmp_path / "own" / "lbyl.json").write_text(json.dumps(data | {"plan": data["plan"] | change}))
+        result = CliRunner().invoke(app, ["show", str(tmp_path / "own")])
+        assert "\x1b" not in result.output
+        assert len(result.output) < 10_000
+
+
+@pytest.mark.parametrize(
+    "settings", [{"a\nb": 1}, {"restore": {"name": "os.system('x')"}}, {"criterion": {"name": "L2", "x=1)#": 1}}]
+)
+def test_settings_that_would_be_code_are_damage(settings: dict[str, Any], tmp_path: Path) -> None:
+    saved = Path(__file__).with_name("saved_0_1_0") / "own"
+    data = json.loads((saved / "lbyl.json").read_text())
+    data["plan"]["settings"] |= settings
+    with pytest.raises(lbyl.ArtifactError, match="is no name of a"):
+        lbyl.Plan.from_dict(data["plan"])
+
+
+def test_the_version_is_there() -> None:
+    assert lbyl.__version__ == CliRunner().invoke(app, ["--version"]).stdout.split()[1]

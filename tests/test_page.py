@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 import lbyl
 from lbyl.cli.app import app
 from lbyl.io.artifact import DOCUMENT, PAGE, document, read_manifest
+from lbyl.io.report.model_card import card
 from lbyl.io.report.page import page, plot
 from lbyl.io.report.page.verdict import verdict
 from lbyl.runtime.bench import Bench, Change
@@ -499,3 +501,13 @@ def test_a_measured_latency_is_in_summary_file_and_page(tmp_path: Path) -> None:
     assert "3 ms" in text
     assert "No speed from the cut of 0 (MACs 50%, time 100%)" in text
     assert read_manifest(folder).report.latency == result.report.latency
+
+
+def test_names_are_no_markdown_in_the_card(fitted: lbyl.Result) -> None:
+    rows = (replace(fitted.report.rows[0], group="a`b|c"), *fitted.report.rows[1:])
+    report = replace(fitted.report, rows=rows, left=(("``", "<img src=x>"),), notes=("[a](b)\n# *c* \x1b[2J",))
+    text = card(replace(fitted.plan, source="net.py:`x`"), report)
+    assert "| ``a`b\\|c`` |" in text
+    assert "- ``` `` ```: \\<img src=x\\>" in text
+    assert "\nNote: \\[a\\](b) \\# \\*c\\* \\\\x1b\\[2J\n" in text
+    assert "# \\`x\\`, pruned" in text

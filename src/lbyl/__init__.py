@@ -14,6 +14,10 @@ __all__ = sorted(HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from lbyl.surgery.plan import library_version
+
+        return library_version()
     if name not in HOME:
         raise AttributeError(f"module 'lbyl' has no attribute {name!r}")
     value = getattr(importlib.import_module(HOME[name]), name)

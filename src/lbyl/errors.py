@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+_LONGEST, _END = 1500, 400
+
 
 class LbylError(Exception):
-    """Base class: catch this one to catch whatever lbyl raises on purpose."""
+    """Base class: catch this one to catch whatever lbyl raises on purpose.
+
+    A message may quote a file that somebody else wrote, so control characters are escaped and length is bounded.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(visible(str(message))))
 
 
 class InputError(LbylError, ValueError):
@@ -42,3 +50,28 @@ def first_line(error: BaseException) -> str:
     'no such width'
     """
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def visible(text: str) -> str:
+    """The text with characters escaped that a terminal would obey or not show; line breaks and tabs stay.
+
+    >>> visible("conv1\\x1b[2J"), visible("a\\u202eb"), visible("Größe →\\n")
+    ('conv1\\\\x1b[2J', 'a\\\\u202eb', 'Größe →\\n')
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def shortened(text: str, longest: int = _LONGEST) -> str:
+    """The text, or its beginning and its end where it is longer than that.
+
+    >>> shortened("a" * 5 + "b" * 90 + "c" * 5, 25)
+    'aaaaabbbbbbbb ... bbccccc'
+    """
+    if len(text) <= longest:
+        return text
+    end = min(_END, (longest - 5) * 2 // 5 - 1)
+    return f"{text[: longest - 5 - end]} ... {text[-end:]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -10,6 +10,7 @@ import torch
 
 from lbyl.errors import InputError
 from lbyl.graph import Group
+from lbyl.runtime.checks import check_number
 
 REACHED_WITHIN = 0.02
 _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
@@ -48,25 +49,28 @@ class Budget:
             raise InputError(
                 f"Budget: give exactly one of macs, params, size_mb and latency (given: {', '.join(given) or 'none'})"
             )
-        for name in ("macs", "params", "latency"):
-            share = getattr(self, name)
-            if share is not None and not 0 < share <= 1:
-                raise InputError(f"Budget({name}={share}): the share that may stay must lie above 0 and not above 1")
-        if self.size_mb is not None and not 0 < self.size_mb < math.inf:
-            raise InputError(f"Budget(size_mb={self.size_mb}): must be above 0")
-        if self.round_to != "auto" and (not isinstance(self.round_to, int) or self.round_to < 1):
-            raise InputError(f'Budget(round_to={self.round_to!r}): must be a whole number from 1, or "auto"')
-        if self.min_keep < 1 or not 0 <= self.max_ratio < 1:
-            raise InputError(
-                f"Budget(min_keep={self.min_keep}, max_ratio={self.max_ratio}): "
-                "keep at least 1 channel; the largest ratio must lie in [0, 1)"
-            )
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        name, amount = self.limited
+        check_number(f"Budget({name}={{}})", amount, above=0, most=None if name == "size_mb" else 1)
+        if self.round_to != "auto":
+            check_number('Budget(round_to={}) is not "auto"', self.round_to, whole=True, least=1)
+        check_number("Budget(min_keep={})", self.min_keep, whole=True, least=1)
+        check_number("Budget(max_ratio={}), the largest ratio", self.max_ratio, least=0, below=1)
+        exclude = self.exclude
+        if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+            raise InputError(f"Budget(exclude={exclude!r}): must be a sequence of globs, such as ['layer4.*']")
+        object.__setattr__(self, "exclude", tuple(exclude))
+        if not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise InputError(f"Budget(exclude={exclude!r}): globs are texts, such as 'layer4.*'")
+
+    @property
+    def limited(self) -> tuple[str, float]:
+        """What is limited, and to how much."""
+        return next((name, getattr(self, name)) for name in _UNITS if getattr(self, name) is not None)
 
     @property
     def unit(self) -> str:
         """What costs are counted in."""
-        return next(unit for name, unit in _UNITS.items() if getattr(self, name) is not None)
+        return _UNITS[self.limited[0]]
 
     def on(self, device: torch.device) -> Budget:
         """The same with a number in place of "auto": what suits the device."""

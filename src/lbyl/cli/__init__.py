@@ -10,6 +10,7 @@ import os
 import sys
 
 from lbyl.cli.app import app
+from lbyl.cli.terminal import run
 
 COMMANDS = ("inspect", "compress", "sweep", "show", "export", "bench")
 """Modules of this package, in the order of the help. Each adds its command to `app`."""
@@ -24,5 +25,8 @@ def main() -> None:
     """Run the command line."""
     # A console script does not search the working directory, where package.module:factory often lives.
     # Last, so that nothing there can shadow an installed package.
-    sys.path.append(os.getcwd())
-    app()
+    try:
+        sys.path.append(os.getcwd())
+    except OSError:
+        sys.exit("error: the working folder is gone; change to one that is there")
+    run(app)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -14,17 +12,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from lbyl.cli.terminal import INTERRUPTED, width
+from lbyl.errors import LbylError
+
 app = typer.Typer(
     name="lbyl",
     help="Structured pruning of trained networks, restored in closed form: no data of yours, no retraining.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Output that is piped must not be cut at the width of a terminal that nobody sees.
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, highlight=False)
+out = Console(width=width(), highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -96,15 +95,16 @@ def working(what: str) -> Iterator[Stage]:
     try:
         with redirect_stdout(sys.stderr), bar as progress:
             yield Stage(progress, what)
-    except Exception as error:
-        from lbyl.errors import LbylError
-
-        if not isinstance(error, LbylError):
-            raise
+    except KeyboardInterrupt as error:
+        err.print("interrupted")
+        raise typer.Exit(INTERRUPTED) from error
+    except LbylError as error:
         err.print(Text(f"error: {' '.join(str(error).split())}"))
         raise typer.Exit(1) from error
 
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout."""
-    typer.echo(json.dumps(document))
+    from lbyl.runtime.documents import to_json
+
+    typer.echo(to_json(document))

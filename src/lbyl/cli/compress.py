@@ -62,6 +62,7 @@ def compress(
         check_output(output)
         import lbyl
         from lbyl.io.artifact import PAGE, document, read_manifest
+        from lbyl.io.report.format import shown
         from lbyl.io.report.snippets import load_line
 
         check_images(settings)
@@ -85,7 +86,7 @@ def compress(
         print_json(document(output, saved.plan, saved.report))
         return
     out.print(saved.report)
-    out.print(Text(f"saved to {output}; {output / PAGE} is the report for people"), soft_wrap=True)
+    out.print(shown(f"saved to {output}; {output / PAGE} is the report for people"), soft_wrap=True)
     out.print(Text(f"load it with\n\n    {load_line(output, source)}\n"), soft_wrap=True)
 
 

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.names import check_name, name_option
 from lbyl.cli.options import Folder, Json, SameInputs, Seed
 from lbyl.cli.sources import example_inputs
-
-
-class FormatName(str, Enum):
-    """What a saved network is exported as."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
 
 
 @app.command()
 def export(
     folder: Folder,
-    format: Annotated[
-        FormatName, typer.Option(help="onnx: for most runtimes; pt2: for torch.export.load.")
-    ] = FormatName.onnx,
+    format: Annotated[str, name_option("format", "onnx: for most runtimes; pt2: for torch.export.load.")] = "onnx",
     model: Annotated[
         str | None,
         typer.Option(
@@ -41,18 +31,20 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a saved network into its folder as one file for other runtimes, and check it by running it."""
+    check_name("--format", "format", format)
     with working(f"reading {folder}") as stage:
         from lbyl.io.artifact import read_manifest
 
         read_manifest(folder)  # before any code of the user's runs
         import lbyl
+        from lbyl.io.report.format import shown
         from lbyl.io.sources import load_source
 
         fresh = load_source(model, pretrained=False) if model else None
         inputs = example_inputs(model or "", fresh, input, seed) if input else None
-        stage(f"exporting and checking {format.value}")
-        exported = lbyl.export(folder, fresh, format=format.value, inputs=inputs, dynamic=not fixed_batch, seed=seed)
+        stage(f"exporting and checking {format}")
+        exported = lbyl.export(folder, fresh, format=format, inputs=inputs, dynamic=not fixed_batch, seed=seed)
     if as_json:
         print_json(exported.to_dict())
     else:
-        out.print(*map(Text, exported.summary()), sep="\n", soft_wrap=True)
+        out.print(*map(shown, exported.summary()), sep="\n", soft_wrap=True)

@@ -5,9 +5,6 @@ The names are those of `lbyl.runtime.registry`, which does not import torch.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +45,7 @@ def check_name(option: str, family: str, name: str) -> None:
         raise typer.BadParameter(f"{name!r} is no {_WORDS[family]}; choose one of {known}", param_hint=option)
 
 
-_WORDS = {"criterion": "criterion", "restorer": "restorer", "moments": "source of moments"}
+_WORDS = {"criterion": "criterion", "restorer": "restorer", "moments": "source of moments", "format": "format"}
 
 
 def is_factory(source: str) -> bool:
@@ -67,33 +64,14 @@ def import_plugins(places: Sequence[str] | None) -> None:
     Raises:
         InputError: no such file or module, or an error in it.
     """
+    from lbyl.errors import InputError
+    from lbyl.io.sources import load_module
+
     for place in places or ():
-        _run_file(Path(place)) if place.endswith(".py") else _import_module(place)
-
-
-def _import_module(name: str) -> None:
-    from lbyl.errors import InputError
-
+        if place.endswith(".py") and not Path(place).is_file():
+            raise InputError(f"--plugin {place}: there is no such file")
     try:
-        importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise InputError(
-            f"--plugin {name} can't be imported ({type(error).__name__}: {error}); write package.module or file.py"
-        ) from error
-
-
-def _run_file(file: Path) -> None:
-    from lbyl.errors import InputError
-
-    if not file.is_file():
-        raise InputError(f"--plugin {file}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"lbyl_plugin_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[spec.name]
-        raise InputError(f"--plugin {file} can't be run: {type(error).__name__}: {error}") from error
+        for place in places or ():
+            load_module(place)
+    except InputError as error:
+        raise InputError(f"--plugin {error}; write package.module or file.py") from error

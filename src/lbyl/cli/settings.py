@@ -255,7 +255,7 @@ class Settings:
         from lbyl.moments import Data, Dream
         from lbyl.restore.registry import choose_restorer
         from lbyl.runtime.inputs import ExampleInputs
-        from lbyl.runtime.registry import find
+        from lbyl.runtime.registry import make
 
         changes: dict[str, Any] = {}
         if batches:
@@ -263,7 +263,7 @@ class Settings:
         elif self.no_photographs:
             changes["moments"] = Dream(photographs=False)
         elif self.moments:
-            changes["moments"] = find("moments", self.moments)()
+            changes["moments"] = make("moments", self.moments)
         if self.solve:
             changes["solve"] = self.solve.value
         if self.ridge is not None:

@@ -14,16 +14,19 @@ def show(folder: Folder, as_json: Json = False) -> None:
     """Print what a saved folder holds: settings, groups, totals, and how to load it."""
     with working(f"reading {folder}"):
         from lbyl.io.artifact import PAGE, document, read_manifest
+        from lbyl.io.report.format import shown
         from lbyl.io.report.snippets import load_line
+        from lbyl.surgery.plan import is_rebuildable
 
         manifest = read_manifest(folder)
     plan = manifest.plan
     if as_json:
-        print_json(document(folder, plan, manifest.report))
+        print_json(document(folder, plan, manifest.report, trusted=False))
         return
-    out.print(Text(f"{plan.source or 'a model of unknown source'} on {plan.inputs}, by lbyl {plan.library}"))
-    out.print(Text(", ".join(f"{name}={setting(value)}" for name, value in plan.settings.items())))
+    out.print(shown(f"{plan.source or 'a model of unknown source'} on {plan.inputs}, by lbyl {plan.library}"))
+    out.print(shown(", ".join(f"{name}={setting(value)}" for name, value in plan.settings.items())))
     out.print(manifest.report)
     if (folder / PAGE).is_file():
-        out.print(Text(f"{folder / PAGE} shows it with pictures"), soft_wrap=True)
-    out.print(Text(f"load it with\n\n    {load_line(folder, plan.source)}\n"), soft_wrap=True)
+        out.print(shown(f"{folder / PAGE} shows it with pictures"), soft_wrap=True)
+    line = load_line(folder, plan.source if is_rebuildable(plan.source or "") else None)
+    out.print(Text(f"load it with\n\n    {line}\n"), soft_wrap=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from lbyl.cli.app import app, out, print_json, working
 from lbyl.cli.options import Json, Source
@@ -59,6 +58,7 @@ def sweep(
     settings.check(source)
     with working(f"loading {source}") as stage:
         import lbyl
+        from lbyl.io.report.format import shown
         from lbyl.io.sources import load_function
         from lbyl.pipeline.sweep.state import exists
 
@@ -75,4 +75,4 @@ def sweep(
         print_json(swept.to_dict())
         return
     out.print(swept)
-    out.print(Text(f"saved to {output}"), soft_wrap=True)
+    out.print(shown(f"saved to {output}"), soft_wrap=True)

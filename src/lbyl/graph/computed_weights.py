@@ -25,6 +25,11 @@ _LAYERS: Mapping[str, type[nn.Module]] = {
     "conv3d": nn.Conv3d,
     "linear": nn.Linear,
 }
+_LARGEST = 2**40
+_ARGUMENTS = {
+    *("bias", "in_features", "out_features", "in_channels", "out_channels"),
+    *("kernel_size", "stride", "padding", "dilation", "groups"),
+}
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -54,7 +59,7 @@ def fold_computed(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str])
     twin = copy_model(model)
     folds = []
     for path, (item, weight, bias) in calls.folds.items():
-        layer = _place(twin, item)
+        layer = _place(twin, item).to_empty(device=weight.device)
         with torch.no_grad():
             layer.get_parameter("weight").copy_(weight)
             if bias is not None:
@@ -65,7 +70,7 @@ def fold_computed(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str])
 
 
 def apply_folds(model: nn.Module, folds: Sequence[Fold]) -> nn.Module:
-    """A copy of a fresh model with the same plain layers in it; their weights are to be loaded.
+    """A copy of a fresh model with the same plain layers in it, on the meta device: see :func:`fill_folds`.
 
     Raises:
         SurgeryError: a module that the model has not, or arguments that make no layer.
@@ -78,6 +83,14 @@ def apply_folds(model: nn.Module, folds: Sequence[Fold]) -> nn.Module:
     return twin
 
 
+def fill_folds(model: nn.Module, fresh: nn.Module, folds: Sequence[Fold]) -> None:
+    """Give these layers memory on the device where their predecessors are in the fresh model, for weights to load."""
+    for item in folds:
+        state = tensors_of(fresh.get_submodule(item.module))
+        device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+        model.get_submodule(item.module).to_empty(device=device)
+
+
 def _place(model: nn.Module, item: Fold) -> nn.Module:
     if item.op not in _LAYERS or item.module not in dict(model.named_modules()):
         raise SurgeryError(
@@ -85,14 +98,19 @@ def _place(model: nn.Module, item: Fold) -> nn.Module:
             "the plan was made for another architecture, which has to be passed"
         )
     try:
-        with seeded():
+        if foreign := item.arguments.keys() - _ARGUMENTS:
+            raise ValueError(f"unknown arguments {sorted(foreign)}")
+        # Whoever wrote the plan, nothing is allocated by its word.
+        with seeded(), torch.device("meta"):
             layer = _LAYERS[item.op](**item.arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+        if sum(parameter.numel() for parameter in layer.parameters()) > _LARGEST:
+            raise ValueError("too large")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise SurgeryError(f"{item.module!r}: {item.op} with {dict(item.arguments)} is no layer: {error}") from error
     state = tensors_of(model.get_submodule(item.module))
     first = next((t for t in state.values() if t.is_floating_point()), None)
     if first is not None:
-        layer.to(first.device, first.dtype)
+        layer.to(first.dtype)
     model.set_submodule(item.module, layer)
     return layer
 

@@ -7,24 +7,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from lbyl.errors import ArtifactError, InputError, SurgeryError, first_line
-from lbyl.graph.computed_weights import apply_folds
-from lbyl.io.files import flush, stage
+from lbyl.graph.computed_weights import apply_folds, fill_folds
+from lbyl.io.files import finish, stage
 from lbyl.io.huggingface import is_pretrained_model, write_config
 from lbyl.io.report.model_card import card
 from lbyl.io.report.report import Report
 from lbyl.io.report.snippets import load_line
 from lbyl.io.sources import load_source
+from lbyl.runtime.checks import as_path, check_module
+from lbyl.runtime.copying import shape_and_dtype, tensors_of
+from lbyl.runtime.documents import document_text, read_json, to_json
+from lbyl.runtime.recursion import deep_calls
 from lbyl.surgery.cuts import cut_copy
 from lbyl.surgery.plan import Plan, is_rebuildable
 
@@ -33,7 +38,6 @@ MANIFEST = "lbyl.json"
 CARD = "README.md"
 PAGE = "report.html"
 DOCUMENT = "report.json"
-_LARGEST_MANIFEST = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     """
     from lbyl.io.report.page import page  # Matplotlib and Jinja take long to import
 
-    target = Path(path)
+    target = as_path(path)
     check_free(target)
     try:
         with stage(target) as folder:
@@ -66,12 +70,11 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
                 note = write_config(folder, model, plan.architecture)
                 report = replace(report, notes=(*report.notes, note))
             manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": _digest(folder / WEIGHTS)}
-            (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-            flush(folder / MANIFEST)
+            (folder / MANIFEST).write_text(document_text(manifest, f"the plan of {target}"), encoding="utf-8")
             (folder / CARD).write_text(card(plan, report), encoding="utf-8")
             (folder / PAGE).write_text(page(plan, report), encoding="utf-8")
-            (folder / DOCUMENT).write_text(json.dumps(document(".", plan, report)), encoding="utf-8")
-            folder.chmod(0o755)
+            (folder / DOCUMENT).write_text(to_json(document(".", plan, report)), encoding="utf-8")
+            finish(folder)
             folder.rename(target)
     except SafetensorError as error:  # its writer raises this where the disk is full
         raise InputError(f"can't write {target}: {error}") from error
@@ -89,13 +92,14 @@ def check_free(target: Path) -> None:
         raise InputError(f"can't write {target}: {error.strerror or error}; choose another name") from error
 
 
-def document(path: str | os.PathLike[str], plan: Plan, report: Report) -> dict[str, Any]:
+def document(path: str | os.PathLike[str], plan: Plan, report: Report, *, trusted: bool = True) -> dict[str, Any]:
     """The outcome for programs: the content of ``report.json``, and what the command line prints with ``--json``.
 
     Args:
         path: the folder. ``report.json`` says ".", because the folder may be moved.
         plan: what was cut, and with which settings.
         report: what came of it.
+        trusted: whether the plan was made by this process. Otherwise the line that loads the folder names no code.
 
     Returns:
         Plain data with four keys. ``path`` is the folder. ``load`` is the line of Python that loads it. ``plan`` has
@@ -105,7 +109,7 @@ def document(path: str | os.PathLike[str], plan: Plan, report: Report) -> dict[s
     described = {name: value for name, value in plan.to_dict().items() if name not in ("cuts", "architecture")}
     return {
         "path": str(path),
-        "load": load_line(path, plan.source),
+        "load": load_line(path, plan.source if trusted or is_rebuildable(plan.source or "") else None),
         "plan": described,
         "report": report.to_dict(),
     }
@@ -117,17 +121,11 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises:
         ArtifactError: no such folder, or a damaged or foreign file.
     """
-    file = Path(path) / MANIFEST
-    if not file.is_file():
-        raise ArtifactError(f"{path} is no folder saved by lbyl: it has no {MANIFEST}")
-    if file.stat().st_size > _LARGEST_MANIFEST:
-        raise ArtifactError(f"{file} is larger than {_LARGEST_MANIFEST // 2**20} MiB: no lbyl plan")
-    try:
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} is damaged: {error}") from error
-    except OSError as error:
-        raise ArtifactError(f"{file} can't be read: {error.strerror or error}") from error
+    file = as_path(path) / MANIFEST
+    with _reading(file):
+        if not file.is_file():
+            raise ArtifactError(f"{path} is no folder saved by lbyl: it has no {MANIFEST}")
+    data = read_json(file)
     if not isinstance(data, dict) or not {"plan", "report", "sha256"} <= data.keys():
         raise ArtifactError(f"{file} is damaged: plan, report or sha256 is missing")
     return Manifest(Plan.from_dict(data["plan"]), Report.from_dict(data["report"]), str(data["sha256"]))
@@ -154,18 +152,44 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         if plan.source is None or not is_rebuildable(plan.source):
             raise InputError(f"{path}: the plan does not know how to build the model; pass lbyl.load(path, model)")
         model = load_source(plan.source, pretrained=False)
+    check_module(model)
+    if any(tensor.is_meta for tensor in tensors_of(model).values()):
+        raise InputError(f"{type(model).__name__} is on the meta device; pass a fresh instance on the CPU, say")
     plan.check_model(model)
     weights = Path(path) / WEIGHTS
-    if not weights.is_file():
-        raise ArtifactError(f"{weights} is missing")
-    if _digest(weights) != manifest.sha256:
-        raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
+    with _reading(weights):
+        if not weights.is_file():
+            raise ArtifactError(f"{weights} is missing")
+        if _digest(weights) != manifest.sha256:
+            raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
     try:
-        smaller = cut_copy(apply_folds(model, plan.folds), plan.cuts, plan.attributes)
-        load_model(smaller, str(weights))
+        with deep_calls(model):
+            smaller = cut_copy(apply_folds(model, plan.folds), plan.cuts, plan.attributes)
+            _check_shapes(smaller, weights)
+            fill_folds(smaller, model, plan.folds)
+            load_model(smaller, str(weights))
     except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
     return smaller.eval()
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Errors of the operating system become an ArtifactError that names what was to be read."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{file} can't be read: {error.strerror or error}") from error
+
+
+def _check_shapes(model: nn.Module, weights: Path) -> None:
+    """Raise SurgeryError unless the tensors of a file have the shapes of the model's; nothing is read or allocated."""
+    with safe_open(weights, framework="pt") as content:
+        found = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+    for name, tensor in tensors_of(model).items():
+        if found.get(name, () if tensor.is_meta else tuple(tensor.shape)) != tuple(tensor.shape):
+            shape = "x".join(map(str, found[name])) if name in found else "missing"
+            raise SurgeryError(f"{name} is {shape} in the file, {shape_and_dtype(tensor)} by the plan")
 
 
 def _digest(file: Path) -> str:

@@ -1,21 +1,34 @@
-"""Files and folders that are there whole or not at all, whenever the process is killed."""
+"""Files and folders that are there whole or not at all, whenever the process is killed.
+
+Nothing is written through a link, and every file gets the mode that the user's umask gives to new files.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
 from safetensors.torch import save
 from torch import Tensor
 
 from lbyl.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows: there, what a killed process has left behind stays
+    fcntl = None
+
 TEMPORARY = ".tmp-"
 """How names of unfinished files begin."""
+
+_UNFINISHED = ".lbyl"
+"""How names of unfinished folders end."""
 
 
 @contextmanager
@@ -31,22 +44,70 @@ def writing(target: Path) -> Iterator[None]:
 def stage(target: Path) -> Iterator[Path]:
     """A temporary folder beside the target, for files that are written and then renamed.
 
-    What has not been renamed at the end is removed, also after an error. A file written here reaches the disk
-    only by :func:`flush`.
+    What has not been renamed at the end is removed, also after an error. What killed processes have left beside the
+    target is removed at the beginning: they no longer hold the lock of their folder. Files written here reach the
+    disk, and get their modes, only by :func:`finish`.
 
     Raises:
         InputError: the folder can't be made, or something in it can't be written.
     """
     with writing(target):
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        clear_unfinished(target.parent)
+        folder, lock = _new_folder(target)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def clear_unfinished(place: Path) -> None:
+    """Remove unfinished folders of processes that are no longer alive."""
+    for folder in place.glob(f".*{_UNFINISHED}"):
+        lock = _locked(folder) if re.search(r"-\w{8}\.lbyl$", folder.name) else None
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _new_folder(target: Path) -> tuple[Path, int | None]:
+    """A temporary folder beside the target, and its open lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=_UNFINISHED, dir=target.parent))
+        lock = _locked(folder, wait=True)
+        if folder.is_dir():  # before it was locked, another process may have taken it for a dead one's
+            return folder, lock
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path, wait: bool = False) -> int | None:
+    """The open lock of a folder, which the end of the process gives free; None where it can't be had."""
+    if fcntl is None:
+        return None
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return handle
+        except OSError:
+            os.close(handle)
+    return None
+
+
+def finish(folder: Path) -> None:
+    """Wait until all that was written in a folder is on the disk, and give it the modes of new files."""
+    mode = _usual_mode(folder)
+    for file in folder.iterdir():
+        file.chmod(mode)
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    folder.chmod(mode | (mode & 0o444) >> 2)
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a temporary file beside the file, then rename it.
+    """Write a temporary file beside the file, then rename it. A link of that name is replaced, not followed.
 
     Raises:
         InputError: it can't be written.
@@ -58,17 +119,22 @@ def write_whole(file: Path, content: str | bytes) -> None:
                 stream.write(content.encode() if isinstance(content, str) else content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(name, 0o644)
+            os.chmod(name, _usual_mode(file.parent))
             os.replace(name, file)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
 
 
-def flush(file: Path) -> None:
-    """Wait until a written file is on the disk, so that it is whole when it gets its name."""
-    with file.open("r+b") as stream:
-        os.fsync(stream.fileno())
+def _usual_mode(folder: Path) -> int:
+    """The mode that a new file in a folder gets. Asking for the umask would change it for other threads."""
+    name = folder / f"{TEMPORARY}{token_hex(8)}"
+    handle = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return os.fstat(handle).st_mode & 0o777
+    finally:
+        os.close(handle)
+        name.unlink()
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], note: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lbyl.errors import InputError, first_line
+from lbyl.errors import InputError, LbylError, first_line
 
 FORMS = "timm:NAME, torchvision:NAME, package.module:factory or file.py:factory"
 
@@ -31,7 +32,7 @@ def load_source(source: str, pretrained: bool = True) -> nn.Module:
     Raises:
         InputError: an unknown form, library, name or factory, or weights that can't be loaded.
     """
-    kind, separator, name = source.rpartition(":")
+    kind, separator, name = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     if not separator or not kind or not name:
         raise InputError(f"{source!r} names no model; write {FORMS}")
     if kind == "timm":
@@ -152,7 +153,7 @@ def load_function(source: str) -> Callable[..., Any]:
     Raises:
         InputError: no such file, module or function.
     """
-    place, separator, name = source.rpartition(":")
+    place, separator, name = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     if not separator or not place or not name:
         raise InputError(f"{source!r} names no function; write package.module:function or file.py:function")
     return _function(place, name, "function")
@@ -166,27 +167,43 @@ def _factory(place: str, name: str) -> Any:
         raise InputError(f"{place}:{name}() failed: {type(error).__name__}: {error}") from error
 
 
+def load_module(place: str) -> ModuleType:
+    """Import a module of the user's, or run a file: ``package.module`` or ``file.py``. It is code.
+
+    Raises:
+        InputError: no such file or module, or an error in it.
+    """
+    try:
+        return _run_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except LbylError:
+        raise
+    except (Exception, SystemExit) as error:
+        why = f"{type(error).__name__}: {error}"
+        told = f"can't be run: {why}" if place.endswith(".py") else f"can't be imported ({why})"
+        raise InputError(f"{place} {told}") from error
+
+
+def _run_file(file: Path) -> ModuleType:
+    if not file.is_file():
+        raise InputError(f"no file {file}")
+    spec = importlib.util.spec_from_file_location(f"lbyl_source_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
 def _function(place: str, name: str, kind: str) -> Callable[..., Any]:
-    if place.endswith(".py"):
-        file = Path(place)
-        if not file.is_file():
-            raise InputError(f"no file {file}")
-        spec = importlib.util.spec_from_file_location(f"lbyl_source_{file.stem}", file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raise InputError(f"{file} can't be run: {type(error).__name__}: {error}") from error
-    else:
-        try:
-            module = importlib.import_module(place)
-        except ImportError as error:
-            raise InputError(f"{place} can't be imported ({error}); write {FORMS}") from error
-        except (Exception, SystemExit) as error:
-            raise InputError(f"{place} can't be imported ({type(error).__name__}: {error}); write {FORMS}") from error
+    try:
+        module = load_module(place)
+    except InputError as error:
+        raise InputError(f"{error}" if place.endswith(".py") else f"{error}; write {FORMS}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{place} has no {kind} {name!r}")

@@ -12,6 +12,7 @@ from torch import nn
 from lbyl.errors import InputError, first_line
 from lbyl.moments.base import Probes
 from lbyl.runtime.batches import FEWEST, affordable, alike, batch_size, held_out_size, join_all, macs_per_input, split
+from lbyl.runtime.checks import check_number, named_kind
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
@@ -31,13 +32,14 @@ class Data:
     source: Iterable[Any] = field(repr=False)
     batches: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.batches is not None and self.batches < 1:
-            raise InputError(f"Data(batches={self.batches}): at least 1 is read")
-
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""
         return True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, (str, type)) or not isinstance(self.source, Iterable):
+            raise InputError(f"Data: the source is {named_kind(self.source)}; pass a list of batches or a DataLoader")
+        check_number("Data(batches={})", self.batches, whole=True, optional=True, least=1)
 
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None

@@ -17,6 +17,7 @@ from lbyl.moments.scale import InputScales
 from lbyl.moments.synthesis import dead_leaves, pink, synthesize
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.batches import FEWEST, affordable, alike, first_rows, held_out_size, join, macs_per_input, split
+from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import frozen, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, outputs
@@ -63,10 +64,11 @@ class Dream:
     memory: int = ROOM
 
     def __post_init__(self) -> None:
-        if (self.images is not None and self.images < 2) or (self.steps is not None and self.steps < 0) or self.lr <= 0:
-            raise InputError(f"{self}: at least 2 images, 0 steps or more, and a positive lr")
-        if self.memory < 1:
-            raise InputError(f"Dream(memory={self.memory}): must be at least 1 byte")
+        check_number("Dream(images={})", self.images, whole=True, least=2, optional=True)
+        check_number("Dream(steps={})", self.steps, whole=True, least=0, optional=True)
+        check_number("Dream(lr={})", self.lr, above=0)
+        check_switch("Dream(photographs={})", self.photographs)
+        check_number("Dream(memory={})", self.memory, least=1, unit="byte")
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lbyl.graph.activations import ACTIVATIONS
 from lbyl.moments.base import ChannelMoments
+from lbyl.runtime.checks import check_number
 from lbyl.selection.filters import Filters
 
 
@@ -28,6 +29,10 @@ class Gaussian:
 
     decay: float = 0.85
     samples: int = 8192
+
+    def __post_init__(self) -> None:
+        check_number("Gaussian(decay={})", self.decay, least=0, most=1)
+        check_number("Gaussian(samples={})", self.samples, whole=True, least=2)
 
     def moments(self, filters: Filters, kernel: tuple[int, ...], activation: str | None) -> ChannelMoments:
         """Mean and covariance after the activation."""

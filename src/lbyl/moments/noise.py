@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.moments.input_scales import input_scales
 from lbyl.moments.synthesis import synthesize, varied_pink
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input, split
+from lbyl.runtime.checks import check_number
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
@@ -34,8 +34,8 @@ class Noise:
     spectrum: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.images is not None and self.images < 2:
-            raise InputError(f"Noise(images={self.images}): batch statistics need at least 2")
+        check_number("Noise(images={})", self.images, whole=True, least=2, optional=True)
+        check_number("Noise(spectrum={})", self.spectrum)
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""

@@ -14,12 +14,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.moments.input_scales import input_scales
 from lbyl.moments.noise import Noise
 from lbyl.moments.synthesis import dead_leaves, synthesize
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input, split
+from lbyl.runtime.checks import check_number
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
@@ -44,8 +44,7 @@ class Photographs:
     images: int | None = None
 
     def __post_init__(self) -> None:
-        if self.images is not None and self.images < 2:
-            raise InputError(f"Photographs(images={self.images}): batch statistics need at least 2")
+        check_number("Photographs(images={})", self.images, whole=True, least=2, optional=True)
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""

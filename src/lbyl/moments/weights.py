@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lbyl.moments.base import ChannelMoments
+from lbyl.runtime.checks import check_number
 from lbyl.selection.filters import Filters
 
 
@@ -19,6 +20,9 @@ class Weights:
     """
 
     bn: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_number("Weights(bn={})", self.bn, least=0)
 
     def moments(self, filters: Filters, kernel: tuple[int, ...], activation: str | None) -> ChannelMoments:
         """Second moments; the mean is zero, for nothing is known of it."""

@@ -19,6 +19,7 @@ from lbyl.pipeline.submodules import compress_submodules
 from lbyl.runtime.contexts import alone, uncollected
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.progress import Clock, Progress
+from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.selection.select import Ratio, check_ratio
 from lbyl.surgery.plan import architecture_of
@@ -86,7 +87,7 @@ def compress(
     # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.
     probing = restorer is None or restorer.runs_network
     inner = plain_module(model)
-    with alone(inner), nullcontext() if probing else uncollected():
+    with deep_calls(inner), alone(inner), nullcontext() if probing else uncollected():
         result = walk(prepare(inner, example_inputs, request, submodule, clock), request, clock)
     if inner is model:
         return result

@@ -8,15 +8,16 @@ from typing import Any
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from lbyl.graph import Graph
 from lbyl.graph.submodules import joined
+from lbyl.io.report.format import shown
 from lbyl.pipeline.prepare import plain_module, trace_model
 from lbyl.pipeline.result import Inputs
 from lbyl.runtime.contexts import alone
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.recursion import deep_calls
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ class Inspection:
             else:
                 verdict = f"scope=all ({row['outside']})" if row["outside"] else "yes"
             others, consumers = row["producers"][1:], row["consumers"]
-            table.add_row(*map(Text, (row["name"], str(row["width"]), _few(others), _few(consumers), verdict)))
+            table.add_row(*map(shown, (row["name"], str(row["width"]), _few(others), _few(consumers), verdict)))
         yield table
         for barrier in self.graph.barriers:
-            yield Text(f"barrier: {barrier}")
+            yield shown(f"barrier: {barrier}")
         for name, why in self.untraced:
-            yield Text(f"not traced: {name} ({why})")
+            yield shown(f"not traced: {name} ({why})")
         if self.note:
-            yield Text(f"note: {self.note}")
+            yield shown(f"note: {self.note}")
 
     def _repr_html_(self) -> str:
         from lbyl.io.report.page import inspection_html
@@ -97,7 +98,7 @@ def inspect(
         TraceError: ``torch.export`` can't trace the model on them.
     """
     model = plain_module(model)
-    with alone(model):
+    with deep_calls(model), alone(model):
         found = trace_model(model, ExampleInputs.of(example_inputs), strict, submodule)
     if found.graph is not None:
         return Inspection(found.graph, note="; ".join(found.graph.notes))

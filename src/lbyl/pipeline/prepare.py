@@ -29,8 +29,9 @@ from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs
 from lbyl.restore.base import Restorer
 from lbyl.restore.registry import fallbacks
+from lbyl.runtime.checks import check_module
 from lbyl.runtime.contexts import undisturbed
-from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.copying import shape_and_dtype, tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
@@ -194,9 +195,8 @@ def plain_module(model: object) -> nn.Module:
     Raises:
         InputError: it is no module, or one that can't be cut.
     """
-    if not isinstance(model, nn.Module):
-        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise InputError(f"model is {kind}; pass a torch.nn.Module with its weights loaded")
+    check_module(model)
+    assert isinstance(model, nn.Module)
     inner = getattr(model, _WRAPPERS.get(type(model), "_orig_mod"), None)
     if isinstance(inner, nn.Module):
         return plain_module(inner)
@@ -229,6 +229,8 @@ def check_weights(model: nn.Module) -> None:
     """Raise InputError for weights and statistics that nothing can be restored from."""
     buffers = dict(model.named_buffers())
     for name, tensor in tensors_of(model).items():
+        if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and not tensor.numel():
+            raise InputError(f"{name} is {shape_and_dtype(tensor)}: there is nothing to cut in a width of zero")
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device, where it has no values; load the weights first")
         if not tensor.is_floating_point() or not tensor.numel():

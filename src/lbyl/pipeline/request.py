@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from lbyl.budget.budget import Budget
+from lbyl.errors import InputError
 from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivers
 from lbyl.restore.registry import choose_restorer, resolve_restorer
+from lbyl.runtime.checks import check_seed, check_switch, named_kind
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 from lbyl.selection.criteria.auto import choose_criterion
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion, resolve_criterion
-from lbyl.selection.select import Ratio
+from lbyl.selection.select import Ratio, check_scope
 
 Restore = str | Restorer | Delivers
 """What users name a restorer by: "auto", a short name, a restorer, or an object with a ``deliver`` method."""
@@ -52,6 +54,19 @@ class CompressionRequest:
     strict: bool
     source: str | None
     progress: Progress | None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise InputError(f"budget is {named_kind(self.budget)}; pass lbyl.Budget(macs=0.5)")
+        check_scope(self.scope)
+        check_seed(self.seed)
+        object.__setattr__(self, "seed", int(self.seed))  # one of NumPy's would not get into a plan
+        check_switch("verify={}", self.verify)
+        check_switch("strict={}", self.strict)
+        if self.source is not None and not isinstance(self.source, str):
+            raise InputError(f"source is {named_kind(self.source)}; write a text such as timm:resnet18, or None")
+        if self.progress is not None and not callable(self.progress):
+            raise InputError(f"progress is {named_kind(self.progress)}; pass a function of stage, done and total")
 
     def restorer(self, model: nn.Module, inputs: ExampleInputs) -> tuple[Restorer, str]:
         """The restorer for a model, and why, where it was not named."""

@@ -19,7 +19,7 @@ from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import Filters, State, columns_second, describe, paper_form_applies, subset
 from lbyl.selection.select import Choice, Selection
-from lbyl.surgery.masking import Delivery, fold, nothing_delivered, with_masks
+from lbyl.surgery.masking import Delivery, empty_delivery, fold, nothing_delivered, with_masks
 
 
 @runtime_checkable
@@ -130,7 +130,7 @@ def deliver(choice: Choice, state: State, restorer: Delivers, seed: int) -> tupl
     if obstacle:
         note = f"pruned without restoration: the weights-only form does not apply, {obstacle}"
         return nothing_delivered(len(keep), len(drop), note), None
-    whole = nothing_delivered(len(keep), len(drop))
+    whole = empty_delivery(len(keep), len(drop))
     labels = torch.tensor(group.blocks)
     notes = []
     for label in torch.unique(labels):
@@ -142,7 +142,8 @@ def deliver(choice: Choice, state: State, restorer: Delivers, seed: int) -> tupl
             torch.searchsorted(members, drop[in_drop]),
             generator_for(seed, f"{group.name}#{int(label)}"),
         )
-        whole.matrix[in_keep.nonzero(), in_drop.nonzero().T] = part.matrix
+        if part.delivers:
+            whole.matrix[in_keep.nonzero(), in_drop.nonzero().T] = part.matrix
         whole.scale[in_keep] = part.scale
         notes.append(part.note)
     delivery = replace(whole, note="; ".join(note for note in dict.fromkeys(notes) if note))

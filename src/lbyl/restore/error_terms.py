@@ -41,7 +41,7 @@ def reconstruction_terms(
 ) -> Terms:
     """RE, BE and AE of a delivery matrix (LBYL, section 3.2)."""
     s = delivery.matrix
-    if not bool(s.any()):
+    if not delivery.delivers:
         return Terms(float(filters.energy[drop].mean()), float(filters.offset[drop].square().mean()), 0.0)
     residual = filters.weight[drop] - s.T @ filters.weight[keep]
     offset = filters.offset[drop] - s.T @ filters.offset[keep]

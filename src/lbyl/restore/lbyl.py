@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lbyl.errors import InputError
 from lbyl.restore.closed_form import ClosedFormRestorer
 from lbyl.restore.ridge import solve_ridge
+from lbyl.runtime.checks import check_number, check_switch
 from lbyl.selection.filters import Filters
 from lbyl.surgery.masking import Delivery
 
@@ -35,8 +35,9 @@ class LBYL(ClosedFormRestorer):
     center: bool = False
 
     def __post_init__(self) -> None:
-        if self.bn < 0 or self.ridge < 0:
-            raise InputError(f"LBYL(bn={self.bn}, ridge={self.ridge}): both must be at least 0")
+        check_number("LBYL(bn={})", self.bn, least=0)
+        check_number("LBYL(ridge={})", self.ridge, least=0)
+        check_switch("LBYL(center={})", self.center)
 
     def deliver(
         self,

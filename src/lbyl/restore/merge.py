@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lbyl.errors import InputError
 from lbyl.restore.closed_form import ClosedFormRestorer
+from lbyl.runtime.checks import check_number
 from lbyl.selection.filters import Filters
-from lbyl.surgery.masking import Delivery, nothing_delivered
+from lbyl.surgery.masking import Delivery, empty_delivery
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Merge(ClosedFormRestorer):
     blend: float = 0.85
 
     def __post_init__(self) -> None:
-        if not 0 <= self.blend <= 1:
-            raise InputError(f"Merge(blend={self.blend}): must lie between 0 and 1")
+        check_number("Merge(threshold={})", self.threshold, optional=True)
+        check_number("Merge(blend={})", self.blend, least=0, most=1)
 
     def deliver(
         self,
@@ -57,6 +57,6 @@ class Merge(ClosedFormRestorer):
         chosen = distance.argmin(0)
         columns = torch.arange(len(drop))
         similar = cosine[chosen, columns] >= (self.threshold if self.threshold is not None else -torch.inf)
-        delivery = nothing_delivered(len(keep), len(drop))
+        delivery = empty_delivery(len(keep), len(drop))
         delivery.matrix[chosen[similar], columns[similar]] = scale[chosen, columns][similar]
         return delivery

@@ -17,7 +17,7 @@ from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.prune import Prune
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.registry import find
+from lbyl.runtime.registry import make
 
 
 def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
@@ -27,11 +27,12 @@ def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
         InputError: an unknown name, or an object without ``restore`` and ``deliver``.
     """
     if isinstance(restore, str):
-        restore = find("restorer", restore)()
+        restore = make("restorer", restore)
     if isinstance(restore, Restorer):
         return restore
     if isinstance(restore, type) or not isinstance(restore, Delivers):
-        raise InputError(f"restore={restore!r} has no deliver(filters, keep, drop, generator) method")
+        hint = f"; pass an object, {restore.__name__}()" if isinstance(restore, type) else ""
+        raise InputError(f"restore={restore!r} has no deliver(filters, keep, drop, generator) method{hint}")
     return Delivering(restore)
 
 

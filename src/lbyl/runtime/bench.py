@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from lbyl.errors import visible
+from lbyl.runtime.checks import check_module, check_number
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import RUNS, WARM_UP, LayerLatency, Runs, measure_latencies
 from lbyl.runtime.progress import Progress
@@ -121,11 +123,11 @@ class Bench:
             left = name in ("layer", "")
             table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
         for row in (*self.layers, self.rest):
-            table.add_row(*map(Text, _cells(row)))
+            table.add_row(*map(_shown, _cells(row)))
         table.add_section()
-        table.add_row(*map(Text, _cells(self.whole)))
+        table.add_row(*map(_shown, _cells(self.whole)))
         yield table
-        yield from map(Text, self.summary())
+        yield from map(_shown, self.summary())
 
     def summary(self) -> list[str]:
         """The whole, and what gave no speed, a line each."""
@@ -208,6 +210,10 @@ def bench(
         >>> [(layer.name, layer.macs) for layer in found.layers]
         [('0', (512, 384)), ('2', (128, 96))]
     """
+    check_module(model)
+    check_module(against, "against")
+    check_number("runs={}", runs, whole=True, least=3)
+    check_number("warm_up={}", warm_up, whole=True, least=0)
     inputs = ExampleInputs.of(example_inputs)
     before, after = measure_latencies((against, model), inputs, runs=runs, warm_up=warm_up, progress=progress)
     first, second = ({layer.name: layer for layer in found.layers} for found in (before, after))
@@ -239,6 +245,10 @@ def _cells(change: Change) -> tuple[str, ...]:
         "–" if change.macs_ratio is None else f"{change.macs_ratio:.2f}",
         "no speed" if change.no_speed else "",
     )
+
+
+def _shown(text: str) -> Text:
+    return Text(visible(" ".join(text.split())))
 
 
 def _ms(runs: Runs | None) -> str:

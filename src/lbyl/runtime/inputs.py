@@ -51,6 +51,14 @@ class ExampleInputs:
             )
         if not made.tensors():
             raise InputError("example_inputs holds no tensor; pass what the model is called with")
+        for tensor in made.tensors():
+            found = f"an input of {'x'.join(map(str, tensor.shape))}"
+            if tensor.is_meta:
+                raise InputError(f"{found} is on the meta device, where it has no values; pass one that has")
+            if tensor.layout != torch.strided:
+                raise InputError(f"{found} is sparse; pass a dense one (tensor.to_dense())")
+            if not tensor.numel():
+                raise InputError(f"{found} is empty: a size of zero; pass at least one example")
         return made
 
     def tensors(self) -> list[Tensor]:

@@ -7,11 +7,12 @@ Those of lbyl are listed in `lbyl._public`. Others join them by :func:`register`
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from lbyl._public import FAMILIES, HOME
-from lbyl.errors import InputError
+from lbyl.errors import InputError, LbylError, first_line
 
 _REGISTERED: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES}
 
@@ -27,19 +28,43 @@ def register(family: str, name: str, member: Any) -> None:
     Raises:
         InputError: no such family, a name that lbyl itself uses, or a member that can't be called.
     """
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
+    if not isinstance(name, str) or not name or not callable(member):
+        raise InputError(f"register({family!r}, {name!r}, {member!r}): give a name and a class")
     if name in FAMILIES[family] or name == "auto":
         raise InputError(f"{name!r} is already a {family} of lbyl; choose another name")
-    if not name or not callable(member):
-        raise InputError(f"register({family!r}, {name!r}, {member!r}): give a name and a class")
     _REGISTERED[family][name] = member
 
 
 def names(family: str) -> tuple[str, ...]:
     """All short names of a family, those of lbyl first."""
-    found = (entry.name for entry in entry_points(group=f"lbyl.{family}"))
-    return tuple(dict.fromkeys([*FAMILIES[family], *_REGISTERED[family], *found]))
+    return tuple(dict.fromkeys([*FAMILIES[family], *_REGISTERED[family], *_installed()[family]]))
+
+
+@cache
+def _installed() -> dict[str, dict[str, EntryPoint]]:
+    """The members that installed packages add, by family and name; what is installed is looked at once."""
+    found = entry_points()
+    return {family: {entry.name: entry for entry in found.select(group=f"lbyl.{family}")} for family in FAMILIES}
+
+
+def make(family: str, name: str) -> Any:
+    """A member of a family by its short name, made without arguments.
+
+    Raises:
+        InputError: no member has this name, or it can't be made.
+    """
+    member = find(family, name)
+    try:
+        return member()
+    except LbylError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the {family} {name!r} can't be made without arguments ({first_line(error)}); "
+            "register a class or function that needs none, or pass an object"
+        ) from error
 
 
 def find(family: str, name: str) -> Any:
@@ -53,7 +78,10 @@ def find(family: str, name: str) -> Any:
         return getattr(importlib.import_module(module or HOME[member]), member)
     if name in _REGISTERED[family]:
         return _REGISTERED[family][name]
-    for entry in entry_points(group=f"lbyl.{family}", name=name):
-        return entry.load()
+    if name in _installed()[family]:
+        try:
+            return _installed()[family][name].load()
+        except Exception as error:
+            raise InputError(f"the {family} {name!r} of an installed package can't be loaded: {error}") from error
     choices = (*(("auto",) if family in ("restorer", "criterion") else ()), *names(family))
     raise InputError(f"unknown {family} {name!r}; choose one of {', '.join(choices)}")

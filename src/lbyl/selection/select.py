@@ -66,8 +66,16 @@ def kept_count(width: int, ratio: float) -> int:
 def check_ratio(ratio: Ratio) -> None:
     """Raise InputError for a share outside [0, 1)."""
     for key, share in ratio.items() if isinstance(ratio, Mapping) else [("ratio", ratio)]:
+        if not isinstance(key, str):
+            raise InputError(f"ratio has the key {key!r}; keys are globs of group and layer names, such as 'layer4.*'")
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
             raise InputError(f"{key}={share!r}: the share of channels to drop must be at least 0 and below 1")
+
+
+def check_scope(scope: str) -> None:
+    """Raise InputError for an unknown scope."""
+    if scope not in ("inner", "all"):
+        raise InputError(f"scope={scope!r}: choose 'inner' (groups that no residual sum couples) or 'all'")
 
 
 def ratio_for(group: Group, ratio: Ratio, prefix: str = "") -> float:
@@ -272,8 +280,7 @@ def select(graph: Graph, state: State, kept: KeptCounts, scope: str, choose: Cho
     Raises:
         InputError: an unknown scope.
     """
-    if scope not in ("inner", "all"):
-        raise InputError(f"scope={scope!r}: choose 'inner' (groups that no residual sum couples) or 'all'")
+    check_scope(scope)
     found: dict[str, Choice] = {}
     left: list[tuple[str, str]] = []
     for index, group in enumerate(graph.groups):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,8 +170,7 @@ def _check(item: Cut, state: Mapping[str, Tensor]) -> None:
     if not keep or keep[0] < 0 or keep[-1] >= item.size or sorted(set(keep)) != list(keep):
         raise SurgeryError(f"{item.parameter}: kept indices must rise within 0..{item.size - 1}, and not be empty")
     if item.blocks > 1:
-        counts = [0] * item.blocks
-        for index in keep:
-            counts[index // stored] += 1
-        if len(set(counts)) > 1 or item.dim != 1 or tensor.shape[0] % item.blocks:
+        counts = Counter(index // stored for index in keep)
+        even = len(counts) == item.blocks and len(set(counts.values())) == 1
+        if not even or item.dim != 1 or tensor.shape[0] % item.blocks:
             raise SurgeryError(f"{item.parameter}: a grouped convolution must keep equally many channels a block")

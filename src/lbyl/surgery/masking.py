@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lbyl.errors import InputError
 from lbyl.graph import Slot
 from lbyl.runtime.layer_norms import NormMasks
 from lbyl.runtime.reductions import Reduction
@@ -32,10 +33,34 @@ class Delivery:
     scale: Float[Tensor, " kept"]
     note: str = ""
 
+    @property
+    def delivers(self) -> bool:
+        """Whether anything is delivered: S is not 0."""
+        single = self.matrix.stride() == (0, 0)  # one number that stands for all of them
+        return bool((self.matrix[:1, :1] if single else self.matrix).any())
+
+
+_LARGEST = 2**33
+
 
 def nothing_delivered(kept: int, dropped: int, note: str = "") -> Delivery:
-    """S = 0: plain pruning."""
-    return Delivery(torch.zeros(kept, dropped).double(), torch.ones(kept).double(), note)
+    """S = 0: plain pruning. S takes no memory, and can't be written to."""
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    return Delivery(zero.expand(kept, dropped), torch.ones(kept, dtype=torch.float64), note)
+
+
+def empty_delivery(kept: int, dropped: int) -> Delivery:
+    """S = 0, to be written to.
+
+    Raises:
+        InputError: S would fill the memory.
+    """
+    if 8 * kept * dropped > _LARGEST:
+        raise InputError(
+            f"what {dropped} dropped channels leave to {kept} kept ones is a matrix of "
+            f"{8 * kept * dropped / 2**30:.0f} GiB; leave this group whole (ratio), or pass restore='prune'"
+        )
+    return Delivery(torch.zeros(kept, dropped, dtype=torch.float64), torch.ones(kept, dtype=torch.float64))
 
 
 def with_masks(values: Mapping[str, Tensor], selection: Selection, state: State) -> dict[str, Tensor]:
@@ -102,7 +127,7 @@ def fold(
 
     Where a channel has several columns (after a flatten), the delivery holds for each of its places.
     """
-    if not bool(delivery.matrix.any()) and bool((delivery.scale == 1).all()):
+    if not delivery.delivers and bool((delivery.scale == 1).all()):
         return mask_columns(weight, slot, width, drop)
     index = seats(slot, width)  # channels, places
     per_block = len(slot.channels) // slot.blocks

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
+from keyword import iskeyword
 from typing import Any
 
 from torch import nn
@@ -121,6 +122,7 @@ def architecture_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _faults(plan: Plan) -> Iterator[tuple[str, str]]:
     """What no plan of lbyl says, though its types are right, and where it stands."""
+    yield from _setting_faults(plan.settings, "$.settings", fields=True)
     for index, group in enumerate(plan.groups):
         rising = all(a < b for a, b in pairwise((-1, *group.keep, group.width)))
         if not rising or not group.keep:
@@ -132,6 +134,21 @@ def _faults(plan: Plan) -> Iterator[tuple[str, str]]:
     for index, attribute in enumerate(plan.attributes):
         if fault := _attribute_fault(attribute):
             yield f"{attribute.module}.{attribute.name} {fault}", f"$.attributes[{index}]"
+
+
+def _setting_faults(value: Any, place: str, fields: bool) -> Iterator[tuple[str, str]]:
+    """Names in settings that are no names: code is made from settings, to be read and pasted."""
+    if isinstance(value, Mapping):
+        fields = fields or isinstance(value.get("name"), str)
+        for name, item in value.items():
+            if fields and not (name.isidentifier() and not iskeyword(name)):
+                yield f"{name!r} is no name of a setting", place
+            yield from _setting_faults(item, f"{place}.{name}", fields=False)
+        if isinstance(value.get("name"), str) and not value["name"].isidentifier():
+            yield f"{value['name']!r} is no name of a class", f"{place}.name"
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _setting_faults(item, f"{place}[{index}]", fields=False)
 
 
 def _attribute_fault(attribute: Attribute) -> str:

@@ -14,10 +14,11 @@ from lbyl.io import artifact
 from lbyl.io.export.base import Format, Refused, trace, write
 from lbyl.io.export.check import TOLERANCE, Case, largest_differences
 from lbyl.io.export.inputs import batch_size, described_inputs, has_batch, with_batch
-from lbyl.io.files import stage
+from lbyl.io.files import finish, stage
+from lbyl.runtime.checks import check_number, check_seed
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs, outputs
-from lbyl.runtime.registry import find, names
+from lbyl.runtime.registry import find, make, names
 from lbyl.surgery.plan import Plan, is_rebuildable
 
 
@@ -93,7 +94,9 @@ def export(
     """
     if format not in names("format"):
         raise InputError(f"format is {format!r}; write {' or '.join(map(repr, names('format')))}")
-    kind: Format = find("format", format)()
+    kind: Format = make("format", format)
+    check_number("tolerance={}", tolerance, least=0)
+    check_seed(seed)
     kind.check_available()
     plan = artifact.read_manifest(path).plan
     _check_model_known(path, plan, model)
@@ -103,6 +106,7 @@ def export(
     target = Path(path) / f"model.{format}"
     with stage(target) as folder:
         exported = _Attempt(smaller, case, kind, folder / target.name, tolerance).exported(dynamic, target)
+        finish(folder)
         # Weights above 2 GB are in a file of their own. It must be there before the file that names it.
         for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
             file.replace(target.with_name(file.name))

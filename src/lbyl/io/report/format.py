@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from rich.text import Text
+
+from lbyl.errors import visible
+
 FLOAT32 = 4
 """Bytes of a parameter, for the sizes that are shown."""
 
@@ -43,9 +47,18 @@ def number(value: float | None) -> str:
 
 
 def line(text: str) -> str:
-    """The text without line breaks.
+    """The text without line breaks, and with other control characters escaped.
 
-    >>> line("two\\n lines")
-    'two lines'
+    >>> line("two\\n lines"), line("gone\\x1b[2K")
+    ('two lines', 'gone\\\\x1b[2K')
     """
-    return " ".join(text.split())
+    return visible(" ".join(text.split()))
+
+
+def shown(text: str) -> Text:
+    """One line for Rich that holds no markup and no control characters: somebody else may have written the text.
+
+    >>> shown("[red]gone\\x1b[2K").plain
+    '[red]gone\\\\x1b[2K'
+    """
+    return Text(line(text))

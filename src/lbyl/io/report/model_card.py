@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from lbyl.io.report.format import FLOAT32, line, share, size
+from lbyl.io.report.format import FLOAT32, share, size
+from lbyl.io.report.markdown import code_span, plain_words
 from lbyl.io.report.report import Report
 from lbyl.io.report.snippets import loading, name_of, reproducing, shown_source
 from lbyl.surgery.plan import Plan, is_rebuildable
@@ -41,11 +42,11 @@ def _metadata(plan: Plan) -> Iterator[str]:
 
 def _summary(plan: Plan, report: Report) -> Iterator[str]:
     before, after = report.parameters
-    made = f" from `{shown_source(plan.source)}`" if plan.source else ""
-    yield f"# {name_of(plan)}, pruned"
+    made = f" from {code_span(shown_source(plan.source))}" if plan.source else ""
+    yield f"# {plain_words(name_of(plan))}, pruned"
     yield ""
     yield (
-        f"Whole channels were removed{made} by lbyl {plan.library}, by "
+        f"Whole channels were removed{made} by lbyl {plain_words(plan.library)}, by "
         "[this method](https://arxiv.org/abs/2502.08474) and the settings below; there was no retraining. "
         "The result is an ordinary, smaller network."
     )
@@ -55,7 +56,8 @@ def _summary(plan: Plan, report: Report) -> Iterator[str]:
     yield f"| parameters | {before:,} | {after:,} | {share(before, after)} |"
     yield (f"| size in float32 | {size(before * FLOAT32)} | {size(after * FLOAT32)} | {share(before, after)} |")
     if report.macs:
-        yield f"| MACs on {plan.inputs} | {report.macs[0]:,} | {report.macs[1]:,} | {share(*report.macs)} |"
+        counts = f"{report.macs[0]:,} | {report.macs[1]:,} | {share(*report.macs)}"
+        yield f"| MACs on {plain_words(plan.inputs)} | {counts} |"
     yield ""
     if report.assessment:
         yield (
@@ -72,7 +74,7 @@ def _summary(plan: Plan, report: Report) -> Iterator[str]:
             f"(relative difference {report.verified:.1e})."
         )
     for note in report.notes:
-        yield f"\nNote: {line(note)}"
+        yield f"\nNote: {plain_words(note)}"
 
 
 def _exporting(plan: Plan) -> Iterator[str]:
@@ -87,21 +89,17 @@ def _groups(report: Report) -> Iterator[str]:
     yield "|---|--:|" + ("--:|--:|" if probed else "")
     for row in report.rows:
         errors = "".join(f" {error:.1%} |" for error in row.errors) if row.errors else " – | – |" if probed else ""
-        yield f"| `{_cell(row.group)}` | {row.before} → {row.after} |{errors}"
+        yield f"| {code_span(row.group, cell=True)} | {row.before} → {row.after} |{errors}"
 
 
 def _left(report: Report) -> Iterator[str]:
     if report.left:
         yield from ("", "Left whole:", "")
         for group, why in report.left:
-            yield f"- `{line(group)}`: {line(why)}"
+            yield f"- {code_span(group)}: {plain_words(why)}"
 
 
 def _code(lines: Iterator[str]) -> Iterator[str]:
     yield "```python"
     yield from lines
     yield "```"
-
-
-def _cell(text: str) -> str:
-    return line(text).replace("|", r"\|")

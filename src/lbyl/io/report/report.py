@@ -10,9 +10,8 @@ from typing import Any
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
-from rich.text import Text
 
-from lbyl.io.report.format import number, percent
+from lbyl.io.report.format import number, percent, shown
 from lbyl.io.report.rows import ReportData, Row
 from lbyl.runtime.documents import check_no_faults, read_as
 from lbyl.runtime.output_error import DESTROYED
@@ -56,16 +55,16 @@ class Report(ReportData):
         for row in self.rows:
             terms = [number(row.re), number(row.be), number(row.ae), f"{row.seconds:.2f}"]
             numbers = [percent(error) for error in row.errors or (None, None)] if self.probed else terms
-            table.add_row(Text(row.group), f"{row.before} → {row.after}", *numbers, Text(row.note))
+            table.add_row(shown(row.group), f"{row.before} → {row.after}", *numbers, shown(row.note))
         yield table
         if self.left:
             kept = Table(box=box.SIMPLE_HEAD, title="Left whole", title_justify="left")
             kept.add_column("group")
             kept.add_column("why")
             for name, why in self.left:
-                kept.add_row(Text(name), Text(why))
+                kept.add_row(shown(name), shown(why))
             yield kept
-        yield Group(*(Text(line) for line in self.summary()))
+        yield Group(*map(shown, self.summary()))
 
     def _repr_html_(self) -> str:
         from lbyl.io.report.page import report_html
@@ -94,7 +93,7 @@ class Report(ReportData):
             if self.assessment.restored > DESTROYED:
                 lines.append("WARNING: the network is likely destroyed; prune less, or give real inputs (lbyl.Data)")
         lines.append("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()))
-        return lines + [f"note: {note}" for note in self.notes]
+        return [*lines, *(f"note: {note}" for note in self.notes)]
 
 
 def _foreign_fields(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -83,7 +83,7 @@ def _python(value: Any) -> str:
     """A setting as Python code."""
     import lbyl
 
-    if isinstance(value, Mapping) and "name" in value:
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
         name = f"lbyl.{value['name']}" if value["name"] in lbyl.__all__ else str(value["name"])
         fields = [f"{key}={_python(item)}" for key, item in value.items() if key != "name"]
         return f"{name}({', '.join((['batches'] if value['name'] == 'Data' else []) + fields)})"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -23,6 +23,7 @@ from lbyl.io.files import write_tensors, write_whole
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import ConsumerMoments, Moments
 from lbyl.pipeline.analysis import Cuttable
+from lbyl.runtime.documents import parse_json, read_as, read_json
 from lbyl.runtime.inputs import ExampleInputs
 
 GROUPS = "groups.json"
@@ -127,7 +128,7 @@ class FolderCache:
             names = [self.graph.groups[index].name for index in made.groups]
             write_whole(file, json.dumps({"groups": names, "notes": made.notes}))
         with _reading(file):
-            found = msgspec.convert(json.loads(file.read_text(encoding="utf-8")), _GroupsNote)
+            found = read_as(_GroupsNote, read_json(file), str(file))
             return Cuttable(tuple(map(self._index, found.groups)), found.notes)
 
     def probes(self, make: Callable[[], Probes]) -> Probes:
@@ -180,8 +181,7 @@ class FolderCache:
             return made
         with _reading(file):
             tensors, note = _read(file, _CurvesNote)
-            curves = (Curve(self._index(c.group), c.order, tensors[f"{c.index}"], c.weight) for c in note.curves)
-            return Curves(tuple(curves), note.notes)
+            return Curves(tuple(self._curve(fact, tensors[f"{fact.index}"]) for fact in note.curves), note.notes)
 
     def consumer_moments(self, make: Callable[[], dict[str, ConsumerMoments]]) -> Mapping[str, ConsumerMoments]:
         """The consumers' moments. Those of the user's data are not kept either."""
@@ -207,15 +207,27 @@ class FolderCache:
             def restored(number: int, index: int, count: int) -> Moments:
                 moments = Moments.zeros(0, 0, device)
                 p, pp = tensors[f"{number}.{index}.p"], tensors[f"{number}.{index}.pp"]
+                _check_sums(p, len(p))
+                _check_sums(pp, len(p), len(p))
                 return replace(moments, count=count, p=p, pp=pp, pr=pp[:, :0])
 
-            return {
-                fact.reader: ConsumerMoments(
-                    tuple(restored(number, index, count) for index, count in enumerate(fact.counts)),
-                    (tensors[f"{number}.output.0"], tensors[f"{number}.output.1"], tensors[f"{number}.output.2"]),
-                )
-                for number, fact in enumerate(note.readers)
-            }
+            found: dict[str, ConsumerMoments] = {}
+            for number, fact in enumerate(note.readers):
+                count, *sums = (tensors[f"{number}.output.{part}"] for part in range(3))
+                for part in (count, *sums):
+                    _check_sums(part, *(() if part is count else sums[0].shape))
+                blocks = tuple(restored(number, index, count) for index, count in enumerate(fact.counts))
+                found[fact.reader] = ConsumerMoments(blocks, (count, sums[0], sums[1]))
+            return found
+
+    def _curve(self, fact: _CurveNote, error: Tensor) -> Curve:
+        group = self._index(fact.group)
+        width = self.graph.groups[group].width
+        distinct = set(fact.order) <= set(range(width)) and len(set(fact.order)) == len(fact.order)
+        if not distinct or not math.isfinite(fact.weight):
+            raise ValueError(f"{fact.group} has {width} channels, and this is no order or weight of them")
+        _check_sums(error, len(fact.order) + 1)
+        return Curve(group, fact.order, error, fact.weight)
 
     def _index(self, name: str) -> int:
         return next(index for index, group in enumerate(self.graph.groups) if group.name == name)
@@ -233,6 +245,8 @@ class FolderCache:
                         return value
                     name = f"{index}.{next(numbers)}"
                     layout = torch.channels_last if name in note.channels_last else torch.contiguous_format
+                    if tensors[name].dtype != value.dtype or tensors[name].dim() != value.dim():
+                        raise ValueError(f"{name} is not like the example inputs")
                     return tensors[name].to(value.device).contiguous(memory_format=layout)
 
                 args, kwargs = pytree.tree_unflatten([leaf(value) for value in leaves], structure)
@@ -257,7 +271,7 @@ class FolderCache:
         if not file.exists():
             write_whole(file, json.dumps({"sha256": now}))
         with _reading(file):
-            then = msgspec.convert(json.loads(file.read_text(encoding="utf-8")), _DataNote)
+            then = read_as(_DataNote, read_json(file), str(file))
         if then.sha256 != now:
             raise InputError(
                 f"the data is not what it was when this sweep began ({file} has its fingerprint): pass the same "
@@ -291,8 +305,14 @@ def _is_channels_last(tensor: Tensor) -> bool:
 def _read(file: Path, kind: type[Note]) -> tuple[dict[str, Tensor], Note]:
     """The tensors of a file, and its note."""
     with safe_open(file, framework="pt") as content:
-        note = msgspec.convert(json.loads(content.metadata()["lbyl"]), kind)
+        note = read_as(kind, parse_json(content.metadata()["lbyl"].encode(), str(file)), str(file))
         return {name: content.get_tensor(name) for name in content.keys()}, note  # noqa: SIM118
+
+
+def _check_sums(tensor: Tensor, *shape: int) -> None:
+    """Raise ValueError unless a tensor holds finite real numbers in this shape."""
+    if tuple(tensor.shape) != shape or tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"a tensor of {tuple(tensor.shape)} where finite numbers of {shape} should be")
 
 
 @contextmanager

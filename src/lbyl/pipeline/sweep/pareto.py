@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
+from lbyl.budget.budget import Budget
 from lbyl.io.report.colors import PLAIN
-from lbyl.io.report.format import line, percent, share
+from lbyl.io.report.format import line, percent, share, shown
+from lbyl.io.report.markdown import code_span, plain_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,9 +52,14 @@ class Point:
     seconds: float | None = None
 
     @property
+    def limit(self) -> Budget:
+        """The budget. Raises InputError or TypeError where the fields are not those of one."""
+        return Budget(**{name: value for name, value in self.budget.items() if name != "name"})
+
+    @property
     def asked(self) -> str:
         """The budget in short, such as ``macs=0.6``."""
-        kind, amount = next((k, v) for k, v in self.budget.items() if k != "name" and v is not None)
+        kind, amount = self.limit.limited
         return f"{kind}={amount:g}"
 
     @property
@@ -122,7 +128,7 @@ def table(points: Sequence[Point]) -> Table:
     for name in head:
         made.add_column(name, justify="left" if name in ("budget", "folder") else "right")
     for cells in body:
-        made.add_row(*map(Text, cells))
+        made.add_row(*map(shown, cells))
     return made
 
 
@@ -136,16 +142,16 @@ def failures(points: Sequence[Point]) -> Iterator[str]:
 def markdown(points: Sequence[Point], source: str | None, unpruned: float | None) -> str:
     """The table as ``README.md`` of the sweep's folder, with the picture if there is one."""
     head, body = rows(points)
-    lines = [f"# Sweep{f' of `{line(source)}`' if source else ''}", ""]
+    lines = [f"# Sweep{f' of {code_span(source)}' if source else ''}", ""]
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in body]
-    lines += [f"\n{text}" for text in [*told(points, unpruned), *failures(points)]]
+    lines += [f"\n{text}" for text in [*told(points, unpruned), *map(plain_words, failures(points))]]
     if figure_wanted(points):
         lines += ["", f"![Damage against cost, one dot a point.]({PICTURE})"]
     lines += [
         "",
         'Each folder is a smaller network: `lbyl show FOLDER` says what was cut, `lbyl.load("FOLDER")` loads it.',
-        "`sweep.json` holds this table. `analysis/` holds the probes and error curves that all points share; with",
+        "`sweep.json` holds this table. `groundwork/` holds the probes and error curves that all points share; with",
         "it, running the sweep again with other budgets adds points. It can be deleted.",
     ]
     return "\n".join(lines) + "\n"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import os
 import shutil
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,15 +16,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lbyl.errors import ArtifactError, InputError
-from lbyl.io.files import TEMPORARY, write_whole
+from lbyl.io.files import TEMPORARY, clear_unfinished, write_whole, writing
 from lbyl.pipeline.sweep.pareto import Point
-from lbyl.runtime.documents import check_no_faults, read_as
+from lbyl.runtime.documents import check_no_faults, document_text, read_as, read_json
 
 STATE = "sweep.json"
 ANALYSIS = "groundwork"
 _LOCK = ".lock"
 _VERSION = 1
-_LARGEST = 64 * 2**20
+_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SweepState:
         seconds: the time of the work that all points share, by stage.
     """
 
-    fingerprint: Mapping[str, Any]
+    fingerprint: Mapping[str, str | int | bool | None]
     points: tuple[Point, ...] = ()
     source: str | None = None
     evaluate: str | None = None
@@ -63,7 +64,7 @@ class SweepState:
         Raises:
             InputError: it can't be written.
         """
-        write_whole(folder / STATE, json.dumps(self.to_dict(), indent=1))
+        write_whole(folder / STATE, document_text(self.to_dict(), str(folder / STATE), indent=1))
         return self
 
     @staticmethod
@@ -74,12 +75,7 @@ class SweepState:
             ArtifactError: it is damaged, or of another version.
         """
         file = folder / STATE
-        if file.stat().st_size > _LARGEST:
-            raise ArtifactError(f"{file} is larger than {_LARGEST // 2**20} MiB: no sweep of lbyl")
-        try:
-            data: Any = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ArtifactError(f"{file} is damaged: {error}") from error
+        data = read_json(file)
         if not isinstance(data, dict) or "version" not in data:
             raise ArtifactError(f"{file} is damaged: it has no version")
         if data["version"] != _VERSION:
@@ -90,9 +86,31 @@ class SweepState:
 
 
 def _faults(state: SweepState) -> Iterator[tuple[str, str]]:
+    """What no sweep of lbyl says, though its types are right, and where it stands."""
+    for name, value in (("unpruned", state.unpruned), *((f"seconds.{key}", v) for key, v in state.seconds.items())):
+        if value is not None and not math.isfinite(value):
+            yield f"expected a finite number, found {value}", f"$.{name}"
+    known: set[str] = set()
     for index, point in enumerate(state.points):
+        place = f"$.points[{index}]"
         if Path(point.name).name != point.name or point.name.startswith("."):
-            yield f"the name {point.name!r} leads out of the folder", f"$.points[{index}].name"
+            yield f"the name {point.name!r} leads out of the folder", f"{place}.name"
+        if not point.name.isprintable() or not 0 < len(point.name) <= _LONGEST_NAME:
+            yield f"{point.name!r} is no name of a folder", f"{place}.name"
+        if point.name in known:
+            yield f"the name {point.name!r} is there twice", f"{place}.name"
+        known.add(point.name)
+        try:
+            point.limit  # noqa: B018
+        except (InputError, TypeError) as error:
+            yield f"this is no budget: {error}", f"{place}.budget"
+        for name in ("pruned", "error", "accuracy", "seconds"):
+            value = getattr(point, name)
+            if value is not None and not math.isfinite(value):
+                yield f"expected a finite number, found {value}", f"{place}.{name}"
+        for name in ("parameters", "macs"):
+            if min(getattr(point, name) or (0,)) < 0:
+                yield "expected numbers from 0", f"{place}.{name}"
 
 
 def exists(folder: Path) -> bool:
@@ -101,12 +119,13 @@ def exists(folder: Path) -> bool:
     Raises:
         InputError: a sweep can't use this folder.
     """
-    if (folder / STATE).is_file():
-        return True
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{folder} exists already and is no folder; choose another place")
-    if folder.is_dir() and any(not entry.name.startswith((TEMPORARY, _LOCK)) for entry in folder.iterdir()):
-        raise InputError(f"{folder} exists already and holds no sweep; choose another folder")
+    with writing(folder):
+        if (folder / STATE).is_file():
+            return True
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise InputError(f"{folder} exists already and is no folder; choose another place")
+        if folder.is_dir() and any(not entry.name.startswith((TEMPORARY, _LOCK)) for entry in folder.iterdir()):
+            raise InputError(f"{folder} exists already and holds no sweep; choose another folder")
     if not folder.parent.is_dir():
         raise InputError(f"{folder.parent} is not a folder; create it first")
     if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
@@ -120,25 +139,40 @@ def occupied(folder: Path) -> Iterator[None]:
 
     Raises:
         InputError: another process works in it, or it can't be made.
+        ArtifactError: something in it is a link to another place.
     """
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
         folder.mkdir(exist_ok=True)
+        _check_own(folder)
         lock.acquire()
     except Timeout as error:
         raise InputError(f"another process is sweeping in {folder}; wait for it, or choose another folder") from error
-    except OSError as error:
-        raise InputError(f"can't write {folder}: {error.strerror or error}") from error
+    except (OSError, NotImplementedError) as error:  # the latter where the file system knows no locks
+        raise InputError(f"can't write {folder}: {getattr(error, 'strerror', None) or error}") from error
     try:
         yield
     finally:
         lock.release()
 
 
+def _check_own(folder: Path) -> None:
+    """Raise ArtifactError where what is written in the folder would end up in another place."""
+    for file in (folder / _LOCK, folder / ANALYSIS, *(folder / ANALYSIS).glob("*")):
+        if file.is_symlink():
+            raise ArtifactError(f"{file} is a link, which no sweep makes; remove it, or choose another folder")
+    if (folder / _LOCK).exists():
+        found = (folder / _LOCK).stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size:
+            raise ArtifactError(f"{folder / _LOCK} is no lock of a sweep; remove it, or choose another folder")
+
+
 def clear(folder: Path, points: Collection[str]) -> None:
     """Remove what a killed process has left behind: temporary files, and unfinished folders of these points."""
     for file in (*folder.glob(f"{TEMPORARY}*"), *(folder / ANALYSIS).rglob(f"{TEMPORARY}*")):
-        file.unlink()
+        if not file.is_dir():
+            file.unlink(missing_ok=True)
     for entry in folder.glob(".*-*"):
-        if entry.is_dir() and entry.name[1:].rpartition("-")[0] in points:
+        if entry.name[1:].rpartition("-")[0] in points and entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
+    clear_unfinished(folder)

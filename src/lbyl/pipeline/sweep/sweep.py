@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.text import Text
 from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.errors import ArtifactError, InputError, LbylError, SurgeryError, VerificationError
 from lbyl.io import artifact
 from lbyl.io.files import write_whole
+from lbyl.io.report.format import shown
 from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.compress import walk
@@ -31,9 +31,11 @@ from lbyl.pipeline.sweep.cache import FolderCache
 from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
 from lbyl.pipeline.sweep.pareto import Point
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
+from lbyl.runtime.checks import as_path, named_kind
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
+from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.surgery.plan import described
 
@@ -93,7 +95,7 @@ class Sweep:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield pareto.table(self.points)
         for text in (*pareto.told(self.points, self.unpruned), *pareto.failures(self.points)):
-            yield Text(text)
+            yield shown(text)
 
 
 def sweep(
@@ -150,14 +152,17 @@ def sweep(
         0.5, None, scope, named_criterion(criterion), named_restorer(restore), seed, verify, strict, source, progress
     )
     _check(budgets)
+    if evaluate is not None and not callable(evaluate):
+        raise InputError(f"evaluate is {named_kind(evaluate)}; pass a function of a network that returns a number")
     model = plain_module(model)
     check_weights(model)
-    folder, inputs, judge = Path(path), ExampleInputs.of(example_inputs), _Judge(evaluate)
+    folder, inputs, judge = as_path(path), ExampleInputs.of(example_inputs), _Judge(evaluate)
     now = fingerprint(model, inputs, request, submodule)
     network = _Network(model, inputs, request, submodule)
     # Whatever is wrong with the network or its judge is found out before there is a folder.
-    first = None if exists(folder) else network.first(now, judge)
-    with occupied(folder):
+    with deep_calls(model):
+        first = None if exists(folder) else network.first(now, judge)
+    with deep_calls(model), occupied(folder):
         before = first.write(folder) if first and not exists(folder) else SweepState.read(folder)
         check_same(before.fingerprint, now, str(folder))
         clear(folder, [point.name for point in before.points])
@@ -241,9 +246,8 @@ def _compressed(network: _Network, state: SweepState, folder: Path, judge: _Judg
     spent = {stage: state.seconds.get(stage, 0.0) + value for stage, value in network.clock.seconds.items()}
     state = replace(state, seconds={**state.seconds, **spent})
     for number, point in enumerate(waiting):
-        limit = Budget(**{key: _tupled(value) for key, value in point.budget.items() if key != "name"})
         progress = _labelled(network.request.progress, f"{point.asked} ({number + 1} of {len(waiting)})")
-        request = replace(network.request, budget=limit, progress=progress)
+        request = replace(network.request, budget=point.limit, progress=progress)
         started = perf_counter()
         result = _attempt(lambda request=request: walk(network.prepared, request, Clock(), ground))
         if isinstance(result, LbylError):
@@ -307,11 +311,13 @@ class _Judge:
 
 
 def _check(budgets: Sequence[Budget]) -> None:
+    if isinstance(budgets, (Budget, str)) or not isinstance(budgets, Sequence):
+        raise InputError(f"budgets is {named_kind(budgets)}; pass a list, such as [lbyl.Budget(macs=0.5)]")
     if not budgets:
         raise InputError("a sweep needs at least one budget, such as lbyl.Budget(macs=0.5)")
     for number, budget in enumerate(budgets):
         if not isinstance(budget, Budget):
-            raise InputError(f"budgets[{number}] is a {type(budget).__name__}; write lbyl.Budget(macs=0.5)")
+            raise InputError(f"budgets[{number}] is {named_kind(budget)}; write lbyl.Budget(macs=0.5)")
         if budget in budgets[:number]:
             raise InputError(f"{budget} is given twice")
 
@@ -376,7 +382,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _jsonable(item) for key, item in value.items()}
     return [_jsonable(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

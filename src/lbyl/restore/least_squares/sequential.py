@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lbyl.errors import first_line
 from lbyl.graph import Norm
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import PatchSums
@@ -127,7 +128,7 @@ def solve_sequentially(
             renorm=renorm,
         )
     except (NotPairable, RuntimeError) as error:
-        return NotApplicable((str(error).strip().splitlines() or [type(error).__name__])[0])
+        return NotApplicable(first_line(error))
     if not walked.made_up:
         return NotApplicable("no consumer was seen to go into a sum")
     values = problem.stored(findings.values, state)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lbyl.errors import InputError
 from lbyl.moments import ClosedFormSource, Dream, ProbeSource
+from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.memory import ROOM
 
 
@@ -27,18 +28,19 @@ class Settings:
     def __post_init__(self) -> None:
         if self.solve not in ("mix", "patch"):
             raise InputError(f"LeastSquares(solve={self.solve!r}): choose 'mix' or 'patch'")
-        if self.ridge is not None and not self.ridge >= 0:
-            raise InputError(f"LeastSquares(ridge={self.ridge}): must be at least 0")
-        if self.prior is not None and not 0 <= self.prior <= 1:
-            raise InputError(f"LeastSquares(prior={self.prior}): must lie between 0 and 1")
-        if self.memory < 1:
-            raise InputError(f"LeastSquares(memory={self.memory}): must be at least 1 byte")
+        check_number("LeastSquares(ridge={})", self.ridge, least=0, optional=True)
+        check_number("LeastSquares(prior={})", self.prior, least=0, most=1, optional=True)
+        check_switch("LeastSquares(renorm={})", self.renorm)
+        check_switch("LeastSquares(sequential={})", self.sequential, optional=True)
+        check_number("LeastSquares(budget={})", self.budget, least=0, unit="bytes")
+        check_number("LeastSquares(memory={})", self.memory, least=1, unit="byte")
+        check_number("LeastSquares(positions={})", self.positions, whole=True, least=1)
         if self.sequential and isinstance(self.moments, ClosedFormSource):
             name = type(self.moments).__name__
             raise InputError(
                 f"LeastSquares(sequential=True): {name} runs no network; choose Noise, Photographs, Dream or Data"
             )
-        if not isinstance(self.moments, ProbeSource | ClosedFormSource):
+        if isinstance(self.moments, type) or not isinstance(self.moments, ProbeSource | ClosedFormSource):
             raise InputError(
                 f"LeastSquares(moments={self.moments!r}): choose Weights, Gaussian, Noise, Photographs, Dream or Data"
             )

@@ -22,7 +22,7 @@ from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State, consumer_energy, describe, few_rows, paper_form_applies, seats
 from lbyl.selection.select import Choice, Selection
-from lbyl.surgery.masking import Delivery, fold, nothing_delivered, with_masks
+from lbyl.surgery.masking import Delivery, empty_delivery, fold, with_masks
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ def deliver_from_moments(
     """S for a whole group, block by block; with the variance of each dropped channel that is left over."""
     keep, drop = choice.tensors()
     labels = torch.tensor(choice.group.blocks)
-    delivery = nothing_delivered(len(keep), len(drop))
+    delivery = empty_delivery(len(keep), len(drop))
     left = torch.zeros(len(drop), dtype=torch.float64)
     singular = False
     for label in torch.unique(labels):

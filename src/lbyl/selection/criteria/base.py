@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lbyl.errors import InputError
-from lbyl.runtime.registry import find
+from lbyl.runtime.registry import make
 from lbyl.selection.view import ChannelView
 
 
@@ -59,9 +59,9 @@ def resolve_criterion(criterion: str | Criterion | SeeingCriterion) -> Criterion
         InputError: an unknown name, a class in place of an instance, an object without ``score``, or one whose
             ``sees`` is unknown.
     """
-    found: Any = find("criterion", criterion)() if isinstance(criterion, str) else criterion
+    found: Any = make("criterion", criterion) if isinstance(criterion, str) else criterion
     if isinstance(found, type):
-        raise InputError(f"criterion={found.__name__} is a class; pass an instance, {found.__name__}()")
+        raise InputError(f"criterion={found.__name__} is a class; pass an object, {found.__name__}()")
     if not callable(getattr(found, "score", None)):
         raise InputError(f"criterion {found!r} has no score(filters, generator) or score(view) method")
     if getattr(found, "sees", "consumers") not in ("consumers", "squares", "products"):

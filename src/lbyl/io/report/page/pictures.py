@@ -49,6 +49,9 @@ def widths(report: ReportData, palette: Palette) -> Figure:
     return figure
 
 
+_LARGEST = 1e12
+
+
 def errors(report: ReportData, palette: Palette) -> Figure:
     """The panel of errors alone."""
     figure = Figure((_INCHES[0], _height(report.rows)), layout="constrained")
@@ -87,8 +90,8 @@ def _errors(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
 
 
 def _finite(value: float | None) -> float:
-    """The value, or NaN, which Matplotlib leaves out."""
-    return value if value is not None and math.isfinite(value) else math.nan
+    """The value, or NaN, which Matplotlib leaves out, for none and for what no axis can show."""
+    return value if value is not None and abs(value) < _LARGEST else math.nan
 
 
 def _bars(axes: Axes, values: Sequence[float], color: str, label: str) -> None:

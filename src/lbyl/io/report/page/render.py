@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lbyl.errors import visible
 from lbyl.io.report import colors
 from lbyl.io.report.format import FLOAT32, line, number, percent, share, size
 from lbyl.io.report.page.pictures import errors, has_errors, widths
@@ -138,6 +139,7 @@ def _environment() -> Environment:
         loader=PackageLoader("lbyl.io.report.page"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

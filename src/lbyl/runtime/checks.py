@@ -1,0 +1,103 @@
+"""Checks of what users pass: one clear error that names the argument, the value and what it may be."""
+
+from __future__ import annotations
+
+import math
+import os
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lbyl.errors import InputError, shortened
+
+
+def check_number(
+    place: str,
+    value: Any,
+    *,
+    whole: bool = False,
+    optional: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    unit: str = "",
+) -> None:
+    """Raise InputError unless a value is a finite number within bounds.
+
+    Args:
+        place: what it is, with the value in place of braces: ``"Dream(lr={})"``.
+        value: what was passed.
+        whole: whether it must be a whole number.
+        optional: whether it may be None.
+        least: it may not be less.
+        above: it must be more.
+        most: it may not be more.
+        below: it must be less.
+        unit: what is counted, for the error.
+
+    >>> check_number("Dream(lr={})", -0.5, above=0)
+    Traceback (most recent call last):
+    lbyl.errors.InputError: Dream(lr=-0.5): must lie above 0
+    """
+    if value is None and optional:
+        return
+    kind = Integral if whole else Real
+    fits = isinstance(value, kind) and not isinstance(value, bool) and (whole or math.isfinite(value))
+    if fits:
+        number: Any = value
+        fits = (least is None or number >= least) and (above is None or number > above)
+        fits = fits and (most is None or number <= most) and (below is None or number < below)
+    if not fits:
+        bounds = [(least, "at least"), (above, "above"), (most, "not above"), (below, "below")]
+        told = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
+        be = "lie" if told and least is None else "be"
+        if whole or not told:
+            be = f"be {'a whole' if whole else 'a'} number{' of' if told else ''}"
+        finite = " and finite" if isinstance(value, Real) and not whole and not math.isfinite(value) else ""
+        must = " ".join(filter(None, (be, told, unit)))
+        raise InputError(f"{place.format(repr(value))}: must {must}{finite}{', or None' if optional else ''}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise InputError for what can't be a seed."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= int(seed) < 2**63:
+        raise InputError(f"seed={shortened(repr(seed), 50)}: must be a whole number of 64 bits")
+
+
+def check_switch(place: str, value: Any, *, optional: bool = False) -> None:
+    """Raise InputError unless a value is True or False, or None where that is one as well.
+
+    >>> check_switch("LBYL(center={})", "no")
+    Traceback (most recent call last):
+    lbyl.errors.InputError: LBYL(center='no'): must be True or False
+    """
+    if not isinstance(value, bool) and not (optional and value is None):
+        raise InputError(f"{place.format(repr(value))}: must be True or False{', or None' if optional else ''}")
+
+
+def check_module(model: object, name: str = "model") -> None:
+    """Raise InputError for what is no module; ``name`` is what the argument is called."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name} is {named_kind(model)}; pass a torch.nn.Module with its weights loaded")
+
+
+def named_kind(value: object) -> str:
+    """What a value is, in words: "a str", or "the class Linear" for a class in place of an instance."""
+    kind = type(value).__name__
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def as_path(path: Any, name: str = "path") -> Path:
+    """A path that files can have.
+
+    Raises:
+        InputError: no text and no path, or a text with a zero byte.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise InputError(f"{name} is {path!r}, {named_kind(path)}; pass the name of a folder")
+    if "\0" in str(path):
+        raise InputError(f"{name} {str(path)!r} holds a zero byte, which no name can hold")
+    return Path(path)
