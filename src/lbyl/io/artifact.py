@@ -26,7 +26,7 @@ from lbyl.io.report.report import Report
 from lbyl.io.report.snippets import load_line
 from lbyl.io.sources import load_source
 from lbyl.surgery.cuts import cut_copy
-from lbyl.surgery.plan import Plan, is_rebuildable
+from lbyl.surgery.plan import Plan, is_rebuildable, remember
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "lbyl.json"
@@ -165,6 +165,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         load_model(smaller, str(weights))
     except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
+    remember(smaller, plan)
     return smaller.eval()
 
 
