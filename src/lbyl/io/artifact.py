@@ -31,7 +31,7 @@ from lbyl.runtime.copying import shape_and_dtype, tensors_of
 from lbyl.runtime.documents import document_text, read_json, to_json
 from lbyl.runtime.recursion import deep_calls
 from lbyl.surgery.cuts import cut_copy
-from lbyl.surgery.plan import Plan, is_rebuildable
+from lbyl.surgery.plan import Plan, is_rebuildable, remember
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "lbyl.json"
@@ -170,6 +170,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             load_model(smaller, str(weights))
     except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
+    remember(smaller, plan)
     return smaller.eval()
 
 

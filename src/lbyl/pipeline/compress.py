@@ -22,7 +22,7 @@ from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.selection.select import Ratio, check_ratio
-from lbyl.surgery.plan import architecture_of
+from lbyl.surgery.plan import architecture_of, remember, remembered
 
 
 def compress(
@@ -103,7 +103,23 @@ def walk(
     ``ground`` holds what was found out before, by the path of the part ("" for a model that was traced whole);
     what is missing is found out here.
     """
-    model, folds, ground = prepared.model, prepared.traced.folds, ground or {}
+    result, first = _walked(prepared, request, clock, ground or {}), remembered(prepared.model)
+    if first is not None:
+        both = result.plan.after(first)
+        told = "the network was compressed before; the plan leads from its unpruned instance to this one"
+        if both is None:
+            told = "the network was compressed before, and this plan starts from what came of that: load it into that"
+        result = replace(
+            result, plan=both or result.plan, report=replace(result.report, notes=(*result.report.notes, told))
+        )
+    remember(result.model, result.plan)
+    return result
+
+
+def _walked(
+    prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis]
+) -> Result:
+    model, folds = prepared.model, prepared.traced.folds
     if prepared.traced.graph is None:
         return compress_submodules(prepared, request, clock, ground)
     result = compress_whole(prepared.subjects[0], request, clock, ground.get(""))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from keyword import iskeyword
 from typing import Any
+from uuid import uuid4
 
 from torch import nn
 
@@ -95,6 +97,25 @@ class Plan:
         check_no_faults(_faults(plan), "the plan")
         return plan
 
+    def after(self, first: Plan) -> Plan | None:
+        """The plan that leads from the network that ``first`` was made for to the one that this plan leads to.
+
+        None where there is none: this plan makes layers plain that are smaller than those of the first network.
+        """
+        known = {item.module for item in first.folds}
+        if any(item.module not in known for item in self.folds):
+            return None
+        return dataclasses.replace(
+            self,
+            groups=_composed_groups(first.groups, self.groups),
+            cuts=_composed_cuts(first.cuts, self.cuts),
+            attributes=_composed_attributes(first.attributes, self.attributes),
+            settings={**self.settings, "after": dict(first.settings)},
+            architecture=first.architecture,
+            source=self.source or first.source,
+            folds=first.folds,
+        )
+
     def check_model(self, model: nn.Module) -> None:
         """Raise ArtifactError unless ``model`` has the unpruned shapes that the plan was made for."""
         found = architecture_of(model)
@@ -113,6 +134,59 @@ class Plan:
         extra = sorted(found.keys() - self.architecture.keys())
         if extra:
             raise ArtifactError(f"the plan is for another architecture: it does not know {extra[0]!r}")
+
+
+def _taken(first: tuple[int, ...], then: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(first[index] for index in then)
+
+
+def _composed_groups(first: Sequence[GroupPlan], then: Sequence[GroupPlan]) -> tuple[GroupPlan, ...]:
+    found = {group.name: group for group in first}
+    for group in then:
+        before = found.get(group.name)
+        if before is not None and len(before.keep) == group.width:
+            group = GroupPlan(group.name, before.width, _taken(before.keep, group.keep))
+        found[group.name] = group
+    return tuple(found.values())
+
+
+def _composed_cuts(first: Sequence[Cut], then: Sequence[Cut]) -> tuple[Cut, ...]:
+    found = {(cut.parameter, cut.dim): cut for cut in first}
+    for cut in then:
+        key = cut.parameter, cut.dim
+        if key in found:
+            before = found[key]
+            keep, scale = _taken(before.keep, cut.keep), before.scale * cut.scale
+            cut = dataclasses.replace(before, keep=keep, scale=scale)
+        found[key] = cut
+    return tuple(found.values())
+
+
+def _composed_attributes(first: Sequence[Attribute], then: Sequence[Attribute]) -> tuple[Attribute, ...]:
+    found = {(item.module, item.name, item.place): item for item in first}
+    for item in then:
+        key = item.module, item.name, item.place
+        found[key] = dataclasses.replace(item, old=found[key].old) if key in found else item
+    return tuple(found.values())
+
+
+_plans: OrderedDict[str, tuple[Plan, Mapping[str, tuple[int, ...]]]] = OrderedDict()
+_MOST_PLANS = 256
+
+
+def remember(model: nn.Module, plan: Plan) -> None:
+    """Let :func:`remembered` find the plan that led to this network, also by copies of it, in this process."""
+    token = uuid4().hex
+    vars(model)["_lbyl_plan"] = token
+    _plans[token] = plan, architecture_of(model)
+    while len(_plans) > _MOST_PLANS:
+        _plans.popitem(last=False)
+
+
+def remembered(model: nn.Module) -> Plan | None:
+    """The plan that led to this network; None where it is not known, or the network has got other shapes since."""
+    plan, architecture = _plans.get(vars(model).get("_lbyl_plan", ""), (None, None))
+    return plan if architecture == architecture_of(model) else None
 
 
 def architecture_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

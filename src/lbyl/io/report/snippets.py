@@ -38,10 +38,12 @@ def reproducing(plan: Plan) -> Iterator[str]:
     """The lines that make the same network again: the call with all its settings."""
     parts = plan.settings.get("parts", ())
     yield from ("import torch", "import lbyl")
-    if plan.source:
+    if plan.source and "after" not in plan.settings:
         yield "from lbyl import load_source"
     yield ""
-    if plan.source:
+    if "after" in plan.settings:
+        yield "model = ...  # the network that the first compression led to, with the weights that were compressed"
+    elif plan.source:
         yield f"model = load_source({shown_source(plan.source)!r})  # with the weights that were compressed"
     else:
         yield "model = ...  # the network, with the weights that were compressed"
@@ -61,6 +63,7 @@ def reproducing(plan: Plan) -> Iterator[str]:
 def arguments(plan: Plan) -> dict[str, str]:
     """The settings that the network was compressed with, as Python code."""
     settings = dict(plan.settings)
+    settings.pop("after", None)  # how the network was compressed that this call starts from
     settings.pop("parts", None)  # a new call finds out again which parts can be traced
     if settings.get("criterion") == settings.get("restore"):
         settings.pop("criterion", None)  # this restorer chooses the channels by itself
