@@ -36,7 +36,7 @@ class Slotted:
         self.features = features
 
 
-Named = namedtuple("Named", ["features", "number"])  # noqa: PYI024
+Named = namedtuple("Named", ["features", "number"])
 
 HOLDERS: dict[str, Callable[[Tensor], Any]] = {
     "tensor": lambda t: t,

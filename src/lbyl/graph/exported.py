@@ -16,7 +16,6 @@ from lbyl.errors import TraceError, first_line
 from lbyl.graph.program import Program
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
-
 _INSIDE = "model"
 
 

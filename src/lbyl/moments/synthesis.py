@@ -88,7 +88,9 @@ def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
     gradient = 0.5 * torch.randn(count, leaves, 2, generator=generator)
     strength = 0.25 * torch.exp(0.7 * torch.randn(count, leaves, generator=generator))
     tone = color(leaves)
-    shape_of = torch.stack([radius, center_x, center_y, angle.cos(), angle.sin(), aspect, *gradient.unbind(2), strength])
+    shape_of = torch.stack(
+        [radius, center_x, center_y, angle.cos(), angle.sin(), aspect, *gradient.unbind(2), strength]
+    )
     reach = (1.5 * radius * torch.maximum(aspect, 1 / aspect)).ceil().long() + 1
     # A leaf hides those before it, so they come in turn, each in all images at a time.
     for leaf in range(leaves):
@@ -150,7 +152,9 @@ def _paint(
         channels = torch.arange(images.shape[1])[:, None, None]
         box = rows[:, None, None, None], channels, ys[:, None, :, None], xs[:, None, None, :]
     there = images[box]
-    images[box] = there + (mask * (tone[:, :, None, None] + shade + amount[:, None] * grain[box] - there)).view_as(there)
+    images[box] = there + (mask * (tone[:, :, None, None] + shade + amount[:, None] * grain[box] - there)).view_as(
+        there
+    )
 
 
 def synthesize(

@@ -195,7 +195,11 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
         macs=done.macs,
         verified=done.verified,
         seconds={**{k: v for k, v in clock.seconds.items() if k != "restore" or not own}, **own},
-        notes=tuple(note for note in (subject.why, *subject.graph.notes, *planned.notes, *restoration.notes, statistics, done.note) if note),
+        notes=tuple(
+            note
+            for note in (subject.why, *subject.graph.notes, *planned.notes, *restoration.notes, statistics, done.note)
+            if note
+        ),
         assessment=restoration.assessment,
         held_out_errors=restoration.held_out_errors,
     )
