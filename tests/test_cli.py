@@ -62,7 +62,7 @@ FACTORY = """
 
         def forward(self, x):
             y = self.backbone(x).mean((2, 3))
-            return self.head(y) if y.sum() > 0 else self.head(-y)
+            return self.head(y[y.sum(1) > -1e9])
 
     undecided = Undecided
     tokens = Tokens
@@ -134,7 +134,7 @@ def test_parts_one_submodule_and_strict(source: str, tmp_path: Path) -> None:
     assert "head.0" not in alone.stdout
     refused = compress(undecided, tmp_path / "refused", "--restore", "prune", "--strict")
     assert refused.exit_code == 1
-    assert "torch.export can't trace" in refused.stderr
+    assert "depends on the data" in refused.stderr
     assert not (tmp_path / "refused").exists()
 
 

@@ -62,7 +62,7 @@ class KeepsArray(Base):
 class Noisy(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return y + torch.randn_like(y) + random.random() + float(np.random.rand())
+        return y + torch.randn_like(y) + random.random() + float(np.random.rand())  # noqa: NPY002
 
 
 KINDS = [Base, WritesInput, Counts, Replaces, KeepsArray, Noisy]
@@ -114,14 +114,14 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("restore", ["prune", "coreset", "auto"])
 def test_the_global_generators_stay(name: str, restore: str, tmp_path) -> None:
     net, fresh, x = NETS[name]().eval(), NETS[name]().eval(), images(2, 3, 8, 8)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     result = lbyl.compress(net, x, ratio=0.5, restore=restore)
     result.save(tmp_path / "saved")
     lbyl.load(tmp_path / "saved", fresh)
     lbyl.inspect(net, x)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
 
 
 def net_with(name: str, value: float) -> Base:

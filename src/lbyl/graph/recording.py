@@ -37,7 +37,8 @@ def record(model: nn.Module, inputs: ExampleInputs, follow: bool = False) -> Pro
         follow: where Python sees such a number, go where it leads on these inputs; a note says so.
 
     Raises:
-        Unseen: Python sees such a number, unless it is followed; a size depends on one; or a weight is used in a way that the recorder can't see.
+        Unseen: Python sees such a number, unless it is followed; a size depends on one; or a weight is used in a way
+            that the recorder can't see.
     """
     if follow:
         return _record(model, inputs, MacCounter(), follow)

@@ -31,12 +31,13 @@ from lbyl.runtime.inputs import ExampleInputs
 _NO_EFFECT = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_set_grad_enabled")
 
 
-def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
+def trace(model: nn.Module, inputs: ExampleInputs, follow: bool = True) -> Graph:
     """Find the channel groups of a model in evaluation mode.
 
     Args:
         model: any module that ``torch.export`` can trace; it is not changed.
         inputs: the example inputs, see :class:`lbyl.runtime.inputs.ExampleInputs`.
+        follow: where the model branches on what it computes, take the way that it takes on these inputs.
 
     Raises:
         TraceError: ``torch.export`` refused the model.
@@ -48,7 +49,7 @@ def trace(model: nn.Module, inputs: ExampleInputs) -> Graph:
     except InputError:  # it returns no tensor
         raise
     except Exception:  # whatever it is, `torch.export` says whether the model can be traced, and if not, why
-        program = _exported(model, inputs)
+        program = _exported(model, inputs) if follow else export(model, inputs)
     with uncollected():
         return graph_of(model, program)
 

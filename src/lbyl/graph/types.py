@@ -212,8 +212,8 @@ class Graph:
     """The channel graph of one model: all groups, all consumers in execution order, all barriers, all sizes.
 
     ``computed`` names modules whose weight is computed on the fly, which `lbyl.graph.computed_weights`
-    can make plain; ``macs`` are the multiply-accumulates of the traced pass, where they were counted; ``notes`` say what
-    the user should know of that pass.
+    can make plain; ``macs`` are the multiply-accumulates of the traced pass, where they were counted; ``notes`` are
+    what the user should know of that pass.
     """
 
     groups: tuple[Group, ...]

@@ -58,9 +58,11 @@ def compress(
         restore: a restorer or its lower-case name ("lbyl", "prune", "merge", "coreset"); "auto" takes the best
             that needs no data, and the report says which and why.
         seed: for whatever is drawn at random; equal seeds give equal results.
-        verify: compare the cut network with the masked one in float64 (switch it off for huge models).
-        strict: raise where the model can't be traced whole or a group turns out not to be cuttable. Without it such
-            a model is compressed in the parts that can be traced, such a group stays whole, and the report says so.
+        verify: compare the cut network with the masked one, in float64 where it runs in that (switch it off for huge
+            models).
+        strict: raise where the model can't be traced whole, branches on what it computes, or has a group that turns
+            out not to be cuttable. Without it such a model is compressed in the parts that can be traced, or along the
+            way that it takes on the example inputs, such a group stays whole, and the report says so.
         submodule: compress only the submodule of this name ("backbone"), on what the model calls it with.
         source: where the model comes from, kept in the plan so that ``lbyl.load`` can rebuild it.
         progress: called as ``progress(stage, done, total)``.
@@ -116,9 +118,7 @@ def walk(
     return result
 
 
-def _walked(
-    prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis]
-) -> Result:
+def _walked(prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis]) -> Result:
     model, folds = prepared.model, prepared.traced.folds
     if prepared.traced.graph is None:
         return compress_submodules(prepared, request, clock, ground)

@@ -90,7 +90,8 @@ def inspect(
     Args:
         model: the network; it is not changed.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-        strict: raise where the model can't be traced whole, instead of looking at the parts that can.
+        strict: raise where the model can't be traced whole, instead of looking at the parts that can, or where it
+            branches on what it computes, instead of taking the way that it takes on the example inputs.
         submodule: look only at the submodule of this name.
 
     Raises:

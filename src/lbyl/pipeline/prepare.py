@@ -57,7 +57,7 @@ def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule
         return Traced(model, None, parts=(submodule_of(model, inputs, submodule),))
     try:
         with undisturbed(model):
-            graph = trace(model, inputs)
+            graph = trace(model, inputs, follow=not strict)
     except TraceError as error:
         if strict:
             raise
@@ -210,7 +210,8 @@ def _uncuttable(module: nn.Module) -> str:
     """Why a module is none that can be cut, and what to pass instead; "" where it is one."""
     if isinstance(module, torch.jit.ScriptModule):
         return "a TorchScript module, which can't be cut; pass the nn.Module that was scripted or traced"
-    if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+    own = (*module._parameters.values(), *module._buffers.values())
+    if any(tensor is not None and is_lazy(tensor) for tensor in own):
         return "lazy: its width is not known yet; run the model once on the example inputs, then pass it"
     place = type(module).__module__
     if place.startswith(_QUANTIZED) and not place.endswith(".stubs"):

@@ -61,20 +61,20 @@ def alone(model: nn.Module) -> Iterator[None]:
 def _generators() -> tuple[Any, ...]:
     """The states of all global generators."""
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus  # noqa: NPY002
 
 
 def _set_generators(states: tuple[Any, ...] | int) -> None:
     """Set them to what :func:`_generators` gave, or start all from a seed."""
     if isinstance(states, int):
         random.seed(states)
-        np.random.seed(states)
+        np.random.seed(states)  # noqa: NPY002
         torch.default_generator.manual_seed(states)
         if torch.cuda.is_initialized():  # otherwise it would be seeded once it is
             torch.cuda.manual_seed_all(states)
         return
     random.setstate(states[0])
-    np.random.set_state(states[1])
+    np.random.set_state(states[1])  # noqa: NPY002
     torch.set_rng_state(states[2])
     if states[3] is not None:
         torch.cuda.set_rng_state_all(states[3])

@@ -474,15 +474,23 @@ def said(error: LbylError) -> str:
 
 def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection, silent: Masks = NOTHING) -> _Reference:
     """Run the masked network in the first precision that it runs in."""
-    first: InputError | None = None
+    whys = list[InputError]()
     for precision in _precisions(masked):
-        try:
-            found = _reference_in(precision, masked, inputs, selection, silent)
-        except InputError as error:
-            first, last = first or error, error
-        else:
-            return found if first is None else replace(found, why=said(first))
-    raise last
+        found = _attempted(precision, masked, inputs, selection, silent)
+        if isinstance(found, _Reference):
+            return replace(found, why=said(whys[0])) if whys else found
+        whys.append(found)
+    raise whys[-1]
+
+
+def _attempted(
+    precision: _Precision, masked: nn.Module, inputs: ExampleInputs, selection: Selection, silent: Masks
+) -> _Reference | InputError:
+    """The same in one precision, or why it does not run in it."""
+    try:
+        return _reference_in(precision, masked, inputs, selection, silent)
+    except InputError as error:
+        return error
 
 
 def _reference_in(
