@@ -1,4 +1,4 @@
-"""Inputs that the network is sure of: noise, moved until each is taken for a class of its own choosing."""
+"""Inputs that the network is sure of: noise, moved until each is taken for the class that was drawn for it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from lbyl.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class ClassDream:
-    """Pink noise, moved by Adam until the network takes each input for the class that was drawn for it.
+    """Pink noise, half of it moved by Adam until the network takes each input for the class that was drawn for it.
 
     For classifiers that no batch norm tells what inputs do, and whose inputs are no color images: noise excites what a
-    network looks for hardly at all, and what it does not look for a lot. The loss is the cross-entropy of the answers,
-    all classes alike often; inputs stay within the bounds that the example has. Outputs that are no answers among
+    network looks for hardly at all. The loss is the cross-entropy of the answers, all classes alike often; inputs stay
+    within the bounds that the example has. The other half stays noise, for what deep networks are sure of may be like no
+    input either. Outputs that are no answers among
     classes (one row an input, two numbers or more) get :class:`lbyl.Noise`.
 
     Attributes:
-        images: inputs that moments are collected on; a quarter more is held out. None takes as many as 1e11
-            multiply-accumulates allow, between 32 and 640.
+        images: inputs that moments are collected on, one half and the other; a quarter more is held out. None takes as
+            many as 1e11 multiply-accumulates allow, between 64 and 1280.
         steps: Adam steps.
         lr: step size, in deviations of the inputs.
         memory: bytes that activations may take: fewer inputs are moved at a time where these would take more.
@@ -53,15 +54,20 @@ class ClassDream:
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
         """Inputs of the example's shapes that the network is sure of."""
-        count = self.images or affordable(macs_per_input(model, inputs), 1e11, 32, 640, ceiling=1e12)
+        count = self.images or affordable(macs_per_input(model, inputs), 1e11, 64, 1280, ceiling=1e12)
         started = Noise(count).probes(model, inputs, generator, progress)
         classes = _classes(model, inputs)
         if not answers_among_classes(model, inputs):
             told = "noise in place of dreamed classes: no output is an answer among classes"
             return replace(started, note="; ".join(filter(None, [told, started.note])))
-        batches = [self._moved(model, each, inputs, classes, generator, progress) for each in started.batches]
-        held_out = self._moved(model, started.held_out, inputs, classes, generator, progress)
-        return replace(started, batches=tuple(batches), held_out=held_out)
+
+        def dreamed(noise: ExampleInputs) -> list[ExampleInputs]:
+            sizes = alike(batch_size(noise), -(-batch_size(noise) // 2))
+            first, *rest = split(noise, sizes)
+            return [self._moved(model, first, inputs, classes, generator, progress), *rest]
+
+        batches = [part for each in started.batches for part in dreamed(each)]
+        return replace(started, batches=tuple(batches), held_out=join(dreamed(started.held_out)))
 
     def _moved(
         self,

@@ -210,7 +210,6 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
         seconds={**{k: v for k, v in clock.seconds.items() if k != "restore" or not own}, **own},
         notes=tuple(
             note
-<<<<<<< HEAD
             for note in (
                 *subject.why,
                 *subject.graph.notes,
@@ -220,9 +219,6 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
                 taken,
                 done.note,
             )
-=======
-            for note in (subject.why, *subject.graph.notes, *planned.notes, *restoration.notes, statistics, done.note)
->>>>>>> ordinary
             if note
         ),
         assessment=restoration.assessment,

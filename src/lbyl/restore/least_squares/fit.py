@@ -62,8 +62,8 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
     probes = None if closed else task.probes or make_probes(task.model, task.inputs, settings, task.seed, task.progress)
     seconds["probe"] = time.perf_counter() - started
     attached = probes.statistics if probes else {}
-    if settings.prior is None and not closed and (attached or is_lifelike(settings.moments, task.inputs)):
-        # Moments that can be trusted, or norms that keep channels steady, need no steadying.
+    if settings.prior is None and not closed and is_lifelike(settings.moments, task.inputs):
+        # Moments that can be trusted need no steadying.
         settings = replace(settings, prior=0.0)
     model = with_norms(task.model, attached)
     graph = normed_graph(task.graph, attached)

@@ -37,8 +37,7 @@ class LeastSquares(Settings, Restorer):
             where a prior already steadies probed ones.
         prior: between 0 and 1: how far probed moments are drawn towards the ones that the weights alone suggest
             (the paper's ``V V^T``, each filter centered). None takes 0.5 where probes
-            are unlike real inputs and neither the network's batch norms nor attached ones keep channels at their mean
-            and spread, and 0 elsewhere.
+            are unlike real inputs and no batch norm keeps channels at their mean and spread, and 0 elsewhere.
         renorm: move the batch-norm statistics downstream by what pruning changed, where that helps.
         attach_norms: where the network has no batch norms, give each layer one of its own for as long as restoration
             takes, with the statistics that are measured on the probes; it is folded into the layer at the end. Then
