@@ -77,7 +77,7 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "nested": lambda state: {"model": {"state_dict": under("module.")(state)}, "optimizer": {}},
     "of an average": lambda state: {"ema": under("module.")(state)},
     "both": lambda state: {"state_dict": state, "state_dict_ema": {k: v + 1 for k, v in state.items()}},
-    "a name of one's own": under("backbone.encoder."),
+    "one in the other": under("module.model."),
 }
 
 

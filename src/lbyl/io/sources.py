@@ -101,16 +101,12 @@ def _unwrapped(state: dict[str, Tensor], expected: Collection[str]) -> dict[str,
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     if not expected or state.keys() >= set(expected):
         return state
-    first = next(iter(expected))
-    found = [name.removesuffix(first) for name in state if name.endswith(f".{first}")]
-    fitting = [prefix for prefix in found if all(prefix + name in state for name in expected)]
-    for prefix in _PREFIXES:  # of a model that does not fit for another reason, which the error is to tell
-        if not fitting and state and all(name.startswith(prefix) for name in state):
-            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in state.items()}, expected)
-    if not fitting:
-        return state
-    prefix = min(fitting, key=lambda prefix: (prefix not in _PREFIXES, len(prefix)))
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    for prefix in _PREFIXES:
+        under = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        # All that there is may also be weights that do not fit, which the error is to tell.
+        if under and (under.keys() >= set(expected) or len(under) == len(state)):
+            return _unwrapped(under, expected)
+    return state
 
 
 def _timm(name: str, pretrained: bool) -> nn.Module:

@@ -74,9 +74,9 @@ def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
 
     What a layer needs while it runs is not seen.
     """
-    held = _Held(model)
+    held, own = _Held(model), inputs.cloned()
     with torch.no_grad(), held:
-        inputs.cloned().call(model)
+        own.call(model)
     return _each(held.most, inputs)
 
 
