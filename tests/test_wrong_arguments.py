@@ -96,7 +96,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "load into meta": (lambda: lbyl.load("tests/saved_0_1_0/own", mlp().to("meta")), "meta device"),
     "bench of a number": (lambda: lbyl.bench(3, X, against=mlp()), "model is an int"),
     "bench against nothing": (lambda: lbyl.bench(mlp(), X, against=None), "against is a NoneType"),
-    "runs in words": (lambda: lbyl.bench(mlp(), X, against=mlp(), runs="many"), "runs=.many.: a spread needs at least 3 runs"),
+    "runs in words": (
+        lambda: lbyl.bench(mlp(), X, against=mlp(), runs="many"),
+        "runs=.many.: a spread needs at least 3 runs",
+    ),
     "a source of no text": (lambda: lbyl.load_source(3), "3 names no model"),
     "a family that is none": (lambda: lbyl.register(["criterion"], "x", Needy), "unknown family"),
     "a name that is none": (lambda: lbyl.register("criterion", 3, Needy), "give a name"),
