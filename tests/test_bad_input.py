@@ -287,7 +287,7 @@ CLI = [
     ),
     Row("show nothing", "show nowhere", ("nowhere is no folder saved by lbyl", "lbyl.json")),
     Row("show a foreign folder", "show photos", ("photos is no folder saved by lbyl",)),
-    Row("a bomb of JSON", "show saved", ("larger than 12 MiB",), 1, bomb),
+    Row("a bomb of JSON", "show saved", ("larger than 8 MiB",), 1, bomb),
     Row("deep JSON", "show saved", ("damaged",), 1, put(f"saved/{MANIFEST}", "[" * 200_000)),
     Row("half JSON", "show saved", ("damaged",), 1, cut_short(f"saved/{MANIFEST}")),
     Row("a number too long", "show saved", ("damaged",), 1, put(f"saved/{MANIFEST}", "9" * 10_000)),

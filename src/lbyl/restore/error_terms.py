@@ -48,7 +48,7 @@ def reconstruction_terms(
     f = ACTIVATIONS.get(activation or "")
     lost = 0.0
     if f is not None:
-        noise = torch.randn(_SAMPLES, filters.weight.shape[1], generator=generator)
+        noise = torch.randn(_SAMPLES, filters.weight.shape[1], generator=generator, dtype=torch.float32)
         z = (noise @ filters.weight[keep].T.float()).double() + filters.offset[keep]
         lost = float((f(z @ s) - f(z) @ s).square().mean())
     return Terms(float(residual.square().sum(1).mean()), float(offset.square().mean()), lost)

@@ -212,7 +212,6 @@ def bench(
     """
     check_module(model)
     check_module(against, "against")
-    check_number("runs={}", runs, whole=True, least=3)
     check_number("warm_up={}", warm_up, whole=True, least=0)
     inputs = ExampleInputs.of(example_inputs)
     before, after = measure_latencies((against, model), inputs, runs=runs, warm_up=warm_up, progress=progress)

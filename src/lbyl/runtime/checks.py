@@ -53,7 +53,9 @@ def check_number(
     if not fits:
         bounds = [(least, "at least"), (above, "above"), (most, "not above"), (below, "below")]
         told = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
-        be = "lie" if told and least is None else "be"
+        if least is not None and most is not None:
+            told = f"between {least:g} and {most:g}"
+        be = "lie" if told and (least is None or most is not None) else "be"
         if whole or not told:
             be = f"be {'a whole' if whole else 'a'} number{' of' if told else ''}"
         finite = " and finite" if isinstance(value, Real) and not whole and not math.isfinite(value) else ""

@@ -14,8 +14,8 @@ from lbyl.errors import ArtifactError, InputError
 
 Kind = TypeVar("Kind")
 
-_LARGEST = 12 * 2**20
-_MOST_VALUES = 1_500_000
+_LARGEST = 8 * 2**20
+_MOST_VALUES = 1_000_000
 """More than the plan of any network that fits into a machine, and not enough to fill one."""
 _DEEPEST = 32
 _LARGEST_INTEGER = 2**63

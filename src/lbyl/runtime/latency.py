@@ -216,8 +216,8 @@ def waits(device: torch.device) -> tuple[Callable[[], Any], ...]:
 
 def check_runs(runs: int) -> None:
     """Raise InputError where so many runs have no spread."""
-    if runs < LEAST_RUNS:
-        raise InputError(f"runs={runs}: a spread needs at least {LEAST_RUNS} runs")
+    if not isinstance(runs, int) or runs < LEAST_RUNS:
+        raise InputError(f"runs={runs!r}: a spread needs at least {LEAST_RUNS} runs")
 
 
 def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> float:
