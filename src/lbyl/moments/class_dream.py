@@ -25,9 +25,9 @@ class ClassDream:
 
     For classifiers that no batch norm tells what inputs do, and whose inputs are no color images: noise excites what a
     network looks for hardly at all. The loss is the cross-entropy of the answers, all classes alike often; inputs stay
-    within the bounds that the example has. The other half stays noise, for what deep networks are sure of may be like no
-    input either. Outputs that are no answers among
-    classes (one row an input, two numbers or more) get :class:`lbyl.Noise`.
+    within the bounds that the example has. The other half stays noise, for what a deep network is sure of may be like
+    no input either. Outputs that are no answers among classes (one row an input, two numbers or more) get
+    :class:`lbyl.Noise`.
 
     Attributes:
         images: inputs that moments are collected on, one half and the other; a quarter more is held out. None takes as
