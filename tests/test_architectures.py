@@ -99,7 +99,8 @@ def test_families(family: str, tmp_path: Path) -> None:
     model, x = build().eval(), make_input()
     result = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune")
     assert result.report.verified is not None
-    assert result.report.verified < 1e-9
+    # Llama takes its statistics in float32, whatever it runs in.
+    assert result.report.verified < (1e-6 if family == "grouped queries" else 1e-9)
     widths = {row.group: (row.before, row.after) for row in result.report.rows}
     assert widths[group] == (before, after)
 

@@ -294,7 +294,7 @@ def test_both_commands_have_the_shared_options(name: str) -> None:
     parameters = {parameter.name: parameter for parameter in commands()[name].params}
     shared = [field.name for field in fields(Settings)]
     assert [parameter for parameter in parameters if parameter in shared] == shared
-    assert {shared: parameters[shared].default for shared in ("seed", "criterion")} == {"seed": 0, "criterion": "l2"}
+    assert {shared: parameters[shared].default for shared in ("seed", "criterion")} == {"seed": 0, "criterion": "auto"}
 
 
 @pytest.mark.parametrize("name", ["compress", "sweep"])
@@ -302,7 +302,7 @@ def test_both_commands_have_the_shared_options(name: str) -> None:
     ("option", "family"), [("criterion", "criterion"), ("restore", "restorer"), ("moments", "moments")]
 )
 def test_help_and_completion_know_every_name(name: str, option: str, family: str) -> None:
-    shown = run(app, [name, "--help"], env={"COLUMNS": "160"})
+    shown = run(app, [name, "--help"], env={"COLUMNS": "300"})
     assert shown.exit_code == 0
     text = "".join(re.sub("[│\n]", " ", shown.stdout).split())
     parameter = next(parameter for parameter in commands()[name].params if parameter.name == option)

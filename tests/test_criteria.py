@@ -100,7 +100,7 @@ def test_misuse_is_one_clear_error() -> None:
 
     with pytest.raises(lbyl.InputError, match="one score a row"):
         compress(mlp(), images(2, 6), criterion=Wrong())
-    with pytest.raises(lbyl.InputError, match="l2, l1, gm, random"):
+    with pytest.raises(lbyl.InputError, match="auto, l2, l1, gm, energy, obs, random"):
         compress(mlp(), images(2, 6), criterion="l3")
     with pytest.raises(lbyl.InputError, match="no score"):
         compress(mlp(), images(2, 6), criterion=object())  # pyright: ignore[reportArgumentType]

@@ -52,7 +52,7 @@ from lbyl.runtime.output_error import Assessment, outputs_error
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State
-from lbyl.surgery.masking import norm_masks
+from lbyl.surgery.masking import norm_masks, with_masks
 
 
 def fit(task: RestorationProblem, settings: Settings) -> Restoration:
@@ -75,7 +75,7 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
     def restoration(found: _Found, assessment: Assessment | None) -> Restoration:
         rows = [found.findings.row(number, choice) for number, choice in enumerate(selection.choices)]
         return Restoration(
-            folded(model, attached, found.values),
+            with_masks(folded(model, attached, found.values), selection, tensors_of(task.model)),
             with_ties(selection, rows),
             assessment,
             found.notes,
