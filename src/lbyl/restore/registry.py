@@ -45,11 +45,10 @@ def choose_restorer(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquar
     if writes_text(model, inputs):
         return LeastSquares(moments=Generated()), "auto: text that the model writes itself"
     if not takes_photographs(inputs) and answers_among_classes(model, inputs):
-        return LeastSquares(
-            moments=ClassDream()
-        ), "auto: no batch norm says what inputs do: inputs dreamed for each class"
+        why = "auto: no batch norm says what inputs do: inputs dreamed for each class, and noise"
+        return LeastSquares(moments=ClassDream()), why
     why = "auto: no batch norm says what inputs do: lbyl's own photographs, or noise if inputs are no color images"
-    return LeastSquares(moments=Photographs()), f"{why}; steadied by the weights' own moments"
+    return LeastSquares(moments=Photographs()), why
 
 
 def fallbacks(restorer: Restorer) -> tuple[Restorer, ...]:
