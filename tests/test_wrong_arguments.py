@@ -98,7 +98,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "bench against nothing": (lambda: lbyl.bench(mlp(), X, against=None), "against is a NoneType"),
     "runs in words": (
         lambda: lbyl.bench(mlp(), X, against=mlp(), runs="many"),
-        "runs=.many.: a spread needs at least 3 runs",
+        "a spread needs at least 3 runs",
     ),
     "a source of no text": (lambda: lbyl.load_source(3), "3 names no model"),
     "a family that is none": (lambda: lbyl.register(["criterion"], "x", Needy), "unknown family"),

@@ -209,6 +209,8 @@ class FolderCache:
                 p, pp = tensors[f"{number}.{index}.p"], tensors[f"{number}.{index}.pp"]
                 _check_sums(p, len(p))
                 _check_sums(pp, len(p), len(p))
+                if bool((pp.diagonal() < 0).any()):
+                    raise ValueError("a sum of squares below zero")
                 return replace(moments, count=count, p=p, pp=pp, pr=pp[:, :0])
 
             found: dict[str, ConsumerMoments] = {}
@@ -216,6 +218,9 @@ class FolderCache:
                 count, *sums = (tensors[f"{number}.output.{part}"] for part in range(3))
                 for part in (count, *sums):
                     _check_sums(part, *(() if part is count else sums[0].shape))
+                spread = count * sums[1] - sums[0].square()
+                if count <= 0 or min(fact.counts, default=0) < 0 or bool((spread < -1e-6 * count * sums[1]).any()):
+                    raise ValueError(f"{fact.reader}: these are no sums over positions")
                 blocks = tuple(restored(number, index, count) for index, count in enumerate(fact.counts))
                 found[fact.reader] = ConsumerMoments(blocks, (count, sums[0], sums[1]))
             return found
