@@ -145,7 +145,7 @@ def test_an_unknown_name_is_told_the_registered_ones(name: str, module: Path, tm
     arguments = ("torchvision:resnet18", "-o", tmp_path / "out", *budget, "--plugin", module, "--criterion", "yours")
     result = command(name, *arguments)
     assert result.exit_code == 2
-    assert "'yours' is no criterion; choose one of l2, l1, gm, random, mine" in said(result)
+    assert "'yours' is no criterion; choose one of auto, l2, l1, gm, energy, obs, random, mine" in said(result)
     assert not result.stdout
 
 

@@ -96,7 +96,8 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
     found: list[tuple[str, str, Tensor, Tensor]] = []
 
     def on_consumer(call: ConsumerCall) -> None:
-        if not seen and not found and call.x.data_ptr() == unit.data_ptr() and call.op.startswith("conv"):
+        # By its values, for the network is given a copy.
+        if not seen and not found and call.op.startswith("conv") and torch.equal(call.x, unit):
             seen.append(call)
 
     def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
