@@ -31,7 +31,7 @@ class ClassDream:
 
     Attributes:
         images: inputs that moments are collected on, one half and the other; a quarter more is held out. None takes as
-            many as 1e11 multiply-accumulates allow, between 64 and 1280.
+            many as 1e11 multiply-accumulates allow, between 64 and 640.
         steps: Adam steps.
         lr: step size, in deviations of the inputs.
         memory: bytes that activations may take: fewer inputs are moved at a time where these would take more.
@@ -54,7 +54,7 @@ class ClassDream:
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
         """Inputs of the example's shapes that the network is sure of."""
-        count = self.images or affordable(macs_per_input(model, inputs), 1e11, 64, 1280, ceiling=1e12)
+        count = self.images or affordable(macs_per_input(model, inputs), 1e11, 64, 640, ceiling=1e12)
         started = Noise(count).probes(model, inputs, generator, progress)
         classes = _classes(model, inputs)
         if not answers_among_classes(model, inputs):
