@@ -11,12 +11,7 @@ from typing import Any
 
 import typer
 
-from lbyl.runtime.registry import names
-
-
-def choices(family: str) -> tuple[str, ...]:
-    """What can be named: the members of the family, and auto among restorers and criteria."""
-    return (*(("auto",) if family in ("restorer", "criterion") else ()), *names(family))
+from lbyl.runtime.registry import choices
 
 
 def name_option(family: str, help: str, panel: str | None = None) -> Any:

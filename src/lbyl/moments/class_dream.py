@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.moments.input_scales import input_scales
 from lbyl.moments.noise import Noise
 from lbyl.runtime.batches import FEWEST, affordable, alike, batch_size, join, macs_per_input, split
+from lbyl.runtime.checks import check_number
 from lbyl.runtime.forward import frozen
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_at_once, saved_bytes
@@ -43,8 +43,10 @@ class ClassDream:
     memory: int = ROOM
 
     def __post_init__(self) -> None:
-        if (self.images is not None and self.images < 2) or self.steps < 1 or not self.lr > 0 or self.memory < 1:
-            raise InputError(f"{self}: at least 2 images, 1 step, and a positive lr and memory")
+        check_number("ClassDream(images={})", self.images, whole=True, least=2, optional=True)
+        check_number("ClassDream(steps={})", self.steps, whole=True, least=1)
+        check_number("ClassDream(lr={})", self.lr, above=0)
+        check_number("ClassDream(memory={})", self.memory, least=1)
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Not by their activations' sizes, which are those of inputs that the network is too sure of."""
@@ -57,7 +59,7 @@ class ClassDream:
         count = self.images or affordable(macs_per_input(model, inputs), 1e11, 64, 640, ceiling=1e12)
         started = Noise(count).probes(model, inputs, generator, progress)
         classes = _classes(model, inputs)
-        if not answers_among_classes(model, inputs):
+        if not classes:
             told = "noise in place of dreamed classes: no output is an answer among classes"
             return replace(started, note="; ".join(filter(None, [told, started.note])))
 
@@ -108,12 +110,13 @@ class ClassDream:
 
 def answers_among_classes(model: nn.Module, inputs: ExampleInputs) -> bool:
     """Whether a network gives each of its inputs, among which there are floats, an answer among classes."""
-    floats = any(t.is_floating_point() for t in inputs.tensors())
-    return floats and _classes(model, inputs) > 0
+    return _classes(model, inputs) > 0
 
 
 def _classes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """Among how many classes the network answers; 0 where it gives no such answers."""
+    """Among how many classes the network answers; 0 where it gives no such answers, or is given no floats."""
+    if not any(t.is_floating_point() for t in inputs.tensors()):
+        return 0
     with torch.no_grad():
         answers = _answers(inputs.call(model), inputs)
     return 0 if answers is None else answers.shape[1]

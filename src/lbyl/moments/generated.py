@@ -14,6 +14,7 @@ from torch.nn import functional
 from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input
+from lbyl.runtime.checks import check_number
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.progress import Progress
 
@@ -41,10 +42,9 @@ class Generated:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if (self.sequences is not None and self.sequences < 1) or (self.length is not None and self.length < 2):
-            raise InputError(f"{self}: at least 1 sequence of 2 tokens")
-        if not self.temperature > 0:
-            raise InputError(f"Generated(temperature={self.temperature}): must be above 0")
+        check_number("Generated(sequences={})", self.sequences, whole=True, least=1, optional=True)
+        check_number("Generated(length={})", self.length, whole=True, least=2, optional=True)
+        check_number("Generated(temperature={})", self.temperature, above=0)
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""

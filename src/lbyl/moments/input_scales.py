@@ -117,9 +117,8 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
     if weight.shape[1] != example.shape[1] or len(weight) < weight.shape[1]:
         return None
     sums = weight.flatten(2).sum(2)
-    shift = torch.linalg.lstsq(sums, (state[mean_name].double() - mean.double())[:, None], driver="gelsd").solution[
-        :, 0
-    ]
+    missing = (state[mean_name].double() - mean.double())[:, None]
+    shift = torch.linalg.lstsq(sums, missing, driver="gelsd").solution[:, 0]
     ratio = (state[var_name].double() / var.double().clamp_min(1e-12)).sqrt()
     return Scale(shift.float().cpu(), ratio.median().float().reshape(1).cpu())
 

@@ -67,6 +67,11 @@ def make(family: str, name: str) -> Any:
         ) from error
 
 
+def choices(family: str) -> tuple[str, ...]:
+    """What can be named: the members of the family, and auto among restorers and criteria."""
+    return (*(("auto",) if family in ("restorer", "criterion") else ()), *names(family))
+
+
 def find(family: str, name: str) -> Any:
     """The class of a short name.
 
@@ -83,5 +88,4 @@ def find(family: str, name: str) -> Any:
             return _installed()[family][name].load()
         except Exception as error:
             raise InputError(f"the {family} {name!r} of an installed package can't be loaded: {error}") from error
-    choices = (*(("auto",) if family in ("restorer", "criterion") else ()), *names(family))
-    raise InputError(f"unknown {family} {name!r}; choose one of {', '.join(choices)}")
+    raise InputError(f"unknown {family} {name!r}; choose one of {', '.join(choices(family))}")
