@@ -34,8 +34,8 @@ from torch import nn
 import lbyl
 from lbyl.moments import Probes, ProbeSource
 from lbyl.restore.least_squares.solve import empty_sums
-from lbyl.restore.least_squares.targets import find_targets
 from lbyl.restore.registry import choose_restorer
+from lbyl.restore.targets import find_targets
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import ROOM

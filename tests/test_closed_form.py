@@ -223,9 +223,63 @@ def test_duplicates_under_batch_norm_and_a_flatten_are_restored_exactly() -> Non
         norm.weight[4:] = gain * (norm.running_var[4:] + norm.eps).sqrt()
         norm.bias[4:] = 0.3 * norm.bias[:4]
         expected = model(x)
-        for restore in (lbyl.LBYL(ridge=1e-9), lbyl.Merge()):
+        # bn=0: what these batch norms state is not what the channels are like.
+        for restore in (lbyl.LBYL(bn=0.0, ridge=1e-9), lbyl.Merge()):
             result = compress(model, x, criterion=First(), restore=restore)
             assert torch.allclose(result.model(x), expected, atol=1e-4)
+
+
+def padded(size: int, bias: bool) -> nn.Sequential:
+    """Two convolutions whose first batch norm states what its output is like on normal inputs; maps of ``size``."""
+    conv, norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, momentum=None)
+    second = nn.Conv2d(8, 4, 3, padding=1, bias=bias)
+    after = nn.Identity() if bias else nn.BatchNorm2d(4, momentum=None)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-0.5, 0.5)
+        made = nn.Sequential(
+            conv, norm, nn.ReLU(), second, after, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        )
+        made.train()(normal_images(size))
+    return made.eval()
+
+
+def normal_images(size: int) -> Tensor:
+    return torch.randn(256, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("size", [2, 8], ids=["mostly padding", "a larger map"])
+@pytest.mark.parametrize("bias", [False, True], ids=["into the running mean", "into the bias"])
+def test_constants_bring_back_half_of_the_mean_that_is_lost(size: int, bias: bool) -> None:
+    """With an infinite ridge nothing is delivered, so that constants are all there is."""
+    torch.manual_seed(0)
+    model, x = padded(size, bias), normal_images(size)
+    means = []
+    for restore in (None, "prune", lbyl.LBYL(ridge=1e12)):
+        made = (
+            model
+            if restore is None
+            else compress(model, x[:2], criterion=First(), ratio={"0": 0.5}, restore=restore).model
+        )
+        with torch.no_grad():
+            means.append(made[:5](x).mean((0, 2, 3)))  # pyright: ignore[reportIndexIssue]
+    whole, pruned, restored = means
+    lost = whole - pruned
+    assert lost.norm() > 0.1
+    assert (restored - pruned - 0.5 * lost).norm() < 0.1 * lost.norm()
+
+
+def test_the_ridge_is_in_proportion_to_the_filters() -> None:
+    """With None, scaling all filters of a layer changes nothing of what is delivered."""
+    model = mlp(6, 8)
+    matrices = []
+    for factor in (1.0, 100.0):
+        with torch.no_grad():
+            model[0].weight.mul_(factor)  # pyright: ignore
+            model[0].bias.mul_(factor)  # pyright: ignore
+        filters = effective(model, images(2, 6), "0")
+        matrices.append(lbyl.LBYL().deliver(filters, KEEP, DROP, ANYTHING).matrix)
+    torch.testing.assert_close(matrices[0], matrices[1], rtol=1e-4, atol=1e-6)
 
 
 def test_the_report_s_terms_are_the_losses_parts() -> None:
@@ -380,3 +434,29 @@ def test_unknown_restorers_are_one_clear_error() -> None:
     for wrong in ("ridge", lbyl.LBYL, object()):
         with pytest.raises(lbyl.InputError, match=r"auto, lbyl, merge|deliver"):
             compress(mlp(), images(2, 6), restore=wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_merging_as_released_is_the_released_code_s_arithmetic() -> None:
+    """Pair by pair, with the running variance where the deviation is meant."""
+    conv, norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+    model = settle(nn.Sequential(conv, norm, nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    with torch.no_grad():
+        norm.weight.abs_().add_(0.2)
+    w = conv.weight.detach().double().flatten(1)
+    gamma, beta, mu, var = (t.detach().double() for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))  # pyright: ignore
+    found = lbyl.Merge(threshold=None, released=True).deliver(
+        effective(model, images(1, 3, 5, 5), "0"), KEEP, DROP, ANYTHING
+    )
+    expected = torch.zeros(5, 3).double()
+    for column, d in enumerate(DROP.tolist()):
+        cosines, scales, gaps = [], [], []
+        for k in KEEP.tolist():
+            s = w[d].norm() / w[k].norm()
+            scales.append(s * (gamma[k] / gamma[d]) * (var[d] / var[k]))
+            cosines.append(1 - torch.dot(w[d], w[k]) / w[d].norm() / w[k].norm())
+            gap = (gamma[k] / var[k]) * (s * (-(var[d] * beta[d] / gamma[d]) + mu[d]) - mu[k]) + beta[k]
+            gaps.append(gap.abs() / scales[-1])
+        gaps = (torch.stack(gaps) - min(gaps)) / (max(gaps) - min(gaps))
+        best = int((0.85 * torch.stack(cosines) + 0.15 * gaps).argmin())
+        expected[best, column] = scales[best]
+    torch.testing.assert_close(found.matrix, expected)

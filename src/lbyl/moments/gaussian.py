@@ -14,6 +14,23 @@ from lbyl.runtime.checks import check_number
 from lbyl.selection.filters import Filters
 
 
+def stated_means(filters: Filters, activation: str | None) -> Float[Tensor, " channels"] | None:
+    """``E f(z)`` with ``z ~ N(beta, gamma^2)``: each channel's mean after the activation, as its batch norm states it.
+
+    None where no batch norm says what channels are like before the activation.
+    """
+    if not filters.normalized or filters.spread is None:
+        return None
+    # The middles of as many slices of the Gaussian, all of equal weight.
+    quantiles = (torch.arange(_SLICES, dtype=torch.float64) + 0.5) / _SLICES
+    normal = torch.special.ndtri(quantiles)
+    z = filters.center[:, None] + filters.spread[:, None] * normal
+    return (ACTIVATIONS[activation](z) if activation in ACTIVATIONS else z).mean(1)
+
+
+_SLICES = 256
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """Sampled moments of jointly Gaussian pre-activations; no forward pass.

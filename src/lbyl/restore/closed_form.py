@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lbyl.graph import NOT_OURS, Group, Slot
 from lbyl.graph.activations import ACTIVATIONS
 from lbyl.restore.base import Restoration, RestorationProblem, Restored, Restorer
 from lbyl.restore.error_terms import Terms, reconstruction_terms
+from lbyl.restore.targets import Target, find_targets, on_average, taps_inside
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import Filters, State, columns_second, describe, paper_form_applies, subset
@@ -93,6 +95,8 @@ def restore_by_delivery(restorer: Delivers, problem: RestorationProblem) -> Rest
     values: dict[str, Tensor] = {}
     rows = []
     selection, state = problem.selection, tensors_of(problem.model)
+    inside = taps_inside(problem.model, problem.inputs)
+    targets = {target.consumer.weight: target for target in find_targets(problem.graph, selection, inside)}
     for index, choice in enumerate(selection.choices):
         started = time.perf_counter()
         keep, drop = choice.tensors()
@@ -104,10 +108,23 @@ def restore_by_delivery(restorer: Delivers, problem: RestorationProblem) -> Rest
             source = columns_second(state[slot.parameter].detach(), slot)
             fold(columns_second(weight, slot), source, slot, choice.group.width, keep, drop, delivery)
             values[slot.parameter] = weight
+            target = targets.get(slot.parameter)
+            if delivery.shift is not None and target and target.bias:
+                shift = target.sign * _constant(target, source, slot, drop, delivery.shift)
+                old = values.get(target.bias, state[target.bias].detach())
+                values[target.bias] = (old.double() + shift).to(old.dtype)
         rows.append(Restored(choice.group.name, terms, time.perf_counter() - started, delivery.note))
         if problem.progress:
             problem.progress("restoring", index + 1, len(selection.choices))
     return Restoration(with_masks(values, selection, state), with_ties(selection, rows))
+
+
+def _constant(target: Target, source: Tensor, slot: Slot, drop: Tensor, shift: Tensor) -> Tensor:
+    """What a consumer makes of a constant in each of the dropped channels."""
+    channels = torch.tensor(slot.channels)
+    constants = torch.zeros(int(channels.max()) + 1, dtype=torch.float64).index_copy_(0, drop, shift)
+    columns = torch.where(channels == NOT_OURS, 0.0, constants[channels.clamp_min(0)])
+    return on_average(target, source, columns.to(source.device))
 
 
 def with_ties(selection: Selection, rows: Sequence[Restored]) -> tuple[Restored, ...]:
@@ -132,7 +149,7 @@ def deliver(choice: Choice, state: State, restorer: Delivers, seed: int) -> tupl
         return nothing_delivered(len(keep), len(drop), note), None
     whole = empty_delivery(len(keep), len(drop))
     labels = torch.tensor(group.blocks)
-    notes = []
+    notes, shift = [], torch.zeros(len(drop), dtype=torch.float64)
     for label in torch.unique(labels):
         members = torch.nonzero(labels == label).flatten()
         in_keep, in_drop = torch.isin(keep, members), torch.isin(drop, members)
@@ -145,14 +162,21 @@ def deliver(choice: Choice, state: State, restorer: Delivers, seed: int) -> tupl
         if part.delivers:
             whole.matrix[in_keep.nonzero(), in_drop.nonzero().T] = part.matrix
         whole.scale[in_keep] = part.scale
+        if part.shift is not None:
+            shift[in_drop] = part.shift
         notes.append(part.note)
-    delivery = replace(whole, note="; ".join(note for note in dict.fromkeys(notes) if note))
+    told = "; ".join(note for note in dict.fromkeys(notes) if note)
+    delivery = replace(whole, note=told, shift=shift if bool(shift.any()) else None)
     return delivery, terms_of(choice, filters, delivery, seed)
 
 
 def terms_of(choice: Choice, filters: Filters, delivery: Delivery, seed: int) -> Terms:
     """The paper's error terms of one group."""
     keep, drop = choice.tensors()
-    activation = next((step.op for step in choice.group.steps if step.op in ACTIVATIONS), None)
     generator = generator_for(seed, f"{choice.group.name}#terms")
-    return reconstruction_terms(filters, keep, drop, delivery, activation, generator)
+    return reconstruction_terms(filters, keep, drop, delivery, activation_of(choice.group), generator)
+
+
+def activation_of(group: Group) -> str | None:
+    """The activation between a group's producers and its consumers, if it is one that samples can be passed through."""
+    return next((step.op for step in group.steps if step.op in ACTIVATIONS), None)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lbyl.restore.closed_form import ClosedFormRestorer
+from lbyl.moments.gaussian import stated_means
+from lbyl.restore.closed_form import ClosedFormRestorer, activation_of
 from lbyl.restore.ridge import solve_ridge
 from lbyl.runtime.checks import check_number, check_switch
 from lbyl.selection.filters import Filters
@@ -23,20 +24,26 @@ class LBYL(ClosedFormRestorer):
     channel d, minimize ``|v_d - V_K s|^2 + bn (c_d - c_K . s)^2 + ridge |s|^2``: the residual error, the
     batch-norm error, and a bound on the activation error.
 
+    Where a batch norm states what a channel is like, ``bn=None`` does better than to weigh its error: half of the
+    mean that the kept channels do not carry, ``E f(z_d) - s . E f(z_K)`` with ``z ~ N(beta, gamma^2)``, goes into the
+    consumer's bias or into the running mean behind it (bias correction: Nagel et al. 2019, "Data-Free Quantization
+    Through Weight Equalization and Bias Correction").
+
     Attributes:
-        bn: lambda_1, weight of the batch-norm error.
-        ridge: lambda_2, weight of the norm of s.
+        bn: lambda_1, weight of the batch-norm error, as the paper has it; None for constants in its place.
+        ridge: lambda_2, weight of the norm of s; None for 0.03 times the mean of ``|v_k|^2``, which is the same
+            whatever the scale of the filters.
         center: subtract each filter's own mean over its coordinates first. The published figures for fully
             connected networks come from this.
     """
 
-    bn: float = 1e-4
-    ridge: float = 1e-2
+    bn: float | None = None
+    ridge: float | None = None
     center: bool = False
 
     def __post_init__(self) -> None:
-        check_number("LBYL(bn={})", self.bn, least=0)
-        check_number("LBYL(ridge={})", self.ridge, least=0)
+        check_number("LBYL(bn={})", self.bn, least=0, optional=True)
+        check_number("LBYL(ridge={})", self.ridge, least=0, optional=True)
         check_switch("LBYL(center={})", self.center)
 
     def deliver(
@@ -46,12 +53,22 @@ class LBYL(ClosedFormRestorer):
         drop: Int[Tensor, " dropped"],
         generator: torch.Generator,
     ) -> Delivery:
-        """S of :func:`closed_form`; with a note where the system was singular."""
+        """S of :func:`closed_form`, and the constants; with a note where the system was singular."""
         v = filters.weight - filters.weight.mean(1, keepdim=True) if self.center else filters.weight
-        bn = self.bn if filters.normalized else 0.0
-        matrix, singular = closed_form(v[keep].T, v[drop].T, filters.offset[keep], filters.offset[drop], bn, self.ridge)
+        bn = self.bn if self.bn is not None and filters.normalized else 0.0
+        ridge = self.ridge
+        if ridge is None:
+            ridge = _RIDGE * float(v[keep].square().sum(1).mean())
+        matrix, singular = closed_form(v[keep].T, v[drop].T, filters.offset[keep], filters.offset[drop], bn, ridge)
         note = "singular system: solved by pseudo-inverse; a larger ridge avoids it" if singular else ""
-        return Delivery(matrix, torch.ones(len(keep)).double(), note)
+        means = stated_means(filters, activation_of(filters.group)) if self.bn is None else None
+        shift = None if means is None else _SHARE * (means[drop] - matrix.T @ means[keep])
+        return Delivery(matrix, torch.ones(len(keep)).double(), note, shift)
+
+
+_RIDGE = 0.03
+_SHARE = 0.5
+"""All of it is right for one layer whose input is intact, and too much once many layers are cut: docs/research.md."""
 
 
 def closed_form(

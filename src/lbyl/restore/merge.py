@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lbyl.restore.closed_form import ClosedFormRestorer
-from lbyl.runtime.checks import check_number
+from lbyl.runtime.checks import check_number, check_switch
 from lbyl.selection.filters import Filters
 from lbyl.surgery.masking import Delivery, empty_delivery
 
@@ -26,12 +26,17 @@ class Merge(ClosedFormRestorer):
         threshold: cosine similarity below which a dropped channel is not merged at all; None merges all.
         blend: weight of the cosine distance; ``1 - blend`` goes to the distance of the offsets, each brought
             to [0, 1] over the candidates. Without a batch norm only the cosine counts.
+        released: as the authors' released code has it where one batch norm follows a layer: the cosine of the raw
+            filters, the running variance in place of the deviation, and the factor
+            ``|w_d| / |w_k| gamma_k / gamma_d var_d / var_k``, which is not the one that makes the channels alike.
     """
 
     threshold: float | None = 0.1
     blend: float = 0.85
+    released: bool = False
 
     def __post_init__(self) -> None:
+        check_switch("Merge(released={})", self.released)
         check_number("Merge(threshold={})", self.threshold, optional=True)
         check_number("Merge(blend={})", self.blend, least=0, most=1)
 
@@ -43,16 +48,12 @@ class Merge(ClosedFormRestorer):
         generator: torch.Generator,
     ) -> Delivery:
         """The merging matrix: ``S[k, d] = |v_d| / |v_k|`` at the chosen k."""
-        kept, dropped = filters.weight[keep], filters.weight[drop]
-        tiny = torch.finfo(torch.float64).tiny
-        norm_k, norm_d = kept.norm(dim=1).clamp_min(tiny), dropped.norm(dim=1)
-        cosine = (kept / norm_k[:, None]) @ (dropped / norm_d.clamp_min(tiny)[:, None]).T
-        scale = norm_d[None, :] / norm_k[:, None]
+        released = _released(filters, keep, drop) if self.released else None
+        cosine, scale, gap = released or _alike(filters, keep, drop)
         distance = 1 - cosine
         if filters.normalized and self.blend < 1:
-            gap = (filters.offset[drop][None, :] - scale * filters.offset[keep][:, None]).abs()
             low, high = gap.amin(0), gap.amax(0)
-            gap = (gap - low) / (high - low).clamp_min(tiny)
+            gap = (gap - low) / (high - low).clamp_min(_TINY)
             distance = self.blend * distance + (1 - self.blend) * gap
         chosen = distance.argmin(0)
         columns = torch.arange(len(drop))
@@ -60,3 +61,35 @@ class Merge(ClosedFormRestorer):
         delivery = empty_delivery(len(keep), len(drop))
         delivery.matrix[chosen[similar], columns[similar]] = scale[chosen, columns][similar]
         return delivery
+
+
+_TINY = torch.finfo(torch.float64).tiny
+
+_Pairs = tuple[Float[Tensor, "kept dropped"], Float[Tensor, "kept dropped"], Float[Tensor, "kept dropped"]]
+"""For each pair of a kept and a dropped channel: cosine similarity, factor, and distance of the offsets."""
+
+
+def _alike(filters: Filters, keep: Tensor, drop: Tensor) -> _Pairs:
+    """Of the effective filters: what makes the kept channel as large as the dropped one."""
+    cosine, scale = _compared(filters.weight[keep], filters.weight[drop])
+    return cosine, scale, (filters.offset[drop][None, :] - scale * filters.offset[keep][:, None]).abs()
+
+
+def _released(filters: Filters, keep: Tensor, drop: Tensor) -> _Pairs | None:
+    """As the released code compares them; None where no single batch norm follows a single layer."""
+    norm = filters.batch_norm
+    if norm is None:
+        return None
+    cosine, ratio = _compared(filters.raw[keep], filters.raw[drop])
+    gamma_k, beta_k, mean_k, var_k = (part[keep][:, None] for part in norm)
+    gamma_d, beta_d, mean_d, var_d = (part[drop][None, :] for part in norm)
+    scale = ratio * (gamma_k / gamma_d) * (var_d / var_k)
+    gap = gamma_k / var_k * (ratio * (mean_d - var_d * beta_d / gamma_d) - mean_k) + beta_k
+    return cosine, scale, gap.abs() / scale
+
+
+def _compared(kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines of all pairs of rows, and how many times as long the dropped one is."""
+    norm_k, norm_d = kept.norm(dim=1).clamp_min(_TINY), dropped.norm(dim=1)
+    cosine = (kept / norm_k[:, None]) @ (dropped / norm_d.clamp_min(_TINY)[:, None]).T
+    return cosine, norm_d[None, :] / norm_k[:, None]

@@ -100,6 +100,18 @@ class Filters:
         pairs = zip(self.group.producers, self._offsets, strict=True)
         return torch.stack([c if producer.normalized else torch.zeros_like(c) for producer, c in pairs]).sum(0)
 
+    @cached_property
+    def batch_norm(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Gamma, beta, mean and variance by channel, where one layer with one batch norm makes them; else None."""
+        if len(self.group.producers) != 1 or len(self.group.producers[0].stages) != 1:
+            return None
+        (norm,), slot = self.group.producers[0].stages, self.group.producers[0].weight
+        if not isinstance(norm, Norm) or norm.weight is None or norm.bias is None:
+            return None
+        names = norm.weight, norm.bias, norm.mean, norm.var
+        gamma, beta, mean, var = (_rows(self.state[name], slot, self.group.width).mean(1) for name in names)
+        return gamma, beta, mean, var
+
     @property
     def normalized(self) -> bool:
         """Whether a batch norm gave the offset."""

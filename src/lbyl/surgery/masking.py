@@ -27,11 +27,14 @@ class Delivery:
         matrix: the delivery matrix S: ``a_D ~ S^T a_K``.
         scale: a factor for each kept channel (1 where the restorer leaves them alone).
         note: what the user should know ("" as a rule).
+        shift: a constant for each dropped channel, ``a_D ~ S^T a_K + shift``, which goes into the consumers' biases or
+            into the running means behind them, where they have one; None for zero.
     """
 
     matrix: Float[Tensor, "kept dropped"]
     scale: Float[Tensor, " kept"]
     note: str = ""
+    shift: Float[Tensor, " dropped"] | None = None
 
     @property
     def delivers(self) -> bool:

@@ -40,7 +40,7 @@ from lbyl.restore.least_squares.solve import (
     solve_closed_form,
     solve_patches,
 )
-from lbyl.restore.least_squares.targets import Target, find_targets, masked, output_first
+from lbyl.restore.targets import Target, find_targets, masked, output_first, taps_inside
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.batches import FEWEST, first_rows, in_parts
 from lbyl.runtime.copying import tensors_of
@@ -67,7 +67,7 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
         settings = replace(settings, prior=0.0)
     model = with_norms(task.model, attached)
     graph = normed_graph(task.graph, attached)
-    targets = find_targets(graph, selection)
+    targets = find_targets(graph, selection, taps_inside(model, task.inputs))
     problem = LeastSquaresProblem(model, graph, selection, targets, settings, task.seed, task.progress)
     state = tensors_of(model)
     findings = Findings(state)

@@ -14,7 +14,7 @@ from lbyl.moments.accumulate import PatchSums
 from lbyl.restore.least_squares.paired_forward import ConsumerDue, NotPairable, run_paired
 from lbyl.restore.least_squares.recalibrate import renormalize, shifted
 from lbyl.restore.least_squares.solve import Findings, LeastSquaresProblem, empty_sums, solve_patches
-from lbyl.restore.least_squares.targets import Target, following_norms, target_of
+from lbyl.restore.targets import Target, following_norms, target_of
 from lbyl.runtime.batches import first_rows, join, thinned
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import give_back, held_at_once, held_bytes

@@ -7,20 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lbyl.graph import NOT_OURS, Graph, Slot
-from lbyl.graph.activations import ACTIVATIONS
 from lbyl.moments import ChannelMoments, ClosedFormSource
 from lbyl.moments.accumulate import ChannelSums, Columns, Moments, PatchSums
 from lbyl.restore.base import Restored
+from lbyl.restore.closed_form import activation_of
 from lbyl.restore.least_squares.settings import Settings
-from lbyl.restore.least_squares.targets import Target, as_stored, masked
 from lbyl.restore.ridge import Prior, Solution, solve
+from lbyl.restore.targets import Target, as_stored, masked, on_average
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
-from lbyl.selection.filters import State, consumer_energy, describe, few_rows, paper_form_applies, seats
+from lbyl.selection.filters import State, consumer_energy, describe, paper_form_applies, seats
 from lbyl.selection.select import Choice, Selection
 from lbyl.surgery.masking import Delivery, empty_delivery, fold, with_masks
 
@@ -267,7 +266,7 @@ def solve_closed_form(
             made[number] = f"pruned without restoration: the weights-only form does not apply, {obstacle}"
             findings.note([number], str(made[number]))
             continue
-        activation = next((step.op for step in choice.group.steps if step.op in ACTIVATIONS), None)
+        activation = activation_of(choice.group)
         kernel = tuple(findings.state[choice.group.producers[0].weight.parameter].shape[2:])
         made[number] = source.moments(describe(choice.group, findings.state), kernel, activation)
     for target in found:
@@ -303,9 +302,9 @@ def _deliver(
     gone = target.dropped & (torch.tensor(slot.channels) != NOT_OURS)
     means = columns.to(source.device)
     # What the dropped columns gave on average, less what the restored ones now give in their stead.
-    asked = _on_average(source, means * gone.to(means), slot.blocks) + _on_average(new, means, slot.blocks)
+    asked = on_average(target, source, means * gone.to(means)) + on_average(target, new, means)
     findings.values[slot.parameter] = new = fold(new, source, slot, choice.group.width, keep, drop, delivery)
-    findings.absorb(target, asked - _on_average(new, means, slot.blocks))
+    findings.absorb(target, asked - on_average(target, new, means))
     if singular:
         findings.singular(target, [number])
     # Channels count by the energy that the consumer gives them; correlations between them are left out.
@@ -317,20 +316,6 @@ def _deliver(
         float((energy * variance)[drop].sum()),
         float((energy[drop] * resid).sum()),
     )
-
-
-def _on_average(
-    weight: Float[Tensor, "out columns *taps"], means: Float[Tensor, " columns_of_all_blocks"], blocks: int
-) -> Float[Tensor, " out"]:
-    """What a consumer gives where every column is its mean: ``sum_it w_oit m_i``, in float64."""
-    found = torch.empty(len(weight), dtype=torch.float64, device=weight.device)
-    parts = weight.chunk(blocks), found.chunk(blocks), means.double().chunk(blocks)
-    for rows, places, here in zip(*parts, strict=True):
-        taps = few_rows(rows.unsqueeze(2))
-        for part, place in zip(taps, places.split(len(taps[0])), strict=True):
-            # Into place: results kept between large parts that are freed would keep the next from using their memory.
-            torch.mv(part.double().flatten(2).sum(2), here, out=place)
-    return found
 
 
 def expected_moments(choice: Choice, state: State, settings: Settings) -> tuple[Tensor | None, float]:
