@@ -219,9 +219,42 @@ def held_out_digits() -> Images:
     return Images(*_example("digits.network").data())
 
 
+_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
 def cifar10(data: Path) -> Images:
     """The CIFAR-10 test set, normalized as the networks were trained."""
-    return _read(data / "data" / "cifar10_test.npz", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    return _read(data / "data" / "cifar10_test.npz", *_CIFAR10)
+
+
+def cifar10_pixels(data: Path) -> Images:
+    """The CIFAR-10 test set as pixels of 0 to 255."""
+    return _read(data / "data" / "cifar10_test.npz", (0.0,), (1 / 255,))
+
+
+class _Padded(nn.Module):
+    """A border of one pixel in the mean color, which a layer that takes pixels as they are needs in place of zeros."""
+
+    def __init__(self, color: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("color", color.reshape(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x - self.color, (1, 1, 1, 1)) + self.color
+
+
+def resnet56_pixels(data: Path) -> nn.Module:
+    """ResNet-56 that takes pixels of 0 to 255: what normalizes them is folded into its first layer."""
+    net = resnet56(data)
+    mean, deviation = (255 * torch.tensor(part) for part in _CIFAR10)
+    old = net.conv1
+    new = nn.Conv2d(3, 16, 3, bias=True)
+    with torch.no_grad():
+        new.weight.copy_(old.weight / deviation.reshape(1, -1, 1, 1))
+        assert new.bias is not None
+        new.bias.copy_(-(new.weight.sum((2, 3)) @ mean))
+    net.conv1 = nn.Sequential(_Padded(mean), new)  # pyright: ignore[reportAttributeAccessIssue]
+    return net.eval()
 
 
 def imagenet(data: Path) -> Images:
