@@ -79,7 +79,7 @@ class Report(ReportData):
         if self.latency:
             lines.append(f"latency: {self.latency} on {self.latency.place}")
             if self.latency.no_speed:
-                lines.append(f"no speed from the cut of {self.latency.no_speed}")
+                lines.append(f"no time is saved by the cut of {self.latency.no_speed}")
         if self.verified is None:
             if not any(note.startswith("not verified") for note in self.notes):
                 lines.append("not verified: verification was switched off")
