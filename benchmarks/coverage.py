@@ -248,7 +248,7 @@ def check(only: str, processes: int) -> int:
     failed, started = 0, time.perf_counter()
     # Threads only wait: each cell is a process of its own.
     with ThreadPoolExecutor(processes) as pool:
-        for name, found in zip(names, pool.map(lambda name: isolated("all", name, 300), names), strict=True):
+        for name, found in zip(names, pool.map(lambda name: isolated("all", name, 600), names), strict=True):
             lost = what_was_lost(known.get(name), found)
             failed += lost is not None
             console.print(f"{name:52} {'holds' if lost is None else f'FAILED {lost}'}", soft_wrap=True, markup=False)

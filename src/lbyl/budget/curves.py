@@ -225,9 +225,11 @@ def _travels(
         # Not centered: biases are not corrected here, so the kept channels have to make up for the mean as well.
         gram = (item.moments.pp / item.moments.count).cpu()
         ridge = 0.01 * float(gram.diagonal().mean()) + 1e-12
-        matrix = torch.linalg.solve(gram[keep][:, keep] + ridge * torch.eye(len(keep)).double(), gram[keep][:, drop])
+        matrix = torch.linalg.solve(
+            gram[keep][:, keep] + ridge * torch.eye(len(keep), dtype=torch.float64), gram[keep][:, drop]
+        )
         weight = values.get(slot.parameter, state[slot.parameter].detach().clone())
-        delivery = Delivery(matrix, torch.ones(len(keep)).double())
+        delivery = Delivery(matrix, torch.ones(len(keep), dtype=torch.float64))
         fold(columns_second(weight, slot), _source(state, slot), slot, group.width, keep, drop, delivery)
         values[slot.parameter] = weight
     found = run_intercepted(model, probes.held_out, values=values, batch_statistics=probes.batch_statistics)

@@ -13,7 +13,7 @@ import typer
 from lbyl.cli.app import app, out, print_json, working
 from lbyl.cli.options import Folder, Json, SameInputs, Seed
 from lbyl.cli.sources import example_inputs, load_model
-from lbyl.cli.texts import InputSpec
+from lbyl.cli.texts import InputSpec, check_source
 
 if TYPE_CHECKING:
     from lbyl.surgery.plan import Plan
@@ -28,6 +28,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="SOURCE",
+            callback=check_source,
             help="The unpruned network: timm:NAME, torchvision:NAME, package.module:factory or file.py:factory. "
             "Default: the source that the folder was compressed from, if it is timm or torchvision.",
             show_default=False,
@@ -43,6 +44,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="SOURCE",
+            callback=check_source,
             help="What builds the unpruned model that the folder is loaded into. "
             "Default: the source that the folder was compressed from, or --against if that is a factory of yours.",
             show_default=False,

@@ -18,7 +18,9 @@ class Adam:
     """
 
     def __init__(self, tensors: Sequence[tuple[Tensor, float]]) -> None:
-        self._moved = [(t.requires_grad_(True), lr, torch.zeros_like(t), torch.zeros_like(t)) for t, lr in tensors]
+        # Squares of gradients are nothing in half precision.
+        zeros = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t, _ in tensors]
+        self._moved = [(t.requires_grad_(True), lr, z, z.clone()) for (t, lr), z in zip(tensors, zeros, strict=True)]
         self._steps = 0
 
     @torch.no_grad()
@@ -29,8 +31,9 @@ class Adam:
         for tensor, lr, mean, square in self._moved:
             if tensor.grad is None:
                 continue
-            mean.lerp_(tensor.grad, 1 - _MEAN)
-            square.mul_(_SQUARE).addcmul_(tensor.grad, tensor.grad, value=1 - _SQUARE)
+            gradient = tensor.grad.to(mean.dtype)
+            mean.lerp_(gradient, 1 - _MEAN)
+            square.mul_(_SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
             spread = (square.sqrt() / biases[1] ** 0.5).add_(_TINY)
-            tensor.addcdiv_(mean, spread, value=-share * lr / biases[0])
+            tensor.copy_(torch.addcdiv(tensor, mean, spread, value=-share * lr / biases[0]))
             tensor.grad = None

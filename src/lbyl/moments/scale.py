@@ -33,7 +33,7 @@ class Scale:
         return not bool(self.mean.any()) and bool((self.deviation == 1).all())
 
 
-UNIT = Scale(torch.zeros(1), torch.ones(1))
+UNIT = Scale(torch.zeros(1, dtype=torch.float32, device="cpu"), torch.ones(1, dtype=torch.float32, device="cpu"))
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class LBYL(ClosedFormRestorer):
         bn = self.bn if filters.normalized else 0.0
         matrix, singular = closed_form(v[keep].T, v[drop].T, filters.offset[keep], filters.offset[drop], bn, self.ridge)
         note = "singular system: solved by pseudo-inverse; a larger ridge avoids it" if singular else ""
-        return Delivery(matrix, torch.ones(len(keep)).double(), note)
+        return Delivery(matrix, torch.ones(len(keep), dtype=torch.float64), note)
 
 
 def closed_form(

@@ -32,6 +32,7 @@ from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
 from lbyl.pipeline.sweep.pareto import Point
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
 from lbyl.runtime.checks import as_path, named_kind
+from lbyl.runtime.contexts import own_device
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
@@ -98,6 +99,7 @@ class Sweep:
             yield shown(text)
 
 
+@own_device()
 def sweep(
     model: nn.Module,
     example_inputs: Inputs,
