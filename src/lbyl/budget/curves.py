@@ -81,6 +81,8 @@ _TRIED = 24
 _TRIALS = 5e11
 """The most multiply-accumulates for measuring how much each group's error changes the outputs."""
 
+_NOT_TRIED = "widths: too large a network to measure how much each group's error changes the outputs; all count alike"
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -167,10 +169,7 @@ def _from_probes(
 
     some = min(_TRIED, available := batch_size(probes.held_out))
     probes = replace(probes, held_out=split(probes.held_out, [some, available - some])[0])
-    pixels = max(
-        1, sum(t.numel() for t in probes.held_out.tensors()) // max(1, sum(t.numel() for t in inputs.tensors()))
-    )
-    affordable = len(orders) * pixels * count_macs(model, inputs) <= _TRIALS
+    affordable = _can_be_tried(model, inputs, probes.held_out, len(orders))
     expected = run_intercepted(model, probes.held_out, batch_statistics=probes.batch_statistics) if affordable else None
     curves = []
     for done, index in enumerate(orders):
@@ -192,12 +191,13 @@ def _from_probes(
         curves.append(curve)
         if progress:
             progress("weighing groups", done + 1, len(orders))
-    note = (
-        ""
-        if affordable
-        else "widths: too large a network to measure how much each group's error changes the outputs; all count alike"
-    )
-    return curves, note
+    return curves, "" if affordable else _NOT_TRIED
+
+
+def _can_be_tried(model: nn.Module, inputs: ExampleInputs, held_out: ExampleInputs, times: int) -> bool:
+    """Whether the network can be run so many times on held-out probes without taking too long."""
+    sizes = [sum(t.numel() for t in given.tensors()) for given in (held_out, inputs)]
+    return times * max(1, sizes[0] // max(1, sizes[1])) * count_macs(model, inputs) <= _TRIALS
 
 
 def _travels(

@@ -85,7 +85,8 @@ def _from_example(tensor: Tensor) -> Scale:
 
 
 def _scale(mean: float, deviation: float, *bounds: float) -> Scale:
-    return Scale(*(torch.tensor([number], dtype=torch.float32) for number in (mean, deviation)), *bounds)
+    numbers = torch.tensor([[mean], [deviation]], dtype=torch.float32)
+    return Scale(numbers[0], numbers[1], *bounds)
 
 
 def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Scale | None:

@@ -23,6 +23,7 @@ from lbyl.runtime.copying import apply_changes, copy_model, sharing_copy, tensor
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_parameters, macs_by_shapes
 from lbyl.runtime.progress import Clock
+from lbyl.runtime.settings import described
 from lbyl.selection.select import (
     ByCriterion,
     KeptCounts,
@@ -36,7 +37,7 @@ from lbyl.selection.select import (
 from lbyl.surgery.attributes import Attribute, plan_attributes
 from lbyl.surgery.cuts import Cut, cut_copy, plan_cuts
 from lbyl.surgery.masking import Masks, norm_masks
-from lbyl.surgery.plan import GroupPlan, Plan, architecture_of, described, library_version
+from lbyl.surgery.plan import GroupPlan, Plan, architecture_of, library_version
 from lbyl.surgery.verification import follower, said, without_trouble
 from lbyl.surgery.verification import verify as check
 

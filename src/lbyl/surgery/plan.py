@@ -116,6 +116,21 @@ class Plan:
             folds=first.folds,
         )
 
+    def prefixed(self, path: str) -> Plan:
+        """The same plan for a network in which the one that it was made for is the submodule at ``path``."""
+
+        def inner(name: str) -> str:
+            return f"{path}.{name}".rstrip(".")
+
+        return dataclasses.replace(
+            self,
+            groups=tuple(dataclasses.replace(group, name=inner(group.name)) for group in self.groups),
+            cuts=tuple(dataclasses.replace(cut, parameter=inner(cut.parameter)) for cut in self.cuts),
+            attributes=tuple(dataclasses.replace(item, module=inner(item.module)) for item in self.attributes),
+            folds=tuple(dataclasses.replace(fold, module=inner(fold.module)) for fold in self.folds),
+            architecture={inner(name): shape for name, shape in self.architecture.items()},
+        )
+
     def check_model(self, model: nn.Module) -> None:
         """Raise ArtifactError unless ``model`` has the unpruned shapes that the plan was made for."""
         found = architecture_of(model)
@@ -235,15 +250,6 @@ def _attribute_fault(attribute: Attribute) -> str:
     if shrinks and (place is None or place >= 0) and not attribute.name.startswith("__"):
         return ""
     return f"from {old} to {new} is no width that shrinks"
-
-
-def described(setting: Any) -> dict[str, Any]:
-    """A settings object as plain data, for the plan."""
-    fields = dataclasses.fields(setting) if dataclasses.is_dataclass(setting) else ()
-    # A field that repr leaves out, such as the user's data, stays out of the plan.
-    values = {field.name: getattr(setting, field.name) for field in fields if field.repr}
-    plain = {key: described(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}
-    return {"name": type(setting).__name__, **plain}
 
 
 def library_version() -> str:

@@ -103,7 +103,7 @@ def deformed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     x, weight, offset, mask, bias = args[:5]
     blocks, parts = args[11:13]
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
-        return builder.barrier(node, args, f"deform_conv2d in {layer_name(node)!r} with a weight that the model computes")
+        return builder.barrier(node, args, f"deform_conv2d in {layer_name(node)!r} with a computed weight")
     ids = builder.gather(x, 1)
     if ids is None or blocks > 1 or parts > 1:
         what = "on mixed axes" if ids is None else "with groups"

@@ -37,8 +37,8 @@ from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
+from lbyl.runtime.settings import described
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
-from lbyl.surgery.plan import described
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
