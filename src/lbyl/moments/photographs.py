@@ -24,9 +24,9 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
 _SMALLEST = 16
-"""Sides of an input below this many pixels show nothing of a photograph."""
+"""Inputs with a smaller side are too small for crops of photographs."""
 _PART = 0.4
-"""The least share of the largest possible crop's sides that a crop has."""
+"""The smallest crop, as a share of the sides of the largest possible one."""
 
 
 @dataclass(frozen=True)

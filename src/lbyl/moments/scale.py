@@ -1,4 +1,4 @@
-"""The scale of inputs: what mean and deviation they are brought to."""
+"""The scale of inputs: the mean and standard deviation that probes are given."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ UNIT = Scale(torch.zeros(1, dtype=torch.float32, device="cpu"), torch.ones(1, dt
 
 @dataclass(frozen=True)
 class InputScales:
-    """The scale of each tensor among the inputs, and what the user should know of it ("" for nothing)."""
+    """The scale of each tensor among the inputs, and a note about it ("" for none)."""
 
     scales: tuple[Scale, ...]
     note: str = ""

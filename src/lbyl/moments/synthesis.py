@@ -109,13 +109,13 @@ def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
 
 
 _WASTE = 4000
-"""So many pixels may be painted in vain before it pays to paint in boxes of another size."""
+"""Leaves share one box size as long as no more than this many pixels are painted outside of them."""
 _BY_ITSELF = 1600
-"""A box of more pixels is painted by itself: there the pixels take the time, not the calls."""
+"""Larger boxes are painted one by one: for them, pixels take the time, not calls."""
 
 
 def _alike_in_size(falling: Sequence[int], height: int, width: int) -> list[int]:
-    """How many leaves in turn, by how far they reach, are painted in boxes of one size: that of the first."""
+    """How many of the next leaves, sorted by size, are painted together in boxes of the first one's size."""
     counts, largest, wasted = list[int](), 0, 0
     for reach in falling:
         area = min(height, 2 * reach + 1) * min(width, 2 * reach + 1)

@@ -101,7 +101,7 @@ def compress(
 def walk(
     prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis] | None = None
 ) -> Result:
-    """The rest of the street: select, restore, cut and verify.
+    """The steps after tracing: select, restore, cut and verify.
 
     ``ground`` holds what was found out before, by the path of the part ("" for a model that was traced whole);
     what is missing is found out here.

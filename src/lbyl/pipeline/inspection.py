@@ -1,4 +1,4 @@
-"""`inspect`: which channels belong together, and which can't be pruned."""
+"""`inspect`: which channels belong together, and which groups can't be pruned, and why."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _all(items: Iterable[Sequence[_Item]]) -> tuple[_Item, ...]:
 def _one_by_one(
     prepared: Prepared, request: CompressionRequest, ground: Mapping[str, Analysis]
 ) -> tuple[list[tuple[str, Result]], list[tuple[str, str]]]:
-    """What came of each submodule, by its path, and why others were left.
+    """The result of each submodule, by its path, and why others were left whole.
 
     Raises:
         InputError: nothing can be pruned in any of them, or a pattern matches no group of any.

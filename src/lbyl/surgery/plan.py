@@ -190,7 +190,7 @@ _MOST_PLANS = 256
 
 
 def remember(model: nn.Module, plan: Plan) -> None:
-    """Let :func:`remembered` find the plan that led to this network, also by copies of it, in this process."""
+    """Let :func:`remembered` find the plan that this network was cut by, also for copies of it, in this process."""
     token = uuid4().hex
     vars(model)["_lbyl_plan"] = token
     _plans[token] = plan, architecture_of(model)
@@ -199,7 +199,7 @@ def remember(model: nn.Module, plan: Plan) -> None:
 
 
 def remembered(model: nn.Module) -> Plan | None:
-    """The plan that led to this network; None where it is not known, or the network has got other shapes since."""
+    """The plan that this network was cut by; None where it is unknown, or where shapes have changed since."""
     plan, architecture = _plans.get(vars(model).get("_lbyl_plan", ""), (None, None))
     return plan if architecture == architecture_of(model) else None
 
@@ -210,7 +210,7 @@ def architecture_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _faults(plan: Plan) -> Iterator[tuple[str, str]]:
-    """What no plan of lbyl says, though its types are right, and where it stands."""
+    """Values of the right type that no plan of lbyl contains, and where they stand."""
     yield from _setting_faults(plan.settings, "$.settings", fields=True)
     for index, group in enumerate(plan.groups):
         rising = all(a < b for a, b in pairwise((-1, *group.keep, group.width)))
@@ -226,7 +226,7 @@ def _faults(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _setting_faults(value: Any, place: str, fields: bool) -> Iterator[tuple[str, str]]:
-    """Names in settings that are no names: code is made from settings, to be read and pasted."""
+    """Names in settings that are not identifiers: settings are printed as code that users paste."""
     if isinstance(value, Mapping):
         fields = fields or isinstance(value.get("name"), str)
         for name, item in value.items():
@@ -261,5 +261,5 @@ def library_version() -> str:
 
 
 def is_rebuildable(source: str) -> bool:
-    """Whether loading a plan may build its source: a library's model may be built, a user's code may not be run."""
+    """Whether loading may build this source: models of timm and torchvision yes, a user's code no."""
     return source.rpartition(":")[0] in ("timm", "torchvision")

@@ -1,4 +1,4 @@
-"""What a sweep belongs to: two runs with equal fingerprints may share their work."""
+"""The fingerprint of a sweep's network and settings: runs with equal fingerprints may share their work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lbyl.surgery.plan import library_version
 def fingerprint(
     model: nn.Module, inputs: ExampleInputs, request: CompressionRequest, submodule: str | None
 ) -> dict[str, str | int | bool | None]:
-    """Everything that the outcome depends on, but the budgets, as plain data."""
+    """Everything that the outcome depends on except the budgets, as plain data."""
     restorer = request.restorer(model, inputs)[0]
     state, others = tensors_of(model), pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
     return {
