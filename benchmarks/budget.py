@@ -21,6 +21,7 @@ import typer
 from accuracy import NETWORKS
 from networks import Given
 from output import Run, Table, known_cells
+from provenance import ROOMS
 from rich.console import Console
 from torch import nn
 
@@ -80,6 +81,7 @@ def main(
     console = Console()
     names = network or ["resnet56", "efficientnet_lite0"]
     run = Run("budget", "Budgets against uniform ratios", "python benchmarks/budget.py --data DIR")
+    run.rooms = (*ROOMS, "budget")
     current = version("lbyl")
     run.measurements = [c for c in known_cells("budget") if not (fresh and c["network"] in names)]
     for name in names:

@@ -1,6 +1,7 @@
 """Which architectures can be pruned, how far, and how fast; side by side with Torch-Pruning.
 
     python benchmarks/coverage.py [--only GLOB] [--fresh] [--restore/--no-restore] [--peer/--no-peer]
+    python benchmarks/coverage.py --check [--only GLOB] [--processes 2]
 
 Every network of models.py gets random weights and loses 25 % of its channels by L2 norm: with scope="all" and
 scope="inner", without restoration (what counts here is which channels can go), and once more with least squares on
@@ -14,6 +15,9 @@ its manual asks, and nothing else by hand; it passes when it removes parameters 
 
 Every cell runs in a process of its own, on one thread, so that its peak memory is its own and a crash is one row. The
 results are written after every network and what stands there is not computed again. No data is needed.
+
+--check cuts every network once more, by plain pruning with scope="all", and writes nothing but that it held. It exits
+with 1 where a network fails that passed, or where less of it can be cut than the table says.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +37,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from models import CLASSIFIERS, MODELS, build
-from output import Cell, Run, Table, known_cells
+from output import Cell, Run, Table, confirm, known_cells, measured
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -43,6 +48,8 @@ from lbyl.runtime.macs import count_macs, count_parameters
 
 OTHERS = [name for name in MODELS if name not in CLASSIFIERS]
 RATIO = 0.25
+ROUNDING = 0.005
+"""A share that is lower by no more than this is the one in the table."""
 NOTHING = "nothing to cut: sums or layer norms couple every group"
 PATIENCE = {"all": 120, "inner": 180, "restored": 900}
 """Seconds after which a cell is given up, where it is not 60."""
@@ -216,9 +223,9 @@ def _child(cell: str, name: str, pipe: Any) -> None:
         pipe.send({"passed": False, "why": f"{type(error).__name__}: {error}"[:300]})
 
 
-def isolated(cell: str, name: str) -> dict[str, Any]:
+def isolated(cell: str, name: str, patience: int = 0) -> dict[str, Any]:
     """Run one cell in a process of its own."""
-    patience = PATIENCE.get(cell, 60)
+    patience = patience or PATIENCE.get(cell, 60)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(cell, name, sender))
@@ -231,6 +238,44 @@ def isolated(cell: str, name: str) -> dict[str, Any]:
     process.kill()
     process.join()
     return found or {"passed": False, "why": f"more than {patience} seconds"}
+
+
+def check(only: str, processes: int) -> int:
+    """Plain pruning of every network again; how many rows of the table no longer hold."""
+    console = Console()
+    known = {cell["network"]: cell for cell in measured("coverage") if cell["cell"] == "all"}
+    names = sorted((name for name in MODELS if fnmatch(name, only)), key=lambda name: -known_seconds(known.get(name)))
+    failed, started = 0, time.perf_counter()
+    # Threads only wait: each cell is a process of its own.
+    with ThreadPoolExecutor(processes) as pool:
+        for name, found in zip(names, pool.map(lambda name: isolated("all", name, 600), names), strict=True):
+            lost = what_was_lost(known.get(name), found)
+            failed += lost is not None
+            console.print(f"{name:52} {'holds' if lost is None else f'FAILED {lost}'}", soft_wrap=True, markup=False)
+    console.print(f"{len(names) - failed} of {len(names)} hold, in {time.perf_counter() - started:.0f} s")
+    if not failed and only == "*":
+        confirm("coverage", "by plain pruning, scope all")
+    return failed
+
+
+def known_seconds(cell: dict[str, Any] | None) -> float:
+    """How long a network took, so that those that take longest come first."""
+    return cell.get("seconds", 0.0) if cell else 0.0
+
+
+def what_was_lost(before: dict[str, Any] | None, now: dict[str, Any]) -> str | None:
+    """What the table says of a network and no longer holds; None where all does."""
+    if before is None or not before["passed"]:
+        return None if now["passed"] else f"(not in the table as one that passes) {now['why']}"
+    if not now["passed"]:
+        return now["why"]
+    for what, then, today in (
+        ("of the parameters go", share_removed(before), share_removed(now)),
+        ("of the parameters can be pruned", before["prunable"], now["prunable"]),
+    ):
+        if then is not None and (today or 0.0) < then - ROUNDING:
+            return f"{percent(today)} {what}, {percent(then)} in the table"
+    return None
 
 
 def share_removed(cell: dict[str, Any] | None) -> float | None:
@@ -373,8 +418,12 @@ def main(
     fresh: Annotated[bool, typer.Option(help="Compute again what is known, for these networks.")] = False,
     restore: Annotated[bool, typer.Option(help="The column with least squares.")] = True,
     peer: Annotated[bool, typer.Option(help="The column of Torch-Pruning.")] = True,
+    check_rows: Annotated[bool, typer.Option("--check", help="Only see whether the rows still hold.")] = False,
+    processes: Annotated[int, typer.Option(help="Networks that --check cuts at once.")] = 2,
 ) -> None:
     """Fill the table network by network."""
+    if check_rows:
+        raise typer.Exit(1 if check(only, processes) else 0)
     console = Console()
     names = [name for name in MODELS if fnmatch(name, only)]
     run = Run("coverage", "Coverage", "python benchmarks/coverage.py", pieced=True)

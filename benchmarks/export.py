@@ -1,17 +1,19 @@
 """Export round trips: networks of many families, pruned, saved, exported and run by the runtime of the format.
 
-    python benchmarks/export.py [--only GLOB] [--fresh]
+    python benchmarks/export.py [--only GLOB] [--fresh] [--check]
 
 Every network is built at full size with random weights, loses 25 % of its channels (scope="all", no restoration: what
 counts here is the file), is saved, and is then exported from the saved folder as ONNX and as pt2. `lbyl.export` runs
 each file against the PyTorch model on several batch sizes, and refuses it where the outputs differ by more than 1e-4
 of the largest one. Results are written file by file; what stands there is not computed again. No data is needed.
+--check exports one network again in every format, and exits with 1 where that fails; nothing is written.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 import typer
 from models import build
 from output import Run, Table, known_cells
+from provenance import ROOMS
 from rich.console import Console
 from torch import nn
 
@@ -29,6 +32,7 @@ from lbyl.runtime.inputs import ExampleInputs
 
 RATIO = 0.25
 FORMATS = ("onnx", "pt2")
+CHECKED = "torchvision:shufflenet_v2_x1_0"
 NETWORKS = (
     "torchvision:resnet50",
     "torchvision:mobilenet_v3_large",
@@ -86,6 +90,26 @@ def round_trip(folder: Path, fresh: nn.Module, x: Any, format: str) -> dict[str,
     return {"passed": True, **outcome, "seconds": round(time.perf_counter() - started, 1)}
 
 
+def round_trips(name: str, formats: Sequence[str], console: Console) -> Iterator[dict[str, Any]]:
+    """A network pruned, saved, and exported in these formats."""
+    net, x = network(name)
+    result = lbyl.compress(net, x, ratio=RATIO, scope="all", restore="prune")
+    with tempfile.TemporaryDirectory() as place:
+        folder = result.save(Path(place) / "smaller")
+        for format in formats:
+            cell = {
+                "network": name,
+                "format": format,
+                "lbyl": version("lbyl"),
+                "inputs": ExampleInputs.of(x).describe(),
+                "parameters": result.report.parameters,
+                **round_trip(folder, net, x, format),
+            }
+            said = f"difference {cell['relative']:.1e}" if cell["passed"] else cell["why"]
+            console.print(f"{name} {format}: {said}", markup=False)
+            yield cell
+
+
 def tabulate(run: Run) -> None:
     """A row a network: both formats side by side."""
     rows = []
@@ -127,36 +151,26 @@ def tabulate(run: Run) -> None:
 def main(
     only: Annotated[str, typer.Option(help="A glob over names.")] = "*",
     fresh: Annotated[bool, typer.Option(help="Export again what is known, for these names.")] = False,
+    check: Annotated[bool, typer.Option("--check", help=f"Only export {CHECKED} again.")] = False,
 ) -> None:
     """Fill the table network by network."""
     torch.set_num_threads(1)
+    if check:
+        raise typer.Exit(0 if all(cell["passed"] for cell in round_trips(CHECKED, FORMATS, Console())) else 1)
     console = Console()
     names = [name for name in NETWORKS if fnmatch(name, only)]
     run = Run("export", "Export round trips", "python benchmarks/export.py", {"ratio": RATIO, "scope": "all"})
+    run.rooms = (*ROOMS, "io/export")
     run.measurements = [c for c in known_cells("export") if not (fresh and c["network"] in names)]
     known = {(c["network"], c["format"]) for c in run.measurements}
     for name in names:
         formats = [format for format in FORMATS if (name, format) not in known]
         if not formats:
             continue
-        net, x = network(name)
-        result = lbyl.compress(net, x, ratio=RATIO, scope="all", restore="prune")
-        with tempfile.TemporaryDirectory() as place:
-            folder = result.save(Path(place) / "smaller")
-            for format in formats:
-                cell = {
-                    "network": name,
-                    "format": format,
-                    "lbyl": version("lbyl"),
-                    "inputs": ExampleInputs.of(x).describe(),
-                    "parameters": result.report.parameters,
-                    **round_trip(folder, net, x, format),
-                }
-                run.measurements.append(cell)
-                said = f"difference {cell['relative']:.1e}" if cell["passed"] else cell["why"]
-                console.print(f"{name} {format}: {said}", markup=False)
-                tabulate(run)
-                run.write()
+        for cell in round_trips(name, formats, console):
+            run.measurements.append(cell)
+            tabulate(run)
+            run.write()
     tabulate(run)
     run.write()
 

@@ -1,6 +1,6 @@
 """How much memory a whole compression takes, against what it was allowed.
 
-    python benchmarks/footprint.py [--fresh]
+    python benchmarks/footprint.py [--fresh] [--check]
 
 `lbyl.compress` at 50 % with its default restoration, verification included, in a process of its own. What may be held
 at once are three times the model, the moments of as many consumers as are solved together (one at least, and no more
@@ -10,7 +10,8 @@ is compressed before, for libraries that are loaded once are no data of ours, an
 that it counts as one of the three already.
 
 Networks have random weights, which take as much memory as any, and dream in 2 steps in place of 20: what is held does
-not depend on how often. Needs no data. Exits with 1 where the peak is above. benchmarks/results/footprint.json is
+not depend on how often. Needs no data. Exits with 1 where the peak is above; --check only measures the first cell
+again. benchmarks/results/footprint.json is
 written after every cell, and what stands there for the same version is not measured again (--fresh does).
 """
 
@@ -149,12 +150,17 @@ def table(cells: list[dict[str, Any]]) -> Table:
 
 def main(
     fresh: Annotated[bool, typer.Option(help="Measure again what is known.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only measure the first cell again.")] = False,
     cell: Annotated[tuple[str, int] | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure, write, compare."""
     if cell is not None:
         print(json.dumps(measure(*cell)))
         return
+    if check:
+        found = alone(__file__, "--cell", next(iter(NETWORKS)), str(ROOMS[0]))
+        print(f"{found['network']}: {found['peak_mib']:.0f} MiB of {found['allowed_mib']:.0f} MiB")
+        raise SystemExit(int(found["peak_mib"] > found["allowed_mib"]))
     run = Run("footprint", "Peak memory", "python benchmarks/footprint.py", pieced=True)
     run.settings = {"ratio": RATIO, "steps": STEPS}
     known = [] if fresh else known_cells("footprint")

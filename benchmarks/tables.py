@@ -3,7 +3,8 @@
     python benchmarks/tables.py
 
 docs/results.md and docs/coverage.md get all tables. README.md gets a small one and some sentences, each between
-``<!-- results:NAME -->`` and ``<!-- /results -->``; the NAMEs are the keys of `BLOCKS`.
+``<!-- results:NAME -->`` and ``<!-- /results -->``; the NAMEs are the keys of `BLOCKS`. A dagger marks tables and rows
+that were measured with other code than that of src/lbyl, and the line below them says with which.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from output import RESULTS
+from output import RESULTS, stamps_of
 from plots import CAPTIONS, SUMMARY, draw
+from provenance import ROOMS, Stamp, age, changed, current, named
 
 ROOT = Path(__file__).parent.parent
+OLD = "†"
 # The paper's story first; whatever else there is follows by name.
 ORDER = ("paper", "accuracy", "speed")
 ABOUT = """\
@@ -63,15 +66,45 @@ def grid(columns: list[str], body: list[list[Any]]) -> str:
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
 
 
-def table(data: dict[str, Any]) -> str:
-    """One table in Markdown, with its title above and its note below."""
-    parts = [f"**{data['title']}**", grid(data["columns"], data["rows"])]
-    return "\n\n".join([*parts, data["note"]] if data["note"] else parts)
+def table(data: dict[str, Any], results: dict[str, Any]) -> str:
+    """One table in Markdown, its title above, its note below; a dagger marks what other code was measured for."""
+    cells = cells_of(data, results)
+    old = how_old(results, cells)
+    aged = {c["network"] for c in cells if "network" in c and how_old(results, [c])}
+    by_row = aged < {c.get("network") for c in cells} and aged <= {row[0] for row in data["rows"]}
+    rows = [[f"{row[0]} {OLD}", *row[1:]] if by_row and row[0] in aged else row for row in data["rows"]]
+    parts = [f"**{data['title']}**" + f" {OLD}" * bool(old), grid(data["columns"], rows), data["note"]]
+    return "\n\n".join(part for part in (*parts, old and f"{OLD} {old}") if part)
+
+
+def cells_of(data: dict[str, Any], results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measurements that a table is made of: those of its networks where it names some, else all."""
+    titles = results["settings"].get("networks", {})
+    named = {row[0] for row in data["rows"]}
+    own = [
+        cell
+        for cell in results["measurements"]
+        if cell.get("network") in named or titles.get(cell.get("network")) == data["title"]
+    ]
+    return own or results["measurements"]
+
+
+def how_old(results: dict[str, Any], cells: list[dict[str, Any]]) -> str | None:
+    """Which code was measured, where that is no more the code that is here; None where it is."""
+    old = age(stamps_of(results, cells), current(), results.get("rooms", ROOMS))
+    checked = results.get("checked")
+    if old and checked:
+        seen = Stamp(**{key: checked[key] for key in ("commit", "date", "sources")})
+        since = changed(seen, current(), results["rooms"])
+        old += f" Seen to hold {checked['how']} on {named(seen)}" + (
+            f", before the last changes of {', '.join(since)}." if since else ", with the code as it is."
+        )
+    return old
 
 
 def benchmark(data: dict[str, Any]) -> str:
     """All tables of one benchmark."""
-    return "\n\n".join(map(table, data["tables"]))
+    return "\n\n".join(table(each, data) for each in data["tables"])
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
@@ -84,7 +117,13 @@ def page(results: dict[str, dict[str, Any]]) -> str:
             f"{data['threads']} thread{'s' * (data['threads'] != 1)}."
         )
         plots = [f"![{caption}]({name}.svg)" for name, caption in data.get("plots", {}).items()]
-        parts += [f"## {data['title']}", *plots, benchmark(data), *map(table, data.get("details", ())), made]
+        parts += [
+            f"## {data['title']}",
+            *plots,
+            benchmark(data),
+            *(table(each, data) for each in data.get("details", ())),
+            made,
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,8 +133,7 @@ def coverage(data: dict[str, Any]) -> str:
         "# Architectures",
         "Written by `python benchmarks/tables.py` from `benchmarks/results/coverage.json`; do not edit by hand.",
         data["about"],
-        *map(table, data["details"]),
-        *map(table, data["tables"]),
+        *(table(each, data) for each in (*data["details"], *data["tables"])),
         *(f"## {title}\n\n{text}" for title, text in data["sections"].items()),
         f"`{data['command']}` with lbyl {data['lbyl']}, torch {data['torch']}, one thread a cell.",
     ]

@@ -118,6 +118,52 @@ def test_families(family: str, tmp_path: Path) -> None:
         assert all(map(torch.equal, loaded, output_tensors(inputs.call(result.model))))
 
 
+# mechanism: (builds a network that has it, the side of its images, the least share of the parameters that goes)
+MECHANISMS: dict[str, tuple[Callable[[], nn.Module], int, float]] = {
+    "cosine attention in shifted windows": (
+        lambda: torchvision.models.SwinTransformer(
+            [4, 4],
+            24,
+            [1, 1],
+            [3, 3],
+            [4, 4],
+            num_classes=10,
+            block=torchvision.models.swin_transformer.SwinTransformerBlockV2,
+            downsample_layer=torchvision.models.swin_transformer.PatchMergingV2,
+        ),
+        32,
+        0.15,
+    ),
+    "grids and windows": (
+        lambda: torchvision.models.MaxVit((32, 32), 16, 2, [16, 32], [1, 1], 8, 0.0, num_classes=10), 32, 0.3,
+    ),
+    "global response norm": (timm_model("convnextv2_atto", depths=(1, 1, 1, 1)), 64, 0.3),
+    "mixing tokens": (timm_model("mixer_s32_224"), 224, 0.2),
+    "cross-covariance attention": (timm_model("xcit_nano_12_p16_224", depth=1), 64, 0.3),
+    "attention on unfolded patches": (timm_model("mobilevit_xxs"), 64, 0.3),
+    "pooling for attention": (timm_model("poolformer_s12"), 64, 0.3),
+    "batch norms of linear layers": (timm_model("levit_128s"), 224, 0.2),
+    "cheap features, concatenated": (timm_model("ghostnet_100"), 64, 0.3),
+    "parallel branches, added": (timm_model("repvgg_a0"), 64, 0.3),
+    "resolutions, fused": (timm_model("hrnet_w18_small"), 64, 0.3),
+    "trees of sums": (timm_model("dla34"), 64, 0.3),
+    "stages, split and joined": (timm_model("cspresnet50"), 64, 0.3),
+    "branches, concatenated": (torchvision_model("squeezenet1_1"), 64, 0.3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_mechanisms_that_the_coverage_table_counts_on(mechanism: str) -> None:
+    build, side, share = MECHANISMS[mechanism]
+    torch.manual_seed(0)
+    result = lbyl.compress(build().eval(), images(1, 3, side, side), ratio=0.25, scope="all", restore="prune")
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-6
+    before, after = result.report.parameters
+    assert 1 - after / before >= share
+    assert not any("not traced" in why for _, why in result.report.left)
+
+
 @pytest.mark.parametrize("family", ["shuffled", "vision transformer", *list(FAMILIES)[-3:]])
 def test_restoration_beats_plain_pruning(family: str) -> None:
     build, make_input, *_ = FAMILIES[family]

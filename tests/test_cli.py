@@ -213,7 +213,6 @@ def test_several_inputs_of_other_types(source: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("inspect", "resnet18"), "names no model"),
         (("inspect", "torchvision:resnet17"), "torchvision has no model 'resnet17'"),
         (("inspect", "nowhere.py:net"), "no file nowhere.py"),
         (("inspect", "no.such.package:net"), "can't be imported"),

@@ -499,7 +499,7 @@ def test_a_measured_latency_is_in_summary_file_and_page(tmp_path: Path) -> None:
     folder = result.save(tmp_path / "out")
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert "3 ms" in text
-    assert "No speed from the cut of 0 (MACs 50%, time 100%)" in text
+    assert "No time is saved by the cut of 0 (MACs 50%, time 100%)" in text
     assert read_manifest(folder).report.latency == result.report.latency
 
 

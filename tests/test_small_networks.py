@@ -8,6 +8,8 @@ with the tensors of the cut network put back at the indices that stay, and zeros
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -741,3 +743,16 @@ def test_so_it_is_in_the_inner_scope_and_with_restoration(name: str) -> None:
 
 def test_there_are_many() -> None:
     assert len(NETWORKS) >= 120
+
+
+def test_a_first_call_loads_no_compiler() -> None:
+    """PyTorch's compiler takes longer to load than a small network takes to be compressed."""
+    code = (
+        "import sys, torch, lbyl\n"
+        "from torch import nn\n"
+        "net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()\n"
+        "lbyl.compress(net, torch.zeros(1, 1, 12, 12), restore=lbyl.LeastSquares(moments=lbyl.Dream(images=4)))\n"
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,1 +1,1 @@
-"""How wide each group may stay."""
+"""Budgets: how many channels each group keeps."""

@@ -1,4 +1,4 @@
-"""From a budget to widths: the least predicted error at the cost that the budget allows."""
+"""Choose the width of every group: the least predicted error at the cost that the budget allows."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def allocate(
 ) -> dict[int, int]:
     """Kept channels of every group that has a curve, such that the cost is at most ``target``.
 
-    Greedy: the step with the least added error for the saved cost, over all smaller widths of all groups, again and
-    again. Looking at all widths, not only the next, keeps a steep start of a curve from hiding what lies behind.
+    Greedy: each step makes one group smaller, the one that adds the least error for each unit of cost that it saves.
+    All smaller widths of a group are candidates, not only the next one, for an error curve may be steep at first and
+    flat after that.
 
     Raises:
         InputError: even the smallest widths cost more; the message says how much.
@@ -66,7 +67,7 @@ def allocate(
                 continue
             saved = before - sum(term.at(widths | {group: width}) for term in by_group[group])
             added = curve.weight * float(curve.error[width] - curve.error[now])
-            # A step must not overshoot what is wanted by far.
+            # A step must not go far below the target.
             if saved <= 0 or (cost - saved < target * (1 - REACHED_WITHIN / 2) and width < _next(offered[group], now)):
                 continue
             rate = (added + 1e-12) / saved
@@ -98,12 +99,12 @@ def _next(options: Sequence[int], now: int) -> int:
 
 _CORRECTIONS = 6
 _LOUDEST = 0.1
-"""A measurement that may be off by more than this share of the budget can't tell whether that is met."""
+"""A measured cost whose margin is a larger share of the budget can't tell whether the budget is met."""
 
 
 @dataclass(frozen=True)
 class Widths:
-    """What was chosen: kept channels by group index."""
+    """The chosen widths: kept channels by group index."""
 
     kept: Mapping[int, int]
     notes: tuple[str, ...] = ()
@@ -113,7 +114,7 @@ class Widths:
         return KeptCounts({index: kept for index, kept in self.kept.items() if kept < graph.groups[index].width})
 
     def ratios(self, graph: Graph) -> dict[str, float]:
-        """The ratio of each group, by its name as a pattern, for the record."""
+        """The ratio of each group, under a pattern that matches its name alone: what the plan records."""
         found = {"*": 0.0}
         for index, kept in self.kept.items():
             group = graph.groups[index]
@@ -137,7 +138,7 @@ def choose_widths(
         graph: its channel graph.
         measured: the error curves of the groups that may lose channels.
         budget: what may stay.
-        cut: cuts to kept counts, so that the real cost can be told, which the prediction may miss.
+        cut: cuts the network to kept counts. The cost of the result is measured, for the prediction may be off.
 
     Raises:
         InputError: the budget can't be reached within 2 %; or, for a latency, within the margin of its measurement
@@ -151,7 +152,7 @@ def choose_widths(
         costing = timed(model, inputs, graph, curves, budget, lambda kept: cut(Widths(kept).counts(graph)))
     terms, target = costing.terms, costing.target
     smallest = smallest_cost(graph, curves, terms, budget)
-    # A count is what it is; the smallest time is only predicted, so it is tried.
+    # A count is exact. The smallest latency is only predicted, so it is tried even where it is above the target.
     aim = target if budget.latency is None else max(target, smallest)
     tried: list[tuple[float, Cost]] = []
     for _ in range(_CORRECTIONS):
@@ -168,7 +169,7 @@ def choose_widths(
 
 
 def _next_aim(tried: Sequence[tuple[float, Cost]], target: float) -> float:
-    """What to allocate for, after what the last aims led to: between those on both sides, or scaled."""
+    """The predicted cost to try next: between a try below the target and one above it, or the last one scaled."""
     below = max((t for t in tried if t[1].amount <= target), key=lambda t: t[1].amount, default=None)
     above = min((t for t in tried if t[1].amount > target), key=lambda t: t[1].amount, default=None)
     if below and above:
@@ -179,7 +180,7 @@ def _next_aim(tried: Sequence[tuple[float, Cost]], target: float) -> float:
 
 
 def _missed(reached: Sequence[Cost], target: float, total: float, budget: Budget) -> str:
-    """What to say of a budget that was not met."""
+    """The message for a budget that was not met."""
     nearest = min(reached, key=lambda cost: abs(cost.amount - target))
     share = f"{nearest.amount / total:.3f}" + (f" ± {nearest.margin / total:.3f}" if nearest.margin else "")
     advice = "ask for that, or take a smaller round_to"

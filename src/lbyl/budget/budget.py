@@ -1,4 +1,4 @@
-"""What users ask for: how much may stay."""
+"""The budget that a user gives: what the smaller network may cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from lbyl.runtime.checks import check_number
 
 REACHED_WITHIN = 0.02
 _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
-"""A group is offered at most so many widths, or long searches would not be felt in the result."""
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,17 @@ from lbyl.runtime.macs import count_parameters, macs_by_parameter, macs_by_shape
 
 _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
 _STEPS = 48
+"""The most widths that a group is offered: more would take longer and change the result little."""
 
 
 @dataclass(frozen=True)
 class Term:
     """A cost that is proportional to the lengths of some dimensions.
 
-    ``dims`` has for each the length that is nobody's and, for each group (index in the graph), how many places
-    a channel of it takes there. Where the cost does not fall with the lengths' product, ``curve`` says how it does:
-    points (share of the product, share of the cost), by increasing shares, between which it is linear.
+    ``dims`` holds, for each dimension, the length that belongs to no group and, for each group (index in the graph),
+    how many entries one of its channels takes up. ``lengths`` are the uncut lengths. Where the cost is not proportional
+    to the product of the lengths, ``curve`` says what it is: points (share of the product, share of the cost), by
+    increasing shares, with straight lines between them.
     """
 
     cost: float
@@ -57,7 +59,7 @@ class Term:
 def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
     """A term for every parameter that has a cost, which shrinks with each of its dimensions.
 
-    The cost named "" is that of products of activations; it is shared out evenly among the groups that go into them.
+    The cost named "" is that of products of activations. It is divided evenly among the groups that are multiplied.
     """
     dims: dict[str, dict[int, tuple[int, int, dict[int, float]]]] = defaultdict(dict)
     for index, group in enumerate(graph.groups):
@@ -109,7 +111,7 @@ class Cost:
     Attributes:
         amount: in the budget's unit.
         margin: how far that may be off; 0 where it is counted, not measured.
-        notes: what the user should know of it.
+        notes: what the report should say about it.
     """
 
     amount: float
@@ -118,16 +120,16 @@ class Cost:
 
 
 class Costing(Protocol):
-    """One measure of cost: ``terms`` predict it from widths, ``target`` is what may stay of it."""
+    """One way to measure cost: ``terms`` predict it from widths, ``target`` is the cost that is allowed."""
 
     @property
     def terms(self) -> Sequence[Term]:
-        """What the network costs, part by part."""
+        """The parts that the cost of the network is the sum of."""
         ...
 
     @property
     def target(self) -> float:
-        """What may stay."""
+        """The cost that is allowed."""
         ...
 
     def of(self, smaller: nn.Module) -> Cost:
@@ -144,12 +146,12 @@ class Counted:
     count: Callable[[nn.Module], int]
 
     def of(self, smaller: nn.Module) -> Cost:
-        """The cost of a cut network, which the sum over parameters may miss."""
+        """The cost of a cut network, counted on the network: the sum of the terms may be off."""
         return Cost(float(self.count(smaller)))
 
 
 def counted(model: nn.Module, inputs: ExampleInputs, graph: Graph, budget: Budget) -> Counted:
-    """The measure of a budget of MACs, parameters or bytes.
+    """The cost that a budget of MACs, parameters or bytes limits.
 
     Args:
         model: the unpruned network in evaluation mode.

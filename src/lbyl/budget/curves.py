@@ -1,4 +1,4 @@
-"""Error curves: what the channels of each group are worth, measured on probes or read off the weights."""
+"""Error curves: how the error of each group grows as it loses channels, measured on probes or read off the weights."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def error_curve(
     """Squared relative error when only the first k channels stay, for all k at once.
 
     With the Cholesky factor ``L L^T = G + ridge``, what the first k channels leave of channel j is
-    ``G_jj - sum_{i<k} L_ji^2``; it counts by the energy ``|U_j|^2`` with which the consumers take it.
+    ``G_jj - sum_{i<k} L_ji^2``. It is weighted by the energy ``|U_j|^2`` of the consumers' weights for channel j.
 
     Args:
         covariance: G, of the channels in the order in which they stay.
-        energy: how strongly the consumers take each channel.
-        ridge: added to the diagonal, relative to its mean: what least squares will be given as well.
+        energy: squared norm of the consumers' weights for each channel.
+        ridge: added to the diagonal, relative to its mean, as least squares does.
     """
     count = len(covariance)
     diagonal = covariance.diagonal().clamp_min(0)
@@ -70,7 +70,7 @@ def error_curve(
     left = (diagonal[:, None] - explained).clamp_min(0) * energy[:, None]
     gone = torch.arange(count)[:, None] >= torch.arange(count + 1)[None, :]
     error = (left * gone).sum(0) / total
-    # Keeping more never costs more.
+    # The error never grows when more channels are kept.
     return error.flip(0).cummax(0).values.flip(0)
 
 
@@ -79,12 +79,14 @@ _CONSUMERS = 6
 _TRIED = 24
 """Held-out probes that each group's error is followed through the network with."""
 _TRIALS = 5e11
-"""Multiply-accumulates that measuring how far errors travel may take; beyond, every error counts alike."""
+"""The most multiply-accumulates for measuring how much each group's error changes the outputs."""
+
+_NOT_TRIED = "widths: too large a network to measure how much each group's error changes the outputs; all count alike"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What the channels of every group are worth: measured once, good for any number of budgets."""
+    """The error curves of all groups: measured once, used for any number of budgets."""
 
     curves: tuple[Curve, ...]
     notes: tuple[str, ...] = ()
@@ -110,7 +112,7 @@ def measure_curves(
         groups: indices of the groups that may lose channels.
         state: its tensors.
         by: which channels are kept.
-        probes: what moments are measured on; without them the weights have to tell.
+        probes: what moments are measured on; without them, curves come from the weights alone.
         seed: for the criterion and sampled positions.
         progress: called as ``progress(stage, done, total)``.
     """
@@ -167,10 +169,7 @@ def _from_probes(
 
     some = min(_TRIED, available := batch_size(probes.held_out))
     probes = replace(probes, held_out=split(probes.held_out, [some, available - some])[0])
-    pixels = max(
-        1, sum(t.numel() for t in probes.held_out.tensors()) // max(1, sum(t.numel() for t in inputs.tensors()))
-    )
-    affordable = len(orders) * pixels * count_macs(model, inputs) <= _TRIALS
+    affordable = _can_be_tried(model, inputs, probes.held_out, len(orders))
     expected = run_intercepted(model, probes.held_out, batch_statistics=probes.batch_statistics) if affordable else None
     curves = []
     for done, index in enumerate(orders):
@@ -192,8 +191,13 @@ def _from_probes(
         curves.append(curve)
         if progress:
             progress("weighing groups", done + 1, len(orders))
-    note = "" if affordable else "widths: too large to measure how far each group's error travels; all count alike"
-    return curves, note
+    return curves, "" if affordable else _NOT_TRIED
+
+
+def _can_be_tried(model: nn.Module, inputs: ExampleInputs, held_out: ExampleInputs, times: int) -> bool:
+    """Whether the network can be run so many times on held-out probes without taking too long."""
+    sizes = [sum(t.numel() for t in given.tensors()) for given in (held_out, inputs)]
+    return times * max(1, sizes[0] // max(1, sizes[1])) * count_macs(model, inputs) <= _TRIALS
 
 
 def _travels(
@@ -207,7 +211,7 @@ def _travels(
 ) -> float:
     """Squared relative error of the network's output for each unit of the group's own, with half of it gone.
 
-    Layer norms keep their statistics: the group's own error does not count what the cut changes in them either.
+    Layer norms keep the statistics of the uncut network, for the group's own error leaves out that change as well.
     """
     group = graph.groups[curve.group]
     kept = max(1, group.width // 2)
@@ -218,12 +222,14 @@ def _travels(
     values: dict[str, Tensor] = {}
     for slot, item in seen:
         assert item.moments is not None
-        # Not centered: no constant is corrected here, so the kept channels have to carry the mean as well.
+        # Not centered: biases are not corrected here, so the kept channels have to make up for the mean as well.
         gram = (item.moments.pp / item.moments.count).cpu()
         ridge = 0.01 * float(gram.diagonal().mean()) + 1e-12
-        matrix = torch.linalg.solve(gram[keep][:, keep] + ridge * torch.eye(len(keep)).double(), gram[keep][:, drop])
+        matrix = torch.linalg.solve(
+            gram[keep][:, keep] + ridge * torch.eye(len(keep), dtype=torch.float64), gram[keep][:, drop]
+        )
         weight = values.get(slot.parameter, state[slot.parameter].detach().clone())
-        delivery = Delivery(matrix, torch.ones(len(keep)).double())
+        delivery = Delivery(matrix, torch.ones(len(keep), dtype=torch.float64))
         fold(columns_second(weight, slot), _source(state, slot), slot, group.width, keep, drop, delivery)
         values[slot.parameter] = weight
     found = run_intercepted(model, probes.held_out, values=values, batch_statistics=probes.batch_statistics)

@@ -1,8 +1,8 @@
 """Latency as a cost: how each layer's time falls with its widths, read off a few networks that are cut and timed.
 
-Time does not fall like the multiply-accumulates do: some of it is fixed, and odd widths can be slow. So every layer
-gets a curve of its own, through what it takes in the unpruned network and in a few that are cut evenly. What the
-prediction still misses is corrected on the network that it leads to, whose time is measured.
+Time is not proportional to multiply-accumulates: some of it is fixed, and odd widths can be slow. So every layer gets
+a curve of its own, through its times in the unpruned network and in a few networks that are cut evenly. The network
+that the prediction leads to is timed as well, and the prediction is corrected by the difference.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import Latency, measure_latencies, measure_whole
 
 _KEPT = (0.75, 0.5, 0.25)
-"""Shares of the channels that the networks keep which the curves go through."""
+"""Shares of the channels that stay in the networks that are timed."""
 _SECONDS = 10.0
 _RUNS = (5, 15)
-"""As many runs as fit into so many seconds, within these bounds."""
+"""The fewest and the most runs; between them, as many as fit into that many seconds."""
 _MICRO = 1e6
 
 
 @dataclass(frozen=True)
 class LatencyCost:
-    """Microseconds: the layers' own in the unpruned network, and the same share of them as a whole run takes.
+    """Microseconds of a run. The unpruned network has the sum of its layers' times; a cut one has a share of that sum.
 
     Attributes:
-        terms: a layer each, and what no layer takes.
-        target: what may stay.
+        terms: one for each layer, and others for the time between the layers.
+        target: the time that is allowed.
         share: the same as a share of the unpruned network's time.
-        model: the unpruned network, which runs in turns with each cut one.
+        model: the unpruned network, which runs alternately with each cut one.
         inputs: what it is called with.
         runs: how often each is timed.
     """
@@ -54,7 +54,7 @@ class LatencyCost:
     runs: int
 
     def of(self, smaller: nn.Module) -> Cost:
-        """The time of a cut network. One that seems to meet the target has to do so a second time."""
+        """The time of a cut network. If it seems to meet the target, it is measured once more, with twice the runs."""
         before, after = measure_whole((self.model, smaller), self.inputs, runs=self.runs)
         ratio, total = after.over(before), self.target / self.share
         if abs(ratio.median - self.share) > max(REACHED_WITHIN * self.share, ratio.margin):
@@ -64,7 +64,7 @@ class LatencyCost:
         assert ratio
         notes = [f"latency: {found.latency()}, on {found.place()}; asked for {self.share:.2f}"]
         if found.no_speed:
-            notes.append(f"latency: no speed from the cut of {found.without_speed()}")
+            notes.append(f"latency: no time is saved by the cut of {found.without_speed()}")
         return Cost(ratio.median * total, ratio.margin * total, tuple(notes))
 
 
@@ -76,7 +76,7 @@ def timed(
     budget: Budget,
     cut: Callable[[Mapping[int, int]], nn.Module],
 ) -> LatencyCost:
-    """The measure of a latency budget.
+    """The cost that a latency budget limits.
 
     Args:
         model: the unpruned network in evaluation mode, on the device where it will run.
@@ -123,10 +123,10 @@ def _layers(
 
 
 def shaped(term: Term, samples: Sequence[Mapping[int, int]], costs: Sequence[float]) -> Term:
-    """The term with the curve that goes through what it cost at some widths, the first of which are the full ones.
+    """The term with a curve through its costs at some widths, the first of which are the full ones.
 
-    Where noise makes less look dearer than more, it counts as equally dear. Below the smallest sample, the curve goes
-    on as steeply as it came.
+    Where noise makes a smaller width look slower than a larger one, both count as equally slow. Below the smallest
+    sample, the curve goes on with the slope that it has there.
     """
     points: dict[float, float] = {}
     for kept, cost in zip(samples, costs, strict=True):
@@ -149,9 +149,9 @@ def _rest(
     samples: Sequence[Mapping[int, int]],
     seconds: Sequence[float],
 ) -> list[Term]:
-    """What no layer takes falls in a straight line with the size of the activations; a term a group, and the rest.
+    """The time between the layers, as terms: it falls in a straight line with the size of the activations.
 
-    Activations, sums and pooling act on what layers put out, so their time goes by how much that is.
+    Activation functions, sums and pooling work on the outputs of layers, so their time depends on the size of these.
     """
     sizes: dict[str, int] = defaultdict(int)
 

@@ -13,41 +13,47 @@ import typer
 from lbyl.cli.app import app, out, print_json, working
 from lbyl.cli.options import Folder, Json, SameInputs, Seed
 from lbyl.cli.sources import example_inputs, load_model
-from lbyl.cli.texts import InputSpec
+from lbyl.cli.texts import InputSpec, check_source
 
 if TYPE_CHECKING:
     from lbyl.surgery.plan import Plan
 
 _LARGEST_INPUT = 2**28
 
+_Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        callback=check_source,
+        help="The unpruned network: timm:NAME, torchvision:NAME, package.module:factory or file.py:factory. "
+        "Default: the source that the folder was compressed from, if it is timm or torchvision.",
+        show_default=False,
+    ),
+]
+_Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="State dict for the unpruned network. Without it, the weights are random, which takes the same time."
+    ),
+]
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        callback=check_source,
+        help="What builds the unpruned model that the folder is loaded into. "
+        "Default: the source that the folder was compressed from, or --against if that is a factory of yours.",
+        show_default=False,
+    ),
+]
+
 
 @app.command()
 def bench(
     folder: Folder,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="The unpruned network: timm:NAME, torchvision:NAME, package.module:factory or file.py:factory. "
-            "Default: the source that the folder was compressed from, if it is timm or torchvision.",
-            show_default=False,
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            help="State dict for the unpruned network. Without it, the weights are random, which takes the same time."
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="What builds the unpruned model that the folder is loaded into. "
-            "Default: the source that the folder was compressed from, or --against if that is a factory of yours.",
-            show_default=False,
-        ),
-    ] = None,
+    against: _Against = None,
+    weights: _Weights = None,
+    model: _Model = None,
     input: SameInputs = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Batch size, in place of that of the inputs.", show_default=False)

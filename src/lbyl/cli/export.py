@@ -10,6 +10,7 @@ from lbyl.cli.app import app, out, print_json, working
 from lbyl.cli.names import check_name, name_option
 from lbyl.cli.options import Folder, Json, SameInputs, Seed
 from lbyl.cli.sources import example_inputs
+from lbyl.cli.texts import check_source
 
 
 @app.command()
@@ -20,6 +21,7 @@ def export(
         str | None,
         typer.Option(
             metavar="SOURCE",
+            callback=check_source,
             help="What builds the unpruned model (module:factory), if it is neither from timm nor from torchvision.",
         ),
     ] = None,

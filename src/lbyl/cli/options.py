@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from lbyl.cli.texts import check_inputs
+from lbyl.cli.texts import check_inputs, check_source
 
 Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
+        callback=check_source,
         help="timm:NAME, torchvision:NAME, package.module:factory or file.py:factory. A factory is code: it is run.",
         show_default=False,
     ),

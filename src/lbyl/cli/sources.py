@@ -129,8 +129,7 @@ def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | No
 
 
 def setting(value: Any) -> str:
-    """A settings object as Python would print it."""
-    if isinstance(value, Mapping) and "name" in value:
-        fields = ", ".join(f"{key}={setting(item)}" for key, item in value.items() if key != "name")
-        return f"{value['name']}({fields})"
-    return shlex.quote(value) if isinstance(value, str) else repr(value)
+    """A setting of a plan for a terminal: texts as a shell takes them."""
+    from lbyl.runtime.settings import printed
+
+    return printed(value, lambda plain: shlex.quote(plain) if isinstance(plain, str) else repr(plain))

@@ -37,6 +37,16 @@ class InputSpec:
         return InputSpec(shape, dtype)
 
 
+def check_source(text: str | None) -> str | None:
+    """The text, which must have the form of a source; whether there is such a model turns out when it is built."""
+    kind, _, name = (text or "").rpartition(":")
+    if text is not None and not (kind and name):
+        from lbyl.io.sources import FORMS
+
+        raise typer.BadParameter(f"{text!r} names no model; write {FORMS}")
+    return text
+
+
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
 
 

@@ -128,7 +128,7 @@ def _resize_and_normalize(
     for name, numbers in (("--mean", shift), ("--std", divisor)):
         if len(numbers) not in (1, channels):
             raise InputError(f"{name} has {len(numbers)} numbers; the model takes {channels} channels")
-    center, spread = (torch.tensor(numbers).reshape(-1, 1, 1) for numbers in (shift, divisor))
+    center, spread = (torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1, 1) for numbers in (shift, divisor))
 
     def preprocess(image: Any) -> Tensor:
         # The largest centered window that has the input's proportions, so that nothing is stretched.

@@ -171,7 +171,7 @@ def _with_output(sums: Sequence[Tensor], call: ConsumerCall) -> list[Tensor]:
     for part in out.split(max(1, _CHUNK_BYTES // max(1, out[:1].numel() * 8))):
         # A copy, also of float64: it is squared in place, and the network goes on with the output.
         wide = part.to(torch.float64, copy=True)
-        count = torch.tensor(float(wide.numel() // wide.shape[1]))
+        count = torch.tensor(wide.numel() // wide.shape[1], dtype=torch.float64)
         more = [count, wide.sum(dims), wide.square_().sum(dims)]
         sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
     return sums

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lbyl.moments.adam import Adam
 from lbyl.moments.base import Probes
 from lbyl.moments.input_scales import input_scales
 from lbyl.moments.noise import Noise
@@ -89,11 +90,9 @@ class ClassDream:
             batch = part.map(lambda t: t.detach().clone())
             pairs = [(t, s) for t, s in zip(batch.tensors(), scales, strict=True) if t.is_floating_point()]
             wanted = torch.randint(classes, (batch_size(batch),), generator=generator).to(pairs[0][0].device)
-            groups = [{"params": [t.requires_grad_(True)], "lr": self.lr * float(s.deviation.mean())} for t, s in pairs]
-            optimizer = torch.optim.Adam(groups)
+            optimizer = Adam([(t, self.lr * float(s.deviation.mean())) for t, s in pairs])
             with frozen(model), torch.enable_grad(), InputsForgotten():
                 for step in range(self.steps):
-                    optimizer.zero_grad()
                     answers = _answers(batch.call(model), batch)
                     assert answers is not None
                     functional.cross_entropy(answers.float(), wanted).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import InputError
+from lbyl.moments.adam import Adam
 from lbyl.moments.attached_norms import measure_statistics, with_norms
 from lbyl.moments.base import Probes
 from lbyl.moments.input_scales import input_scales
@@ -169,11 +171,13 @@ class Dream:
     ) -> ExampleInputs:
         """One batch, moved step by step."""
         batch = start.map(lambda t: t.detach().clone())
-        pixels = [
-            {"params": [t.requires_grad_(True)], "lr": self.lr * float(scale.deviation.mean())}
-            for t, scale in zip(batch.tensors(), scales.scales, strict=True)
-            if t.is_floating_point()
-        ]
+        optimizer = Adam(
+            [
+                (t, self.lr * float(scale.deviation.mean()))
+                for t, scale in zip(batch.tensors(), scales.scales, strict=True)
+                if t.is_floating_point()
+            ]
+        )
         state = tensors_of(model)
         terms: list[Tensor] = []
 
@@ -183,17 +187,13 @@ class Dream:
             spread = ((var + _TINY) / stored).sqrt() - 1
             terms.append(offset.mean() + spread.square().mean())
 
-        optimizer = torch.optim.Adam(pixels, lr=self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         with frozen(model), torch.enable_grad(), InputsForgotten():
             for step in range(steps):
                 terms.clear()
                 run_intercepted(model, batch, on_norm=on_norm, batch_statistics=True)
                 if not terms:
                     raise InputError("Dream: no batch norm with running statistics; use lbyl.Photographs or lbyl.Noise")
-                optimizer.zero_grad()
                 torch.stack(terms).sum().backward()
-                optimizer.step()
-                schedule.step()
+                optimizer.step((1 + math.cos(math.pi * step / steps)) / 2)
                 report(step + 1)
         return batch.map(lambda t: t.detach())

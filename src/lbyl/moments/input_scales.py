@@ -78,10 +78,15 @@ def _from_example(tensor: Tensor) -> Scale:
     # The range of so many normal values; what has a much narrower one is bounded.
     normal = 2 * math.sqrt(2 * math.log(max(values.numel(), 2))) * deviation
     if high - low > 0.75 * normal:
-        return Scale(torch.tensor([mean]), torch.tensor([deviation]))
+        return _scale(mean, deviation)
     fitting = (span for span in _RANGES if span[0] <= low and high <= span[1])
     low, high = next((span for span in fitting if span[1] - span[0] < 2 * (high - low)), (low, high))
-    return Scale(torch.tensor([(mean + (low + high) / 2) / 2]), torch.tensor([(high - low) / 4]), low, high)
+    return _scale((mean + (low + high) / 2) / 2, (high - low) / 4, low, high)
+
+
+def _scale(mean: float, deviation: float, *bounds: float) -> Scale:
+    numbers = torch.tensor([[mean], [deviation]], dtype=torch.float32)
+    return Scale(numbers[0], numbers[1], *bounds)
 
 
 def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Scale | None:

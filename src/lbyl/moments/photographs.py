@@ -24,9 +24,9 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
 _SMALLEST = 16
-"""Sides of an input below this many pixels show nothing of a photograph."""
+"""Inputs with a smaller side are too small for crops of photographs."""
 _PART = 0.4
-"""The least share of the largest possible crop's sides that a crop has."""
+"""The smallest crop, as a share of the sides of the largest possible one."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
     if not _is_color(shape):
         return dead_leaves(shape, generator)
     count, _, height, width = shape
-    images, available = torch.empty(tuple(shape)), _load()
+    images, available = torch.empty(tuple(shape), dtype=torch.float32), _load()
     for number in range(count):
         whole = available[number % len(available)]
-        part, across, down, mirror = torch.rand(4, generator=generator).tolist()
+        part, across, down, mirror = torch.rand(4, generator=generator, dtype=torch.float32).tolist()
         scale = min(whole.width / width, whole.height / height) * (_PART + (1 - _PART) * part)
         crop_width, crop_height = max(1, math.floor(scale * width)), max(1, math.floor(scale * height))
         left, top = int(across * (whole.width - crop_width + 1)), int(down * (whole.height - crop_height + 1))

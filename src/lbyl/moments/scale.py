@@ -1,4 +1,4 @@
-"""The scale of inputs: what mean and deviation they are brought to."""
+"""The scale of inputs: the mean and standard deviation that probes are given."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Scale:
         return not bool(self.mean.any()) and bool((self.deviation == 1).all())
 
 
-UNIT = Scale(torch.zeros(1), torch.ones(1))
+UNIT = Scale(torch.zeros(1, dtype=torch.float32, device="cpu"), torch.ones(1, dtype=torch.float32, device="cpu"))
 
 
 @dataclass(frozen=True)
 class InputScales:
-    """The scale of each tensor among the inputs, and what the user should know of it ("" for nothing)."""
+    """The scale of each tensor among the inputs, and a note about it ("" for none)."""
 
     scales: tuple[Scale, ...]
     note: str = ""

@@ -20,19 +20,24 @@ Maker = Callable[[Sequence[int], torch.Generator], Tensor]
 """Makes a floating-point input of a given shape, batch first."""
 
 
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Normal values in float32, whatever the user's default is: what they are depends on the dtype."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
 def pink(shape: Sequence[int], generator: torch.Generator, spectrum: float = 1.0) -> Float[Tensor, "..."]:
     """Noise whose amplitude falls as 1 / frequency ** spectrum over the spatial axes, like natural images'.
 
     Every (image, channel) has zero mean and unit variance. Shapes ``[N, features]`` have no spatial axes and
     get white noise.
     """
-    white = torch.randn(tuple(shape), generator=generator)
+    white = _normal(generator, *shape)
     if len(shape) < 3:
         return white
     axes = list(range(2, len(shape)))
-    radius = torch.zeros([1] * len(axes))
+    radius = torch.zeros([1] * len(axes), dtype=torch.float32)
     for position, axis in enumerate(axes):
-        frequency = torch.fft.fftfreq(shape[axis]) * shape[axis]
+        frequency = torch.fft.fftfreq(shape[axis], dtype=torch.float32) * shape[axis]
         view = [1] * len(axes)
         view[position] = -1
         radius = radius + frequency.reshape(view).square()
@@ -48,14 +53,14 @@ def varied_pink(shape: Sequence[int], generator: torch.Generator, spectrum: floa
     Every second image is clipped at one deviation, for real inputs are bounded: it has flat regions and edges.
     """
     count = shape[0]
-    images = torch.empty(tuple(shape))
+    images = torch.empty(tuple(shape), dtype=torch.float32)
     classes = min(8, count)
     for number in range(classes):
         exponent = max(0.0, spectrum - 1 + 2 * (number + 0.5) / classes)
         rows = torch.arange(number, count, classes)
         images[rows] = pink((len(rows), *shape[1:]), generator, exponent)
     view = [count] + [1] * (len(shape) - 1)
-    images = images * torch.exp(0.5 * torch.randn(view, generator=generator))
+    images = images * torch.exp(0.5 * _normal(generator, *view))
     order = torch.randperm(count, generator=generator)
     images[order[::2]] = images[order[::2]].clamp(-1, 1)
     return images
@@ -73,11 +78,11 @@ def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
     grain = [pink(shape, generator, exponent) for exponent in (1.0, 0.6)]
 
     def color(leaves: int) -> Tensor:
-        shared = torch.randn(count, leaves, 1, generator=generator)
-        return shared + 0.4 * torch.randn(count, leaves, channels, generator=generator)
+        shared = _normal(generator, count, leaves, 1)
+        return shared + 0.4 * _normal(generator, count, leaves, channels)
 
     def uniform(leaves: int) -> Tensor:
-        return torch.rand(count, leaves, generator=generator)
+        return torch.rand(count, leaves, generator=generator, dtype=torch.float32)
 
     images = color(1).reshape(count, channels, 1, 1) + 0.5 * grain[0]
     side, leaves = float(max(height, width)), 400
@@ -85,9 +90,9 @@ def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
     radius = side * (smallest**-2 + uniform(leaves) * (largest**-2 - smallest**-2)).rsqrt()
     center_x, center_y = (uniform(leaves) * 1.2 - 0.1) * width, (uniform(leaves) * 1.2 - 0.1) * height
     angle, square = uniform(leaves) * math.pi, uniform(leaves) < 0.3
-    aspect = torch.exp(0.4 * torch.randn(count, leaves, generator=generator))
-    gradient = 0.5 * torch.randn(count, leaves, 2, generator=generator)
-    strength = 0.25 * torch.exp(0.7 * torch.randn(count, leaves, generator=generator))
+    aspect = torch.exp(0.4 * _normal(generator, count, leaves))
+    gradient = 0.5 * _normal(generator, count, leaves, 2)
+    strength = 0.25 * torch.exp(0.7 * _normal(generator, count, leaves))
     tone = color(leaves)
     shape_of = torch.stack(
         [radius, center_x, center_y, angle.cos(), angle.sin(), aspect, *gradient.unbind(2), strength]
@@ -104,13 +109,13 @@ def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
 
 
 _WASTE = 4000
-"""So many pixels may be painted in vain before it pays to paint in boxes of another size."""
+"""Leaves share one box size as long as no more than this many pixels are painted outside of them."""
 _BY_ITSELF = 1600
-"""A box of more pixels is painted by itself: there the pixels take the time, not the calls."""
+"""Larger boxes are painted one by one: for them, pixels take the time, not calls."""
 
 
 def _alike_in_size(falling: Sequence[int], height: int, width: int) -> list[int]:
-    """How many leaves in turn, by how far they reach, are painted in boxes of one size: that of the first."""
+    """How many of the next leaves, sorted by size, are painted together in boxes of the first one's size."""
     counts, largest, wasted = list[int](), 0, 0
     for reach in falling:
         area = min(height, 2 * reach + 1) * min(width, 2 * reach + 1)

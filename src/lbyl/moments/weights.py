@@ -25,7 +25,7 @@ class Weights:
         check_number("Weights(bn={})", self.bn, least=0)
 
     def moments(self, filters: Filters, kernel: tuple[int, ...], activation: str | None) -> ChannelMoments:
-        """Second moments; the mean is zero, for nothing is known of it."""
+        """Second moments. The mean is taken to be zero, because weights say nothing about it."""
         gram = filters.weight @ filters.weight.T
         if filters.normalized:
             gram = gram + self.bn * torch.outer(filters.offset, filters.offset)

@@ -1,1 +1,1 @@
-"""Who calls whom: from a model to a smaller one."""
+"""The steps in their order: from a model to a smaller one."""

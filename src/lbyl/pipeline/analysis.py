@@ -1,4 +1,4 @@
-"""What all budgets of a network can share: which groups can be cut, the probes, and what the channels are worth.
+"""What all budgets of a network share: which groups can be cut, the probes, error curves, and moments.
 
 This is where the time goes. One compression makes it and uses it once; a sweep keeps it on a cache.
 """
@@ -30,7 +30,7 @@ from lbyl.surgery.verification import without_trouble
 
 @dataclass(frozen=True)
 class Cuttable:
-    """Indices of the groups that can be cut, and what the user should know of the others."""
+    """Indices of the groups that can be cut, and notes about the others."""
 
     groups: tuple[int, ...]
     notes: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Cuttable:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of a network before its channels are chosen.
+    """What was measured on a network before its channels are chosen.
 
     Attributes:
         probes: what it was run on; None where neither criterion nor restorer ask for any.
@@ -51,7 +51,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found out about a network before any budget is met.
+    """What is known about a network and does not depend on any budget.
 
     Attributes:
         restorer: the one that could do its work.
@@ -70,11 +70,11 @@ class Analysis:
 
 
 _ROOM = 256 * 2**20
-"""Bytes that all consumer_moments together may take."""
+"""The most bytes that the moments of all consumers may take together."""
 
 
 class Cache(Protocol):
-    """Where analysis is kept: each method returns what is there, or what ``make`` makes, once it is kept."""
+    """Where an analysis is stored. Each method returns what is stored, or calls ``make`` and stores the result."""
 
     def cuttable(self, make: Callable[[], Cuttable]) -> Cuttable:
         """Which groups can be cut."""
@@ -95,7 +95,7 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class NoCache:
-    """Nothing is kept: everything is made."""
+    """Stores nothing: every method calls ``make``."""
 
     def cuttable(self, make: Callable[[], Cuttable]) -> Cuttable:
         """Made."""
@@ -121,7 +121,7 @@ def analyze(
     clock: Clock,
     cache: Cache | None = None,
 ) -> Analysis:
-    """Find out what the widths for any budget are chosen by.
+    """Measure what the widths for a budget are chosen by.
 
     Args:
         subject: the unpruned network; it is not changed.
@@ -188,7 +188,7 @@ def look(
 
 
 def find_cuttable(subject: Subject, request: CompressionRequest) -> Cuttable:
-    """The groups that can be cut at all, which must be known before widths are dealt out.
+    """The groups that can be cut at all. This must be known before a budget is divided among them.
 
     Raises:
         InputError: no group is in scope, or the restorer chooses channels by itself.

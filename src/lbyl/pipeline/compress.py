@@ -16,7 +16,7 @@ from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, 
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.single import compress_whole
 from lbyl.pipeline.submodules import compress_submodules
-from lbyl.runtime.contexts import alone, uncollected
+from lbyl.runtime.contexts import alone, own_device, uncollected
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
@@ -25,6 +25,7 @@ from lbyl.selection.select import Ratio, check_ratio
 from lbyl.surgery.plan import architecture_of, remember, remembered
 
 
+@own_device()
 def compress(
     model: nn.Module,
     example_inputs: Inputs,
@@ -100,7 +101,7 @@ def compress(
 def walk(
     prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis] | None = None
 ) -> Result:
-    """The rest of the street: select, restore, cut and verify.
+    """The steps after tracing: select, restore, cut and verify.
 
     ``ground`` holds what was found out before, by the path of the part ("" for a model that was traced whole);
     what is missing is found out here.

@@ -1,4 +1,4 @@
-"""`inspect`: which channels belong together, and which can't be pruned."""
+"""`inspect`: which channels belong together, and which groups can't be pruned, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lbyl.graph.submodules import joined
 from lbyl.io.report.format import shown
 from lbyl.pipeline.prepare import plain_module, trace_model
 from lbyl.pipeline.result import Inputs
-from lbyl.runtime.contexts import alone
+from lbyl.runtime.contexts import alone, own_device
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.recursion import deep_calls
 
@@ -82,6 +82,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
+@own_device()
 def inspect(
     model: nn.Module, example_inputs: Inputs, *, strict: bool = False, submodule: str | None = None
 ) -> Inspection:

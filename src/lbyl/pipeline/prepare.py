@@ -41,7 +41,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Traced:
-    """A model with its graph; or the parts of it that could be traced, and why the rest could not."""
+    """A model with its graph, or the graphs of the submodules that could be traced, and why the others could not."""
 
     model: nn.Module
     graph: Graph | None
@@ -79,7 +79,7 @@ def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule
 
 @dataclass(frozen=True)
 class Subject:
-    """What is cut by itself: a model that was traced whole, or a submodule of one that was not.
+    """What is compressed by itself: a model that was traced whole, or a submodule of one that was not.
 
     Attributes:
         path: of the submodule; "" for a whole model.
@@ -116,7 +116,7 @@ class Subject:
 
 @contextmanager
 def restoring(restorer: Restorer) -> Iterator[None]:
-    """Whatever goes wrong while a restorer works on somebody's network becomes one clear error.
+    """Turn any exception of a restorer at work into one clear error.
 
     Raises:
         RestorationError: with what went wrong, and the way out.
@@ -136,7 +136,7 @@ def restoring(restorer: Restorer) -> Iterator[None]:
 def first_that_restores(
     subject: Subject, request: CompressionRequest, work: Callable[[Subject], Made]
 ) -> tuple[Subject, Made]:
-    """What comes of the first restorer that can do its work, and the subject with it.
+    """The result of the first restorer that works on this network, and the subject with that restorer.
 
     Raises:
         RestorationError: none can, or the one that was named can't.
@@ -207,7 +207,7 @@ def plain_module(model: object) -> nn.Module:
 
 
 def _uncuttable(module: nn.Module) -> str:
-    """Why a module is none that can be cut, and what to pass instead; "" where it is one."""
+    """Why a module can't be cut, and what to pass instead; "" where it can be."""
     if isinstance(module, torch.jit.ScriptModule):
         return "a TorchScript module, which can't be cut; pass the nn.Module that was scripted or traced"
     own = (*module._parameters.values(), *module._buffers.values())
@@ -227,7 +227,7 @@ _HUGE = 1e18
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise InputError for weights and statistics that nothing can be restored from."""
+    """Raise InputError for weights and statistics that are not finite, or variances below zero."""
     buffers = dict(model.named_buffers())
     for name, tensor in tensors_of(model).items():
         if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and not tensor.numel():
@@ -252,6 +252,6 @@ def check_weights(model: nn.Module) -> None:
 
 
 def check_values(inputs: ExampleInputs) -> None:
-    """Raise InputError for example inputs that nothing can be compared on."""
+    """Raise InputError for example inputs on which two networks can't be compared."""
     if inputs.has_faults():
         raise InputError(f"example_inputs hold NaN or infinity ({inputs.describe()})")

@@ -1,4 +1,4 @@
-"""What a compression was asked for."""
+"""The arguments of a compression."""
 
 from __future__ import annotations
 

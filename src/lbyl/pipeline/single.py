@@ -23,6 +23,7 @@ from lbyl.runtime.copying import apply_changes, copy_model, sharing_copy, tensor
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_parameters, macs_by_shapes
 from lbyl.runtime.progress import Clock
+from lbyl.runtime.settings import described
 from lbyl.selection.select import (
     ByCriterion,
     KeptCounts,
@@ -36,14 +37,14 @@ from lbyl.selection.select import (
 from lbyl.surgery.attributes import Attribute, plan_attributes
 from lbyl.surgery.cuts import Cut, cut_copy, plan_cuts
 from lbyl.surgery.masking import Masks, norm_masks
-from lbyl.surgery.plan import GroupPlan, Plan, architecture_of, described, library_version
+from lbyl.surgery.plan import GroupPlan, Plan, architecture_of, library_version
 from lbyl.surgery.verification import follower, said, without_trouble
 from lbyl.surgery.verification import verify as check
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """Which channels stay, and how that came about."""
+    """Which channels stay, and what the report says about the choice."""
 
     selection: Selection
     ratio: Ratio
@@ -108,7 +109,7 @@ def _compressed(subject: Subject, request: CompressionRequest, clock: Clock, gro
 
 
 _ATTEMPTS = 3
-"""Groups that turn out to be uncuttable are left out, and the rest is tried again, so many times in all."""
+"""How often the selection is tried: after each time, groups that can't be cut are left out."""
 
 
 def _plan(subject: Subject, request: CompressionRequest, clock: Clock, ground: Analysis | None) -> _Planned:
@@ -138,7 +139,7 @@ def _plan(subject: Subject, request: CompressionRequest, clock: Clock, ground: A
 
 
 def _within(subject: Subject, ground: Analysis, request: CompressionRequest, budget: Budget) -> Widths:
-    """The widths that a budget comes to."""
+    """The widths that are chosen for a budget."""
     graph, state, work = subject.graph, tensors_of(subject.model), sharing_copy(subject.model)
     choose = subject.restorer.choose(ByCriterion(subject.criterion, ground.seen.moments))
 

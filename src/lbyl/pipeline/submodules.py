@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
+from typing import TypeVar
 
 from lbyl.errors import InputError, VerificationError
 from lbyl.io.report.report import Report
@@ -19,6 +22,8 @@ from lbyl.runtime.progress import Clock
 from lbyl.selection.select import check_patterns
 from lbyl.surgery.plan import Plan, architecture_of, library_version
 
+_Item = TypeVar("_Item")
+
 
 def compress_submodules(
     prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis]
@@ -30,51 +35,49 @@ def compress_submodules(
         smaller = copy_model(model, {id(model.get_submodule(path)): result.model for path, result in results})
     with clock("verify"), undisturbed(model), undisturbed(smaller):
         macs = count_macs(model, inputs), count_macs(smaller, inputs)
-    reports = [(path, result.report) for path, result in results]
-    differences = [report.verified for _, report in reports if report.verified is not None]
-    seconds = dict(clock.seconds)
-    for _, report in reports:
-        for stage, value in report.seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + value
+    reports = [result.report.prefixed(path) for path, result in results]
+    plans = [result.plan.prefixed(path) for path, result in results]
+    seconds = Counter(clock.seconds)
+    for each in reports:
+        seconds.update(each.seconds)
     report = Report(
-        rows=tuple(replace(row, group=f"{path}.{row.group}") for path, report in reports for row in report.rows),
-        left=(*((f"{path}.{name}", why) for path, report in reports for name, why in report.left), *left),
-        barriers=tuple(f"{path}: {barrier}" for path, report in reports for barrier in report.barriers),
+        rows=_all(report.rows for report in reports),
+        left=(*_all(report.left for report in reports), *left),
+        barriers=_all(report.barriers for report in reports),
         parameters=(count_parameters(model), count_parameters(smaller)),
         macs=macs,
-        verified=max(differences) if differences else None,
-        seconds=seconds,
-        notes=(
-            *([traced.why] if traced.why else []),
-            *(f"{path}: {note}" for path, report in reports for note in report.notes),
-        ),
-        assessment=results[0][1].report.assessment if len(results) == 1 else None,
-        held_out_errors=results[0][1].report.held_out_errors if len(results) == 1 else {},
+        verified=max((report.verified for report in reports if report.verified is not None), default=None),
+        seconds=dict(seconds),
+        notes=(*([traced.why] if traced.why else []), *_all(report.notes for report in reports)),
+        assessment=reports[0].assessment if len(reports) == 1 else None,
+        held_out_errors=reports[0].held_out_errors if len(reports) == 1 else {},
     )
-    plans = [(path, result.plan) for path, result in results]
     plan = Plan(
-        groups=tuple(replace(g, name=f"{path}.{g.name}") for path, plan in plans for g in plan.groups),
-        cuts=tuple(replace(c, parameter=f"{path}.{c.parameter}") for path, plan in plans for c in plan.cuts),
+        groups=_all(plan.groups for plan in plans),
+        cuts=_all(plan.cuts for plan in plans),
         settings={
-            **plans[0][1].settings,
+            **plans[0].settings,
             "ratio": dict(request.ratio) if isinstance(request.ratio, Mapping) else request.ratio,
-            "parts": [path for path, _ in plans],
+            "parts": [path for path, _ in results],
         },
         architecture=architecture_of(model),
         source=request.source,
         inputs=inputs.describe(),
         library=library_version(),
-        attributes=tuple(
-            replace(a, module=f"{path}.{a.module}".rstrip(".")) for path, plan in plans for a in plan.attributes
-        ),
+        attributes=_all(plan.attributes for plan in plans),
+        folds=_all(plan.folds for plan in plans),
     )
     return Result(smaller, plan, report)
+
+
+def _all(items: Iterable[Sequence[_Item]]) -> tuple[_Item, ...]:
+    return tuple(chain.from_iterable(items))
 
 
 def _one_by_one(
     prepared: Prepared, request: CompressionRequest, ground: Mapping[str, Analysis]
 ) -> tuple[list[tuple[str, Result]], list[tuple[str, str]]]:
-    """What came of each submodule, by its path, and why others were left.
+    """The result of each submodule, by its path, and why others were left whole.
 
     Raises:
         InputError: nothing can be pruned in any of them, or a pattern matches no group of any.

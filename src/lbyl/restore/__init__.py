@@ -1,1 +1,1 @@
-"""What the kept channels take over from the dropped ones: one file a method."""
+"""How the kept channels make up for the dropped ones: one file for each method."""

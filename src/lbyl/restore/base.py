@@ -81,7 +81,7 @@ class RestorationProblem:
 
 
 class Restorer(ABC):
-    """Computes what the consumers of dropped channels should weigh instead.
+    """Computes new weights for the consumers of dropped channels.
 
     :meth:`restore` is all that a new restorer needs. One that works group by group from the weights alone derives from
     :class:`lbyl.ClosedFormRestorer` and needs ``deliver`` only.
@@ -102,7 +102,7 @@ class Restorer(ABC):
 
     @property
     def keeps_inputs_private(self) -> bool:
-        """Whether its probes are data of the user's, which must not be written to disk."""
+        """Whether its probes are the user's data, which must not be written to disk."""
         return False
 
     def choose(self, by: ByCriterion) -> Choose:

@@ -63,7 +63,7 @@ class LBYL(ClosedFormRestorer):
         note = "singular system: solved by pseudo-inverse; a larger ridge avoids it" if singular else ""
         means = stated_means(filters, activation_of(filters.group)) if self.bn is None else None
         shift = None if means is None else _SHARE * (means[drop] - matrix.T @ means[keep])
-        return Delivery(matrix, torch.ones(len(keep)).double(), note, shift)
+        return Delivery(matrix, torch.ones(len(keep), dtype=torch.float64), note, shift)
 
 
 _RIDGE = 0.03

@@ -118,7 +118,7 @@ def _inside(call: ConsumerCall, kernel: Sequence[int]) -> Float[Tensor, " taps"]
     axes = zip(call.x.shape[2:], call.out.shape[2:], kernel, call.stride, call.padding, call.dilation, strict=True)
     for size, outputs, taps, stride, padding, dilation in axes:
         place = torch.arange(outputs) * stride - padding + (torch.arange(taps) * dilation)[:, None]
-        within = ((place >= 0) & (place < size)).double().mean(1)
+        within = ((place >= 0) & (place < size)).to(torch.float64).mean(1)
         shares = (shares[:, None] * within).flatten()
     return shares
 

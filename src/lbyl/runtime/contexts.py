@@ -6,7 +6,8 @@ import gc
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -43,6 +44,30 @@ class _Switch:
                 self._users -= 1
                 if not self._users:
                     self._write(self._before)
+
+
+_default_device: ContextVar[torch.device | None] = ContextVar("_default_device", default=None)
+
+
+@contextmanager
+def own_device() -> Iterator[None]:
+    """Our own tensors are made on the CPU, whatever default device the user has set; see :func:`users_device`."""
+    device = torch.get_default_device()
+    if device.type == "cpu" or _default_device.get() is not None:
+        yield
+        return
+    token = _default_device.set(device)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        _default_device.reset(token)
+
+
+def users_device() -> AbstractContextManager[Any]:
+    """While the user's model runs: what it makes goes to the default device that the user has set."""
+    device = _default_device.get()
+    return nullcontext() if device is None else device
 
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()

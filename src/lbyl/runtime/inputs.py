@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lbyl.errors import InputError, LbylError, first_line
+from lbyl.runtime.contexts import users_device
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class ExampleInputs:
 
     def call(self, model: nn.Module) -> Any:
         """Run the model on these inputs themselves; what may write to them gets them :meth:`cloned`."""
-        return model(*self.args, **self.kwargs)
+        with users_device():
+            return model(*self.args, **self.kwargs)
 
     def has_faults(self) -> bool:
         """Whether some number is NaN or +inf; attention masks hold -inf on purpose."""

@@ -59,6 +59,11 @@ class FunctionInterceptor(Interceptor, TorchFunctionMode):
 class OperatorInterceptor(Interceptor, TorchDispatchMode):
     """While it is on, every ATen operator goes through :meth:`on_call`."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks whether to hide this mode from the compiler; it would import the compiler to do so."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.on_call(func, args, kwargs or {})
 

@@ -230,8 +230,8 @@ def _last_norm(producer: Producer, group: Group, state: State) -> tuple[Tensor, 
     if not producer.stages or not isinstance(producer.stages[-1], Norm):
         return None
     norm, slot, width = producer.stages[-1], producer.weight, group.width
-    gamma = _rows(state[norm.weight], slot, width).mean(1) if norm.weight else torch.ones(width).double()
-    beta = _rows(state[norm.bias], slot, width).mean(1) if norm.bias else torch.zeros(width).double()
+    gamma = _rows(state[norm.weight], slot, width).mean(1) if norm.weight else torch.ones(width, dtype=torch.float64)
+    beta = _rows(state[norm.bias], slot, width).mean(1) if norm.bias else torch.zeros(width, dtype=torch.float64)
     return beta, gamma.abs()
 
 
@@ -334,7 +334,11 @@ def _offset(producer: Producer, group: Group, state: State) -> Float[Tensor, " c
     """What the producer adds to each channel, with all that follows it folded in."""
     slot, width = producer.weight, group.width
     occurrences = seats(slot, width).shape[1]
-    offset = _rows(state[producer.bias], slot, width) if producer.bias else torch.zeros(width, occurrences).double()
+    offset = (
+        _rows(state[producer.bias], slot, width)
+        if producer.bias
+        else torch.zeros(width, occurrences, dtype=torch.float64)
+    )
     for stage in producer.stages:
         if isinstance(stage, Norm):
             scale, mean, beta = _norm(stage, slot, width, state)

@@ -34,7 +34,7 @@ _NO_WIDTH = re.compile(
     "window|patch|kernel|stride|pad|dilat|resol|image|img|grid|pool|position|index|depth|seq|bucket|dist|layer|vocab"
     "|head_dim|head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
 )
-"""Names of numbers that equal a width by chance: sizes in space, and within heads, which go whole."""
+"""Attributes that may equal a width by chance: sizes in space, and sizes within heads, which are cut whole."""
 
 
 def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tuple[Attribute, ...]:
@@ -70,7 +70,7 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
 
 
 def _constants(model: nn.Module, selection: Selection) -> Iterator[Attribute]:
-    """The constants that are added to means over channels, which grow as those means do."""
+    """The constants that are added to means over channels: they are scaled as those means are."""
     for choice in selection.choices:
         for average in choice.group.averages:
             if not average.eps:

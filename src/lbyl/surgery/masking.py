@@ -1,4 +1,4 @@
-"""The uncut network with dropped channels masked: zero columns, folded deliveries, masked layer norms."""
+"""The uncut network with dropped channels masked: consumers get zero columns, layer norms leave channels out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lbyl.selection.select import Selection
 
 @dataclass(frozen=True)
 class Delivery:
-    """How the dropped channels are made up for.
+    """How the kept channels make up for the dropped ones in one group.
 
     Attributes:
         matrix: the delivery matrix S: ``a_D ~ S^T a_K``.
@@ -100,11 +100,11 @@ def pruned_values(selection: Selection, state: State) -> dict[str, Tensor]:
 
 
 Masks = Mapping[str, Sequence[Callable[[Tensor], object]]]
-"""What sets the dropped columns of a weight to zero, in place, by the weight's name."""
+"""Functions that set the dropped columns of a weight to zero, in place, by the weight's name."""
 
 
 def masks_of(selection: Selection) -> Masks:
-    """Plain pruning of the consumers, to be laid on copies of their weights when these are made."""
+    """Plain pruning of the consumers, as functions that are applied to copies of their weights."""
     found: dict[str, list[Callable[[Tensor], object]]] = defaultdict(list)
     for choice in selection.choices:
         _, drop = choice.tensors()
@@ -165,7 +165,7 @@ def mask_columns(
 def zero_columns(
     weight: Float[Tensor, "out columns *taps"], gone: Bool[Tensor, " columns_of_all_blocks"], blocks: int
 ) -> Float[Tensor, "out columns *taps"]:
-    """Set the columns that are gone to zero, in place; a grouped convolution has columns of its own in each block."""
+    """Set the dropped columns to zero, in place; a grouped convolution has columns of its own in each block."""
     gone = gone.to(weight.device)
     if blocks == 1:
         return weight.index_fill_(1, gone.nonzero().flatten(), 0)
@@ -175,7 +175,7 @@ def zero_columns(
 
 
 def norm_masks(selection: Selection) -> dict[str | Reduction, Bool[Tensor, " channels"]]:
-    """What stays at every layer norm, and at other statistics, over channels of which some go."""
+    """Which channels stay at each layer norm, and at other statistics, that dropped channels go into."""
     kept: dict[str | Reduction, Tensor] = {}
     for choice in selection.choices:
         names = {norm.weight for norm in choice.group.layer_norms}

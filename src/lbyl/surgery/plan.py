@@ -116,6 +116,21 @@ class Plan:
             folds=first.folds,
         )
 
+    def prefixed(self, path: str) -> Plan:
+        """The same plan for a network in which the one that it was made for is the submodule at ``path``."""
+
+        def inner(name: str) -> str:
+            return f"{path}.{name}".rstrip(".")
+
+        return dataclasses.replace(
+            self,
+            groups=tuple(dataclasses.replace(group, name=inner(group.name)) for group in self.groups),
+            cuts=tuple(dataclasses.replace(cut, parameter=inner(cut.parameter)) for cut in self.cuts),
+            attributes=tuple(dataclasses.replace(item, module=inner(item.module)) for item in self.attributes),
+            folds=tuple(dataclasses.replace(fold, module=inner(fold.module)) for fold in self.folds),
+            architecture={inner(name): shape for name, shape in self.architecture.items()},
+        )
+
     def check_model(self, model: nn.Module) -> None:
         """Raise ArtifactError unless ``model`` has the unpruned shapes that the plan was made for."""
         found = architecture_of(model)
@@ -175,7 +190,7 @@ _MOST_PLANS = 256
 
 
 def remember(model: nn.Module, plan: Plan) -> None:
-    """Let :func:`remembered` find the plan that led to this network, also by copies of it, in this process."""
+    """Let :func:`remembered` find the plan that this network was cut by, also for copies of it, in this process."""
     token = uuid4().hex
     vars(model)["_lbyl_plan"] = token
     _plans[token] = plan, architecture_of(model)
@@ -184,7 +199,7 @@ def remember(model: nn.Module, plan: Plan) -> None:
 
 
 def remembered(model: nn.Module) -> Plan | None:
-    """The plan that led to this network; None where it is not known, or the network has got other shapes since."""
+    """The plan that this network was cut by; None where it is unknown, or where shapes have changed since."""
     plan, architecture = _plans.get(vars(model).get("_lbyl_plan", ""), (None, None))
     return plan if architecture == architecture_of(model) else None
 
@@ -195,7 +210,7 @@ def architecture_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _faults(plan: Plan) -> Iterator[tuple[str, str]]:
-    """What no plan of lbyl says, though its types are right, and where it stands."""
+    """Values of the right type that no plan of lbyl contains, and where they stand."""
     yield from _setting_faults(plan.settings, "$.settings", fields=True)
     for index, group in enumerate(plan.groups):
         rising = all(a < b for a, b in pairwise((-1, *group.keep, group.width)))
@@ -211,7 +226,7 @@ def _faults(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _setting_faults(value: Any, place: str, fields: bool) -> Iterator[tuple[str, str]]:
-    """Names in settings that are no names: code is made from settings, to be read and pasted."""
+    """Names in settings that are not identifiers: settings are printed as code that users paste."""
     if isinstance(value, Mapping):
         fields = fields or isinstance(value.get("name"), str)
         for name, item in value.items():
@@ -237,15 +252,6 @@ def _attribute_fault(attribute: Attribute) -> str:
     return f"from {old} to {new} is no width that shrinks"
 
 
-def described(setting: Any) -> dict[str, Any]:
-    """A settings object as plain data, for the plan."""
-    fields = dataclasses.fields(setting) if dataclasses.is_dataclass(setting) else ()
-    # A field that repr leaves out, such as the user's data, stays out of the plan.
-    values = {field.name: getattr(setting, field.name) for field in fields if field.repr}
-    plain = {key: described(v) if dataclasses.is_dataclass(v) else v for key, v in values.items()}
-    return {"name": type(setting).__name__, **plain}
-
-
 def library_version() -> str:
     """The version of this library."""
     try:
@@ -255,5 +261,5 @@ def library_version() -> str:
 
 
 def is_rebuildable(source: str) -> bool:
-    """Whether loading a plan may build its source: a library's model may be built, a user's code may not be run."""
+    """Whether loading may build this source: models of timm and torchvision yes, a user's code no."""
     return source.rpartition(":")[0] in ("timm", "torchvision")

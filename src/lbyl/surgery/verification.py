@@ -41,7 +41,7 @@ from lbyl.surgery.masking import Masks, norm_masks, still_masked
 TOLERANCE = 1e-6
 """In float64."""
 _ROUNDINGS = 2**13
-"""So many roundings of the largest output may add up in other precisions; a tenth of it at the most."""
+"""In other precisions, the tolerance is this many roundings of the largest output, and a tenth of it at most."""
 _THINNED = 0.3
 """The share of their rows and columns that large images are compared with."""
 NOTHING: Masks = MappingProxyType({})
@@ -67,13 +67,13 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Precision:
-    """What a network is run in: ``dtype``, or its own precision where that is None."""
+    """The precision that a network is run in: ``dtype``, or its own where that is None."""
 
     dtype: torch.dtype | None
     mode: Float64Mode = field(default_factory=Float64Mode)
 
     def tolerance(self, model: nn.Module) -> float:
-        """How much outputs may differ, going by the coarsest precision that was seen."""
+        """How much outputs may differ, judged by the coarsest precision that the run used."""
         own = _own_dtype(model) if self.dtype is None else self.dtype
         return max(_tolerance(dtype) for dtype in (own, *self.mode.narrower))
 
@@ -87,13 +87,13 @@ def _own_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _precisions(model: nn.Module) -> list[_Precision]:
-    """Those that a network is tried in, in turn."""
+    """The precisions that a network is tried in, in this order."""
     coarse = [torch.float32] if torch.finfo(_own_dtype(model)).bits < 32 else []
     return [_Precision(dtype) for dtype in (torch.float64, *coarse, None)]
 
 
 class _NotReached(InputError):
-    """A weight that should have been masked was never its own module's turn."""
+    """The module of a weight that has to be masked was never called."""
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def _wide_outputs(
 def _masked_outputs(
     model: nn.Module, inputs: ExampleInputs, precision: _Precision, kept: NormMasks, silent: Masks
 ) -> list[Tensor]:
-    """The same where inputs that the model may not take must not cost a whole copy."""
+    """The same, without a widened copy of the whole model: the model may not run on these inputs."""
     try:
         return _widened_outputs(model, inputs, precision, kept, silent)
     except _NotReached:
@@ -326,7 +326,7 @@ def cuttable(
 
 
 def _settled_by_shapes(good: Sequence[Choice], by_shapes: Callable[[Sequence[Choice]], str | None]) -> set[str]:
-    """The groups of whole families that shapes have nothing against, where they object to the rest."""
+    """The groups of those families that shapes allow to be cut, where they do not allow all groups."""
     if not by_shapes(good):
         return set()
     fine = [choice for family in _families(good) if by_shapes(family) is None for choice in family]
@@ -451,7 +451,7 @@ class _Outline:
             return None
 
     def trouble(self, part: Selection, attribute: Follow) -> str | None:
-        """What shapes say against cutting this part of the groups; None where they say nothing."""
+        """Why shapes do not allow this part of the groups to be cut; None where they do."""
         if self._made is None:
             return None
         ghost, inputs, expected = self._made
@@ -468,7 +468,7 @@ def _shapes(model: nn.Module, inputs: ExampleInputs) -> list[torch.Size]:
 
 
 def said(error: LbylError) -> str:
-    """What an error says, without the inputs on which it came up."""
+    """The message of an error, without the description of the inputs."""
     return str(error).rpartition("): ")[2] if isinstance(error, InputError) else str(error)
 
 

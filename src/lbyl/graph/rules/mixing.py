@@ -50,7 +50,7 @@ def linear(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
         x = torch.full((), NOBODY).expand(x.shape)
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
         builder.computed.append(layer_name(node))
-        return builder.barrier(node, args, f"linear in {layer_name(node)!r} with a computed weight")
+        return builder.barrier(node, args, f"linear in {layer_name(node)!r} with a weight that the model computes")
     if isinstance(bias, Tensor):
         # A bias computed from parameters (Swin V2 clears a part of it) is one more value that meets the output.
         out = mix(builder, node, x, weight, None)
@@ -77,7 +77,7 @@ def transposed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     blocks = _argument(args, kwargs, 6, "groups", 1)
     op = str(node.target).split(".")[1]
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
-        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a computed weight")
+        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a weight that the model computes")
     ids = builder.gather(x, x.dim() - len(weight.shape) + 1)
     if ids is None:
         return builder.barrier(node, args, f"{op} in {layer_name(node)!r} on mixed axes")
@@ -125,7 +125,7 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     op = str(node.target).split(".")[1]
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
         builder.computed.append(layer_name(node))
-        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a computed weight")
+        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a weight that the model computes")
     axis = x.dim() - len(weight.shape) + 1
     ids = builder.gather(x, axis)
     if ids is None:

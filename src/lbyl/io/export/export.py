@@ -16,7 +16,7 @@ from lbyl.io.export.check import TOLERANCE, Case, largest_differences
 from lbyl.io.export.inputs import batch_size, described_inputs, has_batch, with_batch
 from lbyl.io.files import finish, stage
 from lbyl.runtime.checks import check_number, check_seed
-from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.contexts import own_device, undisturbed
 from lbyl.runtime.inputs import ExampleInputs, outputs
 from lbyl.runtime.registry import find, make, names
 from lbyl.surgery.plan import Plan, is_rebuildable
@@ -60,6 +60,7 @@ class Exported:
         return lines + ([f"note: {self.note}"] if self.note else [])
 
 
+@own_device()
 def export(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,

@@ -36,7 +36,7 @@ def described_inputs(plan: Plan, seed: int) -> ExampleInputs:
         shape = [int(size) for size in found[2].split("x")] if found[2] != "scalar" else []
         if math.prod(shape) > _LARGEST_INPUT:
             raise InputError(f"the plan describes the inputs as {plan.inputs!r}, which is too large; pass inputs=")
-        made.append(torch.randn(shape, generator=generator).to(dtype))
+        made.append(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype))
     return ExampleInputs(tuple(made))
 
 

@@ -46,8 +46,8 @@ def _summary(plan: Plan, report: Report) -> Iterator[str]:
     yield f"# {plain_words(name_of(plan))}, pruned"
     yield ""
     yield (
-        f"Whole channels were removed{made} by lbyl {plain_words(plan.library)}, by "
-        "[this method](https://arxiv.org/abs/2502.08474) and the settings below; there was no retraining. "
+        f"Whole channels were removed{made} by lbyl {plain_words(plan.library)}, with "
+        "[this method](https://arxiv.org/abs/2502.08474) and the settings below. The network was not retrained. "
         "The result is an ordinary, smaller network."
     )
     yield ""

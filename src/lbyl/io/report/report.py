@@ -47,6 +47,16 @@ class Report(ReportData):
         check_no_faults(_foreign_fields(data["rows"]), "the report")
         return report
 
+    def prefixed(self, path: str) -> Report:
+        """The same report about a network in which the one that it is about is the submodule at ``path``."""
+        return dataclasses.replace(
+            self,
+            rows=tuple(dataclasses.replace(row, group=f"{path}.{row.group}") for row in self.rows),
+            left=tuple((f"{path}.{name}", why) for name, why in self.left),
+            barriers=tuple(f"{path}: {barrier}" for barrier in self.barriers),
+            notes=tuple(f"{path}: {note}" for note in self.notes),
+        )
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(box=box.SIMPLE_HEAD, title="Pruned groups", title_justify="left")
         names = ("error pruned", "error restored") if self.probed else ("RE", "BE", "AE", "s")
@@ -79,7 +89,7 @@ class Report(ReportData):
         if self.latency:
             lines.append(f"latency: {self.latency} on {self.latency.place}")
             if self.latency.no_speed:
-                lines.append(f"no speed from the cut of {self.latency.no_speed}")
+                lines.append(f"no time is saved by the cut of {self.latency.no_speed}")
         if self.verified is None:
             if not any(note.startswith("not verified") for note in self.notes):
                 lines.append("not verified: verification was switched off")

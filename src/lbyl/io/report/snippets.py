@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from lbyl.io.report.format import line
+from lbyl.runtime.settings import as_call, printed
 from lbyl.surgery.plan import Plan, is_rebuildable
 
 
@@ -86,13 +87,16 @@ def _python(value: Any) -> str:
     """A setting as Python code."""
     import lbyl
 
-    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-        name = f"lbyl.{value['name']}" if value["name"] in lbyl.__all__ else str(value["name"])
-        fields = [f"{key}={_python(item)}" for key, item in value.items() if key != "name"]
-        return f"{name}({', '.join((['batches'] if value['name'] == 'Data' else []) + fields)})"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(tuple(value) if isinstance(value, list) else value)
+    def call(name: str, fields: Sequence[str]) -> str:
+        known = f"lbyl.{name}" if name in lbyl.__all__ else name
+        return as_call(known, ["batches", *fields] if name == "Data" else fields)
+
+    def plain(item: Any) -> str:
+        if isinstance(item, str):
+            return json.dumps(item, ensure_ascii=False)
+        return repr(tuple(item) if isinstance(item, list) else item)
+
+    return printed(value, plain, call)
 
 
 def _reads_data(value: Any) -> bool:

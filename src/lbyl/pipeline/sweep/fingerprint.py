@@ -1,4 +1,4 @@
-"""What a sweep belongs to: two runs with equal fingerprints may share their work."""
+"""The fingerprint of a sweep's network and settings: runs with equal fingerprints may share their work."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.sweep.cache import digest
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.surgery.plan import described, library_version
+from lbyl.runtime.settings import described, printed
+from lbyl.surgery.plan import library_version
 
 
 def fingerprint(
     model: nn.Module, inputs: ExampleInputs, request: CompressionRequest, submodule: str | None
 ) -> dict[str, str | int | bool | None]:
-    """Everything that the outcome depends on, but the budgets, as plain data."""
+    """Everything that the outcome depends on except the budgets, as plain data."""
     restorer = request.restorer(model, inputs)[0]
     state, others = tensors_of(model), pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
     return {
@@ -29,8 +30,8 @@ def fingerprint(
         "inputs": digest(inputs.tensors()),
         "other inputs": json.dumps([repr(leaf) for leaf in others if not isinstance(leaf, Tensor)]),
         "scope": request.scope,
-        "criterion": _text(described(request.scoring(model, inputs, restorer)[0])),
-        "restore": _text(described(restorer.settings)),
+        "criterion": _printed(request.scoring(model, inputs, restorer)[0]),
+        "restore": _printed(restorer.settings),
         "seed": request.seed,
         "verify": request.verify,
         "strict": request.strict,
@@ -52,9 +53,11 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], place: str) -> N
     )
 
 
-def _text(value: Any) -> str:
-    """A setting the way Python would print it, without what differs from process to process."""
-    if isinstance(value, Mapping) and "name" in value:
-        return f"{value['name']}({', '.join(f'{key}={_text(v)}' for key, v in value.items() if key != 'name')})"
-    plain = value is None or isinstance(value, (str, int, float, tuple, list))
-    return repr(value) if plain else type(value).__name__
+def _printed(setting: Any) -> str:
+    """A settings object the way Python would print it, without what differs from process to process."""
+
+    def plain(value: Any) -> str:
+        same = value is None or isinstance(value, (str, int, float, tuple, list))
+        return repr(value) if same else type(value).__name__
+
+    return printed(described(setting), plain)

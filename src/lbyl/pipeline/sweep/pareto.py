@@ -90,7 +90,7 @@ def front(points: Sequence[Point]) -> tuple[str, ...]:
 
 
 def damage(made: Sequence[Point]) -> Callable[[Point], float] | None:
-    """What points are judged by: less is better. None if nothing is known of some of them."""
+    """The quantity that points are compared by: less is better. None if it is unknown for some of them."""
     if made and all(point.accuracy is not None for point in made):
         return lambda point: -float(point.accuracy or 0.0)
     if made and all(point.error is not None for point in made):

@@ -86,7 +86,7 @@ class SweepState:
 
 
 def _faults(state: SweepState) -> Iterator[tuple[str, str]]:
-    """What no sweep of lbyl says, though its types are right, and where it stands."""
+    """Values of the right type that no sweep of lbyl writes, and where they stand."""
     for name, value in (("unpruned", state.unpruned), *((f"seconds.{key}", v) for key, v in state.seconds.items())):
         if value is not None and not math.isfinite(value):
             yield f"expected a finite number, found {value}", f"$.{name}"
@@ -157,7 +157,7 @@ def occupied(folder: Path) -> Iterator[None]:
 
 
 def _check_own(folder: Path) -> None:
-    """Raise ArtifactError where what is written in the folder would end up in another place."""
+    """Raise ArtifactError where a link would make us write outside of the folder."""
     for file in (folder / _LOCK, folder / ANALYSIS, *(folder / ANALYSIS).glob("*")):
         if file.is_symlink():
             raise ArtifactError(f"{file} is a link, which no sweep makes; remove it, or choose another folder")

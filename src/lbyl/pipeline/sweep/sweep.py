@@ -1,4 +1,4 @@
-"""`sweep`: a network at several budgets, for the price of one dream; to be gone on with after whatever stopped it."""
+"""`sweep`: a network at several budgets, with probes and moments made once; it can be stopped and continued."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
 from lbyl.pipeline.sweep.pareto import Point
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
 from lbyl.runtime.checks import as_path, named_kind
+from lbyl.runtime.contexts import own_device
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
+from lbyl.runtime.settings import described
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
-from lbyl.surgery.plan import described
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ PAGE = "README.md"
 
 Made = TypeVar("Made")
 Evaluate = Callable[[nn.Module], float]
-"""The user's judge of a network: the more, the better."""
+"""A function of the user's that gives a network a score: more is better."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Sweep:
             yield shown(text)
 
 
+@own_device()
 def sweep(
     model: nn.Module,
     example_inputs: Inputs,
@@ -118,9 +120,9 @@ def sweep(
     """Compress a network to several budgets; probes, error curves and moments are made once for all of them.
 
     Every point is what `compress` makes of its budget, in a folder of its own within ``path``. Beside them are
-    ``sweep.json``, a table (``README.md``) and a picture (``pareto.svg``). Whatever stops a sweep, the same call goes
-    on where it was: what is there is not done again, and what could not be made is not tried again. With other budgets
-    it adds points. One process at a time works in a folder.
+    ``sweep.json``, a table (``README.md``) and a picture (``pareto.svg``). If a sweep is stopped, the same call
+    continues it: points that are there are not made again, and points that could not be made are not tried again. A
+    call with other budgets adds points. Only one process at a time can work in a folder.
 
     Args:
         model: a trained network; it is not changed.
@@ -230,7 +232,7 @@ class _Network:
 
 
 def _attempt(work: Callable[[], Made]) -> Made | LbylError:
-    """What comes of it, or why it can't be done."""
+    """The point with its outcome, or with the reason why it can't be made."""
     try:
         return work()
     except (InputError, VerificationError, SurgeryError) as error:
@@ -238,7 +240,7 @@ def _attempt(work: Callable[[], Made]) -> Made | LbylError:
 
 
 def _compressed(network: _Network, state: SweepState, folder: Path, judge: _Judge) -> SweepState:
-    """Make the points that are not there; what can't be made is noted, and the others go on."""
+    """Make the points that are missing. Where one can't be made, its reason is noted, and the next one is made."""
     waiting = [point for point in state.points if not point.made and not point.reason]
     if not waiting:
         return state
@@ -262,7 +264,7 @@ def _compressed(network: _Network, state: SweepState, folder: Path, judge: _Judg
 
 
 def _judged(state: SweepState, folder: Path, judge: _Judge, model: nn.Module) -> SweepState:
-    """Judge the points that were made before there was a judge, or that it did not come to."""
+    """Score the points that have no score yet."""
     for point in state.points:
         if judge.evaluate and point.made and point.accuracy is None:
             smaller = artifact.load(folder / point.name, model)

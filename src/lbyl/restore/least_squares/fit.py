@@ -152,7 +152,7 @@ def make_probes(
 
 @dataclass(frozen=True)
 class _Found:
-    """A restoration as far as it has come.
+    """A restoration in progress.
 
     Attributes:
         values: new parameters and buffers, as the layers store them.
@@ -178,7 +178,7 @@ class _Found:
 
 
 def _pruned(problem: LeastSquaresProblem, state: State) -> dict[str, Tensor]:
-    """Plain pruning: as large as the weights themselves, so nobody holds it for longer than it is needed."""
+    """The values of plain pruning. They are as large as the weights, so they are made when they are needed."""
     return problem.stored({target.consumer.weight: masked(target, state) for target in problem.found}, state)
 
 
@@ -289,7 +289,7 @@ def _with_turns(problem: LeastSquaresProblem, probes: Probes, found: _Found, jud
 def _between(
     state: State, first: Mapping[str, Tensor], second: Mapping[str, Tensor], share: float
 ) -> dict[str, Tensor]:
-    """A part of the way from one set of values to another; what one of them leaves out is as it was."""
+    """Values between two sets of values, at this share of the way; what a set leaves out is the network's own."""
 
     def of(values: Mapping[str, Tensor], name: str) -> Tensor:
         return values.get(name, state[name].detach())
@@ -357,7 +357,7 @@ def _unknown(
 def _next_consumers(
     problem: LeastSquaresProblem, findings: Findings, waiting: list[Target]
 ) -> dict[str, tuple[Target, Sums]]:
-    """Take as many consumers off the list as the budget for moments allows, with empty sums for each."""
+    """Take consumers off the list, as many as the budget for moments allows, with empty sums for each."""
     taken: dict[str, tuple[Target, Sums]] = {}
     cost = 0
     while waiting:
@@ -408,7 +408,7 @@ def _collect(
 
 
 def _collecting(taken: Mapping[str, tuple[Target, Sums]], state: State, observer: Observer | None) -> OnConsumer:
-    """What adds to the sums of consumers what they are fed."""
+    """The function that adds the inputs of consumers to their sums."""
 
     def on_consumer(call: ConsumerCall) -> None:
         if observer:

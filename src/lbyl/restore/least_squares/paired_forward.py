@@ -30,7 +30,7 @@ _FAINT = 1e-3
 
 
 _POSITIONS = 16384
-"""As many outputs tell how a change goes with the output."""
+"""How many outputs are looked at to tell how a change depends on the output."""
 
 
 class NotPairable(Exception):
@@ -52,7 +52,7 @@ class ConsumerDue:
 
 @dataclass(frozen=True)
 class PairedPass:
-    """What came of a walk.
+    """The result of one paired pass.
 
     Attributes:
         original: mean and variance that each batch norm of the original network normalized with.

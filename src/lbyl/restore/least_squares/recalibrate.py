@@ -19,7 +19,7 @@ _DEAD = 1e-3
 """A channel whose spread on the probes is less than this share of its trained spread tells nothing."""
 _LARGEST_RATIO = 4.0
 POSITIONS = 16384
-"""As many outputs of a consumer tell how its change goes with its output."""
+"""How many outputs of a consumer are looked at to tell how its change depends on its output."""
 
 
 Statistics = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
@@ -28,7 +28,7 @@ Statistics = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Look:
-    """What one pass over some probes tells.
+    """What one pass over some probes has measured.
 
     Attributes:
         statistics: mean and variance at every batch norm.

@@ -57,7 +57,7 @@ class LeastSquares(Settings, Restorer):
 
     @property
     def runs_network(self) -> bool:
-        """True: even closed forms of the moments are verified first, for solving is dear."""
+        """True: even with closed-form moments, solving takes long, so what can be cut is found out first."""
         return True
 
     @property

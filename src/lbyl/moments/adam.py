@@ -1,0 +1,39 @@
+"""Adam for inputs that are moved. `torch.optim` would load PyTorch's compiler, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MEAN, _SQUARE, _TINY = 0.9, 0.999, 1e-8
+
+
+class Adam:
+    """Moves tensors against their gradients (Kingma and Ba 2015), with the decays that `torch.optim.Adam` has.
+
+    Args:
+        tensors: each with its learning rate; they get gradients from now on.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[Tensor, float]]) -> None:
+        # Squares of gradients are nothing in half precision.
+        zeros = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t, _ in tensors]
+        self._moved = [(t.requires_grad_(True), lr, z, z.clone()) for (t, lr), z in zip(tensors, zeros, strict=True)]
+        self._steps = 0
+
+    @torch.no_grad()
+    def step(self, share: float = 1.0) -> None:
+        """Make one step, with this share of the learning rates, and clear the gradients."""
+        self._steps += 1
+        biases = 1 - _MEAN**self._steps, 1 - _SQUARE**self._steps
+        for tensor, lr, mean, square in self._moved:
+            if tensor.grad is None:
+                continue
+            gradient = tensor.grad.to(mean.dtype)
+            mean.lerp_(gradient, 1 - _MEAN)
+            square.mul_(_SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
+            spread = (square.sqrt() / biases[1] ** 0.5).add_(_TINY)
+            tensor.copy_(torch.addcdiv(tensor, mean, spread, value=-share * lr / biases[0]))
+            tensor.grad = None
