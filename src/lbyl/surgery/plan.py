@@ -256,4 +256,4 @@ def library_version() -> str:
 
 def is_rebuildable(source: str) -> bool:
     """Whether loading a plan may build its source: a library's model may be built, a user's code may not be run."""
-    return source.rpartition(":")[0] in ("timm", "torchvision")
+    return source.startswith("hf:") or source.rpartition(":")[0] in ("timm", "torchvision")
