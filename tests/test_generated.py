@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 import lbyl
 from lbyl.moments.base import Probes
-from lbyl.moments.generated import token_ids
+from lbyl.moments.token_inputs import token_ids
 from lbyl.runtime.inputs import ExampleInputs
 
 WORDS = 60

@@ -121,7 +121,7 @@ def _read_batches(folder: Path, source: str, model: nn.Module, inputs: Any, sett
     """Batches of the texts or images in a folder, preprocessed as the model expects."""
     from lbyl.io.images import preprocessing, read_images
     from lbyl.io.texts import read_texts
-    from lbyl.moments.generated import token_ids
+    from lbyl.moments.token_inputs import token_ids
     from lbyl.runtime.inputs import ExampleInputs
 
     given = ExampleInputs.of(inputs)

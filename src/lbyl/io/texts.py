@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lbyl.errors import InputError
-from lbyl.moments.generated import like_example, token_ids
+from lbyl.moments.token_inputs import like_example, token_ids
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.tokenizers import packed_tokens, tokenizer_of
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lbyl.errors import InputError
 from lbyl.moments.base import Probes
-from lbyl.moments.generated import like_example, token_ids
+from lbyl.moments.token_inputs import like_example, token_ids
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input
 from lbyl.runtime.checks import check_number
 from lbyl.runtime.inputs import ExampleInputs
