@@ -70,7 +70,7 @@ def _huggingface(place: str, pretrained: bool, task: str | None) -> nn.Module:
     """A model of transformers from a folder or the cache; code that comes with the weights is not run."""
     if task is not None and task not in TASKS:
         raise InputError(f"task={task!r}: choose one of {', '.join(TASKS)}")
-    transformers = _library("transformers", "transformers")
+    transformers = _library("transformers", "lbyl[language]")
     source = f"{HUGGING_FACE}{place}"
     try:
         config = transformers.AutoConfig.from_pretrained(place, local_files_only=True)

@@ -13,11 +13,13 @@ from torch.nn import functional
 
 from lbyl.errors import InputError
 from lbyl.moments.base import Probes
+from lbyl.moments.sentences import sentence_tokens
 from lbyl.moments.token_inputs import like_example, token_ids
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input
-from lbyl.runtime.checks import check_number
+from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.progress import Progress
+from lbyl.runtime.tokenizers import tokenizer_of
 
 _LENGTH = 256
 """Tokens a sequence, where nothing else is asked for: what comes early in a text is no measure of the rest."""
@@ -36,16 +38,20 @@ class Generated:
             multiply-accumulates allow, between 16 and 96.
         length: tokens of each. None takes 256, or what the model has positions for.
         temperature: logits are divided by it; 1 is the model's own distribution.
+        sentences: where a tokenizer stands beside the weights that the model was loaded from, half of the sequences
+            hold English sentences that come with lbyl (see :class:`lbyl.Sentences`), not text of the model's own.
     """
 
     sequences: int | None = None
     length: int | None = None
     temperature: float = 1.0
+    sentences: bool = True
 
     def __post_init__(self) -> None:
         check_number("Generated(sequences={})", self.sequences, whole=True, least=1, optional=True)
         check_number("Generated(length={})", self.length, whole=True, least=2, optional=True)
         check_number("Generated(temperature={})", self.temperature, above=0)
+        check_switch("Generated(sentences={})", self.sentences)
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""
@@ -68,12 +74,32 @@ class Generated:
         length = self.length or _longest(model, ids)
         each = macs_per_input(model, inputs) * length / ids.shape[1]
         count = self.sequences or affordable(each, 4e12, 16, 96, ceiling=4e13)
-        held = held_out_size(count)
-        written = self._written(model, inputs, count + held, length, generator, progress)
-        batches = [like_example(inputs, part) for part in [*written[:count].split(16)]]
-        held_out = like_example(inputs, written[count:])
-        tokens = f"{count} texts of {length} tokens that the model wrote itself"
-        return Probes(tuple(batches), held_out, batch_statistics=False, note=tokens, matches_training_statistics=True)
+        share = count // 2
+        read, read_held = _apart(self._read(model, share + held_out_size(share), length, generator).to(ids))
+        own = max(1, count - len(read))
+        written, held = _apart(self._written(model, inputs, own + held_out_size(own), length, generator, progress))
+        batches = [*written.split(16), *read.split(16)]
+        note = f"{own} texts of {length} tokens that the model wrote itself"
+        if len(read):
+            note += f", and {len(read)} of English sentences that come with lbyl"
+        return Probes(
+            tuple(like_example(inputs, part) for part in batches if len(part)),
+            like_example(inputs, torch.cat([held, read_held])),
+            batch_statistics=False,
+            note=note,
+            matches_training_statistics=True,
+        )
+
+    def _read(
+        self, model: nn.Module, count: int, length: int, generator: torch.Generator
+    ) -> Int[Tensor, "sequences tokens"]:
+        """Sequences of sentences; none where they are not wanted or there is no tokenizer."""
+        tokenizer = tokenizer_of(model) if self.sentences else None
+        if tokenizer is None:
+            return torch.zeros(0, length, dtype=torch.long)
+        found = sentence_tokens(tokenizer, count, length, generator)
+        fits = len(found) >= 4 and int(found.max()) < model.get_input_embeddings().num_embeddings  # pyright: ignore
+        return found if fits else found[:0]
 
     @torch.no_grad()
     def _written(
@@ -168,6 +194,12 @@ class Generated:
             text = torch.cat([text, token.to(text)], 1)
             report(text.shape[1])
         return text
+
+
+def _apart(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequences to collect moments on, and a fifth of them all that is held out: two at least."""
+    held = min(len(rows), held_out_size(len(rows) * 4 // 5))
+    return rows[: len(rows) - held], rows[len(rows) - held :]
 
 
 _TOGETHER = 48

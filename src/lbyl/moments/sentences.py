@@ -9,7 +9,8 @@ from importlib.resources import files
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.moments.base import Probes
@@ -64,9 +65,7 @@ class Sentences:
         length = self.length or min(_LENGTH, _positions(model))
         each = macs_per_input(model, inputs) * length / ids.shape[1]
         count = self.sequences or affordable(each, 4e12, 64, 384, ceiling=4e13)
-        lines = sentences()
-        order = torch.randperm(len(lines), generator=generator).tolist()
-        found = packed_tokens(tokenizer, (lines[index] for index in order), count + held_out_size(count), length)
+        found = sentence_tokens(tokenizer, count + held_out_size(count), length, generator)
         if len(found) < 4 or int(found.max()) >= _vocabulary(model):
             raise InputError("Sentences: the tokenizer's tokens are not the model's; pass Sentences(tokenizer=FOLDER)")
         held = held_out_size(len(found) * 4 // 5)
@@ -89,6 +88,15 @@ _LENGTH = 64
 def takes_sentences(model: nn.Module, inputs: ExampleInputs) -> bool:
     """Whether a model is called with tokens, and has a tokenizer beside its weights."""
     return token_ids(inputs) is not None and tokenizer_of(model) is not None
+
+
+def sentence_tokens(
+    tokenizer: Any, count: int, length: int, generator: torch.Generator
+) -> Int[Tensor, "sequences tokens"]:
+    """All sentences in random order, one after the other, in sequences of one length: ``count`` at most."""
+    lines = sentences()
+    order = torch.randperm(len(lines), generator=generator).tolist()
+    return packed_tokens(tokenizer, (lines[index] for index in order), count, length)
 
 
 @cache

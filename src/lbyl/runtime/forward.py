@@ -177,7 +177,8 @@ class _LayerCalls(FunctionInterceptor):
             mean, var = _statistics(seen)
             if watched:
                 watched(str(mean_name), str(var_name), mean, var)
-            return functional.batch_norm(**call | {"running_mean": mean, "running_var": var})
+            call["running_mean"], call["running_var"] = mean, var
+            return functional.batch_norm(**call)
         out, mean, inverse = _BatchStatistics.apply(call["input"], call["weight"], call["bias"], call["eps"])  # pyright: ignore
         if watched:
             watched(str(mean_name), str(var_name), mean, inverse.square().reciprocal() - call["eps"])
