@@ -141,3 +141,16 @@ def test_without_a_tokenizer_there_are_no_sentences() -> None:
     assert not isinstance(choose_restorer(net, ExampleInputs.of(ids()))[0].moments, lbyl.Sentences)
     with pytest.raises(lbyl.LbylError, match="no tokenizer"):
         lbyl.compress(net, ids(), restore=lbyl.LeastSquares(moments=lbyl.Sentences()))
+
+
+@pytest.mark.parametrize(("sentences", "read"), [(True, 4), (False, 0)])
+def test_decoders_write_texts_and_read_sentences(sentences: bool, read: int, places: dict[str, Path]) -> None:
+    net: nn.Module = lbyl.load_source(f"hf:{places['llama']}")
+    source = lbyl.Generated(sequences=8, length=24, sentences=sentences)
+    probes = source.probes(net, ExampleInputs.of(ids()), torch.Generator().manual_seed(0), None)
+    rows = torch.cat([batch.kwargs["input_ids"] for batch in probes.batches])
+    assert rows.shape == (8, 24)
+    # Of what the model writes, no sequence ends with a special token.
+    assert int((rows[:, -1] == 2).sum()) == read
+    assert int((probes.held_out.kwargs["input_ids"][:, -1] == 2).sum()) == (2 if read else 0)
+    assert ("English sentences" in probes.note) == sentences
