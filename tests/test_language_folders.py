@@ -154,3 +154,13 @@ def test_decoders_write_texts_and_read_sentences(sentences: bool, read: int, pla
     assert int((rows[:, -1] == 2).sum()) == read
     assert int((probes.held_out.kwargs["input_ids"][:, -1] == 2).sum()) == (2 if read else 0)
     assert ("English sentences" in probes.note) == sentences
+
+
+def test_a_saved_folder_is_timed_against_the_one_it_came_from(places: dict[str, Path], tmp_path: Path) -> None:
+    out, source = str(tmp_path / "out"), f"hf:{places['llama']}"
+    args = ["compress", source, "--restore", "prune", "--ratio", "*mlp*=0.5", "-o", out, "--no-latency"]
+    assert CliRunner().invoke(app, args).exit_code == 0
+    result = CliRunner().invoke(app, ["bench", out, "--runs", "3", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["against"], found["inputs"][0]) == (source, found["inputs"][1])

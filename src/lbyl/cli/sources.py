@@ -59,14 +59,16 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
         specs = [InputSpec(shape)]
     generator = torch.Generator().manual_seed(seed)
 
-    def make(spec: InputSpec) -> Tensor:
+    def make(number: int, spec: InputSpec) -> Tensor:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         if dtype.is_floating_point:
             return torch.randn(spec.shape, generator=generator).to(dtype)
+        if number == 1 and source.startswith("hf:"):  # the attention mask of what a tokenizer gives
+            return torch.ones(spec.shape, dtype=dtype)
         # Zero is a valid token, index and mask in every vocabulary; a random number is not.
         return torch.zeros(spec.shape, dtype=dtype)
 
-    return tuple(make(spec) for spec in specs)
+    return tuple(make(number, spec) for number, spec in enumerate(specs))
 
 
 def check_images(settings: Settings) -> None:
