@@ -1,12 +1,13 @@
-"""Short implementations of other methods that cut neurons and heads of Llama models, for `language.py`.
+"""Short implementations of other methods that cut neurons of Llama models, for `language.py`.
 
-Each takes a model and calibration tokens, and gives the model with columns of ``down_proj`` and ``o_proj`` zero, which
-computes what the cut one does. Heads go as key/value heads with all of their queries.
+Each takes a model and calibration tokens, and gives the model with columns of ``down_proj`` zero, which computes what the
+cut one does.
 
 - Wanda-sp (An et al. 2024, the structured form of Sun et al. 2024): ``|W_:j| |x_j|``, the same share of each layer's
   neurons.
-- FLAP (An et al. 2024): the fluctuation ``|W_:j|^2 Var(x_j)``, brought to one scale layer by layer, decides over all
-  layers, neurons and heads; what went is made up for by a constant, ``W_:j E[x_j]``.
+- FLAP (An et al. 2024): the fluctuation ``|W_:j|^2 Var(x_j)``, brought to one scale layer by layer, decides over the
+  neurons of all layers; what went is made up for by a constant, ``W_:j E[x_j]``. Its scale is made for many heads: on
+  the three key/value heads of a small model with grouped queries it takes heads first, so they are left whole.
 - GRAIL: neurons as Wanda-sp chooses them, and a ridge regression of all neurons on those that stay, layer after layer
   on what the cut model gives so far.
 """
@@ -14,7 +15,6 @@ computes what the cut one does. Heads go as key/value heads with all of their qu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,19 +62,19 @@ class Watch:
 
 
 @torch.no_grad()
-def watched(model: Any, tokens: Tokens) -> list[tuple[Seen, Seen]]:
-    """What ``down_proj`` and ``o_proj`` of each layer are fed."""
-    watches = [(Watch(layer.mlp.down_proj), Watch(layer.self_attn.o_proj)) for layer in model.model.layers]
+def watched(model: Any, tokens: Tokens) -> list[Seen]:
+    """What ``down_proj`` of each layer is fed."""
+    watches = [Watch(layer.mlp.down_proj) for layer in model.model.layers]
     for part in tokens.split(8):
         model.model(input_ids=part, use_cache=False)
-    return [(mlp.done(), attention.done()) for mlp, attention in watches]
+    return [watch.done() for watch in watches]
 
 
-def wanda(model: Any, seen: list[tuple[Seen, Seen]], ratio: float) -> Any:
+def wanda(model: Any, seen: list[Seen], ratio: float) -> Any:
     """Wanda-sp: ``ratio`` of the neurons of each layer go."""
     model = copy.deepcopy(model)
-    for layer, (mlp, _) in zip(model.model.layers, seen, strict=True):
-        drop = lowest(layer.mlp.down_proj.weight, mlp, ratio)
+    for layer, fed in zip(model.model.layers, seen, strict=True):
+        drop = lowest(layer.mlp.down_proj.weight, fed, ratio)
         layer.mlp.down_proj.weight.data[:, drop] = 0
     return model
 
@@ -85,34 +85,18 @@ def lowest(weight: Tensor, seen: Seen, ratio: float) -> Tensor:
     return score.argsort()[: round(ratio * len(score))]
 
 
-def flap(model: Any, seen: list[tuple[Seen, Seen]], share: float) -> Any:
-    """FLAP: neurons and heads that hold ``share`` of the layers' parameters go."""
-    model, config = copy.deepcopy(model), model.config
-    size = config.head_dim * config.num_attention_heads // config.num_key_value_heads
-    hidden = config.hidden_size
-    scores, costs, places = [], [], []
-    for number, (layer, fed) in enumerate(zip(model.model.layers, seen, strict=True)):
-        for kind, linear, moments in zip("mh", (layer.mlp.down_proj, layer.self_attn.o_proj), fed, strict=True):
-            score = linear.weight.double().square().sum(0) * moments.variance
-            width = 1 if kind == "m" else size
-            score = score.reshape(-1, width).mean(1)
-            scores.append((score - score.mean()) / score.std().clamp_min(1e-30))
-            cost = 3 * hidden if kind == "m" else 2 * hidden * (size + config.head_dim)
-            costs.append(torch.full((len(score),), float(cost)))
-            places += [(number, kind, unit, width) for unit in range(len(score))]
-    order = torch.cat(scores).argsort()
-    spent = torch.cat(costs)[order].cumsum(0)
-    total = sum(p.numel() for p in model.model.layers.parameters())
-    gone: dict[tuple[int, str], list[int]] = {}
-    for index in order[spent <= share * total].tolist():
-        number, kind, unit, width = places[index]
-        gone.setdefault((number, kind), []).extend(range(unit * width, (unit + 1) * width))
-    for (number, kind), columns in gone.items():
-        layer, fed = model.model.layers[number], seen[number]
-        linear, moments = (layer.mlp.down_proj, fed[0]) if kind == "m" else (layer.self_attn.o_proj, fed[1])
-        constant = linear.weight.double()[:, columns] @ moments.mean[columns]
+def flap(model: Any, seen: list[Seen], ratio: float) -> Any:
+    """FLAP: ``ratio`` of all neurons go, more in some layers than in others."""
+    model = copy.deepcopy(model)
+    layers = [layer.mlp.down_proj for layer in model.model.layers]
+    scores = [linear.weight.double().square().sum(0) * fed.variance for linear, fed in zip(layers, seen, strict=True)]
+    scores = torch.stack([(score - score.mean()) / score.std() for score in scores])
+    gone = torch.zeros(scores.numel(), dtype=torch.bool)
+    gone[scores.flatten().argsort()[: round(ratio * scores.numel())]] = True
+    for linear, fed, drop in zip(layers, seen, gone.reshape(scores.shape), strict=True):
+        constant = linear.weight.double()[:, drop] @ fed.mean[drop]
         linear.bias = torch.nn.Parameter(constant.to(linear.weight.dtype))
-        linear.weight.data[:, columns] = 0
+        linear.weight.data[:, drop] = 0
     return model
 
 
@@ -144,6 +128,3 @@ def grail(model: Any, tokens: Tokens, ratio: float, ridge: float = 1e-3) -> Any:
         weight.data[:, drop] = 0
         hidden = through(layer)
     return model
-
-
-PEERS: dict[str, Callable[..., Any]] = {"Wanda-sp": wanda, "FLAP": flap, "GRAIL": grail}

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lbyl.errors import InputError
 from lbyl.moments.base import Probes
-from lbyl.moments.sentences import sentence_tokens
+from lbyl.moments.sentences import beginnings
 from lbyl.moments.token_inputs import like_example, token_ids
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input
 from lbyl.runtime.checks import check_number, check_switch
@@ -31,15 +31,16 @@ class Generated:
 
     A model's own text was found on par with real text for calibration (Williams, Chrysostomou, Aletras 2024,
     "Self-calibration for Language Model Quantization and Pruning", arXiv 2410.17170). Each sequence starts with the
-    model's start token, where it has one, and a token drawn at random; special tokens are not drawn.
+    model's start token, where it has one. Half of them go on with a token drawn at random, the others with the
+    beginning of an English sentence that comes with lbyl, where a tokenizer stands beside the weights that the model
+    was loaded from. Special tokens are not drawn.
 
     Attributes:
         sequences: that moments are collected on; a quarter more is held out. None takes as many as 4e12
-            multiply-accumulates allow, between 16 and 96.
+            multiply-accumulates allow, between 16 and 128.
         length: tokens of each. None takes 256, or what the model has positions for.
         temperature: logits are divided by it; 1 is the model's own distribution.
-        sentences: where a tokenizer stands beside the weights that the model was loaded from, half of the sequences
-            hold English sentences that come with lbyl (see :class:`lbyl.Sentences`), not text of the model's own.
+        sentences: False goes on with a token drawn at random in all of them.
     """
 
     sequences: int | None = None
@@ -73,60 +74,59 @@ class Generated:
             )
         length = self.length or _longest(model, ids)
         each = macs_per_input(model, inputs) * length / ids.shape[1]
-        count = self.sequences or affordable(each, 4e12, 16, 96, ceiling=4e13)
-        share = count // 2
-        read, read_held = _apart(self._read(model, share + held_out_size(share), length, generator).to(ids))
-        own = max(1, count - len(read))
-        written, held = _apart(self._written(model, inputs, own + held_out_size(own), length, generator, progress))
-        batches = [*written.split(16), *read.split(16)]
-        note = f"{own} texts of {length} tokens that the model wrote itself"
-        if len(read):
-            note += f", and {len(read)} of English sentences that come with lbyl"
+        count = self.sequences or affordable(each, 4e12, 16, 128, ceiling=4e13)
+        held = held_out_size(count)
+        starts = self._starts(model, inputs, count + held, min(_BEGINNING, length - 2), generator)
+        texts: list[Tensor] = []
+        for start in starts:
+            done = (sum(map(len, texts)), count + held)
+            texts.append(self._written(model, inputs, start, length, generator, progress, done))
+        written = torch.cat(texts)[torch.randperm(count + held, generator=generator).to(ids.device)]
+        note = f"{count} texts of {length} tokens that the model wrote itself"
+        if len(starts) > 1:
+            note += ", half of them from the beginnings of English sentences that come with lbyl"
         return Probes(
-            tuple(like_example(inputs, part) for part in batches if len(part)),
-            like_example(inputs, torch.cat([held, read_held])),
+            tuple(like_example(inputs, part) for part in written[:count].split(16)),
+            like_example(inputs, written[count:]),
             batch_statistics=False,
             note=note,
             matches_training_statistics=True,
         )
 
-    def _read(
-        self, model: nn.Module, count: int, length: int, generator: torch.Generator
-    ) -> Int[Tensor, "sequences tokens"]:
-        """Sequences of sentences; none where they are not wanted or there is no tokenizer."""
-        tokenizer = tokenizer_of(model) if self.sentences else None
-        if tokenizer is None:
-            return torch.zeros(0, length, dtype=torch.long)
-        found = sentence_tokens(tokenizer, count, length, generator)
-        fits = len(found) >= 4 and int(found.max()) < model.get_input_embeddings().num_embeddings  # pyright: ignore
-        return found if fits else found[:0]
+    def _starts(
+        self, model: nn.Module, inputs: ExampleInputs, count: int, length: int, generator: torch.Generator
+    ) -> list[Int[Tensor, "sequences tokens"]]:
+        """What sequences start with: tokens drawn at random, and beginnings of sentences where these can be had."""
+        drawn = _allowed(model, inputs).nonzero().flatten()
+        tokenizer = tokenizer_of(model) if self.sentences and length > 1 else None
+        read = beginnings(tokenizer, count // 2, length, generator) if tokenizer is not None else drawn[:0, None]
+        if len(read) and int(read.max()) > int(drawn.max()):  # another model's tokenizer
+            read = read[:0]
+        first = drawn[torch.randint(len(drawn), (count - len(read), 1), generator=generator)]
+        begin = getattr(getattr(model, "config", None), "bos_token_id", None)
+        kinds = [kind for kind in (first, read) if len(kind)]
+        return [torch.cat([torch.full_like(k[:, :1], begin), k], 1) for k in kinds] if isinstance(begin, int) else kinds
 
     @torch.no_grad()
     def _written(
         self,
         model: nn.Module,
         inputs: ExampleInputs,
-        count: int,
+        first: Tensor,
         length: int,
         generator: torch.Generator,
         progress: Progress | None,
+        so_far: tuple[int, int],
     ) -> Int[Tensor, "sequences tokens"]:
-        """Sequences, all of one length, in batches of 48 at most."""
+        """Sequences that start so, all of one length, in batches of 48 at most; some of all there will be are done."""
         example = token_ids(inputs)
         assert example is not None
-        logits = _logits(inputs.call(model), example)
-        assert logits is not None
-        allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
-        config = getattr(model, "config", None)
-        allowed[[token for token in _special_tokens(config) if token < len(allowed)]] = False
-        start, drawn = getattr(config, "bos_token_id", None), allowed.nonzero().flatten()
+        allowed, (before, count) = _allowed(model, inputs), so_far
         found: list[Tensor] = []
-        for rows in torch.arange(count).split(_TOGETHER):
-            first = drawn[torch.randint(len(drawn), (len(rows), 1), generator=generator)]
-            text = first if not isinstance(start, int) else torch.cat([torch.full_like(first, start), first], 1)
-            done = sum(map(len, found))
+        for text in first.split(_TOGETHER):
+            done = before + sum(map(len, found))
 
-            def report(tokens: int, done: int = done, now: int = len(rows)) -> None:
+            def report(tokens: int, done: int = done, now: int = len(text)) -> None:
                 if progress:
                     progress("writing text", done * length + tokens * now, count * length)
 
@@ -196,14 +196,25 @@ class Generated:
         return text
 
 
-def _apart(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequences to collect moments on, and a fifth of them all that is held out: two at least."""
-    held = min(len(rows), held_out_size(len(rows) * 4 // 5))
-    return rows[: len(rows) - held], rows[len(rows) - held :]
-
-
 _TOGETHER = 48
 """Sequences that are written at a time."""
+
+
+_BEGINNING = 6
+"""Tokens of a sentence that a text begins with: enough for a subject, and the rest is the model's."""
+
+
+def _allowed(model: nn.Module, inputs: ExampleInputs) -> Bool[Tensor, " vocabulary"]:
+    """Tokens that may be drawn: those that mean something."""
+    example = token_ids(inputs)
+    assert example is not None
+    with torch.no_grad():
+        logits = _logits(inputs.call(model), example)
+    assert logits is not None
+    allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
+    special = _special_tokens(getattr(model, "config", None))
+    allowed[[token for token in special if token < len(allowed)]] = False
+    return allowed
 
 
 def _generates(model: nn.Module) -> bool:

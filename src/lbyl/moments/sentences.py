@@ -65,7 +65,9 @@ class Sentences:
         length = self.length or min(_LENGTH, _positions(model))
         each = macs_per_input(model, inputs) * length / ids.shape[1]
         count = self.sequences or affordable(each, 4e12, 64, 384, ceiling=4e13)
-        found = sentence_tokens(tokenizer, count + held_out_size(count), length, generator)
+        lines = sentences()
+        order = torch.randperm(len(lines), generator=generator).tolist()
+        found = packed_tokens(tokenizer, (lines[index] for index in order), count + held_out_size(count), length)
         if len(found) < 4 or int(found.max()) >= _vocabulary(model):
             raise InputError("Sentences: the tokenizer's tokens are not the model's; pass Sentences(tokenizer=FOLDER)")
         held = held_out_size(len(found) * 4 // 5)
@@ -90,13 +92,15 @@ def takes_sentences(model: nn.Module, inputs: ExampleInputs) -> bool:
     return token_ids(inputs) is not None and tokenizer_of(model) is not None
 
 
-def sentence_tokens(
-    tokenizer: Any, count: int, length: int, generator: torch.Generator
-) -> Int[Tensor, "sequences tokens"]:
-    """All sentences in random order, one after the other, in sequences of one length: ``count`` at most."""
+def beginnings(tokenizer: Any, count: int, length: int, generator: torch.Generator) -> Int[Tensor, "sentences tokens"]:
+    """The first tokens of ``count`` sentences, without special ones; none where the tokenizer makes too few of them."""
     lines = sentences()
-    order = torch.randperm(len(lines), generator=generator).tolist()
-    return packed_tokens(tokenizer, (lines[index] for index in order), count, length)
+    read = (tokenizer(line, add_special_tokens=False)["input_ids"][:length] for line in lines)
+    rows = [row for row in read if len(row) == length]
+    if not rows:
+        return torch.zeros(0, length, dtype=torch.long)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    return torch.tensor([rows[order[number % len(order)]] for number in range(count)])
 
 
 @cache
