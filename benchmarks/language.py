@@ -169,8 +169,8 @@ def tables(cells: list[dict[str, Any]], settings: dict[str, Any]) -> list[Table]
     ratios = sorted({cell["ratio"] for cell in cells} - {0.0})
     note = (
         f"SmolLM2-135M-Instruct on {settings['tokens']:,} tokens of WikiText-2's test set, in windows of {WINDOW:,}. "
-        "Removed is the share of the decoder layers' parameters, as neurons: in each layer alike, but FLAP deals it out to "
-        "the layers by itself. "
+        "Removed is the share of the decoder layers' parameters, as neurons: in each layer alike, but FLAP deals it "
+        "out to the layers by itself. "
         f"Default and Energy look at {settings['texts']} texts of {settings['length']} tokens that the "
         "model wrote itself; Data, Wanda-sp, FLAP and GRAIL at as many of the validation set."
     )

@@ -1,7 +1,7 @@
 """Short implementations of other methods that cut neurons of Llama models, for `language.py`.
 
-Each takes a model and calibration tokens, and gives the model with columns of ``down_proj`` zero, which computes what the
-cut one does.
+Each takes a model and calibration tokens, and gives the model with columns of ``down_proj`` zero, which
+computes what the cut one does.
 
 - Wanda-sp (An et al. 2024, the structured form of Sun et al. 2024): ``|W_:j| |x_j|``, the same share of each layer's
   neurons.
