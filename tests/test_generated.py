@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 import lbyl
 from lbyl.moments.base import Probes
-from lbyl.moments.generated import token_ids
+from lbyl.moments.token_inputs import token_ids
 from lbyl.runtime.inputs import ExampleInputs
 
 WORDS = 60
@@ -137,3 +137,12 @@ def test_the_default_for_causal_models_only() -> None:
 def test_settings(settings: dict[str, float]) -> None:
     with pytest.raises(lbyl.InputError):
         lbyl.Generated(**settings)  # pyright: ignore
+
+
+def test_random_tokens_are_common_ones_more_often() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(3000, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    inputs = ExampleInputs.of(torch.zeros(1, 50, dtype=torch.long))
+    ids = lbyl.Noise(64).probes(net, inputs, torch.Generator().manual_seed(0), None).batches[0].tensors()[0]
+    assert int(ids.max()) > 2500
+    assert 250 < float(ids.float().quantile(0.5)) < 700

@@ -90,6 +90,7 @@ LOADABLE: dict[str, tuple[str, Any, dict[str, Any], dict[str, int]]] = {
     "llama, tied": (
         "llama", HALF, {"tie_word_embeddings": True}, {"num_attention_heads": 4, "intermediate_size": 16},
     ),
+    "llama, stream too": ("llama", 0.25, {}, {"hidden_size": 24, "intermediate_size": 24, "rms_norm_eps": 1e-6 / 0.75}),
     "qwen2": ("qwen2", HALF, {}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}),
     "qwen3": ("qwen3", QUARTER, {}, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}),
 }  # fmt: skip
@@ -140,6 +141,20 @@ def test_what_no_configuration_says(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / CONFIG).exists()
 
 
+@pytest.mark.parametrize("uniform", [None, True, False])
+def test_a_budget_gives_all_layers_one_width(uniform: bool | None, tmp_path: Path) -> None:
+    model: Any = build("llama")
+    with torch.no_grad():  # the second layer says next to nothing
+        model.model.layers[1].mlp.down_proj.weight.mul_(0.01)
+    budget = lbyl.Budget(params=0.8, uniform_layers=uniform)
+    result = lbyl.compress(model, inputs_of("llama"), budget=budget, restore="prune")
+    small: Any = result.model
+    widths = {layer.mlp.gate_proj.out_features for layer in small.model.layers}
+    assert len(widths) == (2 if uniform is False else 1)
+    result.save(tmp_path / "out")
+    assert (tmp_path / "out" / CONFIG).exists() == (uniform is not False)
+
+
 def test_the_precision_is_that_of_the_weights(tmp_path: Path) -> None:
     model: Any = build("bert").to(torch.float16)
     lbyl.compress(model, inputs_of("bert"), ratio={NEURONS["bert"]: 0.5}, restore="prune").save(tmp_path / "out")
@@ -172,10 +187,41 @@ def test_a_configuration_that_does_not_fit_its_model(tmp_path: Path) -> None:
     assert "a model built from its BertConfig is not the unpruned one" in note
 
 
-def test_the_model_s_own_configuration_is_not_changed(tmp_path: Path) -> None:
-    result, _ = saved("vit", tmp_path / "out")
-    model: Any = result.model
-    assert model.config.to_dict() == build("vit").config.to_dict()  # pyright: ignore
+def test_the_configuration_of_the_result_says_its_widths(tmp_path: Path) -> None:
+    model: Any = build("llama")
+    before = model.config.to_dict()
+    result = lbyl.compress(model, inputs_of("llama"), ratio=HALF, restore="prune")
+    small: Any = result.model
+    assert model.config.to_dict() == before
+    assert all(getattr(m, "config", model.config) is model.config for m in model.modules())
+    assert (small.config.intermediate_size, small.config.num_key_value_heads) == (16, 2)
+    assert all(getattr(m, "config", small.config) is small.config for m in small.modules())
+    small.save_pretrained(tmp_path / "own")
+    again = type(small).from_pretrained(tmp_path / "own")
+    assert all(map(torch.equal, again.state_dict().values(), small.state_dict().values()))
+
+
+def test_widths_that_no_configuration_says_are_told_of(tmp_path: Path) -> None:
+    model: Any = build("llama")
+    result = lbyl.compress(model, inputs_of("llama"), ratio={"*layers.0.mlp*": 0.5}, restore="prune")
+    (note,) = (note for note in result.report.notes if "model.config" in note)
+    assert "intermediate_size is one number for all layers, and they keep 16 to 32" in note
+    small: Any = result.model
+    assert small.config.to_dict() == model.config.to_dict()
+
+
+def test_what_stands_beside_the_weights_is_copied_along(tmp_path: Path) -> None:
+    model: Any = build("llama")
+    model.save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (tmp_path / "base" / name).write_text(f"the text of {name}")
+    (tmp_path / "base" / "training.log").write_text("nothing of interest")
+    loaded: Any = type(model).from_pretrained(tmp_path / "base")
+    folder = lbyl.compress(loaded, inputs_of("llama"), ratio=HALF, restore="prune").save(tmp_path / "out")
+    assert (folder / "tokenizer.json").read_text() == "the text of tokenizer.json"
+    assert (folder / "chat_template.jinja").is_file()
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert not (folder / "training.log").exists()
 
 
 def test_other_models_have_no_configuration(tmp_path: Path) -> None:

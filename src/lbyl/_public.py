@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lbyl.moments.generated import Generated as Generated
     from lbyl.moments.noise import Noise as Noise
     from lbyl.moments.photographs import Photographs as Photographs
+    from lbyl.moments.sentences import Sentences as Sentences
     from lbyl.moments.weights import Weights as Weights
     from lbyl.pipeline.compress import compress as compress
     from lbyl.pipeline.inspection import Inspection as Inspection
@@ -91,6 +92,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "dream": "Dream",
         "classdream": "ClassDream",
         "generated": "Generated",
+        "sentences": "Sentences",
         "data": "Data",
     },
     "format": {"onnx": "lbyl.io.export.onnx:OnnxFormat", "pt2": "lbyl.io.export.pt2:Pt2Format"},

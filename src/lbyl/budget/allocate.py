@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from lbyl.budget.curves import Curve, Curves
 from lbyl.budget.latency import timed
 from lbyl.errors import InputError
 from lbyl.graph import Graph
+from lbyl.io.huggingface import is_pretrained_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.selection.select import KeptCounts
 
@@ -40,12 +42,16 @@ def allocate(
         InputError: even the smallest widths cost more; the message says how much.
     """
     widths = {index: group.width for index, group in enumerate(graph.groups)}
-    offered = {curve.group: widths_of(graph.groups[curve.group], budget) for curve in curves}
-    by_group: dict[int, list[Term]] = defaultdict(list)
+    bundles = bundled(graph, curves, budget)
+    offered = {first: widths_of(graph.groups[first], budget, len(bundle)) for first, bundle in bundles.items()}
+    first_of = {group: first for first, bundle in bundles.items() for group in bundle}
+    touching: dict[int, list[Term]] = defaultdict(list)
+    neighbors: dict[int, set[int]] = defaultdict(set)
     for term in terms:
-        for group in {g for _, groups in term.dims for g in groups}:
-            by_group[group].append(term)
-    neighbors = {g: {other for term in by_group[g] for _, groups in term.dims for other in groups} for g in offered}
+        near = {first_of[group] for _, groups in term.dims for group in groups if group in first_of}
+        for first in near:
+            touching[first].append(term)
+            neighbors[first] |= near
     curve_of = {curve.group: curve for curve in curves}
 
     floor = smallest_cost(graph, curves, terms, budget)
@@ -57,25 +63,28 @@ def allocate(
             "or exclude less"
         )
 
-    def best(group: int) -> tuple[float, int, float]:
+    def error(first: int, width: int) -> float:
+        return sum(curve_of[group].weight * float(curve_of[group].error[width]) for group in bundles[first])
+
+    def best(first: int) -> tuple[float, int, float]:
         """Error added for each unit of cost saved, the width, and the cost saved."""
-        curve, now = curve_of[group], widths[group]
-        before = sum(term.at(widths) for term in by_group[group])
+        now = widths[first]
+        before, so_far = sum(term.at(widths) for term in touching[first]), error(first, now)
         found = (math.inf, now, 0.0)
-        for width in offered[group]:
+        for width in offered[first]:
             if width >= now:
                 continue
-            saved = before - sum(term.at(widths | {group: width}) for term in by_group[group])
-            added = curve.weight * float(curve.error[width] - curve.error[now])
+            after = widths | dict.fromkeys(bundles[first], width)
+            saved = before - sum(term.at(after) for term in touching[first])
             # A step must not go far below the target.
-            if saved <= 0 or (cost - saved < target * (1 - REACHED_WITHIN / 2) and width < _next(offered[group], now)):
+            if saved <= 0 or (cost - saved < target * (1 - REACHED_WITHIN / 2) and width < _next(offered[first], now)):
                 continue
-            rate = (added + 1e-12) / saved
+            rate = (error(first, width) - so_far + 1e-12) / saved
             if rate < found[0]:
                 found = rate, width, saved
         return found
 
-    steps = {group: best(group) for group in offered}
+    steps = {first: best(first) for first in offered}
     while cost > target:
         group = min(steps, key=lambda g: steps[g][0])
         rate, width, saved = steps[group]
@@ -85,11 +94,25 @@ def allocate(
         if cost - saved < target * (1 - REACHED_WITHIN) and fitting:
             group = min(fitting, key=lambda g: steps[g][0])
             rate, width, saved = steps[group]
-        widths[group] = width
+        widths |= dict.fromkeys(bundles[group], width)
         cost = sum(term.at(widths) for term in terms)
         for other in neighbors[group] & steps.keys():
             steps[other] = best(other)
-    return {group: widths[group] for group in offered}
+    return {group: widths[group] for group in first_of}
+
+
+def bundled(graph: Graph, curves: Sequence[Curve], budget: Budget) -> dict[int, tuple[int, ...]]:
+    """The groups that get one width, by the first of them: each by itself, or those of one name in all layers."""
+    found: dict[object, list[int]] = defaultdict(list)
+    for curve in curves:
+        group = graph.groups[curve.group]
+        alike = _LAYER.sub("*", group.name), group.width, len(set(group.blocks))
+        found[alike if budget.uniform_layers else curve.group].append(curve.group)
+    return {bundle[0]: tuple(bundle) for bundle in found.values()}
+
+
+_LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
+"""The number of a layer in a name."""
 
 
 def _next(options: Sequence[int], now: int) -> int:
@@ -146,6 +169,8 @@ def choose_widths(
     """
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
     budget = budget.on(inputs.tensors()[0].device)
+    if budget.uniform_layers is None:
+        budget = replace(budget, uniform_layers=is_pretrained_model(model))
     if budget.latency is None:
         costing: Costing = counted(model, inputs, graph, budget)
     else:

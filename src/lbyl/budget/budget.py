@@ -10,7 +10,7 @@ import torch
 
 from lbyl.errors import InputError
 from lbyl.graph import Group
-from lbyl.runtime.checks import check_number
+from lbyl.runtime.checks import check_number, check_switch
 
 REACHED_WITHIN = 0.02
 _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
@@ -31,6 +31,9 @@ class Budget:
         min_keep: no group keeps fewer channels.
         max_ratio: no group loses a larger share.
         exclude: globs of groups and layers that stay whole.
+        uniform_layers: one width for groups of the same name in all layers ("layers.0.mlp.up", "layers.1.mlp.up"), as
+            the configurations of transformers say them. None does so for models that have one; False gives each layer
+            its own width, which costs less accuracy, but only ``lbyl.load`` then loads what is saved.
     """
 
     macs: float | None = None
@@ -41,6 +44,7 @@ class Budget:
     min_keep: int = 1
     max_ratio: float = 0.9
     exclude: tuple[str, ...] = ()
+    uniform_layers: bool | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in _UNITS if getattr(self, name) is not None]
@@ -54,6 +58,7 @@ class Budget:
             check_number('Budget(round_to={}) is not "auto"', self.round_to, whole=True, least=1)
         check_number("Budget(min_keep={})", self.min_keep, whole=True, least=1)
         check_number("Budget(max_ratio={}), the largest ratio", self.max_ratio, least=0, below=1)
+        check_switch("Budget(uniform_layers={})", self.uniform_layers, optional=True)
         exclude = self.exclude
         if isinstance(exclude, str) or not isinstance(exclude, Iterable):
             raise InputError(f"Budget(exclude={exclude!r}): must be a sequence of globs, such as ['layer4.*']")

@@ -90,8 +90,11 @@ def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
     return terms
 
 
-def widths_of(group: Group, budget: Budget) -> list[int]:
-    """The widths that a group may be cut to, the largest first; ``round_to`` is a number (see :meth:`Budget.on`)."""
+def widths_of(group: Group, budget: Budget, layers: int = 1) -> list[int]:
+    """The widths that a group may be cut to, the largest first; ``round_to`` is a number (see :meth:`Budget.on`).
+
+    Where several layers get one width, each step saves more, so that there are more of them.
+    """
     labels = len(set(group.blocks))
     rows = max(1, sum(channel != NOT_OURS for channel in group.producers[0].weight.channels) // group.width)
     multiple = int(budget.round_to)
@@ -99,7 +102,7 @@ def widths_of(group: Group, budget: Budget) -> list[int]:
     if step >= group.width:
         step = labels
     least = max(budget.min_keep, math.ceil(group.width * (1 - budget.max_ratio) - 1e-9), 1)
-    step *= max(1, math.ceil((group.width - least) / step / _STEPS))
+    step *= max(1, math.ceil((group.width - least) / step / (_STEPS * min(layers, 4))))
     choices = [k for k in range(step, group.width, step) if k >= least]
     return [group.width, *reversed(choices)]
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lbyl.graph import Graph, Slot
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import ChannelSums
+from lbyl.runtime.attended import at_attended, attended_positions
 from lbyl.runtime.batches import batch_size, split
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.macs import count_macs
 from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.progress import Progress
@@ -170,7 +171,7 @@ def _from_probes(
     some = min(_TRIED, available := batch_size(probes.held_out))
     probes = replace(probes, held_out=split(probes.held_out, [some, available - some])[0])
     affordable = _can_be_tried(model, inputs, probes.held_out, len(orders))
-    expected = run_intercepted(model, probes.held_out, batch_statistics=probes.batch_statistics) if affordable else None
+    expected = _outputs(model, probes, {}) if affordable else None
     curves = []
     for done, index in enumerate(orders):
         group, order = graph.groups[index], orders[index]
@@ -207,7 +208,7 @@ def _travels(
     seen: Sequence[tuple[Slot, ChannelSums]],
     state: State,
     probes: Probes,
-    expected: object,
+    expected: list[Tensor],
 ) -> float:
     """Squared relative error of the network's output for each unit of the group's own, with half of it gone.
 
@@ -232,8 +233,14 @@ def _travels(
         delivery = Delivery(matrix, torch.ones(len(keep), dtype=torch.float64))
         fold(columns_second(weight, slot), _source(state, slot), slot, group.width, keep, drop, delivery)
         values[slot.parameter] = weight
+    return max(outputs_error(expected, _outputs(model, probes, values)) ** 2 / own, 1e-6)
+
+
+def _outputs(model: nn.Module, probes: Probes, values: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the network gives for the held-out probes, at the positions that count."""
     found = run_intercepted(model, probes.held_out, values=values, batch_statistics=probes.batch_statistics)
-    return max(outputs_error(expected, found) ** 2 / own, 1e-6)
+    attended = attended_positions(model, probes.held_out)
+    return [at_attended(attended, tensor) for tensor in output_tensors(found)]
 
 
 def _source(state: State, slot: Slot) -> Tensor:

@@ -159,7 +159,7 @@ def _rest(
         sizes[call.weight] += call.out.numel()
 
     with undisturbed(model), torch.no_grad():
-        run_intercepted(model, inputs, on_consumer=on_consumer)
+        run_intercepted(model, inputs, on_consumer=on_consumer, everywhere=True)
     parts: dict[int, float] = defaultdict(float)
     for index, group in enumerate(graph.groups):
         for slot in group.carriers:

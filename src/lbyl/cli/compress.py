@@ -93,6 +93,6 @@ def compress(
 def _check(ratio: list[str] | None, budget: str | None, settings: Settings) -> None:
     if budget is not None and ratio:
         raise typer.BadParameter("--ratio and --budget: give one of them; a budget chooses each group's ratio")
-    names = ("round_to", "min_keep", "max_ratio", "exclude")
+    names = ("round_to", "min_keep", "max_ratio", "exclude", "uniform_layers")
     if budget is None and any(getattr(settings, name) != getattr(Settings, name) for name in names):
-        raise typer.BadParameter("--round-to, --min-keep, --max-ratio and --exclude need --budget")
+        raise typer.BadParameter("--round-to, --min-keep, --max-ratio, --exclude and --uniform-layers need --budget")

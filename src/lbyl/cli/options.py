@@ -17,7 +17,8 @@ Source = Annotated[
     typer.Argument(
         metavar="SOURCE",
         callback=check_source,
-        help="timm:NAME, torchvision:NAME, package.module:factory or file.py:factory. A factory is code: it is run.",
+        help="timm:NAME, torchvision:NAME, hf:DIR (a folder that save_pretrained wrote), package.module:factory or "
+        "file.py:factory. A factory is code: it is run.",
         show_default=False,
     ),
 ]
@@ -46,6 +47,15 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at ran
 NoPretrained = Annotated[
     bool,
     typer.Option("--no-pretrained", help="Random weights instead of the published ones (timm, torchvision)."),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TASK",
+        help="What an hf:DIR is loaded for, such as causal-lm, masked-lm or sequence-classification. "
+        "Default: the architecture that its configuration names.",
+        show_default=False,
+    ),
 ]
 Submodule = Annotated[
     str | None,

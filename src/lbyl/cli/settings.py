@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import wraps
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from lbyl.cli.names import check_name, is_factory, name_option
-from lbyl.cli.options import Inputs, NoPretrained, Seed, Strict, Submodule, Weights
+from lbyl.cli.options import Inputs, NoPretrained, Seed, Strict, Submodule, Task, Weights
 from lbyl.cli.texts import check_multiple, parse_divisors, parse_numbers
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from lbyl.budget.budget import Budget
     from lbyl.restore.least_squares.restorer import LeastSquares
@@ -63,6 +63,16 @@ class Settings:
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Groups and layers that stay whole.", rich_help_panel=BUDGET),
+    ] = None
+    uniform_layers: Annotated[
+        bool | None,
+        typer.Option(
+            "--uniform-layers/--own-widths",
+            help="One width for all layers, or each layer its own. Default: one for models of transformers, whose "
+            "configurations can say no others.",
+            show_default=False,
+            rich_help_panel=BUDGET,
+        ),
     ] = None
     scope: Annotated[
         Scope,
@@ -139,8 +149,8 @@ class Settings:
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Take moments from the images in this folder and its subfolders. They are preprocessed as the model "
-            "expects. No labels are needed.",
+            help="Take moments from the images, or for language models the texts (.txt, .jsonl), in this folder and "
+            "its subfolders. They are preprocessed as the model expects. No labels are needed.",
             rich_help_panel=FITTING,
         ),
     ] = None
@@ -166,6 +176,7 @@ class Settings:
         ),
     ] = None
     weights: Weights = None
+    task: Task = None
     input: Inputs = None
     seed: Seed = 0
     no_verify: Annotated[
@@ -181,6 +192,8 @@ class Settings:
         # A plugin or the module of a factory may register names. Without them, names are checked at once.
         if not self.plugin and not is_factory(source):
             self.check_names()
+        if self.task is not None and not source.startswith("hf:"):
+            raise typer.BadParameter(f"--task is for hf:DIR; {source} is no such source")
         given = self._of_least_squares()
         if given and self.restore != "auto":
             raise typer.BadParameter(
@@ -241,11 +254,10 @@ class Settings:
             min_keep=self.min_keep,
             max_ratio=self.max_ratio,
             exclude=tuple(self.exclude or ()),
+            uniform_layers=self.uniform_layers,
         )
 
-    def restorer(
-        self, batches: list[Tensor] | None, model: nn.Module, inputs: tuple[Tensor, ...]
-    ) -> str | LeastSquares | None:
+    def restorer(self, batches: Sequence[Any] | None, model: nn.Module, inputs: Any) -> str | LeastSquares | None:
         """The restorer that was asked for, or None where the library is to choose one by itself.
 
         Options of least squares change the restorer that the library chooses for this model.

@@ -28,24 +28,30 @@ def check_output(path: Path) -> None:
         raise InputError(f"{path.parent} is not writable; choose another place for {path.name}")
 
 
-def load_model(source: str, weights: Path | None, pretrained: bool) -> nn.Module:
+def load_model(source: str, weights: Path | None, pretrained: bool, task: str | None = None) -> nn.Module:
     """The model of a source, with its published weights or the ones in a file."""
     from lbyl.errors import InputError
     from lbyl.io.sources import load_source, load_weights
 
     if weights is not None and not weights.is_file():
         raise InputError(f"no weights at {weights}")
-    model = load_source(source, pretrained and weights is None)
+    model = load_source(source, pretrained and weights is None, task)
     return model if weights is None else load_weights(model, weights)
 
 
-def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None, seed: int) -> tuple[Tensor, ...]:
-    """Seeded inputs of the shapes that ``--input`` gives, or of the source's own."""
+def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None, seed: int) -> Any:
+    """Seeded inputs of the shapes that ``--input`` gives, or of the source's own: tokens, where it has a tokenizer."""
     import torch
 
     from lbyl.errors import InputError
 
     specs = [InputSpec.parse(text) for text in texts or []]
+    if not specs and model is not None and source.startswith("hf:"):
+        from lbyl.io.texts import example_tokens
+
+        tokens = example_tokens(model)
+        if tokens is not None:
+            return tokens
     if not specs:
         shape = _default_shape(source, model)
         if shape is None:
@@ -53,22 +59,26 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
         specs = [InputSpec(shape)]
     generator = torch.Generator().manual_seed(seed)
 
-    def make(spec: InputSpec) -> Tensor:
+    def make(number: int, spec: InputSpec) -> Tensor:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         if dtype.is_floating_point:
             return torch.randn(spec.shape, generator=generator).to(dtype)
+        if number == 1 and source.startswith("hf:"):  # the attention mask of what a tokenizer gives
+            return torch.ones(spec.shape, dtype=dtype)
         # Zero is a valid token, index and mask in every vocabulary; a random number is not.
         return torch.zeros(spec.shape, dtype=dtype)
 
-    return tuple(make(spec) for spec in specs)
+    return tuple(make(number, spec) for number, spec in enumerate(specs))
 
 
 def check_images(settings: Settings) -> None:
-    """Refuse a folder without images, before any time is spent."""
+    """Refuse a folder without images or texts, before any time is spent."""
     if settings.data is not None:
         from lbyl.io.images import find_images
+        from lbyl.io.texts import has_texts
 
-        find_images(settings.data)
+        if not has_texts(settings.data):
+            find_images(settings.data)
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Prepared:
     """A model, its example inputs, and the arguments of `lbyl.compress` and `lbyl.sweep` that the options give."""
 
     model: nn.Module
-    inputs: tuple[Tensor, ...]
+    inputs: Any
     arguments: dict[str, Any]
 
 
@@ -85,13 +95,13 @@ def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
     import_plugins(settings.plugin)
     if not is_factory(source):
         settings.check_names()
-    model = load_model(source, settings.weights, not settings.no_pretrained)
+    model = load_model(source, settings.weights, not settings.no_pretrained, settings.task)
     settings.check_names()  # the module of a factory may have registered them
     inputs = example_inputs(source, model, settings.input, settings.seed)
     batches = None
     if settings.data is not None:
-        stage(f"reading images from {settings.data}")
-        batches = _read_batches(settings.data, source, model, inputs[0], settings)
+        stage(f"reading {settings.data}")
+        batches = _read_batches(settings.data, source, model, inputs, settings)
     restorer = settings.restorer(batches, model, inputs)
     stage("tracing")
     arguments: dict[str, Any] = {
@@ -109,11 +119,17 @@ def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
     return Prepared(model, inputs, arguments)
 
 
-def _read_batches(folder: Path, source: str, model: nn.Module, example: Tensor, settings: Settings) -> list[Tensor]:
-    """Batches of the images in a folder, preprocessed as the model expects."""
+def _read_batches(folder: Path, source: str, model: nn.Module, inputs: Any, settings: Settings) -> list[Any]:
+    """Batches of the texts or images in a folder, preprocessed as the model expects."""
     from lbyl.io.images import preprocessing, read_images
+    from lbyl.io.texts import read_texts
+    from lbyl.moments.token_inputs import token_ids
+    from lbyl.runtime.inputs import ExampleInputs
 
-    sized = bool(settings.input)
+    given = ExampleInputs.of(inputs)
+    if token_ids(given) is not None:
+        return read_texts(folder, model, given, settings.seed)
+    example, sized = given.tensors()[0], bool(settings.input)
     preprocess, mode = preprocessing(source, model, example.shape, sized=sized, mean=settings.mean, std=settings.std)
     return [batch.to(example.dtype) for batch in read_images(folder, preprocess, mode, settings.seed)]
 
@@ -121,6 +137,10 @@ def _read_batches(folder: Path, source: str, model: nn.Module, example: Tensor, 
 def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | None:
     if source.startswith("torchvision:"):
         return (1, 3, 224, 224)
+    if source.startswith("hf:"):
+        config = getattr(model, "config", None)
+        side, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+        return (1, channels, *(side if isinstance(side, list | tuple) else (side, side))) if side else None
     if source.startswith("timm:"):
         config = getattr(model, "pretrained_cfg", None)
         size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)

@@ -1,4 +1,4 @@
-"""A ``config.json`` that says how wide a pruned Hugging Face model is, so that ``from_pretrained`` loads its folder.
+"""A configuration that says how wide a pruned Hugging Face model is, so that ``from_pretrained`` loads its folder.
 
 A configuration has a few numbers for widths. Each holds for all layers alike, and some widths have no number. There is
 no list of architectures that says which number decides which size. Instead, the model is built on the meta device,
@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -32,8 +34,20 @@ _WIDTH = re.compile(r"intermediate|inner|ffn|d_ff|mlp_dim|hidden_dim|hidden_size
 _HEADS = re.compile(r"(^|_)heads?$")
 """Numbers that count heads."""
 
-_WITHIN = re.compile(r"head_dim|(?<!all_)head_size|scal|groups|n_rep")
-"""Attributes that say how a head computes. Shapes alone do not tell 8 heads of 4 from 4 heads of 8."""
+_WITHIN = re.compile(r"head_dim|(?<!all_)head_size|scal|groups|n_rep|eps")
+"""Attributes that say how a head or a norm computes. Shapes alone do not tell 8 heads of 4 from 4 heads of 8."""
+
+_EPS = re.compile(r"eps")
+"""Numbers that norms add to a mean square. Where channels go that an RMS norm is taken over, they grow."""
+
+_COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
+)
+"""Files beside a model that say how text and images become its inputs, and how it generates."""
 
 _Settings = dict[str, Any]
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -55,10 +69,11 @@ def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[i
     """Write ``config.json`` beside saved weights, if ``from_pretrained`` then gives the very same model.
 
     This is tested: first on the shapes of a model that is built from the configuration, then by loading the folder.
+    What stands beside the weights that the model was loaded from, such as its tokenizer, is copied along.
 
     Args:
         folder: a folder that already has the ``model.safetensors`` of the pruned model.
-        model: the pruned model. Its own configuration still has the old widths; it is not changed.
+        model: the pruned model; it is not changed. Its own configuration may still have the old widths.
         before: shapes of the parameters and buffers of the unpruned model.
 
     Returns:
@@ -66,15 +81,65 @@ def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[i
     """
     name = type(model).__name__
     file = folder / CONFIG
+    _copy_companions(folder, model)
     try:
         with quiet():
-            text = _config_text(model, {parameter: tuple(shape) for parameter, shape in before.items()})
-            file.write_text(text, encoding="utf-8")
+            config = _fitting(model, {parameter: tuple(shape) for parameter, shape in before.items()})
+            file.write_text(config.to_json_string(), encoding="utf-8")
             _check_loaded(folder, model)
     except _Unsayable as error:
         file.unlink(missing_ok=True)
         return f"{name}.from_pretrained can't load this folder ({error}); lbyl.load can"
     return f"transformers loads this folder as well: {name}.from_pretrained(folder)"
+
+
+def follow_widths(model: nn.Module, before: Mapping[str, Sequence[int]]) -> str:
+    """Give a pruned model a configuration that says its widths, so that ``save_pretrained`` works.
+
+    The configuration that it had, which the unpruned model may share, stays as it is.
+
+    Args:
+        model: the pruned model.
+        before: shapes of the parameters and buffers of the unpruned model.
+
+    Returns:
+        A note for the report, where no configuration says these widths; "" otherwise.
+    """
+    if not is_pretrained_model(model):
+        return ""
+    try:
+        with quiet():
+            config = _fitting(model, {parameter: tuple(shape) for parameter, shape in before.items()})
+    except _Unsayable as error:
+        return f"model.config keeps the unpruned widths, for it can't say the new ones: {error}"
+    _adopt(model, config)
+    return ""
+
+
+def _adopt(model: nn.Module, config: Any) -> None:
+    """Put a configuration, and the ones within it, in place of the model's own in all of its modules."""
+    old: Any = model.config
+    twins = {type(value): getattr(config, name) for name, value in vars(old).items() if hasattr(value, "to_dict")}
+    twins[type(old)] = config
+    for name in ("_name_or_path", "_attn_implementation"):  # which files do not say
+        if hasattr(old, name):
+            setattr(config, name, getattr(old, name))
+    for module in model.modules():
+        if type(getattr(module, "config", None)) in twins:
+            module.config = twins[type(module.config)]
+
+
+def _copy_companions(folder: Path, model: Any) -> None:
+    """Copy the tokenizer and the like from where the model was loaded, and write how it generates."""
+    place = Path(str(getattr(model, "name_or_path", "") or folder))
+    for name in _COMPANIONS if place.is_dir() else ():
+        source, target = place / name, folder / name
+        if source.is_file() and not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, target)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and not (folder / "generation_config.json").exists():
+        generation.to_json_file(folder / "generation_config.json")
 
 
 def _check_loaded(folder: Path, model: nn.Module) -> None:
@@ -93,8 +158,8 @@ def _check_loaded(folder: Path, model: nn.Module) -> None:
             raise _Unsayable(f"{name} does not come back as it was saved")
 
 
-def _config_text(model: nn.Module, before: _Shapes) -> str:
-    """The text of a configuration with the widths of ``model``."""
+def _fitting(model: nn.Module, before: _Shapes) -> Any:
+    """A configuration with the widths of ``model``: its own, or what becomes of it."""
     config: Any = model.config
     name, after = type(config).__name__, architecture_of(model)
     if after.keys() != before.keys():
@@ -102,32 +167,52 @@ def _config_text(model: nn.Module, before: _Shapes) -> str:
     plain = {**copy.deepcopy(config.to_dict()), "architectures": [type(model).__name__]}
     for key in plain.keys() & {"dtype", "torch_dtype"}:  # the weights may have been converted since
         plain[key] = str(next(t for t in model.parameters() if t.is_floating_point()).dtype).removeprefix("torch.")
+    if after != before and _trouble(model, plain) == "":
+        return _config(model, plain)
     settings = _explicit(plain)
     base = _attempt(model, settings)
     if base is None or architecture_of(base) != before:
         raise _Unsayable(f"a model built from its {name} is not the unpruned one")
-    unexplained = {axis for axis, size in _sizes(before).items() if _sizes(after)[axis] != size}
-    new = {}
-    for path, value in _fields(settings):
-        slopes = _decides(model, settings, path, value, before)
-        if slopes.keys() & unexplained:
-            number = _solved(path, value, slopes, _sizes(before), _sizes(after))
-            unexplained -= slopes.keys()
-            if number != value:
-                new[path] = number
-    if unexplained:
-        parameter, dim = min(unexplained)
+    decided = {field: _decides(model, settings, *field, before) for field in _fields(settings)}
+    new, left = _solved(decided, _sizes(before), _sizes(after))
+    if left:
+        parameter, dim = min(left)
         raise _Unsayable(f"no number in {name} says that {parameter} has {after[parameter][dim]} in dimension {dim}")
     # A number is written out only if the others no longer imply it. The number of heads may decide no size at all.
-    trouble = f"a model built from its {name} has other shapes, or none can be"
+    trouble: str | None = None
     for numbers in (new, {**_fewer_heads(model, settings), **new}):
         for candidate in (_with(plain, numbers), _with(settings, numbers)):
-            built = _attempt(model, candidate)
-            if built is not None and architecture_of(built) == after:
-                trouble = _other_heads(model, built)
-                if not trouble:
-                    return _config(model, candidate).to_json_string()
-    raise _Unsayable(trouble)
+            candidate = _with(candidate, _constants(model, candidate))
+            found = _trouble(model, candidate)
+            if found == "":
+                return _config(model, candidate)
+            trouble = trouble or found
+    raise _Unsayable(trouble or f"a model built from its {name} has other shapes, or none can be")
+
+
+def _trouble(model: nn.Module, settings: _Settings) -> str | None:
+    """What a model of these settings computes differently; "" for nothing, None where its shapes differ."""
+    built = _attempt(model, settings)
+    if built is None or architecture_of(built) != architecture_of(model):
+        return None
+    return _other_attribute(model, built)
+
+
+def _constants(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...], float]:
+    """The numbers that norms add, where all norms that had one of the configuration's now have another."""
+    built = _attempt(model, settings)
+    modules = dict(built.named_modules()) if built is not None else {}
+    now: dict[float, set[float]] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            old = getattr(modules.get(path), name, None)
+            if _EPS.search(name) and type(value) is float and type(old) is float:
+                now.setdefault(old, set()).add(value)
+    return {
+        path: next(iter(now[value]))
+        for path, value in _numbers(settings, float)
+        if _EPS.search(path[-1]) and len(now.get(value, ())) == 1
+    }
 
 
 def _sizes(shapes: _Shapes) -> dict[tuple[str, int], int]:
@@ -153,21 +238,34 @@ def _decides(
 
 
 def _solved(
-    path: tuple[str, ...],
-    value: int,
-    slopes: Mapping[tuple[str, int], Fraction],
+    decided: Mapping[tuple[tuple[str, ...], int], Mapping[tuple[str, int], Fraction]],
     before: Mapping[tuple[str, int], int],
     after: Mapping[tuple[str, int], int],
-) -> int:
-    """The value that a number must have for the sizes that it decides."""
-    name = ".".join(path)
-    wanted = {value + (after[axis] - before[axis]) / slope for axis, slope in slopes.items()}
-    if len(wanted) > 1:
-        raise _Unsayable(f"{name} is one number for all layers, and they keep {min(wanted)} to {max(wanted)}")
-    (number,) = wanted
-    if number.denominator != 1:
-        raise _Unsayable(f"{name} would be {number}, no whole number")
-    return int(number)
+) -> tuple[dict[tuple[str, ...], int], set[tuple[str, int]]]:
+    """The values that numbers must have for the sizes that they decide, and the sizes that none explains.
+
+    A size may be decided by several numbers: queries, keys and values in one layer. Numbers that decide some size by
+    themselves come first; what they leave is for the others to explain.
+    """
+    left = {axis: Fraction(after[axis] - size) for axis, size in before.items() if after[axis] != size}
+    times = Counter(axis for slopes in decided.values() for axis in slopes)
+    new: dict[tuple[str, ...], int] = {}
+    for path, value in sorted(decided, key=lambda field: all(times[axis] > 1 for axis in decided[field])):
+        slopes, name = decided[path, value], ".".join(path)
+        if not slopes.keys() & left.keys():
+            continue
+        own = [axis for axis in slopes if times[axis] == 1] or list(slopes)
+        wanted = {value + left.get(axis, 0) / slopes[axis] for axis in own}
+        if len(wanted) > 1:
+            raise _Unsayable(f"{name} is one number for all layers, and they keep {min(wanted)} to {max(wanted)}")
+        (number,) = wanted
+        if number.denominator != 1:
+            raise _Unsayable(f"{name} would be {number}, no whole number")
+        rest = {axis: left.pop(axis, Fraction(0)) - slope * (number - value) for axis, slope in slopes.items()}
+        left |= {axis: size for axis, size in rest.items() if size}
+        if number != value:
+            new[path] = int(number)
+    return new, set(left)
 
 
 def _explicit(settings: _Settings) -> _Settings:
@@ -183,16 +281,21 @@ def _explicit(settings: _Settings) -> _Settings:
     return settings
 
 
-def _fields(settings: _Settings, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Whole numbers that may be a width, also those of configurations within the configuration."""
+def _numbers(settings: _Settings, kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Numbers of one type, also those of configurations within the configuration."""
     for name, value in settings.items():
         if isinstance(value, dict) and name.endswith("config"):
-            yield from _fields(value, (*path, name))
-        elif type(value) is int and _WIDTH.search(name):
+            yield from _numbers(value, kind, (*path, name))
+        elif type(value) is kind:
             yield (*path, name), value
 
 
-def _with(settings: _Settings, values: Mapping[tuple[str, ...], int]) -> _Settings:
+def _fields(settings: _Settings) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Whole numbers that may be a width."""
+    return ((path, value) for path, value in _numbers(settings, int) if _WIDTH.search(path[-1]))
+
+
+def _with(settings: _Settings, values: Mapping[tuple[str, ...], float]) -> _Settings:
     changed = copy.deepcopy(settings)
     for path, value in values.items():
         place = changed
@@ -225,8 +328,8 @@ def _fewer_heads(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...],
     return {paths[0]: numbers.pop()} if len(numbers) == len(paths) == 1 else {}
 
 
-def _other_heads(model: nn.Module, built: nn.Module) -> str:
-    """An attribute by which the heads of ``built`` compute differently; "" if there is none."""
+def _other_attribute(model: nn.Module, built: nn.Module) -> str:
+    """An attribute by which heads or norms of ``built`` compute differently; "" if there is none."""
     modules = dict(built.named_modules())
     for path, module in model.named_modules():
         for name, value in vars(module).items():

@@ -1,4 +1,4 @@
-"""Where models and weights come from: ``timm:NAME``, ``torchvision:NAME``, or a factory that the user wrote."""
+"""Where models and weights come from: a library's name, a folder of transformers', or a factory of the user's."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError, LbylError, first_line
 
-FORMS = "timm:NAME, torchvision:NAME, package.module:factory or file.py:factory"
+FORMS = "timm:NAME, torchvision:NAME, hf:DIR, package.module:factory or file.py:factory"
 
 
-def load_source(source: str, pretrained: bool = True) -> nn.Module:
+def load_source(source: str, pretrained: bool = True, task: str | None = None) -> nn.Module:
     """Build a model, in evaluation mode.
 
     Args:
-        source: one of ``timm:NAME``, ``torchvision:NAME``, ``package.module:factory``, ``file.py:factory``;
-            a factory is called without arguments and returns the module.
-        pretrained: load the published weights (``timm`` and ``torchvision`` only).
+        source: one of ``timm:NAME``, ``torchvision:NAME``, ``hf:DIR``, ``package.module:factory``,
+            ``file.py:factory``; a factory is called without arguments and returns the module. ``DIR`` is a folder that
+            ``save_pretrained`` wrote, or a name whose files transformers has in its cache; nothing is downloaded.
+        pretrained: load the published weights (not for factories).
+        task: of the model in an ``hf:DIR``; one of ``lbyl.io.sources.TASKS``. None takes the architecture that its
+            configuration names.
 
     Raises:
         InputError: an unknown form, library, name or factory, or weights that can't be loaded.
@@ -35,6 +38,10 @@ def load_source(source: str, pretrained: bool = True) -> nn.Module:
     kind, separator, name = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     if not separator or not kind or not name:
         raise InputError(f"{source!r} names no model; write {FORMS}")
+    if source.startswith(HUGGING_FACE):
+        return _huggingface(source.removeprefix(HUGGING_FACE), pretrained, task).eval()
+    if task is not None:
+        raise InputError(f"task={task!r} is for hf:DIR; {source} has none")
     if kind == "timm":
         return _timm(name, pretrained).eval()
     if kind == "torchvision":
@@ -43,6 +50,39 @@ def load_source(source: str, pretrained: bool = True) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module")
     return model.eval()
+
+
+HUGGING_FACE = "hf:"
+TASKS = {
+    "base": "AutoModel",
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""What a model of transformers can be loaded for, by the words of its own command line."""
+
+
+def _huggingface(place: str, pretrained: bool, task: str | None) -> nn.Module:
+    """A model of transformers from a folder or the cache; code that comes with the weights is not run."""
+    if task is not None and task not in TASKS:
+        raise InputError(f"task={task!r}: choose one of {', '.join(TASKS)}")
+    transformers = _library("transformers", "lbyl[language]")
+    source = f"{HUGGING_FACE}{place}"
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+        named = next((n for n in config.architectures or () if hasattr(transformers, n)), None)
+        kind = getattr(transformers, TASKS[task] if task else named or TASKS["base"])
+        if pretrained:
+            return kind.from_pretrained(place, local_files_only=True)
+        return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    except Exception as error:  # transformers raises whatever its files make it raise
+        told = first_line(error)
+        hint = "DIR is a folder that save_pretrained wrote, or a name that transformers has in its cache"
+        raise InputError(f"{source} can't be loaded: {told}; {hint}") from error
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -136,11 +176,11 @@ def _download(source: str, build: Any) -> nn.Module:
         ) from error
 
 
-def _library(name: str) -> Any:
+def _library(name: str, package: str = "lbyl[vision]") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"{name} can't be imported ({error}); install lbyl[vision]") from error
+        raise InputError(f"{name} can't be imported ({error}); install {package}") from error
 
 
 def load_function(source: str) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from lbyl.moments.gaussian import Gaussian
 from lbyl.moments.generated import Generated
 from lbyl.moments.noise import Noise
 from lbyl.moments.photographs import Photographs
+from lbyl.moments.sentences import Sentences
 from lbyl.moments.weights import Weights
 from lbyl.runtime.progress import Progress
 
@@ -26,5 +27,6 @@ __all__ = [
     "ProbeSource",
     "Probes",
     "Progress",
+    "Sentences",
     "Weights",
 ]

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lbyl.errors import InputError
 from lbyl.moments.base import Probes
+from lbyl.moments.sentences import beginnings
+from lbyl.moments.token_inputs import like_example, token_ids
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input
-from lbyl.runtime.checks import check_number
+from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.progress import Progress
+from lbyl.runtime.tokenizers import tokenizer_of
 
 _LENGTH = 256
 """Tokens a sequence, where nothing else is asked for: what comes early in a text is no measure of the rest."""
@@ -28,23 +31,28 @@ class Generated:
 
     A model's own text was found on par with real text for calibration (Williams, Chrysostomou, Aletras 2024,
     "Self-calibration for Language Model Quantization and Pruning", arXiv 2410.17170). Each sequence starts with the
-    model's start token, where it has one, and a token drawn at random; special tokens are not drawn.
+    model's start token, where it has one. Half of them go on with a token drawn at random, the others with the
+    beginning of an English sentence that comes with lbyl, where a tokenizer stands beside the weights that the model
+    was loaded from. Special tokens are not drawn.
 
     Attributes:
         sequences: that moments are collected on; a quarter more is held out. None takes as many as 4e12
-            multiply-accumulates allow, between 16 and 96.
+            multiply-accumulates allow, between 16 and 128.
         length: tokens of each. None takes 256, or what the model has positions for.
         temperature: logits are divided by it; 1 is the model's own distribution.
+        sentences: False goes on with a token drawn at random in all of them.
     """
 
     sequences: int | None = None
     length: int | None = None
     temperature: float = 1.0
+    sentences: bool = True
 
     def __post_init__(self) -> None:
         check_number("Generated(sequences={})", self.sequences, whole=True, least=1, optional=True)
         check_number("Generated(length={})", self.length, whole=True, least=2, optional=True)
         check_number("Generated(temperature={})", self.temperature, above=0)
+        check_switch("Generated(sentences={})", self.sentences)
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""
@@ -66,40 +74,59 @@ class Generated:
             )
         length = self.length or _longest(model, ids)
         each = macs_per_input(model, inputs) * length / ids.shape[1]
-        count = self.sequences or affordable(each, 4e12, 16, 96, ceiling=4e13)
+        count = self.sequences or affordable(each, 4e12, 16, 128, ceiling=4e13)
         held = held_out_size(count)
-        written = self._written(model, inputs, count + held, length, generator, progress)
-        batches = [like_example(inputs, part) for part in [*written[:count].split(16)]]
-        held_out = like_example(inputs, written[count:])
-        tokens = f"{count} texts of {length} tokens that the model wrote itself"
-        return Probes(tuple(batches), held_out, batch_statistics=False, note=tokens, matches_training_statistics=True)
+        starts = self._starts(model, inputs, count + held, min(_BEGINNING, length - 2), generator)
+        texts: list[Tensor] = []
+        for start in starts:
+            done = (sum(map(len, texts)), count + held)
+            texts.append(self._written(model, inputs, start, length, generator, progress, done))
+        written = torch.cat(texts)[torch.randperm(count + held, generator=generator).to(ids.device)]
+        note = f"{count} texts of {length} tokens that the model wrote itself"
+        if len(starts) > 1:
+            note += ", half of them from the beginnings of English sentences that come with lbyl"
+        return Probes(
+            tuple(like_example(inputs, part) for part in written[:count].split(16)),
+            like_example(inputs, written[count:]),
+            batch_statistics=False,
+            note=note,
+            matches_training_statistics=True,
+        )
+
+    def _starts(
+        self, model: nn.Module, inputs: ExampleInputs, count: int, length: int, generator: torch.Generator
+    ) -> list[Int[Tensor, "sequences tokens"]]:
+        """What sequences start with: tokens drawn at random, and beginnings of sentences where these can be had."""
+        drawn = _allowed(model, inputs).nonzero().flatten()
+        tokenizer = tokenizer_of(model) if self.sentences and length > 1 else None
+        read = beginnings(tokenizer, count // 2, length, generator) if tokenizer is not None else drawn[:0, None]
+        if len(read) and int(read.max()) > int(drawn.max()):  # another model's tokenizer
+            read = read[:0]
+        first = drawn[torch.randint(len(drawn), (count - len(read), 1), generator=generator)]
+        begin = getattr(getattr(model, "config", None), "bos_token_id", None)
+        kinds = [kind for kind in (first, read) if len(kind)]
+        return [torch.cat([torch.full_like(k[:, :1], begin), k], 1) for k in kinds] if isinstance(begin, int) else kinds
 
     @torch.no_grad()
     def _written(
         self,
         model: nn.Module,
         inputs: ExampleInputs,
-        count: int,
+        first: Tensor,
         length: int,
         generator: torch.Generator,
         progress: Progress | None,
+        so_far: tuple[int, int],
     ) -> Int[Tensor, "sequences tokens"]:
-        """Sequences, all of one length, in batches of 48 at most."""
+        """Sequences that start so, all of one length, in batches of 48 at most; some of all there will be are done."""
         example = token_ids(inputs)
         assert example is not None
-        logits = _logits(inputs.call(model), example)
-        assert logits is not None
-        allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
-        config = getattr(model, "config", None)
-        allowed[[token for token in _special_tokens(config) if token < len(allowed)]] = False
-        start, drawn = getattr(config, "bos_token_id", None), allowed.nonzero().flatten()
+        allowed, (before, count) = _allowed(model, inputs), so_far
         found: list[Tensor] = []
-        for rows in torch.arange(count).split(_TOGETHER):
-            first = drawn[torch.randint(len(drawn), (len(rows), 1), generator=generator)]
-            text = first if not isinstance(start, int) else torch.cat([torch.full_like(first, start), first], 1)
-            done = sum(map(len, found))
+        for text in first.split(_TOGETHER):
+            done = before + sum(map(len, found))
 
-            def report(tokens: int, done: int = done, now: int = len(rows)) -> None:
+            def report(tokens: int, done: int = done, now: int = len(text)) -> None:
                 if progress:
                     progress("writing text", done * length + tokens * now, count * length)
 
@@ -173,6 +200,23 @@ _TOGETHER = 48
 """Sequences that are written at a time."""
 
 
+_BEGINNING = 6
+"""Tokens of a sentence that a text begins with: enough for a subject, and the rest is the model's."""
+
+
+def _allowed(model: nn.Module, inputs: ExampleInputs) -> Bool[Tensor, " vocabulary"]:
+    """Tokens that may be drawn: those that mean something."""
+    example = token_ids(inputs)
+    assert example is not None
+    with torch.no_grad():
+        logits = _logits(inputs.call(model), example)
+    assert logits is not None
+    allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
+    special = _special_tokens(getattr(model, "config", None))
+    allowed[[token for token in special if token < len(allowed)]] = False
+    return allowed
+
+
 def _generates(model: nn.Module) -> bool:
     can = getattr(model, "can_generate", None)
     return callable(can) and bool(can())
@@ -187,16 +231,6 @@ def _needs_length(model: nn.Module, inputs: ExampleInputs) -> int:
     except Exception:  # whatever somebody's code raises
         return ids.shape[1]
     return 0
-
-
-def token_ids(inputs: ExampleInputs) -> Int[Tensor, "batch tokens"] | None:
-    """The tokens among the inputs: ``input_ids``, or the first integer tensor with a row an example."""
-    named = inputs.kwargs.get("input_ids")
-    candidates = [named] if isinstance(named, Tensor) else inputs.tensors()
-    for tensor in candidates:
-        if tensor.dtype in (torch.int32, torch.int64) and tensor.dim() == 2 and tensor.numel():
-            return tensor
-    return None
 
 
 def writes_text(model: nn.Module, inputs: ExampleInputs) -> bool:
@@ -224,39 +258,6 @@ def writes_text(model: nn.Module, inputs: ExampleInputs) -> bool:
 
 _ROUNDING = 1e-5
 """Logits that differ by a smaller share of the largest one are the same."""
-
-
-def like_example(inputs: ExampleInputs, ids: Int[Tensor, "batch tokens"]) -> ExampleInputs:
-    """The example's structure with other tokens, and masks and positions of their shape.
-
-    Raises:
-        InputError: an input as long as the tokens whose meaning is not known.
-    """
-    example = token_ids(inputs)
-    assert example is not None
-    shape = example.shape
-
-    def made(name: str, value: Any) -> Any:
-        if value is example:
-            return ids
-        if not isinstance(value, Tensor) or value.shape[:2] != shape:
-            return value
-        if name in _MADE:
-            return _MADE[name](ids).to(value.dtype)
-        if bool((value == value.flatten()[0]).all()):
-            return value.flatten()[:1].expand(ids.shape).clone()
-        raise InputError(f"Generated: {name} has a value for each token, and it is not known what it should be")
-
-    args = tuple(made(f"input {index}", value) for index, value in enumerate(inputs.args))
-    return ExampleInputs(args, {name: made(name, value) for name, value in inputs.kwargs.items()})
-
-
-_MADE = {
-    "attention_mask": torch.ones_like,
-    "token_type_ids": torch.zeros_like,
-    "position_ids": lambda ids: torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).clone(),
-    "labels": torch.clone,
-}
 
 
 def _logits(output: Any, ids: Tensor) -> Tensor | None:

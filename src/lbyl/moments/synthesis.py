@@ -194,10 +194,26 @@ def synthesize(
             return as_stored(scale.of(make(shape, generator)).to(tensor))
         size = vocabulary.get(tensor.untyped_storage().data_ptr())
         if size is not None and tensor.dtype in (torch.int32, torch.int64):
-            return torch.randint(size, shape, generator=generator).to(tensor)
+            return _tokens(size, shape, generator).to(tensor)
         return tensor[:1].expand(shape).clone() if batch else tensor
 
     return inputs.map(replace)
+
+
+def _tokens(size: int, shape: Sequence[int], generator: torch.Generator) -> Int[Tensor, "..."]:
+    """Random rows of a table. Of a large one, early rows come more often, by the law of Zipf and Mandelbrot.
+
+    Vocabularies mostly list common words first, and a few common words make up most of a text.
+    """
+    if size < _VOCABULARY:
+        return torch.randint(size, tuple(shape), generator=generator)
+    offset = size / 30
+    drawn = offset * (size / offset + 1) ** torch.rand(tuple(shape), generator=generator) - offset
+    return drawn.long().clamp_max(size - 1)
+
+
+_VOCABULARY = 1000
+"""Smaller tables are no vocabularies of words, but hold positions, kinds or categories."""
 
 
 def takes_channels_last(model: nn.Module, inputs: ExampleInputs) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
+from lbyl.io.huggingface import follow_widths
 from lbyl.pipeline.analysis import Analysis
 from lbyl.pipeline.prepare import Prepared, plain_module, prepare
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
@@ -107,6 +108,8 @@ def walk(
     what is missing is found out here.
     """
     result, first = _walked(prepared, request, clock, ground or {}), remembered(prepared.model)
+    if told := follow_widths(result.model, architecture_of(prepared.model)):
+        result = replace(result, report=replace(result.report, notes=(*result.report.notes, told)))
     if first is not None:
         both = result.plan.after(first)
         told = "the network was compressed before; the plan leads from its unpruned instance to this one"

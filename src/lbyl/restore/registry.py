@@ -7,10 +7,11 @@ from dataclasses import replace
 from torch import nn
 
 from lbyl.errors import InputError
-from lbyl.moments import ClassDream, Dream, Generated, Noise, Photographs, Weights
+from lbyl.moments import ClassDream, Dream, Generated, Noise, Photographs, Sentences, Weights
 from lbyl.moments.class_dream import answers_among_classes
 from lbyl.moments.generated import writes_text
 from lbyl.moments.photographs import takes_photographs
+from lbyl.moments.sentences import takes_sentences
 from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivering, Delivers
 from lbyl.restore.least_squares.restorer import LeastSquares
@@ -44,6 +45,9 @@ def choose_restorer(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquar
         return LeastSquares(moments=Dream()), f"{why}; with lbyl's own photographs, if inputs are color images"
     if writes_text(model, inputs):
         return LeastSquares(moments=Generated()), "auto: text that the model writes itself"
+    if takes_sentences(model, inputs):
+        why = "auto: English sentences that come with lbyl, through the model's own tokenizer"
+        return LeastSquares(moments=Sentences()), why
     if not takes_photographs(inputs) and answers_among_classes(model, inputs):
         why = "auto: no batch norm says what inputs do: inputs dreamed for each class, and noise"
         return LeastSquares(moments=ClassDream()), why
@@ -61,7 +65,7 @@ def fallbacks(restorer: Restorer) -> tuple[Restorer, ...]:
     if isinstance(restorer, LeastSquares):
         if isinstance(restorer.moments, Dream):
             less.append(replace(restorer, moments=replace(restorer.moments, steps=0)))
-        elif isinstance(restorer.moments, Photographs | ClassDream | Generated):
+        elif isinstance(restorer.moments, Photographs | ClassDream | Generated | Sentences):
             less.append(replace(restorer, moments=Noise()))
         less.append(LeastSquares(moments=Weights()))
     return (*less, Prune())

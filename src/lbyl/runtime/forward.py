@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lbyl.runtime.attended import Attended, at_attended, attended_positions
 from lbyl.runtime.copying import call_with
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import FunctionInterceptor, Names, leading_arguments, names_by_id
@@ -29,6 +30,7 @@ class ConsumerCall:
 
     ``stride``, ``padding`` and ``dilation`` are one number an axis; for a linear layer they are empty. ``fed`` is what
     the cut layer will be fed in place of ``x``, at the channels that stay, where a layer norm makes a difference.
+    Positions that an attention mask leaves out are not there.
     """
 
     weight: str
@@ -74,6 +76,7 @@ def run_intercepted(
     stop_after: str | None = None,
     kept: NormMasks | None = None,
     foresee: Collection[str] | None = None,
+    everywhere: bool = False,
 ) -> Any:
     """Run a model that is in evaluation mode, and report what its layers are called with.
 
@@ -88,11 +91,13 @@ def run_intercepted(
         kept: which channels stay at layer norms, by the names of their weights. They take their statistics over these.
         foresee: names of consumers' weights. Layer norms then keep their usual statistics, and only the reported calls
             of these consumers also hold the input that they will have once the layer norms are cut.
+        everywhere: report positions that an attention mask leaves out, too.
     """
     names = names_by_id(model, values)
     ahead = LookAheadNorms(kept, names, foresee) if kept and foresee is not None else None
     statistics = ahead or statistics_of_kept(model, kept or {}, names)
-    calls = _LayerCalls(names, on_consumer, on_norm, batch_statistics, stop_after, ahead)
+    attended = {} if everywhere else attended_positions(model, inputs)
+    calls = _LayerCalls(names, on_consumer, on_norm, batch_statistics, stop_after, ahead, attended)
     try:
         with statistics, calls:
             return call_with(model, inputs, values or {})
@@ -122,12 +127,13 @@ class _LayerCalls(FunctionInterceptor):
         on_norm: OnNorm | None,
         batch_statistics: bool,
         stop_after: str | None,
-        ahead: LookAheadNorms | None = None,
+        ahead: LookAheadNorms | None,
+        attended: Attended,
     ) -> None:
         super().__init__(names)
         self.on_consumer, self.on_norm = on_consumer, on_norm
         self.batch_statistics, self.stop_after = batch_statistics, stop_after
-        self.ahead = ahead
+        self.ahead, self.attended = ahead, attended
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.batch_norm:
@@ -151,7 +157,8 @@ class _LayerCalls(FunctionInterceptor):
             return
         if self.on_consumer:
             call = describe(name)
-            self.on_consumer(call if self.ahead is None else replace(call, fed=self.ahead.twin(call.x)))
+            call = call if self.ahead is None else replace(call, fed=self.ahead.twin(call.x))
+            self.on_consumer(at_positions(call, self.attended))
         if name == self.stop_after:
             raise _Enough
 
@@ -163,14 +170,33 @@ class _LayerCalls(FunctionInterceptor):
         watched = self.on_norm if mean_name is not None and var_name is not None and not call["training"] else None
         if not self.batch_statistics or call["training"]:
             if watched:
-                x = call["input"]
-                var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], unbiased=False)
+                watched(str(mean_name), str(var_name), *_statistics(at_attended(self.attended, call["input"])))
+            return functional.batch_norm(**call)
+        seen = at_attended(self.attended, call["input"])
+        if seen is not call["input"]:
+            mean, var = _statistics(seen)
+            if watched:
                 watched(str(mean_name), str(var_name), mean, var)
+            call["running_mean"], call["running_var"] = mean, var
             return functional.batch_norm(**call)
         out, mean, inverse = _BatchStatistics.apply(call["input"], call["weight"], call["bias"], call["eps"])  # pyright: ignore
         if watched:
             watched(str(mean_name), str(var_name), mean, inverse.square().reciprocal() - call["eps"])
         return out
+
+
+def at_positions(call: ConsumerCall, attended: Attended) -> ConsumerCall:
+    """A call of a linear layer, only at the positions that count."""
+    if not attended or call.op != "linear":
+        return call
+    fed = None if call.fed is None else at_attended(attended, call.fed)
+    return replace(call, x=at_attended(attended, call.x), out=at_attended(attended, call.out), fed=fed)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each channel."""
+    var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], unbiased=False)
+    return mean, var
 
 
 class _BatchStatistics(torch.autograd.Function):

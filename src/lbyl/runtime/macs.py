@@ -245,7 +245,7 @@ def macs_by_parameter(model: nn.Module, inputs: ExampleInputs, total: int) -> di
             costs[call.weight] += layer_macs(call.out, products)
 
     with undisturbed(model), torch.no_grad():
-        run_intercepted(model, inputs, on_consumer=on_consumer)
+        run_intercepted(model, inputs, on_consumer=on_consumer, everywhere=True)
     costs[""] = max(0.0, total - sum(costs.values()))
     return dict(costs)
 

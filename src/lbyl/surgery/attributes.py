@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -20,7 +22,8 @@ from lbyl.selection.select import Selection
 class Attribute:
     """Set a whole number that a module keeps, or one place in a list of them, to what is left of it.
 
-    A number that is no whole one is the constant that a module adds to a mean over channels.
+    A number that is no whole one is the constant that a module adds to a mean over channels. A name with a dot is a
+    number in an object that the module keeps, such as ``config.num_attention_heads``: the module gets a copy of it.
     """
 
     module: str
@@ -63,10 +66,46 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
                     candidates[item].append((name, place))
         for old, names in candidates.items():
             # A number of heads may equal the size of one.
-            heads = [(name, place) for name, place in names if "head" in name and "dim" not in name]
+            heads = [(name, place) for name, place in names if _counts_heads(name)]
             for name, place in heads or names:
                 found.append(Attribute(path, name, place, old, shrinking[path, old]))
+        for name, item in _read_from_configuration(module):
+            if shrinking.get((path, item), item) != item:
+                found.append(Attribute(path, f"config.{name}", None, item, shrinking[path, item]))
     return (*found, *_constants(model, selection))
+
+
+def _counts_heads(name: str) -> bool:
+    return "head" in name and "dim" not in name and "size" not in name
+
+
+def _read_from_configuration(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Numbers of heads that a module does not keep, but reads off its configuration whenever it runs."""
+    kept, forward = vars(module), inspect.unwrap(type(module).forward)
+    read = getattr(getattr(forward, "__code__", None), "co_names", ())
+    if "config" in read:
+        for name, item in vars(kept.get("config", object)).items():
+            if name in read and name not in kept and _counts_heads(name) and type(item) is int:
+                yield name, item
+
+
+def attribute_of(module: nn.Module, name: str) -> Any:
+    """An attribute that a module keeps itself, or one of an object that it keeps; None where there is none."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, "__dict__", {}).get(part)
+    return value
+
+
+def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Set what :func:`attribute_of` gives. An object that holds it is copied, for others may hold it as well."""
+    holder, _, inner = name.rpartition(".")
+    if not holder:
+        setattr(module, name, value)
+        return
+    own = copy.copy(getattr(module, holder))
+    setattr(own, inner, value)
+    setattr(module, holder, own)
 
 
 def _constants(model: nn.Module, selection: Selection) -> Iterator[Attribute]:

@@ -15,7 +15,7 @@ from lbyl.errors import SurgeryError
 from lbyl.runtime.contexts import set_modes
 from lbyl.runtime.copying import copy_model, in_place_of, shape_and_dtype, tensors_of
 from lbyl.selection.select import Selection
-from lbyl.surgery.attributes import Attribute, set_attributes
+from lbyl.surgery.attributes import Attribute, attribute_of, set_attribute, set_attributes
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _finish(model: nn.Module, attributes: Sequence[Attribute]) -> None:
     modules = dict(model.named_modules())
     for item in attributes:
         module = modules.get(item.module)
-        value = None if module is None else vars(module).get(item.name)
+        value = None if module is None else attribute_of(module, item.name)
         items = list(value) if isinstance(value, (list, tuple)) else []
         found = value if item.place is None else next(iter(items[item.place : item.place + 1]), None)
         # Widths that follow the tensors of their module are set already.
@@ -101,7 +101,7 @@ def _finish(model: nn.Module, attributes: Sequence[Attribute]) -> None:
             made = kind(*items) if hasattr(value, "_fields") else kind(items)
             setattr(module, item.name, made)
         else:
-            setattr(module, item.name, item.new)
+            set_attribute(module, item.name, item.new)
     # Modules that cache what they computed from their weights drop it when their mode is set.
     modes = {module: module.training for module in modules.values()}
     model.train(model.training)

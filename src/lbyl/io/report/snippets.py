@@ -104,11 +104,13 @@ def _reads_data(value: Any) -> bool:
 
 
 def shown_source(source: str) -> str:
-    """The source as it may be published: of a factory's file only the name, not the folders."""
+    """The source as it may be published: of a factory's file, or of a folder, only the name."""
     place, separator, name = source.rpartition(":")
+    if source.startswith("hf:"):
+        return f"hf:{PurePath(name).name}" if PurePath(name).is_absolute() else source
     return f"{PurePath(place).name}{separator}{name}" if place.endswith(".py") else source
 
 
 def name_of(plan: Plan) -> str:
     """What the network is called."""
-    return line(plan.source.rpartition(":")[2]) if plan.source else "A network"
+    return line(shown_source(plan.source).rpartition(":")[2]) if plan.source else "A network"

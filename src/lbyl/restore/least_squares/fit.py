@@ -41,6 +41,7 @@ from lbyl.restore.least_squares.solve import (
     solve_patches,
 )
 from lbyl.restore.targets import Target, find_targets, masked, output_first, taps_inside
+from lbyl.runtime.attended import at_attended, attended_positions
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.batches import FEWEST, first_rows, in_parts
 from lbyl.runtime.copying import tensors_of
@@ -210,7 +211,9 @@ class _Judge:
         moved = transplant(values, self.state, self.world)
         found = []
         for part in self.held_out:
-            found.append(output_tensors(run_intercepted(self.model, part, values=moved, kept=kept)))
+            given = output_tensors(run_intercepted(self.model, part, values=moved, kept=kept))
+            attended = attended_positions(self.model, part)
+            found.append([at_attended(attended, tensor) for tensor in given])
             give_back()
         if len({len(tensors) for tensors in found}) > 1 or not all(t.dim() for tensors in found for t in tensors):
             return list(chain.from_iterable(found))

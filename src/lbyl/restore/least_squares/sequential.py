@@ -15,7 +15,9 @@ from lbyl.restore.least_squares.paired_forward import ConsumerDue, NotPairable, 
 from lbyl.restore.least_squares.recalibrate import renormalize, shifted
 from lbyl.restore.least_squares.solve import Findings, LeastSquaresProblem, empty_sums, solve_patches
 from lbyl.restore.targets import Target, following_norms, target_of
+from lbyl.runtime.attended import at_attended, attended_positions
 from lbyl.runtime.batches import first_rows, join, thinned
+from lbyl.runtime.forward import at_positions
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import give_back, held_at_once, held_bytes
 from lbyl.selection.filters import State
@@ -100,6 +102,7 @@ def solve_sequentially(
         return NotApplicable(f"{room}, too few; LeastSquares(memory=...) gives more")
     again = {target.bias for target in takers.values()}
     findings = Findings(state, {name: value for name, value in done.values.items() if name not in again})
+    positions = [attended_positions(problem.model, batch) for batch in batches]
     turns = 0
 
     def solve_one(turn: ConsumerDue) -> None:
@@ -108,10 +111,11 @@ def solve_sequentially(
         sums = empty_sums(target, selection, state, settings, problem.seed)[0]
         assert isinstance(sums, PatchSums)
         bias = state[target.consumer.bias].detach() if target.consumer.bias else None
-        for call, wanted in zip(turn.calls, turn.wanted, strict=True):
+        for call, wanted, attended in zip(turn.calls, turn.wanted, positions, strict=True):
             if bias is not None:
                 wanted = wanted - (bias if call.op == "linear" else bias.reshape(-1, *[1] * (wanted.dim() - 2)))
-            sums.add(call, target.weight(state), wanted)
+            wanted = at_attended(attended, wanted) if call.op == "linear" else wanted
+            sums.add(at_positions(call, attended), target.weight(state), wanted)
         solve_patches(target, sums, selection, settings, findings)
         give_back()
         turns += 1

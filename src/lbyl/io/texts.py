@@ -1,0 +1,112 @@
+"""A folder of texts as batches of tokens that a model takes: for ``lbyl compress --data``."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lbyl.errors import InputError
+from lbyl.moments.token_inputs import like_example, token_ids
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.tokenizers import packed_tokens, tokenizer_of
+
+SUFFIXES = (".txt", ".jsonl")
+BATCH, BATCHES = 16, 5
+"""Sequences a batch, and batches; the last one is held out."""
+LENGTH = 256
+FIELD = "text"
+"""The field of a line of JSON that holds the text."""
+
+
+def find_texts(folder: Path) -> list[Path]:
+    """All files of texts in a folder and the folders in it, sorted by name; a file by itself is one.
+
+    Raises:
+        InputError: no such folder, or no text in it.
+    """
+    if folder.is_file() and folder.suffix.lower() in SUFFIXES:
+        return [folder]
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder of texts")
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+    if not files:
+        raise InputError(f"no text in {folder} or the folders in it; looked for {', '.join(SUFFIXES)}")
+    return files
+
+
+def has_texts(folder: Path) -> bool:
+    """Whether there are files of texts in a folder, or it is such a file."""
+    try:
+        return bool(find_texts(folder))
+    except InputError:
+        return False
+
+
+def example_tokens(model: nn.Module) -> dict[str, Tensor] | None:
+    """What a language model is called with, one sentence; None where no tokenizer stands beside its weights."""
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        return None
+    given = tokenizer(_SENTENCE, return_tensors="pt")
+    return {name: given[name] for name in ("input_ids", "attention_mask") if name in given}
+
+
+_SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all."
+
+
+def read_texts(folder: Path, model: nn.Module, inputs: ExampleInputs, seed: int = 0) -> list[ExampleInputs]:
+    """Up to ``BATCHES`` batches of the texts in a folder, through the model's own tokenizer, in full sequences.
+
+    A ``.txt`` file is a text, and so is the field "text" of each line of a ``.jsonl`` file. They are taken in random
+    order.
+
+    Raises:
+        InputError: there is no text, a file can't be read, the model has no tokenizer beside its weights, or the texts
+            are too short for two sequences.
+    """
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        raise InputError(
+            f"--data {folder}: no tokenizer stands beside the weights of this model, so texts can't become tokens; "
+            "load it from a folder with one (hf:DIR)"
+        )
+    files = find_texts(folder)
+    random.Random(seed).shuffle(files)
+    texts = [text for file in files for text in _texts_in(file)]
+    if len(files) == 1 and len(texts) > 1:
+        random.Random(seed).shuffle(texts)
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    length = min(LENGTH, most - 2) if isinstance(most, int) and most > 6 else LENGTH
+    rows = packed_tokens(tokenizer, texts, BATCH * BATCHES, length)
+    if len(rows) < 2:
+        raise InputError(f"the texts in {folder} fill {len(rows)} sequences of {length} tokens; give more of them")
+    example = token_ids(inputs)
+    assert example is not None
+    size = min(BATCH, max(1, len(rows) // 2))
+    return [like_example(inputs, part.to(example)) for part in rows.split(size) if len(part) == size]
+
+
+def _texts_in(file: Path) -> list[str]:
+    try:
+        whole = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} can't be read as a text in UTF-8: {error}") from error
+    if file.suffix.lower() != ".jsonl":
+        return [whole]
+    texts: list[str] = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            item = json.loads(line) if line.strip() else {FIELD: ""}
+        except ValueError as error:
+            raise InputError(f"{file}, line {number} is no JSON: {error}") from error
+        if not isinstance(item, dict) or not isinstance(item.get(FIELD), str):
+            raise InputError(f'{file}, line {number} has no "{FIELD}"; each line is an object with one')
+        texts.append(item[FIELD])
+    return texts
