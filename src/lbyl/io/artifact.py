@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import nn
 
 from lbyl.errors import ArtifactError, InputError, SurgeryError, first_line
 from lbyl.graph.computed_weights import apply_folds, fill_folds
-from lbyl.io.files import finish, stage
+from lbyl.io.files import digest, finish, stage
 from lbyl.io.huggingface import is_pretrained_model, write_config
 from lbyl.io.report.model_card import card
 from lbyl.io.report.report import Report
@@ -69,7 +68,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
             if is_pretrained_model(model):
                 note = write_config(folder, model, plan.architecture)
                 report = replace(report, notes=(*report.notes, note))
-            manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": _digest(folder / WEIGHTS)}
+            manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": digest(folder / WEIGHTS)}
             (folder / MANIFEST).write_text(document_text(manifest, f"the plan of {target}"), encoding="utf-8")
             (folder / CARD).write_text(card(plan, report), encoding="utf-8")
             (folder / PAGE).write_text(page(plan, report), encoding="utf-8")
@@ -160,7 +159,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     with _reading(weights):
         if not weights.is_file():
             raise ArtifactError(f"{weights} is missing")
-        if _digest(weights) != manifest.sha256:
+        if digest(weights) != manifest.sha256:
             raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
     try:
         with deep_calls(model):
@@ -191,11 +190,3 @@ def _check_shapes(model: nn.Module, weights: Path) -> None:
         if found.get(name, () if tensor.is_meta else tuple(tensor.shape)) != tuple(tensor.shape):
             shape = "x".join(map(str, found[name])) if name in found else "missing"
             raise SurgeryError(f"{name} is {shape} in the file, {shape_and_dtype(tensor)} by the plan")
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
