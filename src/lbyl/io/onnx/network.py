@@ -91,7 +91,8 @@ class NumberLink:
         place: of the number, where the attribute is a list.
         value: the constant's name in the file; "" where the number is an attribute of a node.
         index: of the number in that constant or attribute; None where the attribute is one number.
-        node: of the operator, by position in the file.
+        node: that uses the constant first, or that has the attribute, by position in the file.
+        operand: which of its operands the constant is; -1 for an attribute.
         attribute: the node's attribute.
     """
 
@@ -101,6 +102,7 @@ class NumberLink:
     value: str
     index: int | None
     node: int
+    operand: int = -1
     attribute: str = ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,24 @@ if TYPE_CHECKING:
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinear", "DynamicQuantize", "ConvInteger", "MatMulInteger")
 _CONTROL = ("If", "Loop", "Scan", "SequenceMap")
 _STANDARD = ("", "ai.onnx")
-_LARGEST_TEXT = 1e18
+_LARGEST_WEIGHT = 1e18
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where in the file a number stands, and by which operand of which node it is used first (-1: by none yet)."""
+
+    value: str
+    index: int
+    node: int = -1
+    operand: int = -1
+
+    def used(self, node: int, operand: int) -> Origin:
+        """The same, once a node has used it."""
+        return self if self.node >= 0 else replace(self, node=node, operand=operand)
+
+
+Origins = list[Origin | None]
 
 
 def read_onnx(path: Path) -> OnnxNetwork:
@@ -34,15 +52,20 @@ def read_onnx(path: Path) -> OnnxNetwork:
         InputError: the file is damaged, or has an operator that lbyl can't read; the error names it.
     """
     file = open_file(path)
-    return _Reader(file, prepared(file)).network().eval()
+    return Reader(file, prepared(file)).network().eval()
+
+
+def content(file: OnnxFile) -> ir.Model:
+    """The file's content, with the calls of its own functions taken apart."""
+    model = file.model()
+    if model.functions:
+        library("onnx_ir.passes.common").InlinePass()(model)
+    return model
 
 
 def prepared(file: OnnxFile) -> ir.Model:
-    """The file's content with functions inlined and shapes inferred, as far as that can be done."""
-    passes = library("onnx_ir.passes.common")
-    model = file.model()
-    if model.functions:
-        passes.InlinePass()(model)
+    """The same with shapes inferred, as far as that can be done."""
+    passes, model = library("onnx_ir.passes.common"), content(file)
     try:
         passes.ShapeInferencePass()(model)
     except Exception:  # shapes only help to find out which numbers of the file are widths
@@ -54,7 +77,16 @@ class _Room(nn.Module):
     """What holds modules and tensors of the file whose names have dots."""
 
 
-class _Reader:
+class Reader:
+    """Reads a file once, node by node.
+
+    Attributes:
+        constants: all constants of the file and what is computed of them, by name.
+        leaf: the constant that each of them is, under whatever other names.
+        producers: the position of the node that makes each value.
+        names: all names of values.
+    """
+
     def __init__(self, file: OnnxFile, model: ir.Model) -> None:
         self.file, self.model = file, model
         self.opsets = {domain or "": version for domain, version in model.opset_imports.items()}
@@ -63,17 +95,21 @@ class _Reader:
         self.links: list[Link] = []
         self.number_links: list[NumberLink] = []
         self.constants: dict[str, np.ndarray] = {}
-        self.origins: dict[str, list[tuple[str, int] | None]] = {}
+        self.origins: dict[str, Origins] = {}
         self.leaf: dict[str, str] = {}
         self.hosted: set[str] = set()
         self.held: dict[tuple[str, str, float], Tensor] = {}
         self.bare: dict[str, str] = {}
-        self.instead: dict[str, str] = {}
         self.done: set[int] = set()
         self.nodes = list(model.graph)
         self.order = {id(node): place for place, node in enumerate(self.nodes)}
+        self.producers = {
+            str(value.name): place for place, node in enumerate(self.nodes) for value in node.outputs if value.name
+        }
+        self.names = {*self.producers, *graph_names(model.graph)}
 
     def network(self) -> OnnxNetwork:
+        """The network of the file."""
         graph = self.model.graph
         for name, value in graph.initializers.items():
             if value.const_value is None:
@@ -109,7 +145,7 @@ class _Reader:
         if node.op_type == "Constant":
             self.constant(str(node.outputs[0].name), _constant(node, self.where(node)))
             return
-        values = [self._renamed(value) for value in node.inputs]
+        values = [self.renamed(value) for value in node.inputs]
         known = [name is None or name in self.constants for name in values]
         if all(known) and node.op_type not in ("RandomNormal", "RandomUniform"):
             self._fold(node, values)
@@ -135,8 +171,8 @@ class _Reader:
     def where(self, node: ir.Node) -> str:
         return f"{self.file.path}: node {node.name or node.outputs[0].name!r} ({node.op_type})"
 
-    def _renamed(self, value: ir.Value | None) -> str | None:
-        return None if value is None or not value.name else self.instead.get(value.name, value.name)
+    def renamed(self, value: ir.Value | None) -> str | None:
+        return None if value is None or not value.name else value.name
 
     def _numbers(self, node: ir.Node) -> Numbers:
         serde = library("onnx_ir.serde")
@@ -192,28 +228,26 @@ class _Reader:
         self.constants[name] = array
         self.leaf[name] = name
         if array.dtype.kind in "iu" and array.size <= 64:
-            self.origins[name] = [(name, index) for index in range(array.size)]
+            self.origins[name] = [Origin(name, index) for index in range(array.size)]
 
-    def _moved(
-        self, node: ir.Node, values: Sequence[str | None], count: int | None
-    ) -> list[tuple[str, int] | None] | None:
+    def _moved(self, node: ir.Node, values: Sequence[str | None], count: int | None) -> Origins | None:
         """Which numbers of the file a node's output holds, where it only moves numbers; None where that is unknown."""
-        first = self._origin(values[0]) if values else None
+        place = self.order[id(node)]
+        first = self.origin(values[0], place, 0) if values else None
         if node.op_type in ("Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape"):
             return first
         if node.op_type == "Concat":
-            parts = [self._origin(name) for name in values]
+            parts = [self.origin(name, place, operand) for operand, name in enumerate(values)]
             return None if any(part is None for part in parts) else [item for part in parts for item in part or ()]
         if node.op_type in ("Gather", "Slice") and first is not None:
             rest = [self.constants.get(name) if name else None for name in values[1:]]
             if any(array is None and name for array, name in zip(rest, values[1:], strict=True)):
                 return None
-            places = np.arange(len(first))
-            taken = self._numbers(node)(places, *rest)[0].reshape(-1)
-            return [first[int(place)] for place in taken]
+            taken = self._numbers(node)(np.arange(len(first)), *rest)[0].reshape(-1)
+            return [first[int(index)] for index in taken]
         if count is None and node.op_type in ("Gather", "Slice"):
             count = self._taken(node, values)
-        return [None] * count if count is not None else self._unknown(node)
+        return [None] * count if count is not None else self.unknown(node)
 
     def _taken(self, node: ir.Node, values: Sequence[str | None]) -> int | None:
         """How many numbers a node picks of others, where its indices alone tell."""
@@ -228,14 +262,15 @@ class _Reader:
         start, end = (int(index.reshape(-1)[0]) for index in indices if index is not None)
         return end - start if 0 <= start < end < 16 or start < end < 0 else None
 
-    def _origin(self, name: str | None) -> list[tuple[str, int] | None] | None:
+    def origin(self, name: str | None, node: int, operand: int) -> Origins | None:
+        """Where the numbers stand that a node uses; None where it is not known how many there are."""
         if name is None:
             return None
         if name in self.origins:
-            return self.origins[name]
+            return [item and item.used(node, operand) for item in self.origins[name]]
         return [None] * self.constants[name].size if name in self.constants else None
 
-    def _unknown(self, node: ir.Node) -> list[tuple[str, int] | None] | None:
+    def unknown(self, node: ir.Node) -> Origins | None:
         """As many numbers as the file's shapes say, none of which it holds."""
         shape = node.outputs[0].shape
         if shape is None or not all(isinstance(size, int) for size in shape):
@@ -244,7 +279,7 @@ class _Reader:
 
     def source(self, value: ir.Value | None, node: int = -1, operand: int = -1) -> Source:
         """An operand of a step: a value, a tensor that the network holds, or a constant."""
-        name = self._renamed(value)
+        name = self.renamed(value)
         if name is None or name not in self.constants:
             return None if name is None else Value(name)
         array = self.constants[name]
@@ -260,7 +295,7 @@ class _Reader:
         path = self.place(name)
         room, leaf = self._room(path)
         real = tensor.is_floating_point()
-        if real and bool(torch.isfinite(tensor).all()) and float(tensor.abs().max()) < _LARGEST_TEXT:
+        if real and bool(torch.isfinite(tensor).all()) and float(tensor.abs().max()) < _LARGEST_WEIGHT:
             room.register_parameter(leaf, nn.Parameter(tensor))
         else:
             room.register_buffer(leaf, tensor)
@@ -298,6 +333,11 @@ class _Reader:
         return path
 
 
+def graph_names(graph: ir.Graph) -> set[str]:
+    """Names of a graph's inputs and initializers."""
+    return {str(value.name) for value in graph.inputs} | set(graph.initializers)
+
+
 def _free(room: nn.Module, name: str) -> str:
     while hasattr(room, name):
         name += "_"
@@ -307,7 +347,7 @@ def _free(room: nn.Module, name: str) -> str:
 class _Node:
     """A node while it is read: see :class:`lbyl.io.onnx.operators.base.Node`."""
 
-    def __init__(self, reader: _Reader, node: ir.Node, place: int) -> None:
+    def __init__(self, reader: Reader, node: ir.Node, place: int) -> None:
         self._reader, self._node, self._place = reader, node, place
         self.operator, self.opset = node.op_type, reader.opsets.get("", 1)
         self.attributes: Mapping[str, Any] = {name: _attribute(item) for name, item in node.attributes.items()}
@@ -323,7 +363,7 @@ class _Node:
         return self._reader.source(self._value(index), self._place, index)
 
     def constant(self, index: int) -> np.ndarray | None:
-        return self._reader.constants.get(self._reader._renamed(self._value(index)) or "")
+        return self._reader.constants.get(self._reader.renamed(self._value(index)) or "")
 
     def is_constant(self, index: int) -> bool:
         return self.constant(index) is not None
@@ -334,7 +374,7 @@ class _Node:
     def numbers(self, function: Callable[..., Any], *sources: Source) -> None:
         self.run(function, *sources)
         self._reader.hosted.update(self._made)
-        moved = self._reader._unknown(self._node)
+        moved = self._reader.unknown(self._node)
         if moved is not None:
             self._reader.origins[self._made[0]] = moved
 
@@ -347,7 +387,7 @@ class _Node:
         reader = self._reader
         for name, (operand, layout, scale) in held.items():
             node, value = (self._node, self._value(operand)) if operand >= 0 else self._operand_of_bias(operand)
-            constant = reader._renamed(value) or ""
+            constant = reader.renamed(value) or ""
             key = reader.leaf[constant], layout, scale
             if key not in reader.held:
                 made = from_file(reader.constants[constant], layout, scale)
@@ -357,7 +397,7 @@ class _Node:
         for name, (operand, layout, scale) in held.items():
             node, value = (self._node, self._value(operand)) if operand >= 0 else self._operand_of_bias(operand)
             place = operand if operand >= 0 else -operand - 1
-            link = Link(f"{self._path}.{name}", reader._renamed(value) or "", layout, scale, reader.order[id(node)], place)
+            link = Link(f"{self._path}.{name}", reader.renamed(value) or "", layout, scale, reader.order[id(node)], place)
             reader.links.append(link)
         reader.steps.append(Step(self._where, sources, self._made, self._path))
 
@@ -368,7 +408,7 @@ class _Node:
     def _name(self, operand: int) -> str:
         """The layer's name: that of its weight without its last part, or else that of the node."""
         value = self._value(operand)
-        prefix, _, last = self._reader.leaf[self._reader._renamed(value) or ""].rpartition(".")
+        prefix, _, last = self._reader.leaf[self._reader.renamed(value) or ""].rpartition(".")
         return prefix if prefix and last in ("weight", "w_0") else self._node.name or self._made[0]
 
     def sized(self, module: nn.Module, *sources: Source, sizes: list[tuple[int, str]]) -> None:
@@ -379,11 +419,11 @@ class _Node:
             if attribute:
                 numbers = list(self.attributes.get(attribute) or [])
                 for index, item in enumerate(numbers):
-                    link = NumberLink(path, "sizes", len(found), "", index, self._place, attribute)
+                    link = NumberLink(path, "sizes", len(found), "", index, self._place, -1, attribute)
                     found.append((int(item), link))
                 continue
-            name = reader._renamed(self._value(operand)) or ""
-            origins = reader._origin(name)
+            name = reader.renamed(self._value(operand)) or ""
+            origins = reader.origin(name, self._place, operand)
             if origins is None:
                 found = []
                 break
@@ -391,8 +431,9 @@ class _Node:
                 if origin is None:
                     found.append((None, None))
                 else:
-                    value = int(reader.constants[origin[0]].reshape(-1)[origin[1]])
-                    link = NumberLink(path, "sizes", len(found), origin[0], origin[1], self._place)
+                    value = int(reader.constants[origin.value].reshape(-1)[origin.index])
+                    edge = origin.node, origin.operand
+                    link = NumberLink(path, "sizes", len(found), origin.value, origin.index, *edge)
                     found.append((value, link))
         module.sizes = [size for size, _ in found]  # pyright: ignore[reportAttributeAccessIssue]
         reader.number_links += [link for _, link in found if link is not None]
@@ -406,7 +447,7 @@ class _Node:
         node, place = uses[0].node, uses[0].idx
         if node.op_type != "Add" or node.domain not in ("", "ai.onnx") or len(node.inputs) != 2:
             return None
-        other = reader.constants.get(reader._renamed(node.inputs[1 - place]) or "")
+        other = reader.constants.get(reader.renamed(node.inputs[1 - place]) or "")
         if other is None:
             other = reader.late_constant(node.inputs[1 - place])
         if other is None or other.size != width or other.ndim <= axis or other.shape[other.ndim - 1 - axis] != width:
@@ -420,7 +461,7 @@ class _Node:
 
     def width(self, name: str, attribute: str) -> None:
         if attribute in self.attributes:
-            link = NumberLink(self._path, name, None, "", None, self._place, attribute)
+            link = NumberLink(self._path, name, None, "", None, self._place, -1, attribute)
             self._reader.number_links.append(link)
 
     def refuse(self, why: str) -> Exception:
