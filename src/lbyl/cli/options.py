@@ -16,7 +16,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="timm:NAME, torchvision:NAME, package.module:factory or file.py:factory. A factory is code: it is run.",
+        help="timm:NAME, torchvision:NAME, model.onnx, model.pt2, package.module:factory or file.py:factory. "
+        "A factory is code: it is run.",
         show_default=False,
     ),
 ]
@@ -34,7 +35,7 @@ Inputs = Annotated[
     list[str] | None,
     _shapes(
         "Shape of an example input: 1x3x224x224, or int64:1x128. "
-        "Repeat it for several positional inputs. timm and torchvision models have a default."
+        "Repeat it for several positional inputs. timm and torchvision models and ONNX files have a default."
     ),
 ]
 SameInputs = Annotated[

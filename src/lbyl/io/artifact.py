@@ -21,6 +21,7 @@ from lbyl.errors import ArtifactError, InputError, SurgeryError, first_line
 from lbyl.graph.computed_weights import apply_folds, fill_folds
 from lbyl.io.files import digest, finish, stage
 from lbyl.io.huggingface import is_pretrained_model, write_config
+from lbyl.io.network_files import ONNX, with_source, write_network
 from lbyl.io.report.model_card import card
 from lbyl.io.report.report import Report
 from lbyl.io.report.snippets import load_line
@@ -52,7 +53,8 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     """Write a compressed model into a new folder, with a report for people and one for machines.
 
     Everything is written to a temporary folder beside it, which is then renamed, so nobody ever sees an unfinished
-    folder. A model of transformers also gets a ``config.json`` if one can express its widths; the saved report says
+    folder. A network that was read from ``model.onnx`` is written as that file, which then stands for the weights; one
+    that was read from ``model.pt2`` gets such a file beside them. A model of transformers also gets a ``config.json`` if one can express its widths; the saved report says
     whether it did.
 
     Raises:
@@ -64,11 +66,17 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     check_free(target)
     try:
         with stage(target) as folder:
-            save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
+            plan = with_source(plan, model)
+            file = write_network(folder, model, plan)
+            if file is not None:
+                report = replace(report, notes=(*report.notes, file[1]))
+            weights = folder / (ONNX if file is not None and file[0] == ONNX else WEIGHTS)
+            if weights.name == WEIGHTS:
+                save_model(model, str(weights), metadata={"format": "pt"})
             if is_pretrained_model(model):
                 note = write_config(folder, model, plan.architecture)
                 report = replace(report, notes=(*report.notes, note))
-            manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": digest(folder / WEIGHTS)}
+            manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": digest(weights)}
             (folder / MANIFEST).write_text(document_text(manifest, f"the plan of {target}"), encoding="utf-8")
             (folder / CARD).write_text(card(plan, report), encoding="utf-8")
             (folder / PAGE).write_text(page(plan, report), encoding="utf-8")
@@ -147,6 +155,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     """
     manifest = read_manifest(path)
     plan = manifest.plan
+    if (Path(path) / ONNX).is_file() and not (Path(path) / WEIGHTS).exists():
+        return _load_onnx(Path(path) / ONNX, manifest)
     if model is None:
         if plan.source is None or not is_rebuildable(plan.source):
             raise InputError(f"{path}: the plan does not know how to build the model; pass lbyl.load(path, model)")
@@ -171,6 +181,19 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
     remember(smaller, plan)
     return smaller.eval()
+
+
+def _load_onnx(file: Path, manifest: Manifest) -> nn.Module:
+    """The network of a folder whose weights are in an ONNX file."""
+    with _reading(file):
+        if digest(file) != manifest.sha256:
+            raise ArtifactError(f"{file} is not the file that was saved (its SHA-256 differs): truncated or changed")
+    try:
+        smaller = load_source(str(file))
+    except InputError as error:
+        raise ArtifactError(str(error)) from error
+    remember(smaller, manifest.plan)
+    return smaller
 
 
 @contextmanager

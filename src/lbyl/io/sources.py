@@ -1,4 +1,4 @@
-"""Where models and weights come from: ``timm:NAME``, ``torchvision:NAME``, or a factory that the user wrote."""
+"""Where models and weights come from: ``timm:NAME``, ``torchvision:NAME``, a file, or a factory that the user wrote."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lbyl.errors import InputError, LbylError, first_line
+from lbyl.io.network_files import is_file, read_network
 
-FORMS = "timm:NAME, torchvision:NAME, package.module:factory or file.py:factory"
+FORMS = "timm:NAME, torchvision:NAME, model.onnx, model.pt2, package.module:factory or file.py:factory"
 
 
 def load_source(source: str, pretrained: bool = True) -> nn.Module:
     """Build a model, in evaluation mode.
 
     Args:
-        source: one of ``timm:NAME``, ``torchvision:NAME``, ``package.module:factory``, ``file.py:factory``;
-            a factory is called without arguments and returns the module.
+        source: one of ``timm:NAME``, ``torchvision:NAME``, ``model.onnx``, ``model.pt2``, ``package.module:factory``,
+            ``file.py:factory``; a factory is called without arguments and returns the module.
         pretrained: load the published weights (``timm`` and ``torchvision`` only).
 
     Raises:
-        InputError: an unknown form, library, name or factory, or weights that can't be loaded.
+        InputError: an unknown form, library, name or factory, weights that can't be loaded, or a damaged file or one
+            with operators that lbyl can't read.
     """
+    if isinstance(source, str) and is_file(source):
+        return read_network(Path(source))
     kind, separator, name = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     if not separator or not kind or not name:
         raise InputError(f"{source!r} names no model; write {FORMS}")

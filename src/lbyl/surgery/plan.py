@@ -255,5 +255,5 @@ def library_version() -> str:
 
 
 def is_rebuildable(source: str) -> bool:
-    """Whether loading a plan may build its source: a library's model may be built, a user's code may not be run."""
-    return source.rpartition(":")[0] in ("timm", "torchvision")
+    """Whether loading a plan may build its source: a library's model and an ONNX file may, a user's code may not."""
+    return source.rpartition(":")[0] in ("timm", "torchvision") or source.lower().endswith(".onnx")

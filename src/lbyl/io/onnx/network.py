@@ -114,6 +114,34 @@ class FileInput:
     dtype: torch.dtype
     sizes: tuple[int | str, ...]
 
+    def __str__(self) -> str:
+        sizes = "x".join(str(size) for size in self.sizes) or "scalar"
+        return f"{self.name!r}: {str(self.dtype).removeprefix('torch.')} {sizes}"
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether an input may have this shape."""
+        return len(shape) == len(self.sizes) and all(
+            not isinstance(size, int) or size == given for size, given in zip(self.sizes, shape, strict=True)
+        )
+
+    def default(self) -> tuple[int, ...]:
+        """A shape that it may have."""
+        image = len(self.sizes) == 4 and {self.sizes[1], self.sizes[3]} & {1, 3, 4}
+        return tuple(
+            size if isinstance(size, int) else 1 if axis == 0 else _IMAGE if image else _SEQUENCE
+            for axis, size in enumerate(self.sizes)
+        )
+
+    def make(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        """A value of this shape."""
+        if self.dtype.is_floating_point:
+            return torch.randn(tuple(shape), generator=generator).to(self.dtype)
+        return torch.full(tuple(shape), int("mask" in self.name.lower()), dtype=self.dtype)
+
+
+_IMAGE, _SEQUENCE = 224, 128
+"""Sizes where the file leaves them open."""
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -164,6 +192,33 @@ class OnnxNetwork(nn.Module):
                 values.pop(name, None)
         outputs = tuple(torch.as_tensor(self._operand(source, values)) for source in program.outputs)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def example_inputs(
+        self, shapes: Sequence[Sequence[int]] | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        """Inputs of the shapes that the file states.
+
+        Sizes that it leaves open become 1 on the first axis, 224 for the sides of images, and 128 elsewhere. Real
+        numbers are drawn at random, masks are ones, and other whole numbers zeros, which are valid in every vocabulary.
+
+        Args:
+            shapes: of the inputs, in place of the file's.
+            generator: what the numbers are drawn with.
+
+        Raises:
+            InputError: other shapes than the file states.
+        """
+        asked = self.program.inputs
+        if shapes is not None and len(shapes) != len(asked):
+            told = ", ".join(map(str, asked))
+            raise InputError(f"{self.program.file.path} takes {len(asked)} inputs ({told}); {len(shapes)} were given")
+        made = []
+        for place, item in enumerate(asked):
+            shape = tuple(shapes[place]) if shapes is not None else item.default()
+            if not item.takes(shape):
+                raise InputError(f"{self.program.file.path}: {item} can't be {'x'.join(map(str, shape))}")
+            made.append(item.make(shape, generator))
+        return tuple(made)
 
     def _given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = [item.name for item in self.program.inputs]

@@ -100,11 +100,13 @@ def _reads_data(value: Any) -> bool:
 
 
 def shown_source(source: str) -> str:
-    """The source as it may be published: of a factory's file only the name, not the folders."""
+    """The source as it may be published: of a file only the name, not the folders."""
+    if source.lower().endswith((".onnx", ".pt2")):
+        return PurePath(source).name
     place, separator, name = source.rpartition(":")
     return f"{PurePath(place).name}{separator}{name}" if place.endswith(".py") else source
 
 
 def name_of(plan: Plan) -> str:
     """What the network is called."""
-    return line(plan.source.rpartition(":")[2]) if plan.source else "A network"
+    return line(shown_source(plan.source).rpartition(":")[2]) if plan.source else "A network"
