@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lbyl.errors import ArtifactError, InputError, first_line
 from lbyl.io.export.base import Refused, trace, write
@@ -53,9 +55,35 @@ def read_network(path: Path) -> nn.Module:
         )
     try:
         with quiet():
-            return torch.export.load(path).module()
+            return _as_called(torch.export.load(path).module())
     except Exception as error:
         raise InputError(f"{path} is no program of torch.export, or is damaged: {first_line(error)}") from error
+
+
+_CALLED = {
+    torch.ops.aten.conv1d.default: functional.conv1d,
+    torch.ops.aten.conv2d.default: functional.conv2d,
+    torch.ops.aten.conv3d.default: functional.conv3d,
+    torch.ops.aten.linear.default: functional.linear,
+    torch.ops.aten.matmul.default: torch.matmul,
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.addmm.default: torch.addmm,
+}
+"""What modules call, by what it is in an exported program."""
+
+
+def _as_called(program: Any) -> nn.Module:
+    """An exported program that calls what modules call, and has a mode to be set like any module."""
+    for name in ("train", "eval"):  # those of its own refuse
+        vars(program).pop(name, None)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in _CALLED:
+            node.target = _CALLED[node.target]
+        elif node.op == "call_function" and node.target is torch.ops.aten.batch_norm.default:
+            x, weight, bias, mean, var, training, momentum, eps, *_ = node.args
+            node.target, node.args = functional.batch_norm, (x, mean, var, weight, bias, training, momentum, eps)
+    program.recompile()
+    return program.eval()
 
 
 def check_network(network: nn.Module, inputs: ExampleInputs) -> None:
