@@ -26,16 +26,21 @@ _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinear", "DynamicQuantize"
 _CONTROL = ("If", "Loop", "Scan", "SequenceMap")
 _STANDARD = ("", "ai.onnx")
 _LARGEST_WEIGHT = 1e18
+_LARGEST_APART = 2**16
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where in the file a number stands, and by which operand of which node it is used first (-1: by none yet)."""
+    """Where in the file a number stands, and by which operand of which node it is used first (-1: by none yet).
+
+    With ``size``, it is the size of a constant along the axis ``index``.
+    """
 
     value: str
     index: int
     node: int = -1
     operand: int = -1
+    size: bool = False
 
     def used(self, node: int, operand: int) -> Origin:
         """The same, once a node has used it."""
@@ -146,6 +151,11 @@ class Reader:
             self.constant(str(node.outputs[0].name), _constant(node, self.where(node)))
             return
         values = [self.renamed(value) for value in node.inputs]
+        if node.op_type == "CastLike" and values[0] in self.constants and values[1] not in self.constants:
+            kind = node.inputs[1].dtype if node.inputs[1] is not None else None
+            if kind is not None and self.constants[str(values[0])].dtype == kind.numpy():
+                self._pass_on(node, str(values[0]))
+                return
         known = [name is None or name in self.constants for name in values]
         if all(known) and node.op_type not in ("RandomNormal", "RandomUniform"):
             self._fold(node, values)
@@ -158,6 +168,14 @@ class Reader:
         if build is None:
             raise InputError(f"{self.where(node)} is an operator that lbyl can't read")
         build(_Node(self, node, place))
+
+    def _pass_on(self, node: ir.Node, name: str) -> None:
+        """The node's output is a constant under another name."""
+        other = str(node.outputs[0].name)
+        self.constants[other] = self.constants[name]
+        self.leaf[other] = other
+        if name in self.origins:
+            self.origins[other] = self.origins[name]
 
     def _check(self, node: ir.Node) -> None:
         where, name = self.where(node), node.op_type
@@ -227,13 +245,22 @@ class Reader:
         """Take note of a constant of the file."""
         self.constants[name] = array
         self.leaf[name] = name
-        if array.dtype.kind in "iu" and array.size <= 64:
+        if array.dtype.kind in "iu" and array.ndim < 2 and array.size <= 64:
             self.origins[name] = [Origin(name, index) for index in range(array.size)]
 
     def _moved(self, node: ir.Node, values: Sequence[str | None], count: int | None) -> Origins | None:
         """Which numbers of the file a node's output holds, where it only moves numbers; None where that is unknown."""
         place = self.order[id(node)]
         first = self.origin(values[0], place, 0) if values else None
+        array = self.constants.get(values[0] or "") if values else None
+        if array is not None and node.op_type == "Shape":
+            sizes: Origins = [Origin(str(values[0]), axis, size=True) for axis in range(array.ndim)]
+            start, end = (node.attributes[name].value if name in node.attributes else None for name in ("start", "end"))
+            return sizes[start:end]
+        if node.op_type == "Expand" and first is not None and len(first) == count:
+            return first
+        if array is not None and array.ndim > 1:
+            return [None] * count if count is not None else self.unknown(node)
         if node.op_type in ("Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape"):
             return first
         if node.op_type == "Concat":
@@ -286,10 +313,14 @@ class Reader:
         if not _is_real(array) or array.size == 1:
             return Known(array)
         leaf = self.leaf[name]
-        if leaf not in self.bare:
-            self.bare[leaf] = self._hold(leaf, from_file(array, "same", 1.0))
-        self.links.append(Link(self.bare[leaf], name, "same", 1.0, node, operand))
-        return Held(self.bare[leaf])
+        path = self.bare.get(leaf)
+        if path is None:
+            path = self._hold(leaf, from_file(array, "same", 1.0))
+            # Equal vectors of layers that have nothing to do with each other often are one constant of the file.
+            if array.size > _LARGEST_APART:
+                self.bare[leaf] = path
+        self.links.append(Link(path, name, "same", 1.0, node, operand))
+        return Held(path)
 
     def _hold(self, name: str, tensor: Tensor) -> str:
         path = self.place(name)
@@ -388,11 +419,14 @@ class _Node:
         for name, (operand, layout, scale) in held.items():
             node, value = (self._node, self._value(operand)) if operand >= 0 else self._operand_of_bias(operand)
             constant = reader.renamed(value) or ""
-            key = reader.leaf[constant], layout, scale
-            if key not in reader.held:
-                made = from_file(reader.constants[constant], layout, scale)
-                reader.held[key] = made if name in module._buffers else nn.Parameter(made)
-            (module._buffers if name in module._buffers else module._parameters)[name] = reader.held[key]
+            array, key = reader.constants[constant], (reader.leaf[constant], layout, scale)
+            held_before = reader.held.get(key)
+            if held_before is None:
+                made = from_file(array, layout, scale)
+                held_before = made if name in module._buffers else nn.Parameter(made)
+                if array.size > max(array.shape, default=1):  # as above, no vectors
+                    reader.held[key] = held_before
+            (module._buffers if name in module._buffers else module._parameters)[name] = held_before
         self._path = reader.add(self._name(next(iter(held.values()))[0]), module)
         for name, (operand, layout, scale) in held.items():
             node, value = (self._node, self._value(operand)) if operand >= 0 else self._operand_of_bias(operand)
@@ -431,7 +465,11 @@ class _Node:
                 if origin is None:
                     found.append((None, None))
                 else:
-                    value = int(reader.constants[origin.value].reshape(-1)[origin.index])
+                    array = reader.constants[origin.value]
+                    if origin.size:
+                        found.append((array.shape[origin.index], None))
+                        continue
+                    value = int(array.reshape(-1)[origin.index])
                     edge = origin.node, origin.operand
                     link = NumberLink(path, "sizes", len(found), origin.value, origin.index, *edge)
                     found.append((value, link))

@@ -156,7 +156,9 @@ class _Editor:
         if value.is_graph_output():
             edges.add((-1, -1))
         for use in value.uses():
-            if use.node.op_type == "Identity" and use.node.domain == "":
+            if use.node.op_type in ("Shape", "Size"):
+                continue  # which follow by themselves
+            if use.node.op_type == "Identity":
                 edges |= self._edges(use.node.outputs[0])
             else:
                 edges.add((self.place.get(id(use.node), -1), use.idx))

@@ -83,6 +83,8 @@ def convolution(node: Node) -> None:
     given = window(node, axes, weight.shape[2:])
     even = _even(given)
     own = 2 if node.is_constant(2) else None if node.operands > 2 else node.bias(len(weight), axes)
+    if own is None and node.operands > 2 and node.source(2) is not None:
+        raise node.refuse("its bias is computed")
     layer = _CONVOLUTIONS[axes](
         weight.shape[1] * groups,
         len(weight),
@@ -128,6 +130,8 @@ def transposed(node: Node) -> None:
     if even is None or node.attributes.get("output_shape"):
         raise node.refuse("its padding differs from side to side, or goes by the output's shape")
     own = 2 if node.is_constant(2) else None if node.operands > 2 else node.bias(weight.shape[1] * groups, axes)
+    if own is None and node.operands > 2 and node.source(2) is not None:
+        raise node.refuse("its bias is computed")
     layer = _TRANSPOSED[axes](
         len(weight),
         weight.shape[1] * groups,

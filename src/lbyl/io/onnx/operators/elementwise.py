@@ -203,7 +203,7 @@ def _where(condition: Any, a: Any, b: Any, *, floating: torch.dtype) -> Tensor:
 def cast(node: Node) -> None:
     """Another dtype; real numbers stay in the network's own."""
     if node.operator == "CastLike":
-        node.run(_cast_like, node.source(0), node.source(1))
+        node.run(_cast_like, node.source(0), node.source(1), floating=True)
         return
     kind = int(node.attributes["to"])
     if kind not in DTYPES:
@@ -218,6 +218,5 @@ def _cast(x: Any, *, dtype: torch.dtype, floating: torch.dtype) -> Tensor:
     return x if x.dtype == torch.float64 == floating else x.to(floating if dtype == torch.float32 else dtype)
 
 
-def _cast_like(x: Any, other: Any) -> Tensor:
-    x, other = tensors(x, other)
-    return x.to(other.dtype)
+def _cast_like(x: Any, other: Any, *, floating: torch.dtype) -> Tensor:
+    return as_floating(x, floating).to(as_floating(other, floating).dtype)

@@ -161,6 +161,52 @@ def split(node: Node) -> None:
         node.sized(module, node.source(0), sizes=[])
 
 
+@operator("SplitToSequence")
+def split_to_sequence(node: Node) -> None:
+    """Pieces along an axis, as a sequence."""
+    if node.operands > 1 and not node.attributes.get("keepdims", 1):
+        raise node.refuse("it drops an axis")
+    module = Pieces(node.attributes.get("axis", 0), bool(node.attributes.get("keepdims", 1)))
+    if node.operands > 1:
+        node.sized(module, node.source(0), node.source(1), sizes=[(1, "")])
+    else:
+        node.sized(module, node.source(0), sizes=[])
+
+
+class Pieces(Sized):
+    """Pieces along an axis, as one value."""
+
+    def __init__(self, axis: int, keep: bool) -> None:
+        super().__init__()
+        self.axis, self.keep = axis, keep
+
+    def forward(self, x: Tensor, sizes: Any = None) -> tuple[list[Tensor]]:
+        """The pieces."""
+        if sizes is None:
+            pieces = torch.split(x, 1, self.axis)
+            return (list(pieces if self.keep else [piece.squeeze(self.axis) for piece in pieces]),)
+        known = self.numbers(sizes)
+        each = known[0] if np.ndim(sizes) == 0 else known
+        return (list(torch.split(x, each, self.axis)),)
+
+
+@operator("SequenceAt")
+def sequence_at(node: Node) -> None:
+    """One value of a sequence."""
+    node.run(_at, node.source(0), node.source(1))
+
+
+def _at(values: list[Tensor], index: Any) -> Tensor:
+    return values[whole(index)[0]]
+
+
+@operator("ConcatFromSequence")
+def concat_from_sequence(node: Node) -> None:
+    """The values of a sequence, joined."""
+    function = torch.stack if node.attributes.get("new_axis", 0) else torch.cat
+    node.run(partial(function, dim=node.attributes["axis"]), node.source(0))
+
+
 class Slice(Sized):
     """A range of some axes."""
 
