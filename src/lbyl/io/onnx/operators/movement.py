@@ -27,6 +27,11 @@ class Sized(nn.Module):
         super().__init__()
         self.sizes: list[int | None] = []
 
+    @property
+    def size_axes(self) -> list[int]:
+        """Along which axis each of the numbers counts."""
+        return list(range(-len(self.sizes), 0))
+
     def numbers(self, *given: Any) -> list[int]:
         """All numbers: those that are known, and the rest as they come."""
         now = [item for value in given if value is not None for item in whole(value)]
@@ -136,6 +141,11 @@ def _concat(*values: Any, axis: int, floating: torch.dtype) -> Tensor:
 class Split(Sized):
     """Pieces along an axis."""
 
+    @property
+    def size_axes(self) -> list[int]:
+        """That axis."""
+        return [self.axis] * len(self.sizes)
+
     def __init__(self, axis: int, pieces: int) -> None:
         super().__init__()
         self.axis, self.pieces = axis, pieces
@@ -176,6 +186,11 @@ def split_to_sequence(node: Node) -> None:
 class Pieces(Sized):
     """Pieces along an axis, as one value."""
 
+    @property
+    def size_axes(self) -> list[int]:
+        """That axis."""
+        return [self.axis] * len(self.sizes)
+
     def __init__(self, axis: int, keep: bool) -> None:
         super().__init__()
         self.axis, self.keep = axis, keep
@@ -209,6 +224,11 @@ def concat_from_sequence(node: Node) -> None:
 
 class Slice(Sized):
     """A range of some axes."""
+
+    @property
+    def size_axes(self) -> list[int]:
+        """First for the starts, then for the ends."""
+        return [*(self.axes or range(len(self.sizes) // 2))] * 2
 
     def __init__(self, axes: list[int] | None, steps: list[int] | None) -> None:
         super().__init__()
