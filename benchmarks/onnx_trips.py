@@ -29,6 +29,7 @@ from torch import nn
 import lbyl
 from lbyl.io.export.check import difference
 from lbyl.io.onnx.check import run_file
+from lbyl.io.onnx.network import OnnxNetwork
 from lbyl.io.quiet import quiet
 from lbyl.runtime.inputs import ExampleInputs, outputs
 
@@ -61,13 +62,13 @@ def round_trip(net: nn.Module, x: Any, exporter: str, folder: Path) -> dict[str,
         return {"written": False, "why": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     started = time.perf_counter()
     read = lbyl.load_source(str(file))
+    assert isinstance(read, OnnxNetwork)
     reading = time.perf_counter() - started
     given = tuple(ExampleInputs.of(x).tensors())
     settings: dict[str, Any] = {"ratio": RATIO, "criterion": "l2", "restore": "prune"}
     ours, theirs = lbyl.compress(read, given, **settings), lbyl.compress(net, x, **settings)
     saved = ours.save(folder / "smaller") / "model.onnx"
-    program = read.program
-    found = run_file(saved, program.inputs, ExampleInputs(given))  # pyright: ignore[reportArgumentType]
+    found = run_file(saved, read.program.inputs, ExampleInputs(given))
     expected = outputs(theirs.model, ExampleInputs.of(x))
     kept = [[group.keep for group in result.plan.groups] for result in (ours, theirs)]
     return {

@@ -42,7 +42,8 @@ def test_same_file_smaller(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(folder / "model.onnx", x.numpy())[0], expected, rtol=1e-4, atol=1e-6)
     other = torch.randn(5, 3, 16, 16)  # the batch size is still open
     with torch.no_grad():
-        np.testing.assert_allclose(run(folder / "model.onnx", other.numpy())[0], result.model(other), rtol=1e-4, atol=1e-6)
+        found = run(folder / "model.onnx", other.numpy())[0]
+        np.testing.assert_allclose(found, result.model(other), rtol=1e-4, atol=1e-6)
     assert (folder / "model.onnx").stat().st_size < file.stat().st_size
     assert any("onnxruntime" in note for note in json.loads((folder / "report.json").read_text())["report"]["notes"])
 
@@ -215,7 +216,8 @@ def branching() -> onnx.ModelProto:
 
 
 def foreign() -> onnx.ModelProto:
-    return model([node("Mystery", "x", "y", domain="com.example")], {}, outputs={"y": ("n", 3)}, domains=["com.example"])
+    nodes = [node("Mystery", "x", "y", domain="com.example")]
+    return model(nodes, {}, outputs={"y": ("n", 3)}, domains=["com.example"])
 
 
 def unknown() -> onnx.ModelProto:

@@ -49,9 +49,7 @@ def write(
     outputs: int,
 ) -> list[np.ndarray]:
     """A file of one node; some of its inputs are initializers, and the rest is returned."""
-    names = [
-        "" if array is None and place not in constants else f"in{place}" for place, array in enumerate(inputs)
-    ]
+    names = ["" if array is None and place not in constants else f"in{place}" for place, array in enumerate(inputs)]
     asked = [(name, array) for name, array in zip(names, inputs, strict=True) if array is not None]
     node = helper.make_node(operator, names, [f"out{n}" for n in range(outputs)], name="the_node", **attributes)
     infos = [

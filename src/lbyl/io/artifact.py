@@ -53,12 +53,13 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     """Write a compressed model into a new folder, with a report for people and one for machines.
 
     Everything is written to a temporary folder beside it, which is then renamed, so nobody ever sees an unfinished
-    folder. A network that was read from ``model.onnx`` is written as that file, which then stands for the weights; one
-    that was read from ``model.pt2`` gets such a file beside them. A model of transformers also gets a ``config.json`` if one can express its widths; the saved report says
-    whether it did.
+    folder. A network that was read from an ONNX file is written as ``model.onnx``, which then stands for the weights;
+    one that was read from ``model.pt2`` gets such a file beside them. A model of transformers also gets a
+    ``config.json`` if one can express its widths; the saved report says whether it did.
 
     Raises:
         InputError: the path exists, or its parent does not.
+        ArtifactError: the network's file can't be written, or computes something else than the network.
     """
     from lbyl.io.report.page import page  # Matplotlib and Jinja take long to import
 

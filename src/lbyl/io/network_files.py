@@ -120,7 +120,9 @@ def _write_onnx(folder: Path, network: OnnxNetwork, plan: Plan) -> tuple[str, st
     from lbyl.io.onnx.write import write_onnx
 
     program, file = network.program, folder / ONNX
-    shapes = [tuple(map(int, text.split(" ")[1].split("x"))) for text in plan.inputs.split(", ") if "scalar" not in text]
+    shapes = [
+        tuple(map(int, text.split(" ")[1].split("x"))) for text in plan.inputs.split(", ") if "scalar" not in text
+    ]
     try:
         inputs = ExampleInputs(network.example_inputs(shapes, torch.Generator().manual_seed(0)))
         original = Reader(program.file, prepared(program.file)).network().eval()

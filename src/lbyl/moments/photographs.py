@@ -75,7 +75,8 @@ def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
     """Random crops of 32 photographs, half of them mirrored, one photograph after the other.
 
     Who made them, and under which license: ``photographs/SOURCES.md``. Each channel has zero mean and unit variance
-    over all crops. Channels may come last. Shapes that are no color images get :func:`~lbyl.moments.synthesis.dead_leaves`.
+    over all crops. Channels may come last. Shapes that are no color images get
+    :func:`~lbyl.moments.synthesis.dead_leaves`.
     """
     if not _is_color(shape):
         return dead_leaves(shape, generator)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lbyl.errors import InputError
+from lbyl.errors import InputError, first_line
 from lbyl.io.onnx.arrays import DTYPES, from_file
 from lbyl.io.onnx.file import OnnxFile, library, open_file
 from lbyl.io.onnx.network import FileInput, Held, Known, Link, NumberLink, OnnxNetwork, Program, Source, Step, Value
@@ -47,7 +49,7 @@ class Origin:
         return self if self.node >= 0 else replace(self, node=node, operand=operand)
 
 
-Origins = list[Origin | None]
+Origins = Sequence[Origin | None]
 
 
 def read_onnx(path: Path) -> OnnxNetwork:
@@ -63,18 +65,19 @@ def read_onnx(path: Path) -> OnnxNetwork:
 def content(file: OnnxFile) -> ir.Model:
     """The file's content, with the calls of its own functions taken apart."""
     model = file.model()
-    if model.functions:
-        library("onnx_ir.passes.common").InlinePass()(model)
+    try:
+        if model.functions:
+            library("onnx_ir.passes.common").InlinePass()(model)
+    except Exception as error:
+        raise InputError(f"{file.path}: its functions can't be taken apart: {first_line(error)}") from error
     return model
 
 
 def prepared(file: OnnxFile) -> ir.Model:
     """The same with shapes inferred, as far as that can be done."""
     passes, model = library("onnx_ir.passes.common"), content(file)
-    try:
+    with suppress(Exception):  # shapes only help to find out which numbers of the file are widths
         passes.ShapeInferencePass()(model)
-    except Exception:  # shapes only help to find out which numbers of the file are widths
-        pass
     return model
 
 
@@ -150,7 +153,7 @@ class Reader:
         if node.op_type == "Constant":
             self.constant(str(node.outputs[0].name), _constant(node, self.where(node)))
             return
-        values = [self.renamed(value) for value in node.inputs]
+        values = [self.named(value) for value in node.inputs]
         if node.op_type == "CastLike" and values[0] in self.constants and values[1] not in self.constants:
             kind = node.inputs[1].dtype if node.inputs[1] is not None else None
             if kind is not None and self.constants[str(values[0])].dtype == kind.numpy():
@@ -187,9 +190,11 @@ class Reader:
             raise InputError(f"{where} is of domain {node.domain!r}, whose operators lbyl can't read")
 
     def where(self, node: ir.Node) -> str:
+        """What errors call a node."""
         return f"{self.file.path}: node {node.name or node.outputs[0].name!r} ({node.op_type})"
 
-    def renamed(self, value: ir.Value | None) -> str | None:
+    def named(self, value: ir.Value | None) -> str | None:
+        """The name of a value; None for an operand that is left out."""
         return None if value is None or not value.name else value.name
 
     def _numbers(self, node: ir.Node) -> Numbers:
@@ -210,7 +215,9 @@ class Reader:
         """Compute arithmetic on shapes each time that the network runs."""
         names = tuple(str(value.name or "") for value in node.outputs)
         sources = tuple(self._number(name) for name in values)
-        self.steps.append(Step(self.where(node), sources, tuple(name for name in names if name), "", self._numbers(node)))
+        self.steps.append(
+            Step(self.where(node), sources, tuple(name for name in names if name), "", self._numbers(node))
+        )
         self.hosted.update(names)
         moved = self._moved(node, values, None)
         if moved is not None:
@@ -300,13 +307,12 @@ class Reader:
     def unknown(self, node: ir.Node) -> Origins | None:
         """As many numbers as the file's shapes say, none of which it holds."""
         shape = node.outputs[0].shape
-        if shape is None or not all(isinstance(size, int) for size in shape):
-            return None
-        return [None] * int(np.prod([int(size) for size in shape], dtype=np.int64))
+        sizes = [size if isinstance(size, int) else -1 for size in shape] if shape is not None else [-1]
+        return None if min(sizes, default=1) < 0 else [None] * math.prod(sizes)
 
     def source(self, value: ir.Value | None, node: int = -1, operand: int = -1) -> Source:
         """An operand of a step: a value, a tensor that the network holds, or a constant."""
-        name = self.renamed(value)
+        name = self.named(value)
         if name is None or name not in self.constants:
             return None if name is None else Value(name)
         array = self.constants[name]
@@ -341,7 +347,7 @@ class Reader:
         room: nn.Module = self.made
         for index, part in enumerate(parts[:-1]):
             found = room._modules.get(part)
-            if found is None and hasattr(room, part) or found is not None and not isinstance(found, _Room):
+            if (found is None and hasattr(room, part)) or (found is not None and not isinstance(found, _Room)):
                 part = _free(room, part)
                 found = None
             if found is None:
@@ -394,7 +400,7 @@ class _Node:
         return self._reader.source(self._value(index), self._place, index)
 
     def constant(self, index: int) -> np.ndarray | None:
-        return self._reader.constants.get(self._reader.renamed(self._value(index)) or "")
+        return self._reader.constants.get(self._reader.named(self._value(index)) or "")
 
     def is_constant(self, index: int) -> bool:
         return self.constant(index) is not None
@@ -418,7 +424,7 @@ class _Node:
         reader = self._reader
         for name, (operand, layout, scale) in held.items():
             node, value = (self._node, self._value(operand)) if operand >= 0 else self._operand_of_bias(operand)
-            constant = reader.renamed(value) or ""
+            constant = reader.named(value) or ""
             array, key = reader.constants[constant], (reader.leaf[constant], layout, scale)
             held_before = reader.held.get(key)
             if held_before is None:
@@ -426,12 +432,13 @@ class _Node:
                 held_before = made if name in module._buffers else nn.Parameter(made)
                 if array.size > max(array.shape, default=1):  # as above, no vectors
                     reader.held[key] = held_before
-            (module._buffers if name in module._buffers else module._parameters)[name] = held_before
+            table: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
+            table[name] = held_before
         self._path = reader.add(self._name(next(iter(held.values()))[0]), module)
         for name, (operand, layout, scale) in held.items():
             node, value = (self._node, self._value(operand)) if operand >= 0 else self._operand_of_bias(operand)
             place = operand if operand >= 0 else -operand - 1
-            link = Link(f"{self._path}.{name}", reader.renamed(value) or "", layout, scale, reader.order[id(node)], place)
+            link = Link(f"{self._path}.{name}", reader.named(value) or "", layout, scale, reader.order[id(node)], place)
             reader.links.append(link)
         reader.steps.append(Step(self._where, sources, self._made, self._path))
 
@@ -442,10 +449,10 @@ class _Node:
     def _name(self, operand: int) -> str:
         """The layer's name: that of its weight without its last part, or else that of the node."""
         value = self._value(operand)
-        prefix, _, last = self._reader.leaf[self._reader.renamed(value) or ""].rpartition(".")
+        prefix, _, last = self._reader.leaf[self._reader.named(value) or ""].rpartition(".")
         return prefix if prefix and last in ("weight", "w_0") else self._node.name or self._made[0]
 
-    def sized(self, module: nn.Module, *sources: Source, sizes: list[tuple[int, str]]) -> None:
+    def sized(self, module: Any, *sources: Source, sizes: list[tuple[int, str]]) -> None:
         reader = self._reader
         found: list[tuple[int | None, NumberLink | None]] = []
         path = self._path = reader.add(self._node.name or self._made[0], module)
@@ -456,7 +463,7 @@ class _Node:
                     link = NumberLink(path, "sizes", len(found), "", index, self._place, -1, attribute)
                     found.append((int(item), link))
                 continue
-            name = reader.renamed(self._value(operand)) or ""
+            name = reader.named(self._value(operand)) or ""
             origins = reader.origin(name, self._place, operand)
             if origins is None:
                 found = []
@@ -473,7 +480,7 @@ class _Node:
                     edge = origin.node, origin.operand
                     link = NumberLink(path, "sizes", len(found), origin.value, origin.index, *edge)
                     found.append((value, link))
-        module.sizes = [size for size, _ in found]  # pyright: ignore[reportAttributeAccessIssue]
+        module.sizes = [size for size, _ in found]
         reader.number_links += [link for _, link in found if link is not None]
         reader.steps.append(Step(self._where, sources, self._made, path))
 
@@ -485,12 +492,12 @@ class _Node:
         node, place = uses[0].node, uses[0].idx
         if node.op_type != "Add" or node.domain not in ("", "ai.onnx") or len(node.inputs) != 2:
             return None
-        other = reader.constants.get(reader.renamed(node.inputs[1 - place]) or "")
+        other = reader.constants.get(reader.named(node.inputs[1 - place]) or "")
         if other is None:
             other = reader.late_constant(node.inputs[1 - place])
         if other is None or other.size != width or other.ndim <= axis or other.shape[other.ndim - 1 - axis] != width:
             return None
-        if other.ndim > axis + 2 and axis > 0 or not _is_real(other):
+        if (other.ndim > axis + 2 and axis > 0) or not _is_real(other):
             return None
         self._bias = node
         reader.done.add(reader.order[id(node)])

@@ -58,7 +58,7 @@ class Node(Protocol):
         """Have a module do it, that holds constants of the file: operand, layout and scale by the names in it."""
         ...
 
-    def sized(self, module: nn.Module, *sources: Source, sizes: list[tuple[int, str]]) -> None:
+    def sized(self, module: Any, *sources: Source, sizes: list[tuple[int, str]]) -> None:
         """Have a module do it, whose ``sizes`` are numbers of the file: operands, or attributes by name."""
         ...
 

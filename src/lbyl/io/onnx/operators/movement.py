@@ -237,7 +237,7 @@ class Slice(Sized):
     def forward(self, x: Any, starts: Any = None, ends: Any = None) -> Tensor:
         """What stands in the ranges."""
         x = _tensor(x)
-        bounds = self.numbers(starts, ends) if starts is not None else list(map(int, self.sizes))  # pyright: ignore
+        bounds = self.numbers(starts, ends) if starts is not None else [int(size or 0) for size in self.sizes]
         count = len(bounds) // 2
         for place, axis in enumerate(self.axes or range(count)):
             step = self.steps[place] if self.steps else 1
@@ -665,7 +665,8 @@ def _taken(size: int, target: int, factor: float, places: str, rounding: str) ->
 def grid_sample(node: Node) -> None:
     """Values at places that another value holds."""
     get = node.attributes.get
-    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(get("mode", "linear"), get("mode", "linear"))
+    mode = str(get("mode", "linear"))
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
     call = partial(
         functional.grid_sample,
         mode=mode,

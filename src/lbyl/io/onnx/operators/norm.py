@@ -42,7 +42,7 @@ def layer_norm(node: Node) -> None:
     """Statistics over the last axes, with the file's scale and shift."""
     get, scale = node.attributes.get, node.constant(1)
     axis, eps = get("axis", -1), float(get("epsilon", 1e-5))
-    if scale is None or scale.ndim != 1 or axis != -1 and axis < 0:
+    if scale is None or scale.ndim != 1 or (axis != -1 and axis < 0):
         node.run(partial(_free_layer_norm, axis=axis, eps=eps), *(node.source(index) for index in range(3)))
         return
     module = nn.LayerNorm(len(scale), eps=eps, bias=node.operands > 2, device="meta")
@@ -53,7 +53,7 @@ def layer_norm(node: Node) -> None:
 def _free_layer_norm(x: Tensor, scale: Any, shift: Any, *, axis: int, eps: float) -> Tensor:
     x, scale, shift = tensors(x, scale, shift)
     shape = x.shape[axis % x.dim() :]
-    if all(value is None or isinstance(value, Tensor) and value.shape == shape for value in (scale, shift)):
+    if all(value is None or (isinstance(value, Tensor) and value.shape == shape) for value in (scale, shift)):
         return functional.layer_norm(x, shape, scale, shift, eps)
     out = functional.layer_norm(x, shape, eps=eps) * scale
     return out if shift is None else out + shift
@@ -64,7 +64,7 @@ def group_norm(node: Node) -> None:
     """Statistics over blocks of channels; scale and shift are the file's, a number a channel (opset 21)."""
     scale = node.constant(1)
     groups = int(node.attributes["num_groups"])
-    if scale is None or node.constant(2) is None or node.opset < 21 and len(scale) == groups:
+    if scale is None or node.constant(2) is None or (node.opset < 21 and len(scale) == groups):
         raise node.refuse("its scale and shift are computed, or are a number a block of channels (opset 18)")
     module = nn.GroupNorm(groups, len(scale), eps=float(node.attributes.get("epsilon", 1e-5)), device="meta")
     node.layer(module, {"weight": (1, "same", 1.0), "bias": (2, "same", 1.0)}, node.source(0))
@@ -105,7 +105,13 @@ def local_response(node: Node) -> None:
     """Divided by what the neighboring channels do."""
     get = node.attributes.get
     alpha, beta = float(get("alpha", 1e-4)), float(get("beta", 0.75))
-    call = partial(functional.local_response_norm, size=get("size"), alpha=alpha, beta=beta, k=float(get("bias", 1.0)))
+    call = partial(
+        functional.local_response_norm,
+        size=int(node.attributes["size"]),
+        alpha=alpha,
+        beta=beta,
+        k=float(get("bias", 1.0)),
+    )
     node.run(call, node.source(0))
 
 
