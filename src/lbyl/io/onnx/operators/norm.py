@@ -104,12 +104,11 @@ def _rms_norm(x: Tensor, scale: Any, *, axis: int, eps: float) -> Tensor:
 def local_response(node: Node) -> None:
     """Divided by what the neighboring channels do."""
     get = node.attributes.get
-    alpha, beta = float(get("alpha", 1e-4)), float(get("beta", 0.75))
     call = partial(
         functional.local_response_norm,
         size=int(node.attributes["size"]),
-        alpha=alpha,
-        beta=beta,
+        alpha=float(get("alpha", 1e-4)),
+        beta=float(get("beta", 0.75)),
         k=float(get("bias", 1.0)),
     )
     node.run(call, node.source(0))
