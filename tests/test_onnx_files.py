@@ -156,6 +156,46 @@ def test_example_inputs_are_the_files_own(tmp_path: Path) -> None:
         image.example_inputs([(1, 4, 16, 16)])
 
 
+def test_inputs_that_would_be_huge(tmp_path: Path) -> None:
+    made = model([node("Relu", "x", "y")], {}, {"x": (1, 3, 2**20, 2**20)}, {"y": (1, 3, 2**20, 2**20)})
+    network = lbyl.load_source(str(save(made, tmp_path / "net.onnx")))
+    with pytest.raises(lbyl.InputError, match="too large"):
+        network.example_inputs()
+
+
+def test_sequences(tmp_path: Path) -> None:
+    nodes = [
+        node("SplitToSequence", "x sizes", "s", axis=1),
+        node("SequenceAt", "s second", "a"),
+        node("ConcatFromSequence", "s", "b", axis=1),
+        node("Concat", "a b", "y", axis=1),
+    ]
+    stored = {"sizes": np.array([1, 2]), "second": np.array(1)}
+    file = save(model(nodes, stored, outputs={"y": ("n", 5, 16, 16)}), tmp_path / "net.onnx")
+    x = torch.randn(2, 3, 16, 16)
+    np.testing.assert_array_equal(run(file, x)[0], lbyl.load_source(str(file))(x))
+
+
+def test_layers_that_share_a_vector_stay_apart(tmp_path: Path) -> None:
+    """Exporters make one constant of equal vectors, of layers that have nothing to do with each other."""
+    stored = {
+        "a.weight": real(0, 8, 3, 1, 1), "b.weight": real(1, 8, 8, 1, 1), "c.weight": real(2, 5, 8, 1, 1),
+        "zeros": np.zeros(8, np.float32),
+    }  # fmt: skip
+    nodes = [
+        node("Conv", "x a.weight zeros", "a"), node("Relu", "a", "ar"),
+        node("Identity", "zeros", "others"), node("Conv", "ar b.weight others", "b"), node("Relu", "b", "br"),
+        node("Conv", "br c.weight", "y"),
+    ]  # fmt: skip
+    file = save(model(nodes, stored, outputs={"y": ("n", 5, 16, 16)}), tmp_path / "net.onnx")
+    x = torch.randn(2, 3, 16, 16)
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio={"a": 0.5, "b": 0.25}, restore="prune")
+    assert [(row.before, row.after) for row in result.report.rows] == [(8, 4), (8, 6)]
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    with torch.no_grad():
+        np.testing.assert_allclose(run(written, x)[0], result.model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_channels_last_images_are_images(tmp_path: Path) -> None:
     """An input with its channels last, which a Transpose turns, is shown photographs."""
     made = convnet()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,6 +142,7 @@ class FileInput:
 
 _IMAGE, _SEQUENCE = 224, 128
 """Sizes where the file leaves them open."""
+_LARGEST_INPUT = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +219,8 @@ class OnnxNetwork(nn.Module):
             shape = tuple(shapes[place]) if shapes is not None else item.default()
             if not item.takes(shape):
                 raise InputError(f"{self.program.file.path}: {item} can't be {'x'.join(map(str, shape))}")
+            if math.prod(shape) > _LARGEST_INPUT:
+                raise InputError(f"{self.program.file.path}: {item} is too large to be tried")
             made.append(item.make(shape, generator))
         return tuple(made)
 
