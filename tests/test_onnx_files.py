@@ -66,6 +66,9 @@ def test_folder_is_loaded_and_compressed_again(tmp_path: Path) -> None:
     loaded = lbyl.load(folder)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), result.model(x))
+    with pytest.raises(lbyl.InputError, match="is the network itself"):
+        lbyl.export(folder)
+    assert lbyl.export(folder, format="pt2").file.is_file()
     again = lbyl.compress(loaded, x, ratio=0.5, restore="prune").save(tmp_path / "again")
     assert (again / "model.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
     (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-1])

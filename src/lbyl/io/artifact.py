@@ -145,7 +145,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     Args:
         path: the folder that ``result.save`` wrote.
         model: a fresh, unpruned instance of the architecture; it is not changed. It may be left out if the plan knows
-            a ``timm:`` or ``torchvision:`` source.
+            a ``timm:`` or ``torchvision:`` source, and is not used if the folder's ``model.onnx`` holds the network.
 
     Returns:
         The smaller network, in evaluation mode.
@@ -156,8 +156,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     """
     manifest = read_manifest(path)
     plan = manifest.plan
-    if (Path(path) / ONNX).is_file() and not (Path(path) / WEIGHTS).exists():
-        return _load_onnx(Path(path) / ONNX, manifest)
+    if weights_file(path).name == ONNX:
+        return _load_onnx(weights_file(path), manifest)
     if model is None:
         if plan.source is None or not is_rebuildable(plan.source):
             raise InputError(f"{path}: the plan does not know how to build the model; pass lbyl.load(path, model)")
@@ -182,6 +182,12 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
     remember(smaller, plan)
     return smaller.eval()
+
+
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """The file of a saved folder that holds its weights: ``model.onnx``, where the network was read from such a file."""
+    file = Path(path) / ONNX
+    return file if file.is_file() and not (Path(path) / WEIGHTS).exists() else Path(path) / WEIGHTS
 
 
 def _load_onnx(file: Path, manifest: Manifest) -> nn.Module:
