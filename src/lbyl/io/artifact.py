@@ -185,7 +185,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
 
 def weights_file(path: str | os.PathLike[str]) -> Path:
-    """The file of a saved folder that holds its weights: ``model.onnx``, where the network was read from such a file."""
+    """The file of a saved folder that holds its weights: ``model.onnx``, if the network was read from such a file."""
     file = Path(path) / ONNX
     return file if file.is_file() and not (Path(path) / WEIGHTS).exists() else Path(path) / WEIGHTS
 
