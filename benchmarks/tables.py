@@ -2,9 +2,10 @@
 
     python benchmarks/tables.py
 
-docs/results.md and docs/coverage.md get all tables. README.md gets a small one and some sentences, each between
-``<!-- results:NAME -->`` and ``<!-- /results -->``; the NAMEs are the keys of `BLOCKS`. A dagger marks tables and rows
-that were measured with other code than that of src/lbyl, and the line below them says with which.
+docs/results.md and docs/coverage.md get all tables. README.md and docs/files.md get small ones, lists and some
+sentences, each between ``<!-- results:NAME -->`` and ``<!-- /results -->``; the NAMEs are the keys of `BLOCKS`. A
+dagger marks tables and rows that were measured with other code than that of src/lbyl, and the line below them says with
+which.
 """
 
 from __future__ import annotations
@@ -182,7 +183,25 @@ def facts(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-BLOCKS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {"summary": summary, "facts": facts}
+def operators(results: dict[str, dict[str, Any]]) -> str:
+    """The operators of ONNX that are read."""
+    from lbyl.io.onnx.operators import operator_names
+
+    names = operator_names()
+    return f"{len(names)} operators: {', '.join(f'`{name}`' for name in names)}."
+
+
+def files_read(results: dict[str, dict[str, Any]]) -> str:
+    """What became of the files that the benchmark cuts."""
+    return benchmark(results["onnx_files"]) if "onnx_files" in results else ""
+
+
+BLOCKS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
+    "summary": summary,
+    "facts": facts,
+    "operators": operators,
+    "onnx_files": files_read,
+}
 
 
 def fill(text: str, results: dict[str, dict[str, Any]]) -> str:
@@ -204,6 +223,8 @@ def main() -> None:
     accuracy["plots"] = CAPTIONS
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+    files_page = ROOT / "docs" / "files.md"
+    files_page.write_text(fill(files_page.read_text(encoding="utf-8"), results), encoding="utf-8")
     (ROOT / "docs" / "coverage.md").write_text(coverage(results.pop("coverage")), encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(page(results), encoding="utf-8")
 

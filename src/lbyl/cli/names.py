@@ -46,10 +46,12 @@ _WORDS = {"criterion": "criterion", "restorer": "restorer", "moments": "source o
 def is_factory(source: str) -> bool:
     """Whether a source is a function of the user's, whose module may register names.
 
-    >>> is_factory("file.py:net"), is_factory("timm:resnet18"), is_factory("resnet18")
-    (True, False, False)
+    >>> is_factory("file.py:net"), is_factory("timm:resnet18"), is_factory("resnet18"), is_factory("C:/model.onnx")
+    (True, False, False, False)
     """
     place, _, name = source.rpartition(":")
+    if source.lower().endswith((".onnx", ".pt2")):
+        return False
     return bool(place and name) and place not in ("timm", "torchvision")
 
 

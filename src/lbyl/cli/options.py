@@ -17,8 +17,8 @@ Source = Annotated[
     typer.Argument(
         metavar="SOURCE",
         callback=check_source,
-        help="timm:NAME, torchvision:NAME, hf:DIR (a folder that save_pretrained wrote), package.module:factory or "
-        "file.py:factory. A factory is code: it is run.",
+        help="timm:NAME, torchvision:NAME, hf:DIR (a folder that save_pretrained wrote), model.onnx, model.pt2, "
+        "package.module:factory or file.py:factory. A factory is code: it is run.",
         show_default=False,
     ),
 ]
@@ -36,7 +36,7 @@ Inputs = Annotated[
     list[str] | None,
     _shapes(
         "Shape of an example input: 1x3x224x224, or int64:1x128. "
-        "Repeat it for several positional inputs. timm and torchvision models have a default."
+        "Repeat it for several positional inputs. timm and torchvision models and ONNX files have a default."
     ),
 ]
 SameInputs = Annotated[

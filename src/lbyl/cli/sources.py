@@ -44,8 +44,12 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
     import torch
 
     from lbyl.errors import InputError
+    from lbyl.io.onnx.network import OnnxNetwork
 
     specs = [InputSpec.parse(text) for text in texts or []]
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(model, OnnxNetwork):
+        return model.example_inputs([spec.shape for spec in specs] or None, generator)
     if not specs and model is not None and source.startswith("hf:"):
         from lbyl.io.texts import example_tokens
 
@@ -57,7 +61,6 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
         if shape is None:
             raise InputError(f"{source} doesn't say what it is called with; pass --input, such as --input 1x3x224x224")
         specs = [InputSpec(shape)]
-    generator = torch.Generator().manual_seed(seed)
 
     def make(number: int, spec: InputSpec) -> Tensor:
         dtype: torch.dtype = getattr(torch, spec.dtype)

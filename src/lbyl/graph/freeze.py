@@ -251,7 +251,8 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
             layout = f"a view in {module!r} lays them out in rows and columns, as a channel shuffle does"
             broken.append((small(final).reshape(-1), f"{layout}; cuts would leave gaps"))
         elif moving:
-            sizes[Size(module, final.shape[moving[0]], channels.columns(small(final).reshape(-1)))] = None
+            columns = channels.columns(small(final).reshape(-1))
+            sizes[Size(module, final.shape[moving[0]], columns, moving[0], final.dim())] = None
     return tuple(sizes), broken
 
 

@@ -199,12 +199,14 @@ class Size:
     """A size that a view or a split in some module asks for, and the channels that it counts.
 
     The module may keep the number in an attribute (heads, a split size), which then follows the cut.
-    ``columns`` is as in :class:`Consumer`.
+    ``columns`` is as in :class:`Consumer`. The size is that of this ``axis``, of ``rank`` in all.
     """
 
     module: str
     value: int
     columns: tuple[tuple[int, int], ...]
+    axis: int
+    rank: int
 
 
 @dataclass(frozen=True)

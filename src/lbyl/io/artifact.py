@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ from torch import nn
 
 from lbyl.errors import ArtifactError, InputError, SurgeryError, first_line
 from lbyl.graph.computed_weights import apply_folds, fill_folds
-from lbyl.io.files import finish, stage
+from lbyl.io.files import digest, finish, stage
 from lbyl.io.huggingface import is_pretrained_model, write_config
+from lbyl.io.network_files import ONNX, with_source, write_network
 from lbyl.io.report.model_card import card
 from lbyl.io.report.report import Report
 from lbyl.io.report.snippets import load_line
@@ -53,11 +53,13 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     """Write a compressed model into a new folder, with a report for people and one for machines.
 
     Everything is written to a temporary folder beside it, which is then renamed, so nobody ever sees an unfinished
-    folder. A model of transformers also gets a ``config.json`` if one can express its widths; the saved report says
-    whether it did.
+    folder. A network that was read from an ONNX file is written as ``model.onnx``, which then stands for the weights;
+    one that was read from ``model.pt2`` gets such a file beside them. A model of transformers also gets a
+    ``config.json`` if one can express its widths; the saved report says whether it did.
 
     Raises:
         InputError: the path exists, or its parent does not.
+        ArtifactError: the network's file can't be written, or computes something else than the network.
     """
     from lbyl.io.report.page import page  # Matplotlib and Jinja take long to import
 
@@ -65,11 +67,17 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     check_free(target)
     try:
         with stage(target) as folder:
-            save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
+            plan = with_source(plan, model)
+            file = write_network(folder, model, plan)
+            if file is not None:
+                report = replace(report, notes=(*report.notes, file[1]))
+            weights = folder / (ONNX if file is not None and file[0] == ONNX else WEIGHTS)
+            if weights.name == WEIGHTS:
+                save_model(model, str(weights), metadata={"format": "pt"})
             if is_pretrained_model(model):
                 note = write_config(folder, model, plan.architecture)
                 report = replace(report, notes=(*report.notes, note))
-            manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": _digest(folder / WEIGHTS)}
+            manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": digest(weights)}
             (folder / MANIFEST).write_text(document_text(manifest, f"the plan of {target}"), encoding="utf-8")
             (folder / CARD).write_text(card(plan, report), encoding="utf-8")
             (folder / PAGE).write_text(page(plan, report), encoding="utf-8")
@@ -137,7 +145,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     Args:
         path: the folder that ``result.save`` wrote.
         model: a fresh, unpruned instance of the architecture; it is not changed. It may be left out if the plan knows
-            a ``timm:`` or ``torchvision:`` source.
+            a ``timm:`` or ``torchvision:`` source, and is not used if the folder's ``model.onnx`` holds the network.
 
     Returns:
         The smaller network, in evaluation mode.
@@ -148,6 +156,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     """
     manifest = read_manifest(path)
     plan = manifest.plan
+    if weights_file(path).name == ONNX:
+        return _load_onnx(weights_file(path), manifest)
     if model is None:
         if plan.source is None or not is_rebuildable(plan.source):
             raise InputError(f"{path}: the plan does not know how to build the model; pass lbyl.load(path, model)")
@@ -160,7 +170,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     with _reading(weights):
         if not weights.is_file():
             raise ArtifactError(f"{weights} is missing")
-        if _digest(weights) != manifest.sha256:
+        if digest(weights) != manifest.sha256:
             raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
     try:
         with deep_calls(model):
@@ -172,6 +182,25 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
     remember(smaller, plan)
     return smaller.eval()
+
+
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """The file of a saved folder that holds its weights: ``model.onnx``, if the network was read from such a file."""
+    file = Path(path) / ONNX
+    return file if file.is_file() and not (Path(path) / WEIGHTS).exists() else Path(path) / WEIGHTS
+
+
+def _load_onnx(file: Path, manifest: Manifest) -> nn.Module:
+    """The network of a folder whose weights are in an ONNX file."""
+    with _reading(file):
+        if digest(file) != manifest.sha256:
+            raise ArtifactError(f"{file} is not the file that was saved (its SHA-256 differs): truncated or changed")
+    try:
+        smaller = load_source(str(file))
+    except InputError as error:
+        raise ArtifactError(str(error)) from error
+    remember(smaller, manifest.plan)
+    return smaller
 
 
 @contextmanager
@@ -191,11 +220,3 @@ def _check_shapes(model: nn.Module, weights: Path) -> None:
         if found.get(name, () if tensor.is_meta else tuple(tensor.shape)) != tuple(tensor.shape):
             shape = "x".join(map(str, found[name])) if name in found else "missing"
             raise SurgeryError(f"{name} is {shape} in the file, {shape_and_dtype(tensor)} by the plan")
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -5,6 +5,7 @@ Nothing is written through a link, and every file gets the mode that the user's 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -60,6 +61,15 @@ def stage(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             if lock is not None:
                 os.close(lock)
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of a file."""
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def clear_unfinished(place: Path) -> None:

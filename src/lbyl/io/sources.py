@@ -1,4 +1,4 @@
-"""Where models and weights come from: a library's name, a folder of transformers', or a factory of the user's."""
+"""Where models and weights come from: a library's name, a folder of transformers', a file, or the user's factory."""
 
 from __future__ import annotations
 
@@ -17,24 +17,29 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lbyl.errors import InputError, LbylError, first_line
+from lbyl.io.network_files import is_file, read_network
 
-FORMS = "timm:NAME, torchvision:NAME, hf:DIR, package.module:factory or file.py:factory"
+FORMS = "timm:NAME, torchvision:NAME, hf:DIR, model.onnx, model.pt2, package.module:factory or file.py:factory"
 
 
 def load_source(source: str, pretrained: bool = True, task: str | None = None) -> nn.Module:
     """Build a model, in evaluation mode.
 
     Args:
-        source: one of ``timm:NAME``, ``torchvision:NAME``, ``hf:DIR``, ``package.module:factory``,
-            ``file.py:factory``; a factory is called without arguments and returns the module. ``DIR`` is a folder that
-            ``save_pretrained`` wrote, or a name whose files transformers has in its cache; nothing is downloaded.
-        pretrained: load the published weights (not for factories).
+        source: one of ``timm:NAME``, ``torchvision:NAME``, ``hf:DIR``, ``model.onnx``, ``model.pt2``,
+            ``package.module:factory``, ``file.py:factory``; a factory is called without arguments and returns the
+            module. ``DIR`` is a folder that ``save_pretrained`` wrote, or a name whose files transformers has in its
+            cache; nothing is downloaded.
+        pretrained: load the published weights (``timm`` and ``torchvision`` only).
         task: of the model in an ``hf:DIR``; one of ``lbyl.io.sources.TASKS``. None takes the architecture that its
             configuration names.
 
     Raises:
-        InputError: an unknown form, library, name or factory, or weights that can't be loaded.
+        InputError: an unknown form, library, name or factory, weights that can't be loaded, or a damaged file or one
+            with operators that lbyl can't read.
     """
+    if isinstance(source, str) and is_file(source):
+        return read_network(Path(source))
     kind, separator, name = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     if not separator or not kind or not name:
         raise InputError(f"{source!r} names no model; write {FORMS}")

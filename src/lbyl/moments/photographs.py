@@ -75,10 +75,14 @@ def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
     """Random crops of 32 photographs, half of them mirrored, one photograph after the other.
 
     Who made them, and under which license: ``photographs/SOURCES.md``. Each channel has zero mean and unit variance
-    over all crops. Shapes that are no color images get :func:`~lbyl.moments.synthesis.dead_leaves`.
+    over all crops. Channels may come last. Shapes that are no color images get
+    :func:`~lbyl.moments.synthesis.dead_leaves`.
     """
     if not _is_color(shape):
         return dead_leaves(shape, generator)
+    if shape[1] != 3:
+        count, height, width, _ = shape
+        return photographs((count, 3, height, width), generator).permute(0, 2, 3, 1).contiguous()
     count, _, height, width = shape
     images, available = torch.empty(tuple(shape), dtype=torch.float32), _load()
     for number in range(count):
@@ -97,7 +101,10 @@ def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
 
 
 def _is_color(shape: Sequence[int]) -> bool:
-    return len(shape) == 4 and shape[1] == 3 and min(shape[2:]) >= _SMALLEST
+    if len(shape) != 4:
+        return False
+    first, last = shape[1] == 3 and min(shape[2:]) >= _SMALLEST, shape[3] == 3 and min(shape[1:3]) >= _SMALLEST
+    return first or last
 
 
 @cache

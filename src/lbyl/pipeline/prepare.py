@@ -25,6 +25,7 @@ from lbyl.errors import (
 from lbyl.graph import Graph, trace
 from lbyl.graph.computed_weights import Fold, fold_computed
 from lbyl.graph.submodules import Submodule, submodule_of, traceable_submodules
+from lbyl.io.network_files import check_network
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs
 from lbyl.restore.base import Restorer
@@ -173,6 +174,7 @@ def prepare(
     inputs = ExampleInputs.of(example_inputs)
     check_weights(model)
     check_values(inputs)
+    check_network(model, inputs)
     with clock("trace"):
         traced = trace_model(model, inputs, request.strict, submodule)
     if traced.graph is not None:

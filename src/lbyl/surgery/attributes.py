@@ -6,14 +6,14 @@ import copy
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError
-from lbyl.graph import Graph
+from lbyl.graph import Graph, Size
 from lbyl.graph.channel_means import attributes_with
 from lbyl.selection.select import Selection
 
@@ -43,7 +43,8 @@ _NO_WIDTH = re.compile(
 def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tuple[Attribute, ...]:
     """Numbers that modules keep and that views and splits in them go by: heads, widths, split sizes.
 
-    Whichever whole number of such a module equals a size that shrinks is taken for it; verification judges.
+    Modules may say in ``size_axes`` along which axis each of their ``sizes`` counts. Otherwise, whichever whole number
+    of such a module equals a size that shrinks is taken for it; verification judges.
     Where two sizes of the same value shrink to different ones, neither is touched.
     """
     index_of = {group.name: index for index, group in enumerate(graph.groups)}
@@ -52,10 +53,14 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
     for size in graph.sizes:
         wanted[size.module, size.value].add(size.value - sum(column in gone for column in size.columns))
     shrinking = {key: next(iter(new)) for key, new in wanted.items() if len(new) == 1}
-    places = {path for path, _ in shrinking}
+    places = {path for path, _ in wanted}
     found = []
     for path, module in model.named_modules():
         if path not in places:
+            continue
+        axes = getattr(module, "size_axes", None)
+        if axes is not None:
+            found += _along_axes(path, module, axes, [size for size in graph.sizes if size.module == path], gone)
             continue
         candidates: dict[int, list[tuple[str, int | None]]] = defaultdict(list)
         for name, value in vars(module).items():
@@ -106,6 +111,17 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> None:
     own = copy.copy(getattr(module, holder))
     setattr(own, inner, value)
     setattr(module, holder, own)
+
+
+def _along_axes(
+    path: str, module: Any, axes: Sequence[int], sizes: Sequence[Size], gone: Collection[tuple[int, int]]
+) -> Iterator[Attribute]:
+    """The numbers of a module that says in ``size_axes`` along which axis each of its ``sizes`` counts."""
+    for place, (old, axis) in enumerate(zip(module.sizes, axes, strict=True)):
+        alike = [size for size in sizes if size.value == old and axis % size.rank == size.axis]
+        wanted = {size.value - sum(column in gone for column in size.columns) for size in alike}
+        if len(wanted) == 1 and wanted != {old}:
+            yield Attribute(path, "sizes", place, old, wanted.pop())
 
 
 def _constants(model: nn.Module, selection: Selection) -> Iterator[Attribute]:

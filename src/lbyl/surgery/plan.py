@@ -261,5 +261,6 @@ def library_version() -> str:
 
 
 def is_rebuildable(source: str) -> bool:
-    """Whether loading may build this source: models of libraries yes, a user's code no."""
-    return source.startswith("hf:") or source.rpartition(":")[0] in ("timm", "torchvision")
+    """Whether loading may build this source: models of libraries and ONNX files yes, a user's code no."""
+    known = source.startswith("hf:") or source.lower().endswith(".onnx")
+    return known or source.rpartition(":")[0] in ("timm", "torchvision")

@@ -113,8 +113,9 @@ def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
             _keep_equal(builder, x, dim, 2)
         builder.shaped(x, node)
         builder.shaped(result, node)
-        if start:
-            builder.shaped(x.narrow(dim, 0, start), node)
+        for bound in (start, start + result.shape[dim]):
+            if 0 < bound < size:
+                builder.shaped(x.narrow(dim, 0, bound), node)
     return result
 
 

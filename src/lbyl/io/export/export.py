@@ -101,10 +101,12 @@ def export(
     kind.check_available()
     plan = artifact.read_manifest(path).plan
     _check_model_known(path, plan, model)
+    target = Path(path) / f"model.{format}"
+    if target.name == artifact.ONNX and artifact.weights_file(path).name == artifact.ONNX:
+        raise InputError(f"{target} is the network itself, as small as the plan says; there is nothing to export")
     example = described_inputs(plan, seed) if inputs is None else ExampleInputs.of(inputs)
     smaller = artifact.load(path, model)
     case = example, _outputs(smaller, example, made_up=inputs is None)
-    target = Path(path) / f"model.{format}"
     with stage(target) as folder:
         exported = _Attempt(smaller, case, kind, folder / target.name, tolerance).exported(dynamic, target)
         finish(folder)

@@ -104,7 +104,9 @@ def _reads_data(value: Any) -> bool:
 
 
 def shown_source(source: str) -> str:
-    """The source as it may be published: of a factory's file, or of a folder, only the name."""
+    """The source as it may be published: of a file or folder only its name, not the folders around it."""
+    if source.lower().endswith((".onnx", ".pt2")):
+        return PurePath(source).name
     place, separator, name = source.rpartition(":")
     if source.startswith("hf:"):
         return f"hf:{PurePath(name).name}" if PurePath(name).is_absolute() else source

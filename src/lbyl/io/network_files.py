@@ -1,0 +1,158 @@
+"""Networks that come as one file, ``model.onnx`` or ``model.pt2``, and are written as such a file again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lbyl.errors import ArtifactError, InputError, first_line
+from lbyl.io.export.base import Refused, trace, write
+from lbyl.io.export.check import largest_differences
+from lbyl.io.export.inputs import described_inputs
+from lbyl.io.export.pt2 import Pt2Format
+from lbyl.io.onnx.network import OnnxNetwork
+from lbyl.io.quiet import quiet
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.inputs import ExampleInputs, outputs
+from lbyl.surgery.plan import Plan
+
+ONNX, PT2 = "model.onnx", "model.pt2"
+_TOLERANCE = 1e-3
+_SCRIPTS = (".pt", ".pth", ".ts", ".torchscript", ".jit", ".ptl")
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is the name of a file that holds a whole network.
+
+    >>> is_file("model.onnx"), is_file("C:/nets/model.pt2"), is_file("net.py:make"), is_file("timm:resnet18")
+    (True, True, False, False)
+    """
+    return source.lower().endswith((".onnx", ".pt2", *_SCRIPTS))
+
+
+def read_network(path: Path) -> nn.Module:
+    """The network of a file.
+
+    Raises:
+        InputError: it can't be read; the error says why.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".onnx":
+        from lbyl.io.onnx.read import read_onnx
+
+        return read_onnx(path)
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    if suffix != ".pt2":
+        raise InputError(
+            f"{path} holds weights alone, or TorchScript, which can't be cut; where the model is built, write it with "
+            "torch.export.save(torch.export.export(model, inputs), 'model.pt2') or torch.onnx.export"
+        )
+    try:
+        with quiet():
+            return _as_called(torch.export.load(path).module())
+    except Exception as error:
+        raise InputError(f"{path} is no program of torch.export, or is damaged: {first_line(error)}") from error
+
+
+_CALLED = {
+    torch.ops.aten.conv1d.default: functional.conv1d,
+    torch.ops.aten.conv2d.default: functional.conv2d,
+    torch.ops.aten.conv3d.default: functional.conv3d,
+    torch.ops.aten.linear.default: functional.linear,
+    torch.ops.aten.matmul.default: torch.matmul,
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.addmm.default: torch.addmm,
+}
+"""What modules call, by what it is in an exported program."""
+
+
+def _as_called(program: Any) -> nn.Module:
+    """An exported program that calls what modules call, and has a mode to be set like any module."""
+    for name in ("train", "eval"):  # those of its own refuse
+        vars(program).pop(name, None)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in _CALLED:
+            node.target = _CALLED[node.target]
+        elif node.op == "call_function" and node.target is torch.ops.aten.batch_norm.default:
+            x, weight, bias, mean, var, training, momentum, eps, *_ = node.args
+            node.target, node.args = functional.batch_norm, (x, mean, var, weight, bias, training, momentum, eps)
+    program.recompile()
+    return program.eval()
+
+
+def check_network(network: nn.Module, inputs: ExampleInputs) -> None:
+    """Compare a network that was read from an ONNX file with the file in onnxruntime.
+
+    Raises:
+        InputError: they differ, or the file does not run on these inputs.
+    """
+    if isinstance(network, OnnxNetwork):
+        from lbyl.io.onnx.check import compared
+
+        compared(network.program.file.path, network.program.inputs, network, inputs)
+
+
+def write_network(folder: Path, network: nn.Module, plan: Plan) -> tuple[str, str] | None:
+    """Write the file that a network came from into a folder, as small as the network is now.
+
+    Returns:
+        The file's name, and what the comparison with the network found; None for networks that came from no file.
+
+    Raises:
+        ArtifactError: the file can't be written, or computes something else than the network.
+    """
+    if isinstance(network, OnnxNetwork):
+        return _write_onnx(folder, network, plan)
+    if plan.source and plan.source.lower().endswith(".pt2"):
+        return _write_pt2(folder, network, plan)
+    return None
+
+
+def _write_onnx(folder: Path, network: OnnxNetwork, plan: Plan) -> tuple[str, str]:
+    from lbyl.io.onnx.check import compared
+    from lbyl.io.onnx.read import Reader, prepared
+    from lbyl.io.onnx.write import write_onnx
+
+    program, file = network.program, folder / ONNX
+    shapes = [
+        tuple(map(int, text.split(" ")[1].split("x"))) for text in plan.inputs.split(", ") if "scalar" not in text
+    ]
+    try:
+        inputs = ExampleInputs(network.example_inputs(shapes, torch.Generator().manual_seed(0)))
+        original = Reader(program.file, prepared(program.file)).network().eval()
+        first = compared(program.file.path, program.inputs, original, inputs)
+        write_onnx(network, file)
+        second = compared(file, program.inputs, network, inputs)
+    except (InputError, ValueError) as error:
+        raise ArtifactError(f"{ONNX} can't be written: {error}") from error
+    note = (
+        f"{ONNX}: in onnxruntime, {program.file.path.name} equals the network that was read from it (relative "
+        f"difference {first:.1e}), and the written file equals the smaller network ({second:.1e})"
+    )
+    return ONNX, note
+
+
+def _write_pt2(folder: Path, network: nn.Module, plan: Plan) -> tuple[str, str]:
+    file = folder / PT2
+    try:
+        inputs = described_inputs(plan, 0)
+        with undisturbed(network):
+            expected = outputs(network, inputs)
+        run = write(Pt2Format(), trace(network, inputs), file)
+        _, relative = largest_differences(run, [(inputs, expected)], _TOLERANCE, PT2, dynamic=False)
+    except (InputError, Refused) as error:
+        raise ArtifactError(f"{PT2} can't be written: {error}") from error
+    return PT2, f"{PT2}: torch.export.load gives the smaller network (relative difference {relative:.1e})"
+
+
+def with_source(plan: Plan, network: nn.Module) -> Plan:
+    """The plan, which says where a network came from that was read from an ONNX file."""
+    if plan.source is None and isinstance(network, OnnxNetwork):
+        return replace(plan, source=str(network.program.file.path))
+    return plan

@@ -1,0 +1,54 @@
+"""Arrays of ONNX files as tensors, and back; and the layouts in which the two differ."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = {
+    1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
+    10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
+}  # fmt: skip
+"""PyTorch's dtypes by ONNX's numbers."""
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """An array as a tensor with memory of its own."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.tensor(array)
+
+
+def as_array(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+    """A tensor as an array of a dtype."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return tensor.numpy().astype(dtype)
+
+
+def from_file(array: np.ndarray, layout: str, scale: float) -> Tensor:
+    """What a module holds for a constant of the file.
+
+    Layouts: "same"; "transposed"; "flat", where the file's has further axes of size 1.
+    """
+    if layout == "transposed":
+        array = array.T
+    elif layout == "flat":
+        array = array.reshape(-1)
+    held = as_tensor(np.ascontiguousarray(array))
+    return held if scale == 1 else held * scale
+
+
+def to_file(held: Tensor, layout: str, scale: float, old: np.ndarray) -> np.ndarray:
+    """The constant of the file for what a module holds now; ``old`` is what the file had."""
+    if scale != 1:
+        held = held / scale
+    array = as_array(held, old.dtype)
+    if layout == "transposed":
+        return np.ascontiguousarray(array.T)
+    if layout == "flat":
+        axis = next((d for d, size in enumerate(old.shape) if size != 1), old.ndim - 1)
+        return array.reshape([array.size if d == axis else 1 for d in range(old.ndim)])
+    return array

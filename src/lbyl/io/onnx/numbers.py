@@ -1,0 +1,68 @@
+"""Arithmetic on shapes: operators that act on numbers are computed by ONNX's own reference, and numbers are traced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lbyl.errors import InputError
+from lbyl.io.onnx.file import library
+
+_LARGEST = 2**28
+_MAKING = ("ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike")
+
+
+class Numbers:
+    """One operator on arrays, computed by the reference implementation of the ``onnx`` package.
+
+    Args:
+        node: the node, as ``onnx`` has it.
+        opsets: the versions of the operators.
+        ir_version: of the file.
+    """
+
+    def __init__(self, node: Any, opsets: dict[str, int], ir_version: int) -> None:
+        onnx = library("onnx")
+        from onnx.reference import ReferenceEvaluator
+
+        self._name = f"{node.name or node.output[0]!r} ({node.op_type})"
+        self._op = node.op_type
+        self._places = [place for place, name in enumerate(node.input) if name]
+        self._names = [node.input[place] for place in self._places]
+        inputs = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(self._names)]
+        outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+        graph = onnx.helper.make_graph([node], "numbers", inputs, outputs)
+        imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+        made = onnx.helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
+        self._evaluator = ReferenceEvaluator(made)
+
+    def __call__(self, *operands: Any) -> tuple[np.ndarray, ...]:
+        """What the operator gives.
+
+        Raises:
+            InputError: it can't be computed, or would be huge.
+        """
+        arrays = [np.asarray(operands[place]) for place in self._places]
+        self._check(arrays)
+        try:
+            found = self._evaluator.run(None, dict(zip(self._names, arrays, strict=True)))
+        except Exception as error:
+            raise InputError(f"node {self._name} can't be computed: {type(error).__name__}: {error}") from error
+        return tuple(np.asarray(item) for item in found)
+
+    def _check(self, arrays: Sequence[np.ndarray]) -> None:
+        if self._op not in _MAKING:
+            return
+        sizes = arrays[0] if self._op == "ConstantOfShape" else arrays[1] if self._op in ("Expand", "Tile") else None
+        if sizes is not None:
+            count = float(np.prod(sizes.astype(np.float64)))
+            count *= arrays[0].size if self._op == "Tile" else 1
+        elif self._op == "Range":
+            start, end, step = (float(item) for item in arrays)
+            count = abs((end - start) / step) if step else 0.0
+        else:
+            count = float(arrays[0].size) * (float(arrays[1].reshape(-1)[0]) if self._op == "OneHot" else 1)
+        if count > _LARGEST:
+            raise InputError(f"node {self._name} asks for {count:.0e} elements")

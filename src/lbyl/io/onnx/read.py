@@ -1,0 +1,556 @@
+"""From a checked ONNX file to a network of PyTorch's."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lbyl.errors import InputError, first_line
+from lbyl.io.onnx.arrays import DTYPES, from_file
+from lbyl.io.onnx.file import OnnxFile, library, open_file
+from lbyl.io.onnx.network import FileInput, Held, Known, Link, NumberLink, OnnxNetwork, Program, Source, Step, Value
+from lbyl.io.onnx.numbers import Numbers
+from lbyl.io.onnx.operators import find_operator
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinear", "DynamicQuantize", "ConvInteger", "MatMulInteger")
+_CONTROL = ("If", "Loop", "Scan", "SequenceMap")
+_STANDARD = ("", "ai.onnx")
+_LARGEST_WEIGHT = 1e18
+_LARGEST_APART = 2**16
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where in the file a number stands, and by which operand of which node it is used first (-1: by none yet).
+
+    With ``size``, it is the size of a constant along the axis ``index``.
+    """
+
+    value: str
+    index: int
+    node: int = -1
+    operand: int = -1
+    size: bool = False
+
+    def used(self, node: int, operand: int) -> Origin:
+        """The same, once a node has used it."""
+        return self if self.node >= 0 else replace(self, node=node, operand=operand)
+
+
+Origins = Sequence[Origin | None]
+
+
+def read_onnx(path: Path) -> OnnxNetwork:
+    """The network of a file, in evaluation mode.
+
+    Raises:
+        InputError: the file is damaged, or has an operator that lbyl can't read; the error names it.
+    """
+    file = open_file(path)
+    return Reader(file, prepared(file)).network().eval()
+
+
+def content(file: OnnxFile) -> ir.Model:
+    """The file's content, with the calls of its own functions taken apart."""
+    model = file.model()
+    try:
+        if model.functions:
+            library("onnx_ir.passes.common").InlinePass()(model)
+    except Exception as error:
+        raise InputError(f"{file.path}: its functions can't be taken apart: {first_line(error)}") from error
+    return model
+
+
+def prepared(file: OnnxFile) -> ir.Model:
+    """The same with shapes inferred, as far as that can be done."""
+    passes, model = library("onnx_ir.passes.common"), content(file)
+    with suppress(Exception):  # shapes only help to find out which numbers of the file are widths
+        passes.ShapeInferencePass()(model)
+    return model
+
+
+class _Room(nn.Module):
+    """What holds modules and tensors of the file whose names have dots."""
+
+
+class Reader:
+    """Reads a file once, node by node.
+
+    Attributes:
+        constants: all constants of the file and what is computed of them, by name.
+        leaf: the constant that each of them is, under whatever other names.
+        producers: the position of the node that makes each value.
+        names: all names of values.
+    """
+
+    def __init__(self, file: OnnxFile, model: ir.Model) -> None:
+        self.file, self.model = file, model
+        self.opsets = {domain or "": version for domain, version in model.opset_imports.items()}
+        self.made = OnnxNetwork()
+        self.steps: list[Step] = []
+        self.links: list[Link] = []
+        self.number_links: list[NumberLink] = []
+        self.constants: dict[str, np.ndarray] = {}
+        self.origins: dict[str, Origins] = {}
+        self.leaf: dict[str, str] = {}
+        self.hosted: set[str] = set()
+        self.held: dict[tuple[str, str, float], Tensor] = {}
+        self.bare: dict[str, str] = {}
+        self.done: set[int] = set()
+        self.nodes = list(model.graph)
+        self.order = {id(node): place for place, node in enumerate(self.nodes)}
+        self.producers = {
+            str(value.name): place for place, node in enumerate(self.nodes) for value in node.outputs if value.name
+        }
+        self.names = {*self.producers, *graph_names(model.graph)}
+
+    def network(self) -> OnnxNetwork:
+        """The network of the file."""
+        graph = self.model.graph
+        for name, value in graph.initializers.items():
+            if value.const_value is None:
+                raise InputError(f"{self.file.path}: initializer {name!r} has no value")
+            self.constant(name, value.const_value.numpy())
+        inputs = tuple(self._input(value) for value in graph.inputs if value.name not in graph.initializers)
+        for place, node in enumerate(self.nodes):
+            if place not in self.done:
+                self._read(node, place)
+        outputs = tuple(self.source(value) for value in graph.outputs)
+        if not outputs or any(output is None for output in outputs):
+            raise InputError(f"{self.file.path} has an output that no operator makes")
+        steps, outputs = tuple(self.steps), tuple(output for output in outputs if output is not None)
+        self.made.program = Program(
+            self.file, inputs, outputs, steps, tuple(self.links), tuple(self.number_links), _last_uses(steps, outputs)
+        )
+        return self.made
+
+    def _input(self, value: ir.Value) -> FileInput:
+        name = str(value.name)
+        kind = int(value.dtype) if value.dtype is not None else 0
+        if kind not in DTYPES:
+            raise InputError(f"{self.file.path}: input {name!r} is no tensor of numbers")
+        if value.shape is None:
+            raise InputError(f"{self.file.path}: input {name!r} does not say how many axes it has")
+        sizes = tuple(size if isinstance(size, int) and size > 0 else _symbol(size) for size in value.shape)
+        return FileInput(name, DTYPES[kind], sizes)
+
+    # -- one node ---------------------------------------------------------------------------------------
+
+    def _read(self, node: ir.Node, place: int) -> None:
+        self._check(node)
+        if node.op_type == "Constant":
+            self.constant(str(node.outputs[0].name), _constant(node, self.where(node)))
+            return
+        values = [self.named(value) for value in node.inputs]
+        if node.op_type == "CastLike" and values[0] in self.constants and values[1] not in self.constants:
+            kind = node.inputs[1].dtype if node.inputs[1] is not None else None
+            if kind is not None and self.constants[str(values[0])].dtype == kind.numpy():
+                self._pass_on(node, str(values[0]))
+                return
+        known = [name is None or name in self.constants for name in values]
+        if all(known) and node.op_type not in ("RandomNormal", "RandomUniform"):
+            self._fold(node, values)
+            return
+        hosted = [known or name in self.hosted for known, name in zip(known, values, strict=True)]
+        if all(hosted):
+            self._on_numbers(node, values)
+            return
+        build = find_operator(node.op_type)
+        if build is None:
+            raise InputError(f"{self.where(node)} is an operator that lbyl can't read")
+        build(_Node(self, node, place))
+
+    def _pass_on(self, node: ir.Node, name: str) -> None:
+        """The node's output is a constant under another name."""
+        other = str(node.outputs[0].name)
+        self.constants[other] = self.constants[name]
+        self.leaf[other] = other
+        if name in self.origins:
+            self.origins[other] = self.origins[name]
+
+    def _check(self, node: ir.Node) -> None:
+        where, name = self.where(node), node.op_type
+        if name.startswith(_QUANTIZED):
+            raise InputError(f"{where} is a part of a quantized network; compress the float network, then quantize it")
+        if name in _CONTROL:
+            raise InputError(f"{where} is control flow, which lbyl can't read; export the network without it")
+        if node.domain not in _STANDARD:
+            raise InputError(f"{where} is of domain {node.domain!r}, whose operators lbyl can't read")
+
+    def where(self, node: ir.Node) -> str:
+        """What errors call a node."""
+        return f"{self.file.path}: node {node.name or node.outputs[0].name!r} ({node.op_type})"
+
+    def named(self, value: ir.Value | None) -> str | None:
+        """The name of a value; None for an operand that is left out."""
+        return None if value is None or not value.name else value.name
+
+    def _numbers(self, node: ir.Node) -> Numbers:
+        serde = library("onnx_ir.serde")
+        return Numbers(serde.serialize_node(node), self.opsets, self.model.ir_version or 8)
+
+    def _fold(self, node: ir.Node, values: Sequence[str | None]) -> None:
+        """Compute what only depends on constants."""
+        arrays = [None if name is None else self.constants[name] for name in values]
+        found = self._numbers(node)(*arrays)
+        names = [str(value.name) for value in node.outputs if value.name]
+        for name, array in zip(names, found, strict=True):
+            self.constants[name] = array
+        self.origins[names[0]] = self._moved(node, values, len(found[0].reshape(-1))) or [None] * found[0].size
+        self.leaf[names[0]] = self.leaf[str(values[0])] if node.op_type == "Identity" else names[0]
+
+    def _on_numbers(self, node: ir.Node, values: Sequence[str | None]) -> None:
+        """Compute arithmetic on shapes each time that the network runs."""
+        names = tuple(str(value.name or "") for value in node.outputs)
+        sources = tuple(self._number(name) for name in values)
+        self.steps.append(
+            Step(self.where(node), sources, tuple(name for name in names if name), "", self._numbers(node))
+        )
+        self.hosted.update(names)
+        moved = self._moved(node, values, None)
+        if moved is not None:
+            self.origins[names[0]] = moved
+
+    def _number(self, name: str | None) -> Source:
+        if name is None:
+            return None
+        return Known(self.constants[name]) if name in self.constants else Value(name)
+
+    def late_constant(self, value: ir.Value | None) -> np.ndarray | None:
+        """A constant whose node comes later in the file than where it is asked for; None where it is none."""
+        node = None if value is None else value.producer()
+        if value is None or node is None:
+            return None
+        if node.op_type != "Constant" and not all(
+            item is None or str(item.name) in self.constants or self.late_constant(item) is not None
+            for item in node.inputs
+        ):
+            return None
+        place = self.order.get(id(node), -1)
+        if place < 0 or len(node.inputs) > 4:
+            return None
+        if place not in self.done:
+            self.done.add(place)
+            self._read(node, place)
+        return self.constants.get(str(value.name))
+
+    # -- constants --------------------------------------------------------------------------------------
+
+    def constant(self, name: str, array: np.ndarray) -> None:
+        """Take note of a constant of the file."""
+        self.constants[name] = array
+        self.leaf[name] = name
+        if array.dtype.kind in "iu" and array.ndim < 2 and array.size <= 64:
+            self.origins[name] = [Origin(name, index) for index in range(array.size)]
+
+    def _moved(self, node: ir.Node, values: Sequence[str | None], count: int | None) -> Origins | None:
+        """Which numbers of the file a node's output holds, where it only moves numbers; None where that is unknown."""
+        place = self.order[id(node)]
+        first = self.origin(values[0], place, 0) if values else None
+        array = self.constants.get(values[0] or "") if values else None
+        if array is not None and node.op_type == "Shape":
+            sizes: Origins = [Origin(str(values[0]), axis, size=True) for axis in range(array.ndim)]
+            start, end = (node.attributes[name].value if name in node.attributes else None for name in ("start", "end"))
+            return sizes[start:end]
+        if node.op_type == "Expand" and first is not None and len(first) == count:
+            return first
+        if array is not None and array.ndim > 1:
+            return [None] * count if count is not None else self.unknown(node)
+        if node.op_type in ("Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape"):
+            return first
+        if node.op_type == "Concat":
+            parts = [self.origin(name, place, operand) for operand, name in enumerate(values)]
+            return None if any(part is None for part in parts) else [item for part in parts for item in part or ()]
+        if node.op_type in ("Gather", "Slice") and first is not None:
+            rest = [self.constants.get(name) if name else None for name in values[1:]]
+            if any(array is None and name for array, name in zip(rest, values[1:], strict=True)):
+                return None
+            taken = self._numbers(node)(np.arange(len(first)), *rest)[0].reshape(-1)
+            return [first[int(index)] for index in taken]
+        if count is None and node.op_type in ("Gather", "Slice"):
+            count = self._taken(node, values)
+        return [None] * count if count is not None else self.unknown(node)
+
+    def _taken(self, node: ir.Node, values: Sequence[str | None]) -> int | None:
+        """How many numbers a node picks of others, where its indices alone tell."""
+        indices = [self.constants.get(name) if name else None for name in values[1:3]]
+        if node.op_type == "Gather":
+            return None if indices[0] is None else indices[0].size
+        step = self.constants.get(values[4] or "") if len(values) > 4 else np.ones(1)
+        if len(indices) < 2 or any(index is None or index.size != 1 for index in (*indices, step)):
+            return None
+        if step is None or step.reshape(-1)[0] != 1:
+            return None
+        start, end = (int(index.reshape(-1)[0]) for index in indices if index is not None)
+        return end - start if 0 <= start < end < 16 or start < end < 0 else None
+
+    def origin(self, name: str | None, node: int, operand: int) -> Origins | None:
+        """Where the numbers stand that a node uses; None where it is not known how many there are."""
+        if name is None:
+            return None
+        if name in self.origins:
+            return [item and item.used(node, operand) for item in self.origins[name]]
+        return [None] * self.constants[name].size if name in self.constants else None
+
+    def unknown(self, node: ir.Node) -> Origins | None:
+        """As many numbers as the file's shapes say, none of which it holds."""
+        shape = node.outputs[0].shape
+        sizes = [size if isinstance(size, int) else -1 for size in shape] if shape is not None else [-1]
+        return None if min(sizes, default=1) < 0 else [None] * math.prod(sizes)
+
+    def source(self, value: ir.Value | None, node: int = -1, operand: int = -1) -> Source:
+        """An operand of a step: a value, a tensor that the network holds, or a constant."""
+        name = self.named(value)
+        if name is None or name not in self.constants:
+            return None if name is None else Value(name)
+        array = self.constants[name]
+        if not _is_real(array) or array.size == 1:
+            return Known(array)
+        leaf = self.leaf[name]
+        path = self.bare.get(leaf)
+        if path is None:
+            path = self._hold(leaf, from_file(array, "same", 1.0))
+            # Equal vectors of layers that have nothing to do with each other often are one constant of the file.
+            if array.size > _LARGEST_APART:
+                self.bare[leaf] = path
+        self.links.append(Link(path, name, "same", 1.0, node, operand))
+        return Held(path)
+
+    def _hold(self, name: str, tensor: Tensor) -> str:
+        path = self.place(name)
+        room, leaf = self._room(path)
+        real = tensor.is_floating_point()
+        if real and bool(torch.isfinite(tensor).all()) and float(tensor.abs().max()) < _LARGEST_WEIGHT:
+            room.register_parameter(leaf, nn.Parameter(tensor))
+        else:
+            room.register_buffer(leaf, tensor)
+        return path
+
+    # -- modules ----------------------------------------------------------------------------------------
+
+    def place(self, name: str) -> str:
+        """A free path in the network for a name of the file."""
+        # PyTorch marks repeated calls of a module with an "@" behind its name.
+        parts = [part or "_" for part in name.replace("@", "_").split(".")]
+        room: nn.Module = self.made
+        for index, part in enumerate(parts[:-1]):
+            found = room._modules.get(part)
+            if (found is None and hasattr(room, part)) or (found is not None and not isinstance(found, _Room)):
+                part = _free(room, part)
+                found = None
+            if found is None:
+                found = _Room()
+                room.add_module(part, found)
+            parts[index] = part
+            room = found
+        parts[-1] = _free(room, parts[-1])
+        return ".".join(parts)
+
+    def _room(self, path: str) -> tuple[nn.Module, str]:
+        parent, _, leaf = path.rpartition(".")
+        return self.made.get_submodule(parent), leaf
+
+    def add(self, name: str, module: nn.Module) -> str:
+        """Put a module where a name of the file says."""
+        path = self.place(name)
+        room, leaf = self._room(path)
+        room.add_module(leaf, module)
+        return path
+
+
+def graph_names(graph: ir.Graph) -> set[str]:
+    """Names of a graph's inputs and initializers."""
+    return {str(value.name) for value in graph.inputs} | set(graph.initializers)
+
+
+def _free(room: nn.Module, name: str) -> str:
+    while hasattr(room, name):
+        name += "_"
+    return name
+
+
+class _Node:
+    """A node while it is read: see :class:`lbyl.io.onnx.operators.base.Node`."""
+
+    def __init__(self, reader: Reader, node: ir.Node, place: int) -> None:
+        self._reader, self._node, self._place = reader, node, place
+        self.operator, self.opset = node.op_type, reader.opsets.get("", 1)
+        self.attributes: Mapping[str, Any] = {name: _attribute(item) for name, item in node.attributes.items()}
+        self.operands, self.outputs = len(node.inputs), len(node.outputs)
+        self._bias: ir.Node | None = None
+        self._made = tuple(str(value.name or "") for value in node.outputs)
+        self._path = ""
+
+    def _value(self, index: int) -> ir.Value | None:
+        return self._node.inputs[index] if index < len(self._node.inputs) else None
+
+    def source(self, index: int) -> Source:
+        return self._reader.source(self._value(index), self._place, index)
+
+    def constant(self, index: int) -> np.ndarray | None:
+        return self._reader.constants.get(self._reader.named(self._value(index)) or "")
+
+    def is_constant(self, index: int) -> bool:
+        return self.constant(index) is not None
+
+    def run(self, function: Callable[..., Any], *sources: Source, floating: bool = False) -> None:
+        self._reader.steps.append(Step(self._where, sources, self._made, "", function, floating))
+
+    def numbers(self, function: Callable[..., Any], *sources: Source) -> None:
+        self.run(function, *sources)
+        self._reader.hosted.update(self._made)
+        moved = self._reader.unknown(self._node)
+        if moved is not None:
+            self._reader.origins[self._made[0]] = moved
+
+    def first(self, function: Callable[..., Any], *sources: Source) -> Source:
+        name = f"{self._made[0]} (operand)"
+        self._reader.steps.append(Step(self._where, sources, (name,), "", function))
+        return Value(name)
+
+    def layer(self, module: nn.Module, held: Mapping[str, tuple[int, str, float]], *sources: Source) -> None:
+        reader = self._reader
+        for name, (operand, layout, scale) in held.items():
+            node, value = (self._node, self._value(operand)) if operand >= 0 else self._operand_of_bias(operand)
+            constant = reader.named(value) or ""
+            array, key = reader.constants[constant], (reader.leaf[constant], layout, scale)
+            held_before = reader.held.get(key)
+            if held_before is None:
+                made = from_file(array, layout, scale)
+                held_before = made if name in module._buffers else nn.Parameter(made)
+                if array.size > max(array.shape, default=1):  # as above, no vectors
+                    reader.held[key] = held_before
+            table: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
+            table[name] = held_before
+        self._path = reader.add(self._name(next(iter(held.values()))[0]), module)
+        for name, (operand, layout, scale) in held.items():
+            node, value = (self._node, self._value(operand)) if operand >= 0 else self._operand_of_bias(operand)
+            place = operand if operand >= 0 else -operand - 1
+            link = Link(f"{self._path}.{name}", reader.named(value) or "", layout, scale, reader.order[id(node)], place)
+            reader.links.append(link)
+        reader.steps.append(Step(self._where, sources, self._made, self._path))
+
+    def _operand_of_bias(self, operand: int) -> tuple[ir.Node, ir.Value | None]:
+        assert self._bias is not None
+        return self._bias, self._bias.inputs[-operand - 1]
+
+    def _name(self, operand: int) -> str:
+        """The layer's name: that of its weight without its last part, or else that of the node."""
+        value = self._value(operand)
+        prefix, _, last = self._reader.leaf[self._reader.named(value) or ""].rpartition(".")
+        return prefix if prefix and last in ("weight", "w_0") else self._node.name or self._made[0]
+
+    def sized(self, module: Any, *sources: Source, sizes: list[tuple[int, str]]) -> None:
+        reader = self._reader
+        found: list[tuple[int | None, NumberLink | None]] = []
+        path = self._path = reader.add(self._node.name or self._made[0], module)
+        for operand, attribute in sizes:
+            if attribute:
+                numbers = list(self.attributes.get(attribute) or [])
+                for index, item in enumerate(numbers):
+                    link = NumberLink(path, "sizes", len(found), "", index, self._place, -1, attribute)
+                    found.append((int(item), link))
+                continue
+            name = reader.named(self._value(operand)) or ""
+            origins = reader.origin(name, self._place, operand)
+            if origins is None:
+                found = []
+                break
+            for origin in origins:
+                if origin is None:
+                    found.append((None, None))
+                else:
+                    array = reader.constants[origin.value]
+                    if origin.size:
+                        found.append((array.shape[origin.index], None))
+                        continue
+                    value = int(array.reshape(-1)[origin.index])
+                    edge = origin.node, origin.operand
+                    link = NumberLink(path, "sizes", len(found), origin.value, origin.index, *edge)
+                    found.append((value, link))
+        module.sizes = [size for size, _ in found]
+        reader.number_links += [link for _, link in found if link is not None]
+        reader.steps.append(Step(self._where, sources, self._made, path))
+
+    def bias(self, width: int, axis: int) -> int | None:
+        reader, out = self._reader, self._node.outputs[0]
+        uses = list(out.uses())
+        if len(uses) != 1 or out.is_graph_output() or width == 1:
+            return None
+        node, place = uses[0].node, uses[0].idx
+        if node.op_type != "Add" or node.domain not in ("", "ai.onnx") or len(node.inputs) != 2:
+            return None
+        other = reader.constants.get(reader.named(node.inputs[1 - place]) or "")
+        if other is None:
+            other = reader.late_constant(node.inputs[1 - place])
+        if other is None or other.size != width or other.ndim <= axis or other.shape[other.ndim - 1 - axis] != width:
+            return None
+        if (other.ndim > axis + 2 and axis > 0) or not _is_real(other):
+            return None
+        self._bias = node
+        reader.done.add(reader.order[id(node)])
+        self._made = (str(node.outputs[0].name),)
+        return -(1 - place) - 1
+
+    def width(self, name: str, attribute: str) -> None:
+        if attribute in self.attributes:
+            link = NumberLink(self._path, name, None, "", None, self._place, -1, attribute)
+            self._reader.number_links.append(link)
+
+    def refuse(self, why: str) -> Exception:
+        return InputError(f"{self._where} can't be read: {why}")
+
+    @property
+    def _where(self) -> str:
+        return self._reader.where(self._node)
+
+
+def _attribute(item: ir.Attr) -> Any:
+    """The value of an attribute, with tensors as arrays."""
+    value = item.value
+    return value.numpy() if hasattr(value, "numpy") and not isinstance(value, (str, bytes)) else value
+
+
+def _constant(node: ir.Node, where: str) -> np.ndarray:
+    for name, item in node.attributes.items():
+        if name == "value":
+            return np.asarray(item.value.numpy())
+        if name in ("value_int", "value_ints"):
+            return np.asarray(item.value, dtype=np.int64)
+        if name in ("value_float", "value_floats"):
+            return np.asarray(item.value, dtype=np.float32)
+    raise InputError(f"{where} holds no numbers")
+
+
+def _is_real(array: np.ndarray) -> bool:
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+
+
+def _symbol(size: Any) -> str:
+    return str(getattr(size, "value", None) or "?")
+
+
+def _last_uses(steps: Sequence[Step], outputs: Sequence[Source]) -> dict[int, tuple[str, ...]]:
+    last: dict[str, int] = {}
+    for number, step in enumerate(steps):
+        last.update((source.name, number) for source in step.sources if isinstance(source, Value))
+        last.update((name, number) for name in step.outputs if name and name not in last)
+    for output in outputs:
+        if isinstance(output, Value):
+            last.pop(output.name, None)
+    uses: dict[int, list[str]] = defaultdict(list)
+    for name, number in last.items():
+        uses[number].append(name)
+    return {number: tuple(names) for number, names in uses.items()}

@@ -1,0 +1,223 @@
+"""The file that a network was read from, with the network's weights and widths in it, and otherwise as it was."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lbyl.errors import SurgeryError
+from lbyl.io.onnx.arrays import to_file
+from lbyl.io.onnx.file import library
+from lbyl.io.onnx.network import Link, NumberLink, OnnxNetwork
+from lbyl.io.onnx.read import Reader, content, prepared
+from lbyl.runtime.copying import tensors_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def write_onnx(network: OnnxNetwork, path: Path) -> None:
+    """Write the file of a network that was cut.
+
+    Graph, names, operators, metadata, and sizes that the file leaves open stay as they are. Weights take the network's
+    values, and numbers that are widths follow. Weights that were in a file of their own are so again, beside ``path``.
+
+    Raises:
+        SurgeryError: a width follows from numbers that the file also uses elsewhere.
+        InputError: the original file is gone, or has changed.
+    """
+    ir: Any = library("onnx_ir")
+    program = network.program
+    editor = _Editor(content(program.file), Reader(program.file, prepared(program.file)))
+    editor.weights(network, program.links)
+    editor.numbers(network, program.numbers)
+    external = any(_is_external(value.const_value) for value in editor.graph.initializers.values())
+    editor.refresh()
+    if external:
+        ir.save(editor.model, path, external_data=f"{path.name}.data")
+    else:
+        ir.save(editor.model, path)
+
+
+def _is_external(tensor: Any) -> bool:
+    return type(tensor).__name__ == "ExternalTensor"
+
+
+class _Editor:
+    """A file's content, changed where a network's tensors and numbers say so."""
+
+    def __init__(self, model: ir.Model, reader: Reader) -> None:
+        reader.network()
+        self.model, self.graph, self.reader = model, model.graph, reader
+        self.nodes = list(model.graph)
+        self.place = {id(node): place for place, node in enumerate(self.nodes)}
+
+    def weights(self, network: OnnxNetwork, links: tuple[Link, ...]) -> None:
+        """Give constants the values of the network's tensors."""
+        state = tensors_of(network)
+        by_leaf: dict[str, list[tuple[Link, np.ndarray]]] = defaultdict(list)
+        for link in links:
+            old = self.reader.constants[link.value]
+            new = to_file(state[link.path], link.layout, link.scale, old)
+            by_leaf[self.reader.leaf[link.value]].append((link, new))
+        for leaf, found in by_leaf.items():
+            old = self.reader.constants[leaf]
+            first = found[0][1]
+            if all(_equal(new, old) for _, new in found):
+                continue
+            edges = {(link.node, link.operand) for link, _ in found}
+            alike = all(_equal(new, first) for _, new in found)
+            value = self._value(leaf)
+            if alike and value is not None and self._edges(value) <= edges:
+                self._store(value, first)
+                continue
+            if alike and self._reshaped(leaf, first, edges):
+                continue
+            for link, new in found:
+                self._rewire(link.node, link.operand, new)
+
+    def _reshaped(self, name: str, new: np.ndarray, edges: set[tuple[int, int]]) -> bool:
+        """Store a constant that the file gives another shape before it is used; False where that can't be done."""
+        place = self.reader.producers.get(name, -1)
+        node = self.nodes[place]
+        if node.op_type not in ("Reshape", "Unsqueeze") or not self._edges(node.outputs[0]) <= edges:
+            return False
+        value = self._value(str(node.inputs[0].name)) if node.inputs[0] is not None else None
+        if value is None or self._edges(value) != {(place, 0)} or self.reader.constants[str(value.name)].ndim != 1:
+            return False
+        if node.op_type == "Reshape":
+            shape = node.inputs[1]
+            if shape is None or shape.name not in self.reader.constants:
+                return False
+            old = self.reader.constants[str(shape.name)]
+            sizes = [now if was > 0 else was for was, now in zip(old.tolist(), new.shape, strict=True)]
+            if sizes != old.tolist():
+                self._number(str(shape.name), (place, 1), np.array(sizes, dtype=old.dtype))
+        self._store(value, new.reshape(-1))
+        return True
+
+    def numbers(self, network: OnnxNetwork, links: tuple[NumberLink, ...]) -> None:
+        """Give numbers that are widths the values that the network's modules have."""
+        changes: dict[tuple[int, int], dict[int, tuple[int, str]]] = defaultdict(dict)
+        for link in links:
+            kept = getattr(network.get_submodule(link.module), link.name)
+            new = kept if link.place is None else kept[link.place]
+            if link.attribute:
+                self._attribute(link, new)
+                continue
+            assert link.index is not None
+            known = changes[link.node, link.operand].setdefault(link.index, (new, link.value))
+            if known[0] != new:
+                raise SurgeryError(f"{link.module}: {link.value!r} of the file would have to be {known[0]} and {new}")
+        for (node, operand), wanted in changes.items():
+            name = next(iter(wanted.values()))[1]
+            old = self.reader.constants[name]
+            array = old.copy()
+            for index, (new, _) in wanted.items():
+                array.reshape(-1)[index] = new
+            if _equal(array, old):
+                continue
+            self._number(name, (node, operand), array)
+
+    def _number(self, name: str, edge: tuple[int, int], array: np.ndarray) -> None:
+        """Give one operand of one node other numbers; where others use them as well, they keep theirs."""
+        value = self._value(name)
+        if value is not None and self._edges(value) == {edge}:
+            self._store(value, array)
+        else:
+            self._rewire(*edge, array)
+
+    def _attribute(self, link: NumberLink, new: int) -> None:
+        ir: Any = library("onnx_ir")
+        node = self.nodes[link.node]
+        old = node.attributes[link.attribute].value
+        if link.index is None:
+            if int(old) != new:
+                node.attributes[link.attribute] = ir.AttrInt64(link.attribute, int(new))
+        elif int(old[link.index]) != new:
+            changed = [int(item) for item in old]
+            changed[link.index] = int(new)
+            node.attributes[link.attribute] = ir.AttrInt64s(link.attribute, changed)
+
+    def _value(self, name: str) -> ir.Value | None:
+        """An initializer or the output of a Constant node; None for what is computed of constants."""
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        found = self.reader.producers.get(name)
+        node = None if found is None else self.nodes[found]
+        return node.outputs[0] if node is not None and node.op_type == "Constant" else None
+
+    def _edges(self, value: ir.Value) -> set[tuple[int, int]]:
+        """Which operands of which nodes a value is; what only passes it on is left out."""
+        edges: set[tuple[int, int]] = set()
+        if value.is_graph_output():
+            edges.add((-1, -1))
+        for use in value.uses():
+            if use.node.op_type in ("Shape", "Size"):
+                continue  # which follow by themselves
+            if use.node.op_type == "Identity":
+                edges |= self._edges(use.node.outputs[0])
+            else:
+                edges.add((self.place.get(id(use.node), -1), use.idx))
+        return edges
+
+    def _store(self, value: ir.Value, array: np.ndarray) -> None:
+        ir: Any = library("onnx_ir")
+        made = ir.tensor(array, name=value.name)
+        node = value.producer()
+        if node is None:
+            value.const_value = made
+        else:
+            node.attributes.clear()
+            node.attributes["value"] = ir.AttrTensor("value", made)
+        if value.shape is not None:
+            value.shape = ir.Shape(array.shape)
+
+    def _rewire(self, place: int, operand: int, array: np.ndarray) -> None:
+        """Give one operand of one node a constant of its own."""
+        ir: Any = library("onnx_ir")
+        node = self.nodes[place]
+        old = node.inputs[operand]
+        base = f"{old.name if old is not None else 'constant'}_{node.outputs[0].name}"
+        name, number = base, 1
+        while name in self.reader.names or name in self.graph.initializers:
+            name, number = f"{base}_{number}", number + 1
+        made = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(made.dtype), const_value=made)
+        self.graph.initializers[name] = value
+        if (self.model.ir_version or 4) < 4:  # then initializers have to be inputs, too
+            self.graph.inputs.append(value)
+        node.replace_input_with(operand, value)
+
+    def refresh(self) -> None:
+        """Let the shapes that the file states of its values follow; remove what is no longer used."""
+        passes = library("onnx_ir.passes.common")
+        stated: list[tuple[ir.Value, Any, Any]] = []
+        for node in self.nodes:
+            for value in node.outputs:
+                if value.name and not value.is_graph_output():
+                    stated.append((value, value.shape, value.type))
+                    value.shape = None
+        try:
+            passes.ShapeInferencePass()(self.model)
+        except Exception:  # then no shapes are stated, which nobody needs
+            for value, _, _ in stated:
+                value.shape = None
+        for value, shape, kind in stated:
+            value.shape, value.type = None if shape is None else _merged(shape, value.shape), kind
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+
+
+def _merged(before: Any, now: Any) -> Any:
+    """A shape as it was stated, with the sizes that have changed; those that are not known any more are left open."""
+    ir: Any = library("onnx_ir")
+    if now is None or len(now) != len(before):
+        return None
+    sizes = zip(before, now, strict=True)
+    return ir.Shape([old if not isinstance(old, int) else new if isinstance(new, int) else None for old, new in sizes])

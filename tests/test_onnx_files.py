@@ -1,0 +1,348 @@
+"""ONNX files in, and the same files out, smaller."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from onnx_nets import attention, convnet, model, node, real, run, save
+from typer.testing import CliRunner
+
+import lbyl
+from lbyl.cli.app import app
+
+
+def names(graph: onnx.GraphProto) -> list[str]:
+    return [item.name for item in graph.node]
+
+
+def test_same_file_smaller(tmp_path: Path) -> None:
+    file = save(convnet(), tmp_path / "net.onnx")
+    network = lbyl.load_source(str(file))
+    x = torch.randn(2, 3, 16, 16)
+    result = lbyl.compress(network, x, ratio=0.25, restore="prune")
+    assert {row.before for row in result.report.rows} == {12, 16}
+    folder = result.save(tmp_path / "smaller")
+    before, after = onnx.load(file), onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(after, full_check=True)
+    assert names(after.graph) == names(before.graph)
+    assert [item.name for item in after.graph.initializer] == [item.name for item in before.graph.initializer]
+    for part in ("input", "output"):
+        assert list(getattr(after.graph, part)) == list(getattr(before.graph, part))
+    assert after.opset_import == before.opset_import
+    assert list(after.metadata_props) == list(before.metadata_props)
+    assert (after.producer_name, after.ir_version) == (before.producer_name, before.ir_version)
+    with torch.no_grad():
+        expected = result.model(x)
+    np.testing.assert_allclose(run(folder / "model.onnx", x.numpy())[0], expected, rtol=1e-4, atol=1e-6)
+    other = torch.randn(5, 3, 16, 16)  # the batch size is still open
+    with torch.no_grad():
+        found = run(folder / "model.onnx", other.numpy())[0]
+        np.testing.assert_allclose(found, result.model(other), rtol=1e-4, atol=1e-6)
+    assert (folder / "model.onnx").stat().st_size < file.stat().st_size
+    assert any("onnxruntime" in note for note in json.loads((folder / "report.json").read_text())["report"]["notes"])
+
+
+def test_network_equals_its_file(tmp_path: Path) -> None:
+    file = save(convnet(), tmp_path / "net.onnx")
+    network = lbyl.load_source(str(file))
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        np.testing.assert_allclose(run(file, x.numpy())[0], network(x), rtol=1e-4, atol=1e-6)
+    assert {"stem.weight", "depth.weight", "norm.weight"} <= set(dict(network.named_parameters()))
+    assert isinstance(network.get_submodule("stem"), torch.nn.Conv2d)
+
+
+def test_folder_is_loaded_and_compressed_again(tmp_path: Path) -> None:
+    file = save(convnet(), tmp_path / "net.onnx")
+    x = torch.randn(1, 3, 16, 16)
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio=0.25, restore="prune")
+    folder = result.save(tmp_path / "smaller")
+    loaded = lbyl.load(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), result.model(x))
+    with pytest.raises(lbyl.InputError, match="is the network itself"):
+        lbyl.export(folder)
+    assert lbyl.export(folder, format="pt2").file.is_file()
+    again = lbyl.compress(loaded, x, ratio=0.5, restore="prune").save(tmp_path / "again")
+    assert (again / "model.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
+    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-1])
+    with pytest.raises(lbyl.ArtifactError, match="SHA-256"):
+        lbyl.load(folder)
+
+
+def test_heads_splits_and_slices_follow(tmp_path: Path) -> None:
+    file = save(attention(), tmp_path / "net.onnx")
+    network = lbyl.load_source(str(file))
+    ids, mask = torch.randint(0, 50, (2, 7)), torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    with torch.no_grad():
+        np.testing.assert_allclose(run(file, ids, mask)[0], network(ids, mask), rtol=1e-4, atol=1e-5)
+    result = lbyl.compress(network, (ids, mask), ratio=0.5, restore="prune")
+    widths = {row.group: (row.before, row.after) for row in result.report.rows}
+    assert sorted(widths.values()) == [(4, 2), (4, 2), (16, 8)] or (16, 8) in widths.values()
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    with torch.no_grad():
+        np.testing.assert_allclose(run(written, ids, mask)[0], result.model(ids, mask), rtol=1e-4, atol=1e-5)
+        more = torch.randint(0, 50, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
+        np.testing.assert_allclose(run(written, *more)[0], result.model(*more), rtol=1e-4, atol=1e-5)
+
+
+def test_constant_for_several_views_is_split_where_they_differ(tmp_path: Path) -> None:
+    """One shape constant stands at two views whose widths are cut differently."""
+    stored = {
+        "a.weight": real(0, 8, 3, 1, 1), "b.weight": real(1, 8, 3, 1, 1), "shape": np.array([0, 8, 256]),
+        "c.weight": real(2, 5, 8, 1), "d.weight": real(3, 5, 8, 1),
+    }  # fmt: skip
+    nodes = [
+        node("Conv", "x a.weight", "a"), node("Conv", "x b.weight", "b"),
+        node("Relu", "a", "ar"), node("Relu", "b", "br"),
+        node("Reshape", "ar shape", "av"), node("Reshape", "br shape", "bv"),
+        node("Conv", "av c.weight", "c"), node("Conv", "bv d.weight", "d"), node("Add", "c d", "y"),
+    ]  # fmt: skip
+    file = save(model(nodes, stored, outputs={"y": ("batch", 5, 256)}), tmp_path / "net.onnx")
+    x = torch.randn(2, 3, 16, 16)
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio={"a": 0.5, "b": 0.25}, restore="prune")
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    with torch.no_grad():
+        np.testing.assert_allclose(run(written, x)[0], result.model(x), rtol=1e-4, atol=1e-5)
+    assert [(row.before, row.after) for row in result.report.rows] == [(8, 4), (8, 6)]
+    assert names(onnx.load(written).graph) == names(onnx.load(file).graph)
+
+
+def test_weights_beside_the_file(tmp_path: Path) -> None:
+    made, folder = convnet(), tmp_path / "original"
+    folder.mkdir()
+    onnx.save(made, folder / "net.onnx", save_as_external_data=True, location="net.weights", size_threshold=0)
+    x = torch.randn(1, 3, 16, 16)
+    result = lbyl.compress(lbyl.load_source(str(folder / "net.onnx")), x, ratio=0.25, restore="prune")
+    smaller = result.save(tmp_path / "smaller")
+    assert (smaller / "model.onnx.data").is_file()
+    with torch.no_grad():
+        np.testing.assert_allclose(run(smaller / "model.onnx", x)[0], result.model(x), rtol=1e-4, atol=1e-6)
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(convnet(), tmp_path / "net.onnx")
+
+    def call(*words: str) -> str:
+        done = CliRunner().invoke(app, list(words))
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    call("compress", "net.onnx", "-o", "small", "--ratio", "0.25", "--restore", "prune", "--no-latency")
+    assert "net.onnx" in call("show", "small")
+    assert json.loads(call("bench", "small", "--runs", "3", "--json"))["against"] == "net.onnx"
+    assert json.loads(call("inspect", "net.onnx", "--json"))["source"] == "net.onnx"
+    call("sweep", "net.onnx", "-o", "several", "--budget", "macs=0.8,0.6", "--restore", "prune")
+    assert len(list((tmp_path / "several").glob("*/model.onnx"))) == 2
+
+
+def test_example_inputs_are_the_files_own(tmp_path: Path) -> None:
+    network = lbyl.load_source(str(save(attention(), tmp_path / "net.onnx")))
+    ids, mask = network.example_inputs()
+    assert (ids.shape, ids.dtype) == ((1, 128), torch.int64)
+    assert not ids.any()
+    assert mask.all()
+    assert [t.shape for t in network.example_inputs([(2, 5), (2, 5)])] == [(2, 5), (2, 5)]
+    with pytest.raises(lbyl.InputError, match="takes 2 inputs"):
+        network.example_inputs([(2, 5)])
+    image = lbyl.load_source(str(save(convnet(), tmp_path / "image.onnx")))
+    assert image.example_inputs()[0].shape == (1, 3, 16, 16)
+    with pytest.raises(lbyl.InputError, match="can't be 1x4x16x16"):
+        image.example_inputs([(1, 4, 16, 16)])
+
+
+def test_inputs_that_would_be_huge(tmp_path: Path) -> None:
+    made = model([node("Relu", "x", "y")], {}, {"x": (1, 3, 2**20, 2**20)}, {"y": (1, 3, 2**20, 2**20)})
+    network = lbyl.load_source(str(save(made, tmp_path / "net.onnx")))
+    with pytest.raises(lbyl.InputError, match="too large"):
+        network.example_inputs()
+
+
+def test_sequences(tmp_path: Path) -> None:
+    nodes = [
+        node("SplitToSequence", "x sizes", "s", axis=1),
+        node("SequenceAt", "s second", "a"),
+        node("ConcatFromSequence", "s", "b", axis=1),
+        node("Concat", "a b", "y", axis=1),
+    ]
+    stored = {"sizes": np.array([1, 2]), "second": np.array(1)}
+    file = save(model(nodes, stored, outputs={"y": ("n", 5, 16, 16)}), tmp_path / "net.onnx")
+    x = torch.randn(2, 3, 16, 16)
+    np.testing.assert_array_equal(run(file, x)[0], lbyl.load_source(str(file))(x))
+
+
+def test_layers_that_share_a_vector_stay_apart(tmp_path: Path) -> None:
+    """Exporters make one constant of equal vectors, of layers that have nothing to do with each other."""
+    stored = {
+        "a.weight": real(0, 8, 3, 1, 1), "b.weight": real(1, 8, 8, 1, 1), "c.weight": real(2, 5, 8, 1, 1),
+        "zeros": np.zeros(8, np.float32),
+    }  # fmt: skip
+    nodes = [
+        node("Conv", "x a.weight zeros", "a"), node("Relu", "a", "ar"),
+        node("Identity", "zeros", "others"), node("Conv", "ar b.weight others", "b"), node("Relu", "b", "br"),
+        node("Conv", "br c.weight", "y"),
+    ]  # fmt: skip
+    file = save(model(nodes, stored, outputs={"y": ("n", 5, 16, 16)}), tmp_path / "net.onnx")
+    x = torch.randn(2, 3, 16, 16)
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio={"a": 0.5, "b": 0.25}, restore="prune")
+    assert [(row.before, row.after) for row in result.report.rows] == [(8, 4), (8, 6)]
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    with torch.no_grad():
+        np.testing.assert_allclose(run(written, x)[0], result.model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_images_are_images(tmp_path: Path) -> None:
+    """An input with its channels last, which a Transpose turns, is shown photographs."""
+    made = convnet()
+    made.graph.node.insert(0, node("Transpose", "image", "x", perm=[0, 3, 1, 2]))
+    made.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 32, 32, 3]))
+    network = lbyl.load_source(str(save(made, tmp_path / "net.onnx")))
+    inputs = network.example_inputs()
+    result = lbyl.compress(network, inputs, ratio=0.25, restore=lbyl.LeastSquares(lbyl.Photographs(images=8)))
+    assert not any("noise in place of photographs" in note for note in result.report.notes)
+
+
+# -- files that can't be read ---------------------------------------------------------------------------------
+
+
+def cyclic() -> onnx.ModelProto:
+    return model([node("Add", "x b", "a"), node("Relu", "a", "b"), node("Relu", "b", "y")], {}, outputs={"y": ("n",)})
+
+
+def twice() -> onnx.ModelProto:
+    return model([node("Relu", "x", "y"), node("Sigmoid", "x", "y")], {}, outputs={"y": ("n", 3, 16, 16)})
+
+
+def gigantic() -> onnx.ModelProto:
+    made = convnet()
+    made.graph.initializer[0].dims[0] = 2**40
+    return made
+
+
+def short() -> onnx.ModelProto:
+    made = convnet()
+    made.graph.initializer[0].dims[0] = 13
+    return made
+
+
+def huge_fill() -> onnx.ModelProto:
+    nodes = [node("ConstantOfShape", "shape", "a"), node("Add", "x a", "y")]
+    return model(nodes, {"shape": np.array([1, 3, 2**20, 2**20])}, outputs={"y": ("n", 3, 16, 16)})
+
+
+def quantized() -> onnx.ModelProto:
+    nodes = [node("QuantizeLinear", "x scale zero", "a"), node("DequantizeLinear", "a scale zero", "y")]
+    stored = {"scale": np.array(0.1, np.float32), "zero": np.array(0, np.uint8)}
+    return model(nodes, stored, outputs={"y": ("n", 3, 16, 16)})
+
+
+def branching() -> onnx.ModelProto:
+    info = helper.make_tensor_value_info
+    branch = [
+        helper.make_graph([node(name, "x", out)], name, [], [info(out, TensorProto.FLOAT, None)])
+        for name, out in (("Relu", "r"), ("Sigmoid", "t"))
+    ]
+    nodes = [
+        node("ReduceSum", "x", "s", keepdims=0),
+        node("Greater", "s zero", "c"),
+        node("If", "c", "y", then_branch=branch[0], else_branch=branch[1]),
+    ]
+    return model(nodes, {"zero": np.array(0, np.float32)}, outputs={"y": ("n", 3, 16, 16)})
+
+
+def foreign() -> onnx.ModelProto:
+    nodes = [node("Mystery", "x", "y", domain="com.example")]
+    return model(nodes, {}, outputs={"y": ("n", 3)}, domains=["com.example"])
+
+
+def unknown() -> onnx.ModelProto:
+    return model([node("Det", "x", "y")], {}, outputs={"y": ("n", 3)})
+
+
+def outside(location: str) -> onnx.ModelProto:
+    made = convnet()
+    tensor = made.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (cyclic, "topologically sorted"),
+        (twice, "has been used as output names multiple times|single static assignment|SSA"),
+        (gigantic, "which no file can hold"),
+        (short, "bytes of it are there"),
+        (huge_fill, "asks for .* elements"),
+        (quantized, "'make a' .QuantizeLinear. is a part of a quantized network"),
+        (branching, "'make y' .If. is control flow"),
+        (foreign, "'make y' .Mystery. is of domain 'com.example'"),
+        (unknown, "'make y' .Det. is an operator that lbyl can't read"),
+        (lambda: outside("../weights"), "outside the file's folder"),
+        (lambda: outside("/etc/passwd"), "outside the file's folder"),
+        (lambda: outside("weights/../../w"), "outside the file's folder"),
+        (lambda: outside("weights"), "which is not there"),
+        (lambda: outside("link"), "outside the file's folder"),
+    ],
+)
+def test_files_that_cant_be_read(make, said: str, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    (tmp_path / "weights").write_bytes(bytes(10_000))
+    (place / "link").symlink_to(tmp_path / "weights")
+    file = save(make(), place / "net.onnx")
+    with pytest.raises(lbyl.InputError, match=said) as caught:
+        lbyl.load_source(str(file))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 1, 40, 700, 2000])
+def test_truncated_file(length: int, tmp_path: Path) -> None:
+    file = save(convnet(), tmp_path / "net.onnx")
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(lbyl.InputError, match=r"net.onnx") as caught:
+        lbyl.load_source(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_changes_meanwhile(tmp_path: Path) -> None:
+    file = save(convnet(), tmp_path / "net.onnx")
+    x = torch.randn(1, 3, 16, 16)
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio=0.25, restore="prune")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(lbyl.ArtifactError, match="has changed since it was read"):
+        result.save(tmp_path / "smaller")
+    assert not (tmp_path / "smaller").exists()
+
+
+# -- files of torch.export ------------------------------------------------------------------------------------
+
+
+def test_program_of_torch_export(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+    x = torch.randn(1, 3, 8, 8)
+    torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
+    source = str(tmp_path / "net.pt2")
+    result = lbyl.compress(lbyl.load_source(source), x, ratio=0.5, restore="prune", source=source)
+    folder = result.save(tmp_path / "smaller")
+    program = torch.export.load(folder / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), result.model(x))
+    assert result.report.parameters[1] < result.report.parameters[0]
+
+
+def test_torchscript_is_told_how_to_export(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    torch.jit.trace(net, torch.randn(1, 4)).save(tmp_path / "net.pt")
+    with pytest.raises(lbyl.InputError, match=r"torch\.export\.save"):
+        lbyl.load_source(str(tmp_path / "net.pt"))
