@@ -122,7 +122,7 @@ def _walked(prepared: Prepared, request: CompressionRequest, clock: Clock, groun
     model, folds = prepared.model, prepared.traced.folds
     if prepared.traced.graph is None:
         return compress_submodules(prepared, request, clock, ground)
-    result = compress_whole(prepared.subjects[0], request, clock, ground.get(""))
+    result = compress_whole(prepared.subjects[0], request, clock, ground.get(""), prepared.forecaster)
     if not folds:
         return result
     note = f"{len(folds)} layers that computed their weight on the fly ({folds[0].module}, ...) are plain layers now"

@@ -13,6 +13,7 @@ from lbyl.moments.base import Probes
 from lbyl.moments.class_dream import class_scores
 from lbyl.moments.forecast_probes import ForecastProbes, forecast_probes
 from lbyl.moments.generated import Generated, text_losses, writes_text
+from lbyl.restore.base import Restorer
 from lbyl.runtime.batches import batch_size, first_rows, in_parts
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.forecast import (
@@ -28,6 +29,7 @@ from lbyl.runtime.forecast import (
     foretell_error,
     foretell_perplexity,
     same_answers,
+    scores_error,
     with_real_answers,
 )
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
@@ -69,6 +71,10 @@ class Forecaster:
         except Exception as error:  # whatever somebody's code raises on inputs that it was not made for
             return Forecast(why=f"the networks could not be compared on probes: {first_line(error)}")
 
+    def asks_for_probes(self, restorer: Restorer) -> bool:
+        """Whether what a restorer's probes hold out is like real inputs: the user's own, or the model's own text."""
+        return restorer.takes_probes and (restorer.keeps_inputs_private or self.measure == PERPLEXITY)
+
     @cached_property
     def measure(self) -> str:
         """What can be foretold of such a network."""
@@ -99,22 +105,24 @@ class Forecaster:
     def _on_probes(self, smaller: nn.Module) -> Forecast:
         if not self._has_floats:
             return Forecast(why="no probes are known that are like its tokens; give inputs of yours (lbyl.Data)")
-        plain, sure = self._made.plain, self._made.sure
+        made = self._made
+        if not made.batches:
+            return Forecast(why=made.why)
         if self.measure not in (AGREEMENT, POSITIONS):
-            pairs = [(self._original(index), self._outputs(smaller, each)) for index, each in enumerate(plain)]
+            pairs = [(self._original[index], self._outputs(smaller, each)) for index, each in enumerate(made.batches)]
             foretell = foretell_cosine if self.measure == COSINE else foretell_error
-            return foretell([outputs_error(*pair) for pair in pairs], batch_size(plain[0]))
-        if not sure:
-            return Forecast(why=self._made.why)
-        last, number = sure[-1], len(sure) - 1
-        before, after = self._original(number), self._outputs(smaller, last.inputs)
-        answers = self._scores(before, last.inputs).argmax(1)
-        reached = answers == last.wanted.reshape(-1, *[1] * (answers.dim() - 1))
-        if float(reached.double().mean()) < _REACHED:
-            return Forecast(why="no inputs could be found that the network is sure of")
-        same = same_answers(self._scores(before, last.inputs), self._scores(after, last.inputs))
-        error = outputs_error([self._scores(before, last.inputs)], [self._scores(after, last.inputs)])
-        return foretell_agreement(float(same.double().mean()), error, len(last.wanted), measure=self.measure)
+            return foretell([outputs_error(*pair) for pair in pairs], batch_size(made.batches[0]))
+        (batch,) = made.batches
+        before, after = self._scores(self._original[0], batch), self._scores(self._outputs(smaller, batch), batch)
+        answers = before.argmax(1)
+        if made.wanted is not None:
+            reached = answers == made.wanted.reshape(-1, *[1] * (answers.dim() - 1))
+            if float(reached.double().mean()) < _REACHED:
+                return Forecast(why="no inputs could be found that the network is sure of")
+        elif len(answers.unique()) < 2:
+            return Forecast(why="the network gives all probes the same answer, so they tell nothing")
+        same = float(same_answers(before, after).double().mean())
+        return foretell_agreement(same, scores_error(before, after), len(before), made.kind, measure=self.measure)
 
     def _scores(self, outputs: list[Tensor], inputs: ExampleInputs) -> Tensor:
         found = (class_scores if self.measure == AGREEMENT else _position_scores)(outputs, inputs)
@@ -128,17 +136,10 @@ class Forecaster:
         give_back()
         return [torch.cat(same) if same[0].dim() else same[0] for same in zip(*found, strict=True)]
 
-    def _original(self, number: int) -> list[Tensor]:
-        """What the original gives for one batch of the probes."""
-        if number not in self._known:
-            made = self._made
-            batches = [*made.plain, *(stage.inputs for stage in made.sure)]
-            self._known[number] = self._outputs(self.model, batches[number])
-        return self._known[number]
-
     @cached_property
-    def _known(self) -> dict[int, list[Tensor]]:
-        return {}
+    def _original(self) -> list[list[Tensor]]:
+        """What the original gives for each batch of the probes."""
+        return [self._outputs(self.model, batch) for batch in self._made.batches]
 
     @cached_property
     def _has_floats(self) -> bool:

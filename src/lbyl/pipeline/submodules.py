@@ -30,6 +30,10 @@ def compress_submodules(
         smaller = copy_model(model, {id(model.get_submodule(path)): result.model for path, result in results})
     with clock("verify"), undisturbed(model), undisturbed(smaller):
         macs = count_macs(model, inputs), count_macs(smaller, inputs)
+    forecast = None
+    if prepared.forecaster:
+        with clock("forecast"):
+            forecast = prepared.forecaster(smaller)
     reports = [(path, result.report) for path, result in results]
     differences = [report.verified for _, report in reports if report.verified is not None]
     seconds = dict(clock.seconds)
@@ -50,6 +54,7 @@ def compress_submodules(
         ),
         assessment=results[0][1].report.assessment if len(results) == 1 else None,
         held_out_errors=results[0][1].report.held_out_errors if len(results) == 1 else {},
+        forecast=forecast,
     )
     plans = [(path, result.plan) for path, result in results]
     plan = Plan(

@@ -70,10 +70,32 @@ class Forecast:
         return None if self.measure != AGREEMENT or self.agreement is None else _LOST * (1 - self.agreement)
 
 
-_SHIFT, _SLOPE, _ERROR_SLOPE = 0.9, 0.8, -1.0
-"""Logit of the agreement at real inputs: a shift, and slopes of its logit on dreams and of the outputs' error there."""
-_SPREAD = 0.6
-"""Deviation of what is left over, in logits."""
+@dataclass(frozen=True)
+class Map:
+    """From probes of a kind to real inputs, as ``benchmarks/forecast.py`` found it.
+
+    Attributes:
+        shift: logit of the agreement at real inputs where probes agree by half and the error is 1.
+        error: slope of that logit on the logarithm of the inverse error of the scores on probes.
+        agreement: slope of it on the logit of the agreement on probes.
+        spread: deviation of what is left over, in logits.
+    """
+
+    shift: float
+    error: float
+    agreement: float
+    spread: float
+
+    def logit(self, error: float, share: float, count: int) -> float:
+        """The logit of the agreement at real inputs."""
+        return self.shift + self.error * inverse(error) + self.agreement * logit(share, count)
+
+
+MAPS = {
+    "photographs": Map(1.0, 1.0, 0.8, 0.6),
+    "sure": Map(0.85, 1.0, 0.4, 0.6),
+}
+"""By the kind of the probes."""
 _LOST = 0.75
 """The share of changed answers that were right."""
 _GROWTH, _GROWTH_SPREAD = 1.0, 0.4
@@ -102,19 +124,34 @@ def scores_error(reference: Float[Tensor, "inputs classes ..."], found: Float[Te
     return math.sqrt(float((max(0.0, factor) * g - f).square().sum()) / max(own, 1e-30))
 
 
-def foretell_agreement(share: float, error: float, count: int, *, measure: str = AGREEMENT) -> Forecast:
-    """From what dreamed inputs show to the agreement at real ones.
+def inverse(error: float) -> float:
+    """The logarithm of an error's inverse; very small errors are all alike."""
+    return -math.log(max(error, _SMALLEST_ERROR))
+
+
+def logit(share: float, count: int) -> float:
+    """The logit of a share of so many, which stays finite where it is all or none of them."""
+    return math.log((share * count + 0.5) / ((1 - share) * count + 0.5))
+
+
+_SMALLEST_ERROR = 0.01
+
+
+def foretell_agreement(share: float, error: float, count: int, kind: str, *, measure: str = AGREEMENT) -> Forecast:
+    """From what both networks say to probes to the agreement at real inputs.
 
     Args:
-        share: agreement on dreams that the original is sure of.
-        error: relative error of the scores there.
-        count: how many dreams there were.
+        share: agreement on the probes.
+        error: of the scores there, by :func:`scores_error`.
+        count: how many probes there were.
+        kind: which: "photographs" or "sure".
         measure: "agreement" or "positions".
     """
-    middle = _SHIFT + _SLOPE * _logit(share, count) + _ERROR_SLOPE * error
+    chosen = MAPS[kind]
+    middle = chosen.logit(error, share, count)
     # What so few inputs leave open: the variance of a share, carried over to its logit.
     even = (share * count + 0.5) / (count + 1)
-    spread = math.sqrt(_SPREAD**2 + _SLOPE**2 / (count * even * (1 - even)))
+    spread = math.sqrt(chosen.spread**2 + chosen.agreement**2 / (count * even * (1 - even)))
     low, value, high = (_share(middle + sign * _NINE_IN_TEN * spread) for sign in (-1, 0, 1))
     return Forecast(measure, agreement=value, low=low, high=high, inputs=count)
 
@@ -179,10 +216,6 @@ def foretell_perplexity(before: Float[Tensor, " texts"], after: Float[Tensor, " 
 
 _PERPLEXITY_SPREAD = 0.5
 """How far the logarithm of the ratio may be off on real text, relative to itself."""
-
-
-def _logit(share: float, count: int) -> float:
-    return math.log((share * count + 0.5) / ((1 - share) * count + 0.5))
 
 
 def _share(logit: float) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lbyl.runtime.bench import Timing
+from lbyl.runtime.forecast import Forecast
 from lbyl.runtime.output_error import Assessment
 
 
@@ -30,6 +31,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What the user's own function returned for the network before and after; ``name`` says which function."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class ReportData:
     """What :class:`lbyl.Report` holds; its documentation explains the fields."""
 
@@ -44,6 +54,8 @@ class ReportData:
     assessment: Assessment | None = None
     latency: Timing | None = None
     held_out_errors: Mapping[str, float] = field(default_factory=dict)
+    forecast: Forecast | None = None
+    evaluation: Evaluation | None = None
 
     @property
     def probed(self) -> bool:

@@ -15,9 +15,9 @@ from lbyl.io.report import colors
 from lbyl.io.report.format import FLOAT32, line, number, percent, share, size
 from lbyl.io.report.page.pictures import errors, has_errors, widths
 from lbyl.io.report.page.svg import inline_svg
-from lbyl.io.report.page.verdict import verdict
 from lbyl.io.report.rows import ReportData
 from lbyl.io.report.snippets import arguments, loading, name_of, reproducing, shown_source
+from lbyl.io.report.words import evaluation, expectation
 from lbyl.surgery.plan import Plan
 
 
@@ -74,7 +74,8 @@ def _render(template: str, report: ReportData, plan: Plan | None) -> str:
         .get_template(template)
         .render(
             report=report,
-            verdict=verdict(report.assessment),
+            verdict=expectation(report.forecast),
+            evaluation=evaluation(report.evaluation),
             totals=list(_totals(report, plan)),
             measured={name: any(getattr(row, name) for row in report.rows) for name in ("errors", "note", "seconds")},
             terms=report.has_terms,
