@@ -86,11 +86,13 @@ def parse_budget(text: str) -> tuple[str, float]:
     """
     name, _, number = text.partition("=")
     try:
-        if name not in ("macs", "params", "size_mb", "latency"):
+        if name not in ("agreement", "accuracy_drop", "macs", "params", "size_mb", "latency"):
             raise ValueError
         return name, float(number)
     except ValueError:
-        raise typer.BadParameter(f"{text!r}: write macs=0.5, params=0.5, latency=0.5 or size_mb=10") from None
+        raise typer.BadParameter(
+            f"{text!r}: write agreement=0.95, accuracy_drop=0.01, macs=0.5, params=0.5, latency=0.5 or size_mb=10"
+        ) from None
 
 
 def check_budget(text: str | None) -> str | None:

@@ -20,9 +20,9 @@ from lbyl.io.files import write_whole
 from lbyl.io.report.format import shown
 from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
-from lbyl.pipeline.compress import walk
 from lbyl.pipeline.evaluate import Evaluate, Judge
 from lbyl.pipeline.prepare import Prepared, check_weights, first_that_restores, plain_module, prepare
+from lbyl.pipeline.quality import meet
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep import pareto
@@ -245,7 +245,7 @@ def _compressed(network: _Network, state: SweepState, folder: Path, judge: Judge
         progress = _labelled(network.request.progress, f"{point.asked} ({number + 1} of {len(waiting)})")
         request = replace(network.request, budget=point.limit, progress=progress)
         started = perf_counter()
-        result = _attempt(lambda request=request: walk(network.prepared, request, Clock(), ground))
+        result = _attempt(lambda request=request: meet(network.prepared, request, Clock(), ground, judge))
         if isinstance(result, LbylError):
             state = state.having(replace(point, reason=str(result))).write(folder)
             continue
