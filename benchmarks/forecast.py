@@ -111,7 +111,7 @@ CASES = {
     "lenet": published("lenet", cells(Prune=(0.3, 0.5, 0.6), LBYL=(0.5, 0.7), Default=(0.5, 0.6, 0.7, 0.8)), "lenet"),
     "resnet56": published(
         "resnet56",
-        cells(Prune=(0.1, 0.2, 0.3), LBYL=(0.1, 0.3), Photographs=(0.2, 0.4, 0.6), Default=(0.5,)),
+        cells(Prune=(0.1, 0.2, 0.3), LBYL=(0.1, 0.3), Photographs=(0.2, 0.4, 0.6), Default=(0.4,)),
         "resnet56",
         600,
     ),

@@ -79,7 +79,7 @@ class Consumer(HTMLParser):
 @pytest.fixture(scope="module")
 def fitted() -> lbyl.Result:
     restore = lbyl.LeastSquares(moments=lbyl.Noise(images=4))
-    return lbyl.compress(residual(), X, restore=restore, source="nets.py:residual")
+    return lbyl.compress(residual(), X, restore=restore, source="nets.py:residual", ratio=0.5)
 
 
 def damaged(report: lbyl.Report, name: str) -> lbyl.Report:

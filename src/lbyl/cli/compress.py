@@ -36,7 +36,7 @@ OneBudget = Annotated[
         callback=check_budget,
         help="What has to be kept or what may stay, in place of a ratio; the widths of the groups are then chosen for "
         "the least predicted error, which spends a cut better. agreement: the share of real inputs with the same "
-        "answer, as foretold. accuracy_drop: with --eval. Latency is measured on this machine. Default: agreement=0.95.",
+        "answer, as foretold. accuracy_drop: with --eval. Latency is measured here. Default: agreement=0.95.",
         show_default=False,
         rich_help_panel=BUDGET,
     ),
