@@ -32,9 +32,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lbyl
-from lbyl.moments import Probes, ProbeSource
+from lbyl.moments import Photographs, Probes, ProbeSource
 from lbyl.moments.base import is_lifelike
 from lbyl.moments.forecast_probes import forecast_probes
+from lbyl.moments.photographs import takes_photographs
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.registry import choose_restorer
 from lbyl.runtime.copying import copy_model
@@ -111,7 +112,7 @@ CASES = {
     "lenet": published("lenet", cells(Prune=(0.3, 0.5, 0.6), LBYL=(0.5, 0.7), Default=(0.5, 0.6, 0.7, 0.8)), "lenet"),
     "resnet56": published(
         "resnet56",
-        cells(Prune=(0.1, 0.2, 0.3), LBYL=(0.1, 0.3), Photographs=(0.2, 0.4, 0.6), Default=(0.4,)),
+        cells(Prune=(0.1, 0.2, 0.3), LBYL=(0.1, 0.3), Photographs=(0.2, 0.4, 0.6)),
         "resnet56",
         600,
     ),
@@ -194,6 +195,9 @@ def measure(name: str, data: Path, run: Run, console: Console, seeds: int = 1) -
     pixels, labels = images.pixels[order], images.labels[order]
     made = forecast_probes(net, ExampleInputs.of(pixels[:1]), generator_for(0, "forecast"))
     kinds = {f"{made.kind} {number}": each for number, each in enumerate(made.batches)}
+    if made.kind == "dreamed" and takes_photographs(ExampleInputs.of(pixels[:1])):
+        crops = Photographs(images=48).probes(net, ExampleInputs.of(pixels[:1]), generator_for(0, "crops"), None)
+        kinds["photographs 0"] = crops.batches[0]
     probes = {kind: each.tensors()[0] for kind, each in kinds.items()}
     original = {kind: scores(net, each, case.batch) for kind, each in probes.items()}
     truth, restorers = scores(net, pixels, case.batch), Restorers(net, pixels[:1])

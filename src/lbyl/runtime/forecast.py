@@ -92,6 +92,7 @@ class Map:
 
 
 MAPS = {
+    "dreamed": Map(0.9, 1.4, 0.2, 0.6),
     "photographs": Map(1.0, 1.0, 0.8, 0.6),
     "sure": Map(0.85, 1.0, 0.4, 0.6),
 }

@@ -83,12 +83,10 @@ def _exporting(plan: Plan) -> Iterator[str]:
 
 def _groups(report: Report) -> Iterator[str]:
     yield from ("[report.html](report.html) shows it in pictures.", "")
-    probed = any(row.errors for row in report.rows)
-    yield "| group | channels |" + (" error pruned | error restored |" if probed else "")
-    yield "|---|--:|" + ("--:|--:|" if probed else "")
+    yield "| group | channels |"
+    yield "|---|--:|"
     for row in report.rows:
-        errors = "".join(f" {error:.1%} |" for error in row.errors) if row.errors else " – | – |" if probed else ""
-        yield f"| {code_span(row.group, cell=True)} | {row.before} → {row.after} |{errors}"
+        yield f"| {code_span(row.group, cell=True)} | {row.before} → {row.after} |"
 
 
 def _left(report: Report) -> Iterator[str]:

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 
-from lbyl.io.report.format import number, percent, shown
+from lbyl.io.report.format import number, shown
 from lbyl.io.report.rows import ReportData, Row
 from lbyl.io.report.words import evaluation, expectation
 from lbyl.runtime.documents import check_no_faults, read_as
@@ -51,12 +51,12 @@ class Report(ReportData):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(box=box.SIMPLE_HEAD, title="Pruned groups", title_justify="left")
-        names = ("error pruned", "error restored") if self.probed else ("RE", "BE", "AE", "s")
+        names = () if self.probed else ("RE", "BE", "AE", "s")
         for name in ("group", "channels", *names, "note"):
             table.add_column(name, justify="left" if name in ("group", "note") else "right")
         for row in self.rows:
             terms = [number(row.re), number(row.be), number(row.ae), f"{row.seconds:.2f}"]
-            numbers = [percent(error) for error in row.errors or (None, None)] if self.probed else terms
+            numbers = () if self.probed else terms
             table.add_row(shown(row.group), f"{row.before} → {row.after}", *numbers, shown(row.note))
         yield table
         if self.left:

@@ -16,7 +16,8 @@ class Row:
 
     ``re``, ``be`` and ``ae`` are the paper's residual, batch-norm and activation errors, as means over the dropped
     channels; None if the weights-only form does not apply. ``errors`` are relative errors of the consumers' outputs,
-    after plain pruning and after restoration, on the moments that restoration solved with.
+    after plain pruning and after restoration, on the moments that restoration solved with: they say how well each
+    solve went, not what the network lost, for later layers make up for much of it.
     """
 
     group: str

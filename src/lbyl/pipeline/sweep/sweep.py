@@ -32,6 +32,7 @@ from lbyl.pipeline.sweep.pareto import Point
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
 from lbyl.runtime.checks import as_path, named_kind
 from lbyl.runtime.copying import copy_model
+from lbyl.runtime.forecast import Forecast
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
@@ -318,7 +319,8 @@ def _listed(state: SweepState, budgets: Sequence[Budget], folder: Path) -> Sweep
 
 def _filled(point: Point, report: Report, seconds: float | None) -> Point:
     """A point with what its report says."""
-    seen = report.assessment
+    seen, told = report.assessment, report.forecast or Forecast()
+    bounds = {} if told.agreement is None else {"agreement": told.agreement, "low": told.low, "high": told.high}
     return replace(
         point,
         made=True,
@@ -328,6 +330,7 @@ def _filled(point: Point, report: Report, seconds: float | None) -> Point:
         pruned=seen.pruned if seen else None,
         error=seen.restored if seen else None,
         seconds=seconds,
+        **bounds,
     )
 
 
