@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import torch
@@ -27,7 +28,7 @@ from accuracy import NETWORKS as PUBLISHED
 from networks import Images, held_out_digits
 from normless import NETWORKS as NORMLESS
 from normless import trained
-from output import Run, known_cells
+from output import Run, Table, known_cells
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ from lbyl.moments.photographs import takes_photographs
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.registry import choose_restorer
 from lbyl.runtime.copying import copy_model
-from lbyl.runtime.forecast import scores_error
+from lbyl.runtime.forecast import MAPS, Forecast, Map, clearness, foretell_agreement, logit, scores_error
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.seeding import generator_for
@@ -230,17 +231,115 @@ def measure(name: str, data: Path, run: Run, console: Console, seeds: int = 1) -
         run.write()
 
 
+def kind_of(probe: str) -> str:
+    """The map that a kind of probes belongs to."""
+    return probe.split()[0]
+
+
+def features(cell: dict[str, Any], probe: str) -> tuple[list[float], float]:
+    """What the map is given, and the logit that it should give."""
+    seen, real = cell["probes"][probe], cell["real"]
+    row = [1.0, clearness(seen["scores_error"]), logit(seen["agreement"], seen["count"])]
+    return row, logit(real["agreement"], real["count"])
+
+
+def lost(cell: dict[str, Any]) -> float:
+    """Points of accuracy."""
+    return cell["unpruned"] - cell["accuracy"]
+
+
+PRIOR = Map(0.9, 1.4, 0.3, 0.5)
+"""What constants are drawn to, as much as half a cell says."""
+
+
+def fitted(found: Sequence[dict[str, Any]], kind: str) -> Map:
+    """The map of one kind of probes: ridge regression of logits, in which ruins count little."""
+    pairs = [(cell, probe) for cell in found for probe in cell["probes"] if kind_of(probe) == kind]
+    if not pairs:
+        return PRIOR
+    rows = [features(cell, probe) for cell, probe in pairs]
+    x = torch.tensor([row for row, _ in rows], dtype=torch.float64)
+    y = torch.tensor([value for _, value in rows], dtype=torch.float64)
+    weights = torch.tensor([1.0 if lost(cell) < 20 else 0.1 for cell, _ in pairs], dtype=torch.float64)
+    prior = torch.tensor([PRIOR.shift, PRIOR.error, PRIOR.agreement], dtype=torch.float64)
+    weighed = x * weights[:, None]
+    ridge = torch.tensor([0.1, 2.0, 4.0], dtype=torch.float64).diag()
+    solution = prior + torch.linalg.solve(weighed.T @ x + ridge, weighed.T @ (y - x @ prior))
+    left = (y - x @ solution).square() * weights
+    spread = float((left.sum() / weights.sum()).sqrt())
+    shift, error, agreement = (round(float(value), 2) for value in solution)
+    return Map(shift, error, agreement, round(max(_LEAST_SPREAD, spread), 2))
+
+
+_LEAST_SPREAD = 0.45
+"""Logits: networks that were not seen scatter more than those that were."""
+
+
+def foretold(cell: dict[str, Any], probe: str, chosen: Map) -> Forecast:
+    """The forecast with a map."""
+    seen = cell["probes"][probe]
+    return foretell_agreement(seen["agreement"], seen["scores_error"], seen["count"], chosen)
+
+
+def left_out(run: Run) -> list[tuple[dict[str, Any], str, Forecast]]:
+    """Each cell with the forecast of a map that was fitted on the other families."""
+    found: list[tuple[dict[str, Any], str, Forecast]] = []
+    for cell in run.measurements:
+        others = [each for each in run.measurements if each["family"] != cell["family"]]
+        found += [(cell, probe, foretold(cell, probe, fitted(others, kind_of(probe)))) for probe in cell["probes"]]
+    return found
+
+
+def tabulate(run: Run) -> None:
+    """A row a cell, and what the errors come to where the loss is slight."""
+    cells = left_out(run)
+    rows: list[list[Any]] = []
+    for cell, probe, forecast in cells:
+        assert forecast.agreement is not None
+        assert forecast.low is not None
+        assert forecast.high is not None
+        assert forecast.loss is not None
+        told = f"{forecast.agreement:.0%} ({forecast.low:.0%} to {forecast.high:.0%})"
+        real = f"{cell['real']['agreement']:.0%}"
+        title = CASES[cell["network"]].title
+        what = f"{cell['method']} {cell['ratio']:.0%}"
+        rows.append([title, what, kind_of(probe), told, real, round(100 * forecast.loss, 1), round(lost(cell), 1)])
+    summary: list[list[Any]] = []
+    for kind in MAPS:
+        slight = [(cell, f) for cell, probe, f in cells if kind_of(probe) == kind and lost(cell) < SLIGHT]
+        if slight:
+            losses = mean(abs(100 * (f.loss or 0.0) - lost(cell)) for cell, f in slight)
+            answers = mean(abs(100 * (f.agreement or 0.0) - 100 * cell["real"]["agreement"]) for cell, f in slight)
+            within = mean((f.low or 0.0) <= cell["real"]["agreement"] <= (f.high or 0.0) for cell, f in slight)
+            summary.append([kind, len(slight), round(answers, 2), round(losses, 2), f"{within:.0%}"])
+    columns = ["probes", "cells", "agreement off by", "loss off by", "within the bounds"]
+    note = (
+        f"Points, mean of absolute errors where less than {SLIGHT:.0f} points are lost; the network's family left out."
+    )
+    run.tables = [Table("Forecast against truth", columns, summary, note)]
+    columns = ["network", "cut", "probes", "foretold agreement", "real", "foretold loss", "lost"]
+    run.details = [Table("Forecast against truth, cell by cell", columns, rows)]
+
+
 def main(
     data: Annotated[Path, typer.Option(envvar="LBYL_DATA", help="Folder with weights/ and data/.")],
     network: Annotated[list[str] | None, typer.Option(help="One of CASES; may be given again. All without.")] = None,
     fresh: Annotated[bool, typer.Option(help="Compute again what is known, for these networks.")] = False,
+    fit: Annotated[bool, typer.Option(help="Compute nothing; print the map that fits what is known.")] = False,
 ) -> None:
     """Fill the table cell by cell."""
     console, names = Console(width=200), network or list(CASES)
     run = Run("forecast", "Forecast against truth", "python benchmarks/forecast.py --data DIR", pieced=True)
     run.measurements = [cell for cell in known_cells("forecast") if not (fresh and cell["network"] in names)]
-    for name in names:
+    for name in () if fit else names:
         measure(name, data, run, console)
+    if fit:
+        for kind in MAPS:
+            console.print(f"{kind!r}: {fitted(run.measurements, kind)},")
+    tabulate(run)
+    run.write()
+    for table in run.tables:
+        console.print(table)
 
 
 if __name__ == "__main__":

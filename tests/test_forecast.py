@@ -17,7 +17,7 @@ import lbyl
 from lbyl.cli.app import app
 from lbyl.io.artifact import CARD, PAGE, read_manifest
 from lbyl.io.report.words import expectation
-from lbyl.runtime.forecast import Forecast, foretell_agreement, scores_error, with_real_answers
+from lbyl.runtime.forecast import MAPS, Forecast, foretell_agreement, scores_error, with_real_answers
 
 X = images(2, 6)
 
@@ -64,24 +64,24 @@ def bounded(forecast: Forecast) -> bool:
 # -- numbers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["photographs", "sure"])
+@pytest.mark.parametrize("kind", ["dreamed", "photographs", "sure"])
 def test_more_agreement_and_less_error_on_probes_promise_more(kind: str) -> None:
-    shares = [foretell_agreement(share, 0.3, 100, kind).agreement for share in (0.2, 0.6, 0.9, 1.0)]
-    errors = [foretell_agreement(0.9, error, 100, kind).agreement for error in (1.0, 0.5, 0.2, 0.0)]
+    shares = [foretell_agreement(share, 0.3, 100, MAPS[kind]).agreement for share in (0.2, 0.6, 0.9, 1.0)]
+    errors = [foretell_agreement(0.9, error, 100, MAPS[kind]).agreement for error in (1.0, 0.5, 0.2, 0.0)]
     assert shares == sorted(shares, key=lambda share: share or 0.0)
     assert errors == sorted(errors, key=lambda share: share or 0.0)
-    assert all(bounded(foretell_agreement(share, 0.3, 100, kind)) for share in (0.0, 0.5, 1.0))
+    assert all(bounded(foretell_agreement(share, 0.3, 100, MAPS[kind])) for share in (0.0, 0.5, 1.0))
 
 
 def test_few_probes_leave_more_open() -> None:
-    few, many = (foretell_agreement(0.9, 0.3, count, "sure") for count in (10, 1000))
+    few, many = (foretell_agreement(0.9, 0.3, count, MAPS["sure"]) for count in (10, 1000))
     assert few.low is not None
     assert many.low is not None
     assert few.low < many.low
 
 
 def test_real_answers_weigh_the_more_the_more_there_are() -> None:
-    prior = foretell_agreement(0.5, 1.0, 100, "sure")
+    prior = foretell_agreement(0.5, 1.0, 100, MAPS["sure"])
     assert prior.agreement is not None
     few, many = (with_real_answers(prior, 0.99, count) for count in (5, 5000))
     assert few.agreement is not None

@@ -20,6 +20,7 @@ from lbyl.runtime.forecast import (
     AGREEMENT,
     COSINE,
     ERROR,
+    MAPS,
     PERPLEXITY,
     POSITIONS,
     UNKNOWN,
@@ -122,7 +123,8 @@ class Forecaster:
         elif len(answers.unique()) < 2:
             return Forecast(why="the network gives all probes the same answer, so they tell nothing")
         same = float(same_answers(before, after).double().mean())
-        return foretell_agreement(same, scores_error(before, after), len(before), made.kind, measure=self.measure)
+        error = scores_error(before, after)
+        return foretell_agreement(same, error, len(before), MAPS[made.kind], measure=self.measure)
 
     def _scores(self, outputs: list[Tensor], inputs: ExampleInputs) -> Tensor:
         found = (class_scores if self.measure == AGREEMENT else _position_scores)(outputs, inputs)

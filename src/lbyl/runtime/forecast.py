@@ -75,8 +75,8 @@ class Map:
     """From probes of a kind to real inputs, as ``benchmarks/forecast.py`` found it.
 
     Attributes:
-        shift: logit of the agreement at real inputs where probes agree by half and the error is 1.
-        error: slope of that logit on the logarithm of the inverse error of the scores on probes.
+        shift: logit of the agreement at real inputs where probes agree by half and half of the scores' power is left.
+        error: slope of that logit on what is left of the scores over their error on probes, by :func:`clearness`.
         agreement: slope of it on the logit of the agreement on probes.
         spread: deviation of what is left over, in logits.
     """
@@ -88,7 +88,7 @@ class Map:
 
     def logit(self, error: float, share: float, count: int) -> float:
         """The logit of the agreement at real inputs."""
-        return self.shift + self.error * inverse(error) + self.agreement * logit(share, count)
+        return self.shift + self.error * clearness(error) + self.agreement * logit(share, count)
 
 
 MAPS = {
@@ -125,9 +125,9 @@ def scores_error(reference: Float[Tensor, "inputs classes ..."], found: Float[Te
     return math.sqrt(float((max(0.0, factor) * g - f).square().sum()) / max(own, 1e-30))
 
 
-def inverse(error: float) -> float:
-    """The logarithm of an error's inverse; very small errors are all alike."""
-    return -math.log(max(error, _SMALLEST_ERROR))
+def clearness(error: float) -> float:
+    """The logarithm of what is left of the scores over their error: ``log(sqrt(1 - e^2) / e)``, within bounds."""
+    return 0.5 * math.log(max(1 - error**2, _LEAST_LEFT)) - math.log(max(error, _SMALLEST_ERROR))
 
 
 def logit(share: float, count: int) -> float:
@@ -135,20 +135,19 @@ def logit(share: float, count: int) -> float:
     return math.log((share * count + 0.5) / ((1 - share) * count + 0.5))
 
 
-_SMALLEST_ERROR = 0.01
+_SMALLEST_ERROR, _LEAST_LEFT = 0.01, 0.05
 
 
-def foretell_agreement(share: float, error: float, count: int, kind: str, *, measure: str = AGREEMENT) -> Forecast:
+def foretell_agreement(share: float, error: float, count: int, chosen: Map, *, measure: str = AGREEMENT) -> Forecast:
     """From what both networks say to probes to the agreement at real inputs.
 
     Args:
         share: agreement on the probes.
         error: of the scores there, by :func:`scores_error`.
         count: how many probes there were.
-        kind: which: "photographs" or "sure".
+        chosen: the map for probes of their kind, one of ``MAPS``.
         measure: "agreement" or "positions".
     """
-    chosen = MAPS[kind]
     middle = chosen.logit(error, share, count)
     # What so few inputs leave open: the variance of a share, carried over to its logit.
     even = (share * count + 0.5) / (count + 1)
