@@ -93,7 +93,7 @@ def moments(net: nn.Module, x: torch.Tensor, settings: lbyl.LeastSquares) -> int
 def measure(name: str, room: int) -> dict[str, Any]:
     """One compression, in this process."""
     tiny = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
-    lbyl.compress(tiny, torch.zeros(1, 3, 16, 16), restore=restorer(tiny, torch.zeros(1, 3, 16, 16), room))
+    lbyl.compress(tiny, torch.zeros(1, 3, 16, 16), restore=restorer(tiny, torch.zeros(1, 3, 16, 16), room), ratio=0.5)
     torch.manual_seed(0)
     make, side = NETWORKS[name]
     net, x = settle(make(weights=None)), torch.randn(1, 3, side, side)

@@ -42,7 +42,7 @@ def data(count: int = 96) -> lbyl.Data:
 def test_the_smaller_network_has_the_users_modules_only() -> None:
     net = settle(Residual())
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    result = lbyl.compress(net, images(1), restore=lbyl.LeastSquares(moments=data()))
+    result = lbyl.compress(net, images(1), restore=lbyl.LeastSquares(moments=data()), ratio=0.5)
     assert set(result.model.state_dict()) == set(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert not any(module._forward_hooks for module in result.model.modules())
@@ -63,7 +63,8 @@ def test_statistics_of_our_own_help(seed: int) -> None:
     net = settle(Residual(), seed)
     plain = lbyl.LeastSquares(moments=data(), attach_norms=False, prior=0.0)
     with_norms, without = (
-        lbyl.compress(net, images(1), restore=restore).model for restore in (replace(plain, attach_norms=True), plain)
+        lbyl.compress(net, images(1), restore=restore, ratio=0.5).model
+        for restore in (replace(plain, attach_norms=True), plain)
     )
     assert error(net, with_norms) < error(net, without)
 
@@ -71,7 +72,7 @@ def test_statistics_of_our_own_help(seed: int) -> None:
 def test_a_network_with_batch_norms_gets_no_others() -> None:
     net = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)))
     with_norms, without = (
-        lbyl.compress(net, images(1), restore=lbyl.LeastSquares(moments=data(), attach_norms=attach)).model
+        lbyl.compress(net, images(1), restore=lbyl.LeastSquares(moments=data(), attach_norms=attach), ratio=0.5).model
         for attach in (True, False)
     )
     for one, other in zip(with_norms.state_dict().values(), without.state_dict().values(), strict=True):
@@ -135,7 +136,7 @@ def test_layers_of_all_kinds(make: Callable[[], nn.Module], shape: tuple[int, ..
         with pytest.raises(lbyl.InputError, match="no group can be pruned"):
             lbyl.compress(net, x[:1], ratio={"first": 0.5}, restore=restore, scope=scope)
         return
-    result = lbyl.compress(net, x[:1], restore=restore, scope=scope)
+    result = lbyl.compress(net, x[:1], restore=restore, scope=scope, ratio=0.5)
     assert result.report.assessment is not None
     assert result.report.assessment.restored <= result.report.assessment.pruned
     assert set(result.model.state_dict()) == set(net.state_dict())
@@ -143,7 +144,7 @@ def test_layers_of_all_kinds(make: Callable[[], nn.Module], shape: tuple[int, ..
 
 def test_dreams_meet_the_statistics_that_photographs_have() -> None:
     net = settle(Residual())
-    result = lbyl.compress(net, images(1), restore=lbyl.LeastSquares(moments=lbyl.Dream(images=24, steps=3)))
+    result = lbyl.compress(net, images(1), restore=lbyl.LeastSquares(moments=lbyl.Dream(images=24, steps=3)), ratio=0.5)
     assert result.report.assessment is not None
     assert result.report.assessment.restored < result.report.assessment.pruned
 

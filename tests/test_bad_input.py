@@ -77,7 +77,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     net = load_source(f"{place / 'net.py'}:net")
     sys.dont_write_bytecode = bytecode
-    lbyl.compress(net, images(1, 3, 12, 12), restore="prune", source="net.py:net").save(place / "saved")
+    lbyl.compress(net, images(1, 3, 12, 12), restore="prune", source="net.py:net", ratio=0.5).save(place / "saved")
     save_file(net.state_dict(), place / "good.safetensors")
     (place / "photos").mkdir()
     Image.new("RGB", (16, 16), "red").save(place / "photos" / "a.png")
@@ -374,7 +374,15 @@ class Call:
 
 def compress(name: str, *says: str, net: Callable[[], Any] = residual, x: Any = X, **settings: Any) -> Call:
     error = settings.pop("error", lbyl.InputError)
-    return Call(name, lambda net: lbyl.compress(net, x, **{"restore": "prune", **settings}), error, says, net)
+    return Call(
+        name,
+        lambda net: lbyl.compress(
+            net, x, **{"restore": "prune", "ratio": None if "budget" in settings else 0.5, **settings}
+        ),
+        error,
+        says,
+        net,
+    )
 
 
 def budget(name: str, *says: str, **settings: Any) -> Call:
@@ -522,7 +530,7 @@ def small_files(size: int) -> Iterator[None]:
 
 @pytest.fixture
 def result() -> lbyl.Result:
-    return lbyl.compress(flat_convnet(), images(1, 3, 4, 4), restore="prune")
+    return lbyl.compress(flat_convnet(), images(1, 3, 4, 4), restore="prune", ratio=0.5)
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000])

@@ -209,6 +209,6 @@ def test_a_member_that_can_not_be_called() -> None:
 @pytest.mark.parametrize("argument", ["criterion", "restore"])
 def test_an_unknown_name_in_python(module: Path, source: str, argument: str) -> None:
     runpy.run_path(str(module))
-    arguments: dict[str, Any] = {argument: "yours"}
+    arguments: dict[str, Any] = {argument: "yours", "ratio": 0.5}
     with pytest.raises(lbyl.InputError, match=r"'yours'; choose one of .*mine"):
         lbyl.compress(load_source(source), torch.zeros(1, 3, 8, 8), **arguments)

@@ -21,7 +21,7 @@ BUDGETS = [lbyl.Budget(params=0.6)]
 
 
 def save(folder: Path) -> Path:
-    return lbyl.compress(flat_convnet(), images(1, 3, 4, 4), restore="prune").save(folder)
+    return lbyl.compress(flat_convnet(), images(1, 3, 4, 4), restore="prune", ratio=0.5).save(folder)
 
 
 def sweep(folder: Path) -> lbyl.Sweep:

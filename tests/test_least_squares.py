@@ -251,7 +251,7 @@ def test_auto_follows_the_batch_norms_and_says_why() -> None:
     assert with_norm.plan.settings["restore"]["moments"]["name"] == "Dream"
     assert "batch norm" in with_norm.report.notes[0]
     mlp = randomize(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)))
-    without = lbyl.compress(mlp, torch.randn(1, 6))
+    without = lbyl.compress(mlp, torch.randn(1, 6), ratio=0.5)
     assert without.plan.settings["restore"]["moments"]["name"] == "ClassDream"
     assert without.report.assessment is not None
     assert without.report.assessment.restored < without.report.assessment.pruned
@@ -364,7 +364,7 @@ def test_synthetic_images_are_seeded_and_like_natural_ones(make, least: float) -
         lambda: lbyl.LeastSquares(lbyl.Gaussian(), sequential=True),
         lambda: lbyl.Noise(images=1),
         lambda: lbyl.Dream(steps=-1),
-        lambda: lbyl.compress(conv_net(), images(1), restore=lbyl.LeastSquares(lbyl.Data([]))),
+        lambda: lbyl.compress(conv_net(), images(1), restore=lbyl.LeastSquares(lbyl.Data([])), ratio=0.5),
     ],
 )
 def test_bad_settings_are_refused(wrong) -> None:

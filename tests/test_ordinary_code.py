@@ -90,14 +90,15 @@ def test_what_stood_in_is_told() -> None:
     result = lbyl.compress(Log().eval(), torch.rand(2, 3, 12, 12) + 0.1, ratio=0.5)
     assert any("was taken instead" in note for note in result.report.notes)
     assert not any(
-        "was taken instead" in note for note in lbyl.compress(Viewed().eval(), images(1, 3, 12, 12)).report.notes
+        "was taken instead" in note
+        for note in lbyl.compress(Viewed().eval(), images(1, 3, 12, 12), ratio=0.5).report.notes
     )
 
 
 def test_a_restorer_that_was_named_is_not_replaced() -> None:
     named = lbyl.LeastSquares(moments=lbyl.Noise(images=8))
     with pytest.raises(lbyl.RestorationError, match=r"LeastSquares can't restore.*restore='lbyl'"):
-        lbyl.compress(LiteralBatch().eval(), torch.rand(2, 3, 12, 12), restore=named)
+        lbyl.compress(LiteralBatch().eval(), torch.rand(2, 3, 12, 12), restore=named, ratio=0.5)
 
 
 def plain() -> nn.Sequential:

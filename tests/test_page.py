@@ -29,8 +29,9 @@ from lbyl.cli.app import app
 from lbyl.io.artifact import DOCUMENT, PAGE, document, read_manifest
 from lbyl.io.report.model_card import card
 from lbyl.io.report.page import page, plot
-from lbyl.io.report.page.verdict import verdict
+from lbyl.io.report.words import expectation
 from lbyl.runtime.bench import Bench, Change
+from lbyl.runtime.forecast import Forecast
 from lbyl.runtime.latency import Runs
 
 HOSTILE = "</code><script>alert('x')</script>&\"<img src=//evil.test>$\\frac{1}"
@@ -79,7 +80,7 @@ class Consumer(HTMLParser):
 @pytest.fixture(scope="module")
 def fitted() -> lbyl.Result:
     restore = lbyl.LeastSquares(moments=lbyl.Noise(images=4))
-    return lbyl.compress(residual(), X, restore=restore, source="nets.py:residual")
+    return lbyl.compress(residual(), X, restore=restore, source="nets.py:residual", ratio=0.5)
 
 
 def damaged(report: lbyl.Report, name: str) -> lbyl.Report:
@@ -107,7 +108,7 @@ def test_the_page_says_what_was_cut_what_it_cost_and_how_to_go_on(fitted: lbyl.R
         f"{after / before:.1%} of {before:,}",
         f"{report.macs[1] / report.macs[0]:.1%} of ",
         f"{after * 4 / 1e3:,.1f} kB",
-        verdict(report.assessment).headline,
+        expectation(report.forecast).headline,
         f"{report.assessment.restored:.1%}",
         f"{report.assessment.pruned:.1%} without restoration",
         "Verified in float64",
@@ -121,10 +122,8 @@ def test_the_page_says_what_was_cut_what_it_cost_and_how_to_go_on(fitted: lbyl.R
     ):
         assert words in consumer.text
     for row in report.rows:
-        assert row.errors
         cells = next(cells for cells in consumer.cells if cells[0] == row.group)
         assert cells[1:3] == [str(row.before), str(row.after)]
-        assert {f"{error:.1%}" for error in row.errors} <= set(cells)
     for name, why in report.left:
         assert [name, why] in consumer.cells
 
@@ -132,7 +131,7 @@ def test_the_page_says_what_was_cut_what_it_cost_and_how_to_go_on(fitted: lbyl.R
 def test_the_paper_s_errors_are_shown_where_they_apply() -> None:
     result = compress(residual(), X)
     consumer = Consumer(page(result.plan, result.report))
-    assert "Damage was not predicted" in consumer.text
+    assert "What was lost is not known." in consumer.text
     assert {"RE", "BE", "AE"} <= {cell for cells in consumer.cells for cell in cells}
     for row in result.report.rows:
         cells = next(cells for cells in consumer.cells if cells[0] == row.group)
@@ -147,16 +146,13 @@ def test_without_any_error_only_the_widths_are_drawn() -> None:
     assert "Not verified" in consumer.text
 
 
-@pytest.mark.parametrize(
-    ("restored", "words"),
-    [(0.05, "nearly"), (0.3, "are changed."), (0.7, "strongly"), (0.95, "destroyed"), (float("nan"), "destroyed")],
-)
-def test_the_verdict_in_plain_words(fitted: lbyl.Result, restored: float, words: str) -> None:
-    assert fitted.report.assessment
-    assessment = dataclasses.replace(fitted.report.assessment, restored=restored)
-    report = dataclasses.replace(fitted.report, assessment=assessment)
-    assert words in verdict(assessment).headline
-    assert verdict(assessment).headline in Consumer(page(fitted.plan, report)).text
+@pytest.mark.parametrize(("agreement", "tone"), [(0.97, "good"), (0.9, "fair"), (0.3, "bad"), (None, "none")])
+def test_color_and_words_follow_the_forecast(fitted: lbyl.Result, agreement: float | None, tone: str) -> None:
+    forecast = Forecast() if agreement is None else Forecast("agreement", agreement=agreement, low=0.1, high=1.0)
+    consumer = Consumer(page(fitted.plan, dataclasses.replace(fitted.report, forecast=forecast)))
+    assert ("class", f"verdict {tone}") in consumer.attributes
+    assert expectation(forecast).headline in consumer.text
+    assert "destroyed" not in consumer.text
 
 
 # -- nothing but itself -------------------------------------------------------------------------------------
@@ -309,7 +305,7 @@ def test_notebooks_show_results_reports_and_inspections(fitted: lbyl.Result) -> 
         assert consumer.open == []
         assert {"html", "body", "script"}.isdisjoint(consumer.tags)
         assert fitted.report.rows[0].group in consumer.text
-    assert result.tags.count("svg") == 2
+    assert result.tags.count("svg") == 1
     assert "svg" not in report.tags
     assert "How to load it" in result.text
     assert "How to load it" not in report.text
@@ -438,7 +434,7 @@ def test_nothing_is_wider_than_the_screen(measured: tuple[str, Any]) -> None:
         seen = measured[1][name]
         assert seen["width"] == width
         assert seen["scroll"] <= width
-        assert len(seen["svgs"]) == 2
+        assert len(seen["svgs"]) == 1
         for left, right, wide, high in seen["svgs"]:
             assert 0 <= left < right <= width
             assert wide > 300

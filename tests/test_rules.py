@@ -351,7 +351,7 @@ class InputFirst(nn.Module):
 @pytest.mark.parametrize("restore", ["prune", "merge", "lbyl"])
 def test_weights_stored_input_first(restore: str) -> None:
     model = nn.Sequential(InputFirst(10, 5), nn.ReLU(), InputFirst(6, 10), nn.ReLU(), InputFirst(3, 6))
-    result = lbyl.compress(model.eval(), images(2, 4, 5), restore=restore, strict=True)
+    result = lbyl.compress(model.eval(), images(2, 4, 5), restore=restore, strict=True, ratio=0.5)
     assert widths(result) == {"0": (10, 5), "2": (6, 3)}
     assert result.model[2].weight.shape == (5, 3)  # pyright: ignore
     assert result.model[2].nf == 3  # pyright: ignore
@@ -470,7 +470,7 @@ class Crossing(nn.Module):
 
 
 def test_torchs_attention_between_two_streams_stays_whole_by_name() -> None:
-    result = lbyl.compress(settle(Crossing()), images(2, 5, 7), scope="all", restore="prune", strict=True)
+    result = lbyl.compress(settle(Crossing()), images(2, 5, 7), scope="all", restore="prune", strict=True, ratio=0.5)
     assert widths(result) == {"attention.out_proj": (24, 12), "out": (3, 1), "inner": (8, 4)}
     assert "attention" in dict(result.report.left)["one"]
 
@@ -575,7 +575,7 @@ class Undecided(nn.Module):
 def test_what_can_not_be_traced_whole_is_compressed_in_parts(tmp_path) -> None:
     model, x = settle(Undecided()), images(2, 3, 6, 6)
     with pytest.raises(lbyl.TraceError):
-        lbyl.compress(model, x, restore="prune", strict=True)
+        lbyl.compress(model, x, restore="prune", strict=True, ratio=0.5)
     with pytest.raises(lbyl.TraceError):
         lbyl.inspect(model, x, strict=True)
     result = lbyl.compress(model, x, ratio={"*": 0.5, "head.*": 0.2}, restore="prune")
@@ -589,15 +589,15 @@ def test_what_can_not_be_traced_whole_is_compressed_in_parts(tmp_path) -> None:
 
 def test_one_submodule_alone() -> None:
     model, x = settle(Undecided()), images(2, 3, 6, 6)
-    result = lbyl.compress(model, x, restore="prune", submodule="backbone")
+    result = lbyl.compress(model, x, restore="prune", submodule="backbone", ratio=0.5)
     assert widths(result) == {"backbone.0": (8, 4)}
     assert result.model.head[0].out_features == 10  # pyright: ignore
     assert lbyl.inspect(model, x, submodule="head").graph.groups[0].name == "head.0"
     with pytest.raises(lbyl.InputError, match="backbone, head, gate"):
-        lbyl.compress(model, x, submodule="neck")
+        lbyl.compress(model, x, submodule="neck", ratio=0.5)
     twice = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with pytest.raises(lbyl.InputError, match="called 2 times"):
-        lbyl.compress(nn.Sequential(twice, twice), images(2, 4), submodule="0")
+        lbyl.compress(nn.Sequential(twice, twice), images(2, 4), submodule="0", ratio=0.5)
 
 
 def test_shuffled_channels_that_a_chunk_splits_again_stay_whole() -> None:
@@ -613,7 +613,7 @@ def test_shuffled_channels_that_a_chunk_splits_again_stay_whole() -> None:
             y = y.view(len(y), 2, 4, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
             return self.head(y).flatten(1)
 
-    result = lbyl.compress(settle(Shuffled()), images(2, 3, 4, 4), scope="all", restore="prune", strict=True)
+    result = lbyl.compress(settle(Shuffled()), images(2, 3, 4, 4), scope="all", restore="prune", strict=True, ratio=0.5)
     assert widths(result) == {"inner": (6, 3)}
     assert any("view" in why for _, why in result.report.left)
 

@@ -144,7 +144,7 @@ BAD_TENSORS = {
 def test_tensors_that_nothing_can_be_restored_from_are_named(what: str) -> None:
     name, value = BAD_TENSORS[what]
     with pytest.raises(lbyl.InputError, match=name):
-        lbyl.compress(net_with(name, value), images(2, 3, 8, 8))
+        lbyl.compress(net_with(name, value), images(2, 3, 8, 8), ratio=0.5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -152,6 +152,8 @@ def test_the_batch_that_is_not_finite_is_named(value: float) -> None:
     batches = [images(4, 3, 8, 8) for _ in range(3)]
     batches[1][2, 0, 0, 0] = value
     with pytest.raises(lbyl.InputError, match="batch 1 "):
-        lbyl.compress(Base().eval(), images(1, 3, 8, 8), restore=lbyl.LeastSquares(moments=lbyl.Data(batches)))
+        lbyl.compress(
+            Base().eval(), images(1, 3, 8, 8), restore=lbyl.LeastSquares(moments=lbyl.Data(batches)), ratio=0.5
+        )
     with pytest.raises(lbyl.InputError, match="example_inputs hold"):
-        lbyl.compress(Base().eval(), batches[1])
+        lbyl.compress(Base().eval(), batches[1], ratio=0.5)

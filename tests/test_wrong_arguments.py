@@ -29,7 +29,9 @@ class Needy:
 def compress(**settings: Any) -> Callable[[], Any]:
     x = settings.pop("x", X)
     model = settings.pop("model", None) or mlp()
-    return lambda: lbyl.compress(model, x, **{"restore": "prune", **settings})
+    return lambda: lbyl.compress(
+        model, x, **{"restore": "prune", "ratio": None if "budget" in settings else 0.5, **settings}
+    )
 
 
 def data(*batches: Any) -> Callable[[], Any]:
@@ -127,15 +129,15 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_as_many_channels_as_fit_into_a_layer_can_be_pruned() -> None:
     wide = nn.Sequential(nn.Linear(2, 90_000), nn.ReLU(), nn.Linear(90_000, 2))
     x = images(2, 2)
-    assert lbyl.compress(wide, x, restore="prune", verify=False).model[0].out_features == 45_000
+    assert lbyl.compress(wide, x, restore="prune", verify=False, ratio=0.5).model[0].out_features == 45_000
     with pytest.raises(lbyl.InputError, match=r"matrix of 15 GiB; leave this group whole .* restore='prune'"):
-        lbyl.compress(wide, x, restore="merge", verify=False)
+        lbyl.compress(wide, x, restore="merge", verify=False, ratio=0.5)
 
 
 def test_modules_within_modules_within_modules(tmp_path: Any) -> None:
     nested: nn.Module = mlp()
     for _ in range(200):
         nested = nn.Sequential(nested)
-    result = lbyl.compress(nested, X, restore="lbyl")
+    result = lbyl.compress(nested, X, restore="lbyl", ratio=0.5)
     loaded = lbyl.load(result.save(tmp_path / "deep"), nested)
     torch.testing.assert_close(loaded(X), result.model(X))

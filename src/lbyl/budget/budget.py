@@ -14,11 +14,13 @@ from lbyl.runtime.checks import check_number, check_switch
 
 REACHED_WITHIN = 0.02
 _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
+_QUALITIES = ("agreement", "accuracy_drop")
+_SHARES = ("macs", "params", "latency")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the smaller network may cost; exactly one of the first four is given.
+    """What the smaller network may cost, or what it has to keep; exactly one of the first six is given.
 
     Attributes:
         macs: share of the multiply-accumulates that may stay (0.5), at the example inputs.
@@ -26,6 +28,10 @@ class Budget:
         size_mb: size of the saved weights in megabytes (10**6 bytes).
         latency: share of the time that may stay, measured on this machine at the example inputs. Measurements
             scatter, so equal seeds need not give equal widths.
+        agreement: share of real inputs on which the network has to give its first answer still, as far as that can be
+            foretold (:class:`lbyl.Report`, ``forecast``): the smallest network is looked for that keeps it.
+        accuracy_drop: the same with a measure of yours: what ``evaluate`` returns may fall by so much.
+        minimize: what the smallest network is smallest in, where a quality is asked for: "macs", "params" or "latency".
         round_to: kept channels come in multiples of this, where a group is wide enough; "auto" takes what suits the
             device: on a CPU the floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8.
         min_keep: no group keeps fewer channels.
@@ -40,6 +46,9 @@ class Budget:
     params: float | None = None
     size_mb: float | None = None
     latency: float | None = None
+    agreement: float | None = None
+    accuracy_drop: float | None = None
+    minimize: str = "macs"
     round_to: int | str = 1
     min_keep: int = 1
     max_ratio: float = 0.9
@@ -47,13 +56,23 @@ class Budget:
     uniform_layers: bool | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in _UNITS if getattr(self, name) is not None]
+        given = [name for name in (*_UNITS, *_QUALITIES) if getattr(self, name) is not None]
         if len(given) != 1:
             raise InputError(
-                f"Budget: give exactly one of macs, params, size_mb and latency (given: {', '.join(given) or 'none'})"
+                "Budget: give exactly one of macs, params, size_mb, latency, agreement and accuracy_drop "
+                f"(given: {', '.join(given) or 'none'})"
             )
         name, amount = self.limited
-        check_number(f"Budget({name}={{}})", amount, above=0, most=None if name == "size_mb" else 1)
+        if name == "agreement":
+            check_number("Budget(agreement={})", amount, above=0, below=1)
+        elif name == "accuracy_drop":
+            check_number("Budget(accuracy_drop={})", amount, least=0)
+        else:
+            check_number(f"Budget({name}={{}})", amount, above=0, most=None if name == "size_mb" else 1)
+        if self.minimize not in _SHARES:
+            raise InputError(f"Budget(minimize={self.minimize!r}): choose 'macs', 'params' or 'latency'")
+        if self.minimize != "macs" and name not in _QUALITIES:
+            raise InputError(f"Budget(minimize={self.minimize!r}): {name} is what is limited; leave out minimize")
         if self.round_to != "auto":
             check_number('Budget(round_to={}) is not "auto"', self.round_to, whole=True, least=1)
         check_number("Budget(min_keep={})", self.min_keep, whole=True, least=1)
@@ -69,7 +88,18 @@ class Budget:
     @property
     def limited(self) -> tuple[str, float]:
         """What is limited, and to how much."""
-        return next((name, getattr(self, name)) for name in _UNITS if getattr(self, name) is not None)
+        names = (*_UNITS, *_QUALITIES)
+        return next((name, getattr(self, name)) for name in names if getattr(self, name) is not None)
+
+    @property
+    def of_quality(self) -> bool:
+        """Whether it says what has to be kept, not what may be spent."""
+        return self.limited[0] in _QUALITIES
+
+    def costing(self, share: float) -> Budget:
+        """What limits the cost that a quality is to be had for, to a share."""
+        limits: dict[str, float | None] = {name: None for name in _QUALITIES}
+        return replace(self, **limits, **{self.minimize: share}, minimize="macs")  # pyright: ignore[reportArgumentType]
 
     @property
     def unit(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.text import Text
 
 from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Json, Source
+from lbyl.cli.options import Evaluate, Json, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, check_output, prepare
 from lbyl.cli.texts import check_budget, check_ratios, parse_budget, parse_ratio
@@ -23,18 +24,40 @@ Ratio = Annotated[
     typer.Option(
         metavar="R|GLOB=R",
         callback=check_ratios,
-        help="Share of the channels that each group loses. Repeat it as GLOB=R for single groups or layers. "
-        "The last match counts, and without a plain R the others stay whole. Default: 0.5.",
+        help="Share of the channels that each group loses, in place of a budget. Repeat it as GLOB=R for single groups "
+        "or layers. The last match counts, and without a plain R the others stay whole.",
         show_default=False,
     ),
 ]
 OneBudget = Annotated[
     str | None,
     typer.Option(
-        metavar="macs=R|params=R|latency=R|size_mb=X",
+        metavar="agreement=R|accuracy_drop=X|macs=R|params=R|latency=R|size_mb=X",
         callback=check_budget,
-        help="What may stay, in place of a ratio. The widths of the groups are then chosen for the least predicted "
-        "error. Latency is measured on this machine.",
+        help="What has to be kept or what may stay, in place of a ratio; the widths of the groups are then chosen for "
+        "the least predicted error, which spends a cut better. agreement: the share of real inputs with the same "
+        "answer, as foretold. accuracy_drop: with --eval. Latency is measured here. Default: agreement=0.95.",
+        show_default=False,
+        rich_help_panel=BUDGET,
+    ),
+]
+NoForecast = Annotated[
+    bool, typer.Option("--no-forecast", help="Do not foretell how much is kept at real inputs, which saves time.")
+]
+
+
+class Cost(str, Enum):
+    """What the smallest network is smallest in."""
+
+    macs = "macs"
+    params = "params"
+    latency = "latency"
+
+
+Minimize = Annotated[
+    Cost,
+    typer.Option(
+        help="What the smallest network is smallest in, with --budget agreement=R or accuracy_drop=X.",
         rich_help_panel=BUDGET,
     ),
 ]
@@ -51,28 +74,35 @@ def compress(
     output: Output,
     ratio: Ratio = None,
     budget: OneBudget = None,
+    minimize: Minimize = Cost.macs,
+    evaluate: Evaluate = None,
+    no_forecast: NoForecast = False,
     settings: Settings,
     no_latency: NoLatency = False,
     as_json: Json = False,
 ) -> None:
     """Drop channels, let the kept ones make up for them, and save the smaller network."""
     settings.check(source)
-    _check(ratio, budget, settings)
+    _check(ratio, budget, evaluate, minimize, settings)
     with working(f"loading {source}") as stage:
         check_output(output)
         import lbyl
         from lbyl.io.artifact import PAGE, document, read_manifest
         from lbyl.io.report.format import shown
         from lbyl.io.report.snippets import load_line
+        from lbyl.io.sources import load_function
 
         check_images(settings)
-        limit = settings.budget(*parse_budget(budget)) if budget is not None else None
+        limit = None if ratio else settings.budget(*parse_budget(budget or _DEFAULT), minimize.value)
+        judge = load_function(evaluate) if evaluate else None
         prepared = prepare(source, settings, stage)
         result = lbyl.compress(
             prepared.model,
             prepared.inputs,
             ratio=parse_ratio(ratio) if ratio else None,
             budget=limit,
+            evaluate=judge,
+            forecast=not no_forecast,
             **prepared.arguments,
         )
         if not no_latency:
@@ -90,9 +120,19 @@ def compress(
     out.print(Text(f"load it with\n\n    {load_line(output, source)}\n"), soft_wrap=True)
 
 
-def _check(ratio: list[str] | None, budget: str | None, settings: Settings) -> None:
+_DEFAULT = "agreement=0.95"
+
+
+def _check(
+    ratio: list[str] | None, budget: str | None, evaluate: str | None, minimize: Cost, settings: Settings
+) -> None:
     if budget is not None and ratio:
         raise typer.BadParameter("--ratio and --budget: give one of them; a budget chooses each group's ratio")
     names = ("round_to", "min_keep", "max_ratio", "exclude", "uniform_layers")
-    if budget is None and any(getattr(settings, name) != getattr(Settings, name) for name in names):
+    if ratio and any(getattr(settings, name) != getattr(Settings, name) for name in names):
         raise typer.BadParameter("--round-to, --min-keep, --max-ratio, --exclude and --uniform-layers need --budget")
+    name = None if ratio else parse_budget(budget or _DEFAULT)[0]
+    if name == "accuracy_drop" and evaluate is None:
+        raise typer.BadParameter("--budget accuracy_drop=X needs --eval, which says how good a network is")
+    if minimize is not Cost.macs and name not in ("agreement", "accuracy_drop"):
+        raise typer.BadParameter("--minimize is for --budget agreement=R or accuracy_drop=X")

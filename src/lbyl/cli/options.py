@@ -67,3 +67,12 @@ Strict = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote.", show_default=False)]
+Evaluate = Annotated[
+    str | None,
+    typer.Option(
+        "--eval",
+        metavar="MODULE:FUNCTION",
+        help="A function that is called with each network and returns a number, such as an accuracy: "
+        "package.module:function or file.py:function. It is code: it is run.",
+    ),
+]

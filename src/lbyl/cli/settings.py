@@ -244,12 +244,13 @@ class Settings:
             if self.sequential:
                 raise typer.BadParameter(f"--moments {self.moments} runs no network; leave out --sequential")
 
-    def budget(self, name: str, amount: float) -> Budget:
-        """The budget that limits one cost to an amount."""
+    def budget(self, name: str, amount: float, minimize: str = "macs") -> Budget:
+        """The budget that limits one cost to an amount, or the cheapest one of a quality."""
         from lbyl.budget.budget import Budget
 
         return Budget(
             **{name: amount},  # pyright: ignore[reportArgumentType]
+            minimize=minimize,
             round_to=self.round_to if self.round_to == "auto" else int(self.round_to),
             min_keep=self.min_keep,
             max_ratio=self.max_ratio,

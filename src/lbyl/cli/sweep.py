@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Json, Source
+from lbyl.cli.options import Evaluate, Json, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, prepare
 from lbyl.cli.texts import check_budgets, parse_budgets
@@ -16,9 +16,10 @@ from lbyl.cli.texts import check_budgets, parse_budgets
 Budgets = Annotated[
     list[str],
     typer.Option(
-        metavar="macs=R,R,...",
+        metavar="agreement=R,R,...|macs=R,R,...",
         callback=check_budgets,
-        help="What may stay, one network for each amount: shares of macs, params or latency, or a size_mb. "
+        help="What has to be kept (agreement, accuracy_drop) or may stay (shares of macs, params or latency, or a "
+        "size_mb), one network for each amount. "
         "Repeat it for other kinds.",
         rich_help_panel=BUDGET,
         show_default=False,
@@ -26,15 +27,6 @@ Budgets = Annotated[
 ]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="New folder, or the folder of a sweep to continue.")
-]
-Evaluate = Annotated[
-    str | None,
-    typer.Option(
-        "--eval",
-        metavar="MODULE:FUNCTION",
-        help="A function that is called with each network and returns a number, such as an accuracy: "
-        "package.module:function or file.py:function. It is code: it is run.",
-    ),
 ]
 
 

@@ -41,8 +41,11 @@ def check_source(text: str | None) -> str | None:
     """The text, which must have the form of a source; whether there is such a model turns out when it is built."""
     kind, _, name = (text or "").rpartition(":")
     if text is not None and not (kind and name):
+        from lbyl.io.network_files import is_file
         from lbyl.io.sources import FORMS
 
+        if is_file(text):
+            return text
         raise typer.BadParameter(f"{text!r} names no model; write {FORMS}")
     return text
 
@@ -96,11 +99,13 @@ def parse_budget(text: str) -> tuple[str, float]:
     """
     name, _, number = text.partition("=")
     try:
-        if name not in ("macs", "params", "size_mb", "latency"):
+        if name not in ("agreement", "accuracy_drop", "macs", "params", "size_mb", "latency"):
             raise ValueError
         return name, float(number)
     except ValueError:
-        raise typer.BadParameter(f"{text!r}: write macs=0.5, params=0.5, latency=0.5 or size_mb=10") from None
+        raise typer.BadParameter(
+            f"{text!r}: write agreement=0.95, accuracy_drop=0.01, macs=0.5, params=0.5, latency=0.5 or size_mb=10"
+        ) from None
 
 
 def check_budget(text: str | None) -> str | None:

@@ -124,7 +124,7 @@ class Dream:
                 if progress:
                     progress("dreaming", done + step, steps * len(starts))
 
-            dreamed.append(self._dreamed(model, start, steps, scales, report))
+            dreamed.append(self.match(model, start, steps, scales, report))
             give_back()
         if shown:
             # In two batches, for one of all of them would be the largest thing in memory.
@@ -166,10 +166,28 @@ class Dream:
             return fewer, FEWEST, [f"probes of {now} pixels, not of {before}: {why}"]
         return inputs, FEWEST, [why]
 
-    def _dreamed(
-        self, model: nn.Module, start: ExampleInputs, steps: int, scales: InputScales, report: Callable[[int], None]
+    def match(
+        self,
+        model: nn.Module,
+        start: ExampleInputs,
+        steps: int,
+        scales: InputScales,
+        report: Callable[[int], None],
+        batch_statistics: bool = True,
     ) -> ExampleInputs:
-        """One batch, moved step by step."""
+        """One batch, moved step by step until batch norms see their running statistics.
+
+        Args:
+            model: the network in evaluation mode; nothing in it is changed.
+            start: where inputs begin.
+            steps: Adam steps.
+            scales: of the inputs.
+            report: called with the number of steps that are done.
+            batch_statistics: batch norms normalize with the batch's own statistics meanwhile, not with running ones.
+
+        Raises:
+            InputError: there is no batch norm.
+        """
         batch = start.map(lambda t: t.detach().clone())
         optimizer = Adam(
             [
@@ -190,7 +208,7 @@ class Dream:
         with frozen(model), torch.enable_grad(), InputsForgotten():
             for step in range(steps):
                 terms.clear()
-                run_intercepted(model, batch, on_norm=on_norm, batch_statistics=True)
+                run_intercepted(model, batch, on_norm=on_norm, batch_statistics=batch_statistics)
                 if not terms:
                     raise InputError("Dream: no batch norm with running statistics; use lbyl.Photographs or lbyl.Noise")
                 torch.stack(terms).sum().backward()

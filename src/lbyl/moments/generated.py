@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -283,3 +283,18 @@ def _special_tokens(config: Any) -> list[int]:
         value = getattr(config, name, None)
         found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int) and v >= 0]
     return found
+
+
+@torch.no_grad()
+def text_losses(model: nn.Module, texts: ExampleInputs) -> Float[Tensor, " texts"]:
+    """The mean loss of each text, in nats a token, each token foretold from those before it.
+
+    Raises:
+        InputError: the model does not give logits of the next token.
+    """
+    ids = token_ids(texts)
+    logits = None if ids is None else _logits(texts.call(model), ids)
+    if ids is None or logits is None:
+        raise InputError("the model gives no logits of the next token")
+    found = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].long(), reduction="none")
+    return found.mean(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,20 +9,17 @@ from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
-from lbyl.io.huggingface import follow_widths
-from lbyl.pipeline.analysis import Analysis
-from lbyl.pipeline.prepare import Prepared, plain_module, prepare
+from lbyl.pipeline.evaluate import Evaluate, Judge
+from lbyl.pipeline.prepare import plain_module, prepare
+from lbyl.pipeline.quality import DEFAULT, evaluated, meet
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs, Result
-from lbyl.pipeline.single import compress_whole
-from lbyl.pipeline.submodules import compress_submodules
 from lbyl.runtime.contexts import alone, own_device, uncollected
-from lbyl.runtime.macs import count_parameters
+from lbyl.runtime.copying import copy_model
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.selection.select import Ratio, check_ratio
-from lbyl.surgery.plan import architecture_of, remember, remembered
 
 
 @own_device()
@@ -42,6 +38,8 @@ def compress(
     submodule: str | None = None,
     source: str | None = None,
     progress: Progress | None = None,
+    evaluate: Evaluate | None = None,
+    forecast: bool = True,
 ) -> Result:
     """Drop channels physically and let the kept ones make up for them.
 
@@ -49,9 +47,10 @@ def compress(
         model: a trained network; it is not changed.
         example_inputs: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
         ratio: share of the channels that each prunable group loses; or ``{glob: share}`` over group and layer
-            names, of which the last match counts and unmatched groups stay whole. 0.5 where no budget is given.
-        budget: what the smaller network may cost, in place of a ratio; the groups' widths are then chosen such that
-            the predicted error is least.
+            names, of which the last match counts and unmatched groups stay whole. A budget spends the same cut better.
+        budget: what the smaller network may cost, or what it has to keep (``Budget(agreement=0.98)``), in place of a
+            ratio; the groups' widths are then chosen such that the predicted error is least. Where neither is given:
+            ``Budget(agreement=0.95)``.
         scope: "inner" prunes groups that no residual sum couples and no layer norm is taken over, "all" every
             prunable one; a layer norm over pruned channels then takes its statistics over those that stay.
         criterion: how channels are scored: "l1", "l2", "gm" (of filters), "energy", "obs" (of what passes through them
@@ -68,6 +67,9 @@ def compress(
         submodule: compress only the submodule of this name ("backbone"), on what the model calls it with.
         source: where the model comes from, kept in the plan so that ``lbyl.load`` can rebuild it.
         progress: called as ``progress(stage, done, total)``.
+        evaluate: called with a copy of the network and with each smaller one that is made, all in evaluation mode;
+            returns a number, the larger the better. The report shows what it said before and after.
+        forecast: foretell what is kept at real inputs (``report.forecast``); False saves the time.
 
     Raises:
         InputError: a setting or input that can't be used, or weights that are not finite.
@@ -83,59 +85,24 @@ def compress(
     """
     if budget is not None and ratio is not None:
         raise InputError("give a ratio or a budget, not both: a budget chooses each group's ratio")
+    if budget is None and ratio is None:
+        budget = DEFAULT
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
+    judge = Judge(evaluate)
     scoring, restorer = named_criterion(criterion), named_restorer(restore)
-    request = CompressionRequest(ratio, budget, scope, scoring, restorer, seed, verify, strict, source, progress)
+    request = CompressionRequest(
+        ratio, budget, scope, scoring, restorer, seed, verify, strict, source, progress, forecast
+    )
     clock = Clock()
     # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.
     probing = restorer is None or restorer.runs_network
     inner = plain_module(model)
     with deep_calls(inner), alone(inner), nullcontext() if probing else uncollected():
-        result = walk(prepare(inner, example_inputs, request, submodule, clock), request, clock)
+        before = judge(copy_model(inner), "the unpruned network")
+        result = meet(prepare(inner, example_inputs, request, submodule, clock), request, clock, judge=judge)
+        result = evaluated(result, judge, before)
     if inner is model:
         return result
     note = f"the network was taken out of its {type(model).__name__}"
     return replace(result, report=replace(result.report, notes=(note, *result.report.notes)))
-
-
-def walk(
-    prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis] | None = None
-) -> Result:
-    """The steps after tracing: select, restore, cut and verify.
-
-    ``ground`` holds what was found out before, by the path of the part ("" for a model that was traced whole);
-    what is missing is found out here.
-    """
-    result, first = _walked(prepared, request, clock, ground or {}), remembered(prepared.model)
-    if told := follow_widths(result.model, architecture_of(prepared.model)):
-        result = replace(result, report=replace(result.report, notes=(*result.report.notes, told)))
-    if first is not None:
-        both = result.plan.after(first)
-        told = "the network was compressed before; the plan leads from its unpruned instance to this one"
-        if both is None:
-            told = "the network was compressed before, and this plan starts from what came of that: load it into that"
-        result = replace(
-            result, plan=both or result.plan, report=replace(result.report, notes=(*result.report.notes, told))
-        )
-    remember(result.model, result.plan)
-    return result
-
-
-def _walked(prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis]) -> Result:
-    model, folds = prepared.model, prepared.traced.folds
-    if prepared.traced.graph is None:
-        return compress_submodules(prepared, request, clock, ground)
-    result = compress_whole(prepared.subjects[0], request, clock, ground.get(""))
-    if not folds:
-        return result
-    note = f"{len(folds)} layers that computed their weight on the fly ({folds[0].module}, ...) are plain layers now"
-    return Result(
-        result.model,
-        replace(result.plan, folds=folds, architecture=architecture_of(model)),
-        replace(
-            result.report,
-            notes=(note, *result.report.notes),
-            parameters=(count_parameters(model), result.report.parameters[1]),
-        ),
-    )

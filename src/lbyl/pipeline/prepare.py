@@ -26,6 +26,7 @@ from lbyl.graph import Graph, trace
 from lbyl.graph.computed_weights import Fold, fold_computed
 from lbyl.graph.submodules import Submodule, submodule_of, traceable_submodules
 from lbyl.io.network_files import check_network
+from lbyl.pipeline.forecast import Forecaster
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs
 from lbyl.restore.base import Restorer
@@ -158,12 +159,13 @@ def first_that_restores(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that was checked and traced, and what it is called with."""
+    """A model that was checked and traced, what it is called with, and what foretells the outcome if that is wanted."""
 
     model: nn.Module
     inputs: ExampleInputs
     traced: Traced
     subjects: tuple[Subject, ...]
+    forecaster: Forecaster | None = None
 
 
 def prepare(
@@ -181,7 +183,8 @@ def prepare(
         found = [("", traced.model, inputs, traced.graph)]
     else:
         found = [(part.path, model.get_submodule(part.path), part.inputs, part.graph) for part in traced.parts]
-    return Prepared(model, inputs, traced, tuple(Subject.of(*each, request) for each in found))
+    forecaster = Forecaster(model, inputs, request.seed, request.progress) if request.forecast else None
+    return Prepared(model, inputs, traced, tuple(Subject.of(*each, request) for each in found), forecaster)
 
 
 _WRAPPERS = {

@@ -54,6 +54,7 @@ class CompressionRequest:
     strict: bool
     source: str | None
     progress: Progress | None
+    forecast: bool = True
 
     def __post_init__(self) -> None:
         if self.budget is not None and not isinstance(self.budget, Budget):
@@ -63,6 +64,7 @@ class CompressionRequest:
         object.__setattr__(self, "seed", int(self.seed))  # one of NumPy's would not get into a plan
         check_switch("verify={}", self.verify)
         check_switch("strict={}", self.strict)
+        check_switch("forecast={}", self.forecast)
         if self.source is not None and not isinstance(self.source, str):
             raise InputError(f"source is {named_kind(self.source)}; write a text such as timm:resnet18, or None")
         if self.progress is not None and not callable(self.progress):

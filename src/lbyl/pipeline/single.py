@@ -14,6 +14,7 @@ from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Row
 from lbyl.moments import Probes
 from lbyl.pipeline.analysis import Analysis, analyze, look, that_can_be_cut
+from lbyl.pipeline.forecast import Forecaster
 from lbyl.pipeline.prepare import Subject, first_that_restores, restoring
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
@@ -66,21 +67,39 @@ class _Cut:
     note: str = ""
 
 
-def compress_whole(subject: Subject, request: CompressionRequest, clock: Clock, ground: Analysis | None) -> Result:
+def compress_whole(
+    subject: Subject,
+    request: CompressionRequest,
+    clock: Clock,
+    ground: Analysis | None,
+    forecaster: Forecaster | None = None,
+) -> Result:
     """Select, restore, cut and verify a model whose graph is known.
 
     Where no restorer was named and the chosen one can't do its work, a lesser one stands in, and a note says so.
     """
     if ground is not None:
         subject = replace(subject, restorer=ground.restorer)
-    return first_that_restores(subject, request, lambda attempt: _compressed(attempt, request, clock, ground))[1]
+    return first_that_restores(
+        subject, request, lambda attempt: _compressed(attempt, request, clock, ground, forecaster)
+    )[1]
 
 
-def _compressed(subject: Subject, request: CompressionRequest, clock: Clock, ground: Analysis | None) -> Result:
+def _compressed(
+    subject: Subject,
+    request: CompressionRequest,
+    clock: Clock,
+    ground: Analysis | None,
+    forecaster: Forecaster | None,
+) -> Result:
     """The same with one restorer."""
     if ground is not None and ground.restorer != subject.restorer:
         ground = None
     planned = _plan(subject, request, clock, ground)
+    if forecaster and planned.probes is None and forecaster.asks_for_probes(subject.restorer):
+        with clock("probe"), undisturbed(subject.model), restoring(subject.restorer):
+            made = subject.restorer.make_probes(subject.model, subject.inputs, request.seed, request.progress)
+            planned = replace(planned, probes=made)
     selection = planned.selection
     for _ in range(_ATTEMPTS):
         with clock("restore"):
@@ -104,7 +123,12 @@ def _compressed(subject: Subject, request: CompressionRequest, clock: Clock, gro
     parts = dict(done.model.named_modules())
     set_modes({parts[name]: module.training for name, module in subject.model.named_modules()})
     planned = replace(planned, selection=selection)
-    report = _report(subject, planned, restoration, done, clock)
+    forecast = None
+    if forecaster:
+        lifelike = planned.probes if forecaster.asks_for_probes(subject.restorer) else None
+        with clock("forecast"):
+            forecast = forecaster(done.model, lifelike)
+    report = replace(_report(subject, planned, restoration, done, clock), forecast=forecast)
     return Result(done.model, _written_plan(subject, request, planned, done), report)
 
 
@@ -208,7 +232,7 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
         parameters=done.parameters,
         macs=done.macs,
         verified=done.verified,
-        seconds={**{k: v for k, v in clock.seconds.items() if k != "restore" or not own}, **own},
+        seconds=_summed({k: v for k, v in clock.seconds.items() if k != "restore" or not own}, own),
         notes=tuple(
             note
             for note in (
@@ -225,6 +249,11 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
         assessment=restoration.assessment,
         held_out_errors=restoration.held_out_errors,
     )
+
+
+def _summed(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by stage of two parts of the work."""
+    return {stage: first.get(stage, 0.0) + second.get(stage, 0.0) for stage in (*first, *second)}
 
 
 def _written_plan(subject: Subject, request: CompressionRequest, planned: _Planned, done: _Cut) -> Plan:

@@ -35,6 +35,10 @@ def compress_submodules(
         smaller = copy_model(model, {id(model.get_submodule(path)): result.model for path, result in results})
     with clock("verify"), undisturbed(model), undisturbed(smaller):
         macs = count_macs(model, inputs), count_macs(smaller, inputs)
+    forecast = None
+    if prepared.forecaster:
+        with clock("forecast"):
+            forecast = prepared.forecaster(smaller)
     reports = [result.report.prefixed(path) for path, result in results]
     plans = [result.plan.prefixed(path) for path, result in results]
     seconds = Counter(clock.seconds)
@@ -51,6 +55,7 @@ def compress_submodules(
         notes=(*([traced.why] if traced.why else []), *_all(report.notes for report in reports)),
         assessment=reports[0].assessment if len(reports) == 1 else None,
         held_out_errors=reports[0].held_out_errors if len(reports) == 1 else {},
+        forecast=forecast,
     )
     plan = Plan(
         groups=_all(plan.groups for plan in plans),

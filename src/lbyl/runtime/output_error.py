@@ -12,9 +12,6 @@ from torch import Tensor
 from lbyl.errors import InputError
 from lbyl.runtime.inputs import output_tensors
 
-DESTROYED = 0.9
-"""An output error above this says that the network is likely of no use: at 1, nothing is left of its outputs."""
-
 
 @dataclass(frozen=True)
 class Assessment:

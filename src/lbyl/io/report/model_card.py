@@ -9,6 +9,7 @@ from lbyl.io.report.format import FLOAT32, share, size
 from lbyl.io.report.markdown import code_span, plain_words
 from lbyl.io.report.report import Report
 from lbyl.io.report.snippets import loading, name_of, reproducing, shown_source
+from lbyl.io.report.words import evaluation, expectation
 from lbyl.surgery.plan import Plan, is_rebuildable
 
 
@@ -51,6 +52,11 @@ def _summary(plan: Plan, report: Report) -> Iterator[str]:
         "The result is an ordinary, smaller network."
     )
     yield ""
+    words = expectation(report.forecast)
+    yield f"**{plain_words(words.headline)}** {words.detail}"
+    if report.evaluation:
+        yield f"\n{plain_words(evaluation(report.evaluation))}"
+    yield ""
     yield "| | before | after | |"
     yield "|---|--:|--:|--:|"
     yield f"| parameters | {before:,} | {after:,} | {share(before, after)} |"
@@ -59,13 +65,6 @@ def _summary(plan: Plan, report: Report) -> Iterator[str]:
         counts = f"{report.macs[0]:,} | {report.macs[1]:,} | {share(*report.macs)}"
         yield f"| MACs on {plain_words(plan.inputs)} | {counts} |"
     yield ""
-    if report.assessment:
-        yield (
-            f"Predicted damage: the outputs' error on held-out probes is {report.assessment.restored:.1%} "
-            f"({report.assessment.pruned:.1%} without restoration). This is no accuracy: evaluate it on your own data."
-        )
-    else:
-        yield "Damage was not predicted: these settings look at weights alone. Evaluate the network on your own data."
     if report.verified is None:
         yield "The cut was not verified."
     else:
@@ -84,12 +83,10 @@ def _exporting(plan: Plan) -> Iterator[str]:
 
 def _groups(report: Report) -> Iterator[str]:
     yield from ("[report.html](report.html) shows it in pictures.", "")
-    probed = any(row.errors for row in report.rows)
-    yield "| group | channels |" + (" error pruned | error restored |" if probed else "")
-    yield "|---|--:|" + ("--:|--:|" if probed else "")
+    yield "| group | channels |"
+    yield "|---|--:|"
     for row in report.rows:
-        errors = "".join(f" {error:.1%} |" for error in row.errors) if row.errors else " – | – |" if probed else ""
-        yield f"| {code_span(row.group, cell=True)} | {row.before} → {row.after} |{errors}"
+        yield f"| {code_span(row.group, cell=True)} | {row.before} → {row.after} |"
 
 
 def _left(report: Report) -> Iterator[str]:

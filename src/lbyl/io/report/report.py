@@ -11,10 +11,10 @@ from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 
-from lbyl.io.report.format import number, percent, shown
+from lbyl.io.report.format import number, shown
 from lbyl.io.report.rows import ReportData, Row
+from lbyl.io.report.words import evaluation, expectation
 from lbyl.runtime.documents import check_no_faults, read_as
-from lbyl.runtime.output_error import DESTROYED
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Report(ReportData):
         latency: how long both networks take; None if not measured.
         held_out_errors: relative error of the network's outputs on held-out probes, by the way its consumers were
             solved ("all at once", "halfway between", "in turn"), and where nothing was restored ("pruned").
+        forecast: what the smaller network is expected to keep at real inputs; None where that was switched off.
+        evaluation: what the user's own function returned before and after; None without one.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,12 +61,12 @@ class Report(ReportData):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(box=box.SIMPLE_HEAD, title="Pruned groups", title_justify="left")
-        names = ("error pruned", "error restored") if self.probed else ("RE", "BE", "AE", "s")
+        names = () if self.probed else ("RE", "BE", "AE", "s")
         for name in ("group", "channels", *names, "note"):
             table.add_column(name, justify="left" if name in ("group", "note") else "right")
         for row in self.rows:
             terms = [number(row.re), number(row.be), number(row.ae), f"{row.seconds:.2f}"]
-            numbers = [percent(error) for error in row.errors or (None, None)] if self.probed else terms
+            numbers = () if self.probed else terms
             table.add_row(shown(row.group), f"{row.before} → {row.after}", *numbers, shown(row.note))
         yield table
         if self.left:
@@ -82,8 +84,9 @@ class Report(ReportData):
         return report_html(self)
 
     def summary(self) -> list[str]:
-        """The totals, a line each."""
-        lines = [_change("parameters", *self.parameters)]
+        """What is expected of the network and what was measured, then the totals, a line each."""
+        lines = [line for line in (expectation(self.forecast).text, evaluation(self.evaluation)) if line]
+        lines.append(_change("parameters", *self.parameters))
         if self.macs:
             lines.append(_change("MACs", *self.macs))
         if self.latency:
@@ -97,11 +100,9 @@ class Report(ReportData):
             lines.append(f"verified: the cut network equals the masked one (relative difference {self.verified:.1e})")
         if self.assessment:
             lines.append(
-                "output error on held-out probes: "
+                "output error on held-out probes, which are no real inputs: "
                 f"{self.assessment.pruned:.1%} pruned, {self.assessment.restored:.1%} restored"
             )
-            if self.assessment.restored > DESTROYED:
-                lines.append("WARNING: the network is likely destroyed; prune less, or give real inputs (lbyl.Data)")
         lines.append("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()))
         return [*lines, *(f"note: {note}" for note in self.notes)]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lbyl.runtime.bench import Timing
+from lbyl.runtime.forecast import Forecast
 from lbyl.runtime.output_error import Assessment
 
 
@@ -15,7 +16,8 @@ class Row:
 
     ``re``, ``be`` and ``ae`` are the paper's residual, batch-norm and activation errors, as means over the dropped
     channels; None if the weights-only form does not apply. ``errors`` are relative errors of the consumers' outputs,
-    after plain pruning and after restoration, on the moments that restoration solved with.
+    after plain pruning and after restoration, on the moments that restoration solved with: they say how well each
+    solve went, not what the network lost, for later layers make up for much of it.
     """
 
     group: str
@@ -27,6 +29,15 @@ class Row:
     seconds: float
     note: str = ""
     errors: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the user's own function returned for the network before and after; ``name`` says which function."""
+
+    name: str
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,8 @@ class ReportData:
     assessment: Assessment | None = None
     latency: Timing | None = None
     held_out_errors: Mapping[str, float] = field(default_factory=dict)
+    forecast: Forecast | None = None
+    evaluation: Evaluation | None = None
 
     @property
     def probed(self) -> bool:

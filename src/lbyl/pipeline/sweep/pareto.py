@@ -36,6 +36,9 @@ class Point:
         macs: multiply-accumulates on the example inputs, before and after.
         pruned: the outputs' error on held-out probes without restoration; None without probes.
         error: the same with restoration: the predicted damage.
+        agreement: share of real inputs that are expected to get the original's answer; None where it is not known.
+        low: with ``high``, the bounds that this stays within nine times in ten.
+        high: the upper bound.
         accuracy: what the user's function returned for it.
         seconds: the time of the point, without the work that all points share.
     """
@@ -48,6 +51,9 @@ class Point:
     macs: tuple[int, int] | None = None
     pruned: float | None = None
     error: float | None = None
+    agreement: float | None = None
+    low: float | None = None
+    high: float | None = None
     accuracy: float | None = None
     seconds: float | None = None
 
@@ -73,7 +79,7 @@ def front(points: Sequence[Point]) -> tuple[str, ...]:
     """Names of the points that no other point beats.
 
     A point beats another if it is neither larger nor more damaged, and better in one of the two. Damage is lost
-    accuracy if every point has an accuracy, otherwise the predicted error.
+    accuracy if every point has an accuracy, else the expected disagreement if every point has one, else the error.
     """
     made = [point for point in points if point.made]
     judged = damage(made)
@@ -93,6 +99,8 @@ def damage(made: Sequence[Point]) -> Callable[[Point], float] | None:
     """The quantity that points are compared by: less is better. None if it is unknown for some of them."""
     if made and all(point.accuracy is not None for point in made):
         return lambda point: -float(point.accuracy or 0.0)
+    if made and all(point.agreement is not None for point in made):
+        return lambda point: -float(point.agreement or 0.0)
     if made and all(point.error is not None for point in made):
         return lambda point: float(point.error or 0.0)
     return None
@@ -113,6 +121,7 @@ def rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
         ("params", True, lambda p: _left(p.parameters)),
         ("pruned", any(p.pruned is not None for p in judged), lambda p: percent(p.pruned)),
         ("error", any(p.error is not None for p in judged), lambda p: percent(p.error)),
+        ("expected", any(p.agreement is not None for p in judged), _expected),
         ("accuracy", any(p.accuracy is not None for p in judged), lambda p: _accuracy(p.accuracy)),
         ("front", bool(best), lambda p: "*" if p.name in best else ""),
         ("folder", True, lambda p: p.name if p.made else "not made"),
@@ -163,26 +172,28 @@ def told(points: Sequence[Point], unpruned: float | None) -> Iterator[str]:
         yield "MACs and params: what is left of them. Front (*): no other point is smaller and less damaged."
     if unpruned is not None:
         yield f"Accuracy of the unpruned network: {_accuracy(unpruned)}."
+    if any(point.agreement is not None for point in points):
+        yield "Expected: share of real inputs with the original's answer, and the bounds it stays within 9 times in 10."
     if any(point.error is not None for point in points):
-        yield "Pruned and error: of the outputs on held-out probes, before and after restoration; a prediction."
-    elif any(point.made for point in points):
-        yield "No error is predicted: these settings look at weights alone."
+        yield "Pruned and error: of the outputs on held-out probes, before and after restoration."
 
 
 def figure_wanted(points: Sequence[Point]) -> bool:
     """Whether there is anything to draw."""
-    return any(p.made and (p.error is not None or p.accuracy is not None) for p in points)
+    return any(p.made and not (p.error is p.accuracy is p.agreement is None) for p in points)
 
 
 def plot(points: Sequence[Point], unpruned: float | None) -> Figure:
-    """Predicted error against cost, and beside it the accuracy if it is known. Points on the front stand out."""
+    """Expected agreement, or else the predicted error, against cost; and the accuracy, if it is known, beside it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     made = [point for point in by_cost(points) if point.made]
     best = front(points)
     panels: list[tuple[str, Callable[[Point], float | None]]] = []
-    if any(p.error is not None for p in made):
+    if any(p.agreement is not None for p in made):
+        panels.append(("expected agreement", lambda p: p.agreement))
+    elif any(p.error is not None for p in made):
         panels.append(("predicted error of the outputs", lambda p: p.error))
     if any(p.accuracy is not None for p in made):
         panels.append(("accuracy", lambda p: p.accuracy))
@@ -190,6 +201,9 @@ def plot(points: Sequence[Point], unpruned: float | None) -> Figure:
     for axes, (name, value) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False):
         known = [p for p in made if value(p) is not None]
         axes.plot([p.cost for p in known], [value(p) for p in known], "o", color=PLAIN.before)
+        bounded = [p for p in known if p.low is not None and p.high is not None]
+        if name == "expected agreement":
+            axes.vlines([p.cost for p in bounded], [p.low for p in bounded], [p.high for p in bounded], PLAIN.before)
         on_front = [p for p in known if p.name in best]
         axes.plot(
             [p.cost for p in on_front], [value(p) for p in on_front], "o-", color=PLAIN.after, label="on the front"
@@ -198,7 +212,7 @@ def plot(points: Sequence[Point], unpruned: float | None) -> Figure:
             axes.axhline(unpruned, color=PLAIN.ink, linestyle=":", label="unpruned")
         elif name != "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.02 if name == "expected agreement" else None)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("MACs left" if all(p.macs for p in known) else "parameters left")
         axes.set_ylabel(name)
@@ -229,6 +243,12 @@ def _quiet(axes: Axes) -> None:
 
 def _left(pair: tuple[int, int] | None) -> str:
     return share(*pair) if pair else "–"
+
+
+def _expected(point: Point) -> str:
+    if point.agreement is None or point.low is None or point.high is None:
+        return "–"
+    return f"{point.agreement:.0%} ({point.low:.0%} to {point.high:.0%})"
 
 
 def _accuracy(value: float | None) -> str:

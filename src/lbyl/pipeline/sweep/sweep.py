@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +10,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
@@ -22,8 +20,9 @@ from lbyl.io.files import write_whole
 from lbyl.io.report.format import shown
 from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
-from lbyl.pipeline.compress import walk
+from lbyl.pipeline.evaluate import Evaluate, Judge
 from lbyl.pipeline.prepare import Prepared, check_weights, first_that_restores, plain_module, prepare
+from lbyl.pipeline.quality import meet
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep import pareto
@@ -34,6 +33,7 @@ from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occup
 from lbyl.runtime.checks import as_path, named_kind
 from lbyl.runtime.contexts import own_device
 from lbyl.runtime.copying import copy_model
+from lbyl.runtime.forecast import Forecast
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 PAGE = "README.md"
 
 Made = TypeVar("Made")
-Evaluate = Callable[[nn.Module], float]
-"""A function of the user's that gives a network a score: more is better."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +152,10 @@ def sweep(
         0.5, None, scope, named_criterion(criterion), named_restorer(restore), seed, verify, strict, source, progress
     )
     _check(budgets)
-    if evaluate is not None and not callable(evaluate):
-        raise InputError(f"evaluate is {named_kind(evaluate)}; pass a function of a network that returns a number")
+    judge = Judge(evaluate)
     model = plain_module(model)
     check_weights(model)
-    folder, inputs, judge = as_path(path), ExampleInputs.of(example_inputs), _Judge(evaluate)
+    folder, inputs = as_path(path), ExampleInputs.of(example_inputs)
     now = fingerprint(model, inputs, request, submodule)
     network = _Network(model, inputs, request, submodule)
     # Whatever is wrong with the network or its judge is found out before there is a folder.
@@ -168,7 +165,7 @@ def sweep(
         before = first.write(folder) if first and not exists(folder) else SweepState.read(folder)
         check_same(before.fingerprint, now, str(folder))
         clear(folder, [point.name for point in before.points])
-        state = judge.admitted(_listed(before, budgets, folder))
+        state = _admitted(judge, _listed(before, budgets, folder))
         if judge.evaluate and state.unpruned is None:
             state = replace(state, unpruned=judge(copy_model(model), "the unpruned network"))
         if state != before:
@@ -209,7 +206,7 @@ class _Network:
             raise refusals[0]
         return found
 
-    def first(self, now: Mapping[str, Any], judge: _Judge) -> SweepState:
+    def first(self, now: Mapping[str, Any], judge: Judge) -> SweepState:
         """The state of a sweep that begins."""
         if not self.cuttable:
             raise InputError("the model has no part with groups that can be cut; lbyl.inspect lists them")
@@ -239,7 +236,7 @@ def _attempt(work: Callable[[], Made]) -> Made | LbylError:
         return error
 
 
-def _compressed(network: _Network, state: SweepState, folder: Path, judge: _Judge) -> SweepState:
+def _compressed(network: _Network, state: SweepState, folder: Path, judge: Judge) -> SweepState:
     """Make the points that are missing. Where one can't be made, its reason is noted, and the next one is made."""
     waiting = [point for point in state.points if not point.made and not point.reason]
     if not waiting:
@@ -251,7 +248,7 @@ def _compressed(network: _Network, state: SweepState, folder: Path, judge: _Judg
         progress = _labelled(network.request.progress, f"{point.asked} ({number + 1} of {len(waiting)})")
         request = replace(network.request, budget=point.limit, progress=progress)
         started = perf_counter()
-        result = _attempt(lambda request=request: walk(network.prepared, request, Clock(), ground))
+        result = _attempt(lambda request=request: meet(network.prepared, request, Clock(), ground, judge))
         if isinstance(result, LbylError):
             state = state.having(replace(point, reason=str(result))).write(folder)
             continue
@@ -263,7 +260,7 @@ def _compressed(network: _Network, state: SweepState, folder: Path, judge: _Judg
     return state
 
 
-def _judged(state: SweepState, folder: Path, judge: _Judge, model: nn.Module) -> SweepState:
+def _judged(state: SweepState, folder: Path, judge: Judge, model: nn.Module) -> SweepState:
     """Score the points that have no score yet."""
     for point in state.points:
         if judge.evaluate and point.made and point.accuracy is None:
@@ -272,44 +269,16 @@ def _judged(state: SweepState, folder: Path, judge: _Judge, model: nn.Module) ->
     return state
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """The user's function, and its name."""
-
-    evaluate: Evaluate | None
-
-    @property
-    def name(self) -> str | None:
-        if self.evaluate is None:
-            return None
-        named: Any = self.evaluate if hasattr(self.evaluate, "__qualname__") else type(self.evaluate)
-        return f"{named.__module__}:{named.__qualname__}"
-
-    def __call__(self, model: nn.Module, what: str) -> float | None:
-        """What the function says of a model, if there is one."""
-        if self.evaluate is None:
-            return None
-        try:
-            with torch.no_grad():
-                said = float(self.evaluate(model.eval()))
-        except LbylError:
-            raise
-        except Exception as error:
-            raise InputError(f"{self.name} failed on {what}: {type(error).__name__}: {error}") from error
-        if not math.isfinite(said):
-            raise InputError(f"{self.name} returned {said} for {what}; it must return a finite number")
-        return said
-
-    def admitted(self, state: SweepState) -> SweepState:
-        """The state with the function's name in it; numbers of two functions must not meet in one table."""
-        if self.name is None or state.evaluate == self.name:
-            return state
-        if state.evaluate is not None:
-            raise InputError(
-                f"this sweep was evaluated by {state.evaluate}, now {self.name} is given: "
-                "give the same one, or write to another folder"
-            )
-        return replace(state, evaluate=self.name)
+def _admitted(judge: Judge, state: SweepState) -> SweepState:
+    """The state with the function's name in it; numbers of two functions must not meet in one table."""
+    if judge.name is None or state.evaluate == judge.name:
+        return state
+    if state.evaluate is not None:
+        raise InputError(
+            f"this sweep was evaluated by {state.evaluate}, now {judge.name} is given: "
+            "give the same one, or write to another folder"
+        )
+    return replace(state, evaluate=judge.name)
 
 
 def _check(budgets: Sequence[Budget]) -> None:
@@ -352,7 +321,8 @@ def _listed(state: SweepState, budgets: Sequence[Budget], folder: Path) -> Sweep
 
 def _filled(point: Point, report: Report, seconds: float | None) -> Point:
     """A point with what its report says."""
-    seen = report.assessment
+    seen, told = report.assessment, report.forecast or Forecast()
+    bounds = {} if told.agreement is None else {"agreement": told.agreement, "low": told.low, "high": told.high}
     return replace(
         point,
         made=True,
@@ -362,6 +332,7 @@ def _filled(point: Point, report: Report, seconds: float | None) -> Point:
         pruned=seen.pruned if seen else None,
         error=seen.restored if seen else None,
         seconds=seconds,
+        **bounds,
     )
 
 

@@ -15,9 +15,9 @@ from lbyl.io.report import colors
 from lbyl.io.report.format import FLOAT32, line, number, percent, share, size
 from lbyl.io.report.page.pictures import errors, has_errors, widths
 from lbyl.io.report.page.svg import inline_svg
-from lbyl.io.report.page.verdict import verdict
 from lbyl.io.report.rows import ReportData
 from lbyl.io.report.snippets import arguments, loading, name_of, reproducing, shown_source
+from lbyl.io.report.words import evaluation, expectation
 from lbyl.surgery.plan import Plan
 
 
@@ -74,9 +74,10 @@ def _render(template: str, report: ReportData, plan: Plan | None) -> str:
         .get_template(template)
         .render(
             report=report,
-            verdict=verdict(report.assessment),
+            verdict=expectation(report.forecast),
+            evaluation=evaluation(report.evaluation),
             totals=list(_totals(report, plan)),
-            measured={name: any(getattr(row, name) for row in report.rows) for name in ("errors", "note", "seconds")},
+            measured={name: any(getattr(row, name) for row in report.rows) for name in ("note", "seconds")},
             terms=report.has_terms,
             plan=plan,
             pictures=list(_pictures(report)) if plan else [],
@@ -108,12 +109,10 @@ def _pictures(report: ReportData) -> Iterator[Picture]:
     if report.rows:
         title = "Channels of each group, before and after"
         yield Picture(Markup(inline_svg(widths, report, "widths", title)), title + ", from input to output.")
-    if has_errors(report.rows):
+    # What a solve missed is not what the network lost: later layers make up for much of it.
+    if has_errors(report.rows) and not report.probed:
         title = "Error of each group"
-        if report.probed:
-            caption = "Relative error of what reads each group: pruned, and after restoration."
-        else:
-            caption = "Residual (RE), batch-norm (BE) and activation error (AE) of each group."
+        caption = "Residual (RE), batch-norm (BE) and activation error (AE) of each group."
         yield Picture(Markup(inline_svg(errors, report, "errors", title)), caption)
 
 

@@ -1,0 +1,56 @@
+"""The user's own judge of a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lbyl.errors import InputError, LbylError
+from lbyl.runtime.checks import named_kind
+
+Evaluate = Callable[[nn.Module], float]
+"""The user's judge of a network: the more, the better."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The user's function, and its name."""
+
+    evaluate: Evaluate | None
+
+    def __post_init__(self) -> None:
+        if self.evaluate is not None and not callable(self.evaluate):
+            raise InputError(
+                f"evaluate is {named_kind(self.evaluate)}; pass a function of a network that returns a number"
+            )
+
+    @property
+    def name(self) -> str | None:
+        """Module and name of the function; None without one."""
+        if self.evaluate is None:
+            return None
+        named = self.evaluate if hasattr(self.evaluate, "__qualname__") else type(self.evaluate)
+        return f"{named.__module__}:{named.__qualname__}"
+
+    def __call__(self, model: nn.Module, what: str) -> float | None:
+        """What the function says of a model, in evaluation mode and without gradients; None without a function.
+
+        Raises:
+            InputError: it failed, or returned no finite number; the message says on which model (``what``).
+        """
+        if self.evaluate is None:
+            return None
+        try:
+            with torch.no_grad():
+                said = float(self.evaluate(model.eval()))
+        except LbylError:
+            raise
+        except Exception as error:
+            raise InputError(f"{self.name} failed on {what}: {type(error).__name__}: {error}") from error
+        if not math.isfinite(said):
+            raise InputError(f"{self.name} returned {said} for {what}; it must return a finite number")
+        return said

@@ -1,0 +1,193 @@
+"""Budgets of quality: the smallest network that still keeps what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from lbyl.budget.budget import Budget
+from lbyl.errors import InputError, LbylError, SurgeryError, VerificationError
+from lbyl.io.report.rows import Evaluation
+from lbyl.pipeline.analysis import Analysis, analyze
+from lbyl.pipeline.evaluate import Judge
+from lbyl.pipeline.prepare import Prepared, Subject, first_that_restores
+from lbyl.pipeline.request import CompressionRequest
+from lbyl.pipeline.result import Result
+from lbyl.pipeline.walk import walk
+from lbyl.runtime.forecast import AGREEMENT, POSITIONS
+from lbyl.runtime.progress import Clock
+from lbyl.surgery.plan import described
+
+DEFAULT = Budget(agreement=0.95)
+"""What is asked for where nothing is."""
+
+_TRIES = 7
+_FIRST = 0.75
+"""The share of the cost that is tried first."""
+_CLOSE = 0.02
+"""A share that is this close to one that keeps too little is small enough."""
+_ENOUGH = 0.2
+"""So is a network that loses all but this share of what it may lose."""
+_LEAST_CUT = 0.97
+
+
+def meet(
+    prepared: Prepared,
+    request: CompressionRequest,
+    clock: Clock,
+    ground: Mapping[str, Analysis] | None = None,
+    judge: Judge | None = None,
+) -> Result:
+    """Compress to a ratio or a budget, whichever is asked for.
+
+    Raises:
+        InputError: a quality was asked for that can't be foretold or evaluated, or that no cut keeps.
+    """
+    budget = request.budget
+    if budget is None or not budget.of_quality:
+        return walk(prepared, request, clock, ground)
+    loses = _loss(prepared, budget, judge or Judge(None))
+    return _Search(prepared, request, budget, clock, ground or _analyzed(prepared, request, budget, clock), loses)()
+
+
+def evaluated(result: Result, judge: Judge, before: float | None) -> Result:
+    """The same result, with what the user's function says of it in its report."""
+    if before is None or judge.name is None:
+        return result
+    after = judge(result.model, "the smaller network")
+    assert after is not None
+    return replace(result, report=replace(result.report, evaluation=Evaluation(judge.name, before, after)))
+
+
+Loss = Callable[[Result], float]
+"""What a result loses, as a share of what it may lose: up to 1 is allowed."""
+
+
+def _loss(prepared: Prepared, budget: Budget, judge: Judge) -> Loss:
+    """How results are judged.
+
+    Raises:
+        InputError: they can't be.
+    """
+    name, amount = budget.limited
+    if name == "accuracy_drop":
+        if judge.evaluate is None:
+            raise InputError("Budget(accuracy_drop=...) needs evaluate, a function that says how good a network is")
+        before = judge(prepared.model, "the unpruned network")
+        assert before is not None
+        return lambda result: (before - (judge(result.model, "a smaller network") or 0.0)) / max(amount, 1e-9)
+    forecaster = prepared.forecaster
+    if forecaster is None or forecaster.measure not in (AGREEMENT, POSITIONS):
+        why = "forecasts are switched off" if forecaster is None else "it is no classifier that lbyl knows"
+        raise InputError(f"no agreement can be foretold of this network ({why}); {_WAY_OUT}")
+
+    def lost(result: Result) -> float:
+        forecast = result.report.forecast
+        if forecast is None or forecast.agreement is None:
+            why = forecast.why if forecast else ""
+            raise InputError(f"no agreement can be foretold of this network ({why}); {_WAY_OUT}")
+        return (1 - forecast.agreement) / (1 - amount)
+
+    return lost
+
+
+_WAY_OUT = "give a ratio or a budget: ratio=0.3 or budget=lbyl.Budget(macs=0.7), --ratio 0.3 or --budget macs=0.7"
+
+
+@dataclass
+class _Search:
+    """Networks of several costs are made, until the smallest that keeps enough is known well enough.
+
+    Attributes:
+        tried: share of the cost, and what the network lost, as a share of what it may lose.
+    """
+
+    prepared: Prepared
+    request: CompressionRequest
+    budget: Budget
+    clock: Clock
+    ground: Mapping[str, Analysis]
+    loses: Loss
+    tried: list[tuple[float, float]] = field(default_factory=list)
+
+    def __call__(self) -> Result:
+        best: Result | None = None
+        # The whole network loses nothing; of a network of which nothing is left, nothing is kept.
+        keeps, fails = (1.0, 0.0), (0.0, 4.0)
+        unreachable: LbylError | None = None
+        share = _FIRST
+        for _ in range(_TRIES):
+            try:
+                result = walk(
+                    self.prepared, replace(self.request, budget=self.budget.costing(share)), Clock(), self.ground
+                )
+            except (InputError, VerificationError, SurgeryError) as error:
+                # So small it can't become.
+                unreachable, fails = error, (share, 4.0)
+            else:
+                lost = self.loses(result)
+                self.tried.append((share, lost))
+                if lost <= 1:
+                    best, keeps = result, (share, lost)
+                    if lost >= 1 - _ENOUGH:
+                        break
+                else:
+                    fails = share, lost
+            if keeps[0] - fails[0] <= _CLOSE:
+                break
+            share = _between(keeps, fails)
+        if best is None:
+            raise unreachable if unreachable and not self.tried else InputError(self._missed())
+        return self._told(best)
+
+    def _missed(self) -> str:
+        name, amount = self.budget.limited
+        share, lost = max(self.tried)
+        found = f"{1 - lost * (1 - amount):.3f}" if name == "agreement" else f"{lost * amount:.3g}"
+        return (
+            f"{name}={amount:g} can't be kept: with {share:.0%} of the {self.budget.minimize} left, it is {found}; "
+            "ask for less, or give a ratio or a budget of cost"
+        )
+
+    def _told(self, best: Result) -> Result:
+        name, amount = self.budget.limited
+        shares = ", ".join(f"{share:.2f}" for share, _ in sorted(self.tried))
+        note = f"{name}={amount:g}: networks of several sizes were tried, {self.budget.minimize} {shares}"
+        seconds = dict(best.report.seconds)
+        for stage, value in self.clock.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + value
+        report = replace(best.report, notes=(*best.report.notes, note), seconds=seconds)
+        settings = {**best.plan.settings, "budget": described(self.budget)}
+        return replace(best, plan=replace(best.plan, settings=settings), report=report)
+
+
+def _between(keeps: tuple[float, float], fails: tuple[float, float]) -> float:
+    """The share to try next: where losses that grow evenly would be just below what is allowed, not too near to either.
+
+    Both are a share and what it loses.
+    """
+    (high, least), (low, most) = keeps, fails
+    part = (most - (1 - _ENOUGH / 2)) / max(most - least, 1e-9)
+    return low + (high - low) * min(0.75, max(0.25, part))
+
+
+def _analyzed(prepared: Prepared, request: CompressionRequest, budget: Budget, clock: Clock) -> dict[str, Analysis]:
+    """What all networks of the search share, part by part; parts that can't be cut are left out, unless all are."""
+    found: dict[str, Analysis] = {}
+    refused: list[LbylError] = []
+
+    def attempt(subject: Subject) -> Analysis | LbylError:
+        try:
+            return first_that_restores(subject, request, lambda each: analyze(each, request, budget, clock))[1]
+        except (InputError, VerificationError, SurgeryError) as error:
+            return error
+
+    for subject in prepared.subjects:
+        made = attempt(subject)
+        if isinstance(made, Analysis):
+            found[subject.path] = made
+        else:
+            refused.append(made)
+    if refused and not found:
+        raise refused[0]
+    return found

@@ -1,0 +1,59 @@
+"""The street behind preparation: select, restore, cut and verify, in one piece or part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lbyl.io.huggingface import follow_widths
+from lbyl.pipeline.analysis import Analysis
+from lbyl.pipeline.prepare import Prepared
+from lbyl.pipeline.request import CompressionRequest
+from lbyl.pipeline.result import Result
+from lbyl.pipeline.single import compress_whole
+from lbyl.pipeline.submodules import compress_submodules
+from lbyl.runtime.macs import count_parameters
+from lbyl.runtime.progress import Clock
+from lbyl.surgery.plan import architecture_of, remember, remembered
+
+
+def walk(
+    prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis] | None = None
+) -> Result:
+    """The rest of the street: select, restore, cut and verify.
+
+    ``ground`` holds what was found out before, by the path of the part ("" for a model that was traced whole);
+    what is missing is found out here.
+    """
+    result, first = _walked(prepared, request, clock, ground or {}), remembered(prepared.model)
+    if told := follow_widths(result.model, architecture_of(prepared.model)):
+        result = replace(result, report=replace(result.report, notes=(*result.report.notes, told)))
+    if first is not None:
+        both = result.plan.after(first)
+        told = "the network was compressed before; the plan leads from its unpruned instance to this one"
+        if both is None:
+            told = "the network was compressed before, and this plan starts from what came of that: load it into that"
+        result = replace(
+            result, plan=both or result.plan, report=replace(result.report, notes=(*result.report.notes, told))
+        )
+    remember(result.model, result.plan)
+    return result
+
+
+def _walked(prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis]) -> Result:
+    model, folds = prepared.model, prepared.traced.folds
+    if prepared.traced.graph is None:
+        return compress_submodules(prepared, request, clock, ground)
+    result = compress_whole(prepared.subjects[0], request, clock, ground.get(""), prepared.forecaster)
+    if not folds:
+        return result
+    note = f"{len(folds)} layers that computed their weight on the fly ({folds[0].module}, ...) are plain layers now"
+    return Result(
+        result.model,
+        replace(result.plan, folds=folds, architecture=architecture_of(model)),
+        replace(
+            result.report,
+            notes=(note, *result.report.notes),
+            parameters=(count_parameters(model), result.report.parameters[1]),
+        ),
+    )
