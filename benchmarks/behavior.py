@@ -504,7 +504,8 @@ def outcome(case: Case, place: Path) -> Outcome:
     try:
         if "budgets" in settings:
             return swept(net, x, settings, place)
-        result = lbyl.compress(net, x, **({} if "budget" in settings else {"ratio": 0.5}) | settings)
+        asked: dict[str, Any] = settings if "budget" in settings else {"ratio": 0.5, **settings}
+        result = lbyl.compress(net, x, **asked)
         found = saved(result.save(place), net, x)
         found["output"] = outputs(result.model, x)
         found["weights"] = {name: described(tensor) for name, tensor in result.model.state_dict().items()}

@@ -235,6 +235,8 @@ def cifar10_pixels(data: Path) -> Images:
 class _Padded(nn.Module):
     """A border of one pixel in the mean color, which a layer that takes pixels as they are needs in place of zeros."""
 
+    color: Tensor
+
     def __init__(self, color: Tensor) -> None:
         super().__init__()
         self.register_buffer("color", color.reshape(1, -1, 1, 1))

@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import nn
 
 import lbyl
-from lbyl.io.export.check import difference
+from lbyl.io.comparison import difference
 from lbyl.io.onnx.check import run_file
 from lbyl.io.onnx.network import OnnxNetwork
 from lbyl.io.quiet import quiet

@@ -60,7 +60,8 @@ def one_layer() -> dict[str, Any]:
     """Seconds of the closed form and of the loop, and how far their answers are apart."""
     from sklearn.linear_model import Ridge
 
-    width, restorer = 512, lbyl.LBYL()
+    width, bn, ridge = 512, 1e-4, 1e-2  # the paper's form; scikit-learn has no constants
+    restorer = lbyl.LBYL(bn, ridge)
     net = nn.Sequential(
         nn.Conv2d(width, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
@@ -82,16 +83,16 @@ def one_layer() -> dict[str, Any]:
     started = time.perf_counter()
     filters = describe(group, state)
     # The batch-norm error is one more equation for each filter, of weight sqrt(bn).
-    rows = torch.cat([filters.weight, math.sqrt(restorer.bn) * filters.offset[:, None]], 1).numpy()
+    rows = torch.cat([filters.weight, math.sqrt(bn) * filters.offset[:, None]], 1).numpy()
     inputs, targets = np.ascontiguousarray(rows[keep].T), rows[drop]
     solved = []
     for target in targets:
-        solved.append(Ridge(alpha=restorer.ridge, fit_intercept=False).fit(inputs, target).coef_)
+        solved.append(Ridge(alpha=ridge, fit_intercept=False).fit(inputs, target).coef_)
         if time.perf_counter() - started > RIDGE_BUDGET:
             break
     loop = (time.perf_counter() - started) * len(targets) / len(solved)
     started = time.perf_counter()
-    Ridge(alpha=restorer.ridge, fit_intercept=False).fit(inputs, targets.T)
+    Ridge(alpha=ridge, fit_intercept=False).fit(inputs, targets.T)
     together = time.perf_counter() - started
     gap = float(np.abs(matrix.numpy()[:, : len(solved)] - np.stack(solved, 1)).max())
     return {

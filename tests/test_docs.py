@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer
 import yaml
+from onnx_nets import model, node, real, save
 
 import lbyl
 from lbyl.cli.app import app
@@ -19,7 +20,7 @@ from lbyl.cli.app import app
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-OWN_PYTHON = ("index.md", "moments.md", "budgets.md", "reports.md", "architectures.md", "export.md")
+OWN_PYTHON = ("index.md", "moments.md", "budgets.md", "reports.md", "architectures.md", "export.md", "files.md")
 """Pages whose Python blocks run one after the other on a small network; extending.md has a test of its own."""
 
 
@@ -76,6 +77,11 @@ def test_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.Mo
             vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
         )
         transformers.LlamaForCausalLM(config).save_pretrained("llama")
+    if page == "files.md":
+        stored = {"a.weight": real(0, 64, 3, 3, 3), "b.weight": real(1, 4, 64, 3, 3)}
+        nodes = [node("Conv", "x a.weight", "a"), node("Relu", "a", "r"), node("Conv", "r b.weight", "y")]
+        sizes = "batch", 3, "height", "width"
+        save(model(nodes, stored, {"x": sizes}, {"y": ("batch", 4, "h", "w")}), tmp_path / "model.onnx")
     code = blocks(page, "python")
     assert code
     for block in code:

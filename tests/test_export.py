@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import lbyl
 from lbyl.cli.app import app
 from lbyl.io.artifact import CARD, MANIFEST, WEIGHTS, read_manifest
-from lbyl.io.export.check import difference
+from lbyl.io.comparison import difference
 from lbyl.io.report.model_card import card
 from lbyl.runtime import registry
 from lbyl.runtime.inputs import ExampleInputs, output_tensors

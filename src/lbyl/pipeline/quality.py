@@ -16,7 +16,7 @@ from lbyl.pipeline.result import Result
 from lbyl.pipeline.walk import walk
 from lbyl.runtime.forecast import AGREEMENT, POSITIONS
 from lbyl.runtime.progress import Clock
-from lbyl.surgery.plan import described
+from lbyl.runtime.settings import described
 
 DEFAULT = Budget(agreement=0.95)
 """What is asked for where nothing is."""

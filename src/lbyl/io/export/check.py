@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lbyl.errors import ExportError
+from lbyl.io.comparison import difference
 from lbyl.io.export.base import Refused, Run
 from lbyl.runtime.inputs import ExampleInputs
 
@@ -52,17 +52,6 @@ def largest_differences(
                 )
             absolute, relative = max(absolute, apart), max(relative, share)
     return absolute, relative
-
-
-def difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
-    """Largest absolute difference, and the same relative to the largest finite magnitude that is expected."""
-    a, b = expected.detach().double(), found.detach().double()
-    same = (a == b) | (a.isnan() & b.isnan())  # the difference of equal infinities is NaN
-    apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
-    largest = float(apart.max()) if apart.numel() else 0.0
-    finite = a[a.isfinite()].abs()
-    scale = float(finite.max()) if finite.numel() else 0.0
-    return largest, largest / scale if scale else largest
 
 
 def _allowed(dtype: torch.dtype, tolerance: float) -> float:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lbyl.errors import ExportError, InputError
 from lbyl.io import artifact
+from lbyl.io.comparison import described_inputs
 from lbyl.io.export.base import Format, Refused, trace, write
 from lbyl.io.export.check import TOLERANCE, Case, largest_differences
-from lbyl.io.export.inputs import batch_size, described_inputs, has_batch, with_batch
+from lbyl.io.export.inputs import batch_size, has_batch, with_batch
 from lbyl.io.files import finish, stage
 from lbyl.runtime.checks import check_number, check_seed
 from lbyl.runtime.contexts import own_device, undisturbed

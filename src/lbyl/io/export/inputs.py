@@ -2,42 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import re
-
 import torch
 from torch import Tensor
 
-from lbyl.errors import InputError
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.surgery.plan import Plan
-
-_LARGEST_INPUT = 2**28
-
-
-def described_inputs(plan: Plan, seed: int) -> ExampleInputs:
-    """Random inputs of the shapes that the plan was made for.
-
-    Raises:
-        InputError: the plan doesn't say shapes, or inputs of these dtypes can't be made up.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    made: list[Tensor] = []
-    for text in plan.inputs.split(", "):
-        found = re.fullmatch(r"(\w+) (scalar|\d+(?:x\d+)*)", text)
-        dtype = getattr(torch, found[1], None) if found else None
-        if found is None or not isinstance(dtype, torch.dtype):
-            raise InputError(f"the plan describes the inputs as {plan.inputs!r}, which says no shapes; pass inputs=")
-        if not dtype.is_floating_point:
-            raise InputError(
-                f"the network was compressed on {plan.inputs}: {found[1]} can't be made up, for token ids and indices "
-                "have a range. Pass what the model is called with as inputs= (--input on the command line)"
-            )
-        shape = [int(size) for size in found[2].split("x")] if found[2] != "scalar" else []
-        if math.prod(shape) > _LARGEST_INPUT:
-            raise InputError(f"the plan describes the inputs as {plan.inputs!r}, which is too large; pass inputs=")
-        made.append(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype))
-    return ExampleInputs(tuple(made))
 
 
 def batch_size(inputs: ExampleInputs, outputs: list[Tensor]) -> int | None:

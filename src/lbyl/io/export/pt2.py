@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lbyl.io.export.base import Run, TracedProgram
+from lbyl.io.programs import save_program
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
 
@@ -22,14 +22,8 @@ class Pt2Format:
         """PyTorch is all that is needed."""
 
     def write(self, traced: TracedProgram, file: Path) -> None:
-        """Write the program without example inputs and stack traces: both would give away what is on this machine."""
-        traced.program.example_inputs = None
-        for node in traced.program.graph.nodes:
-            node.meta.pop("stack_trace", None)
-        # In memory first: when the disk is full, PyTorch's own writer of files crashes the process.
-        buffer = BytesIO()
-        torch.export.save(traced.program, buffer)
-        file.write_bytes(buffer.getbuffer())
+        """Write the program."""
+        save_program(traced.program, file)
 
     def open(self, file: Path) -> Run:
         """Load the program."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import InputError, first_line
-from lbyl.io.export.check import difference
+from lbyl.io.comparison import difference
 from lbyl.io.onnx.arrays import as_array
 from lbyl.io.onnx.file import library
 from lbyl.io.onnx.network import FileInput
