@@ -28,8 +28,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="The unpruned network: timm:NAME, torchvision:NAME, package.module:factory or file.py:factory. "
-            "Default: the source that the folder was compressed from, if it is timm or torchvision.",
+            help="The unpruned network: timm:NAME, torchvision:NAME, hf:DIR, package.module:factory or "
+            "file.py:factory. Default: the source that the folder was compressed from, unless it is a factory.",
             show_default=False,
         ),
     ] = None,
