@@ -75,25 +75,6 @@ def published(name: str, made: tuple[tuple[str, float], ...], family: str, count
     return Case(spec.title, family, spec.build, spec.images, made, spec.layers, "inner", min(spec.batch, 100), count)
 
 
-def cached(name: str, seed: int, make: Callable[[], nn.Module]) -> nn.Module:
-    """TEMP."""
-    import os
-
-    f = f"/tmp/forecast/digits_{name}_{seed}.pt"
-    old = f"/tmp/digits_{name}_{seed}.pt"
-    net = make()
-    if not os.path.exists(f) and not os.path.exists(old):
-        net = trained(make, seed, 12)
-        torch.save(net.state_dict(), f)
-        return net
-    o = dict(torch.load(f if os.path.exists(f) else old, weights_only=False))
-    own = net.state_dict()
-    if list(o) != list(own):
-        o = dict(zip(own, o.values(), strict=True))
-    net.load_state_dict(o)
-    return net.eval()
-
-
 def of_digits(name: str, seed: int) -> Case:
     """A network of normless.py."""
     title, make, scope = NORMLESS[name]
@@ -101,7 +82,7 @@ def of_digits(name: str, seed: int) -> Case:
     return Case(
         f"{title}, seed {seed}",
         f"digits {name}",
-        lambda data: cached(name, seed, make),
+        lambda data: trained(make, seed),
         lambda data: held_out_digits(),
         made,
         None,
@@ -248,31 +229,47 @@ def lost(cell: dict[str, Any]) -> float:
     return cell["unpruned"] - cell["accuracy"]
 
 
-PRIOR = Map(0.9, 1.4, 0.3, 0.5)
+PRIOR = Map(1.4, 1.3, 0.25, 0.5)
 """What constants are drawn to, as much as half a cell says."""
 
 
-def fitted(found: Sequence[dict[str, Any]], kind: str) -> Map:
-    """The map of one kind of probes: ridge regression of logits, in which ruins count little."""
-    pairs = [(cell, probe) for cell in found for probe in cell["probes"] if kind_of(probe) == kind]
-    if not pairs:
-        return PRIOR
+Pairs = Sequence[tuple[dict[str, Any], str]]
+"""Cells, each with one of its probes."""
+
+
+def solved(pairs: Pairs) -> list[float]:
+    """Shift and slopes: ridge regression of logits, in which ruins count little."""
     rows = [features(cell, probe) for cell, probe in pairs]
-    x = torch.tensor([row for row, _ in rows], dtype=torch.float64)
+    x = torch.tensor([row for row, _ in rows], dtype=torch.float64).reshape(-1, 3)
     y = torch.tensor([value for _, value in rows], dtype=torch.float64)
-    weights = torch.tensor([1.0 if lost(cell) < 20 else 0.1 for cell, _ in pairs], dtype=torch.float64)
+    weighed = x * torch.tensor([weight(cell) for cell, _ in pairs], dtype=torch.float64)[:, None]
     prior = torch.tensor([PRIOR.shift, PRIOR.error, PRIOR.agreement], dtype=torch.float64)
-    weighed = x * weights[:, None]
     ridge = torch.tensor([0.1, 2.0, 4.0], dtype=torch.float64).diag()
-    solution = prior + torch.linalg.solve(weighed.T @ x + ridge, weighed.T @ (y - x @ prior))
-    left = (y - x @ solution).square() * weights
-    spread = float((left.sum() / weights.sum()).sqrt())
-    shift, error, agreement = (round(float(value), 2) for value in solution)
-    return Map(shift, error, agreement, round(max(_LEAST_SPREAD, spread), 2))
+    return (prior + torch.linalg.solve(weighed.T @ x + ridge, weighed.T @ (y - x @ prior))).tolist()
 
 
-_LEAST_SPREAD = 0.45
-"""Logits: networks that were not seen scatter more than those that were."""
+def weight(cell: dict[str, Any]) -> float:
+    """What a cell counts."""
+    return 1.0 if lost(cell) < 20 else 0.1
+
+
+def fitted(found: Sequence[dict[str, Any]], kind: str) -> Map:
+    """The map of one kind of probes; its spread is what families leave over that were left out."""
+    pairs = [(cell, probe) for cell in found for probe in cell["probes"] if kind_of(probe) == kind]
+    families = {cell["family"] for cell, _ in pairs}
+    total = counted = 0.0
+    for family in families:
+        solution = solved([(cell, probe) for cell, probe in pairs if cell["family"] != family])
+        for cell, probe in pairs:
+            if cell["family"] == family:
+                row, value = features(cell, probe)
+                total += weight(cell) * (value - sum(a * b for a, b in zip(solution, row, strict=True))) ** 2
+                counted += weight(cell)
+    spread = (total / counted) ** 0.5 if counted else PRIOR.spread
+    if len(families) < 3:  # which say little of what others would leave over
+        spread *= 1.5
+    shift, error, agreement = solved(pairs)
+    return Map(round(shift, 2), round(error, 2), round(agreement, 2), round(max(PRIOR.spread, spread), 2))
 
 
 def foretold(cell: dict[str, Any], probe: str, chosen: Map) -> Forecast:

@@ -111,7 +111,15 @@ def test_moments_are_measured_once_for_all_points_and_all_runs(tmp_path: Path) -
         rows.clear()
         stages.clear()
         restore = lbyl.LeastSquares(moments=lbyl.Noise(images=13), attach_norms=False, **settings)  # pyright: ignore
-        lbyl.sweep(model, x, budgets, tmp_path / folder, restore=restore, progress=lambda *at: stages.append(at[0]))
+        lbyl.sweep(
+            model,
+            x,
+            budgets,
+            tmp_path / folder,
+            restore=restore,
+            progress=lambda *at: stages.append(at[0]),
+            forecast=False,
+        )
         return rows.count(13)
 
     def solved_on_probes() -> int:
@@ -133,7 +141,9 @@ def test_moments_are_measured_once_for_all_points_and_all_runs(tmp_path: Path) -
 
 def test_the_folder_has_a_table_a_picture_and_a_document(tmp_path: Path) -> None:
     (model, x), out = net(), tmp_path / "out"
-    swept = lbyl.sweep(model, x, WIDE, out, restore=counting(tmp_path), evaluate=judged_by_size, source="nets:mlp")
+    swept = lbyl.sweep(
+        model, x, WIDE, out, restore=counting(tmp_path), evaluate=judged_by_size, source="nets:mlp", forecast=False
+    )
     page, document = (out / "README.md").read_text(), json.loads((out / "sweep.json").read_text())
     assert "# Sweep of `nets:mlp`" in page
     for point in swept.points:

@@ -114,6 +114,7 @@ def sweep(
     submodule: str | None = None,
     source: str | None = None,
     progress: Progress | None = None,
+    forecast: bool = True,
 ) -> Sweep:
     """Compress a network to several budgets; probes, error curves and moments are made once for all of them.
 
@@ -138,6 +139,7 @@ def sweep(
         submodule: compress only the submodule of this name.
         source: where the model comes from.
         progress: called as ``progress(stage, done, total)``.
+        forecast: foretell what each smaller network keeps.
 
     Returns:
         The points, with those that could not be made and why.
@@ -149,7 +151,17 @@ def sweep(
         ArtifactError: a file of the sweep is damaged.
     """
     request = CompressionRequest(
-        0.5, None, scope, named_criterion(criterion), named_restorer(restore), seed, verify, strict, source, progress
+        0.5,
+        None,
+        scope,
+        named_criterion(criterion),
+        named_restorer(restore),
+        seed,
+        verify,
+        strict,
+        source,
+        progress,
+        forecast,
     )
     _check(budgets)
     judge = Judge(evaluate)
