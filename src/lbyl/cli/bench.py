@@ -25,8 +25,8 @@ _Against = Annotated[
     typer.Option(
         metavar="SOURCE",
         callback=check_source,
-        help="The unpruned network: timm:NAME, torchvision:NAME, hf:DIR, model.onnx, package.module:factory or file.py:factory. "
-        "Default: the source that the folder was compressed from, if it is timm or torchvision.",
+        help="The unpruned network: timm:NAME, torchvision:NAME, hf:DIR, model.onnx, package.module:factory or "
+        "file.py:factory. Default: the source that the folder was compressed from, unless it is a factory.",
         show_default=False,
     ),
 ]
