@@ -159,3 +159,32 @@ def test_a_sweep_keeps_the_statistics(tmp_path: Path) -> None:
     kept, anew = (lbyl.load(tmp_path / place / "macs-0.5", Residual()) for place in ("kept", "anew"))
     for one, other in zip(kept.state_dict().values(), anew.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+class OneLeft(Residual):
+    """The same with one batch norm that was not folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(torch.relu(self.stem(x)))
+        for first, second in zip(self.first, self.second, strict=True):
+            x = torch.relu(x + second(torch.relu(first(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_batch_norm_that_was_left_does_not_speak_for_the_rest() -> None:
+    """Deployed files keep a few that have no convolution before them."""
+    torch.manual_seed(0)
+    net = settle(OneLeft())
+    result = lbyl.compress(net, images(1), ratio=0.5, criterion="auto")
+    told = " ".join(result.report.notes)
+    assert "say too little" in told
+    assert "energy" in told
+    with_data = [
+        lbyl.compress(net, images(1), ratio=0.5, restore=lbyl.LeastSquares(moments=data(), attach_norms=attach))
+        for attach in (True, False)
+    ]
+    assert error(net, with_data[0].model) < error(net, with_data[1].model)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lbyl.graph import Graph, Norm, Producer
-from lbyl.runtime.batch_norms import batch_norms
+from lbyl.runtime.batch_norms import norms_cover
 from lbyl.runtime.copying import sharing_copy, tensors_of
 from lbyl.runtime.forward import run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
@@ -81,10 +81,10 @@ def folded(model: nn.Module, statistics: LayerStatistics, values: Mapping[str, T
 def measure_statistics(model: nn.Module, batches: Sequence[ExampleInputs]) -> LayerStatistics:
     """Mean and variance of the outputs of all convolutions and linear layers with a bias that run once.
 
-    The layer that gives the network's own output is left out: what it gives is compared, not normalized. Where the
-    network has batch norms with running statistics, there is nothing to be measured.
+    The layer that gives the network's own output is left out: what it gives is compared, not normalized. Where most
+    of the network has batch norms with running statistics, there is nothing to be measured.
     """
-    if batch_norms(model):
+    if norms_cover(model):
         return {}
     copy = sharing_copy(model)
     names = _layers_that_run_once(copy, batches[0])

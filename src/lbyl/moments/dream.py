@@ -17,7 +17,7 @@ from lbyl.moments.input_scales import input_scales
 from lbyl.moments.photographs import Photographs, photographs, takes_photographs
 from lbyl.moments.scale import InputScales
 from lbyl.moments.synthesis import dead_leaves, pink, synthesize
-from lbyl.runtime.batch_norms import batch_norms
+from lbyl.runtime.batch_norms import norms_cover
 from lbyl.runtime.batches import FEWEST, affordable, alike, first_rows, held_out_size, join, macs_per_input, split
 from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.copying import tensors_of
@@ -83,7 +83,7 @@ class Dream:
 
         Where the network has no batch norms, the statistics are those that its layers' outputs have on photographs.
         """
-        if batch_norms(model):
+        if norms_cover(model):
             return self._made(model, inputs, generator, progress)
         seen = Photographs().probes(model, inputs, generator, progress)
         statistics = measure_statistics(model, seen.batches)

@@ -14,7 +14,7 @@ from lbyl.moments.input_scales import input_scales
 from lbyl.moments.photographs import photographs, takes_photographs
 from lbyl.moments.scale import InputScales
 from lbyl.moments.synthesis import dead_leaves, synthesize, varied_pink
-from lbyl.runtime.batch_norms import batch_norms
+from lbyl.runtime.batch_norms import norms_cover
 from lbyl.runtime.batches import FEWEST, affordable, alike, batch_size, first_rows, join, macs_per_input, split
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import ROOM, give_back, held_at_once, saved_bytes
@@ -72,7 +72,7 @@ def forecast_probes(
     # Forward, and backward to the inputs; half of the steps are enough where there is an end to them.
     half = 3 * (_STEPS // 2) * each
     color = takes_photographs(inputs)
-    if batch_norms(model):
+    if norms_cover(model):
         count = affordable(2 * half, _MACS, _FEWEST_DREAMED, _MOST_DREAMED, ceiling=_CEILING)
         if count == _FEWEST_DREAMED or 2 * half * count <= _CEILING:
             start = synthesize(model, inputs, count, photographs if color else varied_pink, generator, scales)

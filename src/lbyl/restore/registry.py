@@ -16,7 +16,7 @@ from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivering, Delivers
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.prune import Prune
-from lbyl.runtime.batch_norms import batch_norms
+from lbyl.runtime.batch_norms import batch_norms, norms_cover
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.registry import make
 
@@ -40,7 +40,7 @@ def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
 def choose_restorer(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquares, str]:
     """The best restorer that needs no data of the user's, and why: what ``restore="auto"`` stands for."""
     norms = batch_norms(model)
-    if norms:
+    if norms_cover(model):
         why = f"auto: dreamed probes, for {len(norms)} batch norms say what inputs do"
         return LeastSquares(moments=Dream()), f"{why}; with lbyl's own photographs, if inputs are color images"
     if writes_text(model, inputs):
@@ -48,10 +48,11 @@ def choose_restorer(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquar
     if takes_sentences(model, inputs):
         why = "auto: English sentences that come with lbyl, through the model's own tokenizer"
         return LeastSquares(moments=Sentences()), why
+    little = f"so few batch norms ({len(norms)}) say too little of" if norms else "no batch norm says"
     if not takes_photographs(inputs) and answers_among_classes(model, inputs):
-        why = "auto: no batch norm says what inputs do: inputs dreamed for each class, and noise"
+        why = f"auto: {little} what inputs do: inputs dreamed for each class, and noise"
         return LeastSquares(moments=ClassDream()), why
-    why = "auto: no batch norm says what inputs do: lbyl's own photographs, or noise if inputs are no color images"
+    why = f"auto: {little} what inputs do: lbyl's own photographs, or noise if inputs are no color images"
     return LeastSquares(moments=Photographs()), why
 
 

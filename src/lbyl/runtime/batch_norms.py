@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """The batch norms that have running statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def norms_cover(model: nn.Module) -> bool:
+    """Whether batch norms with running statistics say what most of the network is like.
+
+    There have to be at least half as many as convolutions, or as linear layers where there is no convolution. In files
+    made for deployment most are folded away, and the few that are left say little of the rest.
+    """
+    modules = list(model.modules())
+    convolutions = sum(isinstance(module, _ConvNd) for module in modules)
+    layers = convolutions or sum(isinstance(module, nn.Linear) for module in modules)
+    return 2 * len(batch_norms(model)) >= max(layers, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lbyl.runtime.batch_norms import batch_norms
+from lbyl.runtime.batch_norms import norms_cover
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.selection.criteria.energy import Energy
 from lbyl.selection.criteria.l2 import L2
@@ -19,7 +19,7 @@ def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Cr
         lifelike: whether these probes are like real inputs. On others, the activations of a network without any norm
             say less than its weights do.
     """
-    if not probed or batch_norms(model) or not (lifelike or _normalizes(model)):
+    if not probed or norms_cover(model) or not (lifelike or _normalizes(model)):
         return L2(), ""
     return Energy(), "auto: channels are chosen by the energy that consumers take from them"
 
