@@ -68,7 +68,8 @@ def changed(restorers: Restorers, variant: str) -> lbyl.LeastSquares:
     if variant in SOLVED:
         return replace(default, **SOLVED[variant])
     assert isinstance(default.moments, Given)
-    return replace(default, moments=Given(restorers.probes(PROBED[variant](dreamed(default.moments.made)), 0)))
+    source = PROBED[variant](dreamed(default.moments.made))
+    return replace(default, moments=Given(restorers.probes(source, 0), source))
 
 
 def key(name: str, variant: str, ratio: float) -> dict[str, Any]:

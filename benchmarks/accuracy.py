@@ -199,7 +199,7 @@ class Restorers:
         if (method, seed) not in self.made:
             chosen = self.default() if method == "Default" else self(method, seed)
             assert isinstance(chosen.moments, ProbeSource)
-            self.made[method, seed] = replace(chosen, moments=Given(self.probes(chosen.moments, seed)))
+            self.made[method, seed] = replace(chosen, moments=Given(self.probes(chosen.moments, seed), chosen.moments))
         return self.made[method, seed]
 
     def probes(self, source: ProbeSource, seed: int) -> Probes:

@@ -40,7 +40,7 @@ def prepared(net: nn.Module, x: Any) -> lbyl.LeastSquares:
     assert isinstance(restorer, lbyl.LeastSquares)
     source: Any = restorer.moments
     probes = source.probes(copy_model(net).eval(), ExampleInputs.of(x), generator_for(0, "probes"), None)
-    return replace(restorer, moments=Given(probes))  # pyright: ignore[reportArgumentType]
+    return replace(restorer, moments=Given(probes, source))  # pyright: ignore[reportArgumentType]
 
 
 def uniform_ratio(net: nn.Module, x: Any, layers: str | None, wanted: float) -> float:

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from accuracy import NETWORKS as PUBLISHED
-from networks import Images, held_out_digits
+from networks import Given, Images, held_out_digits
 from normless import NETWORKS as NORMLESS
 from normless import trained
 from output import Run, Table, known_cells
@@ -33,8 +33,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lbyl
-from lbyl.moments import Photographs, Probes, ProbeSource
-from lbyl.moments.base import is_lifelike
+from lbyl.moments import Photographs, ProbeSource
 from lbyl.moments.forecast_probes import forecast_probes
 from lbyl.moments.photographs import takes_photographs
 from lbyl.restore.least_squares.restorer import LeastSquares
@@ -111,22 +110,6 @@ CASES = {
 """Those that share weights or a kind share a family; a family is left out as a whole."""
 
 
-@dataclass(frozen=True)
-class Shared:
-    """A source whose probes were made before: several ratios share them."""
-
-    source: ProbeSource
-    made: Probes
-
-    def lifelike(self, inputs: ExampleInputs) -> bool:
-        """What the source says of them."""
-        return is_lifelike(self.source, inputs)
-
-    def probes(self, model: object, inputs: object, generator: object, progress: object) -> Probes:
-        """The same ones again."""
-        return self.made
-
-
 class Restorers:
     """What goes into ``restore``, with probes made once."""
 
@@ -145,7 +128,7 @@ class Restorers:
             source = chosen.moments
             assert isinstance(source, ProbeSource)
             made = source.probes(copy_model(self.net).eval(), self.inputs, generator_for(0, "probes"), None)
-            self.made[method] = replace(chosen, moments=Shared(source, made))
+            self.made[method] = replace(chosen, moments=Given(made, source))
         return self.made[method]
 
 

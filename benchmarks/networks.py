@@ -21,14 +21,26 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lbyl.io.sources import load_weights
-from lbyl.moments import Probes
+from lbyl.moments import Probes, ProbeSource
+from lbyl.moments.base import is_lifelike
+from lbyl.runtime.inputs import ExampleInputs
 
 
 @dataclass(frozen=True)
 class Given:
-    """A moment source of probes that are there already, so that several restorations share them."""
+    """A moment source of probes that are there already, so that several restorations share them.
+
+    Attributes:
+        made: the probes.
+        source: what made them, and says whether they are like real inputs; None where they are.
+    """
 
     made: Probes
+    source: ProbeSource | None = None
+
+    def lifelike(self, inputs: ExampleInputs) -> bool:
+        """What the source says of them."""
+        return self.source is None or is_lifelike(self.source, inputs)
 
     def probes(self, model: object, inputs: object, generator: object, progress: object) -> Probes:
         """The same ones again."""
