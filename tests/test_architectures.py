@@ -97,7 +97,7 @@ def test_families(family: str, tmp_path: Path) -> None:
     build, make_input, group, before, after = FAMILIES[family]
     torch.manual_seed(0)
     model, x = build().eval(), make_input()
-    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune")
+    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune", forecast=False)
     assert result.report.verified is not None
     # Llama takes its statistics in float32, whatever it runs in.
     assert result.report.verified < (1e-6 if family == "grouped queries" else 1e-9)
@@ -156,7 +156,9 @@ MECHANISMS: dict[str, tuple[Callable[[], nn.Module], int, float]] = {
 def test_mechanisms_that_the_coverage_table_counts_on(mechanism: str) -> None:
     build, side, share = MECHANISMS[mechanism]
     torch.manual_seed(0)
-    result = lbyl.compress(build().eval(), images(1, 3, side, side), ratio=0.25, scope="all", restore="prune")
+    result = lbyl.compress(
+        build().eval(), images(1, 3, side, side), ratio=0.25, scope="all", restore="prune", forecast=False
+    )
     assert result.report.verified is not None
     assert result.report.verified < 1e-6
     before, after = result.report.parameters
@@ -169,7 +171,7 @@ def test_restoration_beats_plain_pruning(family: str) -> None:
     build, make_input, *_ = FAMILIES[family]
     torch.manual_seed(0)
     settings = lbyl.LeastSquares(moments=lbyl.Noise(images=64 if family in list(FAMILIES)[-3:] else 16))
-    result = lbyl.compress(build().eval(), make_input(), ratio=0.25, scope="all", restore=settings)
+    result = lbyl.compress(build().eval(), make_input(), ratio=0.25, scope="all", restore=settings, forecast=False)
     found = result.report.assessment
     assert found is not None
     assert found.restored < found.pruned
@@ -191,9 +193,9 @@ def test_detection_is_compressed_in_parts() -> None:
         max_size=64,
     ).eval()
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    result = lbyl.compress(model, ([image],), ratio=0.25, scope="all", restore="prune")
+    result = lbyl.compress(model, ([image],), ratio=0.25, scope="all", restore="prune", forecast=False)
     assert {"backbone", "roi_heads.box_head"} <= set(result.plan.settings["parts"])
     assert result.model([image, image])[1].keys() == {"boxes", "labels", "scores"}
     assert any("can't trace" in note for note in result.report.notes)
-    alone = lbyl.compress(model, ([image],), ratio=0.25, restore="prune", submodule="backbone")
+    alone = lbyl.compress(model, ([image],), ratio=0.25, restore="prune", submodule="backbone", forecast=False)
     assert {row.group.partition(".")[0] for row in alone.report.rows} == {"backbone"}

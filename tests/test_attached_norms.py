@@ -42,7 +42,7 @@ def data(count: int = 96) -> lbyl.Data:
 def test_the_smaller_network_has_the_users_modules_only() -> None:
     net = settle(Residual())
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    result = lbyl.compress(net, images(1), restore=lbyl.LeastSquares(moments=data()), ratio=0.5)
+    result = lbyl.compress(net, images(1), restore=lbyl.LeastSquares(moments=data()), ratio=0.5, forecast=False)
     assert set(result.model.state_dict()) == set(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert not any(module._forward_hooks for module in result.model.modules())
@@ -63,7 +63,7 @@ def test_statistics_of_our_own_help(seed: int) -> None:
     net = settle(Residual(), seed)
     plain = lbyl.LeastSquares(moments=data(), attach_norms=False, prior=0.0)
     with_norms, without = (
-        lbyl.compress(net, images(1), restore=restore, ratio=0.5).model
+        lbyl.compress(net, images(1), restore=restore, ratio=0.5, forecast=False).model
         for restore in (replace(plain, attach_norms=True), plain)
     )
     assert error(net, with_norms) < error(net, without)
@@ -72,7 +72,9 @@ def test_statistics_of_our_own_help(seed: int) -> None:
 def test_a_network_with_batch_norms_gets_no_others() -> None:
     net = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)))
     with_norms, without = (
-        lbyl.compress(net, images(1), restore=lbyl.LeastSquares(moments=data(), attach_norms=attach), ratio=0.5).model
+        lbyl.compress(
+            net, images(1), restore=lbyl.LeastSquares(moments=data(), attach_norms=attach), ratio=0.5, forecast=False
+        ).model
         for attach in (True, False)
     )
     for one, other in zip(with_norms.state_dict().values(), without.state_dict().values(), strict=True):
@@ -82,7 +84,7 @@ def test_a_network_with_batch_norms_gets_no_others() -> None:
 def test_what_is_not_changed_is_bit_for_bit_the_same() -> None:
     """Batch norms that were not moved are not folded: rounding would change every weight."""
     net = settle(Residual())
-    result = lbyl.compress(net, images(1), ratio={"first.0": 0.25}, restore="prune", criterion="energy")
+    result = lbyl.compress(net, images(1), ratio={"first.0": 0.25}, restore="prune", criterion="energy", forecast=False)
     assert torch.equal(result.model.stem.weight, net.stem.weight)  # pyright: ignore
 
 
@@ -134,9 +136,9 @@ def test_layers_of_all_kinds(make: Callable[[], nn.Module], shape: tuple[int, ..
     restore = lbyl.LeastSquares(moments=lbyl.Data(list(x.split(32)), batches=3))
     if isinstance(net, Tokens) and scope == "inner":  # a layer norm is taken over all that could go
         with pytest.raises(lbyl.InputError, match="no group can be pruned"):
-            lbyl.compress(net, x[:1], ratio={"first": 0.5}, restore=restore, scope=scope)
+            lbyl.compress(net, x[:1], ratio={"first": 0.5}, restore=restore, scope=scope, forecast=False)
         return
-    result = lbyl.compress(net, x[:1], restore=restore, scope=scope, ratio=0.5)
+    result = lbyl.compress(net, x[:1], restore=restore, scope=scope, ratio=0.5, forecast=False)
     assert result.report.assessment is not None
     assert result.report.assessment.restored <= result.report.assessment.pruned
     assert set(result.model.state_dict()) == set(net.state_dict())
@@ -144,7 +146,9 @@ def test_layers_of_all_kinds(make: Callable[[], nn.Module], shape: tuple[int, ..
 
 def test_dreams_meet_the_statistics_that_photographs_have() -> None:
     net = settle(Residual())
-    result = lbyl.compress(net, images(1), restore=lbyl.LeastSquares(moments=lbyl.Dream(images=24, steps=3)), ratio=0.5)
+    result = lbyl.compress(
+        net, images(1), restore=lbyl.LeastSquares(moments=lbyl.Dream(images=24, steps=3)), ratio=0.5, forecast=False
+    )
     assert result.report.assessment is not None
     assert result.report.assessment.restored < result.report.assessment.pruned
 
@@ -179,12 +183,14 @@ def test_a_batch_norm_that_was_left_does_not_speak_for_the_rest() -> None:
     """Deployed files keep a few that have no convolution before them."""
     torch.manual_seed(0)
     net = settle(OneLeft())
-    result = lbyl.compress(net, images(1), ratio=0.5, criterion="auto")
+    result = lbyl.compress(net, images(1), ratio=0.5, criterion="auto", forecast=False)
     told = " ".join(result.report.notes)
     assert "say too little" in told
     assert "energy" in told
     with_data = [
-        lbyl.compress(net, images(1), ratio=0.5, restore=lbyl.LeastSquares(moments=data(), attach_norms=attach))
+        lbyl.compress(
+            net, images(1), ratio=0.5, restore=lbyl.LeastSquares(moments=data(), attach_norms=attach), forecast=False
+        )
         for attach in (True, False)
     ]
     assert error(net, with_data[0].model) < error(net, with_data[1].model)

@@ -81,7 +81,7 @@ EXACT = {
 def test_the_cut_is_exact_and_loads(name: str, tmp_path: Path) -> None:
     build, shape, group, widths = EXACT[name]
     model, x = built(build), images(*shape)
-    result = lbyl.compress(model, x, ratio=1 / 3, scope="all", restore="prune", strict=True)
+    result = lbyl.compress(model, x, ratio=1 / 3, scope="all", restore="prune", strict=True, forecast=False)
     assert {row.group: (row.before, row.after) for row in result.report.rows}[group] == widths
     assert result.report.verified is not None
     assert result.report.verified < 1e-6
@@ -94,7 +94,7 @@ def test_the_cut_is_exact_and_loads(name: str, tmp_path: Path) -> None:
 def test_what_goes_is_as_if_its_producers_made_zeros(name: str) -> None:
     build, shape, group, _ = EXACT[name]
     model, x = built(build), images(*shape)
-    result = lbyl.compress(model, x, ratio={group: 1 / 3}, scope="all", restore="prune", strict=True)
+    result = lbyl.compress(model, x, ratio={group: 1 / 3}, scope="all", restore="prune", strict=True, forecast=False)
     gone = sorted(set(range(12)) - set(result.plan.groups[0].keep))
     with torch.no_grad():
         for layer in [model[0]] if isinstance(model, nn.Sequential) else [model.table, model.down]:
@@ -109,7 +109,7 @@ def test_restoration_keeps_the_cut_exact(name: str) -> None:
     build, shape, _, _ = EXACT[name]
     model, x = built(build), images(*shape)
     settings = lbyl.LeastSquares(moments=lbyl.Noise(images=16))
-    report = lbyl.compress(model, x, ratio=1 / 3, scope="all", restore=settings, strict=True).report
+    report = lbyl.compress(model, x, ratio=1 / 3, scope="all", restore=settings, strict=True, forecast=False).report
     assert report.verified is not None
     assert report.verified < 1e-6
     assert report.assessment is not None
@@ -134,7 +134,7 @@ def test_where_no_weight_makes_up_for_it_the_mean_is_of_what_stays(norm, restore
     group = lbyl.inspect(model, x).graph.group("table")
     assert group.statistics
     assert not group.averages
-    result = lbyl.compress(model, x, ratio=1 / 3, scope="all", restore=restore, strict=True)
+    result = lbyl.compress(model, x, ratio=1 / 3, scope="all", restore=restore, strict=True, forecast=False)
     assert result.report.verified is not None
     assert result.report.verified < 1e-6
     assert {row.group: row.after for row in result.report.rows}["table"] == 8

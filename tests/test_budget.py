@@ -68,7 +68,7 @@ def test_dead_channels_make_no_curve_of_nan() -> None:
 def test_terms_add_up_to_the_parameters_of_the_cut_network(model: nn.Module, x: Tensor, scope: str) -> None:
     graph = lbyl.inspect(model, x).graph
     terms = cost_terms(graph, {name: float(p.numel()) for name, p in model.named_parameters()})
-    result = lbyl.compress(model, x, ratio=0.5, scope=scope, restore="prune")
+    result = lbyl.compress(model, x, ratio=0.5, scope=scope, restore="prune", forecast=False)
     kept = {plan.name: len(plan.keep) for plan in result.plan.groups}
     widths = {index: kept.get(group.name, group.width) for index, group in enumerate(graph.groups)}
     assert sum(term.at(widths) for term in terms) == pytest.approx(count_parameters(result.model))
@@ -80,7 +80,7 @@ def test_budgets_are_met_within_two_percent(restore: Any, what: str, share: floa
     model, x = settle(Residual(24)), images(2, 3, 8, 8)
     size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e6
     budget = lbyl.Budget(**{what: share or 0.7 * size})  # pyright: ignore
-    result = lbyl.compress(model, x, budget=budget, scope="all", restore=restore)
+    result = lbyl.compress(model, x, budget=budget, scope="all", restore=restore, forecast=False)
     before, after = result.report.parameters if what == "params" else result.report.macs or (1, 1)
     if what == "size_mb":
         left = sum(t.numel() * t.element_size() for t in [*result.model.parameters(), *result.model.buffers()])
@@ -93,9 +93,9 @@ def test_budgets_are_met_within_two_percent(restore: Any, what: str, share: floa
 
 def test_attention_scores_are_counted_though_no_parameter_has_them() -> None:
     model, x = settle(OnImage(Attention("matmul", heads=4))), images(1, 60, 7)
-    half = lbyl.compress(model, x, ratio=0.5, restore="prune").report.macs
+    half = lbyl.compress(model, x, ratio=0.5, restore="prune", forecast=False).report.macs
     assert half is not None
-    result = lbyl.compress(model, x, budget=lbyl.Budget(macs=half[1] / half[0]), restore="prune")
+    result = lbyl.compress(model, x, budget=lbyl.Budget(macs=half[1] / half[0]), restore="prune", forecast=False)
     assert result.report.macs == half
     assert [row.after for row in result.report.rows] == [2]
 
@@ -107,9 +107,9 @@ def test_the_budget_goes_where_it_hurts_least() -> None:
         model[2].weight[12:] = model[2].weight[:12]  # pyright: ignore
         model[2].bias[12:] = model[2].bias[:12]  # pyright: ignore
     probed = lbyl.LeastSquares(moments=lbyl.Noise(images=256))
-    same = lbyl.compress(model, x, ratio=0.3, restore=probed).report
+    same = lbyl.compress(model, x, ratio=0.3, restore=probed, forecast=False).report
     share = same.parameters[1] / same.parameters[0]
-    chosen = lbyl.compress(model, x, budget=lbyl.Budget(params=share), restore=probed).report
+    chosen = lbyl.compress(model, x, budget=lbyl.Budget(params=share), restore=probed, forecast=False).report
     assert chosen.parameters[1] <= 1.02 * same.parameters[1]
     assert same.assessment is not None
     assert chosen.assessment is not None
@@ -119,7 +119,7 @@ def test_the_budget_goes_where_it_hurts_least() -> None:
 def test_multiples_least_widths_ratios_and_exclusions() -> None:
     model, x = settle(Residual(32)), images(2, 3, 8, 8)
     options = {"macs": 0.8, "round_to": 8, "min_keep": 16, "max_ratio": 0.6, "exclude": ("a.*",)}
-    result = lbyl.compress(model, x, budget=lbyl.Budget(**options), scope="all", restore="prune")
+    result = lbyl.compress(model, x, budget=lbyl.Budget(**options), scope="all", restore="prune", forecast=False)
     for row in result.report.rows:
         assert row.after % 8 == 0
         assert row.after >= max(16, 0.4 * row.before)
@@ -141,11 +141,11 @@ def test_every_offered_width_suits_the_blocks() -> None:
 def test_a_budget_out_of_reach_says_what_can_be_reached() -> None:
     model, x = settle(Residual(16)), images(2, 3, 8, 8)
     with pytest.raises(lbyl.InputError, match=r"can't be reached.*as small as it may be.*left \("):
-        lbyl.compress(model, x, budget=lbyl.Budget(macs=0.05, max_ratio=0.5), restore="prune")
+        lbyl.compress(model, x, budget=lbyl.Budget(macs=0.05, max_ratio=0.5), restore="prune", forecast=False)
     with pytest.raises(lbyl.InputError, match="nearest that was reached"):
-        lbyl.compress(mlp(6, 4), images(1, 6), budget=lbyl.Budget(params=0.9), restore="prune")
+        lbyl.compress(mlp(6, 4), images(1, 6), budget=lbyl.Budget(params=0.9), restore="prune", forecast=False)
     with pytest.raises(lbyl.InputError, match="exclude less"):
-        lbyl.compress(model, x, budget=lbyl.Budget(macs=0.5, exclude=("*",)), restore="prune")
+        lbyl.compress(model, x, budget=lbyl.Budget(macs=0.5, exclude=("*",)), restore="prune", forecast=False)
 
 
 @pytest.mark.parametrize(
@@ -172,14 +172,17 @@ def test_budgets_that_make_no_sense(arguments: dict[str, Any], message: str) -> 
 
 def test_a_ratio_and_a_budget_are_too_much_and_so_is_a_restorer_that_chooses() -> None:
     with pytest.raises(lbyl.InputError, match="not both"):
-        lbyl.compress(mlp(), images(1, 6), ratio=0.5, budget=lbyl.Budget(macs=0.5))
+        lbyl.compress(mlp(), images(1, 6), ratio=0.5, budget=lbyl.Budget(macs=0.5), forecast=False)
     with pytest.raises(lbyl.InputError, match="Coreset chooses channels by itself"):
-        lbyl.compress(mlp(), images(1, 6), budget=lbyl.Budget(macs=0.5), restore="coreset")
+        lbyl.compress(mlp(), images(1, 6), budget=lbyl.Budget(macs=0.5), restore="coreset", forecast=False)
 
 
 def test_equal_seeds_give_equal_widths() -> None:
     model, x = settle(Residual(16)), images(2, 3, 8, 8)
-    plans = [lbyl.compress(model, x, budget=lbyl.Budget(macs=0.7), restore=PROBED, seed=4).plan for _ in range(2)]
+    plans = [
+        lbyl.compress(model, x, budget=lbyl.Budget(macs=0.7), restore=PROBED, seed=4, forecast=False).plan
+        for _ in range(2)
+    ]
     assert plans[0].groups == plans[1].groups
 
 

@@ -19,7 +19,7 @@ def two_layers(hidden: int = 12) -> nn.Sequential:
 
 
 def kept(net: nn.Module, x: Tensor, criterion: object, ratio: float = 0.5, **more: object) -> tuple[int, ...]:
-    result = lbyl.compress(net, x[:1], ratio=ratio, criterion=criterion, restore=data(x), **more)  # pyright: ignore
+    result = lbyl.compress(net, x[:1], ratio=ratio, criterion=criterion, restore=data(x), **more, forecast=False)  # pyright: ignore
     return result.plan.groups[0].keep
 
 
@@ -70,7 +70,9 @@ def test_own_criteria_that_see() -> None:
     loud = torch.relu(net[0](x[:300])).square().mean(0)
     assert kept(net, x, Loudest()) == tuple(sorted(loud.argsort(descending=True)[:6].tolist()))
     read = net[2].weight.square().sum(0)  # pyright: ignore
-    by_weights = lbyl.compress(net, x[:1], criterion=MostRead(), restore="prune", ratio=0.5).plan.groups[0].keep
+    by_weights = (
+        lbyl.compress(net, x[:1], criterion=MostRead(), restore="prune", ratio=0.5, forecast=False).plan.groups[0].keep
+    )
     assert by_weights == tuple(sorted(read.argsort(descending=True)[:6].tolist()))
 
 
@@ -92,7 +94,9 @@ def test_seats_blocks_and_restorers_that_take_no_probes(
 ) -> None:
     torch.manual_seed(0)
     net = make().eval()
-    result = lbyl.compress(net, torch.randn(1, 3, 4, 4), criterion=criterion, restore=restore, ratio=0.5)
+    result = lbyl.compress(
+        net, torch.randn(1, 3, 4, 4), criterion=criterion, restore=restore, ratio=0.5, forecast=False
+    )
     assert [len(group.keep) for group in result.plan.groups] == [4, 4]
     assert result.report.verified is not None
 
@@ -100,7 +104,9 @@ def test_seats_blocks_and_restorers_that_take_no_probes(
 @pytest.mark.parametrize("criterion", ["energy", "obs"])
 def test_a_budget_keeps_what_was_priced(criterion: str) -> None:
     net, x = two_layers(), torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
-    budget = lbyl.compress(net, x[:1], budget=lbyl.Budget(params=0.6), criterion=criterion, restore=data(x))
+    budget = lbyl.compress(
+        net, x[:1], budget=lbyl.Budget(params=0.6), criterion=criterion, restore=data(x), forecast=False
+    )
     count = len(budget.plan.groups[0].keep)
     assert budget.plan.groups[0].keep == kept(net, x, criterion, 1 - count / 12)
 
@@ -111,11 +117,14 @@ def with_norm() -> nn.Sequential:
 
 def test_auto_sees_where_no_batch_norm_tells() -> None:
     x, image = torch.randn(400, 6), torch.randn(1, 3, 8, 8)
-    result = lbyl.compress(two_layers(), x[:1], restore=data(x), ratio=0.5)
+    result = lbyl.compress(two_layers(), x[:1], restore=data(x), ratio=0.5, forecast=False)
     assert result.plan.settings["criterion"]["name"] == "Energy"
     assert any("energy" in note for note in result.report.notes)
-    assert lbyl.compress(with_norm(), image, ratio=0.5).plan.settings["criterion"]["name"] == "L2"
-    assert lbyl.compress(two_layers(), x[:1], restore="lbyl", ratio=0.5).plan.settings["criterion"]["name"] == "L2"
+    assert lbyl.compress(with_norm(), image, ratio=0.5, forecast=False).plan.settings["criterion"]["name"] == "L2"
+    assert (
+        lbyl.compress(two_layers(), x[:1], restore="lbyl", ratio=0.5, forecast=False).plan.settings["criterion"]["name"]
+        == "L2"
+    )
 
 
 class Blind:
@@ -136,4 +145,4 @@ class Broken:
 )
 def test_criteria_that_are_none(criterion: object, says: str) -> None:
     with pytest.raises(lbyl.InputError, match=says):
-        lbyl.compress(two_layers(), torch.randn(1, 6), criterion=criterion, restore="prune", ratio=0.5)  # pyright: ignore
+        lbyl.compress(two_layers(), torch.randn(1, 6), criterion=criterion, restore="prune", ratio=0.5, forecast=False)  # pyright: ignore

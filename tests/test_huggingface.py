@@ -65,7 +65,9 @@ def inputs_of(name: str) -> dict[str, Tensor]:
 
 def saved(name: str, folder: Path, ratio: Any = 0.25, **changes: Any) -> tuple[lbyl.Result, str]:
     """A pruned model in a folder, and what the saved report says of transformers."""
-    result = lbyl.compress(build(name, **changes), inputs_of(name), ratio=ratio, scope="all", restore="prune")
+    result = lbyl.compress(
+        build(name, **changes), inputs_of(name), ratio=ratio, scope="all", restore="prune", forecast=False
+    )
     result.save(folder)
     (note,) = (n for n in artifact.read_manifest(folder).report.notes if "from_pretrained" in n)
     assert note in (folder / artifact.CARD).read_text().replace("\\", "")  # Markdown is escaped
@@ -147,7 +149,7 @@ def test_a_budget_gives_all_layers_one_width(uniform: bool | None, tmp_path: Pat
     with torch.no_grad():  # the second layer says next to nothing
         model.model.layers[1].mlp.down_proj.weight.mul_(0.01)
     budget = lbyl.Budget(params=0.8, uniform_layers=uniform)
-    result = lbyl.compress(model, inputs_of("llama"), budget=budget, restore="prune")
+    result = lbyl.compress(model, inputs_of("llama"), budget=budget, restore="prune", forecast=False)
     small: Any = result.model
     widths = {layer.mlp.gate_proj.out_features for layer in small.model.layers}
     assert len(widths) == (2 if uniform is False else 1)
@@ -157,7 +159,9 @@ def test_a_budget_gives_all_layers_one_width(uniform: bool | None, tmp_path: Pat
 
 def test_the_precision_is_that_of_the_weights(tmp_path: Path) -> None:
     model: Any = build("bert").to(torch.float16)
-    lbyl.compress(model, inputs_of("bert"), ratio={NEURONS["bert"]: 0.5}, restore="prune").save(tmp_path / "out")
+    lbyl.compress(model, inputs_of("bert"), ratio={NEURONS["bert"]: 0.5}, restore="prune", forecast=False).save(
+        tmp_path / "out"
+    )
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "float16"
     assert type(model).from_pretrained(tmp_path / "out").dtype == torch.float16
@@ -182,7 +186,7 @@ def test_weights_that_do_not_come_back_are_no_promise(tmp_path: Path, monkeypatc
 def test_a_configuration_that_does_not_fit_its_model(tmp_path: Path) -> None:
     model: Any = build("bert")
     model.config.intermediate_size = 30
-    result = lbyl.compress(model, inputs_of("bert"), ratio={NEURONS["bert"]: 0.5}, restore="prune")
+    result = lbyl.compress(model, inputs_of("bert"), ratio={NEURONS["bert"]: 0.5}, restore="prune", forecast=False)
     note = artifact.read_manifest(result.save(tmp_path / "out")).report.notes[-1]
     assert "a model built from its BertConfig is not the unpruned one" in note
 
@@ -190,7 +194,7 @@ def test_a_configuration_that_does_not_fit_its_model(tmp_path: Path) -> None:
 def test_the_configuration_of_the_result_says_its_widths(tmp_path: Path) -> None:
     model: Any = build("llama")
     before = model.config.to_dict()
-    result = lbyl.compress(model, inputs_of("llama"), ratio=HALF, restore="prune")
+    result = lbyl.compress(model, inputs_of("llama"), ratio=HALF, restore="prune", forecast=False)
     small: Any = result.model
     assert model.config.to_dict() == before
     assert all(getattr(m, "config", model.config) is model.config for m in model.modules())
@@ -203,7 +207,7 @@ def test_the_configuration_of_the_result_says_its_widths(tmp_path: Path) -> None
 
 def test_widths_that_no_configuration_says_are_told_of(tmp_path: Path) -> None:
     model: Any = build("llama")
-    result = lbyl.compress(model, inputs_of("llama"), ratio={"*layers.0.mlp*": 0.5}, restore="prune")
+    result = lbyl.compress(model, inputs_of("llama"), ratio={"*layers.0.mlp*": 0.5}, restore="prune", forecast=False)
     (note,) = (note for note in result.report.notes if "model.config" in note)
     assert "intermediate_size is one number for all layers, and they keep 16 to 32" in note
     small: Any = result.model
@@ -217,7 +221,9 @@ def test_what_stands_beside_the_weights_is_copied_along(tmp_path: Path) -> None:
         (tmp_path / "base" / name).write_text(f"the text of {name}")
     (tmp_path / "base" / "training.log").write_text("nothing of interest")
     loaded: Any = type(model).from_pretrained(tmp_path / "base")
-    folder = lbyl.compress(loaded, inputs_of("llama"), ratio=HALF, restore="prune").save(tmp_path / "out")
+    folder = lbyl.compress(loaded, inputs_of("llama"), ratio=HALF, restore="prune", forecast=False).save(
+        tmp_path / "out"
+    )
     assert (folder / "tokenizer.json").read_text() == "the text of tokenizer.json"
     assert (folder / "chat_template.jinja").is_file()
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
@@ -229,7 +235,7 @@ def test_other_models_have_no_configuration(tmp_path: Path) -> None:
     assert not is_pretrained_model(model)
     assert not is_pretrained_model(torch.nn.Identity())
     model.config = {"intermediate_size": 8}  # pyright: ignore
-    result = lbyl.compress(model, images(2, 6), restore="prune", ratio=0.5)
+    result = lbyl.compress(model, images(2, 6), restore="prune", ratio=0.5, forecast=False)
     folder = result.save(tmp_path / "out")
     assert not (folder / CONFIG).exists()
     assert artifact.read_manifest(folder).report == result.report

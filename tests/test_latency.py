@@ -122,7 +122,7 @@ def test_measuring_leaves_no_trace_even_where_the_model_fails() -> None:
 
 def test_a_cut_below_the_next_multiple_gives_no_speed(machine: Machine) -> None:
     model, x = mlp(6, 16, 16), images(1, 6)
-    smaller = lbyl.compress(model, x, ratio={"0": 0.25, "2": 0.5}, restore="prune").model
+    smaller = lbyl.compress(model, x, ratio={"0": 0.25, "2": 0.5}, restore="prune", forecast=False).model
     found = lbyl.bench(smaller, x, against=model, runs=5)
     assert [layer.name for layer in found.no_speed] == ["0"]
     layers = {layer.name: layer for layer in found.layers}
@@ -176,7 +176,7 @@ def test_curves_go_through_samples_and_never_rise_as_less_is_kept() -> None:
 def test_latency_budgets_are_met_and_the_note_says_so(machine: Machine, share: float) -> None:
     model, x = settle(Residual(48)), images(2, 3, 8, 8)
     budget = lbyl.Budget(latency=share, round_to=8)
-    result = lbyl.compress(model, x, budget=budget, scope="all", restore="prune", verify=False)
+    result = lbyl.compress(model, x, budget=budget, scope="all", restore="prune", verify=False, forecast=False)
     before, after = measure_latencies((model, result.model), ExampleInputs.of(x), runs=3)
     assert after.seconds.median / before.seconds.median == pytest.approx(share, rel=0.02)
     note = next(note for note in result.report.notes if note.startswith("latency:"))
@@ -189,7 +189,7 @@ def test_time_is_saved_where_there_is_time_to_be_saved(machine: Machine) -> None
     """One layer takes all of the time, so the others are not cut for nothing."""
     machine.cost = lambda weight: weight.numel() if weight.shape[0] in range(2, 31) else 0.0
     model = mlp(6, 64, 30, 64)
-    result = lbyl.compress(model, images(1, 6), budget=lbyl.Budget(latency=0.7), restore="prune")
+    result = lbyl.compress(model, images(1, 6), budget=lbyl.Budget(latency=0.7), restore="prune", forecast=False)
     kept = {row.group: row.after for row in result.report.rows}
     assert set(kept) <= {"0", "2"}
 
@@ -198,7 +198,12 @@ def test_a_latency_that_can_not_be_reached_names_the_nearest(machine: Machine) -
     machine.cost = lambda weight: 10.0
     with pytest.raises(lbyl.InputError, match=r"µs can't be met within 2%: the nearest .* \(0\.9\d\d\); .*max_ratio"):
         lbyl.compress(
-            settle(Residual(16)), images(2, 3, 8, 8), budget=lbyl.Budget(latency=0.5), restore="prune", verify=False
+            settle(Residual(16)),
+            images(2, 3, 8, 8),
+            budget=lbyl.Budget(latency=0.5),
+            restore="prune",
+            verify=False,
+            forecast=False,
         )
 
 
@@ -207,7 +212,12 @@ def test_measurements_that_scatter_meet_no_budget(machine: Machine) -> None:
     machine.slowdown = itertools.cycle([1.0] * 7 + [9.0] * 6 + [2.0] * 5)
     with pytest.raises(lbyl.InputError, match=r"\(0\.\d+ ± \d\.\d+\); the measurements scatter too much"):
         lbyl.compress(
-            settle(Residual(16)), images(2, 3, 8, 8), budget=lbyl.Budget(latency=0.5), restore="prune", verify=False
+            settle(Residual(16)),
+            images(2, 3, 8, 8),
+            budget=lbyl.Budget(latency=0.5),
+            restore="prune",
+            verify=False,
+            forecast=False,
         )
 
 
@@ -218,7 +228,7 @@ def test_auto_asks_the_device(monkeypatch: pytest.MonkeyPatch, capability: str, 
     assert budget.on(torch.device("cpu")).round_to == multiple
     assert budget.on(torch.device("cuda")).round_to == 8
     model, x = settle(Residual(128)), images(1, 3, 8, 8)
-    result = lbyl.compress(model, x, budget=budget, scope="all", restore="prune", verify=False)
+    result = lbyl.compress(model, x, budget=budget, scope="all", restore="prune", verify=False, forecast=False)
     assert all(row.after % multiple == 0 for row in result.report.rows)
     assert result.plan.settings["budget"]["round_to"] == "auto"
 
@@ -248,7 +258,7 @@ def folder(tmp_path: Path) -> Path:
         """)
     )
     model = settle(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)))
-    return lbyl.compress(model, images(1, 6), ratio=0.25, restore="prune").save(tmp_path / "smaller")
+    return lbyl.compress(model, images(1, 6), ratio=0.25, restore="prune", forecast=False).save(tmp_path / "smaller")
 
 
 def command(*args: object) -> Any:

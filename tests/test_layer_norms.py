@@ -190,7 +190,7 @@ def masked(model: nn.Module, result: lbyl.Result, x: Tensor) -> tuple[Tensor, in
 @named
 def test_the_cut_network_is_the_one_with_statistics_over_what_stays(name: str) -> None:
     model, x = network(name)
-    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune", strict=True)
+    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune", strict=True, forecast=False)
     assert result.report.verified is not None
     assert result.report.verified < 1e-9
     expected, met = masked(model, result, x)
@@ -293,7 +293,7 @@ class Insisting(Functional):
 def test_a_norm_over_a_group_that_can_and_one_that_cannot_be_cut(restore: Any) -> None:
     torch.manual_seed(0)
     model, x = settle(Insisting()), images(*TOKENS)
-    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore=restore)
+    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore=restore, forecast=False)
     assert [(row.group, row.after) for row in result.report.rows] == [("left", 6)]
     assert [why[:21] for name, why in result.report.left if name == "right"] == ["found by verification"]
     assert result.model.get_parameter("weight").shape == (10,)
@@ -357,7 +357,9 @@ class Computed(Functional):
 def test_other_layer_norms_are_refused_by_name(model: nn.Module, shape: tuple[int, ...]) -> None:
     group = lbyl.inspect(settle(model), images(*shape)).graph.groups[0]
     if group.prunable:  # tokens and channels flattened into one axis: whole channels can go
-        result = lbyl.compress(model, images(*shape), ratio=0.25, scope="all", restore="prune", strict=True)
+        result = lbyl.compress(
+            model, images(*shape), ratio=0.25, scope="all", restore="prune", strict=True, forecast=False
+        )
         assert result.report.verified is not None
         assert result.report.verified < 1e-9
     else:
@@ -378,7 +380,9 @@ class Encoder(nn.Module):
 
 def test_the_stream_of_torchs_attention_is_solved_for_in_its_projections_too() -> None:
     noise = lbyl.LeastSquares(lbyl.Noise(images=64))
-    result = lbyl.compress(settle(Encoder()), images(*TOKENS), scope="all", restore=noise, strict=True, ratio=0.5)
+    result = lbyl.compress(
+        settle(Encoder()), images(*TOKENS), scope="all", restore=noise, strict=True, ratio=0.5, forecast=False
+    )
     assert [(row.group, row.after) for row in result.report.rows] == [
         ("stem", 6),
         ("layer.self_attn", 1),
@@ -420,7 +424,7 @@ def test_readers_are_solved_on_what_the_cut_norm_feeds_them(build: Callable[[], 
     torch.manual_seed(0)
     model, x = settle(build()), images(*shape)
     settings = lbyl.LeastSquares(moments=lbyl.Data([x]), ridge=1e-3, prior=0, positions=10**6)
-    result = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=settings, strict=True)
+    result = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=settings, strict=True, forecast=False)
     row = result.report.rows[0]
     assert row.errors is not None
     # Data keeps a part of the batch for the assessment.
@@ -477,7 +481,8 @@ def test_restoration_on_a_trained_network(trained: tuple[nn.Module, Any]) -> Non
     assert source.accuracy(model) > 90
     settings = lbyl.LeastSquares(moments=lbyl.Data([x[:256]]))
     pruned, fitted = (
-        lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=restore) for restore in ("prune", settings)
+        lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=restore, forecast=False)
+        for restore in ("prune", settings)
     )
     assert any(row.group == "0" for row in fitted.report.rows)
     assert fitted.report.assessment is not None
@@ -490,8 +495,8 @@ def test_the_assessment_is_of_the_network_that_comes_out(trained: tuple[nn.Modul
     model, source = trained
     x, _ = source.data(train=True)
     settings = lbyl.LeastSquares(moments=lbyl.Data([x[:64], x[64:128]]))
-    result = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=settings, criterion="l2")
-    pruned = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore="prune", criterion="l2")
+    result = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore=settings, criterion="l2", forecast=False)
+    pruned = lbyl.compress(model, x[:1], ratio=0.25, scope="all", restore="prune", criterion="l2", forecast=False)
     probes = lbyl.Data([x[:64], x[64:128]]).probes(model, ExampleInputs.of(x[:1]), torch.Generator(), None)
     with torch.no_grad():
         expected = probes.held_out.call(model)
@@ -506,7 +511,7 @@ def test_the_assessment_is_of_the_network_that_comes_out(trained: tuple[nn.Modul
 
 def test_it_is_saved_loaded_and_exported(tmp_path: Path) -> None:
     model, x = network("images")
-    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune", strict=True)
+    result = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune", strict=True, forecast=False)
     result.save(tmp_path / "out")
     loaded = lbyl.load(tmp_path / "out", network("images")[0])
     assert torch.equal(loaded(x), result.model(x))
@@ -516,7 +521,7 @@ def test_it_is_saved_loaded_and_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("restore", ["prune", lbyl.LeastSquares(moments=lbyl.Noise(images=32))])
 def test_a_budget_takes_from_the_stream(restore: Any) -> None:
     model, x = settle(Before(32)), images(*TOKENS)
-    result = lbyl.compress(model, x, budget=lbyl.Budget(params=0.5), scope="all", restore=restore)
+    result = lbyl.compress(model, x, budget=lbyl.Budget(params=0.5), scope="all", restore=restore, forecast=False)
     before, after = result.report.parameters
     assert after / before == pytest.approx(0.5, abs=0.02)
     assert any(row.group == "stem" for row in result.report.rows)
@@ -537,7 +542,7 @@ def test_a_sweep_makes_what_compress_makes(tmp_path: Path) -> None:
     budgets = [lbyl.Budget(params=0.6), lbyl.Budget(params=0.5)]
     swept = lbyl.sweep(model, x, budgets, tmp_path / "out", scope="all", restore=settings)
     for budget, point in zip(budgets, swept.points, strict=True):
-        alone = lbyl.compress(model, x, budget=budget, scope="all", restore=settings)
+        alone = lbyl.compress(model, x, budget=budget, scope="all", restore=settings, forecast=False)
         assert torch.equal(lbyl.load(tmp_path / "out" / point.name, model)(x), alone.model(x))
     assert any(row.group == "stem" for row in alone.report.rows)  # pyright: ignore[reportPossiblyUnboundVariable]
 
@@ -585,7 +590,7 @@ def test_a_stream_is_cut_with_the_heads_that_its_width_is_divided_into(biased: b
     runs: list[Tensor] = []
     model, x = settle(Stages(biased)), images(2, 5, 7)
     model.stem.register_forward_pre_hook(lambda module, args: runs.extend(args))
-    report = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune").report
+    report = lbyl.compress(model, x, ratio=0.25, scope="all", restore="prune", forecast=False).report
     widths = {row.group: (row.before, row.after) for row in report.rows}
     assert widths["between"] == (24, 18)
     assert widths["second.qkv"] == (4, 3)

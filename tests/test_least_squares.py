@@ -88,10 +88,10 @@ def test_copies_of_kept_channels_are_restored_exactly(how: str) -> None:
         net[1].running_var[6:] = (net[1].running_var[:6] + net[1].eps) * 0.25 - net[1].eps
     x = images()
     restore = lbyl.LeastSquares(lbyl.Data([x]), solve=how, ridge=1e-9, renorm=False)
-    result = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore=restore)
+    result = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore=restore, forecast=False)
     fresh = images(seed=5)
     torch.testing.assert_close(result.model(fresh), net(fresh), rtol=1e-3, atol=1e-4)
-    pruned = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore="prune")
+    pruned = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore="prune", forecast=False)
     assert (pruned.model(fresh) - net(fresh)).abs().max() > 1e-2
 
 
@@ -110,7 +110,7 @@ def test_the_reported_error_is_the_measured_one(name: str) -> None:
     net = randomize(conv_net(READERS[name]))
     x = images()
     restore = lbyl.LeastSquares(lbyl.Data([x]), ridge=1e-2, renorm=False, positions=10**9)
-    result = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore=restore)
+    result = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore=restore, forecast=False)
     row = result.report.rows[0]
     assert row.errors is not None
     with torch.no_grad():
@@ -128,8 +128,8 @@ def test_flattened_readers_are_solved_column_by_column() -> None:
     x = images(64, 6)
     for how in ("patch", "mix"):
         restore = lbyl.LeastSquares(lbyl.Data([x]), solve=how, prior=0.0)
-        result = lbyl.compress(net, x[:1], ratio=0.5, restore=restore)
-        pruned = lbyl.compress(net, x[:1], ratio=0.5, restore="prune")
+        result = lbyl.compress(net, x[:1], ratio=0.5, restore=restore, forecast=False)
+        pruned = lbyl.compress(net, x[:1], ratio=0.5, restore="prune", forecast=False)
         gap, lost = ((m(x) - net(x)).square().mean() for m in (result.model, pruned.model))
         assert gap < 0.5 * lost
         # The mean is kept exactly.
@@ -138,7 +138,7 @@ def test_flattened_readers_are_solved_column_by_column() -> None:
 
 def test_a_reader_over_budget_is_mixed_and_the_report_says_so() -> None:
     restore = lbyl.LeastSquares(lbyl.Data([images()]), budget=1000)
-    result = lbyl.compress(randomize(conv_net()), images(1), ratio={"0": 0.5}, restore=restore)
+    result = lbyl.compress(randomize(conv_net()), images(1), ratio={"0": 0.5}, restore=restore, forecast=False)
     assert "solved by mix" in result.report.rows[0].note
 
 
@@ -185,7 +185,8 @@ def test_probing_leaves_the_model_alone(source: object) -> None:
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     asking = [p.requires_grad for p in net.parameters()]
     results = [
-        lbyl.compress(net, images(1), ratio={"0": 0.5}, restore=lbyl.LeastSquares(source), seed=3) for _ in range(2)
+        lbyl.compress(net, images(1), ratio={"0": 0.5}, restore=lbyl.LeastSquares(source), seed=3, forecast=False)
+        for _ in range(2)
     ]
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -247,11 +248,11 @@ def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so() -
 
 
 def test_auto_follows_the_batch_norms_and_says_why() -> None:
-    with_norm = lbyl.compress(randomize(conv_net()), images(1), ratio={"0": 0.5})
+    with_norm = lbyl.compress(randomize(conv_net()), images(1), ratio={"0": 0.5}, forecast=False)
     assert with_norm.plan.settings["restore"]["moments"]["name"] == "Dream"
     assert "batch norm" in with_norm.report.notes[0]
     mlp = randomize(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)))
-    without = lbyl.compress(mlp, torch.randn(1, 6), ratio=0.5)
+    without = lbyl.compress(mlp, torch.randn(1, 6), ratio=0.5, forecast=False)
     assert without.plan.settings["restore"]["moments"]["name"] == "ClassDream"
     assert without.report.assessment is not None
     assert without.report.assessment.restored < without.report.assessment.pruned
@@ -266,7 +267,7 @@ def test_token_inputs_are_drawn_from_the_vocabulary() -> None:
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             return self.down(torch.relu(self.up(self.embed(tokens)))).mean(1)
 
-    result = lbyl.compress(randomize(Bag()), torch.zeros(1, 5, dtype=torch.int64), ratio={"up": 0.5})
+    result = lbyl.compress(randomize(Bag()), torch.zeros(1, 5, dtype=torch.int64), ratio={"up": 0.5}, forecast=False)
     assert result.report.rows[0].after == 8
     assert result.report.assessment is not None
     assert 0 < result.report.assessment.restored < 1
@@ -277,7 +278,9 @@ def test_dead_channels_do_not_poison_renorm() -> None:
     with torch.no_grad():
         net[3].weight[0] = 0  # a channel without variance
         net[4].running_var[0] = 1e-12
-    result = lbyl.compress(net, images(1), ratio={"0": 0.5}, restore=lbyl.LeastSquares(lbyl.Noise(images=8)))
+    result = lbyl.compress(
+        net, images(1), ratio={"0": 0.5}, restore=lbyl.LeastSquares(lbyl.Noise(images=8)), forecast=False
+    )
     assert all(bool(torch.isfinite(t).all()) for t in result.model.state_dict().values())
 
 
@@ -364,7 +367,9 @@ def test_synthetic_images_are_seeded_and_like_natural_ones(make, least: float) -
         lambda: lbyl.LeastSquares(lbyl.Gaussian(), sequential=True),
         lambda: lbyl.Noise(images=1),
         lambda: lbyl.Dream(steps=-1),
-        lambda: lbyl.compress(conv_net(), images(1), restore=lbyl.LeastSquares(lbyl.Data([])), ratio=0.5),
+        lambda: lbyl.compress(
+            conv_net(), images(1), restore=lbyl.LeastSquares(lbyl.Data([])), ratio=0.5, forecast=False
+        ),
     ],
 )
 def test_bad_settings_are_refused(wrong) -> None:
@@ -377,11 +382,11 @@ def test_a_restoration_that_raises_the_held_out_error_is_taken_back() -> None:
     net = settle(nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)))
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     few = lbyl.LeastSquares(moments=lbyl.Noise(images=2), ridge=1e-9, prior=0)
-    result = lbyl.compress(net, x, ratio=0.25, restore=few)
+    result = lbyl.compress(net, x, ratio=0.25, restore=few, forecast=False)
     assert result.report.assessment is not None
     assert result.report.assessment.restored <= result.report.assessment.pruned
     assert any("restoration left out" in note for note in result.report.notes)
-    plain = lbyl.compress(net, x, ratio=0.25, restore="prune")
+    plain = lbyl.compress(net, x, ratio=0.25, restore="prune", forecast=False)
     assert torch.equal(result.model(x), plain.model(x))
 
 

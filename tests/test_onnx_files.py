@@ -25,7 +25,7 @@ def test_same_file_smaller(tmp_path: Path) -> None:
     file = save(convnet(), tmp_path / "net.onnx")
     network = lbyl.load_source(str(file))
     x = torch.randn(2, 3, 16, 16)
-    result = lbyl.compress(network, x, ratio=0.25, restore="prune")
+    result = lbyl.compress(network, x, ratio=0.25, restore="prune", forecast=False)
     assert {row.before for row in result.report.rows} == {12, 16}
     folder = result.save(tmp_path / "smaller")
     before, after = onnx.load(file), onnx.load(folder / "model.onnx")
@@ -61,7 +61,7 @@ def test_network_equals_its_file(tmp_path: Path) -> None:
 def test_folder_is_loaded_and_compressed_again(tmp_path: Path) -> None:
     file = save(convnet(), tmp_path / "net.onnx")
     x = torch.randn(1, 3, 16, 16)
-    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio=0.25, restore="prune")
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio=0.25, restore="prune", forecast=False)
     folder = result.save(tmp_path / "smaller")
     loaded = lbyl.load(folder)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_folder_is_loaded_and_compressed_again(tmp_path: Path) -> None:
     with pytest.raises(lbyl.InputError, match="is the network itself"):
         lbyl.export(folder)
     assert lbyl.export(folder, format="pt2").file.is_file()
-    again = lbyl.compress(loaded, x, ratio=0.5, restore="prune").save(tmp_path / "again")
+    again = lbyl.compress(loaded, x, ratio=0.5, restore="prune", forecast=False).save(tmp_path / "again")
     assert (again / "model.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
     (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-1])
     with pytest.raises(lbyl.ArtifactError, match="SHA-256"):
@@ -83,7 +83,7 @@ def test_heads_splits_and_slices_follow(tmp_path: Path) -> None:
     mask[1, 4:] = 0
     with torch.no_grad():
         np.testing.assert_allclose(run(file, ids, mask)[0], network(ids, mask), rtol=1e-4, atol=1e-5)
-    result = lbyl.compress(network, (ids, mask), ratio=0.5, restore="prune")
+    result = lbyl.compress(network, (ids, mask), ratio=0.5, restore="prune", forecast=False)
     widths = {row.group: (row.before, row.after) for row in result.report.rows}
     assert sorted(widths.values()) == [(4, 2), (4, 2), (16, 8)] or (16, 8) in widths.values()
     written = result.save(tmp_path / "smaller") / "model.onnx"
@@ -107,7 +107,7 @@ def test_constant_for_several_views_is_split_where_they_differ(tmp_path: Path) -
     ]  # fmt: skip
     file = save(model(nodes, stored, outputs={"y": ("batch", 5, 256)}), tmp_path / "net.onnx")
     x = torch.randn(2, 3, 16, 16)
-    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio={"a": 0.5, "b": 0.25}, restore="prune")
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio={"a": 0.5, "b": 0.25}, restore="prune", forecast=False)
     written = result.save(tmp_path / "smaller") / "model.onnx"
     with torch.no_grad():
         np.testing.assert_allclose(run(written, x)[0], result.model(x), rtol=1e-4, atol=1e-5)
@@ -120,7 +120,7 @@ def test_weights_beside_the_file(tmp_path: Path) -> None:
     folder.mkdir()
     onnx.save(made, folder / "net.onnx", save_as_external_data=True, location="net.weights", size_threshold=0)
     x = torch.randn(1, 3, 16, 16)
-    result = lbyl.compress(lbyl.load_source(str(folder / "net.onnx")), x, ratio=0.25, restore="prune")
+    result = lbyl.compress(lbyl.load_source(str(folder / "net.onnx")), x, ratio=0.25, restore="prune", forecast=False)
     smaller = result.save(tmp_path / "smaller")
     assert (smaller / "model.onnx.data").is_file()
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_layers_that_share_a_vector_stay_apart(tmp_path: Path) -> None:
     ]  # fmt: skip
     file = save(model(nodes, stored, outputs={"y": ("n", 5, 16, 16)}), tmp_path / "net.onnx")
     x = torch.randn(2, 3, 16, 16)
-    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio={"a": 0.5, "b": 0.25}, restore="prune")
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio={"a": 0.5, "b": 0.25}, restore="prune", forecast=False)
     assert [(row.before, row.after) for row in result.report.rows] == [(8, 4), (8, 6)]
     written = result.save(tmp_path / "smaller") / "model.onnx"
     with torch.no_grad():
@@ -206,7 +206,9 @@ def test_channels_last_images_are_images(tmp_path: Path) -> None:
     made.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 32, 32, 3]))
     network = lbyl.load_source(str(save(made, tmp_path / "net.onnx")))
     inputs = network.example_inputs()
-    result = lbyl.compress(network, inputs, ratio=0.25, restore=lbyl.LeastSquares(lbyl.Photographs(images=8)))
+    result = lbyl.compress(
+        network, inputs, ratio=0.25, restore=lbyl.LeastSquares(lbyl.Photographs(images=8)), forecast=False
+    )
     assert not any("noise in place of photographs" in note for note in result.report.notes)
 
 
@@ -318,7 +320,7 @@ def test_truncated_file(length: int, tmp_path: Path) -> None:
 def test_file_that_changes_meanwhile(tmp_path: Path) -> None:
     file = save(convnet(), tmp_path / "net.onnx")
     x = torch.randn(1, 3, 16, 16)
-    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio=0.25, restore="prune")
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio=0.25, restore="prune", forecast=False)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(lbyl.ArtifactError, match="has changed since it was read"):
         result.save(tmp_path / "smaller")
@@ -333,7 +335,7 @@ def test_program_of_torch_export(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 8, 8)
     torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
     source = str(tmp_path / "net.pt2")
-    result = lbyl.compress(lbyl.load_source(source), x, ratio=0.5, restore="prune", source=source)
+    result = lbyl.compress(lbyl.load_source(source), x, ratio=0.5, restore="prune", source=source, forecast=False)
     folder = result.save(tmp_path / "smaller")
     program = torch.export.load(folder / "model.pt2").module()
     with torch.no_grad():

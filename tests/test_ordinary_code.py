@@ -73,8 +73,8 @@ KINDS = [Viewed, NoGrad, Inference, LiteralBatch, Log, Checkpointed]
 def test_the_default_works_where_plain_pruning_does(kind: type[Base]) -> None:
     net, x = kind().eval(), torch.rand(2, 3, 12, 12) + 0.1
     before = copy.deepcopy(net.state_dict())
-    pruned = lbyl.compress(net, x, ratio=0.5, restore="prune")
-    result = lbyl.compress(net, x, ratio=0.5)
+    pruned = lbyl.compress(net, x, ratio=0.5, restore="prune", forecast=False)
+    result = lbyl.compress(net, x, ratio=0.5, forecast=False)
     assert result.report.parameters == pruned.report.parameters
     assert all(torch.isfinite(tensor).all() for tensor in result.model.state_dict().values())
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
@@ -82,23 +82,25 @@ def test_the_default_works_where_plain_pruning_does(kind: type[Base]) -> None:
 
 @pytest.mark.parametrize("kind", [Viewed, LiteralBatch])
 def test_a_budget_by_default_works_too(kind: type[Base]) -> None:
-    result = lbyl.compress(kind().eval(), torch.rand(2, 3, 12, 12) + 0.1, budget=lbyl.Budget(params=0.6))
+    result = lbyl.compress(
+        kind().eval(), torch.rand(2, 3, 12, 12) + 0.1, budget=lbyl.Budget(params=0.6), forecast=False
+    )
     assert result.report.parameters[1] < 0.63 * result.report.parameters[0]
 
 
 def test_what_stood_in_is_told() -> None:
-    result = lbyl.compress(Log().eval(), torch.rand(2, 3, 12, 12) + 0.1, ratio=0.5)
+    result = lbyl.compress(Log().eval(), torch.rand(2, 3, 12, 12) + 0.1, ratio=0.5, forecast=False)
     assert any("was taken instead" in note for note in result.report.notes)
     assert not any(
         "was taken instead" in note
-        for note in lbyl.compress(Viewed().eval(), images(1, 3, 12, 12), ratio=0.5).report.notes
+        for note in lbyl.compress(Viewed().eval(), images(1, 3, 12, 12), ratio=0.5, forecast=False).report.notes
     )
 
 
 def test_a_restorer_that_was_named_is_not_replaced() -> None:
     named = lbyl.LeastSquares(moments=lbyl.Noise(images=8))
     with pytest.raises(lbyl.RestorationError, match=r"LeastSquares can't restore.*restore='lbyl'"):
-        lbyl.compress(LiteralBatch().eval(), torch.rand(2, 3, 12, 12), restore=named, ratio=0.5)
+        lbyl.compress(LiteralBatch().eval(), torch.rand(2, 3, 12, 12), restore=named, ratio=0.5, forecast=False)
 
 
 def plain() -> nn.Sequential:
@@ -132,7 +134,7 @@ def test_double_precision_restores_as_well_as_single(name: str) -> None:
     def error(dtype: torch.dtype) -> float:
         net, seen = plain().to(dtype), x.to(dtype)
         before = copy.deepcopy(net.state_dict())
-        result = lbyl.compress(net, seen[:1], ratio=0.5, restore=RESTORERS[name](seen))
+        result = lbyl.compress(net, seen[:1], ratio=0.5, restore=RESTORERS[name](seen), forecast=False)
         assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
         with torch.no_grad():
             expected = plain()(x)
@@ -156,7 +158,7 @@ class Borrowing(nn.Module):
 
 @pytest.mark.parametrize("restore", ["prune", "lbyl"])
 def test_weights_that_another_module_uses_are_masked_too(restore: str) -> None:
-    result = lbyl.compress(Borrowing().eval(), images(3, 8), ratio=0.5, restore=restore)
+    result = lbyl.compress(Borrowing().eval(), images(3, 8), ratio=0.5, restore=restore, forecast=False)
     assert result.report.rows[0].after == 8
     assert result.report.verified is not None
     assert result.report.verified < 1e-9
@@ -167,7 +169,7 @@ def test_windows_of_attention_are_cut_with_scope_all() -> None:
 
     torch.manual_seed(0)
     net = SwinTransformer([4, 4], 16, [1, 1], [2, 4], [4, 4], num_classes=5).eval()
-    result = lbyl.compress(net, images(1, 3, 32, 32), ratio=0.25, scope="all", restore="prune")
+    result = lbyl.compress(net, images(1, 3, 32, 32), ratio=0.25, scope="all", restore="prune", forecast=False)
     assert result.report.verified is not None
     assert result.report.verified < 1e-9
     assert len(result.report.rows) >= 4

@@ -17,7 +17,9 @@ from lbyl.graph.rules import rule
 
 def cut(model: nn.Module, inputs: object, ratio: float = 0.5, **options: object) -> lbyl.Result:
     """Prune in scope "all" and take nothing back: whatever can't be cut is an error."""
-    result = lbyl.compress(model, inputs, ratio=ratio, scope="all", restore="prune", strict=True, **options)  # pyright: ignore
+    result = lbyl.compress(
+        model, inputs, ratio=ratio, scope="all", restore="prune", strict=True, **options, forecast=False
+    )  # pyright: ignore
     assert result.report.verified is not None
     assert result.report.verified < 1e-9
     return result
@@ -351,7 +353,7 @@ class InputFirst(nn.Module):
 @pytest.mark.parametrize("restore", ["prune", "merge", "lbyl"])
 def test_weights_stored_input_first(restore: str) -> None:
     model = nn.Sequential(InputFirst(10, 5), nn.ReLU(), InputFirst(6, 10), nn.ReLU(), InputFirst(3, 6))
-    result = lbyl.compress(model.eval(), images(2, 4, 5), restore=restore, strict=True, ratio=0.5)
+    result = lbyl.compress(model.eval(), images(2, 4, 5), restore=restore, strict=True, ratio=0.5, forecast=False)
     assert widths(result) == {"0": (10, 5), "2": (6, 3)}
     assert result.model[2].weight.shape == (5, 3)  # pyright: ignore
     assert result.model[2].nf == 3  # pyright: ignore
@@ -381,7 +383,7 @@ def test_embeddings_lose_columns() -> None:
 def test_a_tied_table_loses_columns_and_stays_tied(restore: str | lbyl.LeastSquares) -> None:
     """Verification compares with the network whose columns are zero; the tied layer is told apart in the report."""
     x = torch.arange(6).reshape(2, 3)
-    result = lbyl.compress(settle(Embedded(tied=True)), x, ratio=0.5, scope="all", restore=restore)
+    result = lbyl.compress(settle(Embedded(tied=True)), x, ratio=0.5, scope="all", restore=restore, forecast=False)
     assert result.report.verified is not None
     assert result.report.verified < 1e-9
     assert widths(result) == {"table": (8, 4)}
@@ -429,7 +431,9 @@ def test_heads_and_stream_of_torchs_attention_lose_the_same_share_and_no_more_th
     ratio: float, heads: int, verify: bool
 ) -> None:
     model, x = attentive(), images(2, 5, 7)
-    result = lbyl.compress(model, x, ratio=ratio, scope="all", restore="prune", strict=verify, verify=verify)
+    result = lbyl.compress(
+        model, x, ratio=ratio, scope="all", restore="prune", strict=verify, verify=verify, forecast=False
+    )
     found = widths(result)
     assert found["0"] == (24, 6 * heads)
     assert found["1.self_attn"] == (4, heads)
@@ -446,11 +450,13 @@ def test_heads_and_stream_of_torchs_attention_stay_whole_together_and_the_report
         ({"*": 0.5, "1.self_attn": 0}, "all", "has to lose the same share as '1.self_attn', which stays whole"),
         (0.5, "inner", "'0' has to lose the same share"),
     ):
-        result = lbyl.compress(attentive(), x, ratio=ratio, scope=scope, restore="prune", strict=True, verify=False)
+        result = lbyl.compress(
+            attentive(), x, ratio=ratio, scope=scope, restore="prune", strict=True, verify=False, forecast=False
+        )
         assert list(widths(result)) == ["1.linear1"]
         assert any(why in reason for _, reason in result.report.left)
     budget = lbyl.Budget(params=0.9)
-    result = lbyl.compress(attentive(), x, budget=budget, scope="all", restore="prune", strict=True)
+    result = lbyl.compress(attentive(), x, budget=budget, scope="all", restore="prune", strict=True, forecast=False)
     assert list(widths(result)) == ["1.linear1"]
     assert any("0 stays whole: heads and stream" in note for note in result.report.notes)
 
@@ -470,7 +476,9 @@ class Crossing(nn.Module):
 
 
 def test_torchs_attention_between_two_streams_stays_whole_by_name() -> None:
-    result = lbyl.compress(settle(Crossing()), images(2, 5, 7), scope="all", restore="prune", strict=True, ratio=0.5)
+    result = lbyl.compress(
+        settle(Crossing()), images(2, 5, 7), scope="all", restore="prune", strict=True, ratio=0.5, forecast=False
+    )
     assert widths(result) == {"attention.out_proj": (24, 12), "out": (3, 1), "inner": (8, 4)}
     assert "attention" in dict(result.report.left)["one"]
 
@@ -575,10 +583,10 @@ class Undecided(nn.Module):
 def test_what_can_not_be_traced_whole_is_compressed_in_parts(tmp_path) -> None:
     model, x = settle(Undecided()), images(2, 3, 6, 6)
     with pytest.raises(lbyl.TraceError):
-        lbyl.compress(model, x, restore="prune", strict=True, ratio=0.5)
+        lbyl.compress(model, x, restore="prune", strict=True, ratio=0.5, forecast=False)
     with pytest.raises(lbyl.TraceError):
         lbyl.inspect(model, x, strict=True)
-    result = lbyl.compress(model, x, ratio={"*": 0.5, "head.*": 0.2}, restore="prune")
+    result = lbyl.compress(model, x, ratio={"*": 0.5, "head.*": 0.2}, restore="prune", forecast=False)
     assert widths(result) == {"backbone.0": (8, 4), "head.0": (10, 8)}
     assert ("gate", "not traced: the model's output") in result.report.left
     assert any("depends on the data" in note for note in result.report.notes)
@@ -589,15 +597,15 @@ def test_what_can_not_be_traced_whole_is_compressed_in_parts(tmp_path) -> None:
 
 def test_one_submodule_alone() -> None:
     model, x = settle(Undecided()), images(2, 3, 6, 6)
-    result = lbyl.compress(model, x, restore="prune", submodule="backbone", ratio=0.5)
+    result = lbyl.compress(model, x, restore="prune", submodule="backbone", ratio=0.5, forecast=False)
     assert widths(result) == {"backbone.0": (8, 4)}
     assert result.model.head[0].out_features == 10  # pyright: ignore
     assert lbyl.inspect(model, x, submodule="head").graph.groups[0].name == "head.0"
     with pytest.raises(lbyl.InputError, match="backbone, head, gate"):
-        lbyl.compress(model, x, submodule="neck", ratio=0.5)
+        lbyl.compress(model, x, submodule="neck", ratio=0.5, forecast=False)
     twice = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with pytest.raises(lbyl.InputError, match="called 2 times"):
-        lbyl.compress(nn.Sequential(twice, twice), images(2, 4), submodule="0", ratio=0.5)
+        lbyl.compress(nn.Sequential(twice, twice), images(2, 4), submodule="0", ratio=0.5, forecast=False)
 
 
 def test_shuffled_channels_that_a_chunk_splits_again_stay_whole() -> None:
@@ -613,7 +621,9 @@ def test_shuffled_channels_that_a_chunk_splits_again_stay_whole() -> None:
             y = y.view(len(y), 2, 4, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
             return self.head(y).flatten(1)
 
-    result = lbyl.compress(settle(Shuffled()), images(2, 3, 4, 4), scope="all", restore="prune", strict=True, ratio=0.5)
+    result = lbyl.compress(
+        settle(Shuffled()), images(2, 3, 4, 4), scope="all", restore="prune", strict=True, ratio=0.5, forecast=False
+    )
     assert widths(result) == {"inner": (6, 3)}
     assert any("view" in why for _, why in result.report.left)
 

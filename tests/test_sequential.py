@@ -156,7 +156,7 @@ def restored(net: nn.Module, x: Tensor, sequential: bool | None, **settings: obj
     data = lbyl.Data([x, images(16, seed=9)], batches=2)
     settings = {"ridge": 1e-2, **settings}
     restore = lbyl.LeastSquares(data, sequential=sequential, **settings)  # pyright: ignore[reportArgumentType]
-    return lbyl.compress(net, x[:1], ratio=0.5, restore=restore)
+    return lbyl.compress(net, x[:1], ratio=0.5, restore=restore, forecast=False)
 
 
 @pytest.mark.parametrize(("renorm", "share"), [(False, 0.9), (True, 1.0)])
@@ -202,12 +202,14 @@ def test_the_average_is_kept_unless_another_is_clearly_better_and_the_report_say
 
 
 def test_where_nothing_is_measured_there_are_no_errors() -> None:
-    assert lbyl.compress(residual(), images(1), ratio=0.5, restore="lbyl").report.held_out_errors == {}
+    assert lbyl.compress(residual(), images(1), ratio=0.5, restore="lbyl", forecast=False).report.held_out_errors == {}
 
 
 def test_dreams_are_solved_on_in_turn_and_equal_seeds_give_equal_results() -> None:
     restore = lbyl.LeastSquares(lbyl.Dream(images=8, steps=2), sequential=True)
-    first, second = (lbyl.compress(residual(), images(1), ratio=0.5, restore=restore, seed=4) for _ in range(2))
+    first, second = (
+        lbyl.compress(residual(), images(1), ratio=0.5, restore=restore, seed=4, forecast=False) for _ in range(2)
+    )
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name])
     assert any("in turn" in note for note in first.report.notes)
@@ -321,7 +323,7 @@ def test_small_batches_of_a_kind_are_one_where_parts_of_them_would_be_too_small(
     probes = Probes(tuple(parts), parts[0], True, recalibration_batches=(3,), matches_training_statistics=True)
     room = room_for(16, 2 * held_bytes(net, ExampleInputs.of(images(1))))
     Watched.seen.clear()
-    lbyl.compress(net, images(1), ratio=0.5, restore=lbyl.LeastSquares(Given(probes), memory=room))
+    lbyl.compress(net, images(1), ratio=0.5, restore=lbyl.LeastSquares(Given(probes), memory=room), forecast=False)
     # Of 16 dreams and of as many of the others every second one, once for each network.
     (both,) = [x for x in Watched.seen if len(x) == 32]
     assert torch.equal(both, torch.cat([images(32)[::2]] * 2))

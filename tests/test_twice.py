@@ -52,8 +52,8 @@ def same(a: nn.Module, b: nn.Module, x: Tensor) -> bool:
 def test_a_second_compression_loads_into_a_fresh_network(name: str, scope: str, tmp_path: Path) -> None:
     build, shape = NETS[name]
     x = images(*shape)
-    first = lbyl.compress(build(), x, ratio=0.5, restore="prune", scope=scope)
-    second = lbyl.compress(first.model, x, ratio=0.5, restore="prune", scope=scope)
+    first = lbyl.compress(build(), x, ratio=0.5, restore="prune", scope=scope, forecast=False)
+    second = lbyl.compress(first.model, x, ratio=0.5, restore="prune", scope=scope, forecast=False)
     second.save(tmp_path / "twice")
     assert same(lbyl.load(tmp_path / "twice", build()), second.model, x)
     assert any("compressed before" in note for note in second.report.notes)
@@ -63,7 +63,7 @@ def test_a_second_compression_loads_into_a_fresh_network(name: str, scope: str, 
 @pytest.mark.parametrize("by_way_of", ["a copy", "a folder"])
 def test_where_the_first_network_comes_from_does_not_matter(by_way_of: str, tmp_path: Path) -> None:
     x = images(2, 6)
-    first = lbyl.compress(settle(mlp()), x, ratio=0.3, restore="lbyl")
+    first = lbyl.compress(settle(mlp()), x, ratio=0.3, restore="lbyl", forecast=False)
     net = copy.deepcopy(first.model)
     if by_way_of == "a folder":
         first.save(tmp_path / "once")
@@ -71,20 +71,20 @@ def test_where_the_first_network_comes_from_does_not_matter(by_way_of: str, tmp_
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(1.1)
-    second = lbyl.compress(net, x, ratio=0.3, restore="lbyl")
+    second = lbyl.compress(net, x, ratio=0.3, restore="lbyl", forecast=False)
     second.save(tmp_path / "twice")
     assert same(lbyl.load(tmp_path / "twice", settle(mlp())), second.model, x)
-    third = lbyl.compress(second.model, x, ratio=0.3, restore="lbyl")
+    third = lbyl.compress(second.model, x, ratio=0.3, restore="lbyl", forecast=False)
     third.save(tmp_path / "thrice")
     assert same(lbyl.load(tmp_path / "thrice", settle(mlp())), third.model, x)
 
 
 def test_a_network_that_has_changed_since_starts_anew(tmp_path: Path) -> None:
     x = images(2, 6)
-    net = lbyl.compress(settle(mlp()), x, ratio=0.3, restore="prune").model
+    net = lbyl.compress(settle(mlp()), x, ratio=0.3, restore="prune", forecast=False).model
     assert isinstance(net, nn.Sequential)
     net[-1] = nn.Linear(net[-1].in_features, 5)
-    second = lbyl.compress(net, x, ratio=0.3, restore="prune")
+    second = lbyl.compress(net, x, ratio=0.3, restore="prune", forecast=False)
     second.save(tmp_path / "saved")
     assert same(lbyl.load(tmp_path / "saved", net), second.model, x)
 
@@ -94,8 +94,13 @@ def test_the_source_is_that_of_the_first(tmp_path: Path) -> None:
 
     x = images(1, 3, 32, 32)
     first = lbyl.compress(
-        squeezenet1_1(num_classes=1000).eval(), x, ratio=0.3, restore="prune", source="torchvision:squeezenet1_1"
+        squeezenet1_1(num_classes=1000).eval(),
+        x,
+        ratio=0.3,
+        restore="prune",
+        source="torchvision:squeezenet1_1",
+        forecast=False,
     )
-    second = lbyl.compress(first.model, x, ratio=0.3, restore="prune")
+    second = lbyl.compress(first.model, x, ratio=0.3, restore="prune", forecast=False)
     second.save(tmp_path / "twice")
     assert same(lbyl.load(tmp_path / "twice"), second.model, x)

@@ -111,36 +111,36 @@ def test_large_images_are_compared_with_fewer_pixels() -> None:
     """A third of them on each side: there is no room for all of them in float64, and no need for it."""
     x = images(1, 3, 160, 192)
     model = settle(Sized(room=64))
-    result = lbyl.compress(model, x, ratio=0.5, restore="prune")
+    result = lbyl.compress(model, x, ratio=0.5, restore="prune", forecast=False)
     assert [row.group for row in result.report.rows] == ["first", "second"]
     assert not found_by_verification(result.report)
     assert result.report.verified is not None
     assert result.report.verified < TOLERANCE
     assert result.report.macs == tuple(count_macs(m, ExampleInputs.of(x)) for m in (model, result.model))
     # With fewer pixels they are compared all the same.
-    report = lbyl.compress(settle(Sized(room=64, told=True)), x, ratio=0.5, restore="prune").report
+    report = lbyl.compress(settle(Sized(room=64, told=True)), x, ratio=0.5, restore="prune", forecast=False).report
     assert [row.group for row in report.rows] == ["second"]
     assert "differ by" in found_by_verification(report, "first")[0]
 
 
 def test_a_network_for_one_size_is_compared_on_that() -> None:
     x = images(1, 3, 160, 160)
-    report = lbyl.compress(settle(Sized(sized=True)), x, ratio=0.5, restore="prune").report
+    report = lbyl.compress(settle(Sized(sized=True)), x, ratio=0.5, restore="prune", forecast=False).report
     assert report.verified is not None
     assert report.verified < TOLERANCE
     assert not found_by_verification(report)
-    report = lbyl.compress(settle(Sized(sized=True, told=True)), x, ratio=0.5, restore="prune").report
+    report = lbyl.compress(settle(Sized(sized=True, told=True)), x, ratio=0.5, restore="prune", forecast=False).report
     assert [row.group for row in report.rows] == ["second"]
     assert "differ by" in found_by_verification(report, "first")[0]
     # It can't be compared on anything else, but in another precision.
-    report = lbyl.compress(settle(Sized(sized=True, room=64)), x, ratio=0.5, restore="prune").report
+    report = lbyl.compress(settle(Sized(sized=True, room=64)), x, ratio=0.5, restore="prune", forecast=False).report
     assert report.verified is not None
     assert any("verified in float32" in note and "not enough memory" in note for note in report.notes)
 
 
 def test_what_fails_only_at_full_size_is_found() -> None:
     model = settle(Sized(narrow=True))
-    report = lbyl.compress(model, images(1, 3, 160, 160), ratio=0.5, restore="prune").report
+    report = lbyl.compress(model, images(1, 3, 160, 160), ratio=0.5, restore="prune", forecast=False).report
     assert [row.group for row in report.rows] == ["second"]
     assert found_by_verification(report, "first")
 
@@ -338,7 +338,9 @@ def test_macs_of_torchs_attention_are_the_same_with_and_without_verification() -
     # Its output layer is used from outside, so that here a whole copy runs in float64.
     net = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
-    plain, verified = (lbyl.compress(net, x, ratio=0.5, restore="prune", verify=v).report.macs for v in (False, True))
+    plain, verified = (
+        lbyl.compress(net, x, ratio=0.5, restore="prune", verify=v, forecast=False).report.macs for v in (False, True)
+    )
     assert plain is not None
     assert verified == plain
     assert plain[0] > 2 * 5 * (4 * 16 * 16 + 2 * 16 * 32) - 1  # projections and MLP
@@ -347,7 +349,7 @@ def test_macs_of_torchs_attention_are_the_same_with_and_without_verification() -
 def test_without_verification_a_network_that_does_not_run_says_what_to_do() -> None:
     model, x = settle(Sized(narrow=True)), images(1, 3, 160, 160)
     with pytest.raises(lbyl.VerificationError, match=r"does not run: .*verify=True"):
-        lbyl.compress(model, x, ratio=0.5, restore="prune", verify=False)
+        lbyl.compress(model, x, ratio=0.5, restore="prune", verify=False, forecast=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
