@@ -117,7 +117,7 @@ def test_compress_saves_what_the_library_saves(source: str, tmp_path: Path) -> N
 
 
 def test_the_printed_line_loads_the_network(source: str, tmp_path: Path) -> None:
-    document = json.loads(compress(source, tmp_path / "out", "--json").stdout)
+    document = json.loads(compress(source, tmp_path / "out", "--ratio", "0.5", "--json").stdout)
     names: dict[str, torch.nn.Module] = {}
     exec(document["load"], names)
     assert names["net"](torch.zeros(1, 3, 12, 12)).shape == (1, 4)
@@ -144,9 +144,9 @@ def test_budget(source: str, tmp_path: Path) -> None:
     assert document["report"]["macs"][1] / document["report"]["macs"][0] == pytest.approx(0.63, rel=0.02)
     assert [row["group"] for row in document["report"]["rows"]] == ["3"]
     for wrong, said in (
-        (("--budget", "speed=2"), "write macs=0.5"),
+        (("--budget", "speed=2"), "macs=0.5"),
         (("--budget", "macs=0.5", "--ratio", "0.5"), "give one of them"),
-        (("--round-to", "8"), "need --budget"),
+        (("--round-to", "8", "--ratio", "0.5"), "need --budget"),
         (("--budget", "macs=0.5", "--round-to", "x"), "whole number"),
     ):
         result = compress(source, tmp_path / "wrong", *wrong)
