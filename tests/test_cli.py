@@ -83,7 +83,8 @@ def command(*args: object):
 
 
 def compress(source: str, out: Path, *args: object):
-    return command("compress", source, "-o", out, "--input", "1x3x12x12", *args)
+    asked = () if {"--ratio", "--budget"} & set(map(str, args)) else ("--ratio", "0.5")
+    return command("compress", source, "-o", out, "--input", "1x3x12x12", *asked, *args)
 
 
 def test_inspect_lists_groups(source: str) -> None:
@@ -198,7 +199,7 @@ def test_weights_are_loaded(source: str, tmp_path: Path) -> None:
     net = load_source(source)
     state = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in net.state_dict().items()}
     save_file(state, tmp_path / "w.safetensors")
-    result = compress(source, tmp_path / "out", "--weights", tmp_path / "w.safetensors", "--restore", "lbyl")
+    result = compress(source, tmp_path / "out", "--weights", tmp_path / "w.safetensors", "--restore", "prune")
     assert result.exit_code == 0, result.output
     assert torch.equal(lbyl.load(tmp_path / "out", net).state_dict()["8.bias"], state["8.bias"])
 
@@ -402,13 +403,15 @@ def sequential(folder: Path, layers: str) -> tuple[object, ...]:
 
 def test_dreams_without_photographs(tmp_path: Path) -> None:
     net = sequential(tmp_path, "nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)")
-    found = restorer_of(command("compress", *net, "-o", tmp_path / "out", "--no-photographs", "--json"))
+    options = ("--no-photographs", "--ratio", "0.5", "--json")
+    found = restorer_of(command("compress", *net, "-o", tmp_path / "out", *options))
     assert found["moments"].items() >= {"name": "Dream", "photographs": False}.items()
 
 
 def test_memory_is_for_dreaming_and_solving(tmp_path: Path) -> None:
     net = sequential(tmp_path, "nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 3)")
-    found = restorer_of(command("compress", *net, "-o", tmp_path / "out", "--memory", "0.25", "--json"))
+    options = ("--memory", "0.25", "--ratio", "0.5", "--json")
+    found = restorer_of(command("compress", *net, "-o", tmp_path / "out", *options))
     assert found["memory"] == found["moments"]["memory"] == 2**28
 
 
@@ -418,9 +421,9 @@ def test_the_help_tells_how_much_memory_is_taken_by_default() -> None:
 
 def test_options_go_on_from_what_the_network_gets_by_itself(tmp_path: Path) -> None:
     net = sequential(tmp_path, "nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)")
-    by_itself = restorer_of(command("compress", *net, "-o", tmp_path / "first", "--json"))
+    by_itself = restorer_of(command("compress", *net, "-o", tmp_path / "first", "--ratio", "0.5", "--json"))
     assert by_itself["moments"]["name"] == "Photographs"
-    options = ("--ridge", "0.25", "--memory", "1", "--json")
+    options = ("--ridge", "0.25", "--memory", "1", "--ratio", "0.5", "--json")
     told = restorer_of(command("compress", *net, "-o", tmp_path / "second", *options))
     assert told == {**by_itself, "ridge": 0.25, "memory": 2**30}
 

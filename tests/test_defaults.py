@@ -61,7 +61,7 @@ def network(channels: int) -> nn.Module:
 
 
 def compressed(net: nn.Module, x: Tensor, restorer: str) -> lbyl.Result:
-    budget = {"budget": lbyl.Budget(params=0.6)} if restorer == "budget" else {}
+    budget = {"budget": lbyl.Budget(params=0.6)} if restorer == "budget" else {"ratio": 0.5}
     return lbyl.compress(net, x, restore=RESTORERS[restorer], **budget, forecast=False)
 
 
@@ -82,7 +82,7 @@ def test_defaults_do_not_matter(restorer: str, default: str) -> None:
 def test_a_network_of_the_default_dtype_is_restored(default: str) -> None:
     with DEFAULTS[default]():
         net = network(1)
-        result = lbyl.compress(net, torch.randn(2, 1, 16, 16), restore=RESTORERS["dreams"])
+        result = lbyl.compress(net, torch.randn(2, 1, 16, 16), ratio=0.5, restore=RESTORERS["dreams"])
     assert not any("can't restore" in note for note in result.report.notes)
 
 
@@ -101,12 +101,12 @@ class MakesItsScale(nn.Module):
 def test_the_network_runs_with_the_users_default_device() -> None:
     net, x = MakesItsScale().eval(), images(2, 3, 16, 16)
     with torch.device("cpu:0"):
-        assert lbyl.compress(net, x, restore="lbyl").report.rows
+        assert lbyl.compress(net, x, ratio=0.5, restore="lbyl").report.rows
 
 
 def test_other_verbs_take_a_default_device(tmp_path: Path) -> None:
     net, fresh, x = network(3), network(3), images(2, 3, 16, 16)
-    folder = lbyl.compress(net, x, restore="prune").save(tmp_path / "out")
+    folder = lbyl.compress(net, x, ratio=0.5, restore="prune").save(tmp_path / "out")
     with torch.device("meta"):
         assert lbyl.inspect(net, x).to_dict()["groups"]
         smaller = lbyl.load(folder, fresh)

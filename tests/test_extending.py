@@ -106,7 +106,9 @@ def test_by_name_in_python(module: Path, source: str) -> None:
 def test_compress_by_name(module: Path, importable: str, source: str, tmp_path: Path, form: str) -> None:
     plugin = module if form == "file" else importable
     names = ("--plugin", plugin, "--criterion", "mine", "--restore", "mine")
-    result = command("compress", source, "-o", tmp_path / "out", *SHAPE, *names, "--no-latency", "--json")
+    result = command(
+        "compress", source, "-o", tmp_path / "out", *SHAPE, *names, "--ratio", "0.5", "--no-latency", "--json"
+    )
     assert result.exit_code == 0, result.output
     settings = json.loads(result.stdout)["plan"]["settings"]
     assert settings["criterion"]["name"] == "Last"
@@ -125,7 +127,9 @@ def test_sweep_by_name(module: Path, source: str, tmp_path: Path) -> None:
 
 def test_moments_by_name(module: Path, source: str, tmp_path: Path) -> None:
     names = ("--plugin", module, "--moments", "mine")
-    result = command("compress", source, "-o", tmp_path / "out", *SHAPE, *names, "--no-latency", "--json")
+    result = command(
+        "compress", source, "-o", tmp_path / "out", *SHAPE, *names, "--ratio", "0.5", "--no-latency", "--json"
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["plan"]["settings"]["restore"]["moments"].items() >= {"images": 3}.items()
 
@@ -134,7 +138,9 @@ def test_the_module_of_a_factory_may_register(module: Path, tmp_path: Path) -> N
     with module.open("a") as file:
         file.write(textwrap.dedent(FACTORY))
     names = ("--criterion", "mine", "--restore", "mine")
-    result = command("compress", f"{module}:net", "-o", tmp_path / "out", *SHAPE, *names, "--no-latency", "--json")
+    result = command(
+        "compress", f"{module}:net", "-o", tmp_path / "out", *SHAPE, *names, "--ratio", "0.5", "--no-latency", "--json"
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["plan"]["settings"]["criterion"]["name"] == "Last"
 

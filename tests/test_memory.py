@@ -214,9 +214,9 @@ def test_held_out_dreams_come_in_batches_of_their_own() -> None:
     made: list[int] = []
 
     class Noted(lbyl.Dream):
-        def _dreamed(self, model: nn.Module, start: ExampleInputs, *args: Any) -> ExampleInputs:
+        def match(self, model: nn.Module, start: ExampleInputs, *args: Any) -> ExampleInputs:
             made.append(len(start.tensors()[0]))
-            return super()._dreamed(model, start, *args)
+            return super().match(model, start, *args)
 
     room = room_for(10, saved_bytes(net, x))
     held = Noted(32, 1, photographs=False, memory=room).probes(net, x, torch.Generator().manual_seed(0), None).held_out

@@ -756,7 +756,8 @@ def test_a_first_call_loads_no_compiler() -> None:
         "import sys, torch, lbyl\n"
         "from torch import nn\n"
         "net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()\n"
-        "lbyl.compress(net, torch.zeros(1, 1, 12, 12), restore=lbyl.LeastSquares(moments=lbyl.Dream(images=4)))\n"
+        "dreams = lbyl.LeastSquares(moments=lbyl.Dream(images=4))\n"
+        "lbyl.compress(net, torch.zeros(1, 1, 12, 12), ratio=0.5, restore=dreams)\n"
         "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

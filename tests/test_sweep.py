@@ -374,8 +374,8 @@ def test_points_out_of_reach_do_not_stop_the_others(source: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (("--budget", "macs"), 2, "write macs=0.5"),
-        (("--budget", "macs=0.9,x"), 2, "write macs=0.5"),
+        (("--budget", "macs"), 2, "macs=0.5"),
+        (("--budget", "macs=0.9,x"), 2, "macs=0.5"),
         (("--budget", "macs=0.9,0.9"), 2, "given twice"),
         (("--budget", "macs=1.5"), 1, "must lie above 0"),
         ((), 2, "--budget"),

@@ -21,7 +21,7 @@ from lbyl.surgery.cuts import cut, plan_cuts
 from lbyl.surgery.masking import masks_of
 from lbyl.surgery.verification import TOLERANCE, difference, verify
 
-RESTORERS = [lbyl.Prune(), lbyl.LBYL(), lbyl.LBYL(center=True), lbyl.Merge(), lbyl.Coreset()]
+RESTORERS = [lbyl.Prune(), lbyl.LBYL(bn=0.1), lbyl.LBYL(bn=0.0, center=True), lbyl.Merge(), lbyl.Coreset()]
 
 
 class Stage(nn.Module):

@@ -79,9 +79,7 @@ def allocate(
             # A step must not go far below the target.
             if saved <= 0 or (cost - saved < target * (1 - REACHED_WITHIN / 2) and width < _next(offered[first], now)):
                 continue
-            rate = (error(first, width) - so_far + 1e-12) / saved
-            if rate < found[0]:
-                found = rate, width, saved
+            found = min(found, ((error(first, width) - so_far + 1e-12) / saved, width, saved), key=lambda each: each[0])
         return found
 
     steps = {first: best(first) for first in offered}

@@ -211,7 +211,7 @@ def count_classes(model: nn.Module, inputs: ExampleInputs) -> int:
     if not any(t.is_floating_point() for t in inputs.tensors()):
         return 0
     with torch.no_grad():
-        answers = class_scores(inputs.call(model), inputs)
+        answers = class_scores(inputs.cloned().call(model), inputs)
     return 0 if answers is None else answers.shape[1]
 
 

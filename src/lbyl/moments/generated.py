@@ -209,7 +209,7 @@ def _allowed(model: nn.Module, inputs: ExampleInputs) -> Bool[Tensor, " vocabula
     example = token_ids(inputs)
     assert example is not None
     with torch.no_grad():
-        logits = _logits(inputs.call(model), example)
+        logits = _logits(inputs.cloned().call(model), example)
     assert logits is not None
     allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
     special = _special_tokens(getattr(model, "config", None))
@@ -293,7 +293,7 @@ def text_losses(model: nn.Module, texts: ExampleInputs) -> Float[Tensor, " texts
         InputError: the model does not give logits of the next token.
     """
     ids = token_ids(texts)
-    logits = None if ids is None else _logits(texts.call(model), ids)
+    logits = None if ids is None else _logits(texts.cloned().call(model), ids)
     if ids is None or logits is None:
         raise InputError("the model gives no logits of the next token")
     found = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].long(), reduction="none")

@@ -134,7 +134,9 @@ class Forecaster:
     def _outputs(self, model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
         """What a model gives for a batch, in parts that memory allows."""
         most = held_at_once(ROOM, held_bytes(model, first_rows(inputs)))
-        found = [[tensor.detach() for tensor in output_tensors(part.call(model))] for part in in_parts(inputs, most)]
+        found = [
+            [tensor.detach() for tensor in output_tensors(part.cloned().call(model))] for part in in_parts(inputs, most)
+        ]
         give_back()
         return [torch.cat(same) if same[0].dim() else same[0] for same in zip(*found, strict=True)]
 
@@ -150,7 +152,7 @@ class Forecaster:
     @cached_property
     def _made(self) -> ForecastProbes:
         scores = class_scores if self.measure == AGREEMENT else _position_scores
-        answers = scores(output_tensors(self.inputs.call(self.model)), self.inputs)
+        answers = scores(output_tensors(self.inputs.cloned().call(self.model)), self.inputs)
         classes = answers.shape[1] if answers is not None and self.measure in (AGREEMENT, POSITIONS) else 0
         generator = generator_for(self.seed, "forecast")
         return forecast_probes(self.model, self.inputs, generator, self.progress, classes, scores)
