@@ -250,8 +250,8 @@ def normal_images(size: int) -> Tensor:
 
 @pytest.mark.parametrize("size", [2, 8], ids=["mostly padding", "a larger map"])
 @pytest.mark.parametrize("bias", [False, True], ids=["into the running mean", "into the bias"])
-def test_constants_bring_back_half_of_the_mean_that_is_lost(size: int, bias: bool) -> None:
-    """With an infinite ridge nothing is delivered, so that constants are all there is."""
+def test_constants_bring_back_as_much_of_the_lost_mean_as_stays_of_the_channels(size: int, bias: bool) -> None:
+    """With an infinite ridge nothing is delivered, so that constants are all there is: half, for half of them stay."""
     torch.manual_seed(0)
     model, x = padded(size, bias), normal_images(size)
     means = []

@@ -24,10 +24,10 @@ class LBYL(ClosedFormRestorer):
     channel d, minimize ``|v_d - V_K s|^2 + bn (c_d - c_K . s)^2 + ridge |s|^2``: the residual error, the
     batch-norm error, and a bound on the activation error.
 
-    Where a batch norm states what a channel is like, ``bn=None`` does better than to weigh its error: half of the
-    mean that the kept channels do not carry, ``E f(z_d) - s . E f(z_K)`` with ``z ~ N(beta, gamma^2)``, goes into the
-    consumer's bias or into the running mean behind it (bias correction: Nagel et al. 2019, "Data-Free Quantization
-    Through Weight Equalization and Bias Correction").
+    Where a batch norm states what a channel is like, ``bn=None`` does better than to weigh its error. Of the mean that
+    the kept channels do not carry, ``E f(z_d) - s . E f(z_K)`` with ``z ~ N(beta, gamma^2)``, as large a share as that
+    of the channels that stay goes into the consumer's bias or into the running mean behind it (bias correction: Nagel
+    et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction").
 
     Attributes:
         bn: lambda_1, weight of the batch-norm error, as the paper has it; None for constants in its place.
@@ -62,13 +62,13 @@ class LBYL(ClosedFormRestorer):
         matrix, singular = closed_form(v[keep].T, v[drop].T, filters.offset[keep], filters.offset[drop], bn, ridge)
         note = "singular system: solved by pseudo-inverse; a larger ridge avoids it" if singular else ""
         means = stated_means(filters, activation_of(filters.group)) if self.bn is None else None
-        shift = None if means is None else _SHARE * (means[drop] - matrix.T @ means[keep])
+        # All of the mean is right for one layer whose input is intact, and too much the more of all layers is gone.
+        share = len(keep) / (len(keep) + len(drop))
+        shift = None if means is None else share * (means[drop] - matrix.T @ means[keep])
         return Delivery(matrix, torch.ones(len(keep), dtype=torch.float64), note, shift)
 
 
 _RIDGE = 0.03
-_SHARE = 0.5
-"""All of it is right for one layer whose input is intact, and too much once many layers are cut: docs/research.md."""
 
 
 def closed_form(
