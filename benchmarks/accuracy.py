@@ -215,7 +215,7 @@ def middle(network: Network) -> float:
 
 def compressed(net: nn.Module, images: Images, network: Network, ratio: float, restore: Any, seed: int) -> lbyl.Result:
     """One compression."""
-    return lbyl.compress(net, images.pixels[:1], ratio=network.ratio(ratio), restore=restore, seed=seed)
+    return lbyl.compress(net, images.pixels[:1], ratio=network.ratio(ratio), restore=restore, seed=seed, forecast=False)
 
 
 def measure(

@@ -49,7 +49,7 @@ def uniform_ratio(net: nn.Module, x: Any, layers: str | None, wanted: float) -> 
     for _ in range(12):
         middle = (low + high) / 2
         ratio = {layers: middle} if layers else middle
-        macs = lbyl.compress(net, x, ratio=ratio, restore="prune", verify=False).report.macs
+        macs = lbyl.compress(net, x, ratio=ratio, restore="prune", verify=False, forecast=False).report.macs
         assert macs is not None
         low, high = (middle, high) if macs[1] / macs[0] > wanted else (low, middle)
     return (low + high) / 2
@@ -100,10 +100,14 @@ def main(
                 started = time.perf_counter()
                 if how == "budget":
                     budget = lbyl.Budget(macs=share, exclude=exclude)
-                    result = lbyl.compress(net, x, budget=budget, restore=restorer)
+                    result = lbyl.compress(net, x, budget=budget, restore=restorer, forecast=False)
                 else:
                     result = lbyl.compress(
-                        net, x, ratio=spec.ratio(uniform_ratio(net, x, spec.layers, share)), restore=restorer
+                        net,
+                        x,
+                        ratio=spec.ratio(uniform_ratio(net, x, spec.layers, share)),
+                        restore=restorer,
+                        forecast=False,
                     )
                 macs = result.report.macs
                 assert macs is not None

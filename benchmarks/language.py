@@ -123,7 +123,9 @@ class Bench:
             "Default": {"restore": own},
             "Data": {"restore": data},
         }
-        return lbyl.compress(self.model, example, ratio={"*mlp*": ratio}, verify=False, **settings[method]).model
+        return lbyl.compress(
+            self.model, example, ratio={"*mlp*": ratio}, verify=False, **settings[method], forecast=False
+        ).model
 
 
 def main(

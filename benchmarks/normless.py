@@ -223,7 +223,13 @@ def main(
                     smaller = net
                 else:
                     smaller = lbyl.compress(
-                        net, test.pixels[:1], ratio=RATIO, scope=scope, restore=restorer(method, seed), seed=seed
+                        net,
+                        test.pixels[:1],
+                        ratio=RATIO,
+                        scope=scope,
+                        restore=restorer(method, seed),
+                        seed=seed,
+                        forecast=False,
                     ).model
                 found = test.accuracy(smaller)
                 cell = {"network": name, "seed": seed, "method": method, "accuracy": found, "lbyl": version("lbyl")}

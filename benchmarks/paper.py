@@ -61,7 +61,9 @@ class Bench:
 
     def accuracy(self, ratio: float, restore: lbyl.Restorer, seed: int = 0) -> float:
         """Compress, test, and take a note of it."""
-        result = lbyl.compress(self.net, self.images.pixels[:1], ratio=ratio, restore=restore, seed=seed)
+        result = lbyl.compress(
+            self.net, self.images.pixels[:1], ratio=ratio, restore=restore, seed=seed, forecast=False
+        )
         found = self.images.accuracy(result.model)
         setting = {"network": self.name, "ratio": ratio, "restore": repr(restore), "seed": seed}
         self.run.measurements.append({**setting, "accuracy": found})

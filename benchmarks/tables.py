@@ -32,7 +32,7 @@ sets; each script says where they come from. The methods in the columns are:
 - **Prune** removes channels and restores nothing.
 - **Merge** is Neuron Merging: each removed channel is added to the one kept channel that is most like it.
 - **Coreset** draws the kept channels at random and reweights them.
-- **LBYL** is the paper's closed form, from the weights alone.
+- **LBYL** is the paper's closed form, from the weights alone, with the constants that batch norms state.
 - **Gaussian**, **Noise** and **Dream** are least squares with the second moments that they name; Dream is without
   photographs.
 - **Default** is what `lbyl.compress` does when you give it neither data nor settings.

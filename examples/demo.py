@@ -58,7 +58,7 @@ def main(files: Sequence[str]) -> None:
     )
     with Stages() as stage:
         stage("pruning")
-        pruned = lbyl.compress(net, example, ratio=HIDDEN, restore="prune")
+        pruned = lbyl.compress(net, example, ratio=HIDDEN, restore="prune", forecast=False)
         stage("tracing")
         started = time.perf_counter()
         result = lbyl.compress(net, example, ratio=HIDDEN, source=SOURCE, progress=stage)

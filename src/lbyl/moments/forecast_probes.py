@@ -24,7 +24,7 @@ DREAMED, PHOTOGRAPHS, SURE, PLAIN = "dreamed", "photographs", "sure", "plain"
 
 _STEPS, _STEP, _SURENESS = 20, 0.3, 0.99
 _FEWEST, _MOST = 32, 256
-_FEWEST_DREAMED, _MOST_DREAMED = 32, 96
+_FEWEST_DREAMED, _MOST_DREAMED = 8, 96
 _MACS, _CEILING = 6e11, 5e12
 """Multiply-accumulates that dreaming should take, and those that it may take."""
 _FEWEST_PLAIN, _MOST_PLAIN = 48, 256
@@ -74,7 +74,7 @@ def forecast_probes(
     color = takes_photographs(inputs)
     if norms_cover(model):
         count = affordable(2 * half, _MACS, _FEWEST_DREAMED, _MOST_DREAMED, ceiling=_CEILING)
-        if count == _FEWEST_DREAMED or 2 * half * count <= _CEILING:
+        if 2 * half * count <= _CEILING:
             start = synthesize(model, inputs, count, photographs if color else varied_pink, generator, scales)
             return ForecastProbes(DREAMED, (_matched(model, start, scales, progress),))
     count = affordable(each, _PLAIN_MACS, _FEWEST_PLAIN, _MOST_PLAIN, ceiling=_PLAIN_CEILING)
