@@ -30,6 +30,7 @@ import torch
 import typer
 from output import Run, Table, known_cells
 from PIL import Image, ImageDraw, ImageFont
+from provenance import ROOMS
 from rich.console import Console
 
 import lbyl
@@ -220,6 +221,7 @@ def main(
     torch.set_num_threads(1)
     console = Console()
     run = Run("onnx_files", "Files and nothing else", "python benchmarks/onnx_files.py", {"pages": pages_})
+    run.rooms = (*ROOMS, "io/onnx")
     run.measurements = [c for c in known_cells("onnx_files") if not fresh]
     originals, images = model_files(), pages(pages_)
     expected, upright = read(originals, images), directions(originals["orientation"], images)

@@ -23,6 +23,7 @@ import torch
 import typer
 from export import NETWORKS, RATIO, network
 from output import Run, Table, known_cells
+from provenance import ROOMS
 from rich.console import Console
 from torch import nn
 
@@ -132,6 +133,7 @@ def main(
     torch.set_num_threads(1)
     console = Console()
     run = Run("onnx_trips", "Round trips through ONNX", "python benchmarks/onnx_trips.py", {"ratio": RATIO})
+    run.rooms = (*ROOMS, "io/onnx")
 
     def asked(name: str, kind: str) -> bool:
         return fnmatch(name, only) and fnmatch(kind, exporter)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src" / "lbyl"
 ROOMS = ("pipeline", "restore", "moments", "surgery", "selection", "graph", "runtime")
 """What every compression goes through; a benchmark may name others."""
-RECORDED = (*ROOMS, "budget", "io/export")
+RECORDED = (*ROOMS, "budget", "io/export", "io/onnx")
 
 
 @dataclass(frozen=True)

@@ -235,10 +235,11 @@ def test_more_is_kept_where_more_is_asked_for() -> None:
 
 
 def test_a_budget_of_accuracy_asks_the_user_s_function() -> None:
-    net, calls = mlp(6, 40, 40), []
+    net, calls, judged = mlp(6, 40, 40), [], []
     whole = sum(p.numel() for p in net.parameters())
 
     def judge(model: nn.Module) -> float:
+        judged.append(model)
         calls.append(sum(p.numel() for p in model.parameters()))
         return calls[-1] / whole
 
@@ -248,6 +249,9 @@ def test_a_budget_of_accuracy_asks_the_user_s_function() -> None:
     assert result.report.evaluation.before == 1
     assert 0.7 <= result.report.evaluation.after < 0.8
     assert len(calls) < 12
+    assert calls.count(whole) == 1, "the unpruned network is judged once"
+    assert len({id(model) for model in judged}) == len(judged), "and so is every smaller one"
+    assert net not in judged
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -155,3 +155,21 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], note: str) -> None:
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_whole(file, save(plain, {"lbyl": note}))
+
+
+def files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
+    """All files in a folder and the folders in it whose names end so, sorted by name; hidden ones are left out.
+
+    Raises:
+        InputError: no such folder, or no such file in it; ``what`` is what the errors call them.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder of {what}s")
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
+    )
+    if not files:
+        raise InputError(f"no {what} in {folder} or the folders in it; looked for {', '.join(suffixes)}")
+    return files

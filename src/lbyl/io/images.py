@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import InputError
+from lbyl.io.files import files_in
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, BATCHES = 24, 4
@@ -57,16 +58,7 @@ def find_images(folder: Path) -> list[Path]:
     Raises:
         InputError: no such folder, or no image in it.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder of images")
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
-    if not files:
-        raise InputError(f"no image in {folder} or the folders in it; looked for {', '.join(SUFFIXES)}")
-    return files
+    return files_in(folder, SUFFIXES, "image")
 
 
 def preprocessing(

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lbyl.errors import InputError
-from lbyl.moments.token_inputs import like_example, token_ids
+from lbyl.io.files import files_in
+from lbyl.moments.token_inputs import like_example, longest_text, token_ids
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.tokenizers import packed_tokens, tokenizer_of
 
@@ -29,16 +30,7 @@ def find_texts(folder: Path) -> list[Path]:
     """
     if folder.is_file() and folder.suffix.lower() in SUFFIXES:
         return [folder]
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder of texts")
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
-    if not files:
-        raise InputError(f"no text in {folder} or the folders in it; looked for {', '.join(SUFFIXES)}")
-    return files
+    return files_in(folder, SUFFIXES, "text")
 
 
 def has_texts(folder: Path) -> bool:
@@ -82,8 +74,7 @@ def read_texts(folder: Path, model: nn.Module, inputs: ExampleInputs, seed: int 
     texts = [text for file in files for text in _texts_in(file)]
     if len(files) == 1 and len(texts) > 1:
         random.Random(seed).shuffle(texts)
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    length = min(LENGTH, most - 2) if isinstance(most, int) and most > 6 else LENGTH
+    length = longest_text(model, LENGTH)
     rows = packed_tokens(tokenizer, texts, BATCH * BATCHES, length)
     if len(rows) < 2:
         raise InputError(f"the texts in {folder} fill {len(rows)} sequences of {length} tokens; give more of them")

@@ -76,11 +76,18 @@ class Generated:
         each = macs_per_input(model, inputs) * length / ids.shape[1]
         count = self.sequences or affordable(each, 4e12, 16, 128, ceiling=4e13)
         held = held_out_size(count)
-        starts = self._starts(model, inputs, count + held, min(_BEGINNING, length - 2), generator)
+        allowed = _allowed(model, inputs)
+        starts = self._starts(model, allowed, count + held, min(_BEGINNING, length - 2), generator)
+        write = _Writer(model, inputs, length, self.temperature, allowed, generator)
         texts: list[Tensor] = []
-        for start in starts:
-            done = (sum(map(len, texts)), count + held)
-            texts.append(self._written(model, inputs, start, length, generator, progress, done))
+        for start in (part.to(ids) for kind in starts for part in kind.split(_TOGETHER)):
+            done = sum(map(len, texts))
+
+            def report(tokens: int, done: int = done, now: int = len(start)) -> None:
+                if progress:
+                    progress("writing text", done * length + tokens * now, (count + held) * length)
+
+            texts.append(write(start, report))
         written = torch.cat(texts)[torch.randperm(count + held, generator=generator).to(ids.device)]
         note = f"{count} texts of {length} tokens that the model wrote itself"
         if len(starts) > 1:
@@ -94,10 +101,15 @@ class Generated:
         )
 
     def _starts(
-        self, model: nn.Module, inputs: ExampleInputs, count: int, length: int, generator: torch.Generator
+        self,
+        model: nn.Module,
+        allowed: Bool[Tensor, " vocabulary"],
+        count: int,
+        length: int,
+        generator: torch.Generator,
     ) -> list[Int[Tensor, "sequences tokens"]]:
         """What sequences start with: tokens drawn at random, and beginnings of sentences where these can be had."""
-        drawn = _allowed(model, inputs).nonzero().flatten()
+        drawn = allowed.nonzero().flatten()
         tokenizer = tokenizer_of(model) if self.sentences and length > 1 else None
         read = beginnings(tokenizer, count // 2, length, generator) if tokenizer is not None else drawn[:0, None]
         if len(read) and int(read.max()) > int(drawn.max()):  # another model's tokenizer
@@ -107,43 +119,33 @@ class Generated:
         kinds = [kind for kind in (first, read) if len(kind)]
         return [torch.cat([torch.full_like(k[:, :1], begin), k], 1) for k in kinds] if isinstance(begin, int) else kinds
 
+
+@dataclass(frozen=True)
+class _Writer:
+    """Goes on with beginnings of texts until all have one length.
+
+    Attributes:
+        model: the language model.
+        inputs: what it is called with.
+        length: tokens of each text.
+        temperature: logits are divided by it.
+        allowed: which tokens may be drawn.
+        generator: draws them.
+    """
+
+    model: Any
+    inputs: ExampleInputs
+    length: int
+    temperature: float
+    allowed: Bool[Tensor, " vocabulary"]
+    generator: torch.Generator
+
     @torch.no_grad()
-    def _written(
-        self,
-        model: nn.Module,
-        inputs: ExampleInputs,
-        first: Tensor,
-        length: int,
-        generator: torch.Generator,
-        progress: Progress | None,
-        so_far: tuple[int, int],
-    ) -> Int[Tensor, "sequences tokens"]:
-        """Sequences that start so, all of one length, in batches of 48 at most; some of all there will be are done."""
-        example = token_ids(inputs)
-        assert example is not None
-        allowed, (before, count) = _allowed(model, inputs), so_far
-        found: list[Tensor] = []
-        for text in first.split(_TOGETHER):
-            done = before + sum(map(len, found))
+    def __call__(self, text: Int[Tensor, "sequences tokens"], report: Callable[[int], None]) -> Tensor:
+        """Whole texts that begin so; ``report`` is told how many tokens each has."""
+        return (self._by_generate if _generates(self.model) else self._by_hand)(text, report)
 
-            def report(tokens: int, done: int = done, now: int = len(text)) -> None:
-                if progress:
-                    progress("writing text", done * length + tokens * now, count * length)
-
-            write = self._by_generate if _generates(model) else self._by_hand
-            found.append(write(model, inputs, text.to(example), length, allowed, generator, report))
-        return torch.cat(found)
-
-    def _by_generate(
-        self,
-        model: Any,
-        inputs: ExampleInputs,
-        text: Tensor,
-        length: int,
-        allowed: Tensor,
-        generator: torch.Generator,
-        report: Callable[[int], None],
-    ) -> Tensor:
+    def _by_generate(self, text: Tensor, report: Callable[[int], None]) -> Tensor:
         """By the model's own way to generate, which keeps keys and values of what was read."""
 
         def watch(ids: Tensor, scores: Tensor) -> Tensor:
@@ -152,8 +154,8 @@ class Generated:
 
         devices = [text.device] if text.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-            return model.generate(
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.generator)))
+            return self.model.generate(
                 text,
                 attention_mask=torch.ones_like(text),
                 do_sample=True,
@@ -164,33 +166,24 @@ class Generated:
                 num_beams=1,
                 num_return_sequences=1,
                 return_dict_in_generate=False,
-                max_new_tokens=length - text.shape[1],
-                min_new_tokens=length - text.shape[1],
-                suppress_tokens=(~allowed).nonzero().flatten().tolist() or None,
-                pad_token_id=int(allowed.nonzero()[0]),
+                max_new_tokens=self.length - text.shape[1],
+                min_new_tokens=self.length - text.shape[1],
+                suppress_tokens=(~self.allowed).nonzero().flatten().tolist() or None,
+                pad_token_id=int(self.allowed.nonzero()[0]),
                 logits_processor=[watch],
             )
 
-    def _by_hand(
-        self,
-        model: nn.Module,
-        inputs: ExampleInputs,
-        text: Tensor,
-        length: int,
-        allowed: Tensor,
-        generator: torch.Generator,
-        report: Callable[[int], None],
-    ) -> Tensor:
+    def _by_hand(self, text: Tensor, report: Callable[[int], None]) -> Tensor:
         """Token by token, each of which reads the whole text anew."""
-        fixed = _needs_length(model, inputs)
-        while text.shape[1] < length:
+        fixed = _needs_length(self.model, self.inputs)
+        while text.shape[1] < self.length:
             # What stands later does not count for a causal model, so that it may be anything.
             shown = functional.pad(text, (0, fixed - text.shape[1])) if fixed else text
-            logits = _logits(like_example(inputs, shown).call(model), shown)
+            logits = _logits(like_example(self.inputs, shown).call(self.model), shown)
             assert logits is not None
             scores = logits[:, text.shape[1] - 1].float().cpu() / self.temperature
-            scores[:, ~allowed] = -torch.inf
-            token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
+            scores[:, ~self.allowed] = -torch.inf
+            token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
             text = torch.cat([text, token.to(text)], 1)
             report(text.shape[1])
         return text

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.moments.base import Probes
-from lbyl.moments.token_inputs import like_example, token_ids
+from lbyl.moments.token_inputs import like_example, longest_text, token_ids
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input
 from lbyl.runtime.checks import check_number
 from lbyl.runtime.inputs import ExampleInputs
@@ -62,7 +62,7 @@ class Sentences:
         if ids is None:
             raise InputError("Sentences: the model is called with no tokens; use lbyl.Noise or lbyl.Data")
         tokenizer = self._tokenizer(model)
-        length = self.length or min(_LENGTH, _positions(model))
+        length = self.length or longest_text(model, _LENGTH)
         each = macs_per_input(model, inputs) * length / ids.shape[1]
         count = self.sequences or affordable(each, 4e12, 64, 384, ceiling=4e13)
         lines = sentences()
@@ -108,12 +108,6 @@ def sentences() -> tuple[str, ...]:
     """Sentences and definitions, as whole sentences."""
     text = (files("lbyl.moments") / "texts" / "sentences.txt").read_text(encoding="utf-8")
     return tuple(f"{line[0].upper()}{line[1:].rstrip('.')}." for line in text.splitlines())
-
-
-def _positions(model: nn.Module) -> int:
-    """How many tokens a model has positions for; RoBERTa's two first ones are not for tokens."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return most - 2 if isinstance(most, int) and most > 6 else _LENGTH
 
 
 def _vocabulary(model: nn.Module) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.runtime.inputs import ExampleInputs
@@ -53,3 +53,9 @@ _MADE = {
     "position_ids": lambda ids: torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).clone(),
     "labels": torch.clone,
 }
+
+
+def longest_text(model: nn.Module, wanted: int) -> int:
+    """So many tokens, or fewer where a model has fewer positions; RoBERTa's two first ones are not for tokens."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(wanted, most - 2) if isinstance(most, int) and most > 6 else wanted

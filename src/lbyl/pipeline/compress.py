@@ -100,7 +100,8 @@ def compress(
     inner = plain_module(model)
     with deep_calls(inner), alone(inner), nullcontext() if probing else uncollected():
         before = judge(copy_model(inner), "the unpruned network")
-        result = meet(prepare(inner, example_inputs, request, submodule, clock), request, clock, judge=judge)
+        prepared = prepare(inner, example_inputs, request, submodule, clock)
+        result = meet(prepared, request, clock, judge=judge, before=before)
         result = evaluated(result, judge, before)
     if inner is model:
         return result

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
@@ -18,9 +19,12 @@ Evaluate = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class Judge:
-    """The user's function, and its name."""
+    """The user's function, and its name. It may take long, so that no network is judged twice."""
 
     evaluate: Evaluate | None
+    _said: list[tuple[ReferenceType[nn.Module], float]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.evaluate is not None and not callable(self.evaluate):
@@ -44,6 +48,9 @@ class Judge:
         """
         if self.evaluate is None:
             return None
+        for known, said in self._said:
+            if known() is model:
+                return said
         try:
             with torch.no_grad():
                 said = float(self.evaluate(model.eval()))
@@ -53,4 +60,5 @@ class Judge:
             raise InputError(f"{self.name} failed on {what}: {type(error).__name__}: {error}") from error
         if not math.isfinite(said):
             raise InputError(f"{self.name} returned {said} for {what}; it must return a finite number")
+        self._said.append((ref(model), said))
         return said

@@ -157,6 +157,14 @@ def first_that_restores(
     raise RestorationError(failed[-1])
 
 
+def unless_refused(work: Callable[[], Made]) -> Made | LbylError:
+    """What comes of some work, or why it can't be done with this network and these settings."""
+    try:
+        return work()
+    except (InputError, VerificationError, SurgeryError) as error:
+        return error
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A model that was checked and traced, what it is called with, and what foretells the outcome if that is wanted."""

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lbyl.budget.budget import Budget
-from lbyl.errors import InputError, LbylError, SurgeryError, VerificationError
+from lbyl.errors import InputError, LbylError
 from lbyl.io.report.rows import Evaluation
 from lbyl.pipeline.analysis import Analysis, analyze
 from lbyl.pipeline.evaluate import Judge
-from lbyl.pipeline.prepare import Prepared, Subject, first_that_restores
+from lbyl.pipeline.prepare import Prepared, first_that_restores, unless_refused
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.pipeline.walk import walk
@@ -37,8 +37,9 @@ def meet(
     clock: Clock,
     ground: Mapping[str, Analysis] | None = None,
     judge: Judge | None = None,
+    before: float | None = None,
 ) -> Result:
-    """Compress to a ratio or a budget, whichever is asked for.
+    """Compress to a ratio or a budget, whichever is asked for; ``before`` is what the judge said of the whole network.
 
     Raises:
         InputError: a quality was asked for that can't be foretold or evaluated, or that no cut keeps.
@@ -46,7 +47,7 @@ def meet(
     budget = request.budget
     if budget is None or not budget.of_quality:
         return walk(prepared, request, clock, ground)
-    loses = _loss(prepared, budget, judge or Judge(None))
+    loses = _loss(prepared, budget, judge or Judge(None), before)
     return _Search(prepared, request, budget, clock, ground or _analyzed(prepared, request, budget, clock), loses)()
 
 
@@ -63,7 +64,7 @@ Loss = Callable[[Result], float]
 """What a result loses, as a share of what it may lose: up to 1 is allowed."""
 
 
-def _loss(prepared: Prepared, budget: Budget, judge: Judge) -> Loss:
+def _loss(prepared: Prepared, budget: Budget, judge: Judge, before: float | None) -> Loss:
     """How results are judged.
 
     Raises:
@@ -71,10 +72,8 @@ def _loss(prepared: Prepared, budget: Budget, judge: Judge) -> Loss:
     """
     name, amount = budget.limited
     if name == "accuracy_drop":
-        if judge.evaluate is None:
+        if judge.evaluate is None or before is None:
             raise InputError("Budget(accuracy_drop=...) needs evaluate, a function that says how good a network is")
-        before = judge(prepared.model, "the unpruned network")
-        assert before is not None
         return lambda result: (before - (judge(result.model, "a smaller network") or 0.0)) / max(amount, 1e-9)
     forecaster = prepared.forecaster
     if forecaster is None or forecaster.measure not in (AGREEMENT, POSITIONS):
@@ -117,13 +116,11 @@ class _Search:
         unreachable: LbylError | None = None
         share = _FIRST
         for _ in range(_TRIES):
-            try:
-                result = walk(
-                    self.prepared, replace(self.request, budget=self.budget.costing(share)), Clock(), self.ground
-                )
-            except (InputError, VerificationError, SurgeryError) as error:
+            request = replace(self.request, budget=self.budget.costing(share))
+            result = unless_refused(lambda request=request: walk(self.prepared, request, Clock(), self.ground))
+            if isinstance(result, LbylError):
                 # So small it can't become.
-                unreachable, fails = error, (share, 4.0)
+                unreachable, fails = result, (share, 4.0)
             else:
                 lost = self.loses(result)
                 self.tried.append((share, lost))
@@ -176,14 +173,12 @@ def _analyzed(prepared: Prepared, request: CompressionRequest, budget: Budget, c
     found: dict[str, Analysis] = {}
     refused: list[LbylError] = []
 
-    def attempt(subject: Subject) -> Analysis | LbylError:
-        try:
-            return first_that_restores(subject, request, lambda each: analyze(each, request, budget, clock))[1]
-        except (InputError, VerificationError, SurgeryError) as error:
-            return error
-
     for subject in prepared.subjects:
-        made = attempt(subject)
+        made = unless_refused(
+            lambda subject=subject: first_that_restores(
+                subject, request, lambda each: analyze(each, request, budget, clock)
+            )[1]
+        )
         if isinstance(made, Analysis):
             found[subject.path] = made
         else:

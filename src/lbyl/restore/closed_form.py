@@ -16,7 +16,7 @@ from lbyl.graph import NOT_OURS, Group, Slot
 from lbyl.graph.activations import ACTIVATIONS
 from lbyl.restore.base import Restoration, RestorationProblem, Restored, Restorer
 from lbyl.restore.error_terms import Terms, reconstruction_terms
-from lbyl.restore.targets import Target, find_targets, on_average, taps_inside
+from lbyl.restore.targets import Target, find_targets, knowing_taps, on_average
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import Filters, State, columns_second, describe, paper_form_applies, subset
@@ -95,12 +95,14 @@ def restore_by_delivery(restorer: Delivers, problem: RestorationProblem) -> Rest
     values: dict[str, Tensor] = {}
     rows = []
     selection, state = problem.selection, tensors_of(problem.model)
-    inside = taps_inside(problem.model, problem.inputs)
-    targets = {target.consumer.weight: target for target in find_targets(problem.graph, selection, inside)}
+    targets: dict[str, Target] = {}
     for index, choice in enumerate(selection.choices):
         started = time.perf_counter()
         keep, drop = choice.tensors()
         delivery, terms = deliver(choice, state, restorer, problem.seed)
+        if delivery.shift is not None and not targets:
+            found = knowing_taps(find_targets(problem.graph, selection), problem.model, problem.inputs)
+            targets = {target.consumer.weight: target for target in found}
         for slot in choice.group.consumers:
             weight = values.get(slot.parameter)
             if weight is None:

@@ -52,8 +52,14 @@ class Target:
         return output_first(self.consumer, state)
 
 
-def find_targets(graph: Graph, selection: Selection, inside: Mapping[str, Tensor] | None = None) -> tuple[Target, ...]:
-    """Every consumer that loses input channels, in execution order; ``inside`` is what :func:`taps_inside` found."""
+def knowing_taps(targets: Sequence[Target], model: nn.Module, inputs: ExampleInputs) -> tuple[Target, ...]:
+    """The same targets with their taps' shares, for which the network runs on the example once."""
+    inside = taps_inside(model, inputs)
+    return tuple(replace(target, inside=inside.get(target.consumer.weight)) for target in targets)
+
+
+def find_targets(graph: Graph, selection: Selection) -> tuple[Target, ...]:
+    """Every consumer that loses input channels, in execution order."""
     index_of = {group.name: index for index, group in enumerate(graph.groups)}
     dropped_of = {index_of[choice.group.name]: set(choice.drop) for choice in selection.choices}
     order = {index_of[choice.group.name]: number for number, choice in enumerate(selection.choices)}
@@ -63,8 +69,7 @@ def find_targets(graph: Graph, selection: Selection, inside: Mapping[str, Tensor
         dropped = torch.tensor([channel in dropped_of.get(group, ()) for group, channel in consumer.columns])
         if bool(dropped.any()):
             groups = dict.fromkeys(group for group, _ in consumer.columns if group in order)
-            target = target_of(consumer, dropped, tuple(order[group] for group in groups), norms)
-            found.append(replace(target, inside=(inside or {}).get(consumer.weight)))
+            found.append(target_of(consumer, dropped, tuple(order[group] for group in groups), norms))
     return tuple(found)
 
 

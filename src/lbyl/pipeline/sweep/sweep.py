@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
 from lbyl.budget.budget import Budget
-from lbyl.errors import ArtifactError, InputError, LbylError, SurgeryError, VerificationError
+from lbyl.errors import ArtifactError, InputError, LbylError
 from lbyl.io import artifact
 from lbyl.io.files import write_whole
 from lbyl.io.report.format import shown
 from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.evaluate import Evaluate, Judge
-from lbyl.pipeline.prepare import Prepared, check_weights, first_that_restores, plain_module, prepare
+from lbyl.pipeline.prepare import Prepared, check_weights, first_that_restores, plain_module, prepare, unless_refused
 from lbyl.pipeline.quality import meet
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "README.md"
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,7 @@ class _Network:
         refusals: list[LbylError] = []
         with self.clock("verify"):
             for subject in self.prepared.subjects:
-                cuttable = _attempt(lambda subject=subject: find_cuttable(subject, self.request))
+                cuttable = unless_refused(lambda subject=subject: find_cuttable(subject, self.request))
                 if isinstance(cuttable, Cuttable):
                     found[subject.path] = cuttable
                 else:
@@ -240,14 +238,6 @@ class _Network:
         return ground
 
 
-def _attempt(work: Callable[[], Made]) -> Made | LbylError:
-    """The point with its outcome, or with the reason why it can't be made."""
-    try:
-        return work()
-    except (InputError, VerificationError, SurgeryError) as error:
-        return error
-
-
 def _compressed(network: _Network, state: SweepState, folder: Path, judge: Judge) -> SweepState:
     """Make the points that are missing. Where one can't be made, its reason is noted, and the next one is made."""
     waiting = [point for point in state.points if not point.made and not point.reason]
@@ -260,7 +250,8 @@ def _compressed(network: _Network, state: SweepState, folder: Path, judge: Judge
         progress = _labelled(network.request.progress, f"{point.asked} ({number + 1} of {len(waiting)})")
         request = replace(network.request, budget=point.limit, progress=progress)
         started = perf_counter()
-        result = _attempt(lambda request=request: meet(network.prepared, request, Clock(), ground, judge))
+        work = partial(meet, judge=judge, before=state.unpruned)
+        result = unless_refused(lambda request=request, work=work: work(network.prepared, request, Clock(), ground))
         if isinstance(result, LbylError):
             state = state.having(replace(point, reason=str(result))).write(folder)
             continue

@@ -40,7 +40,7 @@ from lbyl.restore.least_squares.solve import (
     solve_closed_form,
     solve_patches,
 )
-from lbyl.restore.targets import Target, find_targets, masked, output_first, taps_inside
+from lbyl.restore.targets import Target, find_targets, knowing_taps, masked, output_first
 from lbyl.runtime.attended import at_attended, attended_positions
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.batches import FEWEST, first_rows, in_parts
@@ -68,7 +68,7 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
         settings = replace(settings, prior=0.0)
     model = with_norms(task.model, attached)
     graph = normed_graph(task.graph, attached)
-    targets = find_targets(graph, selection, taps_inside(model, task.inputs))
+    targets = _targets(model, graph, task, settings)
     problem = LeastSquaresProblem(model, graph, selection, targets, settings, task.seed, task.progress)
     state = tensors_of(model)
     findings = Findings(state)
@@ -116,6 +116,15 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
             # Too few probes for the size of the layers: what was learned from them does not carry over.
             found = _less(found, _pruned(problem, state), state, before, judge)
     return restoration(found, Assessment(before, found.error))
+
+
+def _targets(model: nn.Module, graph: Graph, task: RestorationProblem, settings: Settings) -> tuple[Target, ...]:
+    """What is solved for; with the taps' shares where "mix" keeps means, which its moments do not hold for each tap."""
+    targets, state = find_targets(graph, task.selection), tensors_of(model)
+    sums = (empty_sums(target, task.selection, state, settings, task.seed)[0] for target in targets)
+    if isinstance(settings.moments, ClosedFormSource) or not all(isinstance(each, PatchSums) for each in sums):
+        return knowing_taps(targets, model, task.inputs)
+    return targets
 
 
 def make_probes(

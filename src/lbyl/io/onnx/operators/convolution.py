@@ -82,9 +82,7 @@ def convolution(node: Node) -> None:
     axes = weight.ndim - 2
     given = window(node, axes, weight.shape[2:])
     even = _even(given)
-    own = 2 if node.is_constant(2) else None if node.operands > 2 else node.bias(len(weight), axes)
-    if own is None and node.operands > 2 and node.source(2) is not None:
-        raise node.refuse("its bias is computed")
+    own = _bias_of(node, len(weight), axes)
     layer = _CONVOLUTIONS[axes](
         weight.shape[1] * groups,
         len(weight),
@@ -98,6 +96,14 @@ def convolution(node: Node) -> None:
     )
     _place(node, layer, given, own, even)
     node.width("groups", "group")
+
+
+def _bias_of(node: Node, width: int, axes: int) -> int | None:
+    """The operand that is the layer's bias, be it added by a node of its own; None where there is none."""
+    own = 2 if node.is_constant(2) else None if node.operands > 2 else node.bias(width, axes)
+    if own is None and node.operands > 2 and node.source(2) is not None:
+        raise node.refuse("its bias is computed")
+    return own
 
 
 def _place(node: Node, layer: nn.Module, given: dict[str, Any], bias: int | None, even: list[int] | None) -> None:
@@ -129,9 +135,7 @@ def transposed(node: Node) -> None:
     even = _even(given)
     if even is None or node.attributes.get("output_shape"):
         raise node.refuse("its padding differs from side to side, or goes by the output's shape")
-    own = 2 if node.is_constant(2) else None if node.operands > 2 else node.bias(weight.shape[1] * groups, axes)
-    if own is None and node.operands > 2 and node.source(2) is not None:
-        raise node.refuse("its bias is computed")
+    own = _bias_of(node, weight.shape[1] * groups, axes)
     layer = _TRANSPOSED[axes](
         len(weight),
         weight.shape[1] * groups,
