@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,18 @@ class Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.normalize(self.last(torch.relu(self.first(x))), dim=1)
+
+
+class Constant(nn.Module):
+    """A classifier that prefers one class whatever it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(6, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.net(x)
+        return scores + 100 * (torch.arange(scores.shape[1]) == 1)
 
 
 class Tokens(nn.Module):
@@ -192,21 +205,67 @@ def test_forecasts_can_be_left_out_and_depend_on_the_seed_alone() -> None:
     assert first == second
 
 
+class Refusing(nn.Module):
+    """A classifier that says which inputs it takes."""
+
+    def __init__(self, takes: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.net, self.takes = mlp(), takes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.takes(x):
+            raise ValueError("not these, please")
+        return self.net(x)
+
+
 def test_a_network_that_fails_on_probes_is_not_called_destroyed() -> None:
-    class Picky(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, x: Tensor) -> Tensor:
-            if len(x) != 2:
-                raise ValueError("two, please")
-            return self.net(x)
-
-    result = lbyl.compress(Picky().eval(), X, ratio=0.25, restore="lbyl")
+    net = Refusing(lambda x: bool((x == X).all()))
+    result = lbyl.compress(net.eval(), X, ratio=0.25, restore="lbyl")
     assert result.report.forecast
-    assert "two, please" in result.report.forecast.why
+    assert "not these, please" in result.report.forecast.why
     assert "not known" in result.report.summary()[0]
+
+
+@pytest.mark.parametrize(
+    "takes",
+    [lambda x: len(x) == 2, lambda x: bool((x >= 0).all() and (x <= 1).all())],
+    ids=["two at a time", "between 0 and 1"],
+)
+@pytest.mark.parametrize("restore", [None, "prune"])
+def test_probes_are_such_as_the_network_takes(takes: Callable[[Tensor], bool], restore: str | None) -> None:
+    torch.manual_seed(0)
+    settings = {} if restore is None else {"restore": restore}
+    report = lbyl.compress(Refusing(takes).eval(), torch.rand(2, 6), ratio=0.25, **settings).report
+    assert report.forecast
+    assert report.forecast.agreement is not None
+    assert not any("was taken instead" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "measure"),
+    [(Unit, X, "cosine"), (lambda: mlp(6, 12, classes=1), X, "error"), (Constant, X, "agreement")],
+    ids=["embeddings", "regression", "one answer"],
+)
+def test_agreement_means_something_for_every_kind_of_output(net: Callable[[], nn.Module], x: Tensor, measure: str) -> None:
+    torch.manual_seed(0)
+    report = lbyl.compress(net().eval(), x, budget=lbyl.Budget(agreement=0.6), restore="lbyl").report
+    assert report.forecast
+    assert report.forecast.measure == measure
+    assert report.forecast.kept is not None
+    assert report.forecast.kept >= 0.6
+    assert report.macs
+    assert report.macs[1] < report.macs[0]
+
+
+def test_sizes_between_those_that_exist_are_no_reason_to_give_up() -> None:
+    """One group of eight channels: shares of the cost are eighths, and most budgets can't be met within 2 %."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    whole = lbyl.compress(net, X, ratio=0.13, restore="lbyl").report
+    assert whole.forecast
+    assert whole.forecast.kept
+    result = lbyl.compress(net, X, budget=lbyl.Budget(agreement=whole.forecast.kept - 1e-6), restore="lbyl")
+    assert result.model[0].out_features == 7
 
 
 # -- budgets of quality -------------------------------------------------------------------------------------
@@ -257,14 +316,13 @@ def test_a_budget_of_accuracy_asks_the_user_s_function() -> None:
 @pytest.mark.parametrize(
     ("net", "x", "settings", "says"),
     [
-        (lambda: mlp(6, 12, classes=1), X, {}, "give a ratio or a budget"),
         (mlp, X, {"forecast": False}, "switched off"),
         (mlp, X, {"budget": lbyl.Budget(accuracy_drop=0.1)}, "needs evaluate"),
         (Tokens, torch.ones(2, 5, dtype=torch.long), {}, "give a ratio or a budget"),
         (mlp, X, {"restore": "coreset"}, "give a ratio"),
         (mlp, X, {"evaluate": 3}, "pass a function"),
     ],
-    ids=["regression", "off", "no function", "tokens", "coreset", "no callable"],
+    ids=["off", "no function", "tokens", "coreset", "no callable"],
 )
 def test_what_can_t_be_foretold_asks_for_a_ratio_or_a_budget(
     net: Any, x: Tensor, settings: dict[str, Any], says: str

@@ -19,6 +19,18 @@ class InputError(LbylError, ValueError):
     """A setting, an input or a file that can't be used."""
 
 
+class BudgetError(InputError):
+    """A budget that can't be met.
+
+    Attributes:
+        reached: the share of the cost that was reached and comes nearest; None where the budget is below all of them.
+    """
+
+    def __init__(self, message: object = "", reached: float | None = None) -> None:
+        super().__init__(message)
+        self.reached = reached
+
+
 class RestorationError(InputError):
     """A restorer can't do its work on this network: its probes do not run, or its moments can't be solved with."""
 

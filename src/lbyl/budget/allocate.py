@@ -15,7 +15,7 @@ from lbyl.budget.budget import REACHED_WITHIN, Budget
 from lbyl.budget.costs import Cost, Costing, Term, counted, widths_of
 from lbyl.budget.curves import Curve, Curves
 from lbyl.budget.latency import timed
-from lbyl.errors import InputError
+from lbyl.errors import BudgetError
 from lbyl.graph import Graph
 from lbyl.io.huggingface import is_pretrained_model
 from lbyl.runtime.inputs import ExampleInputs
@@ -39,7 +39,7 @@ def allocate(
     flat after that.
 
     Raises:
-        InputError: even the smallest widths cost more; the message says how much.
+        BudgetError: even the smallest widths cost more; the message says how much.
     """
     widths = {index: group.width for index, group in enumerate(graph.groups)}
     bundles = bundled(graph, curves, budget)
@@ -57,7 +57,7 @@ def allocate(
     floor = smallest_cost(graph, curves, terms, budget)
     cost = sum(term.at(widths) for term in terms)
     if floor > target * (1 + REACHED_WITHIN):
-        raise InputError(
+        raise BudgetError(
             f"the budget can't be reached: it allows {target:,.0f}, and with every group as small as it may be "
             f"{floor:,.0f} of {cost:,.0f} {budget.unit} are left ({floor / cost:.1%}); raise the budget or max_ratio, "
             "or exclude less"
@@ -162,7 +162,7 @@ def choose_widths(
         cut: cuts the network to kept counts. The cost of the result is measured, for the prediction may be off.
 
     Raises:
-        InputError: the budget can't be reached within 2 %; or, for a latency, within the margin of its measurement
+        BudgetError: the budget can't be reached within 2 %; or, for a latency, within the margin of its measurement
             where that is wider.
     """
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
@@ -188,7 +188,9 @@ def choose_widths(
         if any(aim == earlier for earlier, _ in tried):
             break
     whole = {index: group.width for index, group in enumerate(graph.groups)}
-    raise InputError(_missed([cost for _, cost in tried], target, sum(term.at(whole) for term in terms), budget))
+    total = sum(term.at(whole) for term in terms)
+    nearest = min((cost for _, cost in tried), key=lambda cost: abs(cost.amount - target))
+    raise BudgetError(_missed(nearest, target, total, budget), nearest.amount / total)
 
 
 def _next_aim(tried: Sequence[tuple[float, Cost]], target: float) -> float:
@@ -202,9 +204,8 @@ def _next_aim(tried: Sequence[tuple[float, Cost]], target: float) -> float:
     return aim * target / cost.amount
 
 
-def _missed(reached: Sequence[Cost], target: float, total: float, budget: Budget) -> str:
+def _missed(nearest: Cost, target: float, total: float, budget: Budget) -> str:
     """The message for a budget that was not met."""
-    nearest = min(reached, key=lambda cost: abs(cost.amount - target))
     share = f"{nearest.amount / total:.3f}" + (f" ± {nearest.margin / total:.3f}" if nearest.margin else "")
     advice = "ask for that, or take a smaller round_to"
     if budget.latency is not None:

@@ -143,12 +143,12 @@ def dream_classes(
     scores = scores or class_scores
     most = max(FEWEST, held_at_once(memory, saved_bytes(model, inputs) // batch_size(inputs)))
     parts = split(start, alike(batch_size(start), most, FEWEST))
-    scales = input_scales(model, inputs).scales
+    scales = input_scales(model, inputs)
     moved: list[list[ExampleInputs]] = [[] for _ in sureness or (1.0,)]
     drawn: list[Tensor] = []
     for number, part in enumerate(parts):
         batch = part.map(lambda t: t.detach().clone())
-        pairs = [(t, s) for t, s in zip(batch.tensors(), scales, strict=True) if t.is_floating_point()]
+        pairs = [(t, s) for t, s in zip(batch.tensors(), scales.scales, strict=True) if t.is_floating_point()]
         wanted = torch.randint(classes, (batch_size(batch),), generator=generator).to(pairs[0][0].device)
         optimizer = Adam([(t, lr * float(s.deviation.mean())) for t, s in pairs])
         shots = [_Shot(batch, wanted, share) for share in sureness]
@@ -163,9 +163,7 @@ def dream_classes(
                     break
                 losses.mean().backward()
                 optimizer.step()
-                with torch.no_grad():
-                    for tensor, scale in pairs:
-                        tensor.clamp_(scale.low, scale.high)
+                scales.clamp_(batch.tensors())
                 if progress:
                     progress("dreaming", number * steps + step + 1, steps * len(parts))
         drawn.append(wanted)

@@ -213,5 +213,6 @@ class Dream:
                     raise InputError("Dream: no batch norm with running statistics; use lbyl.Photographs or lbyl.Noise")
                 torch.stack(terms).sum().backward()
                 optimizer.step((1 + math.cos(math.pi * step / steps)) / 2)
+                scales.clamp_(batch.tensors())
                 report(step + 1)
         return batch.map(lambda t: t.detach())

@@ -8,19 +8,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from lbyl.errors import first_line
 from lbyl.moments.class_dream import Scores, count_classes, dream_classes
 from lbyl.moments.dream import Dream
 from lbyl.moments.input_scales import input_scales
 from lbyl.moments.photographs import photographs, takes_photographs
 from lbyl.moments.scale import InputScales
-from lbyl.moments.synthesis import dead_leaves, synthesize, varied_pink
+from lbyl.moments.synthesis import Maker, dead_leaves, synthesize, varied_pink
 from lbyl.runtime.batch_norms import norms_cover
 from lbyl.runtime.batches import FEWEST, affordable, alike, batch_size, first_rows, join, macs_per_input, split
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import ROOM, give_back, held_at_once, saved_bytes
 from lbyl.runtime.progress import Progress
 
-DREAMED, PHOTOGRAPHS, SURE, PLAIN = "dreamed", "photographs", "sure", "plain"
+DREAMED, PHOTOGRAPHS, SURE, PLAIN, SENTENCES = "dreamed", "photographs", "sure", "plain", "sentences"
 
 _STEPS, _STEP, _SURENESS = 20, 0.3, 0.99
 _FEWEST, _MOST = 32, 256
@@ -38,7 +39,8 @@ class ForecastProbes:
     Attributes:
         kind: "dreamed" (photographs or noise that were moved until batch norms saw their running statistics),
             "photographs" (crops, where inputs are color images), "sure" (noise that was moved until the network was
-            sure of a class drawn for it), "plain" (scenes and noise), or "" where there are none.
+            sure of a class drawn for it), "plain" (scenes and noise), "sentences" (English ones, as tokens), or ""
+            where there are none.
         batches: one of each kind.
         wanted: the classes that were drawn, where there are any.
         why: why there are none.
@@ -58,7 +60,7 @@ def forecast_probes(
     classes: int | None = None,
     scores: Scores | None = None,
 ) -> ForecastProbes:
-    """Make them.
+    """Make them: the best kind that the network runs on.
 
     Args:
         model: the original network in evaluation mode; nothing in it is changed.
@@ -68,45 +70,98 @@ def forecast_probes(
         classes: among how many the network answers; 0 where it does not; None finds out.
         scores: finds the answers in an output, as for :func:`~lbyl.moments.class_dream.dream_classes`.
     """
-    each, scales = macs_per_input(model, inputs), input_scales(model, inputs)
-    # Forward, and backward to the inputs; half of the steps are enough where there is an end to them.
-    half = 3 * (_STEPS // 2) * each
-    color = takes_photographs(inputs)
-    if norms_cover(model):
-        count = affordable(2 * half, _MACS, _FEWEST_DREAMED, _MOST_DREAMED, ceiling=_CEILING)
-        if 2 * half * count <= _CEILING:
-            start = synthesize(model, inputs, count, photographs if color else varied_pink, generator, scales)
-            return ForecastProbes(DREAMED, (_matched(model, start, scales, progress),))
-    count = affordable(each, _PLAIN_MACS, _FEWEST_PLAIN, _MOST_PLAIN, ceiling=_PLAIN_CEILING)
-    if color:
-        return ForecastProbes(PHOTOGRAPHS, (synthesize(model, inputs, count, photographs, generator, scales),))
     classes = count_classes(model, inputs) if classes is None else classes
-    if not classes:
-        makers = (dead_leaves, varied_pink)
-        return ForecastProbes(
-            PLAIN, tuple(synthesize(model, inputs, count, make, generator, scales) for make in makers)
+    task = _Task(
+        model, inputs, generator, progress, macs_per_input(model, inputs), input_scales(model, inputs), classes, scores
+    )
+    color = takes_photographs(inputs)
+    kinds = [task.dreamed] if norms_cover(model) else []
+    kinds += [task.photographs] if color else []
+    kinds += [task.sure] if classes else []
+    why = ""
+    for kind in [*kinds, task.plain]:
+        try:
+            made = kind()
+        except Exception as error:  # whatever somebody's code raises on inputs that it was not made for
+            made = ForecastProbes(why=f"the network does not run on probes: {first_line(error)}")
+        if made.batches:
+            return made
+        why = why or made.why
+    return ForecastProbes(why=why)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The arguments of :func:`forecast_probes`, and one method for each kind of probes.
+
+    Attributes:
+        each: multiply-accumulates of one input.
+        scales: of the inputs.
+    """
+
+    model: nn.Module
+    inputs: ExampleInputs
+    generator: torch.Generator
+    progress: Progress | None
+    each: float
+    scales: InputScales
+    classes: int
+    scores: Scores | None
+
+    def dreamed(self) -> ForecastProbes:
+        per_dream = 3 * _STEPS * self.each  # forward, and backward to the inputs
+        count = affordable(per_dream, _MACS, _FEWEST_DREAMED, _MOST_DREAMED, ceiling=_CEILING)
+        if per_dream * count > _CEILING:
+            return self._too_many("for dreams")
+        start = self._synthesized(count, photographs if takes_photographs(self.inputs) else varied_pink)
+        return ForecastProbes(DREAMED, (self._matched(start),))
+
+    def photographs(self) -> ForecastProbes:
+        return ForecastProbes(PHOTOGRAPHS, (self._run(self._synthesized(self._plainly(), photographs)),))
+
+    def plain(self) -> ForecastProbes:
+        count = self._plainly()
+        made = (self._run(self._synthesized(count, make)) for make in (dead_leaves, varied_pink))
+        return ForecastProbes(PLAIN, tuple(made))
+
+    def sure(self) -> ForecastProbes:
+        per_dream = 3 * (_STEPS // 2) * self.each  # half of the steps are enough, for there is an end to them
+        count = affordable(per_dream, _MACS, _FEWEST, _MOST, ceiling=_CEILING)
+        if count < _FEWEST:
+            return self._too_many("to dream of classes")
+        start = self._synthesized(count, varied_pink)
+        settings = {"steps": _STEPS, "lr": _STEP, "sureness": (_SURENESS,)}
+        (sure,) = dream_classes(
+            self.model, start, self.inputs, self.classes, self.generator, self.progress, scores=self.scores, **settings
         )
-    count = affordable(half, _MACS, _FEWEST, _MOST, ceiling=_CEILING)
-    if count < _FEWEST:
-        return ForecastProbes(why=f"an input takes {each:.1e} multiply-accumulates, too many to dream of classes")
-    start = synthesize(model, inputs, count, varied_pink, generator, scales)
-    settings = {"steps": _STEPS, "lr": _STEP, "sureness": (_SURENESS,)}
-    (sure,) = dream_classes(model, start, inputs, classes, generator, progress, scores=scores, **settings)
-    return ForecastProbes(SURE, (sure.inputs,), sure.wanted)
+        return ForecastProbes(SURE, (sure.inputs,), sure.wanted)
 
+    def _plainly(self) -> int:
+        return affordable(self.each, _PLAIN_MACS, _FEWEST_PLAIN, _MOST_PLAIN, ceiling=_PLAIN_CEILING)
 
-def _matched(model: nn.Module, start: ExampleInputs, scales: InputScales, progress: Progress | None) -> ExampleInputs:
-    """The batch moved until batch norms see their running statistics, in parts that memory allows."""
-    most = max(FEWEST, held_at_once(ROOM, saved_bytes(model, first_rows(start))))
-    parts = split(start, alike(batch_size(start), most, FEWEST))
-    moved: list[ExampleInputs] = []
-    for number, part in enumerate(parts):
+    def _synthesized(self, count: int, make: Maker) -> ExampleInputs:
+        return synthesize(self.model, self.inputs, count, make, self.generator, self.scales)
 
-        def report(step: int, done: int = number * _STEPS) -> None:
-            if progress:
-                progress("dreaming", done + step, _STEPS * len(parts))
+    def _run(self, batch: ExampleInputs) -> ExampleInputs:
+        """The batch, after the network ran on one of its inputs."""
+        first_rows(batch).call(self.model)
+        return batch
 
-        # As both networks are run on them: with running statistics.
-        moved.append(Dream().match(model, part, _STEPS, scales, report, batch_statistics=False))
-        give_back()
-    return join(moved)
+    def _too_many(self, what: str) -> ForecastProbes:
+        return ForecastProbes(why=f"an input takes {self.each:.1e} multiply-accumulates, too many {what}")
+
+    def _matched(self, start: ExampleInputs) -> ExampleInputs:
+        """The batch moved until batch norms see their running statistics, in parts that memory allows."""
+        most = max(FEWEST, held_at_once(ROOM, saved_bytes(self.model, first_rows(start))))
+        parts = split(start, alike(batch_size(start), most, FEWEST))
+        moved: list[ExampleInputs] = []
+        for number, part in enumerate(parts):
+
+            def report(step: int, done: int = number * _STEPS) -> None:
+                if self.progress:
+                    self.progress("dreaming", done + step, _STEPS * len(parts))
+
+            # As both networks are run on them: with running statistics.
+            moved.append(Dream().match(self.model, part, _STEPS, self.scales, report, batch_statistics=False))
+            give_back()
+        return join(moved)

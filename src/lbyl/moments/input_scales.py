@@ -12,7 +12,7 @@ from lbyl.moments.synthesis import pink
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
 _FAR = 3.0
 """Where batch norms normalize anyway, inputs keep unit scale unless they are further off than this factor."""
@@ -28,7 +28,8 @@ def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
     Where the first layer is followed by a batch norm, its stored statistics tell: with the weights summed over their
     taps, ``running_mean = W m + b`` gives the mean of each input channel, and the running variance next to the one that
     natural images of unit variance cause gives the deviation. They are used where they are far from 0 and 1, for batch
-    norms bring the rest to scale. Where there are no batch norms, the example has to tell, unless it is constant.
+    norms bring the rest to scale. Where there are no batch norms, the example has to tell, unless it is constant. So it
+    has to where it is bounded and the network refuses inputs of unit scale: an assertion, or a logarithm.
     """
     tensors = inputs.tensors()
     scales = [UNIT] * len(tensors)
@@ -36,18 +37,34 @@ def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
     for index, tensor in enumerate(tensors):
         if not tensor.is_floating_point() or not tensor.numel():
             continue
+        told_by_example = _from_example(tensor)
+        scale, whence = told_by_example, "the example"
         if batch_norms(model):
-            scale, whence = _from_first_norm(model, inputs, index), "the first batch norm's statistics"
-            if scale is None:
-                scale, whence = _from_example(tensor), "the example"
-                scale = scale if float(scale.deviation.max()) > _FAR else UNIT
+            first = _from_first_norm(model, inputs, index)
+            if first is not None:
+                scale, whence = first, "the first batch norm's statistics"
+            elif float(scale.deviation.max()) <= _FAR:
+                scale = UNIT
             scale = scale if _is_far(scale) else UNIT
-        else:
-            scale, whence = _from_example(tensor), "the example"
+        for bounded in (told_by_example, _within_example(tensor)):
+            if bounded is not UNIT and not _takes(model, inputs, index, scale):
+                scale, whence = bounded, "the example"
         scales[index] = scale
         if scale is not UNIT:
             told.append(f"inputs of mean {_said(scale.mean)} and deviation {_said(scale.deviation)}, as {whence} says")
     return InputScales(tuple(scales), "; ".join(dict.fromkeys(told)))
+
+
+def _takes(model: nn.Module, inputs: ExampleInputs, index: int, scale: Scale) -> bool:
+    """Whether the network runs on noise of this scale, and gives finite numbers."""
+    example = inputs.tensors()[index]
+    unit = scale.of(pink(tuple(example.shape), torch.Generator().manual_seed(0))).to(example)
+    try:
+        with torch.no_grad():
+            found = output_tensors(inputs.map(lambda t: unit if t is example else t).cloned().call(model))
+    except Exception:  # whatever somebody's code raises on inputs that it refuses
+        return False
+    return all(bool(torch.isfinite(tensor).all()) for tensor in found if tensor.is_floating_point())
 
 
 def _said(values: Tensor) -> str:
@@ -82,6 +99,15 @@ def _from_example(tensor: Tensor) -> Scale:
     fitting = (span for span in _RANGES if span[0] <= low and high <= span[1])
     low, high = next((span for span in fitting if span[1] - span[0] < 2 * (high - low)), (low, high))
     return _scale((mean + (low + high) / 2) / 2, (high - low) / 4, low, high)
+
+
+def _within_example(tensor: Tensor) -> Scale:
+    """The example's own mean, deviation and bounds; unit scale where it is constant or has values that are not finite."""
+    values = tensor.detach().double()
+    low, high = float(values.min()), float(values.max())
+    if not low < high or not bool(torch.isfinite(values).all()):
+        return UNIT
+    return _scale(float(values.mean()), float(values.std(unbiased=False)), low, high)
 
 
 def _scale(mean: float, deviation: float, *bounds: float) -> Scale:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,11 @@ class Scale:
         return moved.clamp(self.low, self.high)
 
     @property
+    def bounded(self) -> bool:
+        """Whether inputs stay within bounds."""
+        return self.low > -math.inf or self.high < math.inf
+
+    @property
     def usual(self) -> bool:
         """Whether inputs have zero mean and unit variance anyway."""
         return not bool(self.mean.any()) and bool((self.deviation == 1).all())
@@ -42,3 +48,10 @@ class InputScales:
 
     scales: tuple[Scale, ...]
     note: str = ""
+
+    @torch.no_grad()
+    def clamp_(self, tensors: Sequence[Tensor]) -> None:
+        """Bring inputs back within their bounds, in place."""
+        for tensor, scale in zip(tensors, self.scales, strict=True):
+            if scale.bounded and tensor.is_floating_point():
+                tensor.clamp_(scale.low, scale.high)

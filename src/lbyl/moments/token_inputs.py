@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def like_example(inputs: ExampleInputs, ids: Int[Tensor, "batch tokens"]) -> Exa
         raise InputError(f"{name} has a value for each token, and it is not known what it should be")
 
     args = tuple(made(f"input {index}", value) for index, value in enumerate(inputs.args))
-    return ExampleInputs(args, {name: made(name, value) for name, value in inputs.kwargs.items()})
+    return replace(inputs, args=args, kwargs={name: made(name, value) for name, value in inputs.kwargs.items()})
 
 
 _MADE = {

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lbyl.errors import first_line
 from lbyl.moments.base import Probes
 from lbyl.moments.class_dream import class_scores
-from lbyl.moments.forecast_probes import ForecastProbes, forecast_probes
+from lbyl.moments.forecast_probes import SENTENCES, ForecastProbes, forecast_probes
 from lbyl.moments.generated import Generated, text_losses, writes_text
+from lbyl.moments.sentences import Sentences, takes_sentences
 from lbyl.restore.base import Restorer
-from lbyl.runtime.batches import batch_size, first_rows, in_parts
+from lbyl.runtime.batches import batch_size, first_rows, in_parts, join
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.forecast import (
     AGREEMENT,
@@ -24,6 +25,7 @@ from lbyl.runtime.forecast import (
     PERPLEXITY,
     POSITIONS,
     UNKNOWN,
+    UNSURE,
     Forecast,
     foretell_agreement,
     foretell_cosine,
@@ -39,6 +41,8 @@ from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
 
+_SENTENCES = 96
+"""So many sequences of English sentences are read where tokens come in."""
 _TEXTS, _TOKENS = 16, 128
 """So many texts of so many tokens are written where no restorer has written any."""
 
@@ -104,27 +108,27 @@ class Forecaster:
         return foretell([outputs_error(before, after)], count, real=True)
 
     def _on_probes(self, smaller: nn.Module) -> Forecast:
-        if not self._has_floats:
-            return Forecast(why="no probes are known that are like its tokens; give inputs of yours (lbyl.Data)")
-        made = self._made
+        made = self._made if self._has_floats else self._sentences
         if not made.batches:
             return Forecast(why=made.why)
         if self.measure not in (AGREEMENT, POSITIONS):
             pairs = [(self._original[index], self._outputs(smaller, each)) for index, each in enumerate(made.batches)]
             foretell = foretell_cosine if self.measure == COSINE else foretell_error
             return foretell([outputs_error(*pair) for pair in pairs], batch_size(made.batches[0]))
-        (batch,) = made.batches
+        batch = made.batches[0]
         before, after = self._scores(self._original[0], batch), self._scores(self._outputs(smaller, batch), batch)
         answers = before.argmax(1)
+        telling, share = MAPS.get(made.kind), float(same_answers(before, after).double().mean())
         if made.wanted is not None:
             reached = answers == made.wanted.reshape(-1, *[1] * (answers.dim() - 1))
             if float(reached.double().mean()) < _REACHED:
-                return Forecast(why="no inputs could be found that the network is sure of")
+                telling = None
         elif len(answers.unique()) < 2:
-            return Forecast(why="the network gives all probes the same answer, so they tell nothing")
-        same = float(same_answers(before, after).double().mean())
-        error = scores_error(before, after)
-        return foretell_agreement(same, error, len(before), MAPS[made.kind], measure=self.measure)
+            telling = None
+        # Of answers that are all the same, or none that the network is sure of, only the scores tell something.
+        return foretell_agreement(
+            share if telling else None, scores_error(before, after), len(before), telling or UNSURE, measure=self.measure
+        )
 
     def _scores(self, outputs: list[Tensor], inputs: ExampleInputs) -> Tensor:
         found = (class_scores if self.measure == AGREEMENT else _position_scores)(outputs, inputs)
@@ -156,6 +160,14 @@ class Forecaster:
         classes = answers.shape[1] if answers is not None and self.measure in (AGREEMENT, POSITIONS) else 0
         generator = generator_for(self.seed, "forecast")
         return forecast_probes(self.model, self.inputs, generator, self.progress, classes, scores)
+
+    @cached_property
+    def _sentences(self) -> ForecastProbes:
+        if not takes_sentences(self.model, self.inputs):
+            return ForecastProbes(why="no probes are known that are like its tokens; give inputs of yours (lbyl.Data)")
+        source, generator = Sentences(sequences=_SENTENCES), generator_for(self.seed, "forecast")
+        made = source.probes(self.model, self.inputs, generator, self.progress)
+        return ForecastProbes(SENTENCES, (join(made.batches),))
 
     @cached_property
     def _texts(self) -> ExampleInputs:

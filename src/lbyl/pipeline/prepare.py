@@ -188,6 +188,8 @@ def prepare(
     with clock("trace"):
         traced = trace_model(model, inputs, request.strict, submodule)
     if traced.graph is not None:
+        with undisturbed(traced.model):
+            inputs = inputs.with_rows(traced.model)
         found = [("", traced.model, inputs, traced.graph)]
     else:
         found = [(part.path, model.get_submodule(part.path), part.inputs, part.graph) for part in traced.parts]

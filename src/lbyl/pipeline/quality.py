@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lbyl.budget.budget import Budget
-from lbyl.errors import InputError, LbylError
+from lbyl.errors import BudgetError, InputError, LbylError
 from lbyl.io.report.rows import Evaluation
 from lbyl.pipeline.analysis import Analysis, analyze
 from lbyl.pipeline.evaluate import Judge
@@ -14,7 +14,7 @@ from lbyl.pipeline.prepare import Prepared, first_that_restores, unless_refused
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.pipeline.walk import walk
-from lbyl.runtime.forecast import AGREEMENT, POSITIONS
+from lbyl.runtime.forecast import COSINE, ERROR, PERPLEXITY, Forecast
 from lbyl.runtime.progress import Clock
 from lbyl.runtime.settings import described
 
@@ -28,7 +28,7 @@ _CLOSE = 0.02
 """A share that is this close to one that keeps too little is small enough."""
 _ENOUGH = 0.2
 """So is a network that loses all but this share of what it may lose."""
-_LEAST_CUT = 0.97
+_ROUNDING = 1e-6
 
 
 def meet(
@@ -75,22 +75,27 @@ def _loss(prepared: Prepared, budget: Budget, judge: Judge, before: float | None
         if judge.evaluate is None or before is None:
             raise InputError("Budget(accuracy_drop=...) needs evaluate, a function that says how good a network is")
         return lambda result: (before - (judge(result.model, "a smaller network") or 0.0)) / max(amount, 1e-9)
-    forecaster = prepared.forecaster
-    if forecaster is None or forecaster.measure not in (AGREEMENT, POSITIONS):
-        why = "forecasts are switched off" if forecaster is None else "it is no classifier that lbyl knows"
-        raise InputError(f"no agreement can be foretold of this network ({why}); {_WAY_OUT}")
+    if prepared.forecaster is None:
+        raise InputError(f"no agreement can be foretold of this network (forecasts are switched off); {_WAY_OUT}")
 
     def lost(result: Result) -> float:
-        forecast = result.report.forecast
-        if forecast is None or forecast.agreement is None:
-            why = forecast.why if forecast else ""
-            raise InputError(f"no agreement can be foretold of this network ({why}); {_WAY_OUT}")
-        return (1 - forecast.agreement) / (1 - amount)
+        forecast = result.report.forecast or Forecast()
+        if forecast.kept is None:
+            raise InputError(f"no agreement can be foretold of this network ({forecast.why}); {_WAY_OUT}")
+        return (1 - forecast.kept) / (1 - amount)
 
     return lost
 
 
 _WAY_OUT = "give a ratio or a budget: ratio=0.3 or budget=lbyl.Budget(macs=0.7), --ratio 0.3 or --budget macs=0.7"
+
+
+_MEANS = {
+    COSINE: "the cosine of the embeddings",
+    PERPLEXITY: "the mean share of the probability that each token had",
+    ERROR: "the share of the outputs' variance that stays, for there are no answers to compare",
+}
+"""What an agreement is taken to be of networks that do not answer among classes."""
 
 
 @dataclass
@@ -119,8 +124,16 @@ class _Search:
             request = replace(self.request, budget=self.budget.costing(share))
             result = unless_refused(lambda request=request: walk(self.prepared, request, Clock(), self.ground))
             if isinstance(result, LbylError):
-                # So small it can't become.
-                unreachable, fails = result, (share, 4.0)
+                unreachable = result
+                reached = result.reached if isinstance(result, BudgetError) else None
+                if reached is not None and fails[0] + _ROUNDING < reached < keeps[0] - _ROUNDING:
+                    share = reached
+                    continue
+                # No network is so small, or there is none between this size and one that was tried.
+                if reached is not None and reached >= keeps[0] - _ROUNDING:
+                    keeps = share, keeps[1]
+                else:
+                    fails = share, fails[1]
             else:
                 lost = self.loses(result)
                 self.tried.append((share, lost))
@@ -149,7 +162,9 @@ class _Search:
     def _told(self, best: Result) -> Result:
         name, amount = self.budget.limited
         shares = ", ".join(f"{share:.2f}" for share, _ in sorted(self.tried))
-        note = f"{name}={amount:g}: networks of several sizes were tried, {self.budget.minimize} {shares}"
+        measure = best.report.forecast.measure if best.report.forecast else ""
+        means = f" ({_MEANS[measure]})" if name == "agreement" and measure in _MEANS else ""
+        note = f"{name}={amount:g}{means}: networks of several sizes were tried, {self.budget.minimize} {shares}"
         seconds = dict(best.report.seconds)
         for stage, value in self.clock.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + value

@@ -91,8 +91,15 @@ def thinned(batches: Sequence[ExampleInputs], most: int) -> list[ExampleInputs]:
 
 
 def macs_per_input(model: nn.Module, inputs: ExampleInputs) -> float:
-    """Multiply-accumulates that one input takes."""
-    return max(count_macs(model, inputs) / max(batch_size(inputs), 1), 1.0)
+    """Multiply-accumulates that one input takes.
+
+    Where the network takes batches of one size only, each input has its share of what a call takes besides.
+    """
+    return max(count_macs(model, inputs) / max(batch_size(inputs), 1), 1.0) + _CALL / (inputs.rows or _CALL)
+
+
+_CALL = 1e9
+"""What a call takes by itself, in multiply-accumulates of the same time."""
 
 
 def affordable(each: float, macs: float, least: int, most: int, ceiling: float) -> int:
@@ -107,8 +114,7 @@ def affordable(each: float, macs: float, least: int, most: int, ceiling: float) 
 
 def batch_size(inputs: ExampleInputs) -> int:
     """Length of the first tensor's first axis."""
-    first = inputs.tensors()[0]
-    return first.shape[0] if first.dim() else 1
+    return inputs.size
 
 
 def held_out_size(count: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lbyl.errors import InputError, SurgeryError
-from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, alone, uncollected, users_device
+from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, alone, uncollected
 from lbyl.runtime.inputs import ExampleInputs
 
 
@@ -146,8 +146,11 @@ def call_with(model: nn.Module, inputs: ExampleInputs, values: Mapping[str, Tens
     own = inputs.cloned()
     if not values:
         return own.call(model)
-    with users_device():
-        return torch.func.functional_call(model, dict(values), own.args, dict(own.kwargs), tie_weights=True)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(model, dict(values), args, kwargs, tie_weights=True)
+
+    return own.through(run)
 
 
 def in_place_of(old: Tensor, new: Tensor) -> Tensor:

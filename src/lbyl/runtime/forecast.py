@@ -65,6 +65,19 @@ class Forecast:
         }.get(self.measure)
 
     @property
+    def kept(self) -> float | None:
+        """What stays, as one share for all measures: what ``Budget(agreement=...)`` bounds.
+
+        The agreement of classifiers and dense outputs; the cosine of embeddings; of language models the (geometric)
+        mean share of the probability that each token had, which is 1 over the ratio of perplexities; of other outputs
+        the share of their variance, ``1 - error^2``. None where nothing can be said.
+        """
+        value = self.value
+        if value is None or self.measure in (AGREEMENT, POSITIONS, COSINE):
+            return value
+        return min(1.0, 1 / max(value, 1e-12)) if self.measure == PERPLEXITY else max(0.0, 1 - value**2)
+
+    @property
     def loss(self) -> float | None:
         """The share of right answers that a classifier is expected to lose: of those that change, some were wrong."""
         return None if self.measure != AGREEMENT or self.agreement is None else _LOST * (1 - self.agreement)
@@ -86,9 +99,10 @@ class Map:
     agreement: float
     spread: float
 
-    def logit(self, error: float, share: float, count: int) -> float:
-        """The logit of the agreement at real inputs."""
-        return self.shift + self.error * clearness(error) + self.agreement * logit(share, count)
+    def logit(self, error: float, share: float | None, count: int) -> float:
+        """The logit of the agreement at real inputs; without a share on probes, from the error alone."""
+        told = 0.0 if share is None else self.agreement * logit(share, count)
+        return self.shift + self.error * clearness(error) + told
 
 
 MAPS = {
@@ -97,6 +111,8 @@ MAPS = {
     "sure": Map(1.27, 1.19, 0.08, 0.61),
 }
 """By the kind of the probes."""
+UNSURE = Map(1.3, 1.1, 0.0, 1.3)
+"""Where only the scores tell something: with the smallest constants of the maps above and more open than any."""
 _LOST = 0.65
 """The share of changed answers that were right."""
 _GROWTH, _GROWTH_SPREAD = 1.0, 0.4
@@ -138,11 +154,13 @@ def logit(share: float, count: int) -> float:
 _SMALLEST_ERROR, _LEAST_LEFT = 0.01, 0.05
 
 
-def foretell_agreement(share: float, error: float, count: int, chosen: Map, *, measure: str = AGREEMENT) -> Forecast:
+def foretell_agreement(
+    share: float | None, error: float, count: int, chosen: Map, *, measure: str = AGREEMENT
+) -> Forecast:
     """From what both networks say to probes to the agreement at real inputs.
 
     Args:
-        share: agreement on the probes.
+        share: agreement on the probes; None where it tells nothing.
         error: of the scores there, by :func:`scores_error`.
         count: how many probes there were.
         chosen: the map for probes of their kind, one of ``MAPS``.
@@ -150,7 +168,7 @@ def foretell_agreement(share: float, error: float, count: int, chosen: Map, *, m
     """
     middle = chosen.logit(error, share, count)
     # What so few inputs leave open: the variance of a share, carried over to its logit.
-    even = (share * count + 0.5) / (count + 1)
+    even = (share * count + 0.5) / (count + 1) if share is not None else 0.5
     spread = math.sqrt(chosen.spread**2 + chosen.agreement**2 / (count * even * (1 - even)))
     low, value, high = (_share(middle + sign * _NINE_IN_TEN * spread) for sign in (-1, 0, 1))
     return Forecast(measure, agreement=value, low=low, high=high, inputs=count)

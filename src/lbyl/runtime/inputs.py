@@ -6,12 +6,13 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -23,12 +24,19 @@ from lbyl.runtime.contexts import users_device
 class ExampleInputs:
     """Positional and keyword inputs of one call.
 
+    Attributes:
+        args: positional inputs.
+        kwargs: keyword inputs.
+        rows: the only batch size that the network takes, where its code says one: a larger batch is run in parts of
+            this size. None where any size will do.
+
     >>> ExampleInputs.of(torch.zeros(1, 3)).describe()
     'float32 1x3'
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    rows: int | None = None
 
     @staticmethod
     def of(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs) -> ExampleInputs:
@@ -70,7 +78,7 @@ class ExampleInputs:
     def map(self, function: Callable[[Tensor], Tensor]) -> ExampleInputs:
         """The same structure with ``function`` applied to every tensor."""
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, dict(self.kwargs)))
-        return ExampleInputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def to(self, device: torch.device, floating: torch.dtype | None = None) -> ExampleInputs:
         """Move to a device; floating-point tensors also get the dtype, when one is given."""
@@ -112,12 +120,57 @@ class ExampleInputs:
                 return leaf
 
         args, kwargs = pytree.tree_map(twin, (self.args, dict(self.kwargs)))
-        return ExampleInputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def call(self, model: nn.Module) -> Any:
         """Run the model on these inputs themselves; what may write to them gets them :meth:`cloned`."""
+        return self.through(model)
+
+    def through(self, run: Callable[..., Any]) -> Any:
+        """What ``run(*args, **kwargs)`` returns.
+
+        Where ``rows`` says a batch size, and this batch has another one, it is run in parts of that size, the last one
+        filled up with its first rows, and the list of all output tensors is returned.
+        """
         with users_device():
-            return model(*self.args, **self.kwargs)
+            size = self.size
+            if self.rows is None or size == self.rows:
+                return run(*self.args, **self.kwargs)
+            found: list[list[Tensor]] = []
+            for start in range(0, size, self.rows):
+                rows = torch.arange(start, start + self.rows)
+                part = self._rows(rows.where(rows < size, (rows - start) % (size - start) + start))
+                outs, used = output_tensors(run(*part.args, **part.kwargs)), min(self.rows, size - start)
+                found.append([out[:used] if out.dim() and len(out) == self.rows else out for out in outs])
+            return [torch.cat(same) if same[0].dim() else same[0] for same in zip(*found, strict=True)]
+
+    @property
+    def size(self) -> int:
+        """Length of the first tensor's first axis."""
+        first = self.tensors()[0]
+        return first.shape[0] if first.dim() else 1
+
+    def _rows(self, index: Int[Tensor, " rows"]) -> ExampleInputs:
+        """Some rows of the batch, in an order."""
+        size = self.size
+        return self.map(lambda t: t[index.to(t.device)] if t.dim() and t.shape[0] == size else t)
+
+    def with_rows(self, model: nn.Module) -> ExampleInputs:
+        """The same, with ``rows`` where the network runs on this batch size, and not on twice as many.
+
+        The model is in evaluation mode.
+        """
+        if not self.tensors()[0].dim() or self.rows is not None:
+            return self
+        twice = self._rows(torch.arange(self.size).repeat(2))
+        try:
+            with torch.no_grad():
+                once, found = (output_tensors(each.cloned().call(model)) for each in (self, twice))
+        except Exception:  # whatever somebody's code raises on a batch that it was not made for
+            return replace(self, rows=self.size)
+        said = [out.shape[:1] for out in once] == [out.shape[:1] for out in found]
+        batched = any(out.dim() and len(out) == self.size for out in once)
+        return replace(self, rows=self.size) if said and batched else self
 
     def has_faults(self) -> bool:
         """Whether some number is NaN or +inf; attention masks hold -inf on purpose."""

@@ -115,6 +115,8 @@ def run_paired(
 def _joined(batches: Sequence[ExampleInputs]) -> ExampleInputs:
     """All batches as one, and once more."""
     first = [t.shape[1:] for t in batches[0].tensors()]
+    if batches[0].rows is not None:
+        raise NotPairable(f"the network takes {batches[0].rows} inputs at a time, no more and no fewer")
     for batch in batches:
         tensors = batch.tensors()
         if [t.shape[1:] for t in tensors] != first or any(not t.dim() or len(t) != len(tensors[0]) for t in tensors):
