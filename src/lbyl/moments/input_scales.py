@@ -102,7 +102,7 @@ def _from_example(tensor: Tensor) -> Scale:
 
 
 def _within_example(tensor: Tensor) -> Scale:
-    """The example's own mean, deviation and bounds; unit scale where it is constant or has values that are not finite."""
+    """The example's own mean, deviation and bounds; unit scale where it is constant or not finite."""
     values = tensor.detach().double()
     low, high = float(values.min()), float(values.max())
     if not low < high or not bool(torch.isfinite(values).all()):

@@ -127,7 +127,11 @@ class Forecaster:
             telling = None
         # Of answers that are all the same, or none that the network is sure of, only the scores tell something.
         return foretell_agreement(
-            share if telling else None, scores_error(before, after), len(before), telling or UNSURE, measure=self.measure
+            share if telling else None,
+            scores_error(before, after),
+            len(before),
+            telling or UNSURE,
+            measure=self.measure,
         )
 
     def _scores(self, outputs: list[Tensor], inputs: ExampleInputs) -> Tensor:

@@ -255,7 +255,7 @@ class FolderCache:
                     return tensors[name].to(value.device).contiguous(memory_format=layout)
 
                 args, kwargs = pytree.tree_unflatten([leaf(value) for value in leaves], structure)
-                return replace(inputs, args=args, kwargs=kwargs)
+                return replace(self.inputs, args=args, kwargs=kwargs)
 
             return Probes(
                 tuple(map(batch, range(note.batches))),
