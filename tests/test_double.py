@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lbyl.runtime.float64 import Float64Mode, depthwise_conv2d
+from lbyl.runtime.float64 import LARGE, Float64Mode, depthwise_conv2d
 from lbyl.runtime.macs import MacCounter
 
 
@@ -62,9 +62,9 @@ def test_gradients_are_not_in_the_way():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
-def test_narrow_weights_of_linear_layers_meet_wide_inputs(shape, bias, monkeypatch):
-    monkeypatch.setattr("lbyl.runtime.float64.LARGE", 12)  # two outputs at a time
-    layer = nn.Linear(5, 7, bias=bias)
+@pytest.mark.parametrize("outputs", [7, LARGE // 5 + 3], ids=["at once", "some at a time"])
+def test_narrow_weights_of_linear_layers_meet_wide_inputs(shape, bias, outputs):
+    layer = nn.Linear(5, outputs, bias=bias)
     x = torch.randn(*shape, dtype=torch.float64)
     with torch.no_grad(), Float64Mode():
         narrow = torch.nn.functional.linear(x, layer.weight, None if layer.bias is None else layer.bias.double())

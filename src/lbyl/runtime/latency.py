@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -202,7 +202,7 @@ def clock_of(model: nn.Module, inputs: ExampleInputs) -> Callable[[], float]:
     def now() -> float:
         for wait in waiting:
             wait()
-        return perf_counter()
+        return time.perf_counter()
 
     return now
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from functools import cache
 from typing import Any
 
 import torch
@@ -143,10 +142,6 @@ def give_back() -> None:
 
     It keeps blocks below 32 MiB for later, while larger ones, as the next stage mostly needs them, are asked for anew.
     """
-    if trim := _trim():
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
         trim(0)
-
-
-@cache
-def _trim() -> Any:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
