@@ -2,9 +2,9 @@
 
     python benchmarks/agreement.py --data DIR [--network NAME] [--fresh]
 
-`lbyl.compress(net, image, budget=lbyl.Budget(agreement=...))` looks for the smallest network that is expected to give the
-original's answer as often as asked for. The table says how often it does on real images. DIR (or LBYL_DATA) is what
-accuracy.py describes. Results are written point by point and not computed again.
+`lbyl.compress(net, image, budget=lbyl.Budget(agreement=...))` looks for the smallest network that is expected to give
+the original's answer as often as asked for. The table says how often it does on real images. DIR (or LBYL_DATA) is
+what accuracy.py describes. Results are written point by point and not computed again.
 """
 
 from __future__ import annotations
