@@ -658,7 +658,7 @@ def test_a_rule_that_fails_is_a_barrier_by_name(fault: Any) -> None:
     operation.register_fake(torch.empty_like)
     rule(name)(fault)
     model = settle(nn.Sequential(nn.Linear(6, 8), Odd(name), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)))
-    assert f"{name} in '1' is called in a way that its rule does not know" in str(reasons(model, images(2, 6))["0"])
+    assert f"{name} in '1' is called in a way that its rule does not handle" in str(reasons(model, images(2, 6))["0"])
     assert widths(cut(model, images(2, 6))) == {"2": (5, 2)}
 
 
