@@ -199,7 +199,7 @@ def test_no_plugin_runs_for_a_folder_that_exists(module: Path, source: str, tmp_
         ("restorer", "auto", "'auto' is already a restorer of lbyl"),
         ("moments", "noise", "'noise' is already a moments of lbyl"),
         ("norm", "mine", "unknown family 'norm'; choose one of criterion, restorer, moments"),
-        ("criterion", "", "give a name and a class"),
+        ("criterion", "", "pass a name and a class"),
     ],
 )
 def test_names_that_can_not_be_registered(family: str, name: str, message: str) -> None:
@@ -208,7 +208,7 @@ def test_names_that_can_not_be_registered(family: str, name: str, message: str) 
 
 
 def test_a_member_that_can_not_be_called() -> None:
-    with pytest.raises(lbyl.InputError, match="give a name and a class"):
+    with pytest.raises(lbyl.InputError, match="pass a name and a class"):
         lbyl.register("criterion", "mine", 3)
 
 

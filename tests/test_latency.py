@@ -129,7 +129,7 @@ def test_a_cut_below_the_next_multiple_gives_no_speed(machine: Machine) -> None:
     assert layers["0"].macs_ratio == 0.75
     assert layers["2"].ratio is not None
     assert layers["2"].ratio.median == pytest.approx(1.2 / 1.4)
-    assert "no speed: 0 (MACs 75%, time 100%)" in found.summary()
+    assert "cut, but not faster: 0 (MACs 75%, time 100%)" in found.summary()
     document = json.loads(json.dumps(found.to_dict()))
     assert document["no_speed"] == ["0"]
     assert document["layers"][0]["ratio"]["median"] == 1
