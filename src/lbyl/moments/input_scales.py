@@ -1,4 +1,4 @@
-"""The network's own scale: what mean and deviation its inputs have, as far as the network or the example tells."""
+"""Estimates the mean and deviation of a network's inputs from its first batch norm or from the example inputs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
 
 _FAR = 3.0
-"""Where batch norms normalize anyway, inputs keep unit scale unless they are further off than this factor."""
+"""In a network with batch norms, inputs keep unit scale unless the estimate differs by more than this factor."""
 _NORMALIZED = 2.2
-"""Inputs of unit variance have a wider range than this."""
+"""Inputs of unit variance have a larger range than this."""
 _RANGES = ((0.0, 1.0), (-0.5, 0.5), (-1.0, 1.0), (0.0, 255.0))
-"""Usual bounds of pixels."""
+"""Usual ranges of pixel values."""
 
 
 def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
-    """The scales of a model's inputs.
+    """Estimate the scales of a model's inputs.
 
-    Where the first layer is followed by a batch norm, its stored statistics tell: with the weights summed over their
-    taps, ``running_mean = W m + b`` gives the mean of each input channel, and the running variance next to the one that
-    natural images of unit variance cause gives the deviation. They are used where they are far from 0 and 1, for batch
-    norms bring the rest to scale. Where there are no batch norms, the example has to tell, unless it is constant.
+    If a batch norm follows the first convolution, its running statistics give the scale. The mean m of each input
+    channel solves ``running_mean = W m + b``, where W is the weight summed over the kernel. The deviation is the root
+    of the ratio between the running variance and the variance that pink noise of unit variance causes there. These
+    estimates are used only if they are far from 0 and 1, because batch norms correct small differences. In a network
+    without batch norms, the scale is estimated from the example inputs, unless they are constant.
     """
     tensors = inputs.tensors()
     scales = [UNIT] * len(tensors)
@@ -46,7 +47,8 @@ def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
             scale, whence = _from_example(tensor), "the example"
         scales[index] = scale
         if scale is not UNIT:
-            told.append(f"inputs of mean {_said(scale.mean)} and deviation {_said(scale.deviation)}, as {whence} says")
+            numbers = f"mean {_said(scale.mean)} and deviation {_said(scale.deviation)}"
+            told.append(f"probes have {numbers}, estimated from {whence}")
     return InputScales(tuple(scales), "; ".join(dict.fromkeys(told)))
 
 
@@ -61,10 +63,10 @@ def _is_far(scale: Scale) -> bool:
 
 
 def _from_example(tensor: Tensor) -> Scale:
-    """What an example says: unit scale where its values look normalized, or where it is constant.
+    """Estimate the scale from an example input: unit scale if its values look normalized, or if it is constant.
 
-    One example tells little of a mean and a deviation, but much of the range: values within usual bounds are taken to
-    have a quarter of the range as their deviation, and a mean between the example's and the middle of the range.
+    One example is a poor estimate of mean and deviation, but a good one of the range. For values within a usual range,
+    the deviation is a quarter of that range, and the mean is halfway between the example's mean and the middle of it.
     """
     values = tensor.detach().double()
     if not bool(torch.isfinite(values).all()):
@@ -75,7 +77,7 @@ def _from_example(tensor: Tensor) -> Scale:
         return UNIT
     if high - low > _NORMALIZED and abs(mean) < 1.5 and 0.4 < deviation < 2:
         return UNIT
-    # The range of so many normal values; what has a much narrower one is bounded.
+    # The expected range of this many normal values. Values with a much narrower range are bounded.
     normal = 2 * math.sqrt(2 * math.log(max(values.numel(), 2))) * deviation
     if high - low > 0.75 * normal:
         return _scale(mean, deviation)
@@ -90,7 +92,7 @@ def _scale(mean: float, deviation: float, *bounds: float) -> Scale:
 
 
 def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Scale | None:
-    """What the statistics of the batch norm right behind the first convolution say; None where there is none."""
+    """Estimate the scale from the batch norm directly after the first convolution; None if there is none."""
     example = inputs.tensors()[index]
     if example.dim() < 3:
         return None
@@ -101,7 +103,7 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
     found: list[tuple[str, str, Tensor, Tensor]] = []
 
     def on_consumer(call: ConsumerCall) -> None:
-        # By its values, for the network is given a copy.
+        # Compared by value, because the network gets a copy.
         if not seen and not found and call.op.startswith("conv") and torch.equal(call.x, unit):
             seen.append(call)
 
@@ -112,7 +114,7 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
     try:
         with torch.no_grad():
             run_intercepted(model, replaced, on_consumer=on_consumer, on_norm=on_norm)
-    except Exception:  # whatever somebody's code raises: then nothing is known
+    except Exception:  # a user's model may raise anything
         return None
     state = tensors_of(model)
     if not seen or not found or len(found[0][2]) != len(state[seen[0].weight]):
@@ -129,7 +131,7 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
 
 
 def _as_many(tensor: Tensor, example: Tensor, count: int) -> Tensor:
-    """Other inputs with as many rows, where they have a row an example."""
+    """Another input with ``count`` rows, if it has a row for each example; otherwise unchanged."""
     if not tensor.dim() or len(tensor) != len(example):
         return tensor
     return tensor[:1].expand(count, *tensor.shape[1:])

@@ -67,7 +67,7 @@ class Forecast:
 
     @property
     def loss(self) -> float | None:
-        """The expected loss of accuracy of a classifier, below 1 - agreement because some changed answers were wrong."""
+        """The expected loss of accuracy of a classifier: below 1 - agreement, since some changed answers were wrong."""
         return None if self.measure != AGREEMENT or self.agreement is None else _LOST * (1 - self.agreement)
 
 
