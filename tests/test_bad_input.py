@@ -237,9 +237,9 @@ CLI = [
     Row("hostile pickle", f"{COMPRESS} --weights bad.pth", ("weights_only=True", ".safetensors"), 1, hostile),
     Row("hostile zip", f"{COMPRESS} --weights bad.pth", ("bad.pth", "weights_only=True"), 1, hostile_zip),
     Row("text for weights", f"{COMPRESS} --weights net.py", ("net.py", "weights_only=True")),
-    Row("lying header", f"{COMPRESS} --weights bad.safetensors", ("no readable safetensors",), 1, lying_header),
+    Row("lying header", f"{COMPRESS} --weights bad.safetensors", ("not a readable safetensors",), 1, lying_header),
     Row(
-        "endless header", f"{COMPRESS} --weights bad.safetensors", ("no readable safetensors",), 1,
+        "endless header", f"{COMPRESS} --weights bad.safetensors", ("not a readable safetensors",), 1,
         partial(lying_header, length=2**62),
     ),
     Row(
@@ -278,7 +278,7 @@ CLI = [
     Row("nothing to drop", f"{COMPRESS} --ratio 0", ("no group can be pruned", "ratio 0")),
     Row("no submodule", f"{COMPRESS} --submodule head", ("'head'",)),
     Row("strict", f"{COMPRESS.replace(':net', ':undecided')} --strict", ("can't trace Undecided",)),
-    Row("no photos", f"{COMPRESS} --restore auto --data nowhere", ("nowhere is no folder of images",)),
+    Row("no photos", f"{COMPRESS} --restore auto --data nowhere", ("nowhere is not a folder of images",)),
     Row("empty folder", f"{COMPRESS} --restore auto --data empty", ("no image in empty", ".jpg")),
     Row(
         "broken photo", f"{COMPRESS} --restore auto --data photos", ("b.png can't be read as an image",), 1,
@@ -288,8 +288,8 @@ CLI = [
         "photo cut short", f"{COMPRESS} --restore auto --data photos", ("a.png can't be read",), 1,
         cut_short("photos/a.png", 40),
     ),
-    Row("show nothing", "show nowhere", ("nowhere is no folder saved by lbyl", "lbyl.json")),
-    Row("show a foreign folder", "show photos", ("photos is no folder saved by lbyl",)),
+    Row("show nothing", "show nowhere", ("nowhere is not a folder saved by lbyl", "lbyl.json")),
+    Row("show a foreign folder", "show photos", ("photos is not a folder saved by lbyl",)),
     Row("a bomb of JSON", "show saved", ("larger than 8 MiB",), 1, bomb),
     Row("deep JSON", "show saved", ("damaged",), 1, put(f"saved/{MANIFEST}", "[" * 200_000)),
     Row("half JSON", "show saved", ("damaged",), 1, cut_short(f"saved/{MANIFEST}")),
@@ -304,7 +304,7 @@ CLI = [
         "words for channels", "show saved", ("report is damaged",), 1,
         manifest(lambda data: data["report"]["rows"][0].update(re="much", before="many")),
     ),
-    Row("export nothing", "export nowhere", ("nowhere is no folder saved by lbyl",)),
+    Row("export nothing", "export nowhere", ("nowhere is not a folder saved by lbyl",)),
     Row("export without a model", "export saved", ("does not know how to build", "--model")),
     Row("export of another", "export saved --model net.py:wider", ("another architecture", "6.weight is 5x6", "4x6")),
     Row(

@@ -227,8 +227,8 @@ def test_several_inputs_of_other_types(source: str) -> None:
             ("compress", "SOURCE", "-o", "TMP/a", "--input", "1x3x12x12", "--ratio", "x=0.5"),
             "matches no group",
         ),
-        (("show", "TMP"), "no folder saved by lbyl"),
-        (("compress", "SOURCE", "-o", "TMP/a", "--data", "TMP/b"), "is no folder of images"),
+        (("show", "TMP"), "not a folder saved by lbyl"),
+        (("compress", "SOURCE", "-o", "TMP/a", "--data", "TMP/b"), "is not a folder of images"),
         (("compress", "SOURCE", "-o", "TMP/a", "--data", "TMP"), "no image in"),
     ],
 )
@@ -487,8 +487,8 @@ def test_timm_models_know_their_preprocessing() -> None:
 @pytest.mark.parametrize(
     ("shape", "numbers", "message"),
     [
-        ((1, 5, 8, 8), None, "no batch of gray or RGB images"),
-        ((1, 16), None, "no batch of gray or RGB images"),
+        ((1, 5, 8, 8), None, "not a batch of gray or RGB images"),
+        ((1, 16), None, "not a batch of gray or RGB images"),
         ((1, 1, 8, 8), None, "pass --mean and --std"),
         ((1, 3, 8, 8), (0.5, 0.5), "--mean has 2 numbers"),
     ],

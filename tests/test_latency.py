@@ -276,7 +276,7 @@ def test_bench_on_the_command_line(machine: Machine, folder: Path) -> None:
     assert document["whole"]["before"]["median"] == pytest.approx(2.56)
     shown = command("bench", folder, *against, "--input", "2x6", "--model", against[1])
     assert shown.exit_code == 0, shown.output
-    assert "no speed" in shown.stdout
+    assert "not faster" in shown.stdout
     assert "3 runs of each in turns" in shown.stdout
 
 
@@ -288,7 +288,7 @@ def test_bench_on_the_command_line(machine: Machine, folder: Path) -> None:
         (("smaller", "--against", "tiny.py:net", "--weights", "none.pth"), 1, "no weights at"),
         (("smaller", "--against", "tiny.py:net", "--runs", "2"), 2, "runs"),
         (("smaller", "--against", "tiny.py:net", "--batch", "0"), 2, "batch"),
-        (("nothing", "--against", "tiny.py:net"), 1, "no folder saved by lbyl"),
+        (("nothing", "--against", "tiny.py:net"), 1, "not a folder saved by lbyl"),
     ],
 )
 def test_mistakes(

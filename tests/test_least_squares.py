@@ -242,7 +242,7 @@ def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so() -
 
     net, fewer = two_convolutions(32), "probes of 64x64 pixels in place of 1024x1024: "
     assert notes(net, 1024, 20).startswith(fewer)
-    assert notes(net, 1024, 7.5).startswith("7 steps of dreaming: ")
+    assert notes(net, 1024, 7.5).startswith("only 7 steps of dreaming: ")
     assert notes(net, 1024, 4.5, steps=2).startswith(fewer)
     assert notes(two_convolutions(256), 128, 4.5).startswith("pink noise in place of dreams: ")
 

@@ -64,7 +64,7 @@ class LatencyCost:
         assert ratio
         notes = [f"latency: {found.latency()}, on {found.place()}; asked for {self.share:.2f}"]
         if found.no_speed:
-            notes.append(f"latency: no time is saved by the cut of {found.without_speed()}")
+            notes.append(f"latency: these layers were cut but are not faster: {found.without_speed()}")
         return Cost(ratio.median * total, ratio.margin * total, tuple(notes))
 
 

@@ -244,7 +244,7 @@ def _cells(change: Change) -> tuple[str, ...]:
         f"{ratio.median:.2f}" if ratio else "–",
         f"{ratio.margin:.2f}" if ratio else "–",
         "–" if change.macs_ratio is None else f"{change.macs_ratio:.2f}",
-        "no speed" if change.no_speed else "",
+        "not faster" if change.no_speed else "",
     )
 
 
