@@ -390,7 +390,7 @@ def test_a_tied_table_loses_columns_and_stays_tied(restore: str | lbyl.LeastSqua
     assert result.model.head.weight is result.model.table.weight
     assert result.model.head.weight.shape == (11, 4)
     (row,) = result.report.rows
-    assert ("makes these channels and reads them" in row.note) == (restore != "prune")
+    assert ("both makes and reads these channels" in row.note) == (restore != "prune")
 
 
 class Recurrent(nn.Module):
