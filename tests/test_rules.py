@@ -446,8 +446,8 @@ def test_heads_and_stream_of_torchs_attention_stay_whole_together_and_the_report
     x = images(2, 5, 7)
     for ratio, scope, why in (
         (0.2, "all", "can't lose the same share at this ratio"),
-        ({"*": 0.5, "0": 0}, "all", "has to lose the same share as '0', which stays whole"),
-        ({"*": 0.5, "1.self_attn": 0}, "all", "has to lose the same share as '1.self_attn', which stays whole"),
+        ({"*": 0.5, "0": 0}, "all", "has to lose the same share as '0', which is not pruned"),
+        ({"*": 0.5, "1.self_attn": 0}, "all", "has to lose the same share as '1.self_attn', which is not pruned"),
         (0.5, "inner", "'0' has to lose the same share"),
     ):
         result = lbyl.compress(

@@ -19,5 +19,5 @@ class L2:
     def score(
         self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator
     ) -> Float[Tensor, " channels"]:
-        """One score a channel; the lowest go first."""
+        """One score for each channel; channels with the lowest scores are dropped first."""
         return filters.norm(dim=1)
