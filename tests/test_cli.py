@@ -146,7 +146,7 @@ def test_budget(source: str, tmp_path: Path) -> None:
     assert [row["group"] for row in document["report"]["rows"]] == ["3"]
     for wrong, said in (
         (("--budget", "speed=2"), "macs=0.5"),
-        (("--budget", "macs=0.5", "--ratio", "0.5"), "give one of them"),
+        (("--budget", "macs=0.5", "--ratio", "0.5"), "give only one of them"),
         (("--round-to", "8", "--ratio", "0.5"), "need --budget"),
         (("--budget", "macs=0.5", "--round-to", "x"), "whole number"),
     ):
@@ -552,7 +552,7 @@ def test_settings_that_would_be_code_are_damage(settings: dict[str, Any], tmp_pa
     saved = Path(__file__).with_name("saved_0_1_0") / "own"
     data = json.loads((saved / "lbyl.json").read_text())
     data["plan"]["settings"] |= settings
-    with pytest.raises(lbyl.ArtifactError, match="is no name of a"):
+    with pytest.raises(lbyl.ArtifactError, match="is not a name of a"):
         lbyl.Plan.from_dict(data["plan"])
 
 

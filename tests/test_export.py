@@ -226,7 +226,7 @@ def test_a_format_of_the_user_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     exported = lbyl.export(folder, mlp(6, 8), format="mine")
     assert exported.file.name == "model.mine"
     assert "checked with nothing" in exported.summary()[1]
-    with pytest.raises(lbyl.InputError, match=r"write 'onnx' or 'pt2' or 'mine'"):
+    with pytest.raises(lbyl.InputError, match=r"choose 'onnx' or 'pt2' or 'mine'"):
         lbyl.export(folder, mlp(6, 8), format="other")
 
 
@@ -292,7 +292,7 @@ def describe_inputs(folder: Path, text: str) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "format": ({"format": "tflite"}, lbyl.InputError, r"'tflite'; write 'onnx' or 'pt2'"),
+    "format": ({"format": "tflite"}, lbyl.InputError, r"'tflite'; choose 'onnx' or 'pt2'"),
     "no model": ({"model": None}, lbyl.InputError, r"--model"),
     "another model": ({"model": residual()}, lbyl.ArtifactError, "another architecture"),
     "inputs of another shape": ({"inputs": images(1, 7)}, lbyl.InputError, r"does not run on .* \(float32 1x7\)"),

@@ -123,7 +123,7 @@ def test_from_pretrained_loads_and_computes_the_same(case: str, tmp_path: Path) 
 UNSAYABLE: dict[str, tuple[str, Any, str]] = {
     "bert, heads": ("bert", {"*query": 0.25}, "hidden_size is one number"),
     "gpt2, heads": ("gpt2", {"*c_attn": 0.25}, "n_embd is one number"),
-    "llama, heads that do not divide": ("llama", QUARTER, "none can be"),
+    "llama, heads that do not divide": ("llama", QUARTER, "no model with these shapes"),
     "llama, layers apart": (
         "llama", {"*layers.0.mlp*": 0.25, "*layers.1.mlp*": 0.5},
         "intermediate_size is one number for all layers, but layers keep 16 to 24",

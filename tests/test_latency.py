@@ -210,7 +210,7 @@ def test_a_latency_that_can_not_be_reached_names_the_nearest(machine: Machine) -
 def test_measurements_that_scatter_meet_no_budget(machine: Machine) -> None:
     # Whole runs are fast or slow by turns of the machine's own, which no pairing takes out.
     machine.slowdown = itertools.cycle([1.0] * 7 + [9.0] * 6 + [2.0] * 5)
-    with pytest.raises(lbyl.InputError, match=r"\(0\.\d+ ± \d\.\d+\); the measurements scatter too much"):
+    with pytest.raises(lbyl.InputError, match=r"\(0\.\d+ ± \d\.\d+\); the measurements vary too much"):
         lbyl.compress(
             settle(Residual(16)),
             images(2, 3, 8, 8),

@@ -458,7 +458,7 @@ def test_heads_and_stream_of_torchs_attention_stay_whole_together_and_the_report
     budget = lbyl.Budget(params=0.9)
     result = lbyl.compress(attentive(), x, budget=budget, scope="all", restore="prune", strict=True, forecast=False)
     assert list(widths(result)) == ["1.linear1"]
-    assert any("0 stays whole: heads and stream" in note for note in result.report.notes)
+    assert any("0 is not pruned: its heads and its residual connection" in note for note in result.report.notes)
 
 
 class Crossing(nn.Module):

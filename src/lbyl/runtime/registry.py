@@ -33,7 +33,7 @@ def register(family: str, name: str, member: Any) -> None:
     if not isinstance(name, str) or not name or not callable(member):
         raise InputError(f"register({family!r}, {name!r}, {member!r}): pass a name and a class")
     if name in FAMILIES[family] or name == "auto":
-        raise InputError(f"{name!r} is already a {family} of lbyl; choose another name")
+        raise InputError(f"the {family} name {name!r} is already used by lbyl; choose another name")
     _REGISTERED[family][name] = member
 
 
