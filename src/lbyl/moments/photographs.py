@@ -74,7 +74,7 @@ def takes_photographs(inputs: ExampleInputs) -> bool:
 def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
     """Random crops of 32 photographs in turn, half of them mirrored.
 
-    ``photographs/SOURCES.md`` names authors and licenses. Each channel has zero mean and unit variance over all crops.
+    ``images/SOURCES.md`` names authors and licenses. Each channel has zero mean and unit variance over all crops.
     Channels may be the second or the last axis. For other shapes than color images, the result is that of
     :func:`~lbyl.moments.synthesis.dead_leaves`.
     """
