@@ -23,7 +23,7 @@ _LARGEST_FREE_PARAMETER = 4_000_000
 
 @dataclass(frozen=True)
 class ParameterRef:
-    """A parameter or buffer, by name, as it stands in the traced program."""
+    """A parameter or buffer in the traced program, by name."""
 
     name: str
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class ConsumerRecord:
 
 @dataclass(frozen=True)
 class AverageRecord:
-    """A mean over channels, and the weight that makes up for a cut; see :class:`lbyl.graph.types.Average`."""
+    """A mean over channels, and the weight that corrects a cut; see :class:`lbyl.graph.types.Average`."""
 
     ids: Tensor
     module: str
@@ -299,7 +299,7 @@ class Builder:
         return nobody_like(node)
 
     def finish(self) -> None:
-        """Give each parameter that no layer owns a slot along the dimension with channels, or pin these channels."""
+        """Give each parameter that the code uses directly a slot along the dimension with channels, or pin these."""
         for name, shadow in self._free.items():
             roots = self.ids.find(shadow)
             shared = self.ids.issued(roots)
@@ -326,7 +326,7 @@ def _leaves(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def nobody_like(node: fx.Node) -> Any:
-    """A shadow without channels for whatever a node returns."""
+    """Shadows without channels for the outputs of a node."""
     val = node.meta.get("val")
     if isinstance(val, Tensor):
         return torch.zeros((), dtype=torch.int64).expand(tuple(int(size) for size in val.shape))

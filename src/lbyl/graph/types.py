@@ -112,7 +112,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels with one decision each: a channel is kept or cut in all layers that carry it.
+    """A set of channels, each of which is kept or cut in all layers that carry it.
 
     Attributes:
         name: the first producer's layer name.

@@ -52,7 +52,7 @@ class LeastSquaresProblem:
             self.progress(stage, done, total)
 
     def stored(self, values: dict[str, Tensor], state: State) -> dict[str, Tensor]:
-        """Solved weights as the layers store them, without the values of batch norms of dropped channels."""
+        """Solved weights as the layers store them, with dropped channels masked as in :func:`with_masks`."""
         return with_masks(as_stored(self.found, values), self.selection, state)
 
 
