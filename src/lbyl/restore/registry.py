@@ -41,7 +41,7 @@ def choose_restorer(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquar
     """The restorer for ``restore="auto"``, which is the best one without the user's data, and a note that says why."""
     norms = batch_norms(model)
     if norms_cover(model):
-        why = f"auto: dreamed probes, because {len(norms)} batch norms describe the training data"
+        why = f"auto: dreamed probes, because batch norms ({len(norms)}) describe the training data"
         return LeastSquares(moments=Dream()), f"{why}; also lbyl's own photographs, if inputs are color images"
     if writes_text(model, inputs):
         return LeastSquares(moments=Generated()), "auto: text that the model writes itself"

@@ -90,7 +90,7 @@ class Reader:
 
     Attributes:
         constants: all constants of the file and values computed from them, by name.
-        leaf: the name under which the file stores each constant, because nodes may pass it on under others.
+        leaf: the original name of each constant, because Identity nodes may pass it on under other names.
         producers: the position of the node that makes each value.
         names: the names of all values.
     """

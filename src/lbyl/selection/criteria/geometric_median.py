@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GeometricMedian:
-    """The sum of distances to all other filters (He et al. 2019, "FPGM", arXiv 1811.00250)."""
+    """``sum_k |w_j - w_k|``, the sum of distances to all other filters (He et al. 2019, "FPGM", arXiv 1811.00250)."""
 
     def score(
         self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator

@@ -12,7 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class L1:
-    """The L1 norm of a filter (Li et al. 2017, "Pruning Filters for Efficient ConvNets", arXiv 1608.08710)."""
+    """``sum_i |w_ji|``, the L1 norm of a filter.
+
+    Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets", arXiv 1608.08710.
+    """
 
     norm_order: ClassVar[int] = 1
 

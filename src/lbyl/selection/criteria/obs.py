@@ -60,7 +60,7 @@ def _inverse(reading: Reading, ridge: float) -> Tensor:
 
 
 def _lost(reading: Reading, inverse: Tensor, left: Tensor) -> Tensor:
-    """The error from removing each of the remaining channels, relative to the energy of all channels at the consumer."""
+    """The error from removing each of the remaining channels, relative to the energy of all channels."""
     seats = reading.index.shape[1]
     total = (reading.energy * reading.square).sum().clamp_min(1e-300)
     if seats == 1:
