@@ -486,7 +486,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 def test_numbers_of_two_judges_do_not_meet_in_one_table(tmp_path: Path) -> None:
     model, x = net()
     lbyl.sweep(model, x, WIDE[:1], tmp_path / "out", restore="prune", evaluate=judged_by_size)
-    with pytest.raises(lbyl.InputError, match=r"evaluated by test_sweep:judged_by_size, now .*<lambda> is given"):
+    with pytest.raises(lbyl.InputError, match=r"evaluated by test_sweep:judged_by_size, but now .*<lambda> is given"):
         lbyl.sweep(model, x, WIDE, tmp_path / "out", restore="prune", evaluate=lambda model: 1.0)
 
 

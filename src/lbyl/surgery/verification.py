@@ -574,6 +574,6 @@ def _first_bad(
 def _error(choice: Choice, what: str) -> VerificationError:
     group = choice.group.name
     return VerificationError(
-        f"group {group!r}: the cut network is not the masked one ({what}). "
+        f"group {group!r}: the cut network does not compute what the masked one computes ({what}). "
         f"Leave the group out with ratio={{'*': ..., {group!r}: 0}}."
     )
