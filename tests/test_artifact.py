@@ -256,10 +256,10 @@ def test_missing_files(folder: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS).unlink()
     with pytest.raises(lbyl.ArtifactError, match="is missing"):
         lbyl.load(folder, fresh())
-    with pytest.raises(lbyl.ArtifactError, match="no folder saved by lbyl"):
+    with pytest.raises(lbyl.ArtifactError, match="not a folder saved by lbyl"):
         lbyl.load(tmp_path / "nothing", fresh())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(lbyl.ArtifactError, match="no folder saved by lbyl"):
+    with pytest.raises(lbyl.ArtifactError, match="not a folder saved by lbyl"):
         lbyl.load(tmp_path / "empty", fresh())
 
 

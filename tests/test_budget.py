@@ -140,7 +140,7 @@ def test_every_offered_width_suits_the_blocks() -> None:
 
 def test_a_budget_out_of_reach_says_what_can_be_reached() -> None:
     model, x = settle(Residual(16)), images(2, 3, 8, 8)
-    with pytest.raises(lbyl.InputError, match=r"can't be reached.*as small as it may be.*left \("):
+    with pytest.raises(lbyl.InputError, match=r"can't be reached.*at its smallest width.*left \("):
         lbyl.compress(model, x, budget=lbyl.Budget(macs=0.05, max_ratio=0.5), restore="prune", forecast=False)
     with pytest.raises(lbyl.InputError, match="nearest that was reached"):
         lbyl.compress(mlp(6, 4), images(1, 6), budget=lbyl.Budget(params=0.9), restore="prune", forecast=False)

@@ -146,7 +146,7 @@ def test_budget(source: str, tmp_path: Path) -> None:
     assert [row["group"] for row in document["report"]["rows"]] == ["3"]
     for wrong, said in (
         (("--budget", "speed=2"), "macs=0.5"),
-        (("--budget", "macs=0.5", "--ratio", "0.5"), "give one of them"),
+        (("--budget", "macs=0.5", "--ratio", "0.5"), "give only one of them"),
         (("--round-to", "8", "--ratio", "0.5"), "need --budget"),
         (("--budget", "macs=0.5", "--round-to", "x"), "whole number"),
     ):
@@ -227,8 +227,8 @@ def test_several_inputs_of_other_types(source: str) -> None:
             ("compress", "SOURCE", "-o", "TMP/a", "--input", "1x3x12x12", "--ratio", "x=0.5"),
             "matches no group",
         ),
-        (("show", "TMP"), "no folder saved by lbyl"),
-        (("compress", "SOURCE", "-o", "TMP/a", "--data", "TMP/b"), "is no folder of images"),
+        (("show", "TMP"), "not a folder saved by lbyl"),
+        (("compress", "SOURCE", "-o", "TMP/a", "--data", "TMP/b"), "is not a folder of images"),
         (("compress", "SOURCE", "-o", "TMP/a", "--data", "TMP"), "no image in"),
     ],
 )
@@ -487,8 +487,8 @@ def test_timm_models_know_their_preprocessing() -> None:
 @pytest.mark.parametrize(
     ("shape", "numbers", "message"),
     [
-        ((1, 5, 8, 8), None, "no batch of gray or RGB images"),
-        ((1, 16), None, "no batch of gray or RGB images"),
+        ((1, 5, 8, 8), None, "not a batch of gray or RGB images"),
+        ((1, 16), None, "not a batch of gray or RGB images"),
         ((1, 1, 8, 8), None, "pass --mean and --std"),
         ((1, 3, 8, 8), (0.5, 0.5), "--mean has 2 numbers"),
     ],
@@ -552,7 +552,7 @@ def test_settings_that_would_be_code_are_damage(settings: dict[str, Any], tmp_pa
     saved = Path(__file__).with_name("saved_0_1_0") / "own"
     data = json.loads((saved / "lbyl.json").read_text())
     data["plan"]["settings"] |= settings
-    with pytest.raises(lbyl.ArtifactError, match="is no name of a"):
+    with pytest.raises(lbyl.ArtifactError, match="is not a name of a"):
         lbyl.Plan.from_dict(data["plan"])
 
 

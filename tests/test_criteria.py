@@ -98,7 +98,7 @@ def test_misuse_is_one_clear_error() -> None:
         def score(self, filters: Tensor, generator: torch.Generator) -> Tensor:
             return filters
 
-    with pytest.raises(lbyl.InputError, match="one score a row"):
+    with pytest.raises(lbyl.InputError, match="a score per row"):
         compress(mlp(), images(2, 6), criterion=Wrong())
     with pytest.raises(lbyl.InputError, match="auto, l2, l1, gm, energy, obs, random"):
         compress(mlp(), images(2, 6), criterion="l3")

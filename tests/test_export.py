@@ -226,7 +226,7 @@ def test_a_format_of_the_user_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     exported = lbyl.export(folder, mlp(6, 8), format="mine")
     assert exported.file.name == "model.mine"
     assert "checked with nothing" in exported.summary()[1]
-    with pytest.raises(lbyl.InputError, match=r"write 'onnx' or 'pt2' or 'mine'"):
+    with pytest.raises(lbyl.InputError, match=r"choose 'onnx' or 'pt2' or 'mine'"):
         lbyl.export(folder, mlp(6, 8), format="other")
 
 
@@ -292,7 +292,7 @@ def describe_inputs(folder: Path, text: str) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "format": ({"format": "tflite"}, lbyl.InputError, r"'tflite'; write 'onnx' or 'pt2'"),
+    "format": ({"format": "tflite"}, lbyl.InputError, r"'tflite'; choose 'onnx' or 'pt2'"),
     "no model": ({"model": None}, lbyl.InputError, r"--model"),
     "another model": ({"model": residual()}, lbyl.ArtifactError, "another architecture"),
     "inputs of another shape": ({"inputs": images(1, 7)}, lbyl.InputError, r"does not run on .* \(float32 1x7\)"),
@@ -317,10 +317,10 @@ def test_wrong_calls(folder: Path, wrong: str) -> None:
         ("float32 1x7", r"does not run on .*--input"),
         ("float32 1x6, float32 1x6", "does not run on"),
         ("int32 1x6", "int32 can't be made up"),
-        ("an image", "says no shapes"),
-        ("float33 1x6", "says no shapes"),
-        ("nn 1x6", "says no shapes"),
-        ("", "says no shapes"),
+        ("an image", "without shapes"),
+        ("float33 1x6", "without shapes"),
+        ("nn 1x6", "without shapes"),
+        ("", "without shapes"),
         ("float32 100000x100000", "too large"),
     ],
 )
@@ -331,14 +331,14 @@ def test_inputs_that_the_plan_does_not_give(folder: Path, text: str, words: str)
 
 
 def test_missing_and_broken_folders(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(lbyl.ArtifactError, match="no folder saved by lbyl"):
+    with pytest.raises(lbyl.ArtifactError, match="not a folder saved by lbyl"):
         lbyl.export(tmp_path / "nothing", mlp(6, 8))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / MANIFEST).write_text('{"name": "somebody else\'s"}')
     with pytest.raises(lbyl.ArtifactError, match="damaged"):
         lbyl.export(foreign, mlp(6, 8))
-    with pytest.raises(lbyl.ArtifactError, match="no folder saved by lbyl"):
+    with pytest.raises(lbyl.ArtifactError, match="not a folder saved by lbyl"):
         lbyl.export(folder / WEIGHTS, mlp(6, 8))
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:-1])
@@ -440,7 +440,7 @@ def test_a_library_s_model_needs_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (("TMP/nothing",), 1, "no folder saved by lbyl"),
+        (("TMP/nothing",), 1, "not a folder saved by lbyl"),
         (("OUT",), 1, "tiny.py:net)"),
         (("OUT", "--model", "TMP/tiny.py:nobody"), 1, "has no factory 'nobody'"),
         (("OUT", "--model", "SOURCE", "--input", "1x7"), 1, "does not run on the example inputs (float32 1x7)"),

@@ -151,7 +151,7 @@ def test_an_unknown_name_is_told_the_registered_ones(name: str, module: Path, tm
     arguments = ("torchvision:resnet18", "-o", tmp_path / "out", *budget, "--plugin", module, "--criterion", "yours")
     result = command(name, *arguments)
     assert result.exit_code == 2
-    assert "'yours' is no criterion; choose one of auto, l2, l1, gm, energy, obs, random, mine" in said(result)
+    assert "'yours' is not a criterion; choose one of auto, l2, l1, gm, energy, obs, random, mine" in said(result)
     assert not result.stdout
 
 
@@ -159,7 +159,7 @@ def test_an_unknown_name_is_told_the_registered_ones(name: str, module: Path, tm
     ("code", "message"),
     [
         (None, "there is no such file"),
-        ("import lbyl\nlbyl.register('criterion', 'l2', list)", "'l2' is already a criterion of lbyl"),
+        ("import lbyl\nlbyl.register('criterion', 'l2', list)", "'l2' is already used by lbyl"),
         ("import lbyl\nlbyl.register('norm', 'mine', list)", "unknown family 'norm'"),
         ("1 / 0", "can't be run: ZeroDivisionError"),
         ("def broken(:", "can't be run: SyntaxError"),
@@ -194,12 +194,12 @@ def test_no_plugin_runs_for_a_folder_that_exists(module: Path, source: str, tmp_
 @pytest.mark.parametrize(
     ("family", "name", "message"),
     [
-        ("criterion", "l2", "'l2' is already a criterion of lbyl"),
-        ("restorer", "lbyl", "'lbyl' is already a restorer of lbyl"),
-        ("restorer", "auto", "'auto' is already a restorer of lbyl"),
-        ("moments", "noise", "'noise' is already a moments of lbyl"),
+        ("criterion", "l2", "'l2' is already used by lbyl"),
+        ("restorer", "lbyl", "'lbyl' is already used by lbyl"),
+        ("restorer", "auto", "'auto' is already used by lbyl"),
+        ("moments", "noise", "'noise' is already used by lbyl"),
         ("norm", "mine", "unknown family 'norm'; choose one of criterion, restorer, moments"),
-        ("criterion", "", "give a name and a class"),
+        ("criterion", "", "pass a name and a class"),
     ],
 )
 def test_names_that_can_not_be_registered(family: str, name: str, message: str) -> None:
@@ -208,7 +208,7 @@ def test_names_that_can_not_be_registered(family: str, name: str, message: str) 
 
 
 def test_a_member_that_can_not_be_called() -> None:
-    with pytest.raises(lbyl.InputError, match="give a name and a class"):
+    with pytest.raises(lbyl.InputError, match="pass a name and a class"):
         lbyl.register("criterion", "mine", 3)
 
 

@@ -158,10 +158,10 @@ def test_what_another_process_is_writing_stays_and_so_do_foreign_folders(tmp_pat
 DOCUMENTS: dict[str, tuple[bytes, str]] = {
     "many lists": (b"[" + b"[]," * 2_000_000 + b"[]]", "more than 1,000,000 values"),
     "large": (b" " * (9 * 2**20), "larger than 8 MiB"),
-    "deep": (b"[" * 40 + b"]" * 40, "more than 32 levels"),
+    "deep": (b"[" * 40 + b"]" * 40, "more than 32 nested levels"),
     "very deep": (b"[" * 100_000, "damaged"),
-    "lone surrogate": (b'{"a": ["\\ud800"]}', r"no Unicode - at `\$.a\[0\]`"),
-    "surrogate in a name": (b'{"\\ud800": 1}', "no Unicode"),
+    "lone surrogate": (b'{"a": ["\\ud800"]}', r"not valid Unicode - at `\$.a\[0\]`"),
+    "surrogate in a name": (b'{"\\ud800": 1}', "not valid Unicode"),
     "long number": (b'{"a": 1' + b"0" * 400 + b"}", r"64 bits - at `\$.a`"),
     "longer number": (b"1" + b"0" * 5000, "damaged"),
     "no text": (b"\xff\xfe", "damaged"),

@@ -123,7 +123,7 @@ def test_the_error_of_scores_counts_what_changes_answers_and_nothing_else() -> N
         (Forecast("positions", agreement=0.9, low=0.8, high=0.95), "fair", "at about 90 of 100 positions"),
         (Forecast("perplexity", perplexity=1.05, low=1.0, high=1.1), "good", "about 1.05 times the original's"),
         (Forecast("cosine", cosine=0.9, low=0.8, high=0.95), "fair", "about 0.90 (0.80 to 0.95)"),
-        (Forecast("error", error=0.5, low=0.2, high=0.9), "bad", "about 50% of what they tell (20% to 90%)"),
+        (Forecast("error", error=0.5, low=0.2, high=0.9), "bad", "about 50% (20% to 90%)"),
         (Forecast(why="no reason"), "none", "not known: no reason"),
         (None, "none", "What was lost is not known."),
     ],

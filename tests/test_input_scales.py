@@ -39,7 +39,7 @@ def test_without_batch_norms_the_examples_range_is_kept(source: ProbeSource, spa
     assert float(probes.min()) >= span[0] - beyond
     assert float(probes.max()) <= span[1] + beyond
     assert float(probes.std()) > 0.15 * width
-    assert "as the example says" in note
+    assert "estimated from the example" in note
 
 
 @pytest.mark.parametrize(

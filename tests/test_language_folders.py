@@ -103,8 +103,8 @@ def test_the_command_line_goes_from_folder_to_folder(places: dict[str, Path], tm
     ("name", "content", "words"),
     [
         ("a.jsonl", '{"text": "fine"}\n{"title": "none"}\n', 'line 2 has no "text"'),
-        ("a.jsonl", "{\n", "line 1 is no JSON"),
-        ("a.txt", "too short", "fill 0 sequences"),
+        ("a.jsonl", "{\n", "line 1 is not JSON"),
+        ("a.txt", "too short", "fill only 0 sequences"),
         ("a.txt", b"\xff\xfe\xfa", "UTF-8"),
     ],
 )

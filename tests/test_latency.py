@@ -130,7 +130,7 @@ def test_a_cut_below_the_next_multiple_gives_no_speed(machine: Machine) -> None:
     assert layers["0"].macs_ratio == 0.75
     assert layers["2"].ratio is not None
     assert layers["2"].ratio.median == pytest.approx(1.2 / 1.4)
-    assert "no speed: 0 (MACs 75%, time 100%)" in found.summary()
+    assert "cut, but not faster: 0 (MACs 75%, time 100%)" in found.summary()
     document = json.loads(json.dumps(found.to_dict()))
     assert document["no_speed"] == ["0"]
     assert document["layers"][0]["ratio"]["median"] == 1
@@ -211,7 +211,7 @@ def test_a_latency_that_can_not_be_reached_names_the_nearest(machine: Machine) -
 def test_measurements_that_scatter_meet_no_budget(machine: Machine) -> None:
     # Whole runs are fast or slow by turns of the machine's own, which no pairing takes out.
     machine.slowdown = itertools.cycle([1.0] * 7 + [9.0] * 6 + [2.0] * 5)
-    with pytest.raises(lbyl.InputError, match=r"\(0\.\d+ ± \d\.\d+\); the measurements scatter too much"):
+    with pytest.raises(lbyl.InputError, match=r"\(0\.\d+ ± \d\.\d+\); the measurements vary too much"):
         lbyl.compress(
             settle(Residual(16)),
             images(2, 3, 8, 8),
@@ -277,7 +277,7 @@ def test_bench_on_the_command_line(machine: Machine, folder: Path) -> None:
     assert document["whole"]["before"]["median"] == pytest.approx(2.56)
     shown = command("bench", folder, *against, "--input", "2x6", "--model", against[1])
     assert shown.exit_code == 0, shown.output
-    assert "no speed" in shown.stdout
+    assert "not faster" in shown.stdout
     assert "3 runs of each in turns" in shown.stdout
 
 
@@ -289,7 +289,7 @@ def test_bench_on_the_command_line(machine: Machine, folder: Path) -> None:
         (("smaller", "--against", "tiny.py:net", "--weights", "none.pth"), 1, "no weights at"),
         (("smaller", "--against", "tiny.py:net", "--runs", "2"), 2, "runs"),
         (("smaller", "--against", "tiny.py:net", "--batch", "0"), 2, "batch"),
-        (("nothing", "--against", "tiny.py:net"), 1, "no folder saved by lbyl"),
+        (("nothing", "--against", "tiny.py:net"), 1, "not a folder saved by lbyl"),
     ],
 )
 def test_mistakes(

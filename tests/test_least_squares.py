@@ -240,11 +240,11 @@ def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so() -
         dream = lbyl.Dream(images=count, steps=steps, memory=10**6)
         return dream.probes(net, inputs, torch.Generator().manual_seed(0), None).note
 
-    net, fewer = two_convolutions(32), "probes of 64x64 pixels, not of 1024x1024: "
+    net, fewer = two_convolutions(32), "probes of 64x64 pixels in place of 1024x1024: "
     assert notes(net, 1024, 20).startswith(fewer)
-    assert notes(net, 1024, 7.5).startswith("7 steps of dreaming: ")
+    assert notes(net, 1024, 7.5).startswith("only 7 steps of dreaming: ")
     assert notes(net, 1024, 4.5, steps=2).startswith(fewer)
-    assert notes(two_convolutions(256), 128, 4.5).startswith("no dreams but pink noise: ")
+    assert notes(two_convolutions(256), 128, 4.5).startswith("pink noise in place of dreams: ")
 
 
 def test_auto_follows_the_batch_norms_and_says_why() -> None:

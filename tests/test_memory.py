@@ -242,14 +242,14 @@ class Insisting(nn.Module):
 def test_images_of_which_not_even_four_fit_are_made_smaller() -> None:
     x = ExampleInputs.of(images(1, 160))
     for net, side, told in (
-        (network(), 96, "probes of 96x96 pixels, not of 160x160: 4 dreams"),
+        (network(), 96, "probes of 96x96 pixels in place of 160x160: 4 dreams"),
         (Insisting(160), 160, "4 dreams"),
     ):
         dream = lbyl.Dream(8, 1, memory=room_for(2, saved_bytes(net, x)))
         made = dream.probes(settle(net), x, torch.Generator().manual_seed(0), None)
         assert {tuple(batch.tensors()[0].shape[1:]) for batch in (*made.batches, made.held_out)} == {(3, side, side)}
         assert made.note.startswith(told)
-        assert "allows less" in made.note
+        assert "more than Dream(memory=...) allows" in made.note
     assert not lbyl.Dream(8, 1).probes(network(), x, torch.Generator().manual_seed(0), None).note
 
 

@@ -66,7 +66,7 @@ def test_folder_is_loaded_and_compressed_again(tmp_path: Path) -> None:
     loaded = lbyl.load(folder)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), result.model(x))
-    with pytest.raises(lbyl.InputError, match="is the network itself"):
+    with pytest.raises(lbyl.InputError, match="already is the smaller network"):
         lbyl.export(folder)
     assert lbyl.export(folder, format="pt2").file.is_file()
     again = lbyl.compress(loaded, x, ratio=0.5, restore="prune", forecast=False).save(tmp_path / "again")
@@ -283,17 +283,17 @@ def outside(location: str) -> onnx.ModelProto:
     [
         (cyclic, "topologically sorted"),
         (twice, "has been used as output names multiple times|single static assignment|SSA"),
-        (gigantic, "which no file can hold"),
-        (short, "bytes of it are there"),
-        (huge_fill, "asks for .* elements"),
-        (quantized, "'make a' .QuantizeLinear. is a part of a quantized network"),
+        (gigantic, "too large for a file"),
+        (short, "bytes of it in place of"),
+        (huge_fill, "would make .* elements"),
+        (quantized, "'make a' .QuantizeLinear. is part of a quantized network"),
         (branching, "'make y' .If. is control flow"),
-        (foreign, "'make y' .Mystery. is of domain 'com.example'"),
+        (foreign, "'make y' .Mystery. has the domain 'com.example'"),
         (unknown, "'make y' .Det. is an operator that lbyl can't read"),
         (lambda: outside("../weights"), "outside the file's folder"),
         (lambda: outside("/etc/passwd"), "outside the file's folder"),
         (lambda: outside("weights/../../w"), "outside the file's folder"),
-        (lambda: outside("weights"), "which is not there"),
+        (lambda: outside("weights"), "which does not exist"),
         (lambda: outside("link"), "outside the file's folder"),
     ],
 )

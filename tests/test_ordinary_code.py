@@ -90,9 +90,9 @@ def test_a_budget_by_default_works_too(kind: type[Base]) -> None:
 
 def test_what_stood_in_is_told() -> None:
     result = lbyl.compress(Log().eval(), torch.rand(2, 3, 12, 12) + 0.1, ratio=0.5, forecast=False)
-    assert any("was taken instead" in note for note in result.report.notes)
+    assert any("was used instead" in note for note in result.report.notes)
     assert not any(
-        "was taken instead" in note
+        "was used instead" in note
         for note in lbyl.compress(Viewed().eval(), images(1, 3, 12, 12), ratio=0.5, forecast=False).report.notes
     )
 

@@ -495,7 +495,7 @@ def test_a_measured_latency_is_in_summary_file_and_page(tmp_path: Path) -> None:
     folder = result.save(tmp_path / "out")
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert "3 ms" in text
-    assert "No time is saved by the cut of 0 (MACs 50%, time 100%)" in text
+    assert "Cut, but not faster: 0 (MACs 50%, time 100%)" in text
     assert read_manifest(folder).report.latency == result.report.latency
 
 

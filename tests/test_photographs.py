@@ -95,7 +95,7 @@ def bare(channels: int) -> nn.Module:
 def test_networks_without_batch_norm_get_photographs_or_dreams_of_classes() -> None:
     for channels, source, told in (
         (3, lbyl.Photographs(), "lbyl's own photographs"),
-        (1, lbyl.ClassDream(), "dreamed for each class"),
+        (1, lbyl.ClassDream(), "dreamed for random classes"),
     ):
         net, x = bare(channels), torch.randn(1, channels, 24, 24, generator=generator())
         chosen, asked = (

@@ -390,7 +390,7 @@ def test_a_tied_table_loses_columns_and_stays_tied(restore: str | lbyl.LeastSqua
     assert result.model.head.weight is result.model.table.weight
     assert result.model.head.weight.shape == (11, 4)
     (row,) = result.report.rows
-    assert ("makes these channels and reads them" in row.note) == (restore != "prune")
+    assert ("both makes and reads these channels" in row.note) == (restore != "prune")
 
 
 class Recurrent(nn.Module):
@@ -446,8 +446,8 @@ def test_heads_and_stream_of_torchs_attention_stay_whole_together_and_the_report
     x = images(2, 5, 7)
     for ratio, scope, why in (
         (0.2, "all", "can't lose the same share at this ratio"),
-        ({"*": 0.5, "0": 0}, "all", "has to lose the same share as '0', which stays whole"),
-        ({"*": 0.5, "1.self_attn": 0}, "all", "has to lose the same share as '1.self_attn', which stays whole"),
+        ({"*": 0.5, "0": 0}, "all", "has to lose the same share as '0', which is not pruned"),
+        ({"*": 0.5, "1.self_attn": 0}, "all", "has to lose the same share as '1.self_attn', which is not pruned"),
         (0.5, "inner", "'0' has to lose the same share"),
     ):
         result = lbyl.compress(
@@ -458,7 +458,7 @@ def test_heads_and_stream_of_torchs_attention_stay_whole_together_and_the_report
     budget = lbyl.Budget(params=0.9)
     result = lbyl.compress(attentive(), x, budget=budget, scope="all", restore="prune", strict=True, forecast=False)
     assert list(widths(result)) == ["1.linear1"]
-    assert any("0 stays whole: heads and stream" in note for note in result.report.notes)
+    assert any("0 is not pruned: its heads and its residual connection" in note for note in result.report.notes)
 
 
 class Crossing(nn.Module):
@@ -658,7 +658,7 @@ def test_a_rule_that_fails_is_a_barrier_by_name(fault: Any) -> None:
     operation.register_fake(torch.empty_like)
     rule(name)(fault)
     model = settle(nn.Sequential(nn.Linear(6, 8), Odd(name), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)))
-    assert f"{name} in '1' is called in a way that its rule does not know" in str(reasons(model, images(2, 6))["0"])
+    assert f"{name} in '1' is called in a way that its rule does not handle" in str(reasons(model, images(2, 6))["0"])
     assert widths(cut(model, images(2, 6))) == {"2": (5, 2)}
 
 

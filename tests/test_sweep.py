@@ -411,7 +411,7 @@ def test_a_sweep_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> 
         (model, {"restore": "merge"}, r"restore was Prune\(\), now it is Merge\("),
         (model, {"scope": "all"}, "scope was inner, now it is all"),
     ]:
-        with pytest.raises(lbyl.InputError, match=f"sweep of something else: {message}.*another folder"):
+        with pytest.raises(lbyl.InputError, match=f"another sweep: {message}.*another folder"):
             lbyl.sweep(changed, x, WIDE, out, **{"restore": "prune", **arguments})
     with pytest.raises(lbyl.InputError, match="inputs differ"):
         lbyl.sweep(model, images(2, 6, seed=5), WIDE, out, restore="prune")
@@ -425,9 +425,9 @@ def test_foreign_folders_and_files_are_refused_and_left_alone(tmp_path: Path) ->
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name, message in [
-        ("full", "holds no sweep"),
-        ("file", "is no folder"),
-        ("link", "is no folder"),
+        ("full", "does not hold a sweep"),
+        ("file", "is not a folder"),
+        ("link", "is not a folder"),
         ("absent/out", "is not a folder; create it first"),
     ]:
         with pytest.raises(lbyl.InputError, match=message):
@@ -443,7 +443,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     state = (out / "sweep.json").read_text()
     for text in (state[:-40], "[]", state.replace('"params-0.8"', '"../elsewhere"'), state.replace("0.8", '"x"')):
         (out / "sweep.json").write_text(text)
-        with pytest.raises(lbyl.LbylError, match=r"sweep\.json is damaged|something else"):
+        with pytest.raises(lbyl.LbylError, match=r"sweep\.json is damaged|another sweep"):
             lbyl.sweep(model, x, WIDE, out, restore=restore)
     (out / "sweep.json").write_text(state.replace('"version": 1', '"version": 7'))
     with pytest.raises(lbyl.ArtifactError, match="version 7 is unknown"):
@@ -486,7 +486,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 def test_numbers_of_two_judges_do_not_meet_in_one_table(tmp_path: Path) -> None:
     model, x = net()
     lbyl.sweep(model, x, WIDE[:1], tmp_path / "out", restore="prune", evaluate=judged_by_size)
-    with pytest.raises(lbyl.InputError, match=r"evaluated by test_sweep:judged_by_size, now .*<lambda> is given"):
+    with pytest.raises(lbyl.InputError, match=r"evaluated by test_sweep:judged_by_size, but now .*<lambda> is given"):
         lbyl.sweep(model, x, WIDE, tmp_path / "out", restore="prune", evaluate=lambda model: 1.0)
 
 
@@ -514,7 +514,7 @@ def test_the_users_data_is_not_kept_but_must_be_the_same(tmp_path: Path) -> None
 
     lbyl.sweep(model, x, WIDE[:1], out, restore=data(1))
     assert not list(out.rglob("probes*"))
-    with pytest.raises(lbyl.InputError, match="the data is not what it was"):
+    with pytest.raises(lbyl.InputError, match="the data has changed since"):
         lbyl.sweep(model, x, WIDE, out, restore=data(7))
     assert len(lbyl.sweep(model, x, WIDE, out, restore=data(1)).made) == 2
 
@@ -530,7 +530,7 @@ def test_a_submodule_is_swept_and_what_can_not_be_cut_is_told_in_every_point(tmp
         )
         assert same(lbyl.load(tmp_path / "out" / point.name, model), alone.model)
         page = (tmp_path / "out" / point.name / "README.md").read_text()
-        assert "second stays whole" in page
+        assert "second is not pruned" in page
     assert len(list((tmp_path / "out" / ANALYSIS).iterdir())) == 1
 
 

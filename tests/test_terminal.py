@@ -43,7 +43,12 @@ ROWS = [
     Row("full stdout for JSON", f"{SHOW} --json > /dev/full", code=1, err=NO_ROOM),
     Row("full stderr and an error", f"{LBYL} show 2> /dev/full", code=1),
     Row("a reader that has seen enough", f"{LBYL} compress --help | head -n 1"),
-    Row("no working folder", f"mkdir gone && cd gone && rmdir ../gone && {SHOW}", code=1, err="working folder is gone"),
+    Row(
+        "no working folder",
+        f"mkdir gone && cd gone && rmdir ../gone && {SHOW}",
+        code=1,
+        err="working folder no longer exists",
+    ),
 ]
 
 

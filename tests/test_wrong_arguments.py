@@ -104,7 +104,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a source of no text": (lambda: lbyl.load_source(3), "3 names no model"),
     "a family that is none": (lambda: lbyl.register(["criterion"], "x", Needy), "unknown family"),
-    "a name that is none": (lambda: lbyl.register("criterion", 3, Needy), "give a name"),
+    "a name that is none": (lambda: lbyl.register("criterion", 3, Needy), "pass a name"),
 }
 
 

@@ -1,7 +1,7 @@
-"""The public names of lbyl, once: `lbyl.NAME` is imported from here when it is first asked for.
+"""The list of lbyl's public names. `lbyl.NAME` is imported from here at its first use.
 
-The imports below are read as text, and each is carried out when its name is used: importing torch takes seconds, and
-``lbyl --help`` should not. Type checkers see them as what they are.
+The imports below are read as text, and each one is run only when its name is used: importing torch takes seconds, and
+``lbyl --help`` should not. Type checkers treat them as ordinary imports.
 """
 
 from __future__ import annotations
@@ -99,5 +99,5 @@ FAMILIES: dict[str, dict[str, str]] = {
 }
 """The short names of the members of each family, for arguments and the command line.
 
-A member is a public name, or ``module:name`` for one that has no public name.
+A member is a public name, or ``module:name`` if it has no public name.
 """

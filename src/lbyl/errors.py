@@ -6,9 +6,9 @@ _LONGEST, _END = 1500, 400
 
 
 class LbylError(Exception):
-    """Base class: catch this one to catch whatever lbyl raises on purpose.
+    """The base class of all errors that lbyl raises on purpose.
 
-    A message may quote a file that somebody else wrote, so control characters are escaped and length is bounded.
+    A message may quote an untrusted file, so control characters are escaped and its length is limited.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -32,7 +32,7 @@ class BudgetError(InputError):
 
 
 class RestorationError(InputError):
-    """A restorer can't do its work on this network: its probes do not run, or its moments can't be solved with."""
+    """A restorer does not work for this network: its probes do not run, or its moments can't be solved."""
 
 
 class TraceError(LbylError):
@@ -48,7 +48,7 @@ class VerificationError(LbylError):
 
 
 class ArtifactError(LbylError):
-    """A saved folder is damaged, foreign, or of an unknown version."""
+    """A saved folder is damaged, not from lbyl, or of an unknown version."""
 
 
 class ExportError(LbylError):
@@ -65,7 +65,7 @@ def first_line(error: BaseException) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with characters escaped that a terminal would obey or not show; line breaks and tabs stay.
+    """The text with control characters and invisible characters escaped, except for line breaks and tabs.
 
     >>> visible("conv1\\x1b[2J"), visible("a\\u202eb"), visible("Größe →\\n")
     ('conv1\\\\x1b[2J', 'a\\\\u202eb', 'Größe →\\n')

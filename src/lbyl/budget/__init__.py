@@ -1,1 +1,1 @@
-"""Budgets: how many channels each group keeps."""
+"""Budgets: choose the number of channels that each group keeps."""

@@ -1,4 +1,4 @@
-"""Choose the width of every group: the least predicted error at the cost that the budget allows."""
+"""Chooses the width of every group, such that the predicted error is least at the cost that the budget allows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lbyl.selection.select import KeptCounts
 
 
 def smallest_cost(graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], budget: Budget) -> float:
-    """What the network costs with every group that has a curve as small as it may be."""
+    """The cost of the network if every group that has a curve gets its smallest width."""
     widths = {index: group.width for index, group in enumerate(graph.groups)}
     widths |= {curve.group: widths_of(graph.groups[curve.group], budget)[-1] for curve in curves}
     return sum(term.at(widths) for term in terms)
@@ -32,14 +32,14 @@ def smallest_cost(graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], 
 def allocate(
     graph: Graph, curves: Sequence[Curve], terms: Sequence[Term], target: float, budget: Budget
 ) -> dict[int, int]:
-    """Kept channels of every group that has a curve, such that the cost is at most ``target``.
+    """Choose the kept channels of every group that has a curve, such that the cost is at most ``target``.
 
-    Greedy: each step makes one group smaller, the one that adds the least error for each unit of cost that it saves.
-    All smaller widths of a group are candidates, not only the next one, for an error curve may be steep at first and
-    flat after that.
+    The search is greedy: each step shrinks the group that adds the least error for each unit of cost that it saves. All
+    smaller widths of a group are candidates, and not only the next one, because an error curve may first be steep and
+    then flat.
 
     Raises:
-        BudgetError: even the smallest widths cost more; the message says how much.
+        BudgetError: even the smallest widths cost more than ``target``; the message says how much.
     """
     widths = {index: group.width for index, group in enumerate(graph.groups)}
     bundles = bundled(graph, curves, budget)
@@ -58,7 +58,7 @@ def allocate(
     cost = sum(term.at(widths) for term in terms)
     if floor > target * (1 + REACHED_WITHIN):
         raise BudgetError(
-            f"the budget can't be reached: it allows {target:,.0f}, and with every group as small as it may be "
+            f"the budget can't be reached: it allows {target:,.0f}, but with every group at its smallest width, "
             f"{floor:,.0f} of {cost:,.0f} {budget.unit} are left ({floor / cost:.1%}); raise the budget or max_ratio, "
             "or exclude less"
         )
@@ -76,7 +76,7 @@ def allocate(
                 continue
             after = widths | dict.fromkeys(bundles[first], width)
             saved = before - sum(term.at(after) for term in touching[first])
-            # A step must not go far below the target.
+            # The last step must not go far below the target.
             if saved <= 0 or (cost - saved < target * (1 - REACHED_WITHIN / 2) and width < _next(offered[first], now)):
                 continue
             found = min(found, ((error(first, width) - so_far + 1e-12) / saved, width, saved), key=lambda each: each[0])
@@ -100,7 +100,7 @@ def allocate(
 
 
 def bundled(graph: Graph, curves: Sequence[Curve], budget: Budget) -> dict[int, tuple[int, ...]]:
-    """The groups that get one width, by the first of them: each by itself, or those of one name in all layers."""
+    """The groups that share a width, by the first of them: single groups, or those with one name in all layers."""
     found: dict[object, list[int]] = defaultdict(list)
     for curve in curves:
         group = graph.groups[curve.group]
@@ -114,13 +114,13 @@ _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def _next(options: Sequence[int], now: int) -> int:
-    """The largest width below the present one."""
+    """The largest width below the current one."""
     return max((width for width in options if width < now), default=now)
 
 
 _CORRECTIONS = 6
 _LOUDEST = 0.1
-"""A measured cost whose margin is a larger share of the budget can't tell whether the budget is met."""
+"""If the margin of a measured cost is a larger share of the budget, it can't be decided whether the budget is met."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ class Widths:
     notes: tuple[str, ...] = ()
 
     def counts(self, graph: Graph) -> KeptCounts:
-        """What `select` takes: the groups that lose channels."""
+        """The widths in the form that `select` uses, for groups that lose channels."""
         return KeptCounts({index: kept for index, kept in self.kept.items() if kept < graph.groups[index].width})
 
     def ratios(self, graph: Graph) -> dict[str, float]:
-        """The ratio of each group, under a pattern that matches its name alone: what the plan records."""
+        """The ratio of each group, under a pattern that matches only its name, as stored in the plan."""
         found = {"*": 0.0}
         for index, kept in self.kept.items():
             group = graph.groups[index]
@@ -151,19 +151,19 @@ def choose_widths(
     budget: Budget,
     cut: Callable[[KeptCounts], nn.Module],
 ) -> Widths:
-    """The widths with the least predicted error at which the network costs what the budget allows.
+    """Choose the widths with the least predicted error for a budget.
 
     Args:
         model: the unpruned network in evaluation mode.
-        inputs: what it is called with; MACs are counted and time is measured on it.
+        inputs: its inputs; MACs are counted and time is measured on them.
         graph: its channel graph.
         measured: the error curves of the groups that may lose channels.
-        budget: what may stay.
-        cut: cuts the network to kept counts. The cost of the result is measured, for the prediction may be off.
+        budget: the budget.
+        cut: cuts the network to kept counts. The cost of the result is measured, because predictions are inexact.
 
     Raises:
-        BudgetError: the budget can't be reached within 2 %; or, for a latency, within the margin of its measurement
-            where that is wider.
+        BudgetError: the budget can't be reached within 2%, or for a latency within its margin of error if that is
+            wider.
     """
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
     budget = budget.on(inputs.tensors()[0].device)
@@ -175,7 +175,7 @@ def choose_widths(
         costing = timed(model, inputs, graph, curves, budget, lambda kept: cut(Widths(kept).counts(graph)))
     terms, target = costing.terms, costing.target
     smallest = smallest_cost(graph, curves, terms, budget)
-    # A count is exact. The smallest latency is only predicted, so it is tried even where it is above the target.
+    # Counts are exact. The smallest latency is only predicted, so it is tried even if it is above the target.
     aim = target if budget.latency is None else max(target, smallest)
     tried: list[tuple[float, Cost]] = []
     for _ in range(_CORRECTIONS):
@@ -194,7 +194,7 @@ def choose_widths(
 
 
 def _next_aim(tried: Sequence[tuple[float, Cost]], target: float) -> float:
-    """The predicted cost to try next: between a try below the target and one above it, or the last one scaled."""
+    """The predicted cost to try next: between one try below the target and one above, or the last one scaled."""
     below = max((t for t in tried if t[1].amount <= target), key=lambda t: t[1].amount, default=None)
     above = min((t for t in tried if t[1].amount > target), key=lambda t: t[1].amount, default=None)
     if below and above:
@@ -207,11 +207,11 @@ def _next_aim(tried: Sequence[tuple[float, Cost]], target: float) -> float:
 def _missed(nearest: Cost, target: float, total: float, budget: Budget) -> str:
     """The message for a budget that was not met."""
     share = f"{nearest.amount / total:.3f}" + (f" ± {nearest.margin / total:.3f}" if nearest.margin else "")
-    advice = "ask for that, or take a smaller round_to"
+    advice = "use that as the budget, or a smaller round_to"
     if budget.latency is not None:
-        advice = "ask for that, or take another round_to or a larger max_ratio"
+        advice = "use that as the budget, or another round_to or a larger max_ratio"
     if nearest.margin > _LOUDEST * target:
-        advice = "the measurements scatter too much: close other programs, or measure on a larger batch"
+        advice = "the measurements vary too much: close other programs, or measure on a larger batch"
     return (
         f"the budget of {target:,.0f} {budget.unit} can't be met within {REACHED_WITHIN:.0%}: the nearest "
         f"that was reached is {nearest.amount:,.0f} of {total:,.0f} ({share}); {advice}"

@@ -1,4 +1,4 @@
-"""The budget that a user gives: what the smaller network may cost."""
+"""The budget that a user gives: a limit of the smaller network's cost, or a quality that it has to keep."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ _SHARES = ("macs", "params", "latency")
 
 @dataclass(frozen=True)
 class Budget:
-    """What the smaller network may cost, or what it has to keep; exactly one of the first six is given.
+    """What the smaller network may cost, or what it has to keep; exactly one of the first six must be given.
 
     Attributes:
-        macs: share of the multiply-accumulates that may stay (0.5), at the example inputs.
-        params: share of the parameters that may stay.
-        size_mb: size of the saved weights in megabytes (10**6 bytes).
-        latency: share of the time that may stay, measured on this machine at the example inputs. Measurements
-            scatter, so equal seeds need not give equal widths.
-        agreement: share of real inputs on which the network has to give its first answer still, as far as that can be
-            foretold (:class:`lbyl.Report`, ``forecast``): the smallest network is looked for that keeps it.
-        accuracy_drop: the same with a measure of yours: what ``evaluate`` returns may fall by so much.
-        minimize: what the smallest network is smallest in, where a quality is asked for: "macs", "params" or "latency".
-        round_to: kept channels come in multiples of this, where a group is wide enough; "auto" takes what suits the
-            device: on a CPU the floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8.
-        min_keep: no group keeps fewer channels.
-        max_ratio: no group loses a larger share.
-        exclude: globs of groups and layers that stay whole.
-        uniform_layers: one width for groups of the same name in all layers ("layers.0.mlp.up", "layers.1.mlp.up"), as
-            the configurations of transformers say them. None does so for models that have one; False gives each layer
-            its own width, which costs less accuracy, but only ``lbyl.load`` then loads what is saved.
+        macs: largest share of the multiply-accumulates to keep, such as 0.5, counted on the example inputs.
+        params: largest share of the parameters to keep.
+        size_mb: largest size of the saved weights, in megabytes (10**6 bytes).
+        latency: largest share of the time to keep, measured on this machine with the example inputs. Measurements
+            vary, so equal seeds need not give equal widths.
+        agreement: smallest share of real inputs for which the network must give the same top class as the original,
+            according to the forecast (:class:`lbyl.Report`, ``forecast``). The smallest such network is searched.
+        accuracy_drop: largest decrease of the value that ``evaluate`` returns. The smallest such network is searched.
+        minimize: with ``agreement`` or ``accuracy_drop``, the cost to minimize: "macs", "params" or "latency".
+        round_to: kept channels are multiples of this number in groups that are wide enough. "auto" chooses what suits
+            the device: on a CPU the number of floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8.
+        min_keep: smallest number of channels that a group keeps.
+        max_ratio: largest share of its channels that a group loses.
+        exclude: globs of groups and layers that are not pruned.
+        uniform_layers: whether groups of the same name in all layers ("layers.0.mlp.up", "layers.1.mlp.up") get one
+            width, as configurations of transformers require. None does so for models that have a configuration. With
+            False each layer gets its own width, which costs less accuracy, but then only ``lbyl.load`` can load the
+            saved network.
     """
 
     macs: float | None = None
@@ -72,7 +73,7 @@ class Budget:
         if self.minimize not in _SHARES:
             raise InputError(f"Budget(minimize={self.minimize!r}): choose 'macs', 'params' or 'latency'")
         if self.minimize != "macs" and name not in _QUALITIES:
-            raise InputError(f"Budget(minimize={self.minimize!r}): {name} is what is limited; leave out minimize")
+            raise InputError(f"Budget(minimize={self.minimize!r}): {name} is limited, so leave out minimize")
         if self.round_to != "auto":
             check_number('Budget(round_to={}) is not "auto"', self.round_to, whole=True, least=1)
         check_number("Budget(min_keep={})", self.min_keep, whole=True, least=1)
@@ -87,36 +88,36 @@ class Budget:
 
     @property
     def limited(self) -> tuple[str, float]:
-        """What is limited, and to how much."""
+        """The name and the amount of what is limited."""
         names = (*_UNITS, *_QUALITIES)
         return next((name, getattr(self, name)) for name in names if getattr(self, name) is not None)
 
     @property
     def of_quality(self) -> bool:
-        """Whether it says what has to be kept, not what may be spent."""
+        """Whether it limits a loss of quality, and not a cost."""
         return self.limited[0] in _QUALITIES
 
     def costing(self, share: float) -> Budget:
-        """What limits the cost that a quality is to be had for, to a share."""
+        """The budget that limits the cost to minimize to a share, in place of the quality."""
         limits: dict[str, float | None] = {name: None for name in _QUALITIES}
         return replace(self, **limits, **{self.minimize: share}, minimize="macs")  # pyright: ignore[reportArgumentType]
 
     @property
     def unit(self) -> str:
-        """What costs are counted in."""
+        """The unit of costs."""
         return _UNITS[self.limited[0]]
 
     def on(self, device: torch.device) -> Budget:
-        """The same with a number in place of "auto": what suits the device."""
+        """The budget with a number for a device in place of "auto"."""
         return replace(self, round_to=_suitable(device)) if self.round_to == "auto" else self
 
     def excludes(self, group: Group) -> bool:
-        """Whether a pattern names the group or one of its layers."""
+        """Whether a pattern matches the group or one of its layers."""
         return any(fnmatchcase(name, pattern) for pattern in self.exclude for name in (group.name, *group.layers))
 
 
 def _suitable(device: torch.device) -> int:
-    """The multiple of channels that kernels work in: a vector of floats, or a tile of a tensor core."""
+    """The number of channels that kernels process together: a vector of floats, or a tile of a tensor core."""
     if device.type != "cpu":
         return 8
     capability = torch.backends.cpu.get_cpu_capability()

@@ -1,4 +1,4 @@
-"""What a network costs at given widths: multiply-accumulates, parameters, bytes."""
+"""Predicts and counts what a network costs at given widths: multiply-accumulates, parameters, bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lbyl.runtime.macs import count_parameters, macs_by_parameter, macs_by_shape
 
 _PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
 _STEPS = 48
-"""The most widths that a group is offered: more would take longer and change the result little."""
+"""Largest number of widths to choose from for a group: more would take longer with almost the same result."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Term:
     """A cost that is proportional to the lengths of some dimensions.
 
     ``dims`` holds, for each dimension, the length that belongs to no group and, for each group (index in the graph),
-    how many entries one of its channels takes up. ``lengths`` are the uncut lengths. Where the cost is not proportional
-    to the product of the lengths, ``curve`` says what it is: points (share of the product, share of the cost), by
-    increasing shares, with straight lines between them.
+    the number of entries of each of its channels. ``lengths`` are the uncut lengths. If the cost is not proportional to
+    the product of the lengths, ``curve`` gives it as points (share of the product, share of the cost), in ascending
+    order, with straight lines between them.
     """
 
     cost: float
@@ -39,7 +39,7 @@ class Term:
     curve: tuple[tuple[float, float], ...] = ()
 
     def share(self, widths: Mapping[int, int]) -> float:
-        """The share of the lengths' product that is left with these kept widths."""
+        """The ratio of the lengths' product with these widths to the uncut one."""
         share = 1.0
         for (fixed, groups), length in zip(self.dims, self.lengths, strict=True):
             share *= (fixed + sum(widths[g] * places for g, places in groups.items())) / length
@@ -57,9 +57,9 @@ class Term:
 
 
 def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
-    """A term for every parameter that has a cost, which shrinks with each of its dimensions.
+    """A term for every parameter that has a cost, proportional to the lengths of its dimensions.
 
-    The cost named "" is that of products of activations. It is divided evenly among the groups that are multiplied.
+    The cost named "" is that of products of activations. It is divided evenly among the groups in these products.
     """
     dims: dict[str, dict[int, tuple[int, int, dict[int, float]]]] = defaultdict(dict)
     for index, group in enumerate(graph.groups):
@@ -91,9 +91,9 @@ def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
 
 
 def widths_of(group: Group, budget: Budget, layers: int = 1) -> list[int]:
-    """The widths that a group may be cut to, the largest first; ``round_to`` is a number (see :meth:`Budget.on`).
+    """The widths that a group may be cut to, the largest first; ``round_to`` must be a number (see :meth:`Budget.on`).
 
-    Where several layers get one width, each step saves more, so that there are more of them.
+    If several ``layers`` share a width, each step saves more, so there are more steps.
     """
     labels = len(set(group.blocks))
     rows = max(1, sum(channel != NOT_OURS for channel in group.producers[0].weight.channels) // group.width)
@@ -109,12 +109,12 @@ def widths_of(group: Group, budget: Budget, layers: int = 1) -> list[int]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a cut network really costs.
+    """The actual cost of a cut network.
 
     Attributes:
-        amount: in the budget's unit.
-        margin: how far that may be off; 0 where it is counted, not measured.
-        notes: what the report should say about it.
+        amount: the cost in the budget's unit.
+        margin: its margin of error; 0 if it is counted and not measured.
+        notes: notes for the report.
     """
 
     amount: float
@@ -127,7 +127,7 @@ class Costing(Protocol):
 
     @property
     def terms(self) -> Sequence[Term]:
-        """The parts that the cost of the network is the sum of."""
+        """The terms whose sum is the predicted cost of the network."""
         ...
 
     @property
@@ -149,7 +149,7 @@ class Counted:
     count: Callable[[nn.Module], int]
 
     def of(self, smaller: nn.Module) -> Cost:
-        """The cost of a cut network, counted on the network: the sum of the terms may be off."""
+        """The cost of a cut network, counted exactly, because the sum of the terms is only a prediction."""
         return Cost(float(self.count(smaller)))
 
 
@@ -158,9 +158,9 @@ def counted(model: nn.Module, inputs: ExampleInputs, graph: Graph, budget: Budge
 
     Args:
         model: the unpruned network in evaluation mode.
-        inputs: what it is called with; MACs are counted on it.
+        inputs: its inputs; MACs are counted on them.
         graph: its channel graph.
-        budget: what may stay.
+        budget: the budget.
     """
     named: dict[str, Tensor] = dict(model.named_parameters())
     if budget.macs is not None:

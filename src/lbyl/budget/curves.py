@@ -1,4 +1,4 @@
-"""Error curves: how the error of each group grows as it loses channels, measured on probes or read off the weights."""
+"""Error curves: the predicted error of each group at each width, measured on probes or computed from the weights."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Curve:
 
     Attributes:
         group: index of the group in the graph.
-        order: its channels, the most important first: a width k keeps the first k.
-        error: squared relative error of the consumers' outputs with k channels kept, for k = 0 .. width.
-        weight: how much of that reaches the network's output: squared relative error there for each unit here.
+        order: its channels, the most important first; a width k keeps the first k.
+        error: squared relative error of the consumers' outputs with k kept channels, for k = 0 .. width.
+        weight: ratio of the squared relative error of the network's output to that of the consumers' outputs.
     """
 
     group: int
@@ -48,13 +48,13 @@ class Curve:
 def error_curve(
     covariance: Float[Tensor, "channels channels"], energy: Float[Tensor, " channels"], ridge: float = _RIDGE
 ) -> Float[Tensor, " widths"]:
-    """Squared relative error when only the first k channels stay, for all k at once.
+    """Squared relative error if only the first k channels are kept, for all k at once.
 
-    With the Cholesky factor ``L L^T = G + ridge``, what the first k channels leave of channel j is
+    With the Cholesky factor ``L L^T = G + ridge``, the residual variance of channel j given the first k channels is
     ``G_jj - sum_{i<k} L_ji^2``. It is weighted by the energy ``|U_j|^2`` of the consumers' weights for channel j.
 
     Args:
-        covariance: G, of the channels in the order in which they stay.
+        covariance: the covariance G of the channels, in the order of their importance.
         energy: squared norm of the consumers' weights for each channel.
         ridge: added to the diagonal, relative to its mean, as least squares does.
     """
@@ -66,7 +66,7 @@ def error_curve(
     strength = max(ridge * float(diagonal.mean()), 1e-12 * float(diagonal.max()))
     factor, info = torch.linalg.cholesky_ex(covariance + strength * torch.eye(count, dtype=covariance.dtype))
     if int(info):
-        factor = torch.diag(diagonal.sqrt())  # nothing that others could take over
+        factor = torch.diag(diagonal.sqrt())  # treats channels as uncorrelated
     explained = torch.cat([torch.zeros(count, 1, dtype=torch.float64), factor.square().cumsum(1)], 1)
     left = (diagonal[:, None] - explained).clamp_min(0) * energy[:, None]
     gone = torch.arange(count)[:, None] >= torch.arange(count + 1)[None, :]
@@ -76,18 +76,18 @@ def error_curve(
 
 
 _CONSUMERS = 6
-"""The curve of a group with more consumers (a residual stream) is taken on so many of them."""
+"""The curve of a group with more consumers (a residual connection) is measured on only this many of them."""
 _TRIED = 24
-"""Held-out probes that each group's error is followed through the network with."""
+"""Number of held-out probes for measuring how each group's error changes the network's outputs."""
 _TRIALS = 5e11
-"""The most multiply-accumulates for measuring how much each group's error changes the outputs."""
+"""Largest number of multiply-accumulates for measuring how each group's error changes the outputs."""
 
-_NOT_TRIED = "widths: too large a network to measure how much each group's error changes the outputs; all count alike"
+_NOT_TRIED = "widths: the network is too large to measure how each group's error changes its outputs; all weigh equally"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The error curves of all groups: measured once, used for any number of budgets."""
+    """The error curves of all groups, which are measured once and used for any number of budgets."""
 
     curves: tuple[Curve, ...]
     notes: tuple[str, ...] = ()
@@ -104,17 +104,17 @@ def measure_curves(
     seed: int,
     progress: Progress | None = None,
 ) -> Curves:
-    """The predicted error of every group at each of its widths.
+    """Measure or compute the predicted error of groups at each of their widths.
 
     Args:
         model: the unpruned network in evaluation mode.
-        inputs: what it is called with.
+        inputs: its inputs.
         graph: its channel graph.
         groups: indices of the groups that may lose channels.
         state: its tensors.
-        by: which channels are kept.
-        probes: what moments are measured on; without them, curves come from the weights alone.
-        seed: for the criterion and sampled positions.
+        by: the ranking of channels.
+        probes: the probes for moments; without them, curves follow from the weights alone.
+        seed: seed for the criterion and for sampling positions.
         progress: called as ``progress(stage, done, total)``.
     """
     orders = {index: ranked(graph.groups[index], state, by, seed).order() for index in groups}
@@ -126,7 +126,7 @@ def measure_curves(
 
 
 def _from_weights(graph: Graph, index: int, order: tuple[int, ...], state: State) -> Curve:
-    """The curve under the paper's assumptions, or by the filters' norms where they do not apply."""
+    """The curve under the paper's assumptions, or from the filters' norms if these assumptions do not apply."""
     group = graph.groups[index]
     filters = describe(group, state)
     rows = filters.weight[list(order)]
@@ -196,7 +196,7 @@ def _from_probes(
 
 
 def _can_be_tried(model: nn.Module, inputs: ExampleInputs, held_out: ExampleInputs, times: int) -> bool:
-    """Whether the network can be run so many times on held-out probes without taking too long."""
+    """Whether running the network ``times`` times on held-out probes is affordable."""
     sizes = [sum(t.numel() for t in given.tensors()) for given in (held_out, inputs)]
     return times * max(1, sizes[0] // max(1, sizes[1])) * count_macs(model, inputs) <= _TRIALS
 
@@ -210,9 +210,9 @@ def _travels(
     probes: Probes,
     expected: list[Tensor],
 ) -> float:
-    """Squared relative error of the network's output for each unit of the group's own, with half of it gone.
+    """The ratio of the squared relative error of the network's output to the group's own, with half of it cut.
 
-    Layer norms keep the statistics of the uncut network, for the group's own error leaves out that change as well.
+    Layer norms keep the statistics of the uncut network, because the group's own error does not contain that change.
     """
     group = graph.groups[curve.group]
     kept = max(1, group.width // 2)
@@ -223,7 +223,7 @@ def _travels(
     values: dict[str, Tensor] = {}
     for slot, item in seen:
         assert item.moments is not None
-        # Not centered: biases are not corrected here, so the kept channels have to make up for the mean as well.
+        # Not centered, because biases are not corrected here, so kept channels must compensate for means as well.
         gram = (item.moments.pp / item.moments.count).cpu()
         ridge = 0.01 * float(gram.diagonal().mean()) + 1e-12
         matrix = torch.linalg.solve(
@@ -237,7 +237,7 @@ def _travels(
 
 
 def _outputs(model: nn.Module, probes: Probes, values: Mapping[str, Tensor]) -> list[Tensor]:
-    """What the network gives for the held-out probes, at the positions that count."""
+    """The network's outputs for the held-out probes, at positions that attention masks allow."""
     found = run_intercepted(model, probes.held_out, values=values, batch_statistics=probes.batch_statistics)
     attended = attended_positions(model, probes.held_out)
     return [at_attended(attended, tensor) for tensor in output_tensors(found)]

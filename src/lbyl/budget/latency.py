@@ -1,8 +1,8 @@
-"""Latency as a cost: how each layer's time falls with its widths, read off a few networks that are cut and timed.
+"""Latency as a cost: predicts each layer's time from its widths, after timing a few cut networks.
 
 Time is not proportional to multiply-accumulates: some of it is fixed, and odd widths can be slow. So every layer gets
-a curve of its own, through its times in the unpruned network and in a few networks that are cut evenly. The network
-that the prediction leads to is timed as well, and the prediction is corrected by the difference.
+its own curve through its times in the unpruned network and in a few evenly cut networks. The network with the chosen
+widths is timed as well, and the prediction is corrected by the difference.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import Latency, measure_latencies, measure_whole
 
 _KEPT = (0.75, 0.5, 0.25)
-"""Shares of the channels that stay in the networks that are timed."""
+"""Shares of kept channels in the networks that are timed."""
 _SECONDS = 10.0
 _RUNS = (5, 15)
-"""The fewest and the most runs; between them, as many as fit into that many seconds."""
+"""Smallest and largest number of runs; in between, as many as fit into as many seconds."""
 _MICRO = 1e6
 
 
@@ -39,10 +39,10 @@ class LatencyCost:
 
     Attributes:
         terms: one for each layer, and others for the time between the layers.
-        target: the time that is allowed.
-        share: the same as a share of the unpruned network's time.
-        model: the unpruned network, which runs alternately with each cut one.
-        inputs: what it is called with.
+        target: the allowed time.
+        share: the allowed time as a share of the unpruned network's time.
+        model: the unpruned network, which is timed in turns with each cut one.
+        inputs: the inputs of both.
         runs: how often each is timed.
     """
 
@@ -54,7 +54,7 @@ class LatencyCost:
     runs: int
 
     def of(self, smaller: nn.Module) -> Cost:
-        """The time of a cut network. If it seems to meet the target, it is measured once more, with twice the runs."""
+        """The time of a cut network. If it seems to meet the target, it is measured again with twice the runs."""
         before, after = measure_whole((self.model, smaller), self.inputs, runs=self.runs)
         ratio, total = after.over(before), self.target / self.share
         if abs(ratio.median - self.share) > max(REACHED_WITHIN * self.share, ratio.margin):
@@ -64,7 +64,7 @@ class LatencyCost:
         assert ratio
         notes = [f"latency: {found.latency()}, on {found.place()}; asked for {self.share:.2f}"]
         if found.no_speed:
-            notes.append(f"latency: no time is saved by the cut of {found.without_speed()}")
+            notes.append(f"latency: these layers were cut but are not faster: {found.without_speed()}")
         return Cost(ratio.median * total, ratio.margin * total, tuple(notes))
 
 
@@ -80,11 +80,11 @@ def timed(
 
     Args:
         model: the unpruned network in evaluation mode, on the device where it will run.
-        inputs: what it is called with.
+        inputs: its inputs.
         graph: its channel graph.
-        curves: of the groups that may lose channels.
-        budget: what may stay.
-        cut: the network with these kept channels by group index.
+        curves: the error curves of the groups that may lose channels.
+        budget: the budget.
+        cut: cuts the network to kept channels, given by group index.
     """
     assert budget.latency is not None
     whole = {index: group.width for index, group in enumerate(graph.groups)}
@@ -123,10 +123,10 @@ def _layers(
 
 
 def shaped(term: Term, samples: Sequence[Mapping[int, int]], costs: Sequence[float]) -> Term:
-    """The term with a curve through its costs at some widths, the first of which are the full ones.
+    """The term with a curve through its costs at some widths, of which the first are the full ones.
 
-    Where noise makes a smaller width look slower than a larger one, both count as equally slow. Below the smallest
-    sample, the curve goes on with the slope that it has there.
+    If noise makes a smaller width slower than a larger one, both get the same cost. Below the smallest sample, the
+    curve continues with its last slope.
     """
     points: dict[float, float] = {}
     for kept, cost in zip(samples, costs, strict=True):
@@ -149,9 +149,9 @@ def _rest(
     samples: Sequence[Mapping[int, int]],
     seconds: Sequence[float],
 ) -> list[Term]:
-    """The time between the layers, as terms: it falls in a straight line with the size of the activations.
+    """The time between the layers, as terms that are linear in the size of the activations.
 
-    Activation functions, sums and pooling work on the outputs of layers, so their time depends on the size of these.
+    Activation functions, sums and pooling operate on the outputs of layers, so their time depends on the size of these.
     """
     sizes: dict[str, int] = defaultdict(int)
 

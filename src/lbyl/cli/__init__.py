@@ -1,4 +1,4 @@
-"""The command line. Each command has its file and calls the functions that users call in Python.
+"""The command line. Each command has its own file and calls the functions that users call in Python.
 
 Torch is imported inside the commands, so that help and usage errors appear at once.
 """
@@ -24,9 +24,9 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Run the command line."""
     # A console script does not search the working directory, where package.module:factory often lives.
-    # Last, so that nothing there can shadow an installed package.
+    # At the end of the path, so that it can't shadow an installed package.
     try:
         sys.path.append(os.getcwd())
     except OSError:
-        sys.exit("error: the working folder is gone; change to one that is there")
+        sys.exit("error: the working folder no longer exists; change to another folder")
     run(app)

@@ -1,4 +1,4 @@
-"""The application, its two consoles, and what all commands share: a progress line, one-line errors, and JSON."""
+"""The application, its two consoles, and output that all commands share: progress, one-line errors, JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lbyl.errors import LbylError
 
 app = typer.Typer(
     name="lbyl",
-    help="Structured pruning of trained networks, restored in closed form: no data of yours, no retraining.",
+    help="Structured pruning of trained networks with restoration in closed form: without your data or retraining.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,7 +41,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Structured pruning of trained networks, restored in closed form: no data of yours, no retraining."""
+    """Structured pruning of trained networks with restoration in closed form: without your data or retraining."""
 
 
 class Stage:
@@ -54,13 +54,13 @@ class Stage:
     def __call__(self, stage: str, done: int = 0, total: int | None = None) -> None:
         """Show that ``done`` of ``total`` parts of a stage are done."""
         if stage != self._name:
-            # A new line, because the speed of one stage says nothing about the next.
+            # A new task, because stages differ in speed.
             self._progress.remove_task(self._task)
             self._name, self._task = stage, self._progress.add_task(stage, total=total)
         self._progress.update(self._task, completed=done)
 
     def follow(self, stage: str, done: int, total: int) -> None:
-        """The progress callback of `compress`, which reports nothing after the last layer."""
+        """The progress callback of `compress`, which is not called after the last layer."""
         if stage in ("restoring", "solving") and done == total:
             self("cutting and verifying")
         else:
@@ -68,7 +68,7 @@ class Stage:
 
 
 class TimeLeft(TimeRemainingColumn):
-    """An estimate, if the amount of work is known and some of it is done."""
+    """The estimated time left, if the amount of work is known and some of it is done."""
 
     def render(self, task: Task) -> Text:
         """The time left, or nothing."""
@@ -78,9 +78,9 @@ class TimeLeft(TimeRemainingColumn):
 
 @contextmanager
 def working(what: str) -> Iterator[Stage]:
-    """Show progress on stderr. An LbylError becomes one line there and exit code 1.
+    """Show progress on stderr, and turn an LbylError into one line on stderr and exit code 1.
 
-    Stdout is for the result. What libraries and factories print meanwhile goes to stderr.
+    Stdout is for the result, so output of libraries and factories is redirected to stderr.
     """
     text = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), text, BarColumn(), TimeElapsedColumn(), TimeLeft())
@@ -89,7 +89,7 @@ def working(what: str) -> Iterator[Stage]:
         console=err,
         transient=True,
         disable=not err.is_terminal,
-        # A single step of dreaming may take longer than Rich looks back by default.
+        # A single step of dreaming may take longer than Rich's default period.
         speed_estimate_period=3600,
     )
     try:

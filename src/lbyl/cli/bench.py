@@ -41,8 +41,8 @@ _Model = Annotated[
     typer.Option(
         metavar="SOURCE",
         callback=check_source,
-        help="What builds the unpruned model that the folder is loaded into. "
-        "Default: the source that the folder was compressed from, or --against if that is a factory of yours.",
+        help="Source of the unpruned model that the folder is loaded into. "
+        "Default: the source that the folder was compressed from, or --against if that is your own factory.",
         show_default=False,
     ),
 ]
@@ -62,11 +62,11 @@ def bench(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure how much faster a saved network is than the unpruned one, layer by layer, and what gained nothing."""
+    """Measure how much faster a saved network is than the unpruned one, as a whole and layer by layer."""
     with working(f"reading {folder}") as stage:
         from lbyl.io.artifact import read_manifest
 
-        plan = read_manifest(folder).plan  # before any code of the user's runs
+        plan = read_manifest(folder).plan  # before the user's code runs
         import lbyl
         from lbyl.errors import InputError
         from lbyl.io.sources import load_source
@@ -101,7 +101,7 @@ def _shapes(plan: Plan, typed: list[str] | None, batch: int | None) -> list[str]
     texts = typed or []
     for text in plan.inputs.split(", ") if not typed else ():
         if not re.fullmatch(r"\w+ \d+(x\d+)*", text):
-            raise InputError(f"the network was compressed on {plan.inputs!r}; say with --input what to measure it on")
+            raise InputError(f"the network was compressed on {plan.inputs!r}; pass the inputs to measure on by --input")
         texts.append(text.replace(" ", ":"))
     specs = [InputSpec.parse(text) for text in texts]
     if not typed and any(math.prod(spec.shape) > _LARGEST_INPUT for spec in specs):

@@ -25,7 +25,7 @@ Ratio = Annotated[
         metavar="R|GLOB=R",
         callback=check_ratios,
         help="Share of the channels that each group loses, in place of a budget. Repeat it as GLOB=R for single groups "
-        "or layers. The last match counts, and without a plain R the others stay whole.",
+        "or layers. The last match counts. Without a plain R, all other groups are left whole.",
         show_default=False,
     ),
 ]
@@ -34,20 +34,20 @@ OneBudget = Annotated[
     typer.Option(
         metavar="agreement=R|accuracy_drop=X|macs=R|params=R|latency=R|size_mb=X",
         callback=check_budget,
-        help="What has to be kept or what may stay, in place of a ratio; the widths of the groups are then chosen for "
-        "the least predicted error, which spends a cut better. agreement: the share of real inputs with the same "
-        "answer, as foretold. accuracy_drop: with --eval. Latency is measured here. Default: agreement=0.95.",
+        help="Quality to keep or cost to allow, in place of a ratio. The widths of the groups are then chosen for the "
+        "least predicted error. agreement: forecast share of real inputs with the same answer. accuracy_drop: needs "
+        "--eval. latency: measured on this machine. Default: agreement=0.95.",
         show_default=False,
         rich_help_panel=BUDGET,
     ),
 ]
 NoForecast = Annotated[
-    bool, typer.Option("--no-forecast", help="Do not foretell how much is kept at real inputs, which saves time.")
+    bool, typer.Option("--no-forecast", help="Do not forecast the agreement on real inputs, which saves time.")
 ]
 
 
 class Cost(str, Enum):
-    """What the smallest network is smallest in."""
+    """The cost to minimize."""
 
     macs = "macs"
     params = "params"
@@ -57,7 +57,7 @@ class Cost(str, Enum):
 Minimize = Annotated[
     Cost,
     typer.Option(
-        help="What the smallest network is smallest in, with --budget agreement=R or accuracy_drop=X.",
+        help="The cost to minimize with --budget agreement=R or accuracy_drop=X.",
         rich_help_panel=BUDGET,
     ),
 ]
@@ -81,7 +81,7 @@ def compress(
     no_latency: NoLatency = False,
     as_json: Json = False,
 ) -> None:
-    """Drop channels, let the kept ones make up for them, and save the smaller network."""
+    """Drop channels, restore the network by the kept ones, and save the smaller network."""
     settings.check(source)
     _check(ratio, budget, evaluate, minimize, settings)
     with working(f"loading {source}") as stage:
@@ -110,7 +110,7 @@ def compress(
             result = result.timed(timed)
         stage(f"writing {output}")
         result.save(output)
-        # The saved report may say more, such as whether a config.json could be written.
+        # The saved report has more notes, such as whether a config.json could be written.
         saved = read_manifest(output)
     if as_json:
         print_json(document(output, saved.plan, saved.report))
@@ -127,12 +127,12 @@ def _check(
     ratio: list[str] | None, budget: str | None, evaluate: str | None, minimize: Cost, settings: Settings
 ) -> None:
     if budget is not None and ratio:
-        raise typer.BadParameter("--ratio and --budget: give one of them; a budget chooses each group's ratio")
+        raise typer.BadParameter("--ratio and --budget: give only one of them; a budget chooses each group's ratio")
     names = ("round_to", "min_keep", "max_ratio", "exclude", "uniform_layers")
     if ratio and any(getattr(settings, name) != getattr(Settings, name) for name in names):
         raise typer.BadParameter("--round-to, --min-keep, --max-ratio, --exclude and --uniform-layers need --budget")
     name = None if ratio else parse_budget(budget or _DEFAULT)[0]
     if name == "accuracy_drop" and evaluate is None:
-        raise typer.BadParameter("--budget accuracy_drop=X needs --eval, which says how good a network is")
+        raise typer.BadParameter("--budget accuracy_drop=X needs --eval, a function that measures accuracy")
     if minimize is not Cost.macs and name not in ("agreement", "accuracy_drop"):
         raise typer.BadParameter("--minimize is for --budget agreement=R or accuracy_drop=X")

@@ -22,12 +22,12 @@ def export(
         typer.Option(
             metavar="SOURCE",
             callback=check_source,
-            help="What builds the unpruned model (module:factory), if it is neither from timm nor from torchvision.",
+            help="Source of the unpruned model (module:factory), if it is neither from timm nor from torchvision.",
         ),
     ] = None,
     input: SameInputs = None,
     fixed_batch: Annotated[
-        bool, typer.Option("--fixed-batch", help="Accept the example's batch size only, instead of any.")
+        bool, typer.Option("--fixed-batch", help="Accept only the example's batch size in the file.")
     ] = False,
     seed: Seed = 0,
     as_json: Json = False,
@@ -37,7 +37,7 @@ def export(
     with working(f"reading {folder}") as stage:
         from lbyl.io.artifact import read_manifest
 
-        read_manifest(folder)  # before any code of the user's runs
+        read_manifest(folder)  # before the user's code runs
         import lbyl
         from lbyl.io.report.format import shown
         from lbyl.io.sources import load_source

@@ -18,7 +18,7 @@ def inspect(
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
-    """List the channel groups of a model: names, widths, consumers, and whether each can be pruned or why not."""
+    """List the channel groups of a model: names, widths, consumers, and whether each can be pruned, or why not."""
     with working(f"loading {source}") as stage:
         import lbyl
 

@@ -1,4 +1,4 @@
-"""Names of criteria, restorers and moment sources on the command line, and the user's code that adds some.
+"""Names of criteria, restorers and moment sources on the command line, and plugins that register more of them.
 
 The names are those of `lbyl.runtime.registry`, which does not import torch.
 """
@@ -25,7 +25,7 @@ def name_option(family: str, help: str, panel: str | None = None) -> Any:
 
 
 def completion(family: str) -> Callable[[str], list[str]]:
-    """What a shell is told when it asks for the names that begin with a text."""
+    """The function for a shell's completion, which lists the names that begin with a text."""
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in choices(family) if name.startswith(incomplete)]
@@ -34,17 +34,17 @@ def completion(family: str) -> Callable[[str], list[str]]:
 
 
 def check_name(option: str, family: str, name: str) -> None:
-    """A usage error where no member of the family has this name."""
+    """Raise a usage error if no member of the family has this name."""
     if name not in choices(family):
         known = ", ".join(choices(family))
-        raise typer.BadParameter(f"{name!r} is no {_WORDS[family]}; choose one of {known}", param_hint=option)
+        raise typer.BadParameter(f"{name!r} is not a {_WORDS[family]}; choose one of {known}", param_hint=option)
 
 
 _WORDS = {"criterion": "criterion", "restorer": "restorer", "moments": "source of moments", "format": "format"}
 
 
 def is_factory(source: str) -> bool:
-    """Whether a source is a function of the user's, whose module may register names.
+    """Whether a source is a user's function, whose module may register names.
 
     >>> is_factory("file.py:net"), is_factory("timm:resnet18"), is_factory("resnet18"), is_factory("C:/model.onnx")
     (True, False, False, False)
@@ -56,10 +56,10 @@ def is_factory(source: str) -> bool:
 
 
 def import_plugins(places: Sequence[str] | None) -> None:
-    """Import modules and run files of the user's, in order, so that they can register names.
+    """Import the user's modules and run the user's files, in order, so that they can register names.
 
     Raises:
-        InputError: no such file or module, or an error in it.
+        InputError: there is no such file or module, or it raises an error.
     """
     from lbyl.errors import InputError
     from lbyl.io.sources import load_module

@@ -1,6 +1,6 @@
-"""Options that `inspect`, `bench`, `export` and `show` share with others.
+"""Options that several commands share.
 
-What only `compress` and `sweep` share is in `lbyl.cli.settings`.
+Options that only `compress` and `sweep` share are in `lbyl.cli.settings`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Source = Annotated[
         metavar="SOURCE",
         callback=check_source,
         help="timm:NAME, torchvision:NAME, hf:DIR (a folder that save_pretrained wrote), model.onnx, model.pt2, "
-        "package.module:factory or file.py:factory. A factory is code: it is run.",
+        "package.module:factory or file.py:factory. A factory is code, which is run.",
         show_default=False,
     ),
 ]
@@ -43,7 +43,7 @@ SameInputs = Annotated[
     list[str] | None,
     _shapes("Shape of an example input, as for compress. Default: the inputs that the network was compressed with."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 NoPretrained = Annotated[
     bool,
     typer.Option("--no-pretrained", help="Random weights instead of the published ones (timm, torchvision)."),
@@ -52,7 +52,7 @@ Task = Annotated[
     str | None,
     typer.Option(
         metavar="TASK",
-        help="What an hf:DIR is loaded for, such as causal-lm, masked-lm or sequence-classification. "
+        help="Task of the model in hf:DIR, such as causal-lm, masked-lm or sequence-classification. "
         "Default: the architecture that its configuration names.",
         show_default=False,
     ),
@@ -63,7 +63,7 @@ Submodule = Annotated[
 ]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", help="Fail if a part of the model can't be traced or cut, instead of leaving it whole."),
+    typer.Option("--strict", help="Fail if a part of the model can't be traced or cut, in place of leaving it whole."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote.", show_default=False)]
@@ -73,6 +73,6 @@ Evaluate = Annotated[
         "--eval",
         metavar="MODULE:FUNCTION",
         help="A function that is called with each network and returns a number, such as an accuracy: "
-        "package.module:function or file.py:function. It is code: it is run.",
+        "package.module:function or file.py:function. It is code, which is run.",
     ),
 ]

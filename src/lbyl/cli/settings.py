@@ -42,7 +42,7 @@ class Solve(str, Enum):
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a compression, as they were given. Their order is the order in help."""
+    """The options of a compression, as given by the user. Their order is that of the help."""
 
     round_to: Annotated[
         str,
@@ -54,7 +54,7 @@ class Settings:
         ),
     ] = "1"
     min_keep: Annotated[
-        int, typer.Option(min=1, help="Each group keeps at least so many channels.", rich_help_panel=BUDGET)
+        int, typer.Option(min=1, help="Each group keeps at least this many channels.", rich_help_panel=BUDGET)
     ] = 1
     max_ratio: Annotated[
         float,
@@ -62,35 +62,33 @@ class Settings:
     ] = 0.9
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Groups and layers that stay whole.", rich_help_panel=BUDGET),
+        typer.Option(metavar="GLOB", help="Groups and layers that are not pruned.", rich_help_panel=BUDGET),
     ] = None
     uniform_layers: Annotated[
         bool | None,
         typer.Option(
             "--uniform-layers/--own-widths",
-            help="One width for all layers, or each layer its own. Default: one for models of transformers, whose "
-            "configurations can say no others.",
+            help="One width for all layers, or one for each layer. Default: one for all layers in models of "
+            "transformers, because their configurations can't express others.",
             show_default=False,
             rich_help_panel=BUDGET,
         ),
     ] = None
     scope: Annotated[
         Scope,
-        typer.Option(help="inner: groups that no residual sum or layer norm couples; all: every prunable group."),
+        typer.Option(help="inner: groups outside of residual connections and layer norms; all: every prunable group."),
     ] = Scope.inner
     criterion: Annotated[str, name_option("criterion", "How channels are scored. The lowest scores go first.")] = "auto"
     restore: Annotated[
         str,
-        name_option(
-            "restorer", "How the kept channels make up for the dropped ones. auto: the best way that this model allows."
-        ),
+        name_option("restorer", "How kept channels compensate for dropped ones. auto: the best method for this model."),
     ] = "auto"
     plugin: Annotated[
         list[str] | None,
         typer.Option(
             metavar="MODULE|FILE.py",
-            help="Import this module of yours first. Names that it registers with lbyl.register can then be used. "
-            "Repeat it for several. A module is code: it is run.",
+            help="Import this module first. Names that it registers with lbyl.register can then be used. "
+            "Repeat it for several modules. A module is code, which is run.",
         ),
     ] = None
     moments: Annotated[
@@ -121,8 +119,8 @@ class Settings:
         bool | None,
         typer.Option(
             "--sequential/--no-sequential",
-            help="Solve consumers one after another, so that they also make up for what residual sums lose. "
-            "Default: whichever way has the lower error on held-out probes.",
+            help="Solve consumers in turn, so that they also compensate for errors in residual connections. "
+            "Default: the way with the lowest error on held-out probes.",
             show_default=False,
             rich_help_panel=FITTING,
         ),
@@ -140,7 +138,7 @@ class Settings:
         typer.Option(
             metavar="GIB",
             min=0.001,
-            help="Gibibytes that activations may take while dreaming and solving. Default: 2.5.",
+            help="GiB that activations may take during dreaming and solving. Default: 2.5.",
             show_default=False,
             rich_help_panel=FITTING,
         ),
@@ -149,8 +147,8 @@ class Settings:
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Take moments from the images, or for language models the texts (.txt, .jsonl), in this folder and "
-            "its subfolders. They are preprocessed as the model expects. No labels are needed.",
+            help="Measure moments on the images, or for language models on the texts (.txt, .jsonl), in this folder "
+            "and its subfolders. They are preprocessed as the model expects. No labels are needed.",
             rich_help_panel=FITTING,
         ),
     ] = None
@@ -159,7 +157,7 @@ class Settings:
         typer.Option(
             metavar="M[,M,M]",
             parser=parse_numbers,
-            help="Subtracted from the pixels of --data, which are 0 to 1. "
+            help="Subtracted from the pixels of --data, which have values from 0 to 1. "
             "Default: the numbers of timm or torchvision for this model, else ImageNet's.",
             show_default=False,
             rich_help_panel=FITTING,
@@ -188,12 +186,12 @@ class Settings:
     strict: Strict = False
 
     def check(self, source: str) -> None:
-        """Names that nobody knows and options that contradict each other are usage errors."""
-        # A plugin or the module of a factory may register names. Without them, names are checked at once.
+        """Raise a usage error for unknown names and for options that contradict each other."""
+        # Names are checked later if a plugin or the module of a factory may register some.
         if not self.plugin and not is_factory(source):
             self.check_names()
         if self.task is not None and not source.startswith("hf:"):
-            raise typer.BadParameter(f"--task is for hf:DIR; {source} is no such source")
+            raise typer.BadParameter(f"--task is only for hf:DIR, and not for {source}; leave it out")
         given = self._of_least_squares()
         if given and self.restore != "auto":
             raise typer.BadParameter(
@@ -203,7 +201,7 @@ class Settings:
         self._check_moments()
 
     def check_names(self) -> None:
-        """A usage error where a name is not known."""
+        """Raise a usage error for an unknown name."""
         check_name("--criterion", "criterion", self.criterion)
         check_name("--restore", "restorer", self.restore)
         if self.moments is not None:
@@ -240,12 +238,12 @@ class Settings:
             raise typer.BadParameter("--no-photographs is for dreams; leave out --data, or pass --moments dream")
         if self.moments in ("weights", "gaussian"):
             if self.solve is Solve.patch:
-                raise typer.BadParameter(f"--moments {self.moments} says nothing about patches; pass --solve mix")
+                raise typer.BadParameter(f"--moments {self.moments} can't be used for patches; pass --solve mix")
             if self.sequential:
-                raise typer.BadParameter(f"--moments {self.moments} runs no network; leave out --sequential")
+                raise typer.BadParameter(f"--moments {self.moments} has no probes; leave out --sequential")
 
     def budget(self, name: str, amount: float, minimize: str = "macs") -> Budget:
-        """The budget that limits one cost to an amount, or the cheapest one of a quality."""
+        """The budget that limits a cost to an amount, or minimizes a cost for a quality."""
         from lbyl.budget.budget import Budget
 
         return Budget(
@@ -259,9 +257,9 @@ class Settings:
         )
 
     def restorer(self, batches: Sequence[Any] | None, model: nn.Module, inputs: Any) -> str | LeastSquares | None:
-        """The restorer that was asked for, or None where the library is to choose one by itself.
+        """The restorer for the options; None if the library shall choose one.
 
-        Options of least squares change the restorer that the library chooses for this model.
+        Options of least squares change the settings of the restorer that the library chooses for this model.
         """
         if self.restore != "auto":
             return self.restore

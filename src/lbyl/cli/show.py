@@ -11,7 +11,7 @@ from lbyl.cli.sources import setting
 
 @app.command()
 def show(folder: Folder, as_json: Json = False) -> None:
-    """Print what a saved folder holds: settings, groups, totals, and how to load it."""
+    """Print the content of a saved folder: settings, groups, totals, and how to load it."""
     with working(f"reading {folder}"):
         from lbyl.io.artifact import PAGE, document, read_manifest
         from lbyl.io.report.format import shown

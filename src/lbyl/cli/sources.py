@@ -1,4 +1,4 @@
-"""Turns options into models, example inputs and images, and settings back into text."""
+"""Turns options into models, example inputs and data, and settings back into text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_output(path: Path) -> None:
-    """Refuse a folder that `save` would refuse, before any time is spent."""
+    """Raise the error for a folder that `save` can't write, before any time is spent."""
     from lbyl.errors import InputError
     from lbyl.io.artifact import check_free
 
@@ -40,7 +40,7 @@ def load_model(source: str, weights: Path | None, pretrained: bool, task: str | 
 
 
 def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None, seed: int) -> Any:
-    """Seeded inputs of the shapes that ``--input`` gives, or of the source's own: tokens, where it has a tokenizer."""
+    """Random inputs of the shapes in ``--input``, or of the source's default shapes; tokens if it has a tokenizer."""
     import torch
 
     from lbyl.errors import InputError
@@ -59,14 +59,14 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
     if not specs:
         shape = _default_shape(source, model)
         if shape is None:
-            raise InputError(f"{source} doesn't say what it is called with; pass --input, such as --input 1x3x224x224")
+            raise InputError(f"{source} has no default input; pass --input, such as --input 1x3x224x224")
         specs = [InputSpec(shape)]
 
     def make(number: int, spec: InputSpec) -> Tensor:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         if dtype.is_floating_point:
             return torch.randn(spec.shape, generator=generator).to(dtype)
-        if number == 1 and source.startswith("hf:"):  # the attention mask of what a tokenizer gives
+        if number == 1 and source.startswith("hf:"):  # the attention mask
             return torch.ones(spec.shape, dtype=dtype)
         # Zero is a valid token, index and mask in every vocabulary; a random number is not.
         return torch.zeros(spec.shape, dtype=dtype)
@@ -75,7 +75,7 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
 
 
 def check_images(settings: Settings) -> None:
-    """Refuse a folder without images or texts, before any time is spent."""
+    """Raise an error for a folder without images or texts, before any time is spent."""
     if settings.data is not None:
         from lbyl.io.images import find_images
         from lbyl.io.texts import has_texts
@@ -86,7 +86,7 @@ def check_images(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model, its example inputs, and the arguments of `lbyl.compress` and `lbyl.sweep` that the options give."""
+    """A model, its example inputs, and the arguments of `lbyl.compress` and `lbyl.sweep` for the options."""
 
     model: nn.Module
     inputs: Any
@@ -152,7 +152,7 @@ def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | No
 
 
 def setting(value: Any) -> str:
-    """A setting of a plan for a terminal: texts as a shell takes them."""
+    """A setting of a plan as text for a terminal, quoted for a shell."""
     from lbyl.runtime.settings import printed
 
     return printed(value, lambda plain: shlex.quote(plain) if isinstance(plain, str) else repr(plain))

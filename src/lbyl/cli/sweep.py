@@ -18,8 +18,8 @@ Budgets = Annotated[
     typer.Option(
         metavar="agreement=R,R,...|macs=R,R,...",
         callback=check_budgets,
-        help="What has to be kept (agreement, accuracy_drop) or may stay (shares of macs, params or latency, or a "
-        "size_mb), one network for each amount. "
+        help="Qualities to keep (agreement, accuracy_drop) or costs to allow (shares of macs, params or latency, or a "
+        "size_mb), with one network for each amount. "
         "Repeat it for other kinds.",
         rich_help_panel=BUDGET,
         show_default=False,
@@ -41,7 +41,7 @@ def sweep(
     settings: Settings,
     as_json: Json = False,
 ) -> None:
-    """Compress to several budgets for little more than the price of one.
+    """Compress to several budgets in little more time than one takes.
 
     Each network gets a folder. A table and a picture show what each costs and how well it does.
 

@@ -1,4 +1,4 @@
-"""What the command line makes of the terminal that it finds: widths, encodings, closed streams and signals."""
+"""Adapts the command line to the terminal: widths, encodings, closed streams and signals."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, NoReturn, TextIO
 
 _NARROWEST = 40
 _WIDE = 160
-"""Output that is piped must not be cut at the width of a terminal that nobody sees."""
+"""Width of piped output, which has no terminal that would limit it."""
 
 _ASCII = {"→": "->", "±": "+-", "–": "-", "µ": "u", "×": "x", "…": "...", "’": "'"}
 INTERRUPTED = 130
 
 
 def width() -> int | None:
-    """How wide output may be; None where the terminal says so itself."""
+    """The width of output; None if the terminal determines it."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdigit() and int(columns) >= _NARROWEST:
         return int(columns)
@@ -27,12 +27,12 @@ def width() -> int | None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether somebody sees what is written: False for files, pipes and closed streams."""
+    """Whether a stream is a terminal; False for files, pipes and closed streams."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 class _Ended(BaseException):
-    """The process was told to end. Nobody's code catches this, and unfinished files are removed on the way out."""
+    """Raised by a signal that ends the process. It is not an Exception, so that only cleanup code handles it."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number)
@@ -40,7 +40,7 @@ class _Ended(BaseException):
 
 
 def run(command: Callable[[], Any]) -> NoReturn:
-    """Run a command line to its end: an interruption or a stream that can't be written is one line, no traceback."""
+    """Run a command and exit. Interruptions and streams that can't be written give one line and no traceback."""
     _prepare_streams()
     if width() == _WIDE:
         os.environ.pop("COLUMNS", None)  # Rich and Typer would take a width of 0 for one
@@ -73,7 +73,7 @@ def _end(number: int, frame: Any) -> NoReturn:
 
 
 def _flushed(stream: TextIO | None) -> int:
-    """Write what is still waiting. Gives 1 where that can't be done, after which Python won't try again at its end."""
+    """Flush a stream. Returns 1 if that fails, and then keeps Python from trying again when it exits."""
     if stream is None:
         return 0
     try:
@@ -86,7 +86,7 @@ def _flushed(stream: TextIO | None) -> int:
 
 
 def _unwritable(error: Exception) -> int:
-    if not isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+    if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe, which is not an error
         _say(f"error: can't write the output: {getattr(error, 'strerror', None) or error}")
     return 1
 
@@ -97,7 +97,7 @@ def _say(line: str) -> None:
 
 
 def _prepare_streams() -> None:
-    """What an encoding lacks is written in ASCII instead of failing after the work is done."""
+    """Write characters that an encoding lacks in ASCII, so that output does not fail after the work is done."""
 
     def replaced(error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeEncodeError):

@@ -1,4 +1,4 @@
-"""How the texts of options are read. A text that can't be read is a usage error."""
+"""Parses the texts of options. An invalid text is a usage error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Shape and dtype of one positional input, as ``--input`` spells them.
+    """Shape and dtype of one positional input, as written in ``--input``.
 
     >>> InputSpec.parse("1x3x224x224")
     InputSpec(shape=(1, 3, 224, 224), dtype='float32')
@@ -23,22 +23,22 @@ class InputSpec:
 
     @staticmethod
     def parse(text: str) -> InputSpec:
-        """Read ``1x3x224x224`` or ``int64:1x128``; anything else is a usage error."""
+        """Parse ``1x3x224x224`` or ``int64:1x128``; anything else is a usage error."""
         dtype, separator, sizes = text.rpartition(":")
         dtype = dtype if separator else "float32"
         if dtype not in _DTYPES:
-            raise typer.BadParameter(f"{text!r}: {dtype!r} is no dtype; write one of {', '.join(_DTYPES)}")
+            raise typer.BadParameter(f"{text!r}: {dtype!r} is not a dtype; write one of {', '.join(_DTYPES)}")
         try:
             shape = tuple(int(size) for size in sizes.split("x"))
         except ValueError:
             shape = (0,)
         if min(shape) < 1:
-            raise typer.BadParameter(f"{text!r} is no shape; write sizes such as 1x3x224x224 or int64:1x128")
+            raise typer.BadParameter(f"{text!r} is not a shape; write sizes such as 1x3x224x224 or int64:1x128")
         return InputSpec(shape, dtype)
 
 
 def check_source(text: str | None) -> str | None:
-    """The text, which must have the form of a source; whether there is such a model turns out when it is built."""
+    """Check that a text has the form of a source; whether the model exists is only known when it is built."""
     kind, _, name = (text or "").rpartition(":")
     if text is not None and not (kind and name):
         from lbyl.io.network_files import is_file
@@ -54,7 +54,7 @@ _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool"
 
 
 def check_inputs(texts: list[str] | None) -> list[str]:
-    """The texts, each of which must be the shape of an input."""
+    """Check that each text is the shape of an input."""
     for text in texts or []:
         InputSpec.parse(text)
     return texts or []  # not None: typer 0.15 asks for its length
@@ -75,7 +75,7 @@ def parse_ratio(texts: list[str]) -> float | dict[str, float]:
         try:
             share = float(number)
         except ValueError:
-            raise typer.BadParameter(f"{text!r}: {number!r} is no number; write 0.3 or 'layer4.*=0.3'") from None
+            raise typer.BadParameter(f"{text!r}: {number!r} is not a number; write 0.3 or 'layer4.*=0.3'") from None
         if not 0 <= share < 1:
             raise typer.BadParameter(f"{text!r}: the share of channels to drop must be at least 0 and below 1")
         if pattern in ratios:
@@ -85,14 +85,14 @@ def parse_ratio(texts: list[str]) -> float | dict[str, float]:
 
 
 def check_ratios(texts: list[str] | None) -> list[str]:
-    """The texts, which must be ratios."""
+    """Check that the texts are ratios."""
     if texts:
         parse_ratio(texts)
     return texts or []  # not None: see above
 
 
 def parse_budget(text: str) -> tuple[str, float]:
-    """What is limited, and to how much.
+    """The name and the amount in a budget.
 
     >>> parse_budget("macs=0.5")
     ('macs', 0.5)
@@ -109,14 +109,14 @@ def parse_budget(text: str) -> tuple[str, float]:
 
 
 def check_budget(text: str | None) -> str | None:
-    """The text, which must be a budget."""
+    """Check that a text is a budget."""
     if text is not None:
         parse_budget(text)
     return text
 
 
 def parse_budgets(texts: list[str]) -> list[tuple[str, float]]:
-    """What is limited, and to how much, amount by amount.
+    """The names and the amounts in budgets, one pair for each amount.
 
     >>> parse_budgets(["macs=0.9,0.8", "params=0.5"])
     [('macs', 0.9), ('macs', 0.8), ('params', 0.5)]
@@ -133,20 +133,20 @@ def parse_budgets(texts: list[str]) -> list[tuple[str, float]]:
 
 
 def check_budgets(texts: list[str]) -> list[str]:
-    """The texts, which must be budgets."""
+    """Check that the texts are budgets."""
     parse_budgets(texts)
     return texts
 
 
 def check_multiple(text: str) -> str:
-    """The text, which must be a positive whole number or auto."""
+    """Check that a text is a positive whole number or auto."""
     if text != "auto" and not (text.isascii() and text.isdigit() and int(text) > 0):
         raise typer.BadParameter(f"{text!r}: write a whole number from 1, or auto")
     return text
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them: one for all color channels, or one for each.
+    """Numbers separated by commas: one for all color channels, or one for each.
 
     >>> parse_numbers("0.485,0.456,0.406")
     (0.485, 0.456, 0.406)

@@ -1,4 +1,8 @@
-"""The mutable state of one trace. Rules call it; `trace` turns it into a frozen Graph."""
+"""The mutable state of one trace: rules write to it, and `freeze` turns it into a frozen Graph.
+
+A *shadow* is an integer tensor of the shape of a traced value. It holds the id of the channel that each element belongs
+to; ``NOBODY`` stands for no channel.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ _LARGEST_FREE_PARAMETER = 4_000_000
 
 @dataclass(frozen=True)
 class ParameterRef:
-    """A parameter or buffer, by name, as it stands in the traced program."""
+    """A parameter or buffer in the traced program, by name."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,7 +31,7 @@ class ParameterRef:
 
 @dataclass
 class SlotRecord:
-    """A slot in the making: ids along one dimension of one parameter."""
+    """A slot while the trace runs: channel ids along one dimension of one parameter."""
 
     parameter: str
     dim: int
@@ -38,7 +42,7 @@ class SlotRecord:
 
 @dataclass
 class ProducerRecord:
-    """A producer in the making; ``dim`` is its weight's output dimension."""
+    """A producer while the trace runs; ``dim`` is its weight's output dimension."""
 
     layer: str
     weight: str
@@ -50,7 +54,7 @@ class ProducerRecord:
 
 @dataclass
 class ConsumerRecord:
-    """A consumer in the making."""
+    """A consumer while the trace runs; see :class:`lbyl.graph.types.Consumer`."""
 
     layer: str
     weight: str
@@ -63,7 +67,7 @@ class ConsumerRecord:
 
 @dataclass(frozen=True)
 class AverageRecord:
-    """A mean over channels, and the weight that makes up for a cut; see :class:`lbyl.graph.types.Average`."""
+    """A mean over channels, and the weight that corrects a cut; see :class:`lbyl.graph.types.Average`."""
 
     ids: Tensor
     module: str
@@ -75,46 +79,59 @@ class AverageRecord:
 
 @dataclass
 class Builder:
-    """Everything that the rules find out while the traced program is walked once."""
+    """Everything that the rules find out in one pass over the traced program."""
 
     parameters: Mapping[fx.Node, str] = field(default_factory=dict)
     """Which parameter each placeholder of the program stands for."""
     ids: Ids = field(default_factory=Ids)
     slots: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
+    """By parameter name and dimension."""
     producers: dict[tuple[str, int], ProducerRecord] = field(default_factory=dict)
+    """By weight name and output dimension."""
     consumers: dict[str, ConsumerRecord] = field(default_factory=dict)
+    """By weight name."""
     tied: list[tuple[str, int]] = field(default_factory=list)
-    """Dimensions of weights along which a layer reads what the same weight makes elsewhere."""
+    """Weights and dimensions along which one layer reads channels that another layer makes with the same weight."""
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
+    """Channels that can't be cut, and why."""
     whole: dict[str, str] = field(default_factory=dict)
     """Parameters that an operation without a rule uses, and why none of their dimensions can be cut."""
     sums: list[Tensor] = field(default_factory=list)
+    """Channels that a sum adds, made by different producers."""
     equal: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Channels that are split into a number of blocks of equal size."""
     fixed: list[tuple[Tensor, tuple[int, ...], str]] = field(default_factory=list)
+    """Shadows, dimensions of them that must keep their size, and why."""
     shapes: list[tuple[Tensor, str]] = field(default_factory=list)
+    """Shadows of values whose shape the model's code may spell out, and the module of that code."""
     computed: list[str] = field(default_factory=list)
+    """Layers whose weight the model computes."""
     steps: list[tuple[Tensor, Step]] = field(default_factory=list)
+    """Channels, and an operation that they pass through."""
     barriers: list[str] = field(default_factory=list)
+    """Operations that the trace can't see through, and why."""
     averages: list[AverageRecord] = field(default_factory=list)
+    """Means over channels that a weight can correct after a cut."""
     layer_norms: list[tuple[Tensor, LayerNorm]] = field(default_factory=list)
+    """Channels, and a layer norm that takes its statistics over them."""
     products: list[tuple[Tensor, str]] = field(default_factory=list)
-    """Channels of two factors, pair by pair, whose products some layer adds up."""
+    """Channels that a layer multiplies in pairs and adds up, and the name of that layer."""
     joins: list[tuple[Tensor, str]] = field(default_factory=list)
-    """Why some channels became one."""
+    """Channels that were merged into one, and why."""
     statistics: dict[Reduction, Tensor] = field(default_factory=dict)
-    """The ids that other operations take together, by where these operations are."""
+    """Channels that an operation reduces over, by operation."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """How often each operation was called in each module so far, the one that is looked at among them."""
+    """How often each operation was called in each module up to and including the current node."""
     scaled: dict[fx.Node, Any] = field(default_factory=dict)
     """Values that depend on how many channels there are, see `lbyl.graph.channel_means`."""
     pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)
-    """Values that are one producer's output mapped linearly, channel by channel, and nothing else yet."""
+    """Values that are a producer's output after nothing but linear maps of single channels, and that producer."""
     _free: dict[str, Tensor] = field(default_factory=dict)
 
     # -- ids ------------------------------------------------------------------------------------------
 
     def shadow(self, value: Any) -> Tensor | None:
-        """The ids of a traced value; a parameter gets one id an element the first time it is asked for."""
+        """The shadow of a traced value; a parameter gets one new id for each element at its first use."""
         if isinstance(value, Tensor):
             return compact(self.ids.find(small(value)).expand(value.shape))
         if isinstance(value, ParameterRef):
@@ -134,10 +151,11 @@ class Builder:
         return shadow.movedim(axis, 0).reshape(shadow.shape[axis], -1)[:, 0]
 
     def gather(self, shadow: Tensor, axis: int) -> Tensor | None:
-        """Ids along ``axis``, where all that stands at an index of it, along whatever other axes, becomes one channel.
+        """Ids along ``axis``, after the ids at each of its indices were merged into one channel.
 
-        A linear layer whose outputs a view spreads over an image makes so many elements of each channel. None where
-        the ids do not change along ``axis`` itself, and where some of what would be joined is nobody's.
+        An example is a linear layer whose outputs a view spreads over an image: each channel of the image then holds
+        several outputs of the layer. Nothing is merged where the ids do not change along ``axis``, or where some of
+        them are ``NOBODY``; the result may then be None, as for :meth:`channels`.
         """
         ids = self.channels(shadow, axis)
         shadow = compact(self.ids.find(small(shadow)).expand(shadow.shape))
@@ -146,19 +164,19 @@ class Builder:
         return self.channels(self.join(shadow, [d for d in range(shadow.dim()) if d != axis % shadow.dim()]), axis)
 
     def spread(self, ids: Tensor, axis: int, shape: Iterable[int]) -> Tensor:
-        """A shadow of ``shape`` that carries ``ids`` along ``axis`` and is constant elsewhere."""
+        """A shadow of ``shape`` that holds ``ids`` along ``axis`` and is constant along all other axes."""
         shape = tuple(shape)
         view = [1] * len(shape)
         view[axis] = shape[axis]
         return ids.reshape(view).expand(shape)
 
     def follow(self, node: fx.Node) -> ProducerRecord | None:
-        """The producer whose output is this node's first argument, when nobody else sees that value."""
+        """The producer whose output is this node's first argument; None when other nodes use that value too."""
         source = node.args[0]
         return self.pure.get(source) if isinstance(source, fx.Node) and len(source.users) == 1 else None
 
     def reduction(self, node: fx.Node, dim: int) -> Reduction:
-        """The node as a reduction along an axis."""
+        """The reduction along an axis that this node is."""
         place = layer_name(node), aten_name(node.target)
         return Reduction(*place, self.calls[place] - 1, dim)
 
@@ -173,7 +191,7 @@ class Builder:
         if known.role != role and "consumer" in (known.role, role):
             self.pin(
                 torch.cat([known.ids, ids]),
-                f"{parameter} is tied: one layer makes these channels with it, another one reads them",
+                f"{parameter} is tied: one layer makes these channels with it and another one reads them",
             )
         mixed = (known.ids == NOBODY) != (ids == NOBODY)
         if bool(mixed.any()):
@@ -184,9 +202,9 @@ class Builder:
     def produce(
         self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int, dim: int = 0, blocks: int = 1
     ) -> Tensor:
-        """Issue ``count`` new channels for a layer, or the same ones again when it runs a second time.
+        """Give a layer ``count`` new channels, or the same ones again when it runs a second time.
 
-        ``dim`` is the dimension of the weight along which they run, ``blocks`` is as in :class:`Slot`.
+        ``dim`` is the dimension of the weight that holds them, and ``blocks`` is as in :class:`lbyl.graph.types.Slot`.
         """
         record = self.producers.get((weight, dim))
         if record is None:
@@ -198,7 +216,7 @@ class Builder:
             # A layer that runs twice has no single batch norm after it.
             self.pure = {key: value for key, value in self.pure.items() if value is not record}
             if bias != record.bias:
-                # Layers with a tied weight may have biases of their own; no one filter describes both.
+                # Layers that share a weight may have different biases. Then no single filter describes them.
                 self.step(record.ids, "bias", layer_name(node), parametric=True)
         if bias:
             self.slot(bias, 0, record.ids, "carrier")
@@ -221,7 +239,7 @@ class Builder:
             self.consumers[weight] = ConsumerRecord(layer, weight, bias, op, blocks, dim=dim)
 
     def tie(self, weight: str, dim: int, ids: Tensor) -> None:
-        """Record that a layer reads these channels in a way that restoration can't solve for: it only loses columns."""
+        """Record that a layer reads these channels in a way that no restorer handles: a cut only removes columns."""
         self.slot(weight, dim, ids, "carrier")
         self.tied.append((weight, dim))
 
@@ -230,7 +248,7 @@ class Builder:
         self.steps.append((ids, Step(op, layer, parametric)))
 
     def pin(self, ids: Tensor, reason: str) -> None:
-        """Forbid cutting these channels; the user reads the reason in the report."""
+        """Forbid cutting these channels. The reason is shown in the report."""
         ids = torch.unique(small(ids))
         ids = ids[ids != NOBODY]
         if ids.numel():
@@ -239,22 +257,22 @@ class Builder:
     def fix(self, shadow: Tensor, dims: Iterable[int], reason: str) -> None:
         """Forbid cutting along these dimensions.
 
-        This is judged at the end, when it is known which channels belong together: ids that turn out to be one whole
-        head do not run along its inner dimension.
+        Whether they carry channels is decided at the end of the trace, when it is known which channels belong
+        together. The inner dimension of an attention head, for one, carries none once the whole head is one channel.
         """
         rank = shadow.dim()
         self.fixed.append((compact(shadow), tuple(d % rank for d in dims), reason))
 
     def shaped(self, shadow: Tensor, node: fx.Node) -> None:
-        """Remember a shape that the model's code may have spelled out; judged at the end, like `fix`."""
+        """Record a shape that the model's code may spell out. As with `fix`, it is decided at the end what follows."""
         shadow = compact(shadow)
         if any(varies(shadow, d) for d in range(shadow.dim())):
             self.shapes.append((shadow, layer_name(node)))
 
     def join(self, shadow: Tensor, dims: Iterable[int], why: str = "") -> Tensor:
-        """Make one channel of everything along these dimensions; returns the shadow without them varying.
+        """Merge all channels along these dimensions into one, and return a shadow that is constant along them.
 
-        ``why`` is for the user, where all channels of a layer become one.
+        ``why`` is shown to the user where all channels of a layer become one.
         """
         shadow = compact(shadow)
         for dim in sorted({d % shadow.dim() for d in dims}):
@@ -268,7 +286,7 @@ class Builder:
         return shadow
 
     def barrier(self, node: fx.Node, values: Iterable[Any], why: str) -> Any:
-        """Pin every channel among ``values`` and return an output that is nobody's."""
+        """Pin every channel among ``values`` and return an output without channels."""
         values = list(_leaves(values))
         ids = [small(value).reshape(-1) for value in values if isinstance(value, Tensor)]
         names = [value.name for value in values if isinstance(value, ParameterRef)]
@@ -281,7 +299,7 @@ class Builder:
         return nobody_like(node)
 
     def finish(self) -> None:
-        """Give each directly used parameter a slot along the dimension that carries channels, or pin it."""
+        """Give each parameter that the code uses directly a slot along the dimension with channels, or pin these."""
         for name, shadow in self._free.items():
             roots = self.ids.find(shadow)
             shared = self.ids.issued(roots)
@@ -308,7 +326,7 @@ def _leaves(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def nobody_like(node: fx.Node) -> Any:
-    """A shadow without channels for whatever a node returns."""
+    """Shadows without channels for the outputs of a node."""
     val = node.meta.get("val")
     if isinstance(val, Tensor):
         return torch.zeros((), dtype=torch.int64).expand(tuple(int(size) for size in val.shape))

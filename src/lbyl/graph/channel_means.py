@@ -1,12 +1,13 @@
 """Means over all channels of a group that the model divides by: RMS norm, global response norm.
 
-Of C channels K stay. If the dropped ones are zero where the mean is taken, the mean over K is C/K times the mean over
-C. The same holds for the sum of that mean and a constant eps, if eps is scaled as well. Roots and divisions raise this
-factor to a power. It is followed to the weight that it is multiplied with, and this weight takes the inverse. The cut
-network then computes exactly what the uncut one does with zeros in the dropped channels.
+Suppose K of C channels are kept. If the dropped ones are zero where the mean is taken, the mean over K channels is C/K
+times the mean over C channels. The same holds for mean + eps if eps is multiplied by C/K as well. A root or a division
+raises the factor C/K to a power. The trace follows this factor to the weight that it is multiplied with, and surgery
+multiplies that weight by the inverse. The cut network then computes exactly what the uncut one does with zeros in the
+dropped channels.
 
-Where there is no such weight (a pixel norm, a layer norm written by hand), or the constant is no attribute that could
-be scaled, the mean is taken over the channels that stay, as a layer norm's is.
+Some means have no such weight (a pixel norm, a layer norm written by hand), or their eps is not an attribute that could
+be changed. These are taken over the kept channels, as in a layer norm.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _SAME = (
 
 @dataclass(frozen=True)
 class Scaled:
-    """A value that a cut multiplies by ``(C/K) ** power`` unless a weight makes up for it."""
+    """A value that a cut multiplies by ``(C/K) ** power`` unless a weight corrects this."""
 
     ids: Tensor
     module: str
@@ -37,7 +38,7 @@ class Scaled:
 
 
 def follow(builder: Builder, node: fx.Node) -> None:
-    """Follow scaled values through a node. Where no weight makes up for the factor, it is a mean of those that stay."""
+    """Follow scaled values through a node. Where no weight can correct the factor, the mean is over kept channels."""
     for source in dict.fromkeys(node.all_input_nodes):
         scaled = builder.scaled.get(source)
         if scaled is None:
@@ -54,7 +55,7 @@ def follow(builder: Builder, node: fx.Node) -> None:
 
 
 def _use(builder: Builder, node: fx.Node, source: fx.Node, scaled: Scaled) -> tuple[str | None, Scaled | None]:
-    """The weight that makes up for the factor, or the scaled value that comes out."""
+    """The weight that can correct the factor, or else the scaled value that the node returns."""
     name, args = _name(node), node.args
     if name in _SAME:
         return None, scaled
@@ -77,19 +78,19 @@ def _use(builder: Builder, node: fx.Node, source: fx.Node, scaled: Scaled) -> tu
 
 
 def _parameter(builder: Builder, value: Any) -> str | None:
-    """The parameter that a value is, in another shape perhaps."""
+    """The name of the parameter that a value is, possibly reshaped; None for other values."""
     while isinstance(value, fx.Node) and value.op == "call_function" and _name(value) in _SAME:
         value = value.args[0]
     return builder.parameters.get(value) if isinstance(value, fx.Node) else None
 
 
 def start(builder: Builder, node: fx.Node, ids: Tensor, dim: int) -> None:
-    """A mean over the channels along an axis has been taken."""
+    """Record a mean over the channels along an axis."""
     builder.scaled[node] = Scaled(ids, layer_name(node), builder.reduction(node, dim))
 
 
 def settle(builder: Builder, model: nn.Module) -> None:
-    """Once all is walked through: keep those averages that weights and attributes make up for, all of them."""
+    """After the walk, keep only the averages that a weight and, where there is an eps, an attribute can correct."""
     for record in builder.averages:
         if record.reduction is not None and record.eps and len(attributes_with(model, record.module, record.eps)) != 1:
             builder.statistics[record.reduction] = record.ids
@@ -97,7 +98,7 @@ def settle(builder: Builder, model: nn.Module) -> None:
 
 
 def attributes_with(model: nn.Module, module: str, value: float) -> list[str]:
-    """The names of a module's attributes that hold a constant."""
+    """The names of a module's attributes that hold this value."""
     own = vars(model.get_submodule(module))
     return [name for name, held in own.items() if type(held) is float and held == value]
 

@@ -1,7 +1,7 @@
-"""Layers that compute their weight on the fly (weight standardization, weight norm) become plain ones.
+"""Replaces layers that compute their weight on the fly (weight standardization, weight norm) by plain ones.
 
-The weight that such a layer computes depends on all of its input channels, so a cut would change the weights that stay.
-A plain layer with the weight that it computes today gives the same outputs, and it can be cut.
+The weight that such a layer computes depends on all of its input channels, so a cut would change the rest of it too.
+A plain layer with the weight that the layer computes now gives the same outputs and can be cut.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ class Fold:
 
 
 def fold_computed(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> tuple[nn.Module, tuple[Fold, ...]]:
-    """A copy of a model in which the named modules are plain layers, as far as a plain layer does what they do.
+    """A copy of a model in which the named modules are plain layers, where a plain layer computes the same.
 
     Args:
         model: the model in evaluation mode; it is not changed.
-        inputs: what it is called with.
-        paths: the modules whose weight the trace saw being computed.
+        inputs: the example inputs.
+        paths: names of the modules whose weight is computed, as the trace found them.
+
+    Returns:
+        The copy, and what was replaced.
     """
     modules = {path: model.get_submodule(path) for path in dict.fromkeys(paths) if path}
     calls = _SoleLayerCalls()
@@ -70,10 +73,10 @@ def fold_computed(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str])
 
 
 def apply_folds(model: nn.Module, folds: Sequence[Fold]) -> nn.Module:
-    """A copy of a fresh model with the same plain layers in it, on the meta device: see :func:`fill_folds`.
+    """A copy of a fresh model with the same plain layers, on the meta device; :func:`fill_folds` gives them memory.
 
     Raises:
-        SurgeryError: a module that the model has not, or arguments that make no layer.
+        SurgeryError: the model lacks one of the modules, or a layer can't be made from its arguments.
     """
     if not folds:
         return model
@@ -84,7 +87,7 @@ def apply_folds(model: nn.Module, folds: Sequence[Fold]) -> nn.Module:
 
 
 def fill_folds(model: nn.Module, fresh: nn.Module, folds: Sequence[Fold]) -> None:
-    """Give these layers memory on the device where their predecessors are in the fresh model, for weights to load."""
+    """Allocate these layers on the device of the modules that they replace, so that weights can be loaded."""
     for item in folds:
         state = tensors_of(fresh.get_submodule(item.module))
         device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
@@ -95,18 +98,18 @@ def _place(model: nn.Module, item: Fold) -> nn.Module:
     if item.op not in _LAYERS or item.module not in dict(model.named_modules()):
         raise SurgeryError(
             f"{item.module!r}: the model has no such module that a plain {item.op} could replace; "
-            "the plan was made for another architecture, which has to be passed"
+            "the plan was made for another architecture, so pass a model of that architecture"
         )
     try:
         if foreign := item.arguments.keys() - _ARGUMENTS:
             raise ValueError(f"unknown arguments {sorted(foreign)}")
-        # Whoever wrote the plan, nothing is allocated by its word.
+        # On the meta device, so that a forged plan can't make us allocate memory.
         with seeded(), torch.device("meta"):
             layer = _LAYERS[item.op](**item.arguments)
         if sum(parameter.numel() for parameter in layer.parameters()) > _LARGEST:
             raise ValueError("too large")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise SurgeryError(f"{item.module!r}: {item.op} with {dict(item.arguments)} is no layer: {error}") from error
+        raise SurgeryError(f"{item.module!r}: no {item.op} can be made of {dict(item.arguments)}: {error}") from error
     state = tensors_of(model.get_submodule(item.module))
     first = next((t for t in state.values() if t.is_floating_point()), None)
     if first is not None:
@@ -116,7 +119,7 @@ def _place(model: nn.Module, item: Fold) -> nn.Module:
 
 
 class _SoleLayerCalls(FunctionInterceptor):
-    """Sees which layer function a module calls, and whether that call is all that the module does."""
+    """Records modules that do nothing but call one layer function, and how they call it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model's program from `torch.export`, for models that one recorded run does not tell everything about."""
+"""A model's program from `torch.export`, for models whose program one recorded run does not determine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INSIDE = "model"
 
 
 class _TensorsOnly(nn.Module):
-    """Gives the tensors of what a model returns, for `torch.export` refuses objects that it does not know."""
+    """Returns a model's output tensors as a list, because `torch.export` refuses objects of unknown classes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -35,10 +35,10 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
     """Trace the model with ``torch.export``.
 
     Raises:
-        TraceError: it refused the model, or some size in it depends on data.
+        TraceError: ``torch.export`` refused the model, or a size in the program depends on the data.
     """
     try:
-        # A failed export prints the whole program; what matters of it is in the error.
+        # A failed export prints the whole program. The error says enough.
         with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             own = inputs.cloned()
@@ -58,7 +58,7 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
             if isinstance(item, Tensor) and not all(isinstance(size, int) for size in item.shape):
                 raise TraceError(
                     f"{type(model).__name__}: the size of what {node.target} returns depends on the data. "
-                    "Pass a part of the model whose sizes do not."
+                    "Pass a part of the model in which no size depends on the data."
                 )
         spec = specs.get(node.name) if node.op == "placeholder" else None
         if spec is None or spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER) or spec.persistent is False:

@@ -1,4 +1,4 @@
-"""The end of a trace: what the rules have found out becomes a frozen :class:`lbyl.graph.types.Graph`."""
+"""The end of a trace: turns what the rules found into a frozen :class:`lbyl.graph.types.Graph`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def freeze(builder: Builder) -> Graph:
 
 @dataclass
 class _Draft:
-    """A group in the making; see :class:`lbyl.graph.types.Group`.
+    """A group before it is frozen; see :class:`lbyl.graph.types.Group`.
 
     ``equal`` holds representatives of channels that are split into so many blocks of equal size.
     """
@@ -71,20 +71,20 @@ class _Draft:
     reason: str | None = None
 
     def exclude(self, reason: str) -> None:
-        """Say why the group can't be pruned; the first reason stays."""
+        """Record why the group can't be pruned. The first reason is kept."""
         self.reason = self.reason or readable(reason)
 
 
 def readable(reason: str) -> str:
-    """A reason without the empty name of the model itself."""
+    """A reason without ``in ''``, which names the model itself."""
     return reason.replace(" in ''", "")
 
 
 class _Channels:
-    """Which group each id belongs to, and which of its channels it is.
+    """Which group each id belongs to, and which channel of that group it is.
 
-    Two tensors have an entry for each id that stands for a class: ``group_of`` and ``channel_of``, where
-    ``NOT_OURS`` means that no layer makes it.
+    The tensors ``group_of`` and ``channel_of`` are indexed by id; only entries at representatives are meaningful.
+    ``NOT_OURS`` means that no layer makes the channel.
     """
 
     def __init__(self, builder: Builder) -> None:
@@ -116,7 +116,7 @@ def _add_slots(builder: Builder, channels: _Channels) -> None:
     for record in builder.slots.values():
         roots = channels.find(record.ids)
         owners, places = channels.group_of[roots], channels.channel_of[roots]
-        alone = bool((owners == owners[:1]).all())  # as a rule
+        alone = bool((owners == owners[:1]).all())  # the usual case
         for index in sorted(set(owners[: 1 if alone else None].tolist()) - {NOT_OURS}):
             carried = places if alone else torch.where(owners == index, places, NOT_OURS)
             slot = Slot(record.parameter, record.dim, tuple(carried.tolist()), record.blocks)
@@ -164,7 +164,7 @@ def _add_layer_norms(builder: Builder, channels: _Channels) -> None:
                 draft.layer_norms.append(norm)
         if not _some_stay(channels, ids):
             for draft in over:
-                draft.exclude(f"layer_norm {norm.layer!r} takes statistics over some of them only")
+                draft.exclude(f"layer_norm {norm.layer!r} takes statistics over only some of its channels")
 
 
 def _add_statistics(builder: Builder, channels: _Channels) -> None:
@@ -176,11 +176,11 @@ def _add_statistics(builder: Builder, channels: _Channels) -> None:
             carried = torch.where(owners == draft.index, channels.channel_of[roots], NOT_OURS)
             draft.statistics.append(Statistic(reduction, tuple(carried.tolist())))
             if not _some_stay(channels, ids):
-                draft.exclude(f"{reduction.op} in {reduction.module!r} is taken over some of them only")
+                draft.exclude(f"{reduction.op} in {reduction.module!r} is taken over only some of its channels")
 
 
 def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]) -> Group:
-    """The finished group, under a name that is not yet among ``names``."""
+    """The frozen group, under a name that is not yet in ``names``."""
     blocks, trouble = _blocks(channels, draft)
     tied = tuple(slot for slot in draft.carriers if (slot.parameter, slot.dim) in builder.tied)
     if trouble:
@@ -215,10 +215,10 @@ def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]
 
 
 def _why_single(draft: _Draft) -> str:
-    """Why there is nothing to choose from."""
+    """Why a group has only one channel."""
     if all(len(record.ids) == 1 for record in draft.producers):
         return "it has a single channel"
-    return f"its channels go together, all or none: {draft.joined or 'the code adds or multiplies them'}"
+    return f"its channels can only be cut all together: {draft.joined or 'the code adds or multiplies them'}"
 
 
 def _consumers(builder: Builder, channels: _Channels) -> Iterator[Consumer]:
@@ -233,7 +233,7 @@ def _consumers(builder: Builder, channels: _Channels) -> Iterator[Consumer]:
 
 
 def _fixed(builder: Builder) -> Iterator[tuple[Tensor, str]]:
-    """Ids that run along a dimension that must keep its size, with the reason."""
+    """Ids along dimensions that must keep their size, and why."""
     for shadow, dims, why in builder.fixed:
         final = compact(builder.ids.find(shadow))
         if any(varies(final, dim) for dim in dims):
@@ -241,15 +241,15 @@ def _fixed(builder: Builder) -> Iterator[tuple[Tensor, str]]:
 
 
 def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], list[tuple[Tensor, str]]]:
-    """Sizes that the model's code may spell out; and ids that leave no rectangle when some of them go."""
+    """Sizes that the model's code may spell out; and ids that no longer fill a rectangular shape once some are cut."""
     sizes: dict[Size, None] = {}
     broken = []
     for shadow, module in builder.shapes:
         final = compact(channels.find(shadow))
         moving = [dim for dim in range(final.dim()) if varies(final, dim)]
         if len(moving) > 1:
-            layout = f"a view in {module!r} lays them out in rows and columns, as a channel shuffle does"
-            broken.append((small(final).reshape(-1), f"{layout}; cuts would leave gaps"))
+            layout = f"a view in {module!r} arranges its channels in rows and columns, as a channel shuffle does"
+            broken.append((small(final).reshape(-1), f"{layout}; a cut would leave gaps"))
         elif moving:
             columns = channels.columns(small(final).reshape(-1))
             sizes[Size(module, final.shape[moving[0]], columns, moving[0], final.dim())] = None
@@ -257,7 +257,7 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
 
 
 def _evenly(channels: _Channels, ids: Tensor, width: int) -> bool:
-    """Whether these are all channels of one group, each equally often: only then is one factor right for all cuts."""
+    """Whether these are all channels of one group, each equally often. Only then one factor corrects every cut."""
     roots = channels.find(ids)
     if bool((channels.group_of[roots] == NOT_OURS).any()):
         return False
@@ -265,7 +265,7 @@ def _evenly(channels: _Channels, ids: Tensor, width: int) -> bool:
 
 
 def _some_stay(channels: _Channels, ids: Tensor) -> bool:
-    """Whether some of these channels stay whatever is cut: others than ours, or all of a group are among them."""
+    """Whether every cut leaves some of these: because some can't be cut, or because a whole group is among them."""
     roots = channels.find(ids)
     owners = channels.group_of[roots]
     if bool((owners == NOT_OURS).any()):
@@ -277,7 +277,7 @@ def _some_stay(channels: _Channels, ids: Tensor) -> bool:
 
 
 def _blocks(channels: _Channels, draft: _Draft) -> tuple[tuple[int, ...], str | None]:
-    """Label the channels so that cutting equally many of every label suits all grouped convolutions."""
+    """Label the channels so that grouped convolutions allow any cut that removes equally many of every label."""
     width = draft.width
     if not draft.equal:
         return (0,) * width, None
@@ -285,7 +285,7 @@ def _blocks(channels: _Channels, draft: _Draft) -> tuple[tuple[int, ...], str | 
     for roots, blocks in draft.equal:
         ours = channels.group_of[roots] == draft.index
         block = torch.arange(len(roots)) * blocks // len(roots)
-        # Which blocks each channel has a seat in; channels with seats in the same ones are alike.
+        # Which blocks each channel occurs in. Channels that occur in the same blocks get the same label.
         seats = torch.unique(channels.channel_of[roots[ours]] * blocks + block[ours])
         counts = torch.bincount(seats // blocks, minlength=width)
         if bool((counts == 1).all()):

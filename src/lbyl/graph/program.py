@@ -1,4 +1,4 @@
-"""What the rules walk over: the operations of one forward pass, by the names of the tensors that they use."""
+"""A traced program: the operations of one forward pass, and the names of the parameters that they use."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Program:
-    """The ATen operations of one forward pass, before any of them is taken apart.
+    """The ATen operations of one forward pass, before composite ones are decomposed.
 
     Attributes:
-        graph: one node an operation; ``node.meta`` holds what it returned without the numbers (``val``) and the
-            modules that it ran in (``nn_module_stack``).
-        parameters: which parameter or buffer a placeholder stands for. Other placeholders are inputs, constants
-            and buffers that are not saved with the model (masks, rotary frequencies).
+        graph: one node for each operation; ``node.meta`` holds the outputs as tensors without data (``val``) and the
+            modules that the operation ran in (``nn_module_stack``).
+        parameters: the parameter or buffer that each placeholder stands for. Placeholders that are not listed are
+            inputs, constants, and buffers that are not saved with the model (masks, rotary frequencies).
         macs: multiply-accumulates of the pass; None where it was not run with real tensors.
-        notes: what the user should know of the pass.
+        notes: what the user should know about the pass.
     """
 
     graph: fx.Graph

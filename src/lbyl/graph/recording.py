@@ -1,4 +1,4 @@
-"""Recording a model's program during one run: what `torch.export` finds, in a fraction of the time."""
+"""Records a model's program during one run: it finds what `torch.export` finds, in a fraction of the time."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
 from lbyl.runtime.macs import MacCounter
 
 _LIKE_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.argwhere.default, torch.ops.aten.nonzero_numpy.default)
-"""Made of an operation whose result has as many elements as the data will have it, but not marked as such."""
+"""Operations that PyTorch does not mark as such, although the size of their result depends on the data."""
 
 
 class Unseen(Exception):
-    """One run does not tell the whole program; the model may branch on what it computes."""
+    """One run does not determine the program, because the model may branch on values that it computes."""
 
 
 def record(model: nn.Module, inputs: ExampleInputs, follow: bool = False) -> Program:
-    """Run the model and write down its operations.
+    """Run the model and record its operations.
 
-    All runs have the same program unless Python sees a number that depends on inputs or weights. So the expensive part
-    need not be computed: layers and their norms return zeros. Where the model fails on zeros, it is run as it is.
+    All runs have the same program unless Python code reads a value that depends on inputs or weights. So the expensive
+    layers need not be computed: they return zeros. A model that fails on zeros is run with real values instead.
 
     Args:
         model: the network; it is not changed.
-        inputs: what it is called with.
-        follow: where Python sees such a number, go where it leads on these inputs; a note says so.
+        inputs: the example inputs.
+        follow: where Python code reads such a value, record the branch that it takes on these inputs, and note it.
 
     Raises:
-        Unseen: Python sees such a number, unless it is followed; a size depends on one; or a weight is used in a way
-            that the recorder can't see.
+        Unseen: Python code reads such a value and ``follow`` is False; a size depends on such a value; or a weight is
+            used in a way that the recorder can't see.
     """
     if follow:
         return _record(model, inputs, MacCounter(), follow)
@@ -77,7 +77,7 @@ class _Recorder(OperatorInterceptor):
             for path, module in model.named_modules()
             for name in module._non_persistent_buffers_set
         }
-        # Of the names of a tied tensor the last one counts, as in an exported program.
+        # A tied tensor has several names. The last one is used, as in an exported program.
         everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         for name, tensor in {id(tensor): (name, tensor) for name, tensor in everything}.values():
             node = self.place(tensor, depends=name not in constants)
@@ -112,17 +112,17 @@ class _Recorder(OperatorInterceptor):
         if self._seen:
             where = ", ".join(repr(path) for path in list(dict.fromkeys(self._seen))[:3])
             notes += (
-                f"the network looks at numbers that it computes (in {where}): it was traced, cut and verified along "
-                f"the way that it takes on the example inputs{self._idle()}",
+                f"the network branches on values that it computes (in {where}): it was traced, cut and verified only "
+                f"for the branches that the example inputs take{self._idle()}",
             )
         return Program(self._graph, self._parameters, counter.total, notes)
 
     def _idle(self) -> str:
-        """What to say of parameters that this run did not use."""
+        """The end of a note that names layers whose parameters this run did not use."""
         unused = [name for node, name in self._parameters.items() if not node.users]
         layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused))
         more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-        return f"; {', '.join(layers[:3])}{more} did not run there and may no longer fit" if layers else ""
+        return f"; {', '.join(layers[:3])}{more} did not run and may no longer fit the cut network" if layers else ""
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
@@ -139,7 +139,7 @@ class _Recorder(OperatorInterceptor):
             if number and self._follow:
                 self._seen.append(self._stack[-1][0] if self._stack else "")
             elif number or _shape_depends(func, args):
-                raise Unseen(f"{func} lets the program depend on its data")
+                raise Unseen(f"{func} makes the program depend on its data")
         if isinstance(result, Tensor):
             self._nodes[result] = node
         elif isinstance(result, (list, tuple)):
@@ -153,7 +153,7 @@ class _Recorder(OperatorInterceptor):
         return result
 
     def _nodes_in(self, value: Any) -> Any:
-        """The value with nodes for tensors; what operations are called with is no deeper than lists."""
+        """The value with nodes in place of tensors, also inside lists, tuples and dicts."""
         if isinstance(value, Tensor):
             return self._node(value)
         if isinstance(value, (tuple, list)):
@@ -173,16 +173,16 @@ class _Recorder(OperatorInterceptor):
 def _shape_depends(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether the size of the result depends on numbers in the arguments."""
     if func.namespace != "aten" or func in _LIKE_NONZERO:
-        return True  # PyTorch does not say; `torch.export` asks those who registered the operation
+        return True  # unknown here; `torch.export` uses what was registered with the operation
     if torch.Tag.dynamic_output_shape not in func.tags:
         return False
-    if func is torch.ops.aten.index.Tensor:  # only where the index is a mask
+    if func is torch.ops.aten.index.Tensor:  # depends on data only if an index is a mask
         return any(item is not None and item.dtype in (torch.bool, torch.uint8) for item in args[1])
     return True
 
 
 def _outline(tensor: Tensor) -> Tensor:
-    """Shape and dtype of a tensor, without memory."""
+    """A tensor of the same shape and dtype on the meta device."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 

@@ -1,4 +1,4 @@
-"""Submodules that can be traced where the whole model can't: what they are called with, and which they are."""
+"""Finds submodules that can be traced although the whole model can't, and the inputs that the model gives them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEEPEST = 5
 
 @dataclass(frozen=True)
 class Submodule:
-    """A submodule, what the model calls it with, and its channel graph."""
+    """A submodule: its path, the inputs that the model calls it with, and its channel graph."""
 
     path: str
     inputs: ExampleInputs
@@ -27,7 +27,7 @@ class Submodule:
 
 
 def captured(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> dict[str, list[ExampleInputs]]:
-    """What each submodule is called with, call by call, when the model runs on its inputs."""
+    """The inputs of every call of each submodule in ``paths``, from one run of the model."""
     calls: dict[str, list[ExampleInputs]] = {path: [] for path in paths}
 
     def note(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -39,10 +39,10 @@ def captured(model: nn.Module, inputs: ExampleInputs, paths: Iterable[str]) -> d
 
 
 def submodule_of(model: nn.Module, inputs: ExampleInputs, path: str) -> Submodule:
-    """The named submodule as a part.
+    """The submodule of that name, with its inputs and its graph.
 
     Raises:
-        InputError: no such submodule, or the model does not call it exactly once with tensors.
+        InputError: there is no such submodule, or the model does not call it exactly once with tensors.
         TraceError: ``torch.export`` can't trace it.
     """
     try:
@@ -61,9 +61,9 @@ def submodule_of(model: nn.Module, inputs: ExampleInputs, path: str) -> Submodul
 
 
 def traceable_submodules(model: nn.Module, inputs: ExampleInputs) -> tuple[list[Submodule], dict[str, str]]:
-    """The largest submodules that can be traced each by itself, and why the others can't.
+    """The largest submodules that can be traced separately, and for all others the reason why they can't be used.
 
-    A submodule counts when the model calls it once, with tensors, and it has channels to cut.
+    A submodule can be used if the model calls it once, with tensors, and it has channels that can be cut.
     """
     paths = [path for path, _ in model.named_modules() if path and path.count(".") < _DEEPEST]
     calls = captured(model, inputs, paths)
@@ -92,7 +92,7 @@ def traceable_submodules(model: nn.Module, inputs: ExampleInputs) -> tuple[list[
             if name in calls:
                 visit(name, child)
         if len(parts) + len(left) == known:
-            left[path] = why or f"called {len(calls.get(path, ()))} times"
+            left[path] = why or f"it is called {len(calls.get(path, ()))} times"
 
     for name, child in model.named_children():
         visit(name, child)
@@ -100,7 +100,7 @@ def traceable_submodules(model: nn.Module, inputs: ExampleInputs) -> tuple[list[
 
 
 def joined(parts: Iterable[Submodule]) -> Graph:
-    """The graphs of several parts as one, with the names that the whole model has for everything."""
+    """The graphs of several submodules as one graph, with the names that the whole model uses."""
     groups: list[Group] = []
     consumers: list[Consumer] = []
     barriers: list[str] = []

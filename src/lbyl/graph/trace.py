@@ -1,8 +1,8 @@
-"""From a model to its channel graph.
+"""Traces a model and builds its channel graph.
 
-The program is recorded or exported, and only read: the user's own modules are cut later. Each value in it gets a
-*shadow*, an integer tensor of the same shape that says which channel every element belongs to. One walk over the
-program finds out which channels belong together (see `lbyl.graph.rules`).
+The model's program is recorded or exported, and only read; it is the user's own modules that are cut later. Each value
+in the program gets a *shadow*, an integer tensor of the same shape that says which channel every element belongs to.
+One pass over the program finds out which channels belong together (see `lbyl.graph.rules`).
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ def trace(model: nn.Module, inputs: ExampleInputs, follow: bool = True) -> Graph
     Args:
         model: any module that ``torch.export`` can trace; it is not changed.
         inputs: the example inputs, see :class:`lbyl.runtime.inputs.ExampleInputs`.
-        follow: where the model branches on what it computes, take the way that it takes on these inputs.
+        follow: if the model branches on values that it computes, trace the branches that these inputs take.
 
     Raises:
         TraceError: ``torch.export`` refused the model.
         InputError: the model returns no tensor.
     """
     try:
-        with uncollected(), undisturbed(model):  # what the run leaves in caches would be constants to `torch.export`
+        with uncollected(), undisturbed(model):  # `torch.export` would take values cached by this run for constants
             program = record(model, inputs)
     except InputError:  # it returns no tensor
         raise
-    except Exception:  # whatever it is, `torch.export` says whether the model can be traced, and if not, why
+    except Exception:  # `torch.export` decides whether the model can be traced, and says why if it can't
         program = _exported(model, inputs) if follow else export(model, inputs)
     with uncollected():
         return graph_of(model, program)
 
 
 def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
-    """The program for all inputs, or else the one for these: where the model branches on what it computes.
+    """The program from ``torch.export``, or else one recorded for these inputs only.
 
     Raises:
-        TraceError: there is neither.
+        TraceError: neither is possible.
     """
     try:
         return export(model, inputs)
@@ -66,7 +66,7 @@ def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
         try:
             with uncollected(), undisturbed(model):
                 return record(model, inputs, follow=True)
-        except Exception:  # then one run does not tell either
+        except Exception:  # the first error says more
             raise error from None
 
 
@@ -102,9 +102,9 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
 
 
 def _coupled_with(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...]:
-    """The groups, with the heads of torch's MultiheadAttention coupled with the stream that its queries come from.
+    """The groups, where heads of torch's MultiheadAttention are coupled with the group that its queries come from.
 
-    The module assumes that all heads together are as wide as its input, so both have to lose the same share.
+    The module assumes that all heads together are as wide as its input, so both groups must lose the same share.
     """
     found = list(groups)
     for path, module in model.named_modules():
@@ -118,7 +118,7 @@ def _coupled_with(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...
             if heads.coupled_with in ("", stream):
                 found[makes[0]] = replace(heads, coupled_with=stream)
                 continue
-        why = f"{path!r} is torch's MultiheadAttention, which takes the width of its heads for that of its input"
+        why = f"{path!r} is torch's MultiheadAttention, which needs its heads together to be as wide as its input"
         for index in (*makes, *reads):
             found[index] = replace(found[index], reason=found[index].reason or why)
     return tuple(found)
@@ -144,16 +144,16 @@ def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
         return builder.barrier(node, everything, f"{place} has no rule")
     try:
         found = rule(builder, node, args, kwargs)
-    except Exception as error:  # a call that its rule was not made for; some rules come from users
+    except Exception as error:  # the rule does not handle this call; some rules come from users
         what = first_line(error) or type(error).__name__
-        return builder.barrier(node, everything, f"{place} is called in a way that its rule does not know ({what})")
+        return builder.barrier(node, everything, f"{place} is called in a way that its rule does not handle ({what})")
     if not _fits(found, node):
-        return builder.barrier(node, everything, f"{place} is called in a way that its rule does not know")
+        return builder.barrier(node, everything, f"{place} is called in a way that its rule does not handle")
     return found
 
 
 def _fits(found: Any, node: fx.Node) -> bool:
-    """Whether what a rule returned has the shapes of what the operation did."""
+    """Whether a rule's result has the shapes of the operation's outputs."""
     val = node.meta.get("val")
     if isinstance(val, (list, tuple)):
         return isinstance(found, (list, tuple)) and len(found) >= len(val)

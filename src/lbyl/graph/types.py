@@ -1,4 +1,4 @@
-"""What tracing returns: frozen descriptions that name parameters and never hold a weight."""
+"""The channel graph that a trace returns: frozen descriptions that name parameters and never hold a weight."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from lbyl.runtime.reductions import Reduction
 
 NOT_OURS = -1
-"""Marks an index of a parameter's dimension that carries no channel of the group at hand."""
+"""Marks an index of a parameter's dimension that carries no channel of this group."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One dimension of one parameter or buffer, and the group's channel that each index carries.
+    """One dimension of one parameter or buffer, and the channel of the group at each of its indices.
 
     ``channels[j]`` is a channel number of the group, or ``NOT_OURS``. With ``blocks > 1`` the slot is the
-    input dimension of a grouped convolution, or the output dimension of a transposed one: ``channels`` then runs over
-    all of them, of which the parameter stores ``len(channels) / blocks`` a row.
+    input dimension of a grouped convolution, or the output dimension of a transposed one. Then ``channels`` lists the
+    channels of all blocks, while the parameter's dimension has the size ``len(channels) / blocks``.
     """
 
     parameter: str
@@ -48,10 +48,10 @@ class Depthwise:
 
 @dataclass(frozen=True)
 class Producer:
-    """A layer that issues channels of the group.
+    """A layer that makes channels of the group.
 
-    ``stages`` are the linear maps of single channels that follow it with nothing in between: its batch norm,
-    and a depthwise convolution that no activation parts from it.
+    ``stages`` are the linear maps of single channels that directly follow it: a batch norm, and a depthwise
+    convolution with no activation before it.
     """
 
     layer: str
@@ -78,8 +78,8 @@ class Step:
 class Average:
     """A mean over all channels of a group that the model divides by.
 
-    When K of C channels stay, the cut is exact with ``weight`` times ``(C/K) ** power`` and ``eps`` times ``C/K``, if
-    the dropped channels are zero where the mean is taken.
+    When K of C channels are kept, surgery multiplies ``weight`` by ``(C/K) ** power`` and ``eps`` by ``C/K``. The cut
+    is then exact, if the dropped channels are zero where the mean is taken.
     """
 
     module: str
@@ -90,9 +90,9 @@ class Average:
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """A layer norm, or a group norm of a single group, over channels of a group, by its module and its weight's name.
+    """A layer norm, or a group norm with a single block, over channels of a group: its module and its weight's name.
 
-    Once some of them are cut, it takes its mean and variance over those that stay.
+    After a cut it takes its mean and variance over the kept channels.
     """
 
     layer: str
@@ -101,9 +101,9 @@ class LayerNorm:
 
 @dataclass(frozen=True)
 class Statistic:
-    """An operation that takes channels of a group together: over those that stay, once some are cut.
+    """An operation that reduces over channels of a group, and over the kept ones after a cut.
 
-    ``channels[j]`` is the channel of the group at index ``j`` of its axis, or ``NOT_OURS``.
+    ``channels[j]`` is the channel of the group at index ``j`` of the reduced axis, or ``NOT_OURS``.
     """
 
     reduction: Reduction
@@ -112,26 +112,27 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that must go together.
+    """A set of channels, each of which is kept or cut in all layers that carry it.
 
     Attributes:
         name: the first producer's layer name.
         width: number of channels.
-        producers: the layers that issue these channels.
-        carriers: every slot that is sliced along with the channels, the producers' own among them.
+        producers: the layers that make these channels.
+        carriers: every slot that is sliced along with the channels, including the producers' own.
         consumers: input dimensions of the layers that read the channels.
-        blocks: a label for each channel; every label must lose equally many (grouped convolutions).
-        coupled: a sum adds channels of different producers here (a residual stream).
-        steps: what lies between producers and consumers, in execution order.
-        averages: means that are taken over all channels; dropped channels must be zero before these means are taken.
+        blocks: a label for each channel; a cut must remove equally many channels of every label (grouped
+            convolutions).
+        coupled: whether a sum adds channels of different producers (a residual connection).
+        steps: the operations between producers and consumers, in execution order.
+        averages: means over all channels that the model divides by; dropped channels must be zero there.
         reason: why the group can't be pruned, or None when it can.
-        layer_norms: those that take statistics over these channels, and over fewer of them once some are cut.
-        coupled_with: the name of the group that has to lose the same share as this one, to the channel; "" for none.
+        layer_norms: layer norms over these channels; after a cut they are taken over the kept ones.
+        coupled_with: the name of a group that must lose exactly the same share of its channels; "" for none.
         tied: carriers that also read the channels, such as an output layer that shares the embedding's table. They
-            lose columns, and restoration can't make up for the loss there.
-        products: the modules that add up products of these channels in pairs (the scores of attention with one head);
+            lose columns, and restoration can't compensate for the loss there.
+        products: the modules that add up products of pairs of these channels (the scores of attention with one head);
             dropped channels must be zero there.
-        statistics: other operations that take these channels together, and fewer of them once some are cut.
+        statistics: other reductions over these channels; after a cut they are taken over the kept ones.
     """
 
     name: str
@@ -152,9 +153,9 @@ class Group:
 
     @property
     def excluded_from_inner(self) -> str | None:
-        """Why scope="inner" leaves the group whole, though it can be pruned; None where it does not."""
+        """Why scope="inner" does not prune the group although it could be pruned; None where it prunes the group."""
         if self.coupled:
-            return "a residual sum couples it"
+            return "a residual connection couples it"
         if self.layer_norms:
             return f"layer_norm {self.layer_norms[0].layer!r} takes statistics over it"
         if self.statistics:
@@ -177,11 +178,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A layer that mixes its input channels: where restoration can act.
+    """A layer that mixes its input channels, whose weight a restorer can change.
 
-    ``columns[j]`` says which (group index, channel) stands at input channel ``j``; the group index is
-    ``NOT_OURS`` where the input is nobody's (the image, for one). ``calls`` counts how often the layer runs;
-    ``dim`` is the dimension of the weight that holds the columns (0 for weights stored input first).
+    ``columns[j]`` is the (group index, channel) of input channel ``j``; the group index is ``NOT_OURS`` where no
+    group makes the input (as for the image). ``calls`` is how often the layer runs in one forward pass, and ``dim`` is
+    the input dimension of its weight (0 for weights stored input first).
     """
 
     layer: str
@@ -196,10 +197,10 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Size:
-    """A size that a view or a split in some module asks for, and the channels that it counts.
+    """A size that a view or a split in some module uses, and the channels along that axis.
 
-    The module may keep the number in an attribute (heads, a split size), which then follows the cut.
-    ``columns`` is as in :class:`Consumer`. The size is that of this ``axis``, of ``rank`` in all.
+    The module may keep the number in an attribute (number of heads, split size). A cut then changes the attribute.
+    ``columns`` is as in :class:`Consumer`. ``axis`` is the axis with this size, in a value with ``rank`` axes.
     """
 
     module: str
@@ -211,11 +212,16 @@ class Size:
 
 @dataclass(frozen=True)
 class Graph:
-    """The channel graph of one model: all groups, all consumers in execution order, all barriers, all sizes.
+    """The channel graph of one model.
 
-    ``computed`` names modules whose weight is computed on the fly, which `lbyl.graph.computed_weights`
-    can make plain; ``macs`` are the multiply-accumulates of the traced pass, where they were counted; ``notes`` are
-    what the user should know of that pass.
+    Attributes:
+        groups: all groups of channels.
+        consumers: all consumers, in execution order.
+        barriers: operations that the trace can't see through, and why.
+        sizes: sizes that the model's code may spell out.
+        computed: modules whose weight is computed on the fly; `lbyl.graph.computed_weights` can make them plain.
+        macs: multiply-accumulates of the traced pass; None where they were not counted.
+        notes: what the user should know about that pass.
     """
 
     groups: tuple[Group, ...]
@@ -227,7 +233,11 @@ class Graph:
     notes: tuple[str, ...] = ()
 
     def group(self, name: str) -> Group:
-        """The group of that name; raises ``KeyError`` where there is none."""
+        """The group of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
         for group in self.groups:
             if group.name == name:
                 return group

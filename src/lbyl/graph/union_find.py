@@ -1,4 +1,4 @@
-"""Channel ids and their union-find, vectorized over tensors of ids."""
+"""Channel ids and a union-find over them, vectorized over tensors of ids."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 NOBODY = 0
-"""The id of whatever is no channel: images, constants, padding. It is never merged with another id."""
+"""The id of elements that belong to no channel: images, constants, padding. It is never merged with another id."""
 
 _SEVERAL = 2**62
-"""Stands for the makers of a class of channels that several layers make."""
+"""Marks a class of merged channels that several layers make."""
 
 
 class Ids:
-    """A union-find over integer channel ids; the smallest member of a class stands for it."""
+    """A union-find over integer channel ids; the smallest id of a class of merged ids is its representative."""
 
     def __init__(self) -> None:
         self._parent = torch.zeros(1, dtype=torch.int64)
-        # Who makes the channels of a class, by the id that stands for it: a number, 0 for nobody, or _SEVERAL.
+        # The layer that makes a class, by representative: a layer number, 0 for none, or _SEVERAL.
         self._maker = torch.zeros(1, dtype=torch.int64)
         self._makers = 0
 
@@ -25,7 +25,7 @@ class Ids:
         return len(self._parent)
 
     def fresh(self, count: int, issued: bool = False) -> Tensor:
-        """``count`` ids that were never used before; ``issued`` when some layer makes these channels."""
+        """``count`` new ids; ``issued`` says that a layer makes these channels."""
         new = torch.arange(len(self._parent), len(self._parent) + count)
         self._parent = torch.cat([self._parent, new])
         self._makers += issued
@@ -33,11 +33,11 @@ class Ids:
         return new
 
     def issued(self, ids: Tensor) -> Tensor:
-        """Which of these ids stand together with the output channels of some layer."""
+        """Which of these ids are, or were merged with, output channels of a layer."""
         return self._maker[self.find(ids)] != 0
 
     def different_makers(self, a: Tensor, b: Tensor) -> Tensor:
-        """Which pairs of ids stand for channels of different layers, both of them issued."""
+        """Which pairs of ids are channels that two different layers make."""
         a, b = self.find(a), self.find(b)
         one, other = self._maker[a], self._maker[b]
         return (a != b) & (one != 0) & (other != 0) & ((one != other) | (one == _SEVERAL))
@@ -49,11 +49,11 @@ class Ids:
         while not torch.equal(above := self._parent.take(roots), roots):
             roots = above
         if roots is not first:
-            self._parent[distinct] = roots  # the next one finds it at once
+            self._parent[distinct] = roots  # path compression
         return roots if distinct is ids else roots.expand(ids.shape)
 
     def union(self, a: Tensor, b: Tensor) -> None:
-        """Merge ``a[i]`` with ``b[i]`` for every i; pairs that hold NOBODY are left out."""
+        """Merge ``a[i]`` with ``b[i]`` for every i; pairs that contain ``NOBODY`` are skipped."""
         a, b = a.reshape(-1), b.reshape(-1)
         real = (a != NOBODY) & (b != NOBODY)
         a, b = a[real], b[real]
@@ -66,7 +66,7 @@ class Ids:
             apart = a != b
             a, b = a[apart], b[apart]
             low, high = torch.minimum(a, b), torch.maximum(a, b)
-            # Several pairs may name the same `high`; all but one go round the loop again.
+            # Several pairs may share `high`; all but one of them are merged in the next round.
             self._parent.scatter_reduce_(0, high, low, "amin")
             a, b = self.find(a), self.find(b)
         makers = self._maker[merged]
@@ -79,7 +79,7 @@ class Ids:
 
 
 def compact(shadow: Tensor) -> Tensor:
-    """The same values, with stride 0 along every dimension in which they do not change."""
+    """The same values, with stride 0 along every dimension along which they do not change."""
     whole, shadow = shadow, small(shadow)
     for dim, size in enumerate(shadow.shape):
         if size > 1:
@@ -95,7 +95,7 @@ def varies(shadow: Tensor, dim: int) -> bool:
 
 
 def small(shadow: Tensor) -> Tensor:
-    """A view with every stride-0 dimension narrowed to one index: all distinct values, few repeats."""
+    """A view in which every stride-0 dimension has size 1. It holds every distinct value, with few repeats."""
     for dim, stride in enumerate(shadow.stride()):
         if stride == 0 and shadow.shape[dim] > 1:
             shadow = shadow.narrow(dim, 0, 1)

@@ -1,1 +1,1 @@
-"""Files in and out: sources of models, saved folders, images, exports, reports."""
+"""Reads and writes files: sources of models, saved folders, images, texts, exports, reports."""

@@ -52,8 +52,8 @@ class Manifest:
 def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Report) -> Path:
     """Write a compressed model into a new folder, with a report for people and one for machines.
 
-    Everything is written to a temporary folder beside it, which is then renamed, so nobody ever sees an unfinished
-    folder. A network that was read from an ONNX file is written as ``model.onnx``, which then stands for the weights;
+    Everything is written to a temporary folder beside it, which is then renamed, so an unfinished folder is never
+    visible. A network that was read from an ONNX file is written as ``model.onnx``, which then stands for the weights;
     one that was read from ``model.pt2`` gets such a file beside them. A model of transformers also gets a
     ``config.json`` if one can express its widths; the saved report says whether it did.
 
@@ -90,7 +90,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
 
 
 def check_free(target: Path) -> None:
-    """Raise InputError unless a folder of this name can be made: its parent exists, and it does not yet."""
+    """Raise InputError unless a folder of this name can be made: its parent must exist, and it must not."""
     try:
         if target.exists() or target.is_symlink():
             raise InputError(f"{target} exists already; choose another folder or remove it first")
@@ -106,7 +106,7 @@ def document(path: str | os.PathLike[str], plan: Plan, report: Report, *, truste
     Args:
         path: the folder. ``report.json`` says ".", because the folder may be moved.
         plan: what was cut, and with which settings.
-        report: what came of it.
+        report: the result.
         trusted: whether the plan was made by this process. Otherwise the line that loads the folder names no code.
 
     Returns:
@@ -127,12 +127,12 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Read ``lbyl.json`` of a saved folder.
 
     Raises:
-        ArtifactError: no such folder, or a damaged or foreign file.
+        ArtifactError: there is no such folder, or its file is damaged or not from lbyl.
     """
     file = as_path(path) / MANIFEST
     with _reading(file):
         if not file.is_file():
-            raise ArtifactError(f"{path} is no folder saved by lbyl: it has no {MANIFEST}")
+            raise ArtifactError(f"{path} is not a folder saved by lbyl: it has no {MANIFEST}")
     data = read_json(file)
     if not isinstance(data, dict) or not {"plan", "report", "sha256"} <= data.keys():
         raise ArtifactError(f"{file} is damaged: plan, report or sha256 is missing")
@@ -205,7 +205,7 @@ def _load_onnx(file: Path, manifest: Manifest) -> nn.Module:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Errors of the operating system become an ArtifactError that names what was to be read."""
+    """Turn errors of the operating system into an ArtifactError that names the file."""
     try:
         yield
     except OSError as error:
@@ -213,10 +213,10 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _check_shapes(model: nn.Module, weights: Path) -> None:
-    """Raise SurgeryError unless the tensors of a file have the shapes of the model's; nothing is read or allocated."""
+    """Raise SurgeryError unless the tensors of a file have the shapes of the model's, without reading the tensors."""
     with safe_open(weights, framework="pt") as content:
         found = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
     for name, tensor in tensors_of(model).items():
         if found.get(name, () if tensor.is_meta else tuple(tensor.shape)) != tuple(tensor.shape):
             shape = "x".join(map(str, found[name])) if name in found else "missing"
-            raise SurgeryError(f"{name} is {shape} in the file, {shape_and_dtype(tensor)} by the plan")
+            raise SurgeryError(f"{name} is {shape} in the file, but {shape_and_dtype(tensor)} according to the plan")

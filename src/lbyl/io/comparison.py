@@ -1,4 +1,4 @@
-"""What a written file is compared on with its network: inputs that a plan describes, and how outputs differ."""
+"""Compares a written file with its network: makes the inputs that a plan describes, and measures differences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def described_inputs(plan: Plan, seed: int) -> ExampleInputs:
     """Random inputs of the shapes that the plan was made for.
 
     Raises:
-        InputError: the plan doesn't say shapes, or inputs of these dtypes can't be made up.
+        InputError: the plan states no shapes, or valid inputs of these dtypes can't be made up.
     """
     generator = torch.Generator().manual_seed(seed)
     made: list[Tensor] = []
@@ -27,11 +27,11 @@ def described_inputs(plan: Plan, seed: int) -> ExampleInputs:
         found = re.fullmatch(r"(\w+) (scalar|\d+(?:x\d+)*)", text)
         dtype = getattr(torch, found[1], None) if found else None
         if found is None or not isinstance(dtype, torch.dtype):
-            raise InputError(f"the plan describes the inputs as {plan.inputs!r}, which says no shapes; pass inputs=")
+            raise InputError(f"the plan describes the inputs as {plan.inputs!r}, without shapes; pass inputs=")
         if not dtype.is_floating_point:
             raise InputError(
-                f"the network was compressed on {plan.inputs}: {found[1]} can't be made up, for token ids and indices "
-                "have a range. Pass what the model is called with as inputs= (--input on the command line)"
+                f"the network was compressed on {plan.inputs}: {found[1]} can't be made up, because token ids and "
+                "indices have a limited range. Pass the model's inputs as inputs= (--input on the command line)"
             )
         shape = [int(size) for size in found[2].split("x")] if found[2] != "scalar" else []
         if math.prod(shape) > _LARGEST_INPUT:
@@ -41,7 +41,7 @@ def described_inputs(plan: Plan, seed: int) -> ExampleInputs:
 
 
 def difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
-    """Largest absolute difference, and the same relative to the largest finite magnitude that is expected."""
+    """The largest absolute difference, and this difference relative to the largest finite magnitude of ``expected``."""
     a, b = expected.detach().double(), found.detach().double()
     same = (a == b) | (a.isnan() & b.isnan())  # the difference of equal infinities is NaN
     apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf)

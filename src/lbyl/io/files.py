@@ -1,6 +1,6 @@
-"""Files and folders that are there whole or not at all, whenever the process is killed.
+"""Writes files and folders completely or not at all, even if the process is killed.
 
-Nothing is written through a link, and every file gets the mode that the user's umask gives to new files.
+Symbolic links are never written through, and every file gets the mode that the user's umask gives to new files.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lbyl.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows: there, what a killed process has left behind stays
+except ImportError:  # on Windows, leftovers of killed processes are not removed
     fcntl = None
 
 TEMPORARY = ".tmp-"
-"""How names of unfinished files begin."""
+"""Prefix of the names of unfinished files."""
 
 _UNFINISHED = ".lbyl"
-"""How names of unfinished folders end."""
+"""Suffix of the names of unfinished folders."""
 
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Errors of the operating system become an InputError that names what was to be written."""
+    """Turn errors of the operating system into an InputError that names the file to be written."""
     try:
         yield
     except OSError as error:
@@ -43,11 +43,11 @@ def writing(target: Path) -> Iterator[None]:
 
 @contextmanager
 def stage(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, for files that are written and then renamed.
+    """A temporary folder beside the target, for files that are written there and then renamed.
 
-    What has not been renamed at the end is removed, also after an error. What killed processes have left beside the
-    target is removed at the beginning: they no longer hold the lock of their folder. Files written here reach the
-    disk, and get their modes, only by :func:`finish`.
+    At the end, also after an error, the folder and all files left in it are removed. At the beginning, temporary
+    folders of killed processes are removed, which no longer hold the lock of their folder. Call :func:`finish` before
+    renaming, to flush files to the disk and give them their modes.
 
     Raises:
         InputError: the folder can't be made, or something in it can't be written.
@@ -86,14 +86,14 @@ def _new_folder(target: Path) -> tuple[Path, int | None]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=_UNFINISHED, dir=target.parent))
         lock = _locked(folder, wait=True)
-        if folder.is_dir():  # before it was locked, another process may have taken it for a dead one's
+        if folder.is_dir():  # another process may have removed it before it was locked
             return folder, lock
         if lock is not None:
             os.close(lock)
 
 
 def _locked(folder: Path, wait: bool = False) -> int | None:
-    """The open lock of a folder, which the end of the process gives free; None where it can't be had."""
+    """The open lock of a folder, which is released when the process ends; None if another process holds it."""
     if fcntl is None:
         return None
     with suppress(OSError):
@@ -107,7 +107,7 @@ def _locked(folder: Path, wait: bool = False) -> int | None:
 
 
 def finish(folder: Path) -> None:
-    """Wait until all that was written in a folder is on the disk, and give it the modes of new files."""
+    """Wait until all files in a folder are on the disk, and give them the modes of new files."""
     mode = _usual_mode(folder)
     for file in folder.iterdir():
         file.chmod(mode)
@@ -117,7 +117,7 @@ def finish(folder: Path) -> None:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a temporary file beside the file, then rename it. A link of that name is replaced, not followed.
+    """Write a file completely or not at all, through a temporary file. A link of that name is replaced, not followed.
 
     Raises:
         InputError: it can't be written.
@@ -137,7 +137,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def _usual_mode(folder: Path) -> int:
-    """The mode that a new file in a folder gets. Asking for the umask would change it for other threads."""
+    """The mode that a new file in a folder gets, found by making one: reading the umask would affect other threads."""
     name = folder / f"{TEMPORARY}{token_hex(8)}"
     handle = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
@@ -148,7 +148,7 @@ def _usual_mode(folder: Path) -> int:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], note: str) -> None:
-    """Write tensors as safetensors, with a note of text (JSON, say) in the same file.
+    """Write tensors as safetensors, with a text (such as JSON) in the same file.
 
     Raises:
         InputError: it can't be written.
@@ -158,18 +158,18 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], note: str) -> None:
 
 
 def files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
-    """All files in a folder and the folders in it whose names end so, sorted by name; hidden ones are left out.
+    """All files with one of these suffixes in a folder and its subfolders, sorted by name, without hidden ones.
 
     Raises:
-        InputError: no such folder, or no such file in it; ``what`` is what the errors call them.
+        InputError: there is no such folder, or no such file in it; the errors call the files ``what``.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder of {what}s")
+        raise InputError(f"{folder} is not a folder of {what}s")
     files = sorted(
         file
         for file in folder.rglob("*")
         if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
     )
     if not files:
-        raise InputError(f"no {what} in {folder} or the folders in it; looked for {', '.join(suffixes)}")
+        raise InputError(f"no {what} in {folder} or its subfolders; looked for {', '.join(suffixes)}")
     return files

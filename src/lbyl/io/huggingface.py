@@ -1,8 +1,8 @@
-"""A configuration that says how wide a pruned Hugging Face model is, so that ``from_pretrained`` loads its folder.
+"""Finds a configuration with the widths of a pruned Hugging Face model, so that ``from_pretrained`` can load it.
 
-A configuration has a few numbers for widths. Each holds for all layers alike, and some widths have no number. There is
-no list of architectures that says which number decides which size. Instead, the model is built on the meta device,
-where nothing is allocated, with one number changed: the sizes that change too are the ones that the number decides.
+A configuration has a few numbers for widths. Each applies to all layers, and some widths have no number. Which number
+decides which sizes is not taken from a list of architectures. Instead, the model is built on the meta device, where
+nothing is allocated, with one number changed. The sizes that change as well are those that the number decides.
 
 Nothing here imports transformers: if a model has a configuration, transformers is imported already.
 """
@@ -29,16 +29,16 @@ from lbyl.surgery.plan import architecture_of
 CONFIG = "config.json"
 
 _WIDTH = re.compile(r"intermediate|inner|ffn|d_ff|mlp_dim|hidden_dim|hidden_size|n_embd|d_model|(^|_)heads?$")
-"""Numbers that count hidden neurons, heads and channels of streams. Sizes within heads are not cut."""
+"""Numbers of hidden neurons, heads and channels of residual connections. Sizes within heads are never cut."""
 
 _HEADS = re.compile(r"(^|_)heads?$")
 """Numbers that count heads."""
 
 _WITHIN = re.compile(r"head_dim|(?<!all_)head_size|scal|groups|n_rep|eps")
-"""Attributes that say how a head or a norm computes. Shapes alone do not tell 8 heads of 4 from 4 heads of 8."""
+"""Attributes that change how a head or a norm computes. Shapes do not distinguish 8 heads of 4 from 4 heads of 8."""
 
 _EPS = re.compile(r"eps")
-"""Numbers that norms add to a mean square. Where channels go that an RMS norm is taken over, they grow."""
+"""Numbers that norms add to a mean square. They change when channels under an RMS norm are cut."""
 
 _COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -47,7 +47,7 @@ _COMPANIONS = (
     *("preprocessor_config.json", "processor_config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
 )
-"""Files beside a model that say how text and images become its inputs, and how it generates."""
+"""Files beside a model that describe how text and images become its inputs, and how it generates text."""
 
 _Settings = dict[str, Any]
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -66,10 +66,10 @@ def is_pretrained_model(model: nn.Module) -> bool:
 
 
 def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[int]]) -> str:
-    """Write ``config.json`` beside saved weights, if ``from_pretrained`` then gives the very same model.
+    """Write ``config.json`` beside saved weights, if ``from_pretrained`` then gives the same model.
 
-    This is tested: first on the shapes of a model that is built from the configuration, then by loading the folder.
-    What stands beside the weights that the model was loaded from, such as its tokenizer, is copied along.
+    This is checked, first by the shapes of a model that is built from the configuration, and then by loading the
+    folder. Other files beside the original weights, such as the tokenizer, are copied.
 
     Args:
         folder: a folder that already has the ``model.safetensors`` of the pruned model.
@@ -94,16 +94,16 @@ def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[i
 
 
 def follow_widths(model: nn.Module, before: Mapping[str, Sequence[int]]) -> str:
-    """Give a pruned model a configuration that says its widths, so that ``save_pretrained`` works.
+    """Give a pruned model a configuration with its widths, so that ``save_pretrained`` works.
 
-    The configuration that it had, which the unpruned model may share, stays as it is.
+    The old configuration, which the unpruned model may share, is not changed.
 
     Args:
         model: the pruned model.
         before: shapes of the parameters and buffers of the unpruned model.
 
     Returns:
-        A note for the report, where no configuration says these widths; "" otherwise.
+        A note for the report if no configuration can express these widths, else "".
     """
     if not is_pretrained_model(model):
         return ""
@@ -111,17 +111,17 @@ def follow_widths(model: nn.Module, before: Mapping[str, Sequence[int]]) -> str:
         with quiet():
             config = _fitting(model, {parameter: tuple(shape) for parameter, shape in before.items()})
     except _Unsayable as error:
-        return f"model.config keeps the unpruned widths, for it can't say the new ones: {error}"
+        return f"model.config still has the unpruned widths, because it can't express the new ones: {error}"
     _adopt(model, config)
     return ""
 
 
 def _adopt(model: nn.Module, config: Any) -> None:
-    """Put a configuration, and the ones within it, in place of the model's own in all of its modules."""
+    """Replace the model's configuration, and those inside it, in all of its modules."""
     old: Any = model.config
     twins = {type(value): getattr(config, name) for name, value in vars(old).items() if hasattr(value, "to_dict")}
     twins[type(old)] = config
-    for name in ("_name_or_path", "_attn_implementation"):  # which files do not say
+    for name in ("_name_or_path", "_attn_implementation"):  # these are not stored in files
         if hasattr(old, name):
             setattr(config, name, getattr(old, name))
     for module in model.modules():
@@ -130,7 +130,7 @@ def _adopt(model: nn.Module, config: Any) -> None:
 
 
 def _copy_companions(folder: Path, model: Any) -> None:
-    """Copy the tokenizer and the like from where the model was loaded, and write how it generates."""
+    """Copy the tokenizer and similar files from where the model was loaded, and write its generation settings."""
     place = Path(str(getattr(model, "name_or_path", "") or folder))
     for name in _COMPANIONS if place.is_dir() else ():
         source, target = place / name, folder / name
@@ -155,15 +155,15 @@ def _check_loaded(folder: Path, model: nn.Module) -> None:
             or name not in found
             or not torch.equal(state[name].cpu(), found[name].cpu().to(state[name].dtype))
         ):
-            raise _Unsayable(f"{name} does not come back as it was saved")
+            raise _Unsayable(f"{name} differs after loading")
 
 
 def _fitting(model: nn.Module, before: _Shapes) -> Any:
-    """A configuration with the widths of ``model``: its own, or what becomes of it."""
+    """A configuration with the widths of ``model``: its own, or a changed copy."""
     config: Any = model.config
     name, after = type(config).__name__, architecture_of(model)
     if after.keys() != before.keys():
-        raise _Unsayable("some of its layers became plain ones, which its class does not build")
+        raise _Unsayable("some layers were replaced by plain ones, which its class does not build")
     plain = {**copy.deepcopy(config.to_dict()), "architectures": [type(model).__name__]}
     for key in plain.keys() & {"dtype", "torch_dtype"}:  # the weights may have been converted since
         plain[key] = str(next(t for t in model.parameters() if t.is_floating_point()).dtype).removeprefix("torch.")
@@ -177,8 +177,8 @@ def _fitting(model: nn.Module, before: _Shapes) -> Any:
     new, left = _solved(decided, _sizes(before), _sizes(after))
     if left:
         parameter, dim = min(left)
-        raise _Unsayable(f"no number in {name} says that {parameter} has {after[parameter][dim]} in dimension {dim}")
-    # A number is written out only if the others no longer imply it. The number of heads may decide no size at all.
+        raise _Unsayable(f"no number in {name} sets dimension {dim} of {parameter} to {after[parameter][dim]}")
+    # A number is written only if it does not follow from others. The number of heads may decide no size at all.
     trouble: str | None = None
     for numbers in (new, {**_fewer_heads(model, settings), **new}):
         for candidate in (_with(plain, numbers), _with(settings, numbers)):
@@ -187,11 +187,11 @@ def _fitting(model: nn.Module, before: _Shapes) -> Any:
             if found == "":
                 return _config(model, candidate)
             trouble = trouble or found
-    raise _Unsayable(trouble or f"a model built from its {name} has other shapes, or none can be")
+    raise _Unsayable(trouble or f"no model with these shapes can be built from its {name}")
 
 
 def _trouble(model: nn.Module, settings: _Settings) -> str | None:
-    """What a model of these settings computes differently; "" for nothing, None where its shapes differ."""
+    """How a model with these settings computes differently; "" if it does not, None if its shapes differ."""
     built = _attempt(model, settings)
     if built is None or architecture_of(built) != architecture_of(model):
         return None
@@ -199,7 +199,7 @@ def _trouble(model: nn.Module, settings: _Settings) -> str | None:
 
 
 def _constants(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...], float]:
-    """The numbers that norms add, where all norms that had one of the configuration's now have another."""
+    """New values of the numbers that norms add, where all norms that use a number of the configuration agree."""
     built = _attempt(model, settings)
     modules = dict(built.named_modules()) if built is not None else {}
     now: dict[float, set[float]] = {}
@@ -222,8 +222,9 @@ def _sizes(shapes: _Shapes) -> dict[tuple[str, int], int]:
 def _decides(
     model: nn.Module, settings: _Settings, path: tuple[str, ...], value: int, before: _Shapes
 ) -> dict[tuple[str, int], Fraction]:
-    """The sizes that a number decides, and how much each grows when the number grows by one."""
-    # Configurations check divisibility: 1 divides everything, and what divides a number also divides its double.
+    """The sizes that a number decides, and by how much each changes when the number grows by one."""
+    # Configurations check divisibility. These values pass: 1 divides all numbers, and divisors of a number divide its
+    # double.
     probe, probed = 1, None
     for probe in (1, 2 * value) if value != 1 else (2,):
         probed = _attempt(model, _with(settings, {path: probe}))
@@ -242,10 +243,10 @@ def _solved(
     before: Mapping[tuple[str, int], int],
     after: Mapping[tuple[str, int], int],
 ) -> tuple[dict[tuple[str, ...], int], set[tuple[str, int]]]:
-    """The values that numbers must have for the sizes that they decide, and the sizes that none explains.
+    """The values that numbers must have to give the new sizes, and the sizes that no number explains.
 
-    A size may be decided by several numbers: queries, keys and values in one layer. Numbers that decide some size by
-    themselves come first; what they leave is for the others to explain.
+    A size may depend on several numbers, as for queries, keys and values in one layer. Numbers that decide a size alone
+    are solved first, and the others from what remains.
     """
     left = {axis: Fraction(after[axis] - size) for axis, size in before.items() if after[axis] != size}
     times = Counter(axis for slopes in decided.values() for axis in slopes)
@@ -257,10 +258,10 @@ def _solved(
         own = [axis for axis in slopes if times[axis] == 1] or list(slopes)
         wanted = {value + left.get(axis, 0) / slopes[axis] for axis in own}
         if len(wanted) > 1:
-            raise _Unsayable(f"{name} is one number for all layers, and they keep {min(wanted)} to {max(wanted)}")
+            raise _Unsayable(f"{name} is one number for all layers, but layers keep {min(wanted)} to {max(wanted)}")
         (number,) = wanted
         if number.denominator != 1:
-            raise _Unsayable(f"{name} would be {number}, no whole number")
+            raise _Unsayable(f"{name} would be {number}, which is not a whole number")
         rest = {axis: left.pop(axis, Fraction(0)) - slope * (number - value) for axis, slope in slopes.items()}
         left |= {axis: size for axis, size in rest.items() if size}
         if number != value:
@@ -269,7 +270,7 @@ def _solved(
 
 
 def _explicit(settings: _Settings) -> _Settings:
-    """The same settings, in which numbers that follow from others are written out."""
+    """The same settings, with explicit values for numbers that follow from others."""
     settings = copy.deepcopy(settings)
     hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
     if settings.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
@@ -282,7 +283,7 @@ def _explicit(settings: _Settings) -> _Settings:
 
 
 def _numbers(settings: _Settings, kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Numbers of one type, also those of configurations within the configuration."""
+    """Numbers of one type, including those in nested configurations."""
     for name, value in settings.items():
         if isinstance(value, dict) and name.endswith("config"):
             yield from _numbers(value, kind, (*path, name))
@@ -306,13 +307,13 @@ def _with(settings: _Settings, values: Mapping[tuple[str, ...], float]) -> _Sett
 
 
 def _config(model: nn.Module, settings: _Settings) -> Any:
-    """A configuration as it is read from ``config.json``, with all of its checks."""
+    """A configuration made from settings as if read from ``config.json``, with all checks of its class."""
     kind: Any = type(model.config)
     return kind.from_dict(json.loads(kind.from_dict(copy.deepcopy(settings)).to_json_string()))
 
 
 def _attempt(model: nn.Module, settings: _Settings) -> nn.Module | None:
-    """A model of these settings on the meta device; None where the configuration or the model refuses them."""
+    """A model with these settings on the meta device; None if the configuration or the model refuses them."""
     kind: Any = type(model)
     try:
         with torch.device("meta"):
@@ -322,7 +323,7 @@ def _attempt(model: nn.Module, settings: _Settings) -> nn.Module | None:
 
 
 def _fewer_heads(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...], int]:
-    """The number of heads that are left, if it is the same in all layers and one number of the configuration."""
+    """The new number of heads, if it is the same in all layers and a number of the configuration."""
     numbers = {v for m in model.modules() for name, v in vars(m).items() if _HEADS.search(name) and type(v) is int}
     paths = [path for path, _ in _fields(settings) if _HEADS.search(path[-1])]
     return {paths[0]: numbers.pop()} if len(numbers) == len(paths) == 1 else {}
@@ -336,5 +337,5 @@ def _other_attribute(model: nn.Module, built: nn.Module) -> str:
             if _WITHIN.search(name) and type(value) in (int, float):
                 found = getattr(modules.get(path), name, None)
                 if found != value:
-                    return f"{path}.{name} is {value}, and would be {found}"
+                    return f"{path}.{name} is {value}, but would be {found}"
     return ""

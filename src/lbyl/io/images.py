@@ -1,4 +1,4 @@
-"""A folder of images as batches that a model takes: for ``lbyl compress --data``."""
+"""Reads a folder of images as batches of a model's inputs, for ``lbyl compress --data``."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ BICUBIC = 3
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 Preprocess = Callable[[Any], Tensor]
-"""From a PIL image to the model's input, without the batch axis."""
+"""A function from a PIL image to the model's input, without the batch axis."""
 
 
 def read_images(folder: Path, preprocess: Preprocess, mode: str = "RGB", seed: int = 0) -> list[Tensor]:
-    """Up to ``BATCHES`` batches of images from a folder and the folders in it.
+    """Up to ``BATCHES`` batches of images from a folder and its subfolders.
 
-    If there are more images, a random sample is taken: the first files of a folder sorted by class show one class only.
+    If there are more images, a random sample is used, because the first files of a folder often show only one class.
 
     Raises:
         InputError: there is no folder or no image in it, an image can't be read, or preprocessed sizes differ.
@@ -53,10 +53,10 @@ def read_images(folder: Path, preprocess: Preprocess, mode: str = "RGB", seed: i
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files in a folder and the folders in it, sorted by name.
+    """All image files in a folder and its subfolders, sorted by name.
 
     Raises:
-        InputError: no such folder, or no image in it.
+        InputError: there is no such folder, or no image in it.
     """
     return files_in(folder, SUFFIXES, "image")
 
@@ -70,22 +70,22 @@ def preprocessing(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[Preprocess, str]:
-    """How images become inputs of a model, and the PIL mode that they are first converted to.
+    """The function that turns images into inputs of a model, and the PIL mode to which images are converted first.
 
     Args:
         source: as for ``lbyl.io.sources.load_source``; timm and torchvision have their own preprocessing.
-        model: the model that the source gave.
-        shape: of the example input, batch x channels x height x width.
+        model: the model from that source.
+        shape: shape of the example input, batch x channels x height x width.
         sized: whether the user gave that shape; otherwise it is the source's default.
-        mean: subtracted from pixels, which lie between 0 and 1; ImageNet's if nothing else is known.
+        mean: subtracted from pixel values between 0 and 1; by default that of the source, or ImageNet's.
         std: the divisor after that.
 
     Raises:
-        InputError: the model takes no images, or the numbers of channels do not fit.
+        InputError: the model takes no images, or the number of channels does not fit.
     """
     if len(shape) != 4 or shape[1] not in (1, 3):
         sizes = "x".join(map(str, shape))
-        raise InputError(f"the example input is {sizes}, no batch of gray or RGB images; leave out --data")
+        raise InputError(f"the example input is {sizes}, not a batch of gray or RGB images; leave out --data")
     if mean is None and std is None:
         kind, _, name = source.rpartition(":")
         if kind == "timm":
@@ -119,11 +119,11 @@ def _resize_and_normalize(
     shift, divisor = mean or IMAGENET_MEAN, std or IMAGENET_STD
     for name, numbers in (("--mean", shift), ("--std", divisor)):
         if len(numbers) not in (1, channels):
-            raise InputError(f"{name} has {len(numbers)} numbers; the model takes {channels} channels")
+            raise InputError(f"{name} has {len(numbers)} numbers, but the model takes {channels} channels")
     center, spread = (torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1, 1) for numbers in (shift, divisor))
 
     def preprocess(image: Any) -> Tensor:
-        # The largest centered window that has the input's proportions, so that nothing is stretched.
+        # Crop to the largest centered window with the input's proportions, so that images are not stretched.
         scale = min(image.height / height, image.width / width)
         left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
         window = (left, top, left + scale * width, top + scale * height)

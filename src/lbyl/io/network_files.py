@@ -1,4 +1,4 @@
-"""Networks that come as one file, ``model.onnx`` or ``model.pt2``, and are written as such a file again."""
+"""Reads networks from a file ``model.onnx`` or ``model.pt2``, and writes smaller networks as such files."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def is_file(source: str) -> bool:
 
 
 def read_network(path: Path) -> nn.Module:
-    """The network of a file.
+    """Read the network in a file.
 
     Raises:
-        InputError: it can't be read; the error says why.
+        InputError: the file can't be read; the error says why.
     """
     suffix = path.suffix.lower()
     if suffix == ".onnx":
@@ -48,14 +48,14 @@ def read_network(path: Path) -> nn.Module:
         raise InputError(f"no file {path}")
     if suffix != ".pt2":
         raise InputError(
-            f"{path} holds weights alone, or TorchScript, which can't be cut; where the model is built, write it with "
+            f"{path} holds only weights, or TorchScript, which can't be cut; write the model from Python with "
             "torch.export.save(torch.export.export(model, inputs), 'model.pt2') or torch.onnx.export"
         )
     try:
         with quiet():
             return _as_called(torch.export.load(path).module())
     except Exception as error:
-        raise InputError(f"{path} is no program of torch.export, or is damaged: {first_line(error)}") from error
+        raise InputError(f"{path} is not a file of torch.export, or is damaged: {first_line(error)}") from error
 
 
 _CALLED = {
@@ -67,12 +67,12 @@ _CALLED = {
     torch.ops.aten.mm.default: torch.mm,
     torch.ops.aten.addmm.default: torch.addmm,
 }
-"""What modules call, by what it is in an exported program."""
+"""The functions that modules call, by the ATen operators of exported programs."""
 
 
 def _as_called(program: Any) -> nn.Module:
-    """An exported program that calls what modules call, and has a mode to be set like any module."""
-    for name in ("train", "eval"):  # those of its own refuse
+    """Make an exported program call the functions that modules call, and support ``train`` and ``eval``."""
+    for name in ("train", "eval"):  # its own methods raise errors
         vars(program).pop(name, None)
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in _CALLED:
@@ -85,7 +85,7 @@ def _as_called(program: Any) -> nn.Module:
 
 
 def check_network(network: nn.Module, inputs: ExampleInputs) -> None:
-    """Compare a network that was read from an ONNX file with the file in onnxruntime.
+    """Compare a network that was read from an ONNX file with that file in onnxruntime.
 
     Raises:
         InputError: they differ, or the file does not run on these inputs.
@@ -97,10 +97,10 @@ def check_network(network: nn.Module, inputs: ExampleInputs) -> None:
 
 
 def write_network(folder: Path, network: nn.Module, plan: Plan) -> tuple[str, str] | None:
-    """Write the file that a network came from into a folder, as small as the network is now.
+    """Write a smaller network into a folder, as a file of the kind that the original network was read from.
 
     Returns:
-        The file's name, and what the comparison with the network found; None for networks that came from no file.
+        The file's name, and a note about its comparison with the network; None for networks not read from a file.
 
     Raises:
         ArtifactError: the file can't be written, or computes something else than the network.
@@ -130,7 +130,7 @@ def _write_onnx(folder: Path, network: OnnxNetwork, plan: Plan) -> tuple[str, st
     except (InputError, ValueError) as error:
         raise ArtifactError(f"{ONNX} can't be written: {error}") from error
     note = (
-        f"{ONNX}: in onnxruntime, {program.file.path.name} equals the network that was read from it (relative "
+        f"{ONNX}: checked in onnxruntime: {program.file.path.name} equals the network that was read from it (relative "
         f"difference {first:.1e}), and the written file equals the smaller network ({second:.1e})"
     )
     return ONNX, note
@@ -155,7 +155,7 @@ def _write_pt2(folder: Path, network: nn.Module, plan: Plan) -> tuple[str, str]:
 
 
 def with_source(plan: Plan, network: nn.Module) -> Plan:
-    """The plan, which says where a network came from that was read from an ONNX file."""
+    """The plan, with the path of the ONNX file that the network was read from, if any, as its source."""
     if plan.source is None and isinstance(network, OnnxNetwork):
         return replace(plan, source=str(network.program.file.path))
     return plan

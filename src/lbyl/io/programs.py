@@ -1,4 +1,4 @@
-"""Programs of ``torch.export`` as files."""
+"""Writes programs of ``torch.export`` to files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 def save_program(program: Any, file: Path) -> None:
-    """Write a program without example inputs and stack traces: both would give away what is on this machine."""
+    """Write a program without example inputs and stack traces, which would reveal the user's data and paths."""
     program.example_inputs = None
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
-    # In memory first: when the disk is full, PyTorch's own writer of files crashes the process.
+    # In memory first, because PyTorch's own file writer crashes the process when the disk is full.
     buffer = BytesIO()
     torch.export.save(program, buffer)
     file.write_bytes(buffer.getbuffer())

@@ -1,4 +1,4 @@
-"""Silence around libraries that talk a lot."""
+"""Suppresses the output of libraries that print a lot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from io import StringIO
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No logs, warnings, loading bars or printed programs; what matters is in the errors."""
+    """Suppress logs, warnings, progress bars and printed programs; errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""Where models and weights come from: a library's name, a folder of transformers', a file, or the user's factory."""
+"""Loads models and weights: from a library by name, a transformers folder, a file, or the user's factory."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def load_source(source: str, pretrained: bool = True, task: str | None = None) -
             module. ``DIR`` is a folder that ``save_pretrained`` wrote, or a name whose files transformers has in its
             cache; nothing is downloaded.
         pretrained: load the published weights (``timm`` and ``torchvision`` only).
-        task: of the model in an ``hf:DIR``; one of ``lbyl.io.sources.TASKS``. None takes the architecture that its
+        task: the task of a model in ``hf:DIR``; one of ``lbyl.io.sources.TASKS``. None uses the architecture that its
             configuration names.
 
     Raises:
-        InputError: an unknown form, library, name or factory, weights that can't be loaded, or a damaged file or one
-            with operators that lbyl can't read.
+        InputError: the form, library, name or factory is unknown, weights can't be loaded, or a file is damaged or has
+            operators that lbyl can't read.
     """
     if isinstance(source, str) and is_file(source):
         return read_network(Path(source))
@@ -68,11 +68,11 @@ TASKS = {
     "question-answering": "AutoModelForQuestionAnswering",
     "image-classification": "AutoModelForImageClassification",
 }
-"""What a model of transformers can be loaded for, by the words of its own command line."""
+"""The tasks that a model of transformers can be loaded for, as its own command line names them."""
 
 
 def _huggingface(place: str, pretrained: bool, task: str | None) -> nn.Module:
-    """A model of transformers from a folder or the cache; code that comes with the weights is not run."""
+    """Load a model of transformers from a folder or the cache; code that comes with the weights is not run."""
     if task is not None and task not in TASKS:
         raise InputError(f"task={task!r}: choose one of {', '.join(TASKS)}")
     transformers = _library("transformers", "lbyl[language]")
@@ -84,7 +84,7 @@ def _huggingface(place: str, pretrained: bool, task: str | None) -> nn.Module:
         if pretrained:
             return kind.from_pretrained(place, local_files_only=True)
         return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-    except Exception as error:  # transformers raises whatever its files make it raise
+    except Exception as error:  # the files may make transformers raise anything
         told = first_line(error)
         hint = "DIR is a folder that save_pretrained wrote, or a name that transformers has in its cache"
         raise InputError(f"{source} can't be loaded: {told}; {hint}") from error
@@ -103,11 +103,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         if file.suffix == ".safetensors":
             state: Any = load_file(file)
         else:
-            with warnings.catch_warnings():  # the error says what is wrong with a file, and once is enough
+            with warnings.catch_warnings():  # the warning would repeat the error
                 warnings.simplefilter("ignore")
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise InputError(f"{file} is no readable safetensors file: {error}") from error
+        raise InputError(f"{file} is not a readable safetensors file: {error}") from error
     except OSError as error:
         raise InputError(f"{file} can't be read: {error.strerror or error}") from error
     except Exception as error:
@@ -133,14 +133,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "module", "ema", "state_dict_ema", "model_ema", "params")
-"""Where training programs put the weights in a checkpoint; the first one counts."""
+"""Keys under which training programs store the weights in a checkpoint; the first one found is used."""
 _PREFIXES = ("module.", "model.", "net.", "network.", "_forward_module.")
 
 
 def _unwrapped(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """A state dict without what wrappers put before its names: DataParallel, torch.compile, Lightning and the like.
+    """A state dict without the prefixes of wrappers such as DataParallel, torch.compile and Lightning.
 
-    What is not under the prefix that all weights of the model are under (a loss, a counter) is left out.
+    Entries without the prefix that all weights of the model have (a loss, a counter) are left out.
     """
     if not any("_orig_mod." in name for name in expected):
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
@@ -148,7 +148,7 @@ def _unwrapped(state: dict[str, Tensor], expected: Collection[str]) -> dict[str,
         return state
     for prefix in _PREFIXES:
         under = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        # All that there is may also be weights that do not fit, which the error is to tell.
+        # If all entries have the prefix but do not fit, the later error should say so.
         if under and (under.keys() >= set(expected) or len(under) == len(state)):
             return _unwrapped(under, expected)
     return state
@@ -189,10 +189,10 @@ def _library(name: str, package: str = "lbyl[vision]") -> Any:
 
 
 def load_function(source: str) -> Callable[..., Any]:
-    """A function that the user wrote: ``package.module:function`` or ``file.py:function``. Its module is run.
+    """Load a user's function, ``package.module:function`` or ``file.py:function``. This runs the module.
 
     Raises:
-        InputError: no such file, module or function.
+        InputError: there is no such file, module or function.
     """
     place, separator, name = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     if not separator or not place or not name:
@@ -209,10 +209,10 @@ def _factory(place: str, name: str) -> Any:
 
 
 def load_module(place: str) -> ModuleType:
-    """Import a module of the user's, or run a file: ``package.module`` or ``file.py``. It is code.
+    """Import a user's module, ``package.module``, or run a file, ``file.py``. Both execute the user's code.
 
     Raises:
-        InputError: no such file or module, or an error in it.
+        InputError: there is no such file or module, or it raises an error.
     """
     try:
         return _run_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)

@@ -1,4 +1,4 @@
-"""A folder of texts as batches of tokens that a model takes: for ``lbyl compress --data``."""
+"""Reads a folder of texts as batches of tokens, for ``lbyl compress --data``."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lbyl.runtime.tokenizers import packed_tokens, tokenizer_of
 
 SUFFIXES = (".txt", ".jsonl")
 BATCH, BATCHES = 16, 5
-"""Sequences a batch, and batches; the last one is held out."""
+"""Number of sequences in a batch, and number of batches; the last batch is held out."""
 LENGTH = 256
 FIELD = "text"
 """The field of a line of JSON that holds the text."""
 
 
 def find_texts(folder: Path) -> list[Path]:
-    """All files of texts in a folder and the folders in it, sorted by name; a file by itself is one.
+    """All text files in a folder and its subfolders, sorted by name, or the file itself if ``folder`` is one.
 
     Raises:
-        InputError: no such folder, or no text in it.
+        InputError: there is no such folder, or no text in it.
     """
     if folder.is_file() and folder.suffix.lower() in SUFFIXES:
         return [folder]
@@ -34,7 +34,7 @@ def find_texts(folder: Path) -> list[Path]:
 
 
 def has_texts(folder: Path) -> bool:
-    """Whether there are files of texts in a folder, or it is such a file."""
+    """Whether a folder holds text files, or is one itself."""
     try:
         return bool(find_texts(folder))
     except InputError:
@@ -42,7 +42,7 @@ def has_texts(folder: Path) -> bool:
 
 
 def example_tokens(model: nn.Module) -> dict[str, Tensor] | None:
-    """What a language model is called with, one sentence; None where no tokenizer stands beside its weights."""
+    """Example inputs of a language model, one sentence; None if there is no tokenizer beside its weights."""
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
         return None
@@ -54,20 +54,20 @@ _SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog does not m
 
 
 def read_texts(folder: Path, model: nn.Module, inputs: ExampleInputs, seed: int = 0) -> list[ExampleInputs]:
-    """Up to ``BATCHES`` batches of the texts in a folder, through the model's own tokenizer, in full sequences.
+    """Up to ``BATCHES`` batches of full sequences from the texts in a folder, tokenized with the model's tokenizer.
 
-    A ``.txt`` file is a text, and so is the field "text" of each line of a ``.jsonl`` file. They are taken in random
+    A ``.txt`` file is one text, and so is the field "text" of each line of a ``.jsonl`` file. Texts are used in random
     order.
 
     Raises:
-        InputError: there is no text, a file can't be read, the model has no tokenizer beside its weights, or the texts
-            are too short for two sequences.
+        InputError: there is no text, a file can't be read, there is no tokenizer beside the model's weights, or the
+            texts are too short for two sequences.
     """
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
         raise InputError(
-            f"--data {folder}: no tokenizer stands beside the weights of this model, so texts can't become tokens; "
-            "load it from a folder with one (hf:DIR)"
+            f"--data {folder}: there is no tokenizer beside this model's weights, so texts can't be tokenized; "
+            "load the model from a folder with a tokenizer (hf:DIR)"
         )
     files = find_texts(folder)
     random.Random(seed).shuffle(files)
@@ -77,7 +77,7 @@ def read_texts(folder: Path, model: nn.Module, inputs: ExampleInputs, seed: int 
     length = longest_text(model, LENGTH)
     rows = packed_tokens(tokenizer, texts, BATCH * BATCHES, length)
     if len(rows) < 2:
-        raise InputError(f"the texts in {folder} fill {len(rows)} sequences of {length} tokens; give more of them")
+        raise InputError(f"the texts in {folder} fill only {len(rows)} sequences of {length} tokens; add more texts")
     example = token_ids(inputs)
     assert example is not None
     size = min(BATCH, max(1, len(rows) // 2))
@@ -96,8 +96,8 @@ def _texts_in(file: Path) -> list[str]:
         try:
             item = json.loads(line) if line.strip() else {FIELD: ""}
         except ValueError as error:
-            raise InputError(f"{file}, line {number} is no JSON: {error}") from error
+            raise InputError(f"{file}, line {number} is not JSON: {error}") from error
         if not isinstance(item, dict) or not isinstance(item.get(FIELD), str):
-            raise InputError(f'{file}, line {number} has no "{FIELD}"; each line is an object with one')
+            raise InputError(f'{file}, line {number} has no "{FIELD}"; each line must be an object with this field')
         texts.append(item[FIELD])
     return texts

@@ -1,4 +1,4 @@
-"""Where second moments come from: one small class a source."""
+"""Sources of second moments: one small class for each."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Running sums over what consumers are fed: streaming second moments in float64.
+"""Running sums over the inputs of consumers, which give second moments in float64.
 
-Everything here is a function of tensors. What runs the network is in `lbyl.runtime.forward`."""
+Everything here is a function of tensors. `lbyl.runtime.forward` runs the network."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CHUNK_BYTES = 16 * 2**20
 
 @dataclass
 class Moments:
-    """Running sums over the positions at which a consumer reads; float64.
+    """Running sums over the positions at which a consumer reads, in float64.
 
-    With regressors ``p`` (what the cut consumer will see) and targets ``r`` (what the dropped channels
-    contributed, or are): sums of p, r, p p^T, p r^T and r^2.
+    They are the sums of p, r, p p^T, p r^T and r^2. The regressors ``p`` are the input that the cut consumer will have.
+    The targets ``r`` are the dropped channels, or their contribution to the output.
     """
 
     count: int
@@ -61,10 +61,10 @@ class Moments:
 
 @dataclass(frozen=True)
 class ConsumerMoments:
-    """Moments of everything that a consumer reads, whichever of its input channels are dropped later.
+    """Moments of all input channels of a consumer, from which the moments for any choice of channels can be computed.
 
     Attributes:
-        blocks: for each block of a grouped convolution the moments of all its patches, without targets.
+        blocks: for each block of a grouped convolution, the moments of all its patches, without targets.
         output: count, sum and sum of squares of the consumer's output.
     """
 
@@ -72,7 +72,7 @@ class ConsumerMoments:
     output: tuple[Tensor, Tensor, Tensor]
 
     def part(self, number: int, kernel: Float[Tensor, "rows columns *taps"], keep: Tensor, drop: Tensor) -> Moments:
-        """The moments of one block with some columns dropped: what :class:`PatchSums` would have summed up."""
+        """The moments of one block with some columns dropped, equal to those that :class:`PatchSums` measures."""
         whole, taps = self.blocks[number], kernel[0, 0].numel()
         within = torch.arange(taps, device=keep.device)
         kept, gone = ((columns[:, None] * taps + within).flatten() for columns in (keep, drop))
@@ -89,7 +89,7 @@ class ConsumerMoments:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which input channels of a consumer stay and which go, block by block of a grouped convolution."""
+    """The kept and the dropped input channels of a consumer, for each block of a grouped convolution."""
 
     keep: tuple[Int[Tensor, " kept"], ...]
     drop: tuple[Int[Tensor, " dropped"], ...]
@@ -97,7 +97,7 @@ class Columns:
 
 @dataclass
 class PatchSums:
-    """Moments between the patches of kept channels and the dropped channels' share of the output."""
+    """Moments between patches of the kept channels and the dropped channels' contribution to the output."""
 
     columns: Columns
     positions: int  # at most this many a call
@@ -108,8 +108,8 @@ class PatchSums:
     def add(self, call: ConsumerCall, weight: Tensor, wanted: Tensor | None = None) -> None:
         """Add one call of the consumer.
 
-        Where ``wanted`` is given (a tensor like the call's output, without the bias), the target is what the kept
-        channels leave of it, not the dropped channels' share of this call's own output.
+        If ``wanted`` is given (a tensor of the output's shape, without the bias), the target is ``wanted`` minus the
+        kept channels' contribution. Otherwise the target is the dropped channels' contribution in this call.
         """
         self.output = _with_output(self.output, call)
         number = len(self.columns.keep)
@@ -155,7 +155,7 @@ class WholeSums:
                 self.blocks[index].add(p, r)
 
     def reading(self) -> ConsumerMoments | None:
-        """What was summed up; None where no call came by."""
+        """The moments; None if the consumer was never called."""
         return (
             ConsumerMoments(tuple(self.blocks), (self.output[0], self.output[1], self.output[2]))
             if self.blocks
@@ -164,12 +164,12 @@ class WholeSums:
 
 
 def _with_output(sums: Sequence[Tensor], call: ConsumerCall) -> list[Tensor]:
-    """Count, sum and sum of squares of outputs, with those of one more call."""
+    """Count, sum and sum of squares of outputs, after one more call."""
     out = call.out.reshape(-1, call.out.shape[-1]) if call.op == "linear" else call.out
     dims, sums = [dim for dim in range(out.dim()) if dim != 1], list(sums)
-    # In chunks: a whole output in float64 would be the largest thing in memory.
+    # In chunks, because a whole output in float64 would be the largest tensor in memory.
     for part in out.split(max(1, _CHUNK_BYTES // max(1, out[:1].numel() * 8))):
-        # A copy, also of float64: it is squared in place, and the network goes on with the output.
+        # A copy, also for float64, because it is squared in place while the network still uses the output.
         wide = part.to(torch.float64, copy=True)
         count = torch.tensor(wide.numel() // wide.shape[1], dtype=torch.float64)
         more = [count, wide.sum(dims), wide.square_().sum(dims)]
@@ -186,12 +186,14 @@ def _positions(
     generator: torch.Generator,
     wanted: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Patches of some channels and the share of the output that others have, position by position.
+    """Regressors and targets at sampled positions: patches of the kept channels, and what the output loses.
 
-    ``kernel`` has the columns of the others only; where there are none, the share has no columns either. Where the cut
-    consumer is fed something else (``call.fed``), the patches are of that, ``kernel`` has the columns of the channels
-    that stay before the others, and what these lose by the difference belongs to the share. Where ``wanted`` is given,
-    ``kernel`` has the columns of the channels that stay, and the share is what they leave of what is wanted.
+    There are three cases. Usually ``kernel`` has the columns of the dropped channels, and the target is their
+    contribution to the output (without dropped channels, the target has no columns). If a layer norm changes the input
+    of the cut consumer (``call.fed``), the patches are taken from that input, ``kernel`` has the columns of the kept
+    channels followed by those of the dropped ones, and the target also contains the change of the kept channels'
+    contribution. If ``wanted`` is given, ``kernel`` has the columns of the kept channels, and the target is ``wanted``
+    minus their contribution.
     """
     if call.op == "linear":
         x = call.x.reshape(-1, call.x.shape[-1])
@@ -243,13 +245,13 @@ def _split_like(other: Tensor | None, x: Tensor, size: int) -> Sequence[Tensor |
 
 
 def _lost(x: Tensor, fed: Tensor | None, keep: Tensor, drop: Tensor) -> Tensor:
-    """What the cut consumer misses, channels second: those that go; before them, what those that stay have lost."""
+    """The part of the input that the cut consumer loses: the change of the kept channels, then the dropped channels."""
     return x[:, drop] if fed is None else torch.cat([x[:, keep] - fed[:, keep], x[:, drop]], 1)
 
 
 @dataclass
 class ChannelSums:
-    """Moments among all channels of a group at a consumer's input, all places of a channel pooled."""
+    """Moments among all channels of a group at a consumer's input, pooled over all places where a channel occurs."""
 
     index: Int[Tensor, "channels places"]
     positions: int

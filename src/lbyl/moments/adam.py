@@ -1,4 +1,4 @@
-"""Adam for inputs that are moved. `torch.optim` would load PyTorch's compiler, which takes seconds."""
+"""The Adam optimizer, for inputs. Importing `torch.optim` would load PyTorch's compiler, which takes seconds."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _MEAN, _SQUARE, _TINY = 0.9, 0.999, 1e-8
 
 
 class Adam:
-    """Moves tensors against their gradients (Kingma and Ba 2015), with the decays that `torch.optim.Adam` has.
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980), with the default decay rates of `torch.optim.Adam`.
 
     Args:
-        tensors: each with its learning rate; they get gradients from now on.
+        tensors: pairs of a tensor and its learning rate; gradients are turned on for these tensors.
     """
 
     def __init__(self, tensors: Sequence[tuple[Tensor, float]]) -> None:
-        # Squares of gradients are nothing in half precision.
+        # At least float32, because squares of gradients underflow in half precision.
         zeros = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t, _ in tensors]
         self._moved = [(t.requires_grad_(True), lr, z, z.clone()) for (t, lr), z in zip(tensors, zeros, strict=True)]
         self._steps = 0
 
     @torch.no_grad()
     def step(self, share: float = 1.0) -> None:
-        """Make one step, with this share of the learning rates, and clear the gradients."""
+        """Make one step with the learning rates times ``share``, and clear the gradients."""
         self._steps += 1
         biases = 1 - _MEAN**self._steps, 1 - _SQUARE**self._steps
         for tensor, lr, mean, square in self._moved:

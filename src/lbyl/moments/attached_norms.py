@@ -1,9 +1,9 @@
-"""Batch norms for networks that have none: they are attached to a copy, do nothing at first, and are folded away.
+"""Batch norms for networks without any: they are attached to a copy, recalibrated after the cut, and folded away.
 
-Where batch norms were folded into the layers before them, or never were, nothing says what a layer's output is like on
-real inputs, and nothing can be moved once the layers before it are cut. So each layer gets a batch norm of its own,
-whose running statistics are those that were measured on probes, with ``gamma`` and ``beta`` to match. Whatever works on
-batch norms then works here as well.
+A batch norm stores the mean and variance of a layer's output in training, and recalibrating it corrects the output
+after the layers before it were cut. A network without batch norms, or with folded ones, lacks both. So each layer of a
+copy gets a batch norm. Its running statistics are measured on probes, and its ``gamma`` and ``beta`` are chosen such
+that it is the identity. Everything that uses batch norms then works for these networks as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.memory import give_back
 
 LayerStatistics = Mapping[str, tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]]
-"""Mean and variance of the output of each layer, by its name."""
+"""Mean and variance of each layer's output channels, by the layer's name."""
 
 _EPS = 1e-5
 _GAMMA, _BETA, _MEAN, _VAR = (f"lbyl_attached_{part}" for part in ("gamma", "beta", "mean", "var"))
@@ -33,7 +33,7 @@ _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def with_norms(model: nn.Module, statistics: LayerStatistics) -> nn.Module:
-    """A copy that shares the network's parameters, with a batch norm behind each layer whose statistics are known."""
+    """A copy that shares the network's parameters, with a batch norm after each layer in ``statistics``."""
     copy = sharing_copy(model)
     for layer, (mean, var) in statistics.items():
         _attach(copy.get_submodule(layer), mean, var)
@@ -41,7 +41,7 @@ def with_norms(model: nn.Module, statistics: LayerStatistics) -> nn.Module:
 
 
 def normed_graph(graph: Graph, statistics: LayerStatistics) -> Graph:
-    """The network's graph, in which the layers whose statistics are known are followed by their batch norms."""
+    """The network's graph with the attached batch norms after the layers in ``statistics``."""
 
     def normed(producer: Producer) -> Producer:
         if producer.layer not in statistics or producer.weight.dim != 0 or producer.stages:
@@ -54,14 +54,17 @@ def normed_graph(graph: Graph, statistics: LayerStatistics) -> Graph:
 
 
 def folded(model: nn.Module, statistics: LayerStatistics, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New values of the network's own tensors, which compute what some values do with the attached batch norms.
+    """Fold changed batch norms into the weights and biases of their layers.
 
-    ``w' = s w`` and ``b' = s (b - mean) + beta`` with ``s = gamma / sqrt(var + eps)``, all by output channel.
+    ``w' = s w`` and ``b' = s (b - mean) + beta`` with ``s = gamma / sqrt(var + eps)``, for each output channel.
 
     Args:
-        model: as :func:`with_norms` gives it.
-        statistics: that it was made with.
-        values: of parameters and buffers, the attached batch norms' among them.
+        model: the copy from :func:`with_norms`.
+        statistics: the statistics that it was made with.
+        values: new values of parameters and buffers, including those of the attached batch norms.
+
+    Returns:
+        New values of the network's own parameters and buffers, without attached batch norms.
     """
     state, own = tensors_of(model), dict(values)
     for layer in statistics:
@@ -79,10 +82,10 @@ def folded(model: nn.Module, statistics: LayerStatistics, values: Mapping[str, T
 
 
 def measure_statistics(model: nn.Module, batches: Sequence[ExampleInputs]) -> LayerStatistics:
-    """Mean and variance of the outputs of all convolutions and linear layers with a bias that run once.
+    """Measure mean and variance of the outputs of all convolutions and linear layers that have a bias and run once.
 
-    The layer that gives the network's own output is left out: what it gives is compared, not normalized. Where most
-    of the network has batch norms with running statistics, there is nothing to be measured.
+    Layers whose output is the network's output are left out, because outputs are not recalibrated. The result is empty
+    for a network with enough batch norms (see :func:`lbyl.runtime.batch_norms.norms_cover`).
     """
     if norms_cover(model):
         return {}
@@ -119,7 +122,7 @@ def _names(layer: str) -> tuple[str, str, str, str]:
 
 
 def _layers_that_run_once(model: nn.Module, inputs: ExampleInputs) -> list[str]:
-    """Layers with a weight and bias of their own that run once, and whose output is not the network's."""
+    """The layers that run once, share neither weight nor bias with others, and don't give the network's output."""
     calls: dict[str, int] = {}
     given: dict[str, weakref.ref[Tensor]] = {}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS) and name}
@@ -153,7 +156,7 @@ def _layers_that_run_once(model: nn.Module, inputs: ExampleInputs) -> list[str]:
 
 
 def _attach(layer: nn.Module, mean: Tensor, var: Tensor) -> None:
-    """Attach a batch norm that is the identity."""
+    """Attach a batch norm with these statistics that is the identity."""
     bias = layer.bias
     assert isinstance(bias, Tensor)
     mean, var = mean.detach().to(bias), var.detach().to(bias)
@@ -165,9 +168,10 @@ def _attach(layer: nn.Module, mean: Tensor, var: Tensor) -> None:
 
 
 def _normalize(layer: nn.Module, inputs: object, out: Tensor) -> Tensor:
-    """What the batch norm makes of a layer's output."""
+    """A forward hook that applies the attached batch norm to a layer's output."""
     gamma, beta, mean, var = (layer.get_buffer(name) for name in (_GAMMA, _BETA, _MEAN, _VAR))
-    # A linear layer has its channels last. Nothing is reshaped without need: sums are recognized by their operands.
+    # A linear layer has its channels last. Other outputs are not reshaped, because residual sums are recognized by
+    # the identity of their operands.
     apart = isinstance(layer, nn.Linear) and out.dim() > 2
     x = out.flatten(0, -2) if apart else out
     normed = functional.batch_norm(x, mean, var, gamma, beta, False, 0.0, _EPS)

@@ -1,4 +1,4 @@
-"""Where second moments come from: two small protocols, one a way of looking, one a closed form."""
+"""The two kinds of moment sources: probes that are run through the network, and closed forms of the weights."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lbyl.selection.filters import Filters
 
 @dataclass(frozen=True)
 class Probes:
-    """Inputs to look at the network with.
+    """Inputs on which moments and errors are measured.
 
     Attributes:
-        batches: what moments are collected on.
-        held_out: a batch that no solve sees; reconstruction errors are measured on it.
-        batch_statistics: batch norms normalize with the probes' own statistics while moments are collected, so
-            that every channel has its trained mean and spread whatever the probes look like.
-        recalibration_batches: indices of the batches that batch norms are recalibrated on, those with a structure
-            like real inputs'; empty for all.
-        evaluation_batches: indices of the batches that the held-out ones are like: outputs are compared in the
-            statistics that batch norms see there; empty for all.
-        matches_training_statistics: whether batch norms see in the other batches what they saw in training. Real
-            inputs and dreams do.
-        note: what the user should know ("" as a rule).
-        statistics: mean and variance of the outputs of layers that no batch norm follows, by the layers' names, as
-            they were measured on the probes.
+        batches: the batches on which moments are collected.
+        held_out: a batch that is not used for solving; reconstruction errors are measured on it.
+        batch_statistics: whether batch norms normalize with the probes' own statistics while moments are collected.
+            Every channel then has its trained mean and deviation, whatever the probes look like.
+        recalibration_batches: indices of the batches on which batch norms are recalibrated, those with a structure
+            like that of real inputs; empty for all.
+        evaluation_batches: indices of the batches that resemble the held-out batch. Outputs are compared with the
+            statistics that batch norms have on these batches; empty for all.
+        matches_training_statistics: whether batch norms see about the same statistics on ``batches`` as in training.
+            Real inputs and dreams do.
+        note: what the user should know; usually "".
+        statistics: mean and variance of the outputs of layers without a batch norm, by layer name, as measured on
+            the probes.
     """
 
     batches: tuple[ExampleInputs, ...]
@@ -47,24 +47,31 @@ class Probes:
 
 @runtime_checkable
 class ProbeSource(Protocol):
-    """Makes inputs; moments are then read off the running network."""
+    """A source that makes inputs. Moments are then measured while the network runs on them."""
 
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
-        """Probes for a model that is called like ``inputs``."""
+        """Make probes.
+
+        Args:
+            model: the network in evaluation mode; nothing in it may be changed.
+            inputs: the example inputs; probes have their structure.
+            generator: the source of all random numbers.
+            progress: called as ``progress(stage, done, total)``; may be None.
+        """
         ...
 
 
 def is_lifelike(source: object, inputs: ExampleInputs) -> bool:
-    """Whether the probes of a source are like real inputs; those of a user's own source are taken to be."""
+    """Whether the probes of a source are like real inputs, which is assumed for a user's own source."""
     asked = getattr(source, "lifelike", None)
     return bool(asked(inputs)) if callable(asked) else True
 
 
 @dataclass(frozen=True)
 class ChannelMoments:
-    """Mean and covariance of the channels that a group's consumers see."""
+    """Mean and covariance of a group's channels at the input of its consumers."""
 
     mean: Float[Tensor, " channels"]
     covariance: Float[Tensor, "channels channels"]
@@ -72,7 +79,7 @@ class ChannelMoments:
 
 @runtime_checkable
 class ClosedFormSource(Protocol):
-    """Gives moments from the weights alone, without running the network."""
+    """A source that computes moments from the weights alone, without running the network."""
 
     def moments(self, filters: Filters, kernel: tuple[int, ...], activation: str | None) -> ChannelMoments:
         """Moments of a group's channels after ``activation``; ``kernel`` is the producers' spatial shape."""

@@ -1,4 +1,4 @@
-"""Inputs that the network is sure of: noise, moved until each is taken for the class that was drawn for it."""
+"""Inputs that a classifier is confident about: noise, optimized until each input is assigned to a random class."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from lbyl.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class ClassDream:
-    """Pink noise, half of it moved by Adam until the network takes each input for the class that was drawn for it.
+    """Pink noise, half of which is optimized until the network assigns each input to a random class.
 
-    For classifiers that no batch norm tells what inputs do, and whose inputs are no color images: noise excites what a
-    network looks for hardly at all. The loss is the cross-entropy of the answers, all classes alike often; inputs stay
-    within the bounds that the example has. The other half stays noise, for what a deep network is sure of may be like
-    no input either. Outputs that are no answers among classes (one row an input, two numbers or more) get
-    :class:`lbyl.Noise`.
+    This is for classifiers without batch norms whose inputs are not color images. Plain noise hardly activates the
+    features that a network has learned. For each input a class is drawn at random, and Adam minimizes the cross-entropy
+    of the network's scores with respect to the input, which stays within the range of the example inputs. The other
+    half remains noise, because inputs that a deep network is very confident about need not resemble real ones either.
+    A model that gives no class scores (a row of at least two numbers for each input) gets :class:`lbyl.Noise`.
 
     Attributes:
-        images: inputs that moments are collected on, one half and the other; a quarter more is held out. None takes as
-            many as 1e11 multiply-accumulates allow, between 64 and 640.
-        steps: Adam steps.
-        lr: step size, in deviations of the inputs.
-        memory: bytes that activations may take: fewer inputs are moved at a time where these would take more.
+        images: number of inputs on which moments are collected, counting both halves; a quarter more is held out. None
+            chooses as many as 1e11 multiply-accumulates allow, between 64 and 640.
+        steps: number of Adam steps.
+        lr: step size, in standard deviations of the inputs.
+        memory: bytes that activations may take. Fewer inputs are optimized at a time if they would take more.
     """
 
     images: int | None = None
@@ -53,18 +53,18 @@ class ClassDream:
         check_number("ClassDream(memory={})", self.memory, least=1)
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
-        """Not by their activations' sizes, which are those of inputs that the network is too sure of."""
+        """Whether its probes are like real inputs: no, because the network is too confident about them."""
         return False
 
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
-        """Inputs of the example's shapes that the network is sure of."""
+        """Inputs of the example's shapes: half of them noise, half of them optimized."""
         count = self.images or affordable(macs_per_input(model, inputs), 1e11, 64, 640, ceiling=1e12)
         started = Noise(count).probes(model, inputs, generator, progress)
         classes = count_classes(model, inputs)
         if not classes:
-            told = "noise in place of dreamed classes: no output is an answer among classes"
+            told = "noise in place of dreamed classes: the model returns no class scores"
             return replace(started, note="; ".join(filter(None, [told, started.note])))
 
         def dreamed(noise: ExampleInputs) -> list[ExampleInputs]:
@@ -84,7 +84,7 @@ class ClassDream:
         generator: torch.Generator,
         progress: Progress | None,
     ) -> ExampleInputs:
-        """A batch, as many inputs at a time as fit into memory."""
+        """The batch after optimization, as many inputs at a time as fit into memory."""
         moved = dream_classes(
             model, start, inputs, classes, generator, progress, steps=self.steps, lr=self.lr, memory=self.memory
         )
@@ -92,16 +92,16 @@ class ClassDream:
 
 
 Scores = Callable[[object, ExampleInputs], Tensor | None]
-"""Finds the answers among classes in what a network returns for a batch; None where there are none."""
+"""Finds the class scores in a network's output for a batch; None where there are none."""
 
 
 @dataclass(frozen=True)
 class Dreamed:
-    """A batch on its way to the classes that were drawn for its inputs.
+    """A batch of optimized inputs.
 
     Attributes:
-        inputs: as far as they were moved.
-        wanted: the class of each.
+        inputs: the inputs.
+        wanted: the class that was drawn for each input.
     """
 
     inputs: ExampleInputs
@@ -122,23 +122,22 @@ def dream_classes(
     scores: Scores | None = None,
     sureness: Sequence[float] = (),
 ) -> list[Dreamed]:
-    """Move a batch by Adam until each input is taken for the class that is drawn for it.
+    """Optimize a batch of inputs by Adam until the network assigns each one to the class that is drawn for it.
 
     Args:
         model: the network in evaluation mode; nothing in it is changed.
-        start: where inputs begin.
-        inputs: the example, whose bounds inputs stay within.
-        classes: how many there are.
+        start: the inputs before optimization.
+        inputs: the example inputs; optimized inputs stay within their range.
+        classes: number of classes.
         generator: draws the classes.
         progress: called as ``progress("dreaming", done, total)``.
-        steps: Adam steps.
-        lr: step size, in deviations of the inputs.
-        memory: bytes that activations may take: fewer inputs are moved at a time where these would take more.
-        scores: finds the answers in an output: a row of scores an input, at each position if there are several. None
-            takes :func:`class_scores`.
-        sureness: probabilities of the drawn class, the lowest first. Each gets a batch of its own: inputs as they were
-            when they first had it, or at the end where they never had; and when all have the highest, no more steps
-            are taken. Without any, there is one batch, after all steps.
+        steps: number of Adam steps.
+        lr: step size, in standard deviations of the inputs.
+        memory: bytes that activations may take. Fewer inputs are optimized at a time if they would take more.
+        scores: finds the class scores ``[inputs, classes, *positions]`` in an output. None uses :func:`class_scores`.
+        sureness: probabilities of the drawn class, in ascending order. Each gives one batch, with every input as it
+            was when it first reached that probability, or as it is at the end if it never does. Optimization stops
+            early when all inputs reach the highest one. If empty, there is one batch, taken after all steps.
     """
     scores = scores or class_scores
     most = max(FEWEST, held_at_once(memory, saved_bytes(model, inputs) // batch_size(inputs)))
@@ -174,7 +173,7 @@ def dream_classes(
 
 
 class _Shot:
-    """The inputs of a batch as they were when the network was first so sure of each."""
+    """The inputs of a batch, each as it was when the network first reached a given confidence."""
 
     def __init__(self, batch: ExampleInputs, wanted: Tensor, sureness: float) -> None:
         self.most, self.size = -math.log(sureness), len(wanted)
@@ -182,14 +181,14 @@ class _Shot:
         self.taken = batch.map(lambda t: t.detach().clone())
 
     def take(self, batch: ExampleInputs, losses: Float[Tensor, " inputs"]) -> bool:
-        """Keep those that get there now, given each one's cross-entropy. Returns whether all are there."""
+        """Store inputs that reach the confidence now, given their cross-entropies; return whether all have."""
         now = (losses.detach() <= self.most) & ~self.there
         self._keep(batch, now)
         self.there |= now
         return bool(self.there.all())
 
     def finished(self, batch: ExampleInputs) -> ExampleInputs:
-        """The kept ones, and the others as they are at the end."""
+        """The stored inputs, with the others as they are now."""
         self._keep(batch, ~self.there)
         return self.taken
 
@@ -200,12 +199,12 @@ class _Shot:
 
 
 def answers_among_classes(model: nn.Module, inputs: ExampleInputs) -> bool:
-    """Whether a network gives each of its inputs, among which there are floats, an answer among classes."""
+    """Whether a network with floating-point inputs gives class scores for each input."""
     return count_classes(model, inputs) > 0
 
 
 def count_classes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """Among how many classes the network answers; 0 where it gives no such answers, or is given no floats."""
+    """The number of classes of a classifier; 0 if the network gives no class scores or has no floating-point input."""
     if not any(t.is_floating_point() for t in inputs.tensors()):
         return 0
     with torch.no_grad():
@@ -214,6 +213,6 @@ def count_classes(model: nn.Module, inputs: ExampleInputs) -> int:
 
 
 def class_scores(output: object, inputs: ExampleInputs) -> Tensor | None:
-    """The first output with a row of two numbers or more for each input."""
+    """The class scores ``[inputs, classes]``: the first output with a row of at least two numbers for each input."""
     found = (t for t in output_tensors(output) if t.is_floating_point() and t.dim() == 2)
     return next((t for t in found if len(t) == batch_size(inputs) and t.shape[1] > 1), None)

@@ -1,4 +1,4 @@
-"""What consumers are fed on probes, column by column: what criteria look at before any channel is chosen."""
+"""Moments of consumers' input columns on probes, which some criteria use to score channels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lbyl.runtime.seeding import generator_for, sample_positions
 from lbyl.selection.view import ColumnMoments
 
 _CHUNK = 2**20
-"""Elements that are widened to float64 at a time."""
+"""How many elements are converted to float64 at a time."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _Sums:
     generator: torch.Generator
 
     def add(self, call: ConsumerCall, positions: int) -> None:
-        """Add what the consumer is fed in one call."""
+        """Add the input of one call of the consumer."""
         x = call.x if call.op == "linear" else call.x.flatten(2).transpose(1, 2)
         x = x.reshape(-1, x.shape[-1])
         if self.second.dim() == 2:
@@ -59,18 +59,18 @@ def column_moments(
     positions: int = 20_000,
     budget: int = 512 * 2**20,
 ) -> dict[str, ColumnMoments]:
-    """Moments of what the consumers of some groups are fed, by the names of their weights.
+    """Measure moments of the inputs of some groups' consumers, by the names of the consumers' weights.
 
     Args:
         model: the unpruned network in evaluation mode; nothing in it is changed.
         graph: its channel graph.
         groups: indices of the groups.
-        probes: what it is run on.
-        products: measure the products of all pairs of columns, not the squares alone.
-        seed: for sampled positions.
-        positions: at most so many of each batch, where products are measured.
-        budget: bytes that all products of one pass over the probes may take; where more are wanted, there are more
-            passes. Of a consumer whose products alone take more, squares are measured.
+        probes: the probes on which it is run.
+        products: whether to measure the products of all pairs of columns, and not only squares.
+        seed: seed for sampling positions.
+        positions: largest number of positions sampled from each batch when products are measured.
+        budget: bytes that the products of one pass over the probes may take. If more are needed, there are several
+            passes. For a consumer whose products alone would take more, only squares are measured.
     """
     waiting = [c for c in graph.consumers if any(group in groups for group, _ in c.columns)]
     found: dict[str, ColumnMoments] = {}
@@ -87,7 +87,7 @@ def column_moments(
 
 
 def _size(consumer: Consumer, products: bool, budget: int) -> int:
-    """Bytes that the products of a consumer take; 0 where squares are measured."""
+    """Bytes that the products of a consumer take; 0 if only squares are measured."""
     size = len(consumer.columns) ** 2 * 8
     return size if products and size <= budget else 0
 

@@ -19,14 +19,14 @@ from lbyl.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Data:
-    """A few batches of real inputs, preprocessed as the model expects them; labels are not used.
+    """A few batches of the user's inputs, preprocessed as the model expects them; labels are not used.
 
     Attributes:
         source: an iterable of batches, each like ``example_inputs``: a tensor, a tuple or a dict.
-        batches: how many batches are read. The last one is held out for measuring, unless it is the only one. None
-            reads 4, and more of small ones: up to 128 inputs, as far as 4e11 multiply-accumulates allow. Batches of
-            less than 4 inputs are joined, where they have one shape and the model takes it. The report says how many
-            were read and how many were left.
+        batches: how many batches are read. The last one is held out for measuring errors, unless it is the only one.
+            None reads 4 batches, and more if they are small: up to 128 inputs, if 4e11 multiply-accumulates allow.
+            Batches of fewer than 4 inputs are joined if they have the same shape and the model runs on larger batches.
+            The report says how many batches were read and how many were not.
     """
 
     source: Iterable[Any] = field(repr=False)
@@ -55,12 +55,12 @@ class Data:
             read, how = _regrouped(model, read)
             note = f"{note}; {how}"
         if len(read) == 1:
-            note += "; a single batch, so errors are measured on it as well"
+            note += "; there was a single batch, so errors are measured on it as well"
             return Probes(tuple(read), read[0], batch_statistics=False, note=note, matches_training_statistics=True)
         return Probes(tuple(read[:-1]), read[-1], batch_statistics=False, note=note, matches_training_statistics=True)
 
     def _read(self, inputs: ExampleInputs, device: torch.device, rows: int) -> tuple[list[ExampleInputs], str]:
-        """The batches, and a note on how many were left."""
+        """The batches, and a note about how many were read."""
         read, source, count = list[ExampleInputs](), iter(self.source), 0
         while len(read) < (self.batches or _BATCHES) or (self.batches is None and count < rows):
             batch = next(source, None)
@@ -72,17 +72,17 @@ class Data:
         else:
             total = len(self.source) if isinstance(self.source, Sized) else None
             if total is None and next(source, None) is not None:
-                return read, f"Data: {_counted(read)} were read, and the source had more; Data(batches=...) takes more"
+                return read, f"Data: {_counted(read)} were read, and the source had more; Data(batches=...) reads more"
             if total is not None and total > len(read):
-                left = f"{total - len(read):,} were left; Data(batches=...) takes more"
+                left = f"{total - len(read):,} were not; Data(batches=...) reads more"
                 return read, f"Data: {_counted(read)} were read, {left}"
         if not read:
-            raise InputError("Data: the source gave no batch; an exhausted generator? pass a list or a DataLoader")
-        return read, f"Data: {_counted(read)} were read, all there are"
+            raise InputError("Data: the source gave no batch; is it a used-up generator? pass a list or a DataLoader")
+        return read, f"Data: {_counted(read)} were read, all that the source has"
 
 
 _BATCHES, _ROWS, _MOST_MACS = 4, 128, 4e11
-"""What is read unless the user says how much: so many batches, and more of small ones, as far as time allows."""
+"""Defaults: this many batches, and if they are small more of them, up to this many inputs or multiply-accumulates."""
 
 
 def _counted(read: Sequence[ExampleInputs]) -> str:
@@ -90,25 +90,25 @@ def _counted(read: Sequence[ExampleInputs]) -> str:
 
 
 def _check_like(batch: ExampleInputs, number: int, inputs: ExampleInputs) -> None:
-    """Raise InputError for a batch that is nothing like the example, or not finite."""
+    """Raise InputError for a batch that differs in kind from the example inputs, or is not finite."""
     if [t.dtype for t in inputs.tensors()] != [t.dtype for t in batch.tensors()]:
         raise InputError(
             f"Data: batch {number} holds {batch.describe()}, the example inputs {inputs.describe()}; "
             "leave the labels out"
         )
     if batch.has_faults():
-        raise InputError(f"Data: batch {number} holds NaN or infinity; leave it out, or mend what prepares it")
+        raise InputError(f"Data: batch {number} holds NaN or infinity; leave it out, or correct its preprocessing")
 
 
 def _regrouped(model: nn.Module, read: list[ExampleInputs]) -> tuple[list[ExampleInputs], str]:
-    """The same rows in a few batches of equal size, a quarter of them held out; and what was done.
+    """Join small batches into a few larger ones of equal size, and return them with a note about what was done.
 
-    Single rows have no statistics, and one row held out tells little.
+    Statistics of single inputs are useless, and so are errors measured on one.
     """
     whole = sum(batch_size(batch) for batch in read)
     shapes = {tuple(t.shape[1:] for t in batch.tensors()) for batch in read}
     if len(shapes) > 1 or any(not t.dim() or len(t) != batch_size(b) for b in read for t in b.tensors()):
-        return read, "they differ in shape, so each was taken by itself and errors are measured on the last"
+        return read, "they differ in shape and were not joined; errors are measured on the last"
     if whole < _BATCHES:
         return read, "errors are measured on the last"
     held = held_out_size(whole)
@@ -118,8 +118,8 @@ def _regrouped(model: nn.Module, read: list[ExampleInputs]) -> tuple[list[Exampl
         for batch in made:
             _check(model, batch, read[0])
     except InputError:
-        return read, "the network takes none of another size, so errors are measured on the last"
-    return made, f"they were joined into {len(made)}"
+        return read, "the network runs on no other batch size, so they were not joined; errors are measured on the last"
+    return made, f"they were joined into {len(made)} batches"
 
 
 def _check(model: nn.Module, batch: ExampleInputs, inputs: ExampleInputs) -> None:

@@ -1,4 +1,4 @@
-"""Dreamed probes: inputs moved until every batch norm sees its stored statistics."""
+"""Dreamed probes: inputs that are optimized until every batch norm sees its stored statistics."""
 
 from __future__ import annotations
 
@@ -27,36 +27,37 @@ from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_at_once, 
 from lbyl.runtime.progress import Progress
 
 _TINY = 1e-6
-"""Added to variances: a channel that never varied in training must not blow up the loss."""
+"""Added to variances, so that a channel that never varied in training does not dominate the loss."""
 _STEPS, _FEWEST = 20, 5
 _MOST = 1e13
-"""Multiply-accumulates that all steps may take: some minutes on a few cores."""
+"""Multiply-accumulates that all steps together may take: a few minutes on a few cores."""
 
 
 @dataclass(frozen=True)
 class Dream:
-    """The statistics part of DeepInversion (Yin et al., CVPR 2020), started from pink noise.
+    """Images optimized to match batch-norm statistics (DeepInversion, Yin et al., CVPR 2020, arXiv 1912.08795).
 
-    Adam moves the pixels, never a weight, until the batch mean and spread at every batch norm match the stored
-    running statistics. Dreams have the right statistics channel by channel but little structure; so moments are
-    taken on them and on images that are the other way round: where inputs look like color images, on as many crops of
-    32 photographs of unrelated things, which come with the package; elsewhere on as many synthetic scenes (dead
-    leaves). Batch-norm statistics are moved by what these show: what dreams do to them tells less of real inputs.
+    Starting from pink noise, Adam changes the pixels (never a weight) until the mean and deviation of the batch at
+    every batch norm match the stored running statistics. Dreams have the right statistics of each channel, but little
+    structure. So moments are also collected on as many images with structure: crops of 32 photographs of unrelated
+    things, which come with the package, if the inputs look like color images, and synthetic scenes (dead leaves)
+    otherwise. Batch norms are recalibrated on these images, because the effect of a cut on dreams says less about real
+    inputs.
 
     Attributes:
-        images: dreams that moments are collected on, and as many scenes or crops of photographs. As many other crops
-            are held out, or a quarter more dreams, 4 at least. None takes as many as 2.4e10 multiply-accumulates
-            allow, between 24 dreams or 48 of the others and 192; where one takes more than 4e9, dreams as many as 1e11
-            allow, and the others as many as 4e11 do, at least 4 of each. Dreams come in batches that 1.6e10 allow, of
-            24 to 96, and of fewer where ``memory`` asks for it; what is held out comes in batches of its own.
-        steps: Adam steps, with a cosine schedule. None takes 20, and fewer where all of them would take more than
-            1e13 multiply-accumulates; where less than 5 are left, none.
+        images: number of dreams on which moments are collected, and of scenes or crops of photographs. As many other
+            crops are held out, or a quarter more dreams, at least 4. None chooses as many as 2.4e10
+            multiply-accumulates (MACs) allow, between 24 dreams (48 other images) and 192. For networks with more than
+            4e9 MACs for each image, it chooses as many dreams as 1e11 MACs and as many other images as 4e11 MACs
+            allow, at least 4 of each. A batch of dreams has as many as 1.6e10 MACs allow, between 24 and 96, and fewer
+            if ``memory`` requires it. Held-out images have batches of their own.
+        steps: number of Adam steps, with a cosine schedule. None makes 20, and fewer if these would take more than
+            1e13 MACs; if fewer than 5 are possible, none.
         lr: step size, in units of the inputs (which start with unit variance).
-        photographs: whether to use them, where inputs look like color images. False makes every probe out of the
-            network and a random seed: scenes besides dreams, and dreams held out.
-        memory: bytes that the activations of dreams may take: fewer are made at a time where these would take more,
-            but never less than 4. Where these take more as well, all probes are smaller images than the example, if
-            the network runs on these.
+        photographs: whether to use photographs for inputs that look like color images. With False, all probes are made
+            from the network and a random seed: dreams and scenes, with dreams held out.
+        memory: bytes that the activations of dreams may take. If needed, fewer dreams are made at a time, but at least
+            4. If 4 still take more, all probes are smaller than the example inputs, if the network runs on such images.
     """
 
     images: int | None = None
@@ -79,16 +80,19 @@ class Dream:
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
-        """Dreamed inputs of the example's shapes.
+        """Dreams and other images of the example's shapes.
 
-        Where the network has no batch norms, the statistics are those that its layers' outputs have on photographs.
+        If the network has no batch norms, dreams match the statistics of its layers' outputs on photographs.
+
+        Raises:
+            InputError: there are no statistics to match.
         """
         if norms_cover(model):
             return self._made(model, inputs, generator, progress)
         seen = Photographs().probes(model, inputs, generator, progress)
         statistics = measure_statistics(model, seen.batches)
         if not statistics:
-            raise InputError("Dream: no layer whose statistics could be met; use lbyl.Photographs or lbyl.Noise")
+            raise InputError("Dream: no layer has statistics to match; use lbyl.Photographs or lbyl.Noise")
         return replace(self._made(with_norms(model, statistics), inputs, generator, progress), statistics=statistics)
 
     def _made(
@@ -98,18 +102,18 @@ class Dream:
         count = self.images or affordable(each, 2.4e10, 24, 192, ceiling=1e11)
         others = self.images or affordable(each, 2.4e10, 48, 192, ceiling=4e11)
         shown = self.photographs and takes_photographs(inputs)
-        # Crops cost nothing to make, and what is held out has to tell solutions apart that are nearly alike.
+        # Crops cost nothing, and many held-out images are needed to compare solutions that are almost equally good.
         held = others if shown else max(FEWEST, held_out_size(count))
         dreams = count if shown else count + held
         steps, notes = self.steps, list[str]()
         if steps is None:
-            # Forward, and backward to the inputs.
+            # A step is a forward pass and a backward pass to the inputs, which takes about twice as long.
             steps = min(_STEPS, int(_MOST / (3 * each * dreams)))
             steps = steps if steps >= _FEWEST else 0
             if steps < _STEPS:
-                what = f"{steps} steps of dreaming" if steps else "no dreams but pink noise"
-                notes.append(f"{what}: an input takes {each:.1e} multiply-accumulates; Dream(steps=...) asks for more")
-        # What dreaming holds in memory grows with the batch, so several are made one after the other.
+                what = f"only {steps} steps of dreaming" if steps else "pink noise in place of dreams"
+                notes.append(f"{what}: an input takes {each:.1e} multiply-accumulates; Dream(steps=...) makes more")
+        # The memory that dreaming takes grows with the batch, so there are several batches.
         most = affordable(each, 1.6e10, 24, 96, ceiling=1e11)
         if steps:
             inputs, fitting, why = self._fitting(model, inputs)
@@ -127,7 +131,7 @@ class Dream:
             dreamed.append(self.match(model, start, steps, scales, report))
             give_back()
         if shown:
-            # In two batches, for one of all of them would be the largest thing in memory.
+            # In two batches, because a single one would be the largest tensor in memory.
             half = others // 2 if others > 3 else 0
             parts = [size for size in (half, others - half, held) if size]
             *seen, held_out = split(synthesize(model, inputs, others + held, photographs, generator, scales), parts)
@@ -147,23 +151,23 @@ class Dream:
         )
 
     def _fitting(self, model: nn.Module, inputs: ExampleInputs) -> tuple[ExampleInputs, int, list[str]]:
-        """The example, how many dreams like it may be made at a time, and what the user should know.
+        """The example inputs, how many dreams of their size fit into memory at a time, and notes for the user.
 
-        Where even 4 dreams do not fit, the example comes back with fewer pixels, if the network runs on fewer.
+        If not even 4 dreams fit, the example is returned with fewer pixels, if the network runs on such images.
         """
         each = saved_bytes(model, first_rows(inputs))
         most = held_at_once(self.memory, each)
         if most >= FEWEST:
             return inputs, most, []
-        why = f"{FEWEST} dreams at a time take {FEWEST * each / 2**20:.0f} MiB; Dream(memory=...) allows less"
+        why = f"{FEWEST} dreams at a time take {FEWEST * each / 2**20:.0f} MiB, more than Dream(memory=...) allows"
         fewer = inputs.thinned((held_at_once(self.memory, 1) / (FEWEST * each)) ** 0.5)
         if fewer is not None:
             try:
                 outputs(model, fewer)
-            except InputError:  # it insists on the size of its images
+            except InputError:  # the network requires this size of images
                 return inputs, FEWEST, [why]
             now, before = ("x".join(map(str, example.tensors()[0].shape[2:])) for example in (fewer, inputs))
-            return fewer, FEWEST, [f"probes of {now} pixels, not of {before}: {why}"]
+            return fewer, FEWEST, [f"probes of {now} pixels in place of {before}: {why}"]
         return inputs, FEWEST, [why]
 
     def match(
@@ -175,15 +179,15 @@ class Dream:
         report: Callable[[int], None],
         batch_statistics: bool = True,
     ) -> ExampleInputs:
-        """One batch, moved step by step until batch norms see their running statistics.
+        """Optimize one batch until batch norms see their running statistics.
 
         Args:
             model: the network in evaluation mode; nothing in it is changed.
-            start: where inputs begin.
-            steps: Adam steps.
-            scales: of the inputs.
-            report: called with the number of steps that are done.
-            batch_statistics: batch norms normalize with the batch's own statistics meanwhile, not with running ones.
+            start: the inputs before optimization.
+            steps: number of Adam steps.
+            scales: the scales of the inputs.
+            report: called with the number of completed steps.
+            batch_statistics: whether batch norms normalize with the batch's own statistics in place of running ones.
 
         Raises:
             InputError: there is no batch norm.

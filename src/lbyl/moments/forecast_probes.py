@@ -1,4 +1,4 @@
-"""Probes for a forecast: of other seeds than any that a restorer solves on, and some that the network is sure of."""
+"""Probes for a forecast, made with other random seeds than the probes of restorers."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _STEPS, _STEP, _SURENESS = 20, 0.3, 0.99
 _FEWEST, _MOST = 32, 256
 _FEWEST_DREAMED, _MOST_DREAMED = 8, 96
 _MACS, _CEILING = 6e11, 5e12
-"""Multiply-accumulates that dreaming should take, and those that it may take."""
+"""Multiply-accumulates that dreaming should take, and the largest number that it may take."""
 _FEWEST_PLAIN, _MOST_PLAIN = 48, 256
 _PLAIN_MACS, _PLAIN_CEILING = 6e10, 4e11
 
 
 @dataclass(frozen=True)
 class ForecastProbes:
-    """What both networks are run on.
+    """The inputs on which both networks are compared.
 
     Attributes:
-        kind: "dreamed" (photographs or noise that were moved until batch norms saw their running statistics),
-            "photographs" (crops, where inputs are color images), "sure" (noise that was moved until the network was
-            sure of a class drawn for it), "plain" (scenes and noise), "sentences" (English ones, as tokens), or ""
-            where there are none.
-        batches: one of each kind.
-        wanted: the classes that were drawn, where there are any.
-        why: why there are none.
+        kind: "dreamed" (photographs or noise, optimized to match the running statistics of batch norms), "photographs"
+            (crops of photographs, for color images), "sure" (noise, optimized until the network is confident that it
+            belongs to a random class), "plain" (scenes and noise), "sentences" (English sentences, as tokens), or "" if
+            there are none.
+        batches: the probes; for "plain" one batch of scenes and one of noise, otherwise one batch.
+        wanted: the random class of each input, for "sure"; otherwise None.
+        why: the reason if there are no probes, else "".
     """
 
     kind: str = ""
@@ -60,15 +60,15 @@ def forecast_probes(
     classes: int | None = None,
     scores: Scores | None = None,
 ) -> ForecastProbes:
-    """Make them: the best kind that the network runs on.
+    """Make probes for a forecast: the best kind that the network runs on.
 
     Args:
         model: the original network in evaluation mode; nothing in it is changed.
-        inputs: what it is called with: some floats are among them.
-        generator: a generator that no other probes come from.
+        inputs: the example inputs, at least one of them floating-point.
+        generator: a generator that is used for no other probes.
         progress: called as ``progress("dreaming", done, total)``.
-        classes: among how many the network answers; 0 where it does not; None finds out.
-        scores: finds the answers in an output, as for :func:`~lbyl.moments.class_dream.dream_classes`.
+        classes: the number of classes, or 0 for a network that is not a classifier; None finds out.
+        scores: finds the class scores in an output, as for :func:`~lbyl.moments.class_dream.dream_classes`.
     """
     classes = count_classes(model, inputs) if classes is None else classes
     task = _Task(

@@ -1,4 +1,4 @@
-"""Gaussian moments: what batch norm says about each channel, and the filters about each pair."""
+"""Gaussian moments: means and variances from batch norms, and correlations from the filters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lbyl.selection.filters import Filters
 
 
 def stated_means(filters: Filters, activation: str | None) -> Float[Tensor, " channels"] | None:
-    """``E f(z)`` with ``z ~ N(beta, gamma^2)``: each channel's mean after the activation, as its batch norm states it.
+    """Each channel's mean after the activation f, from its batch norm: ``E f(z)`` with ``z ~ N(beta, gamma^2)``.
 
-    None where no batch norm says what channels are like before the activation.
+    None if there is no batch norm before the activation.
     """
     if not filters.normalized or filters.spread is None:
         return None
-    # The middles of as many slices of the Gaussian, all of equal weight.
+    # The expectation is the mean over quantiles of the Gaussian.
     quantiles = (torch.arange(_SLICES, dtype=torch.float64) + 0.5) / _SLICES
     normal = torch.special.ndtri(quantiles)
     z = filters.center[:, None] + filters.spread[:, None] * normal
@@ -33,15 +33,16 @@ _SLICES = 256
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Sampled moments of jointly Gaussian pre-activations; no forward pass.
+    """Moments of jointly Gaussian pre-activations, without a forward pass.
 
-    A batch norm's output has mean beta and deviation |gamma|. The correlation of two channels is taken from their
-    filters under an input whose pixels are correlated like a natural image's: ``rho_ij = v_i R v_j`` normalized,
-    with ``R = decay ** (distance between kernel taps)``. The activation is applied to samples of that Gaussian.
+    A batch norm's output has mean beta and deviation |gamma|. The correlation of two channels follows from their
+    filters v, for an input whose pixels are correlated as in natural images: ``rho_ij = v_i R v_j``, normalized such
+    that ``rho_ii = 1``, with ``R = decay ** (distance between positions in the kernel)``. The activation is applied to
+    samples of that Gaussian.
 
     Attributes:
         decay: correlation of neighboring pixels.
-        samples: draws from the Gaussian.
+        samples: number of samples from the Gaussian.
     """
 
     decay: float = 0.85
@@ -52,7 +53,7 @@ class Gaussian:
         check_number("Gaussian(samples={})", self.samples, whole=True, least=2)
 
     def moments(self, filters: Filters, kernel: tuple[int, ...], activation: str | None) -> ChannelMoments:
-        """Mean and covariance after the activation."""
+        """Mean and covariance of the channels after the activation."""
         covariance = self._covariance(filters.weight, kernel)
         deviation = covariance.diagonal().clamp_min(1e-30).sqrt()
         if filters.normalized and filters.spread is not None:

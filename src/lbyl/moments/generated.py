@@ -1,4 +1,4 @@
-"""Text that a language model writes itself: probes that are like what it was trained on."""
+"""Text that a language model generates itself: probes that resemble its training data."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from lbyl.runtime.progress import Progress
 from lbyl.runtime.tokenizers import tokenizer_of
 
 _LENGTH = 256
-"""Tokens a sequence, where nothing else is asked for: what comes early in a text is no measure of the rest."""
+"""Default number of tokens in a sequence. Statistics of the first tokens of a text differ from those of later ones."""
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Text that a causal language model samples from itself, token by token.
+    """Text that a causal language model generates itself, token by token.
 
-    A model's own text was found on par with real text for calibration (Williams, Chrysostomou, Aletras 2024,
+    For calibration, a model's own text was found to be as good as real text (Williams, Chrysostomou, Aletras 2024,
     "Self-calibration for Language Model Quantization and Pruning", arXiv 2410.17170). Each sequence starts with the
-    model's start token, where it has one. Half of them go on with a token drawn at random, the others with the
-    beginning of an English sentence that comes with lbyl, where a tokenizer stands beside the weights that the model
-    was loaded from. Special tokens are not drawn.
+    model's start token, if it has one. After that, half of the sequences continue with a random token, and the other
+    half with the beginning of an English sentence that comes with lbyl. The latter requires a tokenizer in the folder
+    that the model was loaded from; without one, all sequences continue with a random token. Special tokens are never
+    drawn.
 
     Attributes:
-        sequences: that moments are collected on; a quarter more is held out. None takes as many as 4e12
-            multiply-accumulates allow, between 16 and 128.
-        length: tokens of each. None takes 256, or what the model has positions for.
+        sequences: number of sequences on which moments are collected; a quarter more is held out. None chooses as many
+            as 4e12 multiply-accumulates allow, between 16 and 128.
+        length: number of tokens in each sequence. None chooses 256, or the model's number of positions if smaller.
         temperature: logits are divided by it; 1 is the model's own distribution.
-        sentences: False goes on with a token drawn at random in all of them.
+        sentences: whether to use the beginnings of English sentences.
     """
 
     sequences: int | None = None
@@ -61,7 +62,7 @@ class Generated:
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
-        """Sampled sequences, in batches of 16 at most; the last batches are held out.
+        """Generated sequences, in batches of at most 16; the last ones are held out.
 
         Raises:
             InputError: the model does not give logits of the next token for integer tokens.
@@ -69,8 +70,8 @@ class Generated:
         ids = token_ids(inputs)
         if ids is None or not writes_text(model, inputs):
             raise InputError(
-                "Generated: the model is no causal language model (integer tokens in, a logit for each token of the "
-                "vocabulary out); use lbyl.Data with texts of yours"
+                "Generated: the model is not a causal language model (integer tokens in, a logit for each token of the "
+                "vocabulary out); use lbyl.Data with your own texts"
             )
         length = self.length or _longest(model, ids)
         each = macs_per_input(model, inputs) * length / ids.shape[1]
@@ -108,7 +109,7 @@ class Generated:
         length: int,
         generator: torch.Generator,
     ) -> list[Int[Tensor, "sequences tokens"]]:
-        """What sequences start with: tokens drawn at random, and beginnings of sentences where these can be had."""
+        """The first tokens of all sequences: random tokens, and beginnings of sentences if there is a tokenizer."""
         drawn = allowed.nonzero().flatten()
         tokenizer = tokenizer_of(model) if self.sentences and length > 1 else None
         read = beginnings(tokenizer, count // 2, length, generator) if tokenizer is not None else drawn[:0, None]
@@ -122,15 +123,15 @@ class Generated:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Goes on with beginnings of texts until all have one length.
+    """Continues beginnings of texts until all have the same length.
 
     Attributes:
         model: the language model.
-        inputs: what it is called with.
-        length: tokens of each text.
+        inputs: the example inputs.
+        length: number of tokens in each text.
         temperature: logits are divided by it.
-        allowed: which tokens may be drawn.
-        generator: draws them.
+        allowed: whether each token may be drawn.
+        generator: draws the tokens.
     """
 
     model: Any
@@ -142,11 +143,11 @@ class _Writer:
 
     @torch.no_grad()
     def __call__(self, text: Int[Tensor, "sequences tokens"], report: Callable[[int], None]) -> Tensor:
-        """Whole texts that begin so; ``report`` is told how many tokens each has."""
+        """The texts with these beginnings; ``report`` is called with the current number of tokens in each."""
         return (self._by_generate if _generates(self.model) else self._by_hand)(text, report)
 
     def _by_generate(self, text: Tensor, report: Callable[[int], None]) -> Tensor:
-        """By the model's own way to generate, which keeps keys and values of what was read."""
+        """Use the model's own ``generate``, which caches keys and values."""
 
         def watch(ids: Tensor, scores: Tensor) -> Tensor:
             report(ids.shape[1])
@@ -174,10 +175,10 @@ class _Writer:
             )
 
     def _by_hand(self, text: Tensor, report: Callable[[int], None]) -> Tensor:
-        """Token by token, each of which reads the whole text anew."""
+        """Run the model on the whole text for every new token."""
         fixed = _needs_length(self.model, self.inputs)
         while text.shape[1] < self.length:
-            # What stands later does not count for a causal model, so that it may be anything.
+            # A causal model ignores later tokens, so padding may have any value.
             shown = functional.pad(text, (0, fixed - text.shape[1])) if fixed else text
             logits = _logits(like_example(self.inputs, shown).call(self.model), shown)
             assert logits is not None
@@ -190,15 +191,15 @@ class _Writer:
 
 
 _TOGETHER = 48
-"""Sequences that are written at a time."""
+"""How many sequences are generated at a time."""
 
 
 _BEGINNING = 6
-"""Tokens of a sentence that a text begins with: enough for a subject, and the rest is the model's."""
+"""How many tokens of a sentence a text begins with: enough for a subject."""
 
 
 def _allowed(model: nn.Module, inputs: ExampleInputs) -> Bool[Tensor, " vocabulary"]:
-    """Tokens that may be drawn: those that mean something."""
+    """Whether each token may be drawn: all tokens but special ones."""
     example = token_ids(inputs)
     assert example is not None
     with torch.no_grad():
@@ -216,12 +217,12 @@ def _generates(model: nn.Module) -> bool:
 
 
 def _needs_length(model: nn.Module, inputs: ExampleInputs) -> int:
-    """The number of tokens that a model insists on; 0 where it takes fewer."""
+    """The fixed number of tokens that a model requires; 0 if it runs on fewer."""
     ids = token_ids(inputs)
     assert ids is not None
     try:
         like_example(inputs, ids[:, :1]).call(model)
-    except Exception:  # whatever somebody's code raises
+    except Exception:  # a user's model may raise anything
         return ids.shape[1]
     return 0
 
@@ -240,7 +241,7 @@ def writes_text(model: nn.Module, inputs: ExampleInputs) -> bool:
             changed = ids.clone()
             changed[:, -1] = (changed[:, -1] + 1) % 7
             second = _logits(inputs.map(lambda t: changed if t is ids else t).call(model), ids)
-    except Exception:  # whatever somebody's code raises: then it is none that can be run
+    except Exception:  # a user's model may raise anything
         return False
     if first is None or second is None:
         return False
@@ -250,17 +251,17 @@ def writes_text(model: nn.Module, inputs: ExampleInputs) -> bool:
 
 
 _ROUNDING = 1e-5
-"""Logits that differ by a smaller share of the largest one are the same."""
+"""Logits count as equal if they differ by less than this share of the largest one."""
 
 
 def _logits(output: Any, ids: Tensor) -> Tensor | None:
-    """The first output with a vector for each token."""
+    """The logits ``[sequences, tokens, vocabulary]``: the first output with a vector for each token."""
     found = (t for t in output_tensors(output) if t.is_floating_point() and t.dim() == 3)
     return next((t for t in found if t.shape[:2] == ids.shape and t.shape[2] > int(ids.max())), None)
 
 
 def _longest(model: nn.Module, ids: Tensor) -> int:
-    """The usual length, or less where the model has fewer positions; the example's where these are not known."""
+    """The default length, or the model's number of positions if smaller; the example's length if that is unknown."""
     config = getattr(model, "config", None)
     for name in ("max_position_embeddings", "n_positions", "n_ctx", "block_size", "max_seq_len"):
         most = getattr(config, name, None)
@@ -270,7 +271,7 @@ def _longest(model: nn.Module, ids: Tensor) -> int:
 
 
 def _special_tokens(config: Any) -> list[int]:
-    """Tokens that start, end or pad a text."""
+    """The tokens that start, end or pad a text, and the unknown token."""
     found: list[int] = []
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         value = getattr(config, name, None)
@@ -280,7 +281,7 @@ def _special_tokens(config: Any) -> list[int]:
 
 @torch.no_grad()
 def text_losses(model: nn.Module, texts: ExampleInputs) -> Float[Tensor, " texts"]:
-    """The mean loss of each text, in nats a token, each token foretold from those before it.
+    """The mean loss of each text at predicting the next token, in nats per token.
 
     Raises:
         InputError: the model does not give logits of the next token.

@@ -1,4 +1,4 @@
-"""The network's own scale: what mean and deviation its inputs have, as far as the network or the example tells."""
+"""Estimates the mean and deviation of a network's inputs from its first batch norm or from the example inputs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
 _FAR = 3.0
-"""Where batch norms normalize anyway, inputs keep unit scale unless they are further off than this factor."""
+"""In a network with batch norms, inputs keep unit scale unless the estimate differs by more than this factor."""
 _NORMALIZED = 2.2
-"""Inputs of unit variance have a wider range than this."""
+"""Inputs of unit variance have a larger range than this."""
 _RANGES = ((0.0, 1.0), (-0.5, 0.5), (-1.0, 1.0), (0.0, 255.0))
-"""Usual bounds of pixels."""
+"""Usual ranges of pixel values."""
 
 
 def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
-    """The scales of a model's inputs.
+    """Estimate the scales of a model's inputs.
 
     Where the first layer is followed by a batch norm, its stored statistics tell: with the weights summed over their
     taps, ``running_mean = W m + b`` gives the mean of each input channel, and the running variance next to the one that
@@ -51,7 +51,8 @@ def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
                 scale, whence = bounded, "the example"
         scales[index] = scale
         if scale is not UNIT:
-            told.append(f"inputs of mean {_said(scale.mean)} and deviation {_said(scale.deviation)}, as {whence} says")
+            numbers = f"mean {_said(scale.mean)} and deviation {_said(scale.deviation)}"
+            told.append(f"probes have {numbers}, estimated from {whence}")
     return InputScales(tuple(scales), "; ".join(dict.fromkeys(told)))
 
 
@@ -78,10 +79,10 @@ def _is_far(scale: Scale) -> bool:
 
 
 def _from_example(tensor: Tensor) -> Scale:
-    """What an example says: unit scale where its values look normalized, or where it is constant.
+    """Estimate the scale from an example input: unit scale if its values look normalized, or if it is constant.
 
-    One example tells little of a mean and a deviation, but much of the range: values within usual bounds are taken to
-    have a quarter of the range as their deviation, and a mean between the example's and the middle of the range.
+    One example is a poor estimate of mean and deviation, but a good one of the range. For values within a usual range,
+    the deviation is a quarter of that range, and the mean is halfway between the example's mean and the middle of it.
     """
     values = tensor.detach().double()
     if not bool(torch.isfinite(values).all()):
@@ -92,7 +93,7 @@ def _from_example(tensor: Tensor) -> Scale:
         return UNIT
     if high - low > _NORMALIZED and abs(mean) < 1.5 and 0.4 < deviation < 2:
         return UNIT
-    # The range of so many normal values; what has a much narrower one is bounded.
+    # The expected range of this many normal values. Values with a much narrower range are bounded.
     normal = 2 * math.sqrt(2 * math.log(max(values.numel(), 2))) * deviation
     if high - low > 0.75 * normal:
         return _scale(mean, deviation)
@@ -116,7 +117,7 @@ def _scale(mean: float, deviation: float, *bounds: float) -> Scale:
 
 
 def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Scale | None:
-    """What the statistics of the batch norm right behind the first convolution say; None where there is none."""
+    """Estimate the scale from the batch norm directly after the first convolution; None if there is none."""
     example = inputs.tensors()[index]
     if example.dim() < 3:
         return None
@@ -127,7 +128,7 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
     found: list[tuple[str, str, Tensor, Tensor]] = []
 
     def on_consumer(call: ConsumerCall) -> None:
-        # By its values, for the network is given a copy.
+        # Compared by value, because the network gets a copy.
         if not seen and not found and call.op.startswith("conv") and torch.equal(call.x, unit):
             seen.append(call)
 
@@ -138,7 +139,7 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
     try:
         with torch.no_grad():
             run_intercepted(model, replaced, on_consumer=on_consumer, on_norm=on_norm)
-    except Exception:  # whatever somebody's code raises: then nothing is known
+    except Exception:  # a user's model may raise anything
         return None
     state = tensors_of(model)
     if not seen or not found or len(found[0][2]) != len(state[seen[0].weight]):
@@ -155,7 +156,7 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
 
 
 def _as_many(tensor: Tensor, example: Tensor, count: int) -> Tensor:
-    """Other inputs with as many rows, where they have a row an example."""
+    """Another input with ``count`` rows, if it has a row for each example; otherwise unchanged."""
     if not tensor.dim() or len(tensor) != len(example):
         return tensor
     return tensor[:1].expand(count, *tensor.shape[1:])

@@ -1,4 +1,4 @@
-"""Noise probes: one forward pass over synthetic images, with batch statistics."""
+"""Noise probes: synthetic images of pink noise, with batch norms in batch statistics."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lbyl.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Noise:
-    """Pink (1 / f) noise of many contrasts; batch norms normalize with the probes' own statistics.
+    """Pink (1 / f) noise of varied contrast; batch norms normalize with the probes' own statistics.
 
-    So every channel has its trained mean beta and spread gamma whatever the images are; what the noise adds are
-    correlations. Token ids are drawn at random.
+    So every channel has its trained mean beta and deviation gamma, whatever the images are, and the noise determines
+    only correlations. Token ids are drawn at random.
 
     Attributes:
-        images: probes that moments are collected on; a quarter more is held out. None takes as many as 1e10
-            multiply-accumulates allow, between 64 and 4096, and fewer only where one takes more than 6e9.
+        images: number of probes on which moments are collected; a quarter more is held out. None chooses as many as
+            1e10 multiply-accumulates allow, between 64 and 4096; fewer than 64 only if one takes more than 6e9.
         spectrum: the mean exponent of 1 / f; natural images have about 1.
     """
 
@@ -51,7 +51,7 @@ class Noise:
 
         def make(shape: Sequence[int], generator: torch.Generator) -> Tensor:
             made = varied_pink(shape, generator, self.spectrum)
-            # Between bounds, strong contrasts have edges and flat regions as real inputs do.
+            # Clipped to bounds, strong contrasts have edges and flat regions, as real inputs do.
             return made if all(scale.usual for scale in scales.scales) else 2 * made
 
         made = synthesize(model, inputs, count + held, make, generator, scales)

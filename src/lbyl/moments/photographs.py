@@ -1,4 +1,4 @@
-"""Crops of the few photographs that come with the package: probes that look like the world."""
+"""Crops of photographs that come with the package, as probes for networks that take color images."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
 _SMALLEST = 16
-"""Inputs with a smaller side are too small for crops of photographs."""
+"""Smallest side of an input for which crops of photographs are used."""
 _PART = 0.4
 """The smallest crop, as a share of the sides of the largest possible one."""
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """Crops of the photographs that come with the package; batch norms normalize with the probes' own statistics.
+    """Crops of photographs that come with the package; batch norms normalize with the probes' own statistics.
 
-    They need no dreaming, so that they do for networks without batch norm as well. Inputs that do not look like color
-    images get :class:`lbyl.Noise`.
+    They also suit networks without batch norms, because nothing is dreamed. Inputs that do not look like color images
+    get :class:`lbyl.Noise`.
 
     Attributes:
-        images: crops that moments are collected on; a quarter more is held out. None takes as many as 3.2e10
-            multiply-accumulates allow, between 48 and 192, and fewer only where one takes more than 8e9.
+        images: number of crops on which moments are collected; a quarter more is held out. None chooses as many as
+            3.2e10 multiply-accumulates allow, between 48 and 192; fewer than 48 only if one takes more than 8e9.
     """
 
     images: int | None = None
@@ -72,10 +72,10 @@ def takes_photographs(inputs: ExampleInputs) -> bool:
 
 
 def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
-    """Random crops of 32 photographs, half of them mirrored, one photograph after the other.
+    """Random crops of 32 photographs in turn, half of them mirrored.
 
-    Who made them, and under which license: ``photographs/SOURCES.md``. Each channel has zero mean and unit variance
-    over all crops. Channels may come last. Shapes that are no color images get
+    ``images/SOURCES.md`` names authors and licenses. Each channel has zero mean and unit variance over all crops.
+    Channels may be the second or the last axis. For other shapes than color images, the result is that of
     :func:`~lbyl.moments.synthesis.dead_leaves`.
     """
     if not _is_color(shape):

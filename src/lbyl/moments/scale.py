@@ -1,4 +1,4 @@
-"""The scale of inputs: the mean and standard deviation that probes are given."""
+"""The scale of probes: the mean, standard deviation and range that they are given."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scale:
-    """Mean and deviation of one input, each a number for every channel (axis 1) or one for all, and its bounds."""
+    """Mean, standard deviation and bounds of one input tensor.
+
+    Attributes:
+        mean: one number for each channel (axis 1), or a single one for all.
+        deviation: as for the mean.
+        low: smallest value.
+        high: largest value.
+    """
 
     mean: Float[Tensor, " channels"]
     deviation: Float[Tensor, " channels"]
@@ -21,7 +28,7 @@ class Scale:
     high: float = math.inf
 
     def of(self, unit: Float[Tensor, "batch channels *positions"]) -> Float[Tensor, "batch channels *positions"]:
-        """An input of zero mean and unit variance, brought to this scale."""
+        """Convert a tensor of zero mean and unit variance to this scale."""
         if self.usual:
             return unit
         shape = (1, -1, *[1] * (unit.dim() - 2)) if unit.dim() > 1 else (-1,)
@@ -35,7 +42,7 @@ class Scale:
 
     @property
     def usual(self) -> bool:
-        """Whether inputs have zero mean and unit variance anyway."""
+        """Whether this is zero mean and unit variance."""
         return not bool(self.mean.any()) and bool((self.deviation == 1).all())
 
 
@@ -44,7 +51,7 @@ UNIT = Scale(torch.zeros(1, dtype=torch.float32, device="cpu"), torch.ones(1, dt
 
 @dataclass(frozen=True)
 class InputScales:
-    """The scale of each tensor among the inputs, and a note about it ("" for none)."""
+    """The scale of each input tensor, and a note for the user ("" for none)."""
 
     scales: tuple[Scale, ...]
     note: str = ""

@@ -1,4 +1,4 @@
-"""English sentences that come with the package: probes for language models that do not write text themselves."""
+"""English sentences that come with the package: probes for language models that can't generate text."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lbyl.runtime.tokenizers import packed_tokens, tokenizer_at, tokenizer_of
 
 @dataclass(frozen=True)
 class Sentences:
-    """English sentences and definitions of WordNet, through the model's own tokenizer.
+    """English sentences and definitions from WordNet, tokenized with the model's own tokenizer.
 
-    Who made them, and under which license: ``texts/SOURCES.md``.
+    ``texts/SOURCES.md`` names authors and licenses.
 
     Attributes:
-        sequences: that moments are collected on; a quarter more is held out. None takes as many as 4e12
-            multiply-accumulates allow, between 64 and 384. Short ones hold more sequences than there are sentences
-            for, and then all sentences are taken.
-        length: tokens of each, special ones included. None takes 64, or what the model has positions for.
-        tokenizer: the folder of the tokenizer. None takes the one beside the weights that the model was loaded from.
+        sequences: number of sequences on which moments are collected; a quarter more is held out. None chooses as many
+            as 4e12 multiply-accumulates allow, between 64 and 384. There are fewer if the sentences do not fill them.
+        length: number of tokens in each sequence, including special ones. None chooses 64, or the model's number of
+            positions if smaller.
+        tokenizer: the folder of the tokenizer. None uses the tokenizer in the folder that the model was loaded from.
     """
 
     sequences: int | None = None
@@ -43,7 +43,7 @@ class Sentences:
     def __post_init__(self) -> None:
         check_number("Sentences(sequences={})", self.sequences, whole=True, least=2, optional=True)
         check_number("Sentences(length={})", self.length, whole=True, least=4, optional=True)
-        if self.tokenizer is not None:  # settings travel into the saved plan
+        if self.tokenizer is not None:  # settings are saved in the plan as JSON
             object.__setattr__(self, "tokenizer", os.fspath(self.tokenizer))
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
@@ -53,14 +53,14 @@ class Sentences:
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
-        """Sequences of one length in batches of 32 at most; the last ones are held out.
+        """Sequences of equal length, in batches of at most 32; the last ones are held out.
 
         Raises:
-            InputError: the model takes no tokens, there is no tokenizer, or its tokens are not the model's.
+            InputError: the model takes no tokens, there is no tokenizer, or it belongs to another model.
         """
         ids = token_ids(inputs)
         if ids is None:
-            raise InputError("Sentences: the model is called with no tokens; use lbyl.Noise or lbyl.Data")
+            raise InputError("Sentences: no example input holds tokens; use lbyl.Noise or lbyl.Data")
         tokenizer = self._tokenizer(model)
         length = self.length or longest_text(model, _LENGTH)
         each = macs_per_input(model, inputs) * length / ids.shape[1]
@@ -69,7 +69,7 @@ class Sentences:
         order = torch.randperm(len(lines), generator=generator).tolist()
         found = packed_tokens(tokenizer, (lines[index] for index in order), count + held_out_size(count), length)
         if len(found) < 4 or int(found.max()) >= _vocabulary(model):
-            raise InputError("Sentences: the tokenizer's tokens are not the model's; pass Sentences(tokenizer=FOLDER)")
+            raise InputError("Sentences: the tokenizer does not fit the model; pass Sentences(tokenizer=FOLDER)")
         held = held_out_size(len(found) * 4 // 5)
         train, test = found[:-held].to(ids), found[-held:].to(ids)
         batches = tuple(like_example(inputs, part) for part in train.split(32))
@@ -80,7 +80,7 @@ class Sentences:
     def _tokenizer(self, model: nn.Module) -> Any:
         tokenizer = tokenizer_at(self.tokenizer) if self.tokenizer is not None else tokenizer_of(model)
         if tokenizer is None:
-            raise InputError("Sentences: no tokenizer stands beside the model's weights; pass Sentences(tokenizer=...)")
+            raise InputError("Sentences: no tokenizer was found beside the model; pass Sentences(tokenizer=FOLDER)")
         return tokenizer
 
 
@@ -88,12 +88,12 @@ _LENGTH = 64
 
 
 def takes_sentences(model: nn.Module, inputs: ExampleInputs) -> bool:
-    """Whether a model is called with tokens, and has a tokenizer beside its weights."""
+    """Whether a model takes tokens and there is a tokenizer in the folder that it was loaded from."""
     return token_ids(inputs) is not None and tokenizer_of(model) is not None
 
 
 def beginnings(tokenizer: Any, count: int, length: int, generator: torch.Generator) -> Int[Tensor, "sentences tokens"]:
-    """The first tokens of ``count`` sentences, without special ones; none where the tokenizer makes too few of them."""
+    """The first ``length`` tokens of ``count`` random sentences, without special tokens; empty if all are shorter."""
     lines = sentences()
     read = (tokenizer(line, add_special_tokens=False)["input_ids"][:length] for line in lines)
     rows = [row for row in read if len(row) == length]
@@ -105,7 +105,7 @@ def beginnings(tokenizer: Any, count: int, length: int, generator: torch.Generat
 
 @cache
 def sentences() -> tuple[str, ...]:
-    """Sentences and definitions, as whole sentences."""
+    """All sentences and definitions, each with a capital letter and a period."""
     text = (files("lbyl.moments") / "texts" / "sentences.txt").read_text(encoding="utf-8")
     return tuple(f"{line[0].upper()}{line[1:].rstrip('.')}." for line in text.splitlines())
 

@@ -1,4 +1,4 @@
-"""Making inputs out of nothing: images with natural statistics, random tokens, and the batches they form."""
+"""Makes synthetic inputs: images with statistics of natural images, and random tokens."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import FunctionInterceptor, leading_arguments
 
 Maker = Callable[[Sequence[int], torch.Generator], Tensor]
-"""Makes a floating-point input of a given shape, batch first."""
+"""A function that makes a floating-point input of a given shape, whose first axis is the batch axis."""
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    """Normal values in float32, whatever the user's default is: what they are depends on the dtype."""
+    """Normal values in float32, whatever the default dtype is, because random values depend on the dtype."""
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 def pink(shape: Sequence[int], generator: torch.Generator, spectrum: float = 1.0) -> Float[Tensor, "..."]:
-    """Noise whose amplitude falls as 1 / frequency ** spectrum over the spatial axes, like natural images'.
+    """Noise with an amplitude of 1 / frequency ** spectrum over the spatial axes, as in natural images.
 
-    Every (image, channel) has zero mean and unit variance. Shapes ``[N, features]`` have no spatial axes and
-    get white noise.
+    The shape is ``[images, channels, *positions]``. Every channel of every image has zero mean and unit variance. The
+    shape ``[N, features]`` has no spatial axes and gives white noise.
     """
     white = _normal(generator, *shape)
     if len(shape) < 3:
@@ -48,9 +48,9 @@ def pink(shape: Sequence[int], generator: torch.Generator, spectrum: float = 1.0
 
 
 def varied_pink(shape: Sequence[int], generator: torch.Generator, spectrum: float = 1.0) -> Float[Tensor, "..."]:
-    """Pink noise in which every image has an exponent (``spectrum`` give or take 1) and a contrast of its own.
+    """Pink noise with a different exponent (``spectrum`` plus or minus 1) and contrast for each image.
 
-    Every second image is clipped at one deviation, for real inputs are bounded: it has flat regions and edges.
+    Half of the images are clipped at one deviation, which gives them flat regions and edges: real inputs are bounded.
     """
     count = shape[0]
     images = torch.empty(tuple(shape), dtype=torch.float32)
@@ -67,10 +67,11 @@ def varied_pink(shape: Sequence[int], generator: torch.Generator, spectrum: floa
 
 
 def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
-    """Images of opaque shapes that hide each other, with sizes of density 1 / r^3: a model of natural scenes.
+    """Images of opaque shapes that hide each other, with sizes r of density 1 / r^3: a model of natural scenes.
 
-    Lee, Mumford, Huang: "Occlusion Models for Natural Images", IJCV 2001. Ellipses and rectangles, each with a
-    color (mostly gray), a gradient and a grain of pink noise. Shapes that are no images get :func:`pink`.
+    See Lee, Mumford, Huang: "Occlusion Models for Natural Images", IJCV 2001. The shapes are ellipses and rectangles,
+    each with a color (mostly gray), a gradient and a texture of pink noise. Each channel has zero mean and unit
+    variance. If ``shape`` is not that of images, the result is that of :func:`pink`.
     """
     if len(shape) != 4 or min(shape[2:]) < 8:
         return pink(shape, generator)
@@ -98,7 +99,7 @@ def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
         [radius, center_x, center_y, angle.cos(), angle.sin(), aspect, *gradient.unbind(2), strength]
     )
     reach = (1.5 * radius * torch.maximum(aspect, 1 / aspect)).ceil().long() + 1
-    # A leaf hides those before it, so they come in turn, each in all images at a time.
+    # Leaves are painted in order, because each hides earlier ones, and each in all images at once.
     for leaf in range(leaves):
         order = reach[:, leaf].argsort(descending=True)
         for rows in order.split(_alike_in_size(reach[order, leaf].tolist(), height, width)):
@@ -109,13 +110,13 @@ def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
 
 
 _WASTE = 4000
-"""Leaves share one box size as long as no more than this many pixels are painted outside of them."""
+"""Leaves are painted in boxes of one size if at most this many pixels are wasted."""
 _BY_ITSELF = 1600
-"""Larger boxes are painted one by one: for them, pixels take the time, not calls."""
+"""Boxes with more pixels are painted one by one, because the number of pixels determines their time."""
 
 
 def _alike_in_size(falling: Sequence[int], height: int, width: int) -> list[int]:
-    """How many of the next leaves, sorted by size, are painted together in boxes of the first one's size."""
+    """Split leaves, sorted by falling size, into runs that are painted together in boxes of the first one's size."""
     counts, largest, wasted = list[int](), 0, 0
     for reach in falling:
         area = min(height, 2 * reach + 1) * min(width, 2 * reach + 1)
@@ -137,7 +138,7 @@ def _paint(
     tone: Float[Tensor, "leaves channels"],
     grain: Float[Tensor, "images channels height width"],
 ) -> None:
-    """Paint one leaf into each of these images, in boxes of the same size."""
+    """Paint one leaf into each of the images ``rows``, in boxes of the same size."""
     r, cx, cy, cos, sin, stretch, slope_u, slope_v, amount = numbers[:, :, None, None]
     height, width = images.shape[2:]
 
@@ -152,7 +153,7 @@ def _paint(
     far = torch.where(square[:, None, None], torch.maximum(u.abs(), v.abs()), (u * u + v * v).sqrt())
     mask = ((1 - far) * r + 0.5).clamp(0, 1)[:, None]
     shade = (slope_u * u + slope_v * v).clamp(-2, 2)[:, None]
-    if len(rows) == 1:  # a view of the box, which takes less than its places one by one
+    if len(rows) == 1:  # slices are faster than index tensors
         box = int(rows), slice(None), slice(int(ys[0, 0]), int(ys[0, -1]) + 1), slice(int(xs[0, 0]), int(xs[0, -1]) + 1)
     else:
         channels = torch.arange(images.shape[1])[:, None, None]
@@ -171,11 +172,11 @@ def synthesize(
     generator: torch.Generator,
     scales: InputScales,
 ) -> ExampleInputs:
-    """Inputs like the example's, ``count`` of them: floats from ``make``, token ids at random, the rest repeated.
+    """Make ``count`` inputs like the example: floats from ``make``, random token ids, and all else repeated.
 
-    Floats are brought to their scales, one for each of the example's tensors.
+    Floats are converted to their scales, one for each tensor of the example.
 
-    Tensors whose first axis is the batch axis (as long as the first tensor's) are replaced; others stay.
+    Tensors without a batch axis (as long as that of the first tensor) are kept as they are.
     """
     tensors = inputs.tensors()
     batch = tensors[0].shape[0] if tensors[0].dim() else 0
@@ -201,9 +202,9 @@ def synthesize(
 
 
 def _tokens(size: int, shape: Sequence[int], generator: torch.Generator) -> Int[Tensor, "..."]:
-    """Random rows of a table. Of a large one, early rows come more often, by the law of Zipf and Mandelbrot.
+    """Random rows of a table. In a large table, early rows are more frequent, by the Zipf-Mandelbrot law.
 
-    Vocabularies mostly list common words first, and a few common words make up most of a text.
+    Most vocabularies list common words first, and a few common words make up most of a text.
     """
     if size < _VOCABULARY:
         return torch.randint(size, tuple(shape), generator=generator)
@@ -213,24 +214,24 @@ def _tokens(size: int, shape: Sequence[int], generator: torch.Generator) -> Int[
 
 
 _VOCABULARY = 1000
-"""Smaller tables are no vocabularies of words, but hold positions, kinds or categories."""
+"""Smaller tables are taken to hold positions, kinds or categories, and not words."""
 
 
 def takes_channels_last(model: nn.Module, inputs: ExampleInputs) -> bool:
-    """Whether the model runs on images in that layout, which is faster on CPU: ``x.view(len(x), -1)`` does not."""
+    """Whether the model runs on images in channels-last format, which is faster on CPU; ``x.view(...)`` may fail."""
     moved = inputs.map(lambda t: channels_last(t) if t.is_floating_point() else t)
     if all(a.stride() == b.stride() for a, b in zip(inputs.tensors(), moved.tensors(), strict=True)):
         return True
     try:
         with torch.no_grad():
             moved.cloned().call(model)
-    except Exception:  # whatever somebody's code raises: the other layout is theirs
+    except Exception:  # a user's model may raise anything
         return False
     return True
 
 
 class _Lookups(FunctionInterceptor):
-    """Notes how many rows the table has that integers are looked up in, by the memory of these integers."""
+    """Records the number of rows of the table in which integers are looked up, by the address of these integers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +240,7 @@ class _Lookups(FunctionInterceptor):
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.embedding:
             ids, table = leading_arguments(args, kwargs, "input", "weight")
-            # Models reshape ids before they look them up; a view shares its memory.
+            # By address, because models reshape ids before they look them up, and a view has the same address.
             self.sizes[ids.untyped_storage().data_ptr()] = table.shape[0]
         return func(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Inputs of language models: which of them are tokens, and the same inputs with other tokens."""
+"""Inputs of language models: finds the tokens among them, and makes inputs with other tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lbyl.runtime.inputs import ExampleInputs
 
 
 def token_ids(inputs: ExampleInputs) -> Int[Tensor, "batch tokens"] | None:
-    """The tokens among the inputs: ``input_ids``, or the first integer tensor with a row an example."""
+    """The tokens among the inputs: ``input_ids``, or the first integer tensor with two axes; None if there is none."""
     named = inputs.kwargs.get("input_ids")
     candidates = [named] if isinstance(named, Tensor) else inputs.tensors()
     for tensor in candidates:
@@ -24,10 +24,10 @@ def token_ids(inputs: ExampleInputs) -> Int[Tensor, "batch tokens"] | None:
 
 
 def like_example(inputs: ExampleInputs, ids: Int[Tensor, "batch tokens"]) -> ExampleInputs:
-    """The example's structure with other tokens, and masks and positions of their shape.
+    """The example inputs with other tokens, and with masks and positions of the new tokens' shape.
 
     Raises:
-        InputError: an input as long as the tokens whose meaning is not known.
+        InputError: another input has a value for each token, and its meaning is unknown.
     """
     example = token_ids(inputs)
     assert example is not None
@@ -42,7 +42,7 @@ def like_example(inputs: ExampleInputs, ids: Int[Tensor, "batch tokens"]) -> Exa
             return _MADE[name](ids).to(value.dtype)
         if bool((value == value.flatten()[0]).all()):
             return value.flatten()[:1].expand(ids.shape).clone()
-        raise InputError(f"{name} has a value for each token, and it is not known what it should be")
+        raise InputError(f"{name} has a value for each token, and those of other texts are unknown; use lbyl.Data")
 
     args = tuple(made(f"input {index}", value) for index, value in enumerate(inputs.args))
     return replace(inputs, args=args, kwargs={name: made(name, value) for name, value in inputs.kwargs.items()})
@@ -57,6 +57,6 @@ _MADE = {
 
 
 def longest_text(model: nn.Module, wanted: int) -> int:
-    """So many tokens, or fewer where a model has fewer positions; RoBERTa's two first ones are not for tokens."""
+    """``wanted``, or the model's number of positions if smaller, minus two that RoBERTa does not use for tokens."""
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return min(wanted, most - 2) if isinstance(most, int) and most > 6 else wanted

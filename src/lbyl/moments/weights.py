@@ -13,10 +13,13 @@ from lbyl.selection.filters import Filters
 
 @dataclass(frozen=True)
 class Weights:
-    """``G = V V^T + bn c c^T``: what least squares is given when only the weights are looked at.
+    """Second moments ``G = V V^T + bn c c^T`` of a group's channels, computed from the weights alone.
 
-    With these moments, ``LeastSquares(solve="mix")`` is the paper's :class:`lbyl.LBYL`, with a ridge relative to
-    the mean diagonal.
+    With these moments, ``LeastSquares(solve="mix")`` is the paper's :class:`lbyl.LBYL`, except that its ridge is
+    relative to the mean of G's diagonal.
+
+    Attributes:
+        bn: weight of the term with the offsets c of batch norms; V holds the effective filters.
     """
 
     bn: float = 1e-4
@@ -25,7 +28,7 @@ class Weights:
         check_number("Weights(bn={})", self.bn, least=0)
 
     def moments(self, filters: Filters, kernel: tuple[int, ...], activation: str | None) -> ChannelMoments:
-        """Second moments. The mean is taken to be zero, because weights say nothing about it."""
+        """The second moments as a covariance, with a mean of zero, because weights say nothing about the mean."""
         gram = filters.weight @ filters.weight.T
         if filters.normalized:
             gram = gram + self.bn * torch.outer(filters.offset, filters.offset)

@@ -1,1 +1,1 @@
-"""The steps in their order: from a model to a smaller one."""
+"""The steps of a compression in their order, from a model to a smaller one."""

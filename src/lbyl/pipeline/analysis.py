@@ -1,6 +1,6 @@
-"""What all budgets of a network share: which groups can be cut, the probes, error curves, and moments.
+"""The analysis that all budgets of a network share: cuttable groups, probes, error curves, and moments.
 
-This is where the time goes. One compression makes it and uses it once; a sweep keeps it on a cache.
+It takes most of the time. A compression makes and uses it once, and a sweep stores it in a cache.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Cuttable:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was measured on a network before its channels are chosen.
+    """Measurements on a network before its channels are chosen.
 
     Attributes:
-        probes: what it was run on; None where neither criterion nor restorer ask for any.
-        moments: what consumers are fed, by the names of their weights, for a criterion that looks at it.
+        probes: the probes; None if neither criterion nor restorer need any.
+        moments: moments of consumers' inputs, by the names of their weights, for a criterion that needs them.
     """
 
     probes: Probes | None = None
@@ -51,15 +51,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is known about a network and does not depend on any budget.
+    """The results about a network that do not depend on a budget.
 
     Attributes:
-        restorer: the one that could do its work.
+        restorer: the first restorer that works for the network.
         cuttable: the groups that may lose channels.
-        seen: what the network was run on, and what passed through these groups.
+        seen: the probes, and moments for the criterion.
         curves: the predicted error of each of these groups at each of its widths.
-        consumer_moments: moments of what their consumers read, by the consumers' weights, as far as there is
-            room for them.
+        consumer_moments: moments of their consumers' inputs, by the names of the consumers' weights, up to a limit of
+            memory.
     """
 
     restorer: Restorer
@@ -70,14 +70,14 @@ class Analysis:
 
 
 _ROOM = 256 * 2**20
-"""The most bytes that the moments of all consumers may take together."""
+"""Largest number of bytes for the moments of all consumers together."""
 
 
 class Cache(Protocol):
-    """Where an analysis is stored. Each method returns what is stored, or calls ``make`` and stores the result."""
+    """A store for an analysis. Each method returns the stored value, or calls ``make`` and stores its result."""
 
     def cuttable(self, make: Callable[[], Cuttable]) -> Cuttable:
-        """Which groups can be cut."""
+        """The groups that can be cut."""
         ...
 
     def probes(self, make: Callable[[], Probes]) -> Probes:
@@ -98,19 +98,19 @@ class NoCache:
     """Stores nothing: every method calls ``make``."""
 
     def cuttable(self, make: Callable[[], Cuttable]) -> Cuttable:
-        """Made."""
+        """The result of ``make``."""
         return make()
 
     def probes(self, make: Callable[[], Probes]) -> Probes:
-        """Made."""
+        """The result of ``make``."""
         return make()
 
     def curves(self, make: Callable[[], Curves]) -> Curves:
-        """Made."""
+        """The result of ``make``."""
         return make()
 
     def consumer_moments(self, make: Callable[[], dict[str, ConsumerMoments]]) -> Mapping[str, ConsumerMoments]:
-        """Made."""
+        """The result of ``make``."""
         return make()
 
 
@@ -121,14 +121,14 @@ def analyze(
     clock: Clock,
     cache: Cache | None = None,
 ) -> Analysis:
-    """Measure what the widths for a budget are chosen by.
+    """Make the analysis from which the widths for a budget are chosen.
 
     Args:
         subject: the unpruned network; it is not changed.
         request: scope, criterion, seed.
-        budget: groups that it excludes are not looked at; None for all groups.
-        clock: takes the seconds.
-        cache: where it is kept from one run to the next.
+        budget: groups that it excludes are left out; None for all groups.
+        clock: measures the time.
+        cache: stores the analysis for later runs.
 
     Raises:
         InputError: no group is in scope, or the restorer chooses channels by itself.
@@ -141,7 +141,7 @@ def analyze(
         cuttable = cache.cuttable(lambda: find_cuttable(subject, request))
     wanted = [index for index in cuttable.groups if not (budget and budget.excludes(graph.groups[index]))]
     if not wanted:
-        raise InputError("no group is left that may lose channels: exclude less, or take another scope")
+        raise InputError("no group is left that may lose channels: exclude less, or use another scope")
     seen = look(subject, request, wanted, clock, cache, always=restorer.takes_probes)
     probes = seen.probes if restorer.takes_probes else None
     by = ByCriterion(subject.criterion, seen.moments)
@@ -165,10 +165,10 @@ def look(
     cache: Cache | None = None,
     always: bool = False,
 ) -> Seen:
-    """Make probes and look at what passes through some groups, as far as the criterion asks for it.
+    """Make probes and measure the moments that the criterion needs.
 
-    Probes are the restorer's, or where it takes none, those that the best restorer would take. ``always`` makes them
-    even where the criterion does not ask for any.
+    The probes are those of the restorer, or of the default restorer if the given one uses none. With ``always``, they
+    are made even if the criterion needs none.
 
     Raises:
         RestorationError: the network does not run on probes.
@@ -188,7 +188,7 @@ def look(
 
 
 def find_cuttable(subject: Subject, request: CompressionRequest) -> Cuttable:
-    """The groups that can be cut at all. This must be known before a budget is divided among them.
+    """Find the groups that can be cut at all, which must be known before a budget is divided among them.
 
     Raises:
         InputError: no group is in scope, or the restorer chooses channels by itself.
@@ -196,31 +196,33 @@ def find_cuttable(subject: Subject, request: CompressionRequest) -> Cuttable:
     """
     if subject.restorer.chooses:
         name = type(subject.restorer).__name__
-        raise InputError(f"{name} chooses channels by itself, so no budget can; give a ratio")
+        raise InputError(f"{name} chooses channels by itself, which does not work with a budget; give a ratio")
     graph, state = subject.graph, tensors_of(subject.model)
-    # What can be cut does not depend on which channels are tried: nothing is measured for it.
+    # Whether groups can be cut does not depend on the chosen channels, so nothing is measured.
     choose = subject.restorer.choose(ByCriterion(subject.criterion))
     trial = select(graph, state, kept_by_ratio(graph, 0.5), request.scope, choose, request.seed)
     check_selection(trial)
     notes: tuple[str, ...] = ()
     if request.verify:
         good = trial if request.strict else that_can_be_cut(subject, trial)
-        notes = tuple(f"{name} stays whole: {why}" for name, why in good.left[len(trial.left) :])
+        notes = tuple(f"{name} is not pruned: {why}" for name, why in good.left[len(trial.left) :])
         trial = good
-    # Widths are dealt out group by group, and these go two at a time.
+    # Widths are chosen for single groups, but these must be cut in pairs.
     bound = {name for group in graph.groups if group.coupled_with for name in (group.name, group.coupled_with)}
     names = {choice.group.name for choice in trial.choices} - bound
     held = sorted(bound & {choice.group.name for choice in trial.choices})
-    notes += tuple(f"{name} stays whole: heads and stream have to lose the same share" for name in held)
+    notes += tuple(
+        f"{name} is not pruned: its heads and its residual connection must lose the same share" for name in held
+    )
     found = (index for index, group in enumerate(graph.groups) if group.name in names and group.prunable)
     return Cuttable(tuple(found), notes)
 
 
 def that_can_be_cut(subject: Subject, selection: Selection) -> Selection:
-    """The selection without the groups that can't be cut, as plain pruning shows before anything is restored.
+    """The selection without the groups that can't be cut, which plain pruning finds out before any restoration.
 
     Raises:
-        VerificationError: none of them can be cut.
+        VerificationError: no group can be cut.
     """
     model = subject.model
     masked = sharing_copy(model, pruned_values(selection, tensors_of(model)))

@@ -41,38 +41,39 @@ def compress(
     evaluate: Evaluate | None = None,
     forecast: bool = True,
 ) -> Result:
-    """Drop channels physically and let the kept ones make up for them.
+    """Remove channels from a network, and restore it by the kept ones.
 
     Args:
         model: a trained network; it is not changed.
-        example_inputs: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
+        example_inputs: the model's inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         ratio: share of the channels that each prunable group loses; or ``{glob: share}`` over group and layer
-            names, of which the last match counts and unmatched groups stay whole. A budget spends the same cut better.
-        budget: what the smaller network may cost, or what it has to keep (``Budget(agreement=0.98)``), in place of a
-            ratio; the groups' widths are then chosen such that the predicted error is least. Where neither is given:
-            ``Budget(agreement=0.95)``.
-        scope: "inner" prunes groups that no residual sum couples and no layer norm is taken over, "all" every
-            prunable one; a layer norm over pruned channels then takes its statistics over those that stay.
-        criterion: how channels are scored: "l1", "l2", "gm" (of filters), "energy", "obs" (of what passes through them
-            on probes), "random", or an object with a ``score``. "auto" takes "l2" where there are batch norms or the
-            network is not run on probes, else "energy".
-        restore: a restorer or its lower-case name ("lbyl", "prune", "merge", "coreset"); "auto" takes the best
-            that needs no data, and the report says which and why.
-        seed: for whatever is drawn at random; equal seeds give equal results.
-        verify: compare the cut network with the masked one, in float64 where it runs in that (switch it off for huge
-            models).
-        strict: raise where the model can't be traced whole, branches on what it computes, or has a group that turns
-            out not to be cuttable. Without it such a model is compressed in the parts that can be traced, or along the
-            way that it takes on the example inputs, such a group stays whole, and the report says so.
-        submodule: compress only the submodule of this name ("backbone"), on what the model calls it with.
-        source: where the model comes from, kept in the plan so that ``lbyl.load`` can rebuild it.
+            names, where the last match counts and unmatched groups are not pruned. For the same cost, a budget gives a
+            smaller error.
+        budget: in place of a ratio, a cost that the smaller network may have, or a quality that it must keep
+            (``Budget(agreement=0.98)``). The groups' widths are then chosen such that the predicted error is least. If
+            neither is given: ``Budget(agreement=0.95)``.
+        scope: "inner" prunes groups outside of residual connections and layer norms, and "all" prunes every prunable
+            group. A layer norm over pruned channels then takes its statistics over the kept ones.
+        criterion: how channels are scored: "l1", "l2", "gm" (by filters), "energy", "obs" (by activations on probes),
+            "random", or an object with a ``score`` method. "auto" chooses "l2" if there are batch norms or the network
+            is not run on probes, else "energy".
+        restore: a restorer or its short name ("lbyl", "prune", "merge", "coreset"); "auto" chooses the best one that
+            needs no data, and the report says which and why.
+        seed: seed of all random numbers; equal seeds give equal results.
+        verify: whether to compare the cut network with the masked one, in float64 if the network runs in it. It can be
+            switched off for huge models.
+        strict: whether to raise an error if the model can't be traced as a whole, branches on values that it computes,
+            or has a group that turns out not to be cuttable. Otherwise only traceable parts are compressed, only the
+            branches that the example inputs take are traced, or the group is not pruned, and the report says so.
+        submodule: compress only the submodule of this name ("backbone"), with the inputs that the model gives it.
+        source: the source of the model, stored in the plan so that ``lbyl.load`` can rebuild it.
         progress: called as ``progress(stage, done, total)``.
-        evaluate: called with a copy of the network and with each smaller one that is made, all in evaluation mode;
-            returns a number, the larger the better. The report shows what it said before and after.
-        forecast: foretell what is kept at real inputs (``report.forecast``); False saves the time.
+        evaluate: called with a copy of the network and with each smaller network, all in evaluation mode; returns a
+            number that is larger for better networks. The report shows it before and after.
+        forecast: whether to forecast the agreement on real inputs (``report.forecast``), which takes time.
 
     Raises:
-        InputError: a setting or input that can't be used, or weights that are not finite.
+        InputError: a setting or an input can't be used, or weights are not finite.
         TraceError: ``torch.export`` can't trace the model.
         VerificationError: the cut network does not compute what the masked one computes.
 
@@ -84,7 +85,7 @@ def compress(
         (torch.Size([12, 8]), torch.Size([16, 8]))
     """
     if budget is not None and ratio is not None:
-        raise InputError("give a ratio or a budget, not both: a budget chooses each group's ratio")
+        raise InputError("give a ratio or a budget, but not both: a budget chooses each group's ratio")
     if budget is None and ratio is None:
         budget = DEFAULT
     ratio = 0.5 if ratio is None else ratio
@@ -95,7 +96,7 @@ def compress(
         ratio, budget, scope, scoring, restorer, seed, verify, strict, source, progress, forecast
     )
     clock = Clock()
-    # Probing makes garbage that has to go; without it, all that is made is kept or freed at once.
+    # Garbage collection is only needed while probes run.
     probing = restorer is None or restorer.runs_network
     inner = plain_module(model)
     with deep_calls(inner), alone(inner), nullcontext() if probing else uncollected():

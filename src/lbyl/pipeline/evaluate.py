@@ -1,4 +1,4 @@
-"""The user's own judge of a network."""
+"""The user's own function that evaluates a network."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lbyl.errors import InputError, LbylError
 from lbyl.runtime.checks import named_kind
 
 Evaluate = Callable[[nn.Module], float]
-"""The user's judge of a network: the more, the better."""
+"""A user's function that returns a number for a network, larger for better networks."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The user's function, and its name. It may take long, so that no network is judged twice."""
+    """The user's function, and its name. It may take long, so no network is evaluated twice."""
 
     evaluate: Evaluate | None
     _said: list[tuple[ReferenceType[nn.Module], float]] = field(
@@ -41,10 +41,10 @@ class Judge:
         return f"{named.__module__}:{named.__qualname__}"
 
     def __call__(self, model: nn.Module, what: str) -> float | None:
-        """What the function says of a model, in evaluation mode and without gradients; None without a function.
+        """Evaluate a model, in evaluation mode and without gradients; None without a function.
 
         Raises:
-            InputError: it failed, or returned no finite number; the message says on which model (``what``).
+            InputError: the function failed, or did not return a finite number; ``what`` names the model in the error.
         """
         if self.evaluate is None:
             return None

@@ -1,4 +1,4 @@
-"""The forecast of a smaller network: both networks on probes that no solve saw, and what that means for real inputs."""
+"""Forecasts the agreement of a smaller network with the original on real inputs, by running both on held-out probes."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ from lbyl.runtime.seeding import generator_for
 _SENTENCES = 96
 """So many sequences of English sentences are read where tokens come in."""
 _TEXTS, _TOKENS = 16, 128
-"""So many texts of so many tokens are written where no restorer has written any."""
+"""Number of texts, and of tokens in each, to generate if no restorer has generated any."""
 
 
 @dataclass(frozen=True)
 class Forecaster:
-    """Foretells what smaller networks keep of one original. Probes are made once, when they are first needed.
+    """Makes forecasts for smaller networks of one original. Probes are made once, at their first use.
 
     Attributes:
         model: the original network.
-        inputs: what it is called with.
-        seed: for probes.
+        inputs: the example inputs.
+        seed: seed for probes.
         progress: called as ``progress(stage, done, total)``.
     """
 
@@ -64,25 +64,25 @@ class Forecaster:
     progress: Progress | None = None
 
     def __call__(self, smaller: nn.Module, probes: Probes | None = None) -> Forecast:
-        """What a smaller network is expected to keep.
+        """Forecast the agreement of a smaller network with the original.
 
         Args:
-            smaller: it is not changed.
-            probes: a restorer's, where what they hold out is like real inputs: the user's own, or the model's text.
+            smaller: the smaller network; it is not changed.
+            probes: the probes of a restorer, if the held-out ones are real inputs or text that the model generated.
         """
         try:
             with undisturbed(self.model), undisturbed(smaller), torch.no_grad():
                 return self._foretold(smaller, _held_out(probes))
-        except Exception as error:  # whatever somebody's code raises on inputs that it was not made for
+        except Exception as error:  # a user's model may raise anything on inputs that it was not made for
             return Forecast(why=f"the networks could not be compared on probes: {first_line(error)}")
 
     def asks_for_probes(self, restorer: Restorer) -> bool:
-        """Whether what a restorer's probes hold out is like real inputs: the user's own, or the model's own text."""
+        """Whether held-out probes of a restorer can be used: the user's inputs, or text that the model generated."""
         return restorer.takes_probes and (restorer.keeps_inputs_private or self.measure == PERPLEXITY)
 
     @cached_property
     def measure(self) -> str:
-        """What can be foretold of such a network."""
+        """The measure that can be forecast for this network."""
         with undisturbed(self.model), torch.no_grad():
             return _measure_of(self.model, self.inputs)
 
@@ -96,7 +96,7 @@ class Forecaster:
         return self._on_probes(smaller)
 
     def _on_real(self, smaller: nn.Module, held_out: ExampleInputs) -> Forecast:
-        """From the user's own inputs, and from probes where these are few."""
+        """The forecast from the user's own inputs, and also from probes if these inputs are few."""
         before, after = (self._outputs(model, held_out) for model in (self.model, smaller))
         count = batch_size(held_out)
         if self.measure in (AGREEMENT, POSITIONS):
@@ -140,7 +140,7 @@ class Forecaster:
         return found
 
     def _outputs(self, model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
-        """What a model gives for a batch, in parts that memory allows."""
+        """A model's outputs for a batch, computed in parts that fit into memory."""
         most = held_at_once(ROOM, held_bytes(model, first_rows(inputs)))
         found = [
             [tensor.detach() for tensor in output_tensors(part.cloned().call(model))] for part in in_parts(inputs, most)
@@ -150,7 +150,7 @@ class Forecaster:
 
     @cached_property
     def _original(self) -> list[list[Tensor]]:
-        """What the original gives for each batch of the probes."""
+        """The original's outputs for each batch of probes."""
         return [self._outputs(self.model, batch) for batch in self._made.batches]
 
     @cached_property
@@ -181,13 +181,13 @@ class Forecaster:
 
 
 _REACHED = 0.5
-"""Dreams tell something of a network's answers if at least this share of them reached the class drawn for it."""
+"""Smallest share of dreams that must reach their class, so that dreams can be used."""
 _MANY = 200
-"""So many real inputs speak for themselves."""
+"""With this many real inputs, no probes are needed."""
 
 
 def _held_out(probes: Probes | None) -> ExampleInputs | None:
-    """What no solve saw; None where that is a batch that solves saw as well."""
+    """The held-out probes; None if they were also used for restoration."""
     if probes is None or any(batch is probes.held_out for batch in probes.batches):
         return None
     return probes.held_out
@@ -202,7 +202,7 @@ def _measure_of(model: nn.Module, inputs: ExampleInputs) -> str:
         lengths = answers.double().norm(dim=1)
         if bool(((lengths - 1).abs() < _ROUNDING).all()):
             return COSINE
-        # What comes out of a ReLU is no score of a class.
+        # Outputs of a ReLU are features and not class scores.
         features = bool((answers >= 0).all()) and bool((answers == 0).any())
         return ERROR if features else AGREEMENT
     if _position_scores(outputs, inputs) is not None:
@@ -211,11 +211,11 @@ def _measure_of(model: nn.Module, inputs: ExampleInputs) -> str:
 
 
 _ROUNDING = 1e-3
-"""Lengths that differ from 1 by less are those of unit vectors."""
+"""Vectors whose length differs from 1 by less than this count as unit vectors."""
 
 
 def _position_scores(output: object, inputs: ExampleInputs) -> Tensor | None:
-    """The first output with a vector of scores for each pixel of the input: of another depth, or it is an image."""
+    """The first output with scores for each pixel. Outputs with as many channels as the input are taken for images."""
     images = [t.shape for t in inputs.tensors() if t.is_floating_point() and t.dim() == 4]
     for tensor in output_tensors(output):
         if not tensor.is_floating_point() or tensor.dim() != 4 or tensor.shape[1] < 2:

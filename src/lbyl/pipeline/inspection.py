@@ -1,4 +1,4 @@
-"""`inspect`: which channels belong together, and which groups can't be pruned, and why."""
+"""`inspect`: lists the channel groups of a model, and the reasons why some can't be pruned."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from lbyl.runtime.recursion import deep_calls
 class Inspection:
     """The channel groups of a model; print it with Rich, or read ``graph``.
 
-    Where the model could not be traced whole, ``graph`` holds the groups of the parts that could be, ``untraced``
-    names the others, and ``note`` says why. ``note`` also says what is to know of the run that was traced.
+    If the model could not be traced as a whole, ``graph`` holds the groups of the traceable parts, ``untraced`` names
+    the other parts, and ``note`` says why. ``note`` also holds notes about the traced run.
     """
 
     graph: Graph
@@ -91,12 +91,12 @@ def inspect(
     Args:
         model: the network; it is not changed.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-        strict: raise where the model can't be traced whole, instead of looking at the parts that can, or where it
-            branches on what it computes, instead of taking the way that it takes on the example inputs.
-        submodule: look only at the submodule of this name.
+        strict: whether to raise an error if the model can't be traced as a whole or branches on values that it
+            computes. Otherwise traceable parts are listed, and the branches that the example inputs take are traced.
+        submodule: inspect only the submodule of this name.
 
     Raises:
-        InputError: inputs that are none of these, or no such submodule.
+        InputError: the inputs can't be used, or there is no such submodule.
         TraceError: ``torch.export`` can't trace the model on them.
     """
     model = plain_module(model)

@@ -1,4 +1,4 @@
-"""Check and trace a model: the first step of every verb."""
+"""Checks and traces a model, which is the first step of `compress`, `inspect` and `sweep`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Traced:
-    """A model with its graph, or the graphs of the submodules that could be traced, and why the others could not."""
+    """A model with its graph, or else the graphs of its traceable submodules and the reasons for the others."""
 
     model: nn.Module
     graph: Graph | None
@@ -54,7 +54,7 @@ class Traced:
 
 
 def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule: str | None) -> Traced:
-    """The graph of a model, or of those of its submodules that can be traced."""
+    """Trace a model, or else those of its submodules that can be traced."""
     if submodule is not None:
         return Traced(model, None, parts=(submodule_of(model, inputs, submodule),))
     try:
@@ -65,11 +65,11 @@ def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule
             raise
         try:
             parts, untraced = traceable_submodules(model, inputs)
-        except InputError:  # it does not even run, which the trace's error tells better
+        except InputError:  # the model does not run; the trace's error is clearer
             raise error from None
         if not parts:
             raise
-        return Traced(model, None, (), tuple(parts), tuple(untraced.items()), f"{error} It is done in parts instead.")
+        return Traced(model, None, (), tuple(parts), tuple(untraced.items()), f"{error} Only its parts were traced.")
     if not graph.computed:
         return Traced(model, graph)
     plain, folds = fold_computed(model, inputs, graph.computed)
@@ -81,16 +81,16 @@ def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compressed by itself: a model that was traced whole, or a submodule of one that was not.
+    """A module that is compressed separately: a model that was traced as a whole, or a submodule of one that was not.
 
     Attributes:
-        path: of the submodule; "" for a whole model.
-        model: it.
-        inputs: what it is called with.
+        path: path of the submodule; "" for a whole model.
+        model: the module.
+        inputs: its inputs.
         graph: its channel graph.
-        restorer: what restores it.
-        criterion: what channels are chosen by.
-        why: why these, where they were not named.
+        restorer: its restorer.
+        criterion: its criterion.
+        why: notes that say why "auto" chose restorer and criterion.
     """
 
     path: str
@@ -103,13 +103,13 @@ class Subject:
 
     @staticmethod
     def of(path: str, model: nn.Module, inputs: ExampleInputs, graph: Graph, request: CompressionRequest) -> Subject:
-        """A traced module, with the restorer and the criterion that were named, or the best for it."""
+        """A traced module with the requested restorer and criterion, or with the best ones for it."""
         restorer, why = request.restorer(model, inputs)
         criterion, how = request.scoring(model, inputs, restorer)
         return Subject(path, model, inputs, graph, restorer, criterion, tuple(filter(None, [why, how])))
 
     def attempts(self, request: CompressionRequest) -> Iterator[Subject]:
-        """The same with each restorer that may be tried in turn: only the named one, where one was named."""
+        """The subject with each restorer to try in turn: only the requested one, if one was requested."""
         yield self
         if request.restore is None:
             for restorer in fallbacks(self.restorer):
@@ -118,35 +118,35 @@ class Subject:
 
 @contextmanager
 def restoring(restorer: Restorer) -> Iterator[None]:
-    """Turn any exception of a restorer at work into one clear error.
+    """Turn any exception of a restorer into one clear error.
 
     Raises:
-        RestorationError: with what went wrong, and the way out.
+        RestorationError: the restorer failed; the error says what went wrong, and what to do.
     """
     try:
         yield
     except (VerificationError, SurgeryError, RestorationError, ArtifactError):
         raise
-    except Exception as error:  # whatever somebody's code raises on inputs that it was not made for
+    except Exception as error:  # a user's model may raise anything on inputs that it was not made for
         name = type(restorer.settings).__name__
         why = first_line(error)
         own = isinstance(error, LbylError)
-        text = why if own else f"{name} can't restore this network: {why}. restore='lbyl' asks for the weights alone"
+        text = why if own else f"{name} can't restore this network: {why}. restore='lbyl' only needs the weights"
         raise RestorationError(text) from error
 
 
 def first_that_restores(
     subject: Subject, request: CompressionRequest, work: Callable[[Subject], Made]
 ) -> tuple[Subject, Made]:
-    """The result of the first restorer that works on this network, and the subject with that restorer.
+    """The result of the first restorer that works for this network, and the subject with that restorer.
 
     Raises:
-        RestorationError: none can, or the one that was named can't.
+        RestorationError: no restorer works, or the requested one does not.
     """
     failed: list[str] = []
     for attempt in subject.attempts(request):
         if failed:
-            told = f"{failed[-1]}; {type(attempt.restorer).__name__} was taken instead"
+            told = f"{failed[-1]}; {type(attempt.restorer).__name__} was used instead"
             attempt = replace(attempt, why=(*subject.why, told))
         try:
             return attempt, work(attempt)
@@ -158,7 +158,7 @@ def first_that_restores(
 
 
 def unless_refused(work: Callable[[], Made]) -> Made | LbylError:
-    """What comes of some work, or why it can't be done with this network and these settings."""
+    """The result of some work, or the error if this network and these settings do not allow it."""
     try:
         return work()
     except (InputError, VerificationError, SurgeryError) as error:
@@ -167,7 +167,7 @@ def unless_refused(work: Callable[[], Made]) -> Made | LbylError:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that was checked and traced, what it is called with, and what foretells the outcome if that is wanted."""
+    """A checked and traced model, its inputs, and a forecaster if forecasts are wanted."""
 
     model: nn.Module
     inputs: ExampleInputs
@@ -179,7 +179,7 @@ class Prepared:
 def prepare(
     model: nn.Module, example_inputs: Inputs, request: CompressionRequest, submodule: str | None, clock: Clock
 ) -> Prepared:
-    """Check and trace a model: the first step of `compress`, which explains arguments and errors."""
+    """Check and trace a model. For arguments and errors see `compress`."""
     model = plain_module(model)
     inputs = ExampleInputs.of(example_inputs)
     check_weights(model)
@@ -205,10 +205,10 @@ _WRAPPERS = {
 
 
 def plain_module(model: object) -> nn.Module:
-    """The network itself, without what wraps it for training: DataParallel, torch.compile and the like.
+    """The network without wrappers for training, such as DataParallel and torch.compile.
 
     Raises:
-        InputError: it is no module, or one that can't be cut.
+        InputError: it is not a module, or is one that can't be cut.
     """
     check_module(model)
     assert isinstance(model, nn.Module)
@@ -222,7 +222,7 @@ def plain_module(model: object) -> nn.Module:
 
 
 def _uncuttable(module: nn.Module) -> str:
-    """Why a module can't be cut, and what to pass instead; "" where it can be."""
+    """Why a module can't be cut, and what to pass instead; "" if it can be cut."""
     if isinstance(module, torch.jit.ScriptModule):
         return "a TorchScript module, which can't be cut; pass the nn.Module that was scripted or traced"
     own = (*module._parameters.values(), *module._buffers.values())
@@ -230,7 +230,7 @@ def _uncuttable(module: nn.Module) -> str:
         return "lazy: its width is not known yet; run the model once on the example inputs, then pass it"
     place = type(module).__module__
     if place.startswith(_QUANTIZED) and not place.endswith(".stubs"):
-        return "prepared for quantization or quantized; compress the float model first, then prepare that"
+        return "prepared for quantization or quantized; compress the float model first, then prepare the result"
     return ""
 
 
@@ -242,7 +242,7 @@ _HUGE = 1e18
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise InputError for weights and statistics that are not finite, or variances below zero."""
+    """Raise InputError for weights and statistics that are not finite or too large, and for negative variances."""
     buffers = dict(model.named_buffers())
     for name, tensor in tensors_of(model).items():
         if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and not tensor.numel():
@@ -255,10 +255,10 @@ def check_weights(model: nn.Module) -> None:
         low, high = (float(value) for value in values.aminmax())
         is_statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
         if math.isnan(low) or (not math.isfinite(high - low) and (name not in buffers or is_statistic)):
-            # Attention masks hold -inf on purpose.
+            # -inf is allowed in buffers, because attention masks use it.
             raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")
         if name.endswith("running_var") and low < 0:
-            raise InputError(f"{name} holds {low:.3g}: no variance is negative; load the right statistics")
+            raise InputError(f"{name} holds {low:.3g}, but a variance can't be negative; load the right statistics")
         if name not in buffers and max(-low, high) > _HUGE and tensor.dtype != torch.float64:
             raise InputError(
                 f"{name} holds values as large as {max(-low, high):.1e}, whose squares are infinite in float32; "

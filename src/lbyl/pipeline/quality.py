@@ -1,4 +1,4 @@
-"""Budgets of quality: the smallest network that still keeps what was asked for."""
+"""Budgets of quality: searches the smallest network that keeps the agreement or accuracy of the budget."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lbyl.runtime.progress import Clock
 from lbyl.runtime.settings import described
 
 DEFAULT = Budget(agreement=0.95)
-"""What is asked for where nothing is."""
+"""The budget if neither a ratio nor a budget is given."""
 
 _TRIES = 7
 _FIRST = 0.75
-"""The share of the cost that is tried first."""
+"""The first share of the cost to try."""
 _CLOSE = 0.02
-"""A share that is this close to one that keeps too little is small enough."""
+"""The search ends when a sufficient share of the cost is this close to an insufficient one."""
 _ENOUGH = 0.2
-"""So is a network that loses all but this share of what it may lose."""
+"""It also ends with a network that uses up all but this share of the allowed loss."""
 _ROUNDING = 1e-6
 
 
@@ -39,10 +39,10 @@ def meet(
     judge: Judge | None = None,
     before: float | None = None,
 ) -> Result:
-    """Compress to a ratio or a budget, whichever is asked for; ``before`` is what the judge said of the whole network.
+    """Compress to a ratio or a budget; ``before`` is the judge's value for the unpruned network.
 
     Raises:
-        InputError: a quality was asked for that can't be foretold or evaluated, or that no cut keeps.
+        InputError: the budget's quality can't be forecast or evaluated, or no cut keeps it.
     """
     budget = request.budget
     if budget is None or not budget.of_quality:
@@ -52,7 +52,7 @@ def meet(
 
 
 def evaluated(result: Result, judge: Judge, before: float | None) -> Result:
-    """The same result, with what the user's function says of it in its report."""
+    """The result, with the value of the user's function in its report."""
     if before is None or judge.name is None:
         return result
     after = judge(result.model, "the smaller network")
@@ -61,27 +61,27 @@ def evaluated(result: Result, judge: Judge, before: float | None) -> Result:
 
 
 Loss = Callable[[Result], float]
-"""What a result loses, as a share of what it may lose: up to 1 is allowed."""
+"""A function that returns the loss of a result relative to the allowed loss: up to 1 is allowed."""
 
 
 def _loss(prepared: Prepared, budget: Budget, judge: Judge, before: float | None) -> Loss:
-    """How results are judged.
+    """The function that measures the loss of results.
 
     Raises:
-        InputError: they can't be.
+        InputError: the loss can't be measured.
     """
     name, amount = budget.limited
     if name == "accuracy_drop":
         if judge.evaluate is None or before is None:
-            raise InputError("Budget(accuracy_drop=...) needs evaluate, a function that says how good a network is")
+            raise InputError("Budget(accuracy_drop=...) needs evaluate, a function that measures accuracy")
         return lambda result: (before - (judge(result.model, "a smaller network") or 0.0)) / max(amount, 1e-9)
     if prepared.forecaster is None:
-        raise InputError(f"no agreement can be foretold of this network (forecasts are switched off); {_WAY_OUT}")
+        raise InputError(f"the agreement of this network can't be forecast (forecasts are switched off); {_WAY_OUT}")
 
     def lost(result: Result) -> float:
         forecast = result.report.forecast or Forecast()
         if forecast.kept is None:
-            raise InputError(f"no agreement can be foretold of this network ({forecast.why}); {_WAY_OUT}")
+            raise InputError(f"the agreement of this network can't be forecast ({forecast.why}); {_WAY_OUT}")
         return (1 - forecast.kept) / (1 - amount)
 
     return lost
@@ -92,18 +92,18 @@ _WAY_OUT = "give a ratio or a budget: ratio=0.3 or budget=lbyl.Budget(macs=0.7),
 
 _MEANS = {
     COSINE: "the cosine of the embeddings",
-    PERPLEXITY: "the mean share of the probability that each token had",
-    ERROR: "the share of the outputs' variance that stays, for there are no answers to compare",
+    PERPLEXITY: "one over the ratio of perplexities",
+    ERROR: "the explained share of the outputs' variance, because the network is no classifier",
 }
-"""What an agreement is taken to be of networks that do not answer among classes."""
+"""What the agreement is for networks that are no classifiers."""
 
 
 @dataclass
 class _Search:
-    """Networks of several costs are made, until the smallest that keeps enough is known well enough.
+    """Makes networks of several costs, until the smallest sufficient one is known accurately enough.
 
     Attributes:
-        tried: share of the cost, and what the network lost, as a share of what it may lose.
+        tried: the tried shares of the cost, each with the loss relative to the allowed loss.
     """
 
     prepared: Prepared
@@ -116,7 +116,7 @@ class _Search:
 
     def __call__(self) -> Result:
         best: Result | None = None
-        # The whole network loses nothing; of a network of which nothing is left, nothing is kept.
+        # The search starts between the whole network, which loses nothing, and an empty one, which loses everything.
         keeps, fails = (1.0, 0.0), (0.0, 4.0)
         unreachable: LbylError | None = None
         share = _FIRST
@@ -156,7 +156,7 @@ class _Search:
         found = f"{1 - lost * (1 - amount):.3f}" if name == "agreement" else f"{lost * amount:.3g}"
         return (
             f"{name}={amount:g} can't be kept: with {share:.0%} of the {self.budget.minimize} left, it is {found}; "
-            "ask for less, or give a ratio or a budget of cost"
+            "lower this budget, or give a ratio or a budget of cost"
         )
 
     def _told(self, best: Result) -> Result:
@@ -174,9 +174,9 @@ class _Search:
 
 
 def _between(keeps: tuple[float, float], fails: tuple[float, float]) -> float:
-    """The share to try next: where losses that grow evenly would be just below what is allowed, not too near to either.
+    """The share to try next, by linear interpolation to just below the allowed loss, but not too close to either end.
 
-    Both are a share and what it loses.
+    Both arguments are pairs of a share of the cost and its loss.
     """
     (high, least), (low, most) = keeps, fails
     part = (most - (1 - _ENOUGH / 2)) / max(most - least, 1e-9)
@@ -184,7 +184,7 @@ def _between(keeps: tuple[float, float], fails: tuple[float, float]) -> float:
 
 
 def _analyzed(prepared: Prepared, request: CompressionRequest, budget: Budget, clock: Clock) -> dict[str, Analysis]:
-    """What all networks of the search share, part by part; parts that can't be cut are left out, unless all are."""
+    """The analysis of each part, which all networks of the search share; parts that can't be cut are left out."""
     found: dict[str, Analysis] = {}
     refused: list[LbylError] = []
 

@@ -19,30 +19,30 @@ from lbyl.selection.criteria.base import Criterion, SeeingCriterion, resolve_cri
 from lbyl.selection.select import Ratio, check_scope
 
 Restore = str | Restorer | Delivers
-"""What users name a restorer by: "auto", a short name, a restorer, or an object with a ``deliver`` method."""
+"""A user's choice of restorer: "auto", a short name, a restorer, or an object with a ``deliver`` method."""
 
 
 def named_restorer(restore: Restore) -> Restorer | None:
-    """The restorer that was named; None for "auto".
+    """The requested restorer; None for "auto".
 
     Raises:
-        InputError: an unknown name, or an object that is no restorer.
+        InputError: the name is unknown, or the object is not a restorer.
     """
     return None if isinstance(restore, str) and restore == "auto" else resolve_restorer(restore)
 
 
 def named_criterion(criterion: str | Criterion | SeeingCriterion) -> Criterion | SeeingCriterion | None:
-    """The criterion that was named; None for "auto".
+    """The requested criterion; None for "auto".
 
     Raises:
-        InputError: an unknown name, or an object that is no criterion.
+        InputError: the name is unknown, or the object is not a criterion.
     """
     return None if isinstance(criterion, str) and criterion == "auto" else resolve_criterion(criterion)
 
 
 @dataclass(frozen=True)
 class CompressionRequest:
-    """The arguments of `lbyl.compress`, which explains them; ``criterion`` and ``restore`` are None for "auto"."""
+    """The arguments of `lbyl.compress`; ``criterion`` and ``restore`` are None for "auto"."""
 
     ratio: Ratio
     budget: Budget | None
@@ -61,7 +61,7 @@ class CompressionRequest:
             raise InputError(f"budget is {named_kind(self.budget)}; pass lbyl.Budget(macs=0.5)")
         check_scope(self.scope)
         check_seed(self.seed)
-        object.__setattr__(self, "seed", int(self.seed))  # one of NumPy's would not get into a plan
+        object.__setattr__(self, "seed", int(self.seed))  # a NumPy integer can't be written to a plan
         check_switch("verify={}", self.verify)
         check_switch("strict={}", self.strict)
         check_switch("forecast={}", self.forecast)
@@ -71,13 +71,13 @@ class CompressionRequest:
             raise InputError(f"progress is {named_kind(self.progress)}; pass a function of stage, done and total")
 
     def restorer(self, model: nn.Module, inputs: ExampleInputs) -> tuple[Restorer, str]:
-        """The restorer for a model, and why, where it was not named."""
+        """The restorer for a model, and a note that says why "auto" chose it."""
         return choose_restorer(model, inputs) if self.restore is None else (self.restore, "")
 
     def scoring(
         self, model: nn.Module, inputs: ExampleInputs, restorer: Restorer
     ) -> tuple[Criterion | SeeingCriterion, str]:
-        """The criterion for a model that a restorer restores, and why, where it was not named."""
+        """The criterion for a model and a restorer, and a note that says why "auto" chose it."""
         named = self.criterion
         if named is not None:
             return named, ""

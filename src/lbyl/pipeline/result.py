@@ -1,4 +1,4 @@
-"""What a compression returns."""
+"""The result of a compression."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs
 
 @dataclass(frozen=True)
 class Result:
-    """A compressed network, what was cut, and what it cost.
+    """A compressed network, with its plan and its report.
 
     Attributes:
         model: the new, physically smaller network; the one that was passed in is untouched.
-        plan: what was cut and with which settings.
-        report: one row a group, totals, what was left alone and why.
+        plan: the cuts and the settings.
+        report: a row for each group, totals, notes, and the groups that were not pruned.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Result:
         return artifact.save(path, self.model, self.plan, self.report)
 
     def timed(self, bench: Bench) -> Result:
-        """The same result, with what :func:`lbyl.bench` found in its report."""
+        """The result, with the latency that :func:`lbyl.bench` measured in its report."""
         return replace(self, report=replace(self.report, latency=bench.timing()))
 
     def plot(self) -> Figure:

@@ -1,4 +1,4 @@
-"""Compress a model that was traced whole: select, restore, cut, verify."""
+"""Compresses a model that was traced as a whole: select, restore, cut, verify."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from lbyl.surgery.verification import verify as check
 
 @dataclass(frozen=True)
 class _Planned:
-    """Which channels stay, and what the report says about the choice."""
+    """The selected channels, and notes for the report."""
 
     selection: Selection
     ratio: Ratio
@@ -76,7 +76,7 @@ def compress_whole(
 ) -> Result:
     """Select, restore, cut and verify a model whose graph is known.
 
-    Where no restorer was named and the chosen one can't do its work, a lesser one stands in, and a note says so.
+    If no restorer was requested and the default one fails, another one is used, and a note says so.
     """
     if ground is not None:
         subject = replace(subject, restorer=ground.restorer)
@@ -92,7 +92,7 @@ def _compressed(
     ground: Analysis | None,
     forecaster: Forecaster | None,
 ) -> Result:
-    """The same with one restorer."""
+    """Select, restore, cut and verify with one restorer."""
     if ground is not None and ground.restorer != subject.restorer:
         ground = None
     planned = _plan(subject, request, clock, ground)
@@ -105,7 +105,7 @@ def _compressed(
         with clock("restore"):
             restoration = _restore(subject, request, replace(planned, selection=selection))
             work = sharing_copy(subject.model, restoration.values)
-            # Large, and held by the work copy from here on.
+            # Removed, because the values are large and the work copy holds them from here on.
             restoration = replace(restoration, values={})
         try:
             done = _cut(subject, request, clock, selection, work, restoration.masks)
@@ -119,7 +119,7 @@ def _compressed(
             continue
         break
     else:
-        raise VerificationError("no part of the groups could be found that can be cut; inspect lists them")
+        raise VerificationError("no groups were found that can be cut together; lbyl.inspect lists all groups")
     parts = dict(done.model.named_modules())
     set_modes({parts[name]: module.training for name, module in subject.model.named_modules()})
     planned = replace(planned, selection=selection)
@@ -133,11 +133,11 @@ def _compressed(
 
 
 _ATTEMPTS = 3
-"""How often the selection is tried: after each time, groups that can't be cut are left out."""
+"""How often a selection is tried; after each failure, groups that can't be cut are left out."""
 
 
 def _plan(subject: Subject, request: CompressionRequest, clock: Clock, ground: Analysis | None) -> _Planned:
-    """Choose the widths and the channels, and leave out what can't be cut."""
+    """Choose widths and channels, and leave out groups that can't be cut."""
     model, graph, restorer = subject.model, subject.graph, subject.restorer
     ratio, notes = request.ratio, ()
     if request.budget is not None:
@@ -156,14 +156,14 @@ def _plan(subject: Subject, request: CompressionRequest, clock: Clock, ground: A
         selection = select(graph, tensors_of(model), kept, request.scope, choose, request.seed)
     check_selection(selection)
     if restorer.runs_network and request.verify and not request.strict and request.budget is None:
-        # Restoration is dear here, so what can't be cut is found out before it.
+        # Restoration is expensive here, so groups that can't be cut are found before it.
         with clock("verify"):
             selection = that_can_be_cut(subject, selection)
     return _Planned(selection, ratio, seen.probes, notes, ground)
 
 
 def _within(subject: Subject, ground: Analysis, request: CompressionRequest, budget: Budget) -> Widths:
-    """The widths that are chosen for a budget."""
+    """Choose the widths for a budget."""
     graph, state, work = subject.graph, tensors_of(subject.model), sharing_copy(subject.model)
     choose = subject.restorer.choose(ByCriterion(subject.criterion, ground.seen.moments))
 
@@ -194,10 +194,10 @@ def _restore(subject: Subject, request: CompressionRequest, planned: _Planned) -
 def _cut(
     subject: Subject, request: CompressionRequest, clock: Clock, selection: Selection, work: nn.Module, masks: Masks
 ) -> _Cut:
-    """Cut the restored network, and verify that nothing else has changed.
+    """Cut the restored network, and verify that it computes what the masked network computes.
 
     Raises:
-        SurgeryError: a cut does not fit.
+        SurgeryError: a cut does not fit the network.
         VerificationError: the cut network computes something else.
     """
     inputs, graph = subject.inputs, subject.graph
@@ -217,13 +217,13 @@ def _cut(
 
 
 def _report(subject: Subject, planned: _Planned, restoration: Restoration, done: _Cut, clock: Clock) -> Report:
-    """What was done, for people and machines."""
+    """The report of the compression."""
     selection, own = planned.selection, restoration.seconds
     kept = norm_masks(selection)
     norms = sum(isinstance(key, str) for key in kept)
-    statistics = f"{norms} layer norms take their statistics over the channels that stay" if norms else ""
+    statistics = f"{norms} layer norms take their statistics over the kept channels" if norms else ""
     others = len(kept) - norms
-    taken = f"{others} statistics in the model's own code are taken over the channels that stay" if others else ""
+    taken = f"{others} statistics in the model's own code are taken over the kept channels" if others else ""
     pairs = zip(selection.choices, restoration.groups, strict=True)
     return Report(
         rows=tuple(_row(choice.group.width, len(choice.keep), restored) for choice, restored in pairs),
@@ -252,12 +252,12 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
 
 
 def _summed(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by stage of two parts of the work."""
+    """The sum of two sets of seconds by stage."""
     return {stage: first.get(stage, 0.0) + second.get(stage, 0.0) for stage in (*first, *second)}
 
 
 def _written_plan(subject: Subject, request: CompressionRequest, planned: _Planned, done: _Cut) -> Plan:
-    """What was cut and with which settings, for the saved folder."""
+    """The plan for the saved folder."""
     ratio, restorer = planned.ratio, subject.restorer
     settings = {
         "ratio": dict(ratio) if isinstance(ratio, Mapping) else ratio,
@@ -287,7 +287,7 @@ def _unverified_macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs,
     except InputError as error:
         raise VerificationError(
             f"the cut network does not run: {said(error)}. Leave verification on (verify=True): it "
-            "finds the groups that can't be cut, and leaves them whole."
+            "finds the groups that can't be cut and does not prune them."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Compress the parts of a model that could not be traced whole."""
+"""Compresses the traceable parts of a model that can't be traced as a whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _Item = TypeVar("_Item")
 def compress_submodules(
     prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis]
 ) -> Result:
-    """Compress submodules each by itself and put them into a copy of the model."""
+    """Compress submodules separately and put them into a copy of the model."""
     model, inputs, traced = prepared.model, prepared.inputs, prepared.traced
     results, left = _one_by_one(prepared, replace(request, source=None), ground)
     with clock("cut"):
@@ -82,10 +82,10 @@ def _all(items: Iterable[Sequence[_Item]]) -> tuple[_Item, ...]:
 def _one_by_one(
     prepared: Prepared, request: CompressionRequest, ground: Mapping[str, Analysis]
 ) -> tuple[list[tuple[str, Result]], list[tuple[str, str]]]:
-    """The result of each submodule, by its path, and why others were left whole.
+    """The results of submodules by path, and for the other submodules the reasons why they are not pruned.
 
     Raises:
-        InputError: nothing can be pruned in any of them, or a pattern matches no group of any.
+        InputError: no submodule can be pruned, or a pattern matches no group of any submodule.
     """
     subjects = prepared.subjects
     if request.budget is None:

@@ -1,4 +1,4 @@
-"""The street behind preparation: select, restore, cut and verify, in one piece or part by part."""
+"""The steps after preparation: select, restore, cut and verify, for a whole model or its parts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lbyl.surgery.plan import architecture_of, remember, remembered
 def walk(
     prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis] | None = None
 ) -> Result:
-    """The rest of the street: select, restore, cut and verify.
+    """Select, restore, cut and verify.
 
-    ``ground`` holds what was found out before, by the path of the part ("" for a model that was traced whole);
-    what is missing is found out here.
+    ``ground`` holds analyses that were made before, by the path of the part ("" for a model that was traced as a
+    whole). Missing ones are made here.
     """
     result, first = _walked(prepared, request, clock, ground or {}), remembered(prepared.model)
     if told := follow_widths(result.model, architecture_of(prepared.model)):
         result = replace(result, report=replace(result.report, notes=(*result.report.notes, told)))
     if first is not None:
         both = result.plan.after(first)
-        told = "the network was compressed before; the plan leads from its unpruned instance to this one"
+        told = "the network was compressed before; the plan starts from its unpruned architecture"
         if both is None:
-            told = "the network was compressed before, and this plan starts from what came of that: load it into that"
+            told = "the network was compressed before, and this plan starts from that result: load it into that network"
         result = replace(
             result, plan=both or result.plan, report=replace(result.report, notes=(*result.report.notes, told))
         )

@@ -1,1 +1,1 @@
-"""How the kept channels make up for the dropped ones: one file for each method."""
+"""Restoration: methods by which kept channels compensate for dropped ones, one file for each."""

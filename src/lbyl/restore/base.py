@@ -1,4 +1,4 @@
-"""What every restorer is given and what it returns."""
+"""The base class of restorers, the problem that they get, and the result that they return."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lbyl.surgery.masking import Masks
 
 @dataclass(frozen=True)
 class Restored:
-    """What restoration did for one group."""
+    """The outcome of restoration for one group."""
 
     group: str
     terms: Terms | None
@@ -33,15 +33,15 @@ class Restored:
 
 @dataclass(frozen=True)
 class Restoration:
-    """What a restorer returns.
+    """The result of a restorer.
 
     Attributes:
         values: new values of parameters and buffers, by name, at their unpruned shapes. Dropped columns are zero.
         groups: one entry for each choice of the selection, in its order.
-        assessment: the error of the network's outputs, where it was measured.
+        assessment: the error of the network's outputs; None if not measured.
         notes: what the user should know.
-        seconds: how long each stage took.
-        masks: what sets further weights to zero where the uncut network has to run with dropped channels masked.
+        seconds: the time of each stage.
+        masks: changes that set further weights to zero when the uncut network runs with dropped channels masked.
         held_out_errors: relative error of the network's outputs on held-out probes, by the way the consumers were
             solved: "pruned", "all at once", "halfway between", "in turn".
     """
@@ -57,17 +57,17 @@ class Restoration:
 
 @dataclass(frozen=True)
 class RestorationProblem:
-    """What a restorer is given.
+    """The problem that a restorer solves.
 
     Attributes:
         model: the unpruned network in evaluation mode. Nothing in it may be changed.
-        inputs: what it is called with.
-        graph: its channel graph.
-        selection: which channels stay.
-        seed: for whatever is drawn at random.
+        inputs: the example inputs.
+        graph: the network's channel graph.
+        selection: the kept and dropped channels of each group.
+        seed: seed of all random numbers.
         progress: called as ``progress(stage, done, total)``.
-        probes: inputs that the restorer made before by :meth:`Restorer.make_probes`; None where it is to make them now.
-        consumer_moments: what :meth:`Restorer.measure` found on them, by the names of the consumers' weights.
+        probes: probes from an earlier call of :meth:`Restorer.make_probes`; None if they must be made now.
+        consumer_moments: the result of :meth:`Restorer.measure` on these probes, by the names of consumers' weights.
     """
 
     model: nn.Module
@@ -83,16 +83,16 @@ class RestorationProblem:
 class Restorer(ABC):
     """Computes new weights for the consumers of dropped channels.
 
-    :meth:`restore` is all that a new restorer needs. One that works group by group from the weights alone derives from
-    :class:`lbyl.ClosedFormRestorer` and needs ``deliver`` only.
+    A new restorer only has to define :meth:`restore`. A restorer that works group by group from the weights alone
+    should derive from :class:`lbyl.ClosedFormRestorer` and only has to define ``deliver``.
     """
 
     chooses: bool = False
-    """Whether it chooses the kept channels itself, so that no criterion is asked and no budget can be met."""
+    """Whether it chooses the kept channels itself. Then no criterion is used, and budgets are not possible."""
 
     @property
     def settings(self) -> object:
-        """What is written into the plan: a dataclass, whose fields that are shown become plain data."""
+        """The dataclass whose fields are written into the plan, except those with ``repr=False``."""
         return self
 
     @property
@@ -106,30 +106,30 @@ class Restorer(ABC):
         return False
 
     def choose(self, by: ByCriterion) -> Choose:
-        """How kept channels are chosen: by the criterion, unless the restorer does it itself."""
+        """The function that chooses kept channels: by the criterion, unless the restorer chooses them itself."""
         return by
 
     @property
     def takes_probes(self) -> bool:
-        """Whether :meth:`make_probes` gives inputs that moments are measured on."""
+        """Whether it needs probes from :meth:`make_probes`."""
         return False
 
     def takes_lifelike_probes(self, inputs: ExampleInputs) -> bool:
-        """Whether these inputs are like real ones, so that they tell which channels matter."""
+        """Whether its probes are like real inputs, so that criteria may use them."""
         return False
 
     def make_probes(
         self, model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None = None
     ) -> Probes:
-        """Inputs to measure moments on, made once for several budgets."""
+        """Make the probes on which moments are measured. They may be used for several budgets."""
         raise NotImplementedError(f"{type(self).__name__} takes no probes")
 
     def measure(
         self, model: nn.Module, graph: Graph, groups: Collection[int], probes: Probes, seed: int, limit: int
     ) -> dict[str, ConsumerMoments]:
-        """Moments of what the consumers of some groups read, in at most ``limit`` bytes, for several budgets."""
+        """Measure moments of the inputs of some groups' consumers, in at most ``limit`` bytes, for several budgets."""
         return {}
 
     @abstractmethod
     def restore(self, problem: RestorationProblem) -> Restoration:
-        """New weights for the consumers of the dropped channels."""
+        """Compute new weights for the consumers of dropped channels."""

@@ -1,4 +1,4 @@
-"""Restoration from the weights alone: one delivery matrix a group, folded into the layers that read it."""
+"""Restoration from the weights alone: one delivery matrix for each group, folded into the group's consumers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lbyl.surgery.masking import Delivery, empty_delivery, fold, nothing_deliver
 
 @runtime_checkable
 class Delivers(Protocol):
-    """Whatever computes the delivery matrix of one group from its weights."""
+    """An object that computes the delivery matrix of one group from its weights."""
 
     def deliver(
         self,
@@ -53,20 +53,20 @@ class ClosedFormRestorer(Restorer):
         """The delivery matrix from the kept to the dropped channels of one group.
 
         Args:
-            filters: the effective filters of the group, one row a channel.
-            keep: indices of the channels that stay, ascending.
-            drop: indices of the channels that go, ascending.
-            generator: for whatever is drawn at random.
+            filters: the effective filters of the group, one row for each channel.
+            keep: indices of the kept channels, ascending.
+            drop: indices of the dropped channels, ascending.
+            generator: the source of random numbers.
         """
 
     def restore(self, problem: RestorationProblem) -> Restoration:
-        """Solve every group and fold its delivery matrix into the layers that read it."""
+        """Solve every group and fold its delivery matrix into its consumers."""
         return restore_by_delivery(self, problem)
 
 
 @dataclass(frozen=True)
 class Delivering(ClosedFormRestorer):
-    """A restorer of the user's that has a ``deliver`` method and nothing else."""
+    """Makes a restorer of a user's object that only has a ``deliver`` method."""
 
     own: Delivers
 
@@ -82,15 +82,15 @@ class Delivering(ClosedFormRestorer):
         drop: Int[Tensor, " dropped"],
         generator: torch.Generator,
     ) -> Delivery:
-        """What the user's object delivers."""
+        """The delivery matrix of the user's object."""
         return self.own.deliver(filters, keep, drop, generator)
 
 
 def restore_by_delivery(restorer: Delivers, problem: RestorationProblem) -> Restoration:
-    """Solve every group and fold its delivery matrix into the layers that read it.
+    """Solve every group and fold its delivery matrix into its consumers.
 
-    The closed forms need the original weights only, so the order of the groups does not matter: a layer that
-    reads one group and produces another loses columns here and rows in surgery.
+    The closed forms only need the original weights, so the order of the groups does not matter. A layer that reads one
+    group and produces another loses columns here, and rows in surgery.
     """
     values: dict[str, Tensor] = {}
     rows = []
@@ -122,7 +122,7 @@ def restore_by_delivery(restorer: Delivers, problem: RestorationProblem) -> Rest
 
 
 def _constant(target: Target, source: Tensor, slot: Slot, drop: Tensor, shift: Tensor) -> Tensor:
-    """What a consumer makes of a constant in each of the dropped channels."""
+    """The change of a consumer's output when each of the dropped channels has a constant value."""
     channels = torch.tensor(slot.channels)
     constants = torch.zeros(int(channels.max()) + 1, dtype=torch.float64).index_copy_(0, drop, shift)
     columns = torch.where(channels == NOT_OURS, 0.0, constants[channels.clamp_min(0)])
@@ -134,14 +134,14 @@ def with_ties(selection: Selection, rows: Sequence[Restored]) -> tuple[Restored,
     told = []
     for choice, row in zip(selection.choices, rows, strict=True):
         makes = {producer.weight.parameter for producer in choice.group.producers}
-        how = {True: "makes these channels and reads them", False: "reads these channels in its own way"}
-        names = [f"{slot.parameter} {how[slot.parameter in makes]}: cut only" for slot in choice.group.tied]
+        how = {True: "both makes and reads these channels", False: "reads these channels in a way that has no solution"}
+        names = [f"{slot.parameter} {how[slot.parameter in makes]}: cut, not restored" for slot in choice.group.tied]
         told.append(replace(row, note="; ".join(filter(None, [row.note, *names]))))
     return tuple(told)
 
 
 def deliver(choice: Choice, state: State, restorer: Delivers, seed: int) -> tuple[Delivery, Terms | None]:
-    """One group's delivery matrix and its error terms; block by block where grouped convolutions need it."""
+    """One group's delivery matrix and error terms; grouped convolutions are solved block by block."""
     group = choice.group
     keep, drop = choice.tensors()
     filters = describe(group, state)
@@ -180,5 +180,5 @@ def terms_of(choice: Choice, filters: Filters, delivery: Delivery, seed: int) ->
 
 
 def activation_of(group: Group) -> str | None:
-    """The activation between a group's producers and its consumers, if it is one that samples can be passed through."""
+    """The activation between a group's producers and consumers, if it is in `lbyl.graph.activations`, else None."""
     return next((step.op for step in group.steps if step.op in ACTIVATIONS), None)

@@ -1,4 +1,4 @@
-"""Data-independent coresets: kept channels are drawn at random and reweighted, none is mixed."""
+"""Data-independent coresets: kept channels are drawn at random and reweighted."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _MOST_DRAWS_PER_CHANNEL = 1000
 
 @dataclass(frozen=True)
 class Coreset(ClosedFormRestorer):
-    """Importance sampling of channels, so that the weighted sum over the drawn ones is unbiased.
+    """Importance sampling of channels: the weighted sum over the drawn channels is unbiased.
 
-    Mussay, Osadchy, Braverman, Zhou, Feldman: "Data-Independent Neural Pruning via Coresets", ICLR 2020. A
-    channel is drawn with probability ``pr_j ~ peak_j |v_j|`` (largest outgoing weight times the bound of its
-    activation on a unit ball), with replacement, until as many distinct ones are drawn as may be kept; each
-    counts ``u_j = draws_j / (draws pr_j)``. The drawing *is* the selection, so ``criterion`` is not asked.
+    Mussay, Osadchy, Braverman, Zhou, Feldman: "Data-Independent Neural Pruning via Coresets", ICLR 2020
+    (arXiv 1907.04018). Channels are drawn with replacement, with probability ``pr_j ~ peak_j |v_j|`` (the largest
+    outgoing weight times the bound of the activation on a unit ball), until there are as many distinct ones as may be
+    kept. Each is weighted by ``u_j = draws_j / (draws pr_j)``. This draw is the selection, so no criterion is used.
     """
 
     chooses = True
 
     def choose(self, by: ByCriterion) -> Choose:
-        """By drawing; the criterion is not asked."""
+        """The function :meth:`draw`; the criterion is not used."""
         return self.draw
 
     def draw(self, filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
@@ -43,7 +43,7 @@ class Coreset(ClosedFormRestorer):
         drop: Int[Tensor, " dropped"],
         generator: torch.Generator,
     ) -> Delivery:
-        """S = 0 and the weights u; the generator must be in the state that ``draw`` saw."""
+        """S = 0 and the weights u; the generator must be in the same state as for :meth:`draw`."""
         none = nothing_delivered(len(keep), len(drop))
         return Delivery(none.matrix, self._draw(filters, len(keep), generator)[keep])
 
@@ -52,23 +52,23 @@ class Coreset(ClosedFormRestorer):
 
 
 def sensitivity(filters: Filters) -> Float[Tensor, " channels"]:
-    """``peak_j |(v_j, c_j)|``: how much a channel can matter to any consumer."""
+    """``peak_j |(v_j, c_j)|``: the largest influence that a channel can have on a consumer."""
     return filters.peak * torch.cat([filters.weight, filters.offset[:, None]], 1).norm(dim=1)
 
 
 def sample(
     importance: Float[Tensor, " channels"], count: int, generator: torch.Generator
 ) -> Float[Tensor, " channels"]:
-    """Draw until ``count`` distinct channels are found; the weight of each, zero for those not drawn."""
+    """Draw until there are ``count`` distinct channels; return the weight of each channel, zero if not drawn."""
     channels = len(importance)
-    # A channel that nobody reads must still be drawable, or `count` could be out of reach.
+    # Channels that no layer reads get a tiny probability, so that `count` can always be reached.
     floor = importance.max().clamp_min(1e-30) * 1e-9
     probability = (importance + floor) / (importance + floor).sum()
     draws = torch.multinomial(probability, channels * _MOST_DRAWS_PER_CHANNEL, True, generator=generator)
     first = torch.full((channels,), len(draws)).scatter_reduce_(0, draws, torch.arange(len(draws)), "amin")
     order = torch.argsort(first, stable=True)
     taken = order[:count]
-    # Stop right before the first draw that would be one channel too many.
+    # Stop before the first draw of a channel too many.
     stop = int(first[order[count]]) if count < channels else len(draws)
     counts = torch.bincount(draws[:stop], minlength=channels).double()
     weights = torch.zeros(channels, dtype=torch.float64)

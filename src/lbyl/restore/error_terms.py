@@ -1,4 +1,4 @@
-"""The three parts of the reconstruction error that the paper names: RE, BE and AE."""
+"""The three terms of the paper's reconstruction error: residual, batch-norm and activation error (RE, BE, AE)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Terms:
     Attributes:
         residual: RE, ``|v_d - V_K s|^2``.
         batch_norm: BE, ``(c_d - c_K . s)^2``; zero without a batch norm.
-        activation: AE, ``E (f(s . z_K) - s . f(z_K))^2`` for pre-activations z under white-noise inputs
-            (sampled, seeded): what the activation f adds.
+        activation: AE, ``E (f(s . z_K) - s . f(z_K))^2`` with the activation f, estimated on random samples of
+            pre-activations z for white-noise inputs.
     """
 
     residual: float
@@ -39,7 +39,7 @@ def reconstruction_terms(
     activation: str | None,
     generator: torch.Generator,
 ) -> Terms:
-    """RE, BE and AE of a delivery matrix (LBYL, section 3.2)."""
+    """RE, BE and AE of a delivery matrix (arXiv 2502.08474, section 3.2)."""
     s = delivery.matrix
     if not delivery.delivers:
         return Terms(float(filters.energy[drop].mean()), float(filters.offset[drop].square().mean()), 0.0)

@@ -1,4 +1,4 @@
-"""LBYL: every dropped channel leaves its information with all the kept ones, in closed form."""
+"""LBYL: every dropped channel delivers its information to all kept channels, in closed form."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ class LBYL(ClosedFormRestorer):
     channel d, minimize ``|v_d - V_K s|^2 + bn (c_d - c_K . s)^2 + ridge |s|^2``: the residual error, the
     batch-norm error, and a bound on the activation error.
 
-    Where a batch norm states what a channel is like, ``bn=None`` does better than to weigh its error. Of the mean that
-    the kept channels do not carry, ``E f(z_d) - s . E f(z_K)`` with ``z ~ N(beta, gamma^2)``, as large a share as that
-    of the channels that stay goes into the consumer's bias or into the running mean behind it (bias correction: Nagel
-    et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction").
+    With ``bn=None``, the default, the batch-norm error has no weight. Instead, the mean of the consumer's output is
+    corrected (bias correction: Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
+    Correction", arXiv 1906.04721). If a batch norm gives the distribution ``z ~ N(beta, gamma^2)`` of the channels
+    before the activation f, the kept channels lack a mean of ``E f(z_d) - s . E f(z_K)`` for each dropped channel. This
+    mean, times the share of kept channels, is added through the consumer's bias or the running mean after it.
 
     Attributes:
-        bn: lambda_1, weight of the batch-norm error, as the paper has it; None for constants in its place.
-        ridge: lambda_2, weight of the norm of s; None for 0.03 times the mean of ``|v_k|^2``, which is the same
-            whatever the scale of the filters.
-        center: subtract each filter's own mean over its coordinates first. The published figures for fully
-            connected networks come from this.
+        bn: lambda_1, the weight of the batch-norm error as in the paper; None corrects means instead.
+        ridge: lambda_2, the weight of ``|s|^2``; None chooses 0.03 times the mean of ``|v_k|^2``, which does not depend
+            on the scale of the filters.
+        center: whether to subtract the mean of each filter's own elements first. The paper's figures for fully
+            connected networks use this.
     """
 
     bn: float | None = None
@@ -53,7 +54,7 @@ class LBYL(ClosedFormRestorer):
         drop: Int[Tensor, " dropped"],
         generator: torch.Generator,
     ) -> Delivery:
-        """S of :func:`closed_form`, and the constants; with a note where the system was singular."""
+        """S from :func:`closed_form` and the mean corrections, with a note if the system was singular."""
         v = filters.weight - filters.weight.mean(1, keepdim=True) if self.center else filters.weight
         bn = self.bn if self.bn is not None and filters.normalized else 0.0
         ridge = self.ridge
@@ -62,7 +63,7 @@ class LBYL(ClosedFormRestorer):
         matrix, singular = closed_form(v[keep].T, v[drop].T, filters.offset[keep], filters.offset[drop], bn, ridge)
         note = "singular system: solved by pseudo-inverse; a larger ridge avoids it" if singular else ""
         means = stated_means(filters, activation_of(filters.group)) if self.bn is None else None
-        # All of the mean is right for one layer whose input is intact, and too much the more of all layers is gone.
+        # The full correction is right for one cut layer. If all layers are cut, it is too large.
         share = len(keep) / (len(keep) + len(drop))
         shift = None if means is None else share * (means[drop] - matrix.T @ means[keep])
         return Delivery(matrix, torch.ones(len(keep), dtype=torch.float64), note, shift)
@@ -81,7 +82,7 @@ def closed_form(
 ) -> tuple[Float[Tensor, "kept dropped"], bool]:
     """Solve ``(V_K^T V_K + bn c_K c_K^T + ridge I) S = V_K^T V_D + bn c_K c_D^T`` in float64.
 
-    One Cholesky factor serves all dropped channels. Returns S, and whether the matrix was singular, in which
+    One Cholesky factor is used for all dropped channels. Returns S, and whether the matrix was singular, in which
     case S is the minimum-norm solution.
     """
     gram = v_keep.T @ v_keep + bn * torch.outer(c_keep, c_keep)

@@ -1,4 +1,4 @@
-"""Neuron Merging: every dropped channel joins the one kept channel that is most like it."""
+"""Neuron Merging: every dropped channel is merged into the most similar kept channel."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lbyl.surgery.masking import Delivery, empty_delivery
 
 @dataclass(frozen=True)
 class Merge(ClosedFormRestorer):
-    """One non-zero a column: the most similar kept channel takes the dropped one over, scaled.
+    """The most similar kept channel, scaled, replaces each dropped one: S has one non-zero in each column.
 
-    Kim, Kim, Kim, Kim, Kim: "Neuron Merging: Compensating for Pruned Neurons", NeurIPS 2020. We measure
-    similarity between *effective* filters (batch norm folded in with the true deviation); a negative scale
-    would not pass a ReLU, and so is never chosen.
+    Kim, Kim, Kim, Kim, Kim: "Neuron Merging: Compensating for Pruned Neurons", NeurIPS 2020 (arXiv 2010.13160).
+    Similarity is measured between *effective* filters (with the batch norm folded in). Scales are positive, because a
+    negative scale does not commute with a ReLU.
 
     Attributes:
-        threshold: cosine similarity below which a dropped channel is not merged at all; None merges all.
-        blend: weight of the cosine distance; ``1 - blend`` goes to the distance of the offsets, each brought
-            to [0, 1] over the candidates. Without a batch norm only the cosine counts.
-        released: as the authors' released code has it where one batch norm follows a layer: the cosine of the raw
-            filters, the running variance in place of the deviation, and the factor
-            ``|w_d| / |w_k| gamma_k / gamma_d var_d / var_k``, which is not the one that makes the channels alike.
+        threshold: cosine similarity below which a dropped channel is not merged; None merges all.
+        blend: weight of the cosine distance. ``1 - blend`` is the weight of the distance of the offsets, scaled to
+            [0, 1] over the kept channels. Without a batch norm, only the cosine distance is used.
+        released: compute as in the authors' released code where one batch norm follows a layer: with the cosine of the
+            raw filters, the running variance in place of the deviation, and the scale
+            ``|w_d| / |w_k| gamma_k / gamma_d var_d / var_k``, which does not make the channels equal in size.
     """
 
     threshold: float | None = 0.1
@@ -70,13 +70,13 @@ _Pairs = tuple[Float[Tensor, "kept dropped"], Float[Tensor, "kept dropped"], Flo
 
 
 def _alike(filters: Filters, keep: Tensor, drop: Tensor) -> _Pairs:
-    """Of the effective filters: what makes the kept channel as large as the dropped one."""
+    """The quantities of the effective filters, with the scale that makes the kept channel as large as the dropped."""
     cosine, scale = _compared(filters.weight[keep], filters.weight[drop])
     return cosine, scale, (filters.offset[drop][None, :] - scale * filters.offset[keep][:, None]).abs()
 
 
 def _released(filters: Filters, keep: Tensor, drop: Tensor) -> _Pairs | None:
-    """As the released code compares them; None where no single batch norm follows a single layer."""
+    """The quantities in the released code; None unless a single batch norm follows a single layer."""
     norm = filters.batch_norm
     if norm is None:
         return None
@@ -89,7 +89,7 @@ def _released(filters: Filters, keep: Tensor, drop: Tensor) -> _Pairs | None:
 
 
 def _compared(kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines of all pairs of rows, and how many times as long the dropped one is."""
+    """Cosines of all pairs of rows, and the ratios ``|dropped| / |kept|`` of their norms."""
     norm_k, norm_d = kept.norm(dim=1).clamp_min(_TINY), dropped.norm(dim=1)
     cosine = (kept / norm_k[:, None]) @ (dropped / norm_d.clamp_min(_TINY)[:, None]).T
     return cosine, norm_d[None, :] / norm_k[:, None]

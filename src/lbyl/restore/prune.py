@@ -1,4 +1,4 @@
-"""Plain pruning: S = 0, nothing is delivered."""
+"""Plain pruning without restoration: S = 0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lbyl.surgery.masking import Delivery, masks_of, nothing_delivered, with_mas
 
 @dataclass(frozen=True)
 class Prune(ClosedFormRestorer):
-    """Drop and restore nothing: the baseline."""
+    """Plain pruning: no weight is restored. This is the baseline."""
 
     def deliver(
         self,
@@ -31,7 +31,7 @@ class Prune(ClosedFormRestorer):
         return nothing_delivered(len(keep), len(drop))
 
     def restore(self, problem: RestorationProblem) -> Restoration:
-        """No new weights: columns become zero only where the uncut network has to run, by ``masks``."""
+        """Return no new weights, only ``masks`` that set dropped columns to zero in the uncut network."""
         rows, selection, state = [], problem.selection, tensors_of(problem.model)
         for index, choice in enumerate(selection.choices):
             started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Restorers by name, and the one that is best where none is named."""
+"""Finds restorers by name, and chooses the default one."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lbyl.runtime.registry import make
 
 
 def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
-    """A restorer by its lower-case name, or the object itself.
+    """The restorer with a short name, or the object itself.
 
     Raises:
-        InputError: an unknown name, or an object without ``restore`` and ``deliver``.
+        InputError: the name is unknown, or the object has neither ``restore`` nor ``deliver``.
     """
     if isinstance(restore, str):
         restore = make("restorer", restore)
@@ -38,29 +38,29 @@ def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
 
 
 def choose_restorer(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquares, str]:
-    """The best restorer that needs no data of the user's, and why: what ``restore="auto"`` stands for."""
+    """The restorer for ``restore="auto"``, which is the best one without the user's data, and a note that says why."""
     norms = batch_norms(model)
     if norms_cover(model):
-        why = f"auto: dreamed probes, for {len(norms)} batch norms say what inputs do"
-        return LeastSquares(moments=Dream()), f"{why}; with lbyl's own photographs, if inputs are color images"
+        why = f"auto: dreamed probes, because batch norms ({len(norms)}) describe the training data"
+        return LeastSquares(moments=Dream()), f"{why}; also lbyl's own photographs, if inputs are color images"
     if writes_text(model, inputs):
         return LeastSquares(moments=Generated()), "auto: text that the model writes itself"
     if takes_sentences(model, inputs):
-        why = "auto: English sentences that come with lbyl, through the model's own tokenizer"
+        why = "auto: English sentences that come with lbyl, tokenized with the model's tokenizer"
         return LeastSquares(moments=Sentences()), why
-    little = f"so few batch norms ({len(norms)}) say too little of" if norms else "no batch norm says"
+    little = f"too few batch norms ({len(norms)}) describe" if norms else "no batch norms describe"
     if not takes_photographs(inputs) and answers_among_classes(model, inputs):
-        why = f"auto: {little} what inputs do: inputs dreamed for each class, and noise"
+        why = f"auto: inputs dreamed for random classes, and noise, because {little} the training data"
         return LeastSquares(moments=ClassDream()), why
-    why = f"auto: {little} what inputs do: lbyl's own photographs, or noise if inputs are no color images"
+    why = f"auto: {little} the training data, so lbyl's own photographs, or noise if inputs are not color images"
     return LeastSquares(moments=Photographs()), why
 
 
 def fallbacks(restorer: Restorer) -> tuple[Restorer, ...]:
-    """What stands in for a chosen restorer that can't do its work, the best first: it asks less of the network.
+    """The restorers to try in turn if the default one fails.
 
-    Inputs that are not dreamed, then the moments that the weights alone suggest, then plain pruning, which works
-    wherever the network can be cut.
+    First probes that are not dreamed, then moments from the weights alone, then plain pruning, which works for every
+    network that can be cut.
     """
     less: list[Restorer] = []
     if isinstance(restorer, LeastSquares):

@@ -14,7 +14,7 @@ from lbyl.moments.accumulate import Moments
 def solve_ridge(
     gram: Float[Tensor, "kept kept"], cross: Float[Tensor, "kept targets"], ridge: float
 ) -> tuple[Float[Tensor, "kept targets"], bool]:
-    """``(G + ridge I)^-1 C`` by Cholesky; by pseudo-inverse, flagged, where G + ridge I is singular."""
+    """``(G + ridge I)^-1 C`` by Cholesky, and False; by pseudo-inverse, and True, if G + ridge I is singular."""
     gram = gram.clone()
     gram.diagonal().add_(ridge)
     factor, info = torch.linalg.cholesky_ex(gram)
@@ -27,7 +27,7 @@ def solve_ridge(
 
 @dataclass(frozen=True)
 class Solution:
-    """``r ~ coefficients^T p + shift``, and the variance of r before and after."""
+    """The fit ``r ~ coefficients^T p + shift``, and the variance of r before and after it."""
 
     coefficients: Float[Tensor, "regressors targets"]
     shift: Float[Tensor, " targets"]
@@ -38,9 +38,9 @@ class Solution:
 
 @dataclass(frozen=True)
 class Prior:
-    """Second moments expected before anything was measured: centered, on any scale.
+    """Expected second moments: centered, and on any scale.
 
-    ``trust`` between 0 and 1 is the share that the prior gets once both are on one scale.
+    ``trust`` between 0 and 1 is the weight of the prior in the mixture, after it was scaled to the measured moments.
     """
 
     pp: Float[Tensor, "regressors regressors"]
@@ -51,15 +51,15 @@ class Prior:
 def solve(moments: Moments, ridge: float, centered: bool, prior: Prior | None = None) -> Solution:
     """Minimize ``E |r - B^T p - shift|^2 + ridge mean(diag G) |B|^2`` with ``G`` the (centered) moments of p.
 
-    The ridge is relative, so that it means the same whatever the scale of the activations. The penalty is on
-    what is *added* to the kept weights: with an infinite ridge the result is plain pruning. A prior is mixed
-    into the moments that are solved with, not into the errors that are reported.
+    The ridge is relative, so that it does not depend on the scale of the activations. It penalizes the *change* of the
+    kept weights: an infinite ridge gives plain pruning. A prior is mixed into the moments for solving, but not into
+    those for the reported errors.
     """
     n = max(moments.count, 1)
     mean_p, mean_r = moments.p / n, moments.r / n
     if not centered:
         mean_p, mean_r = torch.zeros_like(mean_p), torch.zeros_like(mean_r)
-    # Each in one go, for these are large.
+    # Fused operations, because these matrices are large.
     gram = torch.addr(moments.pp, mean_p, mean_p, beta=1 / n, alpha=-1)
     cross = torch.addr(moments.pr, mean_p, mean_r, beta=1 / n, alpha=-1)
     power = moments.rr / n - mean_r.square()

@@ -1,4 +1,4 @@
-"""Where restoration acts: consumers that lose input channels, and where their constants go."""
+"""The targets of restoration: consumers of dropped channels, and the bias or batch norm that takes constants."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lbyl.surgery.masking import zero_columns
 
 
 def output_first(consumer: Consumer, state: State) -> Tensor:
-    """A consumer's weight, output first, however the layer stores it: a view."""
+    """A view of a consumer's weight with the output dimension first, however the layer stores it."""
     weight = state[consumer.weight].detach()
     return weight.transpose(0, 1) if consumer.dim == 0 else weight
 
 
 @dataclass(frozen=True)
 class Target:
-    """A consumer that is solved for: mostly one that loses input channels.
+    """A consumer to solve for, usually one that loses input channels.
 
     Attributes:
         consumer: the layer.
-        dropped: for every input channel, whether it goes.
-        bias: where a constant can be added to its output: its bias, or the running mean of the batch norm
-            that follows it (``sign`` is then -1, for the mean is subtracted); None where there is neither.
-        choices: the selection's indices of the groups that it reads and that lose channels.
-        norm: the running mean of the batch norm that follows it, if one does.
-        inside: for each tap of its kernel, the share of output positions at which the tap lies within the input, not in
-            its zero padding; None where that is not known.
+        dropped: whether each input channel is dropped.
+        bias: the tensor through which a constant can be added to its output: its bias, or the running mean of the
+            batch norm after it (``sign`` is then -1, because the mean is subtracted); None if there is neither.
+        choices: indices in the selection of the groups that it reads and that lose channels.
+        norm: the running mean of the batch norm after it, if there is one.
+        inside: for each position in its kernel, the share of output positions at which it lies inside the input and
+            not in the zero padding; None if unknown.
     """
 
     consumer: Consumer
@@ -48,12 +48,12 @@ class Target:
     inside: Float[Tensor, " taps"] | None = None
 
     def weight(self, state: State) -> Tensor:
-        """The consumer's weight, output first, however the layer stores it: a view."""
+        """A view of the consumer's weight with the output dimension first, however the layer stores it."""
         return output_first(self.consumer, state)
 
 
 def knowing_taps(targets: Sequence[Target], model: nn.Module, inputs: ExampleInputs) -> tuple[Target, ...]:
-    """The same targets with their taps' shares, for which the network runs on the example once."""
+    """The same targets with ``inside`` filled in, which takes a run of the network on the example inputs."""
     inside = taps_inside(model, inputs)
     return tuple(replace(target, inside=inside.get(target.consumer.weight)) for target in targets)
 
@@ -74,13 +74,13 @@ def find_targets(graph: Graph, selection: Selection) -> tuple[Target, ...]:
 
 
 def following_norms(graph: Graph) -> dict[str, Norm]:
-    """The batch norm right behind a layer, by the name of the layer's weight."""
+    """The batch norm directly after each layer, by the name of the layer's weight."""
     first = {p.weight.parameter: p.stages[0] for group in graph.groups for p in group.producers if p.stages}
     return {weight: stage for weight, stage in first.items() if isinstance(stage, Norm)}
 
 
 def target_of(consumer: Consumer, dropped: Tensor, choices: tuple[int, ...], norms: Mapping[str, Norm]) -> Target:
-    """A consumer with its place for a constant; ``norms`` are the :func:`following_norms`."""
+    """The target for a consumer; ``norms`` is the result of :func:`following_norms`."""
     norm = norms.get(consumer.weight)
     following = norm.mean if norm else None
     bias, sign = (consumer.bias, 1) if consumer.bias else (following, -1 if following else 1)
@@ -88,21 +88,21 @@ def target_of(consumer: Consumer, dropped: Tensor, choices: tuple[int, ...], nor
 
 
 def as_stored(found: tuple[Target, ...], values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Values as the layers store them, where the solves had the output first."""
+    """Values as the layers store them, from weights with the output dimension first."""
     input_first = {target.consumer.weight for target in found if target.consumer.dim == 0}
     return {name: v.transpose(0, 1).contiguous() if name in input_first else v for name, v in values.items()}
 
 
 def masked(target: Target, state: State) -> Tensor:
-    """The consumer's weight with its dropped columns zero: plain pruning."""
+    """The consumer's weight with zeros in dropped columns, as after plain pruning."""
     return zero_columns(target.weight(state).clone(), target.dropped, target.consumer.blocks)
 
 
 def taps_inside(model: nn.Module, inputs: ExampleInputs) -> dict[str, Float[Tensor, " taps"]]:
-    """For each tap of each consumer's kernel, the share of output positions at which it lies within the input.
+    """For each position in each consumer's kernel, the share of output positions at which it lies inside the input.
 
-    What lies in the zero padding gives no mean: of a 3x3 kernel on a map of 2x2, five taps of nine on average. Layers
-    that are not seen, transposed convolutions among them, are left out.
+    Positions in the zero padding do not contribute to the mean of the output. For a 3x3 kernel on a map of 2x2, these
+    are on average five of nine. Layers that can't be observed, such as transposed convolutions, are left out.
     """
     found: dict[str, list[Tensor]] = {}
 
@@ -116,7 +116,7 @@ def taps_inside(model: nn.Module, inputs: ExampleInputs) -> dict[str, Float[Tens
 
 
 def _inside(call: ConsumerCall, kernel: Sequence[int]) -> Float[Tensor, " taps"]:
-    """The shares of one call, tap by tap: the product of those along each axis."""
+    """The shares of one call, for each position in the kernel: products of the shares along each axis."""
     shares = torch.ones(1, dtype=torch.float64)
     if call.op == "linear":
         return shares
@@ -131,9 +131,9 @@ def _inside(call: ConsumerCall, kernel: Sequence[int]) -> Float[Tensor, " taps"]
 def on_average(
     target: Target, weight: Float[Tensor, "out columns *taps"], means: Float[Tensor, " columns_of_all_blocks"]
 ) -> Float[Tensor, " out"]:
-    """What a consumer gives where every column is its mean: ``sum_it w_oit m_i``, in float64, with zeros as padding.
+    """A consumer's mean output, given the mean m of every input column: ``sum_it inside_t w_oit m_i``, in float64.
 
-    Zeros where it is not known how much of the input each tap sees.
+    Here t runs over positions in the kernel. The result is zero if ``inside`` is unknown.
     """
     found = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     inside = torch.ones(1, dtype=torch.float64) if weight.dim() == 2 else target.inside
@@ -144,6 +144,6 @@ def on_average(
     for rows, places, here in zip(*parts, strict=True):
         taps = few_rows(rows.unsqueeze(2))
         for part, place in zip(taps, places.split(len(taps[0])), strict=True):
-            # Into place: results kept between large parts that are freed would keep the next from using their memory.
+            # Written into place, because small results between large temporary tensors would fragment memory.
             torch.mv(part.double().flatten(2) @ inside, here, out=place)
     return found

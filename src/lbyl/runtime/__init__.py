@@ -1,1 +1,1 @@
-"""Run, copy, watch and time somebody's model without leaving a trace."""
+"""Run, copy, observe and time a user's model, and leave it unchanged."""

@@ -1,4 +1,4 @@
-"""Positions that an attention mask leaves out, such as pads: nothing is learned from what stands there."""
+"""Positions that an attention mask excludes, such as padding: statistics leave these positions out."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from lbyl.runtime.inputs import ExampleInputs
 
 Attended = Mapping[tuple[int, int], Bool[Tensor, " positions"]]
-"""Which positions of token sequences count, by the sequences' number and length; without entry, all do."""
+"""The positions that count in token sequences, by (number of sequences, length). Without an entry, all of them do."""
 
 
 def attended_positions(model: nn.Module, inputs: ExampleInputs) -> Attended:
-    """What the attention masks among the inputs leave of the positions.
+    """The positions that the attention masks among the inputs allow.
 
-    A shape is left out where several inputs disagree on it: where both an encoder and a decoder read sequences of one
-    shape, it can't be told whose positions a layer is fed.
+    A shape has no entry if masks of that shape differ. An example is an encoder and a decoder that read sequences of
+    the same shape: then the shape of a layer's input does not tell which mask belongs to it.
     """
     named = _by_name(model, inputs)
     masks: dict[tuple[int, int], list[Tensor]] = {}
@@ -40,7 +40,7 @@ def attended_positions(model: nn.Module, inputs: ExampleInputs) -> Attended:
 
 
 def _by_name(model: nn.Module, inputs: ExampleInputs) -> Mapping[str, Any]:
-    """The inputs by the names of the model's arguments, as far as these are known."""
+    """The inputs by the names of the model's arguments, where these are known."""
     try:
         return inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments | dict(inputs.kwargs)
     except (TypeError, ValueError):
@@ -48,9 +48,9 @@ def _by_name(model: nn.Module, inputs: ExampleInputs) -> Mapping[str, Any]:
 
 
 def at_attended(attended: Attended, tensor: Tensor) -> Tensor:
-    """The rows of a tensor, channels last, at the positions that count; the tensor itself where all do.
+    """The rows of a tensor at the positions that count, or the tensor itself where all positions count.
 
-    Positions are two axes, or one that they were flattened to.
+    Channels are the last axis. Positions are the first two axes, or one axis if they were flattened.
     """
     if not attended or tensor.dim() not in (2, 3):
         return tensor

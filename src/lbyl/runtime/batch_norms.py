@@ -1,4 +1,4 @@
-"""Which batch norms of a model say what their inputs were like in training."""
+"""Finds a model's batch norms with running statistics, which describe their inputs in training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 
 
 def norms_cover(model: nn.Module) -> bool:
-    """Whether batch norms with running statistics say what most of the network is like.
+    """Whether there are enough batch norms with running statistics to describe most of the network.
 
-    There have to be at least half as many as convolutions, or as linear layers where there is no convolution. In files
-    made for deployment most are folded away, and the few that are left say little of the rest.
+    There must be at least half as many as convolutions, or as linear layers in a network without convolutions. In
+    files made for deployment most batch norms are folded away, and the few that are left say little about the rest.
     """
     modules = list(model.modules())
     convolutions = sum(isinstance(module, _ConvNd) for module in modules)

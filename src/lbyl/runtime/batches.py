@@ -1,4 +1,4 @@
-"""Batches of inputs: how many there may be, cut into parts, joined, thinned."""
+"""Batches of inputs: splits, joins and thins them, and chooses how many inputs there are."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lbyl.runtime.macs import count_macs
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """Images in the layout that convolutions run fastest in; everything else as it is."""
+    """Images in the channels-last memory format; all other tensors unchanged."""
     # Convolutions run faster in this layout on CPU, and the result does not depend on it.
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def layout(tensor: Tensor) -> torch.memory_format:
-    """The order in which a tensor's numbers lie; layers copy what comes in another one than they go on with."""
+    """The memory format of a tensor. Inputs in another format than a layer uses are copied at every call."""
     last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
 def split(inputs: ExampleInputs, sizes: Sequence[int]) -> list[ExampleInputs]:
-    """Cut a batch into parts along its first axis."""
+    """Split a batch along its first axis into parts of these sizes."""
     total, first, parts = sum(sizes), 0, []
     for size in sizes:
         here = slice(first, first + size)
@@ -35,7 +35,7 @@ def split(inputs: ExampleInputs, sizes: Sequence[int]) -> list[ExampleInputs]:
 
 
 def join(parts: Sequence[ExampleInputs]) -> ExampleInputs:
-    """Batches as one, along their first axis; what is no batch is the first one's."""
+    """Join batches along their first axis. Tensors without a row for each input are taken from the first batch."""
     size = batch_size(parts[0])
     rows = zip(*(part.tensors() for part in parts), strict=True)
     whole = iter([torch.cat(row) if row[0].dim() and len(row[0]) == size else row[0] for row in rows])
@@ -43,36 +43,36 @@ def join(parts: Sequence[ExampleInputs]) -> ExampleInputs:
 
 
 def join_all(batches: Sequence[ExampleInputs]) -> ExampleInputs:
-    """Batches of any sizes as one, where every tensor has a row an input."""
+    """Join batches of any sizes in which every tensor has a row for each input."""
     rows = zip(*(batch.tensors() for batch in batches), strict=True)
     whole = iter([torch.cat(row) for row in rows])
     return batches[0].map(lambda _: next(whole))
 
 
 def first_rows(inputs: ExampleInputs) -> ExampleInputs:
-    """A batch of two at most; networks that run on more need not run on one."""
+    """The first two inputs of a batch. Some networks do not run on a single one."""
     size = batch_size(inputs)
     return split(inputs, [2, size - 2])[0] if size > 2 else inputs
 
 
 def alike(size: int, most: int, least: int = 1) -> list[int]:
-    """Sizes of parts that differ by one at most: none larger than ``most``, unless some were less than ``least``."""
+    """Sizes of parts of nearly equal size: at most ``most`` each, unless some would then be below ``least``."""
     count = min(-(-size // max(1, most)), max(1, size // least))
     return [len(part) for part in torch.arange(size).tensor_split(count)]
 
 
 def in_parts(inputs: ExampleInputs, most: int, least: int = 1) -> list[ExampleInputs]:
-    """A batch as several of so many rows; see :func:`alike`."""
+    """A batch split into parts of nearly equal size; see :func:`alike`."""
     sizes = alike(batch_size(inputs), most, least)
     return split(inputs, sizes) if len(sizes) > 1 else [inputs]
 
 
 FEWEST = 4
-"""Batches are not made smaller than this: their statistics would tell too little."""
+"""Smallest size of a thinned batch: statistics of fewer inputs would be too inaccurate."""
 
 
 def thinned(batches: Sequence[ExampleInputs], most: int) -> list[ExampleInputs]:
-    """Fewer rows of every batch, evenly spread, ``most`` in all; none where that leaves less than 4 of some batch."""
+    """Evenly spaced rows of every batch, at most ``most`` in all; [] if some batch would keep fewer than 4 rows."""
     sizes = [batch_size(batch) for batch in batches]
     if sum(sizes) <= most:
         return list(batches)
@@ -91,22 +91,27 @@ def thinned(batches: Sequence[ExampleInputs], most: int) -> list[ExampleInputs]:
 
 
 def macs_per_input(model: nn.Module, inputs: ExampleInputs) -> float:
-    """Multiply-accumulates that one input takes.
+    """Multiply-accumulates for each input of the batch.
 
-    Where the network takes batches of one size only, each input has its share of what a call takes besides.
+    For a network that takes one batch size only, they include a share of the overhead of each call.
     """
     return max(count_macs(model, inputs) / max(batch_size(inputs), 1), 1.0) + _CALL / (inputs.rows or _CALL)
 
 
 _CALL = 1e9
-"""What a call takes by itself, in multiply-accumulates of the same time."""
+"""The overhead of a call, in multiply-accumulates that take as long."""
 
 
 def affordable(each: float, macs: float, least: int, most: int, ceiling: float) -> int:
-    """How many inputs one forward pass over all of them may have.
+    """The number of inputs that a budget of multiply-accumulates allows.
 
-    As many as ``macs`` allow at ``each`` multiply-accumulates an input, between ``least`` and ``most``; but no more
-    than ``ceiling`` multiply-accumulates allow, for a batch must fit into memory too, unless these are less than 4.
+    Args:
+        each: multiply-accumulates of one input.
+        macs: the budget.
+        least: smallest number of inputs, even if the budget is too small for it.
+        most: largest number of inputs.
+        ceiling: multiply-accumulates that one batch must not exceed, so that it fits into memory; at least 4 inputs
+            are allowed nevertheless.
     """
     wanted = max(least, min(most, macs / each))
     return round(min(wanted, max(4, ceiling / each)))
@@ -118,5 +123,5 @@ def batch_size(inputs: ExampleInputs) -> int:
 
 
 def held_out_size(count: int) -> int:
-    """A quarter of the probes, at least two, is kept away from the solves."""
+    """The number of held-out probes out of ``count``: a quarter, and at least two."""
     return max(2, math.ceil(count / 4))

@@ -1,4 +1,4 @@
-"""`bench`: two models, measured in turns and held against each other layer by layer."""
+"""`bench`: measures two models in turns and compares them layer by layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REST = "(no layer's)"
 _FELL = 0.98
 """A layer was cut if it has less than this share of its multiply-accumulates left."""
 _CLEAR = 0.15
-"""By so much less time in the median a layer is faster, however much the runs scatter."""
+"""A layer whose median time fell by this share counts as faster, however much its runs vary."""
 _NAMED = 5
 
 
@@ -47,23 +47,23 @@ class Change:
 
     @property
     def ratio(self) -> Runs | None:
-        """Time after over time before, run by run."""
+        """The ratio of the times after and before, run by run."""
         return self.after.over(self.before) if self.before and self.after else None
 
     @property
     def macs_ratio(self) -> float | None:
-        """The share of the multiply-accumulates that is left; None where there were none."""
+        """The ratio of the multiply-accumulates after and before; None where there were none before."""
         return self.macs[1] / self.macs[0] if self.macs[0] else None
 
     @property
     def no_speed(self) -> bool:
-        """Whether it lost multiply-accumulates, but no time beyond the margin of the measurement."""
+        """Whether it lost multiply-accumulates without becoming faster by more than the margin of the measurement."""
         ratio = self.ratio
         return ratio is not None and self.was_cut and ratio.median + min(ratio.margin, _CLEAR) >= 1
 
     @property
     def was_cut(self) -> bool:
-        """Whether it lost multiply-accumulates worth mentioning."""
+        """Whether it lost at least 2% of its multiply-accumulates."""
         return 0 < self.macs[1] < _FELL * self.macs[0]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,15 +83,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Bench:
-    """Two models, measured in turns; print it with Rich, or read the fields.
+    """The latency of two models; print it with Rich, or read the fields.
 
     Attributes:
         whole: both models as a whole.
-        layers: every layer that runs in either, in the order of the first model.
-        rest: what no layer takes: activations, sums, pooling.
-        device: where they were measured.
-        threads: of PyTorch, for one operation.
-        runs: how often each was timed.
+        layers: every layer that runs in either model, in the order of the first model.
+        rest: the time outside of layers: activations, sums, pooling.
+        device: the device on which they were measured.
+        threads: number of threads that PyTorch uses within one operation.
+        runs: how often each model was timed.
     """
 
     whole: Change
@@ -103,7 +103,7 @@ class Bench:
 
     @property
     def no_speed(self) -> tuple[Change, ...]:
-        """The layers whose cut gave no speed."""
+        """The layers that were cut and did not become faster."""
         return tuple(layer for layer in self.layers if layer.no_speed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Bench:
         yield from map(_shown, self.summary())
 
     def summary(self) -> list[str]:
-        """The whole, and what gave no speed, a line each."""
+        """Lines of text: the latency of the whole network, and the layers that did not become faster."""
         lines = [
             f"latency: {self.latency()}",
             f"measured on {self.place()}; ± is the margin of the median ratio",
@@ -139,13 +139,13 @@ class Bench:
         if self.whole.no_speed:
             lines.append("the network as a whole is no faster")
         if self.no_speed:
-            lines.append(f"no speed: {self.without_speed()}")
+            lines.append(f"cut, but not faster: {self.without_speed()}")
         elif any(layer.was_cut for layer in self.layers):
             lines.append("every layer that lost multiply-accumulates is faster")
         return lines
 
     def latency(self) -> str:
-        """The whole in one phrase: 12.0 ms → 6.2 ms (0.52 ± 0.01), MACs 0.50."""
+        """The latency of the whole network as text: 12.0 ms → 6.2 ms (0.52 ± 0.01), MACs 0.50."""
         before, after, ratio = self.whole.before, self.whole.after, self.whole.ratio
         assert before
         assert after
@@ -154,12 +154,12 @@ class Bench:
         return f"{_ms(before)} ms → {_ms(after)} ms ({ratio.median:.2f} ± {ratio.margin:.2f}){share}"
 
     def place(self) -> str:
-        """Where, and how often: cpu with 2 threads, 20 runs of each in turns."""
+        """Where and how it was measured, as text: cpu with 2 threads, 20 runs of each in turns."""
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
         return f"{self.device} with {threads}, {self.runs} runs of each in turns"
 
     def timing(self) -> Timing:
-        """The whole, and what gave no speed, for a report."""
+        """The result in the form that a report holds."""
         before, after, ratio = self.whole.before, self.whole.after, self.whole.ratio
         assert before
         assert after
@@ -167,7 +167,7 @@ class Bench:
         return Timing(before.median, after.median, ratio.median, ratio.margin, self.place(), self.without_speed())
 
     def without_speed(self) -> str:
-        """The layers whose cut gave no speed, the slowest first."""
+        """The layers that were cut and did not become faster, as text, the slowest first."""
         slow = sorted(self.no_speed, key=lambda layer: -(layer.after.median if layer.after else 0.0))
         named = [
             f"{layer.name} (MACs {layer.macs_ratio:.0%}, time {layer.ratio.median:.0%})"
@@ -187,17 +187,17 @@ def bench(
     warm_up: int = WARM_UP,
     progress: Progress | None = None,
 ) -> Bench:
-    """Measure on this machine how much faster a compressed network is than the one that it was made of.
+    """Measure on this machine how much faster a compressed network is than the original.
 
-    The two run in turns, in evaluation mode, so that whatever disturbs the machine disturbs both. Layers are matched
-    by name. For a layer that calls others, only its own time counts.
+    The two run in turns, in evaluation mode, so that disturbances of the machine affect both. Layers are matched
+    by name. The time of a layer excludes layers that it calls.
 
     Args:
         model: the compressed network; it is not changed.
-        example_inputs: what both are called with: a tensor, a tuple, or a dict of keyword inputs.
-        against: the unpruned network; it is not changed. Its weights do not matter.
-        runs: how often each is timed, from 3.
-        warm_up: how often each runs before that.
+        example_inputs: the inputs of both: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        against: the unpruned network; it is not changed. The values of its weights do not matter.
+        runs: how often each network is timed, at least 3.
+        warm_up: how often each network runs before it is timed.
         progress: called as ``progress(stage, done, total)``.
 
     Raises:
@@ -244,7 +244,7 @@ def _cells(change: Change) -> tuple[str, ...]:
         f"{ratio.median:.2f}" if ratio else "–",
         f"{ratio.margin:.2f}" if ratio else "–",
         "–" if change.macs_ratio is None else f"{change.macs_ratio:.2f}",
-        "no speed" if change.no_speed else "",
+        "not faster" if change.no_speed else "",
     )
 
 
@@ -258,15 +258,15 @@ def _ms(runs: Runs | None) -> str:
 
 @dataclass(frozen=True)
 class Timing:
-    """How long both networks take, measured in turns; see :func:`lbyl.bench`.
+    """The latency of both networks, measured in turns; see :func:`lbyl.bench`.
 
     Attributes:
         before: median seconds of the unpruned network.
-        after: median seconds of the cut one.
-        ratio: median of the one over the other, run by run.
-        margin: how far the ratio may be off.
-        place: where, and how often.
-        no_speed: layers whose cut gave no speed, with figures, the slowest first; "" where there are none.
+        after: median seconds of the compressed network.
+        ratio: median of ``after / before``, run by run.
+        margin: margin of error of the ratio, at about 95%.
+        place: where and how it was measured, as text.
+        no_speed: the layers that were cut and did not become faster, with figures, the slowest first; "" for none.
     """
 
     before: float

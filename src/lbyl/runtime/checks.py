@@ -1,4 +1,4 @@
-"""Checks of what users pass: one clear error that names the argument, the value and what it may be."""
+"""Checks of users' arguments: each error names the argument, its value and the values that are allowed."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def check_number(
     """Raise InputError unless a value is a finite number within bounds.
 
     Args:
-        place: what it is, with the value in place of braces: ``"Dream(lr={})"``.
-        value: what was passed.
+        place: the argument's name, with braces where the value is inserted: ``"Dream(lr={})"``.
+        value: the value that was passed.
         whole: whether it must be a whole number.
         optional: whether it may be None.
-        least: it may not be less.
-        above: it must be more.
-        most: it may not be more.
-        below: it must be less.
-        unit: what is counted, for the error.
+        least: the value must be at least this.
+        above: the value must be greater than this.
+        most: the value must be at most this.
+        below: the value must be less than this.
+        unit: what the number counts, for the error.
 
     >>> check_number("Dream(lr={})", -0.5, above=0)
     Traceback (most recent call last):
@@ -64,13 +64,13 @@ def check_number(
 
 
 def check_seed(seed: Any) -> None:
-    """Raise InputError for what can't be a seed."""
+    """Raise InputError unless a value is a whole number of 64 bits."""
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= int(seed) < 2**63:
         raise InputError(f"seed={shortened(repr(seed), 50)}: must be a whole number of 64 bits")
 
 
 def check_switch(place: str, value: Any, *, optional: bool = False) -> None:
-    """Raise InputError unless a value is True or False, or None where that is one as well.
+    """Raise InputError unless a value is True or False, or None if ``optional``.
 
     >>> check_switch("LBYL(center={})", "no")
     Traceback (most recent call last):
@@ -81,25 +81,25 @@ def check_switch(place: str, value: Any, *, optional: bool = False) -> None:
 
 
 def check_module(model: object, name: str = "model") -> None:
-    """Raise InputError for what is no module; ``name`` is what the argument is called."""
+    """Raise InputError unless a value is a module; ``name`` is the name of the argument."""
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} is {named_kind(model)}; pass a torch.nn.Module with its weights loaded")
 
 
 def named_kind(value: object) -> str:
-    """What a value is, in words: "a str", or "the class Linear" for a class in place of an instance."""
+    """The kind of a value as text: "a str", or "the class Linear" for a class."""
     kind = type(value).__name__
     return f"the class {value.__name__}" if isinstance(value, type) else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def as_path(path: Any, name: str = "path") -> Path:
-    """A path that files can have.
+    """The argument as a path.
 
     Raises:
-        InputError: no text and no path, or a text with a zero byte.
+        InputError: it is neither text nor a path, is empty, or holds a zero byte.
     """
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise InputError(f"{name} is {path!r}, {named_kind(path)}; pass the name of a folder")
     if "\0" in str(path):
-        raise InputError(f"{name} {str(path)!r} holds a zero byte, which no name can hold")
+        raise InputError(f"{name} {str(path)!r} holds a zero byte, which no file name can hold")
     return Path(path)

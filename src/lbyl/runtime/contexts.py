@@ -1,4 +1,4 @@
-"""Run somebody's model without leaving a trace: modes, random state, attention kernels, the garbage collector."""
+"""Contexts for running a user's model: they restore modes, buffers, random states and settings of PyTorch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-"""What torch itself keeps in every module."""
+"""The attributes that every module has."""
 ATOMS = frozenset((bool, int, float, str, type(None)))
 CONTAINERS = (dict, list, set)
 
 
 class _Switch:
-    """A switch of the whole process that several threads want in one position: the last one to leave sets it back."""
+    """A setting of the whole process that several threads may hold at one value. The last thread restores it."""
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
         self._read, self._write = read, write
@@ -31,7 +31,7 @@ class _Switch:
 
     @contextmanager
     def held(self, position: Any) -> Iterator[None]:
-        """In this position for a while."""
+        """Set the value, and restore the earlier one after the last thread has left."""
         with self._lock:
             if not self._users:
                 self._before = self._read()
@@ -51,7 +51,7 @@ _default_device: ContextVar[torch.device | None] = ContextVar("_default_device",
 
 @contextmanager
 def own_device() -> Iterator[None]:
-    """Our own tensors are made on the CPU, whatever default device the user has set; see :func:`users_device`."""
+    """Make new tensors on the CPU, whatever default device the user has set; see :func:`users_device`."""
     device = torch.get_default_device()
     if device.type == "cpu" or _default_device.get() is not None:
         yield
@@ -65,7 +65,7 @@ def own_device() -> Iterator[None]:
 
 
 def users_device() -> AbstractContextManager[Any]:
-    """While the user's model runs: what it makes goes to the default device that the user has set."""
+    """Make new tensors on the default device that the user has set. It is used while the user's model runs."""
     device = _default_device.get()
     return nullcontext() if device is None else device
 
@@ -76,7 +76,7 @@ _locks_lock = threading.Lock()
 
 @contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
-    """No other thread works on this model meanwhile."""
+    """Keep other threads from working on this model."""
     with _locks_lock:
         lock = _locks.setdefault(model, threading.RLock())
     with lock:
@@ -90,12 +90,12 @@ def _generators() -> tuple[Any, ...]:
 
 
 def _set_generators(states: tuple[Any, ...] | int) -> None:
-    """Set them to what :func:`_generators` gave, or start all from a seed."""
+    """Restore states from :func:`_generators`, or start all generators from a seed."""
     if isinstance(states, int):
         random.seed(states)
         np.random.seed(states)  # noqa: NPY002
         torch.default_generator.manual_seed(states)
-        if torch.cuda.is_initialized():  # otherwise it would be seeded once it is
+        if torch.cuda.is_initialized():  # otherwise the seed would be applied later, at initialization
             torch.cuda.manual_seed_all(states)
         return
     random.setstate(states[0])
@@ -109,17 +109,17 @@ _GENERATORS = _Switch(_generators, _set_generators)
 
 
 def seeded(seed: int = 0) -> AbstractContextManager[None]:
-    """All global generators start from a seed, and are afterwards where they were: noise is the same in all runs."""
+    """Start all global random generators from a seed, and restore their states afterwards."""
     return _GENERATORS.held(seed)
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards the model and the global generators are what they were.
+    """Put the model into evaluation mode, and afterwards restore it and the global random generators.
 
-    Every module's mode, plain attributes, buffers and arrays are put back. Some modules keep what they compute from
-    their weights (attention biases, masks): after a run in another precision, or a trace with fake tensors, that would
-    be wrong or worse. Others count their calls.
+    Every module's mode, plain attributes, buffers and arrays are restored. Some modules cache values that they compute
+    from their weights (attention biases, masks). After a run in another precision, or a trace with fake tensors, the
+    cached values would be wrong. Other modules count their calls.
     """
     with alone(model), seeded():
         modes = {module: module.training for module in model.modules()}
@@ -132,14 +132,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         }
         buffers = [(module._buffers, module._buffers.copy()) for module in modes]
         written = _Written(modes)
-        model.eval()  # even where they all are: it makes some forget what they keep
+        model.eval()  # even in evaluation mode, because it makes some modules clear their caches
         try:
             yield
         finally:
             set_modes(modes)
             for now, own in before:
                 if now.keys() == own.keys() and all(map(is_, now.values(), own.values())):
-                    continue  # as usual
+                    continue  # the usual case
                 for name in now.keys() - own.keys() - MODULE_ATTRIBUTES:
                     del now[name]
                 now.update({name: value for name, value in own.items() if name not in MODULE_ATTRIBUTES})
@@ -157,7 +157,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class _Written:
-    """The content of what forward passes may write to: buffers, arrays, tensors that are plain attributes."""
+    """A copy of everything that a forward pass may write to: buffers, arrays, tensors in plain attributes."""
 
     def __init__(self, modules: Mapping[nn.Module, bool]) -> None:
         tensors: dict[int, Tensor] = {}
@@ -178,7 +178,7 @@ class _Written:
         self._tensors = [(t, _version(t), t.detach().clone()) for t in tensors.values()]
 
     def put_back(self) -> None:
-        """Everything as it was."""
+        """Restore the contents."""
         with torch.no_grad():
             for tensor, version, content in self._tensors:
                 if version is None or tensor._version != version:
@@ -189,19 +189,19 @@ class _Written:
 
 
 def _items(value: Any) -> list[Any]:
-    """An attribute's value, and what it holds where it is a plain container."""
+    """An attribute's value, or the items in it if it is a plain container."""
     if isinstance(value, (list, tuple)):
         return list(value)
     return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Counts how often a tensor was written to; None for those that do not count."""
+    """How often a tensor was written to; None for tensors that do not count this."""
     return None if tensor.is_inference() else tensor._version
 
 
 def set_modes(modes: Mapping[nn.Module, bool]) -> None:
-    """Set whether each module is in training mode, and nothing besides: none is told, and setting takes long."""
+    """Set each module's ``training`` flag directly, where it differs; calling ``train()`` would have side effects."""
     for module, training in modes.items():
         if module.training != training:
             module.training = training
@@ -212,10 +212,10 @@ _COLLECTION = _Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable
 
 
 def plain_attention() -> AbstractContextManager[None]:
-    """Without the fast path of torch's attention, which hides a whole layer in one operation."""
+    """Turn off the fast path of torch's attention, which runs a whole layer as one operation."""
     return _FAST_ATTENTION.held(False)
 
 
 def uncollected() -> AbstractContextManager[None]:
-    """Without garbage collection: while many objects are made and kept, going through all of them is in vain."""
+    """Turn off garbage collection, which would only cost time while many objects are made and kept."""
     return _COLLECTION.held(False)

@@ -1,4 +1,4 @@
-"""Copies of a model: with tensors of their own, or sharing them with the model that was copied."""
+"""Copies of a model, with tensors of their own or with the tensors of the original."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lbyl.runtime.inputs import ExampleInputs
 
 
 def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
-    """A deep copy, with ``instead[id(part)]`` in place of some parts.
+    """A deep copy of a model, in which ``instead[id(part)]`` replaces a part.
 
     Raises:
         InputError: the model holds something that can't be copied.
@@ -28,7 +28,7 @@ def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn
             for tensor in (
                 pytree.tree_leaves(value) if name not in MODULE_ATTRIBUTES and type(value) not in ATOMS else ()
             ):
-                # Results that a module keeps may hang on a gradient, which can't be copied.
+                # A cached result may have a gradient history, which can't be copied.
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()
     try:
@@ -40,9 +40,9 @@ def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn
 
 
 def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Copy the modules that have no way of their own to be copied into ``memo``, as `copy.deepcopy` would.
+    """Put copies of modules into ``memo``, as `copy.deepcopy` would make them, except where they customize copying.
 
-    It looks at each number, each empty dictionary of hooks by itself, which takes longer than copying the weights.
+    `copy.deepcopy` also visits each number and each empty dictionary of hooks, which takes longer than the weights.
     """
     ours = [module for module in model.modules() if id(module) not in memo and _plainly_copied(type(module))]
     twins = [module.__class__.__new__(module.__class__) for module in ours]
@@ -73,8 +73,8 @@ def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _plainly_copied(kind: type[nn.Module]) -> bool:
-    """Whether `copy.deepcopy` makes a copy out of the attributes alone."""
-    # What a convolution does besides is to set attributes that are missing in very old files.
+    """Whether `copy.deepcopy` does nothing but copy the attributes."""
+    # Convolutions also set attributes that are missing in very old files.
     restoring = (nn.Module.__setstate__, nn.modules.conv._ConvNd.__setstate__)
     usual = all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _COPYING)
     return usual and kind.__setstate__ in restoring
@@ -84,9 +84,9 @@ _COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__ge
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, non-persistent buffers and tied names among them."""
+    """All parameters and buffers by name, including non-persistent buffers and all names of tied tensors."""
     modules = list(model.named_modules(remove_duplicate=False))
-    # As `named_parameters` and `named_buffers` have them, each of which walks through all modules by itself.
+    # One walk over the modules in place of two by `named_parameters` and `named_buffers`.
     both = [("_parameters", name, module) for name, module in modules]
     both += [("_buffers", name, module) for name, module in modules]
     return {
@@ -99,7 +99,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def apply_changes(model: nn.Module, changes: Mapping[str, Sequence[Callable[[Tensor], object]]]) -> nn.Module:
-    """The model itself, once each change was made to the parameter or buffer of its name, in place."""
+    """Make in-place changes to parameters and buffers, given by name, and return the model itself."""
     state = tensors_of(model)
     for name, those in changes.items():
         for change in those:
@@ -108,10 +108,10 @@ def apply_changes(model: nn.Module, changes: Mapping[str, Sequence[Callable[[Ten
 
 
 def replacements_by_id(model: nn.Module, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """New parameters and buffers by the ids of those whose place they take in a copy of the model.
+    """New parameters and buffers, by the ids of the tensors that they replace in a copy of the model.
 
     Raises:
-        SurgeryError: a name that the model has not, or a shape that does not fit.
+        SurgeryError: the model has no tensor of that name, or its shape differs.
     """
     state = tensors_of(model)
     for name, value in values.items():
@@ -125,10 +125,10 @@ def replacements_by_id(model: nn.Module, values: Mapping[str, Tensor]) -> dict[i
 
 
 def sharing_copy(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A copy of a model for evaluation that has the model's own parameters, not copies of them, and some new values.
+    """A copy of a model for evaluation that shares the model's parameters, except for those in ``values``.
 
-    It is there to be run and to be cut into another copy: nobody may write to its parameters. Buffers are copied, for
-    a forward pass may write to these, and so are embeddings that keep their rows below a norm.
+    Its parameters must not be written to. Buffers are copied because a forward pass may write to them, and so are
+    embeddings with a maximum norm.
     """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
     written = {id(table.weight) for table in tables if table.max_norm is not None}
@@ -138,10 +138,10 @@ def sharing_copy(model: nn.Module, values: Mapping[str, Tensor] | None = None) -
 
 
 def call_with(model: nn.Module, inputs: ExampleInputs, values: Mapping[str, Tensor]) -> Any:
-    """Run a model once with some parameters and buffers replaced, by name, and give what it returns.
+    """Run a model once with some parameters and buffers replaced, by name, and return its output.
 
-    The model is not copied, and has its own tensors again afterwards. A network that runs more than once with the same
-    new values is better made by :func:`sharing_copy`.
+    The model is not copied, and gets its own tensors back afterwards. To run it several times with the same values, use
+    :func:`sharing_copy`.
     """
     own = inputs.cloned()
     if not values:
@@ -154,10 +154,10 @@ def call_with(model: nn.Module, inputs: ExampleInputs, values: Mapping[str, Tens
 
 
 def in_place_of(old: Tensor, new: Tensor) -> Tensor:
-    """A new tensor as what the old one is: a parameter, or a buffer."""
+    """The new tensor, as a parameter if the old one is a parameter."""
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 def shape_and_dtype(tensor: Tensor) -> str:
-    """What an error says of a tensor."""
+    """A tensor's shape and dtype as text, for errors."""
     return "x".join(map(str, tensor.shape))

@@ -1,4 +1,4 @@
-"""Plain data from JSON into dataclasses, and back; an error names the place inside the document."""
+"""Reads JSON documents into dataclasses and writes them; errors name the place inside the document."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Kind = TypeVar("Kind")
 
 _LARGEST = 8 * 2**20
 _MOST_VALUES = 1_000_000
-"""More than the plan of any network that fits into a machine, and not enough to fill one."""
+"""Larger than the plan of any real network, and small enough to fit into memory."""
 _DEEPEST = 32
 _LARGEST_INTEGER = 2**63
 
 
 def read_json(file: Path) -> Any:
-    """A small JSON document that anybody may have written, as plain data.
+    """Read a JSON document from an untrusted source as plain data.
 
-    Size, values and depth are bounded before they take memory; text is Unicode, and whole numbers have 64 bits.
+    Size, number of values and depth are limited. Text must be valid Unicode, and whole numbers must fit into 64 bits.
 
     Raises:
-        ArtifactError: it can't be read, is no JSON, or is beyond a bound.
+        ArtifactError: it can't be read, is not JSON, or exceeds a limit.
     """
     try:
         with file.open("rb") as stream:
@@ -38,9 +38,9 @@ def read_json(file: Path) -> Any:
 
 
 def parse_json(content: bytes, what: str) -> Any:
-    """The same for a document that was read already; ``what`` it is, for the error."""
+    """Parse the content of a JSON document, as :func:`read_json` does; ``what`` names the document in errors."""
     if fault := _beyond(content):
-        raise ArtifactError(f"{what} {fault}: no document of lbyl")
+        raise ArtifactError(f"{what} {fault}; lbyl did not write it")
     try:
         data = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -50,7 +50,7 @@ def parse_json(content: bytes, what: str) -> Any:
 
 
 def to_json(data: Any, *, indent: int | None = None) -> str:
-    """Plain data as JSON that every program can read: numbers that are not finite become null."""
+    """Plain data as JSON that every program can read; NaN and infinity become null."""
     try:
         return json.dumps(data, allow_nan=False, indent=indent)
     except ValueError:
@@ -61,21 +61,21 @@ def document_text(data: Any, what: str, *, indent: int | None = None) -> str:
     """Plain data as the text of a document that :func:`read_json` reads back, NaN and infinity included.
 
     Raises:
-        InputError: it is too large to be read back.
+        InputError: the document would be too large to be read back.
     """
     text = json.dumps(data, indent=indent)
     if fault := _beyond(text.encode()):
-        raise InputError(f"{what} {fault}, and could not be read back; prune fewer groups")
+        raise InputError(f"{what} {fault} and could not be read back; prune fewer groups")
     return text
 
 
 def read_as(kind: type[Kind], data: Any, what: str) -> Kind:
-    """Data as a dataclass, its fields checked against their types. Fields that the class doesn't know are ignored.
+    """Convert data to a dataclass and check its fields against their types. Unknown fields are ignored.
 
     Args:
         kind: the dataclass.
-        data: what :func:`read_json` gave. (The standard library reads it, because reports may hold NaN.)
-        what: what the data is, for the error.
+        data: the result of :func:`read_json`, which uses the standard library because reports may hold NaN.
+        what: name of the document, for errors.
 
     Raises:
         ArtifactError: a field is missing or has another type.
@@ -87,13 +87,13 @@ def read_as(kind: type[Kind], data: Any, what: str) -> Kind:
 
 
 def check_no_faults(faults: Iterable[tuple[str, str]], what: str) -> None:
-    """Raise ArtifactError for the first fault: what is wrong, and where in the document."""
+    """Raise ArtifactError for the first of these (fault, place in the document), if there is one."""
     for fault, place in faults:
         raise ArtifactError(f"{what} is damaged: {fault} - at `{place}`")
 
 
 def _beyond(content: bytes) -> str:
-    """Which bound a document is beyond; "" for none."""
+    """The limit that a document exceeds, as text; "" for none."""
     if len(content) > _LARGEST:
         return f"is larger than {_LARGEST // 2**20} MiB"
     values = sum(map(content.count, (b",", b":", b"[", b"{")))
@@ -101,22 +101,22 @@ def _beyond(content: bytes) -> str:
 
 
 def _foreign(value: Any, place: str = "$", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """What no document of lbyl holds, whatever it is about."""
+    """Values that no document may hold, each with its place."""
     if isinstance(value, str):
         if not _is_unicode(value):
-            yield "text that is no Unicode", place
+            yield "text that is not valid Unicode", place
     elif isinstance(value, int):
         if abs(value) >= _LARGEST_INTEGER:
             yield "a whole number of more than 64 bits", place
     elif isinstance(value, (list, dict)):
         if depth == _DEEPEST:
-            yield f"more than {_DEEPEST} levels", place
+            yield f"more than {_DEEPEST} nested levels", place
             return
         named = value.items() if isinstance(value, dict) else enumerate(value)
         for name, item in named:
             if isinstance(name, str) and not _is_unicode(name):
-                yield "a name that is no Unicode", place
-            # Most items are channels, and need no iterator of their own.
+                yield "a name that is not valid Unicode", place
+            # Most items are small integers (channels); checking them here is faster than a generator for each.
             if type(item) is not int or abs(item) >= _LARGEST_INTEGER:
                 yield from _foreign(item, f"{place}.{name}" if isinstance(name, str) else f"{place}[{name}]", depth + 1)
 

@@ -1,7 +1,8 @@
-"""Faster and smaller ways to compute layers in float64, for those where PyTorch is slow or needs much memory.
+"""Layers in float64 that take less time or memory than PyTorch's own.
 
-Depthwise convolutions are computed on the CPU one channel after the other, which in a mobile network takes several
-times as long as all the rest. Linear layers ask for a wide copy of their weights, which may be the largest thing there.
+PyTorch computes depthwise convolutions in float64 on the CPU one channel after the other, which in a mobile network
+takes several times as long as everything else. Linear layers need a float64 copy of their weight, which may be the
+largest tensor of all.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def depthwise_conv2d(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Float[Tensor, "images out new_height new_width"]:
-    """A convolution in which each channel has filters of its own, tap by tap.
+    """A depthwise convolution, computed as a sum over the positions in the kernel.
 
-    ``y = sum over i and j of w[i, j] * x[i :: stride, j :: stride]``. Channel ``c`` is read by the
-    ``out / channels`` filters from ``c * out / channels`` on.
+    ``y = sum over i and j of w[i, j] * x[i :: stride, j :: stride]``. Channel ``c`` is the input of the filters from
+    ``c * out / channels`` to ``(c + 1) * out / channels - 1``.
     """
     x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     x = x.repeat_interleave(weight.shape[0] // x.shape[1], 1) if weight.shape[0] != x.shape[1] else x
@@ -58,7 +59,7 @@ def _conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """What `torch.conv2d` gives, called in the same way."""
+    """Replaces `torch.conv2d`, with the same arguments and result."""
     fits = input.dim() == weight.dim() == 4 and groups == input.shape[1] > 1 == weight.shape[1]
     slow = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float64
     if not (fits and slow) or weight.shape[0] % groups or isinstance(padding, str):
@@ -72,7 +73,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 LARGE = 2**20
-"""So many elements of a weight are widened at once."""
+"""How many elements of a weight are converted to float64 at once."""
 
 
 def _linear(
@@ -80,7 +81,7 @@ def _linear(
     weight: Float[Tensor, "out columns"],
     bias: Float[Tensor, " out"] | None = None,
 ) -> Float[Tensor, "*rows out"]:
-    """What `torch.nn.functional.linear` gives with the weight in the input's precision, some outputs at a time."""
+    """A linear layer in the input's precision that converts its weight in pieces of some outputs each."""
     if input.dtype.itemsize <= weight.dtype.itemsize:
         return functional.linear(input, weight, bias)
     size = max(1, LARGE // weight.shape[1])
@@ -91,9 +92,9 @@ def _linear(
 
 
 class Float64Mode(FunctionInterceptor):
-    """While it is on, depthwise convolutions in float64 run tap by tap; linear layers widen weights in pieces.
+    """While active, replaces depthwise convolutions and linear layers in float64 by the functions of this module.
 
-    ``narrower`` are the precisions below float64 that results came in meanwhile: the model's code asked for them.
+    ``narrower`` collects the precisions below float64 of results, which the model's own code asked for.
     """
 
     def __init__(self) -> None:
@@ -102,12 +103,12 @@ class Float64Mode(FunctionInterceptor):
 
     @property
     def narrowest(self) -> str:
-        """The name of the coarsest of them."""
+        """The name of the least precise dtype in ``narrower``."""
         coarsest = max(self.narrower, key=lambda dtype: torch.finfo(dtype).eps)
         return str(coarsest).removeprefix("torch.")
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Use the functions of this module where there is one for the call."""
+        """Make the call, with a function of this module where there is one for it."""
         result = _OURS.get(func, func)(*args, **kwargs)
         if isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64:
             self.narrower.add(result.dtype)

@@ -1,6 +1,7 @@
-"""What a smaller network keeps of the original's answers at real inputs, foretold from probes that no solve saw.
+"""Forecasts how well a smaller network agrees with the original on real inputs, from held-out probes.
 
-The map from probes to real inputs has a few constants, fitted on networks whose real inputs are known:
+A forecast maps measurements on probes to real inputs. The constants of this map were fitted on networks for which real
+inputs are available:
 
     python benchmarks/forecast.py --data DIR --fit
 """
@@ -25,21 +26,21 @@ AGREEMENT, POSITIONS, PERPLEXITY, COSINE, ERROR, UNKNOWN = (
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the smaller network is expected to keep at real inputs.
+    """A forecast of how well the smaller network agrees with the original on real inputs.
 
     Attributes:
-        measure: what is foretold: "agreement" (of classifiers), "positions" (agreement of dense outputs), "perplexity"
+        measure: what is forecast: "agreement" (of classifiers), "positions" (agreement of dense outputs), "perplexity"
             (of language models), "cosine" (of embeddings), "error" (of other outputs), or "unknown".
-        agreement: share of inputs, or of positions, at which the first answer is the original's; None for other
+        agreement: share of inputs, or of positions, at which both networks have the same top class; None for other
             measures.
-        perplexity: of the smaller network over the original's.
-        cosine: between both networks' outputs.
-        error: relative error of the outputs, a common factor left free.
-        low: with ``high``, the bounds that the measure stays within nine times in ten.
-        high: the upper bound.
-        inputs: how many inputs it was read off.
-        real: whether these were real inputs of the user's.
-        why: where nothing can be said, why not.
+        perplexity: ratio of the smaller network's perplexity to the original's; None for other measures.
+        cosine: cosine between both networks' outputs; None for other measures.
+        error: relative error of the outputs up to a common factor; None for other measures.
+        low: lower end of the 90% interval of the measure.
+        high: upper end of the 90% interval.
+        inputs: number of inputs that the forecast is based on.
+        real: whether these were real inputs from the user.
+        why: the reason if no forecast is possible, else "".
     """
 
     measure: str = UNKNOWN
@@ -55,7 +56,7 @@ class Forecast:
 
     @property
     def value(self) -> float | None:
-        """The measure's value; None where nothing can be said."""
+        """The forecast value of the measure; None if no forecast is possible."""
         return {
             AGREEMENT: self.agreement,
             POSITIONS: self.agreement,
@@ -79,19 +80,21 @@ class Forecast:
 
     @property
     def loss(self) -> float | None:
-        """The share of right answers that a classifier is expected to lose: of those that change, some were wrong."""
+        """The expected loss of accuracy of a classifier: below 1 - agreement, since some changed answers were wrong."""
         return None if self.measure != AGREEMENT or self.agreement is None else _LOST * (1 - self.agreement)
 
 
 @dataclass(frozen=True)
 class Map:
-    """From probes of a kind to real inputs, as ``benchmarks/forecast.py`` found it.
+    """The map from probes of one kind to real inputs, as fitted by ``benchmarks/forecast.py``.
+
+    ``logit(agreement on real inputs) = shift + error * clearness(error) + agreement * logit(agreement on probes)``
 
     Attributes:
-        shift: logit of the agreement at real inputs where probes agree by half and half of the scores' power is left.
-        error: slope of that logit on what is left of the scores over their error on probes, by :func:`clearness`.
-        agreement: slope of it on the logit of the agreement on probes.
-        spread: deviation of what is left over, in logits.
+        shift: the constant term.
+        error: coefficient of the :func:`clearness` of the scores' error on probes.
+        agreement: coefficient of the logit of the agreement on probes.
+        spread: standard deviation of the residual, in logits.
     """
 
     shift: float
@@ -100,7 +103,7 @@ class Map:
     spread: float
 
     def logit(self, error: float, share: float | None, count: int) -> float:
-        """The logit of the agreement at real inputs; without a share on probes, from the error alone."""
+        """The forecast logit of the agreement on real inputs; without a share on probes, from the error alone."""
         told = 0.0 if share is None else self.agreement * logit(share, count)
         return self.shift + self.error * clearness(error) + told
 
@@ -110,29 +113,30 @@ MAPS = {
     "photographs": Map(1.78, 1.11, 0.15, 1.1),
     "sure": Map(1.27, 1.19, 0.08, 0.61),
 }
-"""By the kind of the probes."""
+"""The maps by kind of probes."""
 UNSURE = Map(1.3, 1.1, 0.0, 1.3)
-"""Where only the scores tell something: with the smallest constants of the maps above and more open than any."""
+"""The map if only the error of the scores is informative: the smallest constants above, and a wider spread."""
 _LOST = 0.65
-"""The share of changed answers that were right."""
+"""The share of changed answers that were right before."""
 _GROWTH, _GROWTH_SPREAD = 1.0, 0.4
-"""Relative error at real inputs over the largest on plain probes, and the deviation of its logarithm."""
+"""Ratio of the relative error on real inputs to the largest one on probes, and the deviation of its logarithm."""
 _NINE_IN_TEN = 1.645
-"""Deviations that a normal variable stays within nine times in ten."""
+"""Half the width of the 90% interval of a normal distribution, in standard deviations."""
 
 
 def same_answers(
     reference: Float[Tensor, "inputs classes ..."], found: Float[Tensor, "inputs classes ..."]
 ) -> Bool[Tensor, "inputs ..."]:
-    """Where the first answer is the same: the class with the highest score, at each position."""
+    """Whether both networks give the highest score to the same class, for each input and position."""
     return reference.argmax(1) == found.argmax(1)
 
 
 def scores_error(reference: Float[Tensor, "inputs classes ..."], found: Float[Tensor, "inputs classes ..."]) -> float:
-    """``min_a |a f'(x) - f(x)| / |f(x) - E f|``: the error of a classifier's scores, next to what tells inputs apart.
+    """``min_a |a f'(x) - f(x)| / |f(x) - E f|``: the error of a classifier's scores, relative to their variation.
 
-    What is the same for all classes is taken off first, for it changes no answer; so is a common factor. Unlike
-    :func:`~lbyl.runtime.output_error.outputs_error`, a shift of some classes' scores counts, for it changes answers.
+    The mean over classes is subtracted first, and a common factor ``a`` is free, because neither changes an answer.
+    Unlike in :func:`~lbyl.runtime.output_error.outputs_error`, a shift of single classes' scores counts as an error,
+    because it changes answers.
     """
     f, g = (t.double() - t.double().mean(1, keepdim=True) for t in (reference, found))
     factor = float((f * g).sum()) / max(float(g.square().sum()), 1e-30)
@@ -142,12 +146,12 @@ def scores_error(reference: Float[Tensor, "inputs classes ..."], found: Float[Te
 
 
 def clearness(error: float) -> float:
-    """The logarithm of what is left of the scores over their error: ``log(sqrt(1 - e^2) / e)``, within bounds."""
+    """``log(sqrt(1 - e^2) / e)``, the log ratio of signal and error in scores of relative error e; it is bounded."""
     return 0.5 * math.log(max(1 - error**2, _LEAST_LEFT)) - math.log(max(error, _SMALLEST_ERROR))
 
 
 def logit(share: float, count: int) -> float:
-    """The logit of a share of so many, which stays finite where it is all or none of them."""
+    """The logit of a share of ``count`` inputs, which is finite even for shares of 0 and 1."""
     return math.log((share * count + 0.5) / ((1 - share) * count + 0.5))
 
 
@@ -157,17 +161,17 @@ _SMALLEST_ERROR, _LEAST_LEFT = 0.01, 0.05
 def foretell_agreement(
     share: float | None, error: float, count: int, chosen: Map, *, measure: str = AGREEMENT
 ) -> Forecast:
-    """From what both networks say to probes to the agreement at real inputs.
+    """Forecast the agreement on real inputs from both networks' scores on probes.
 
     Args:
-        share: agreement on the probes; None where it tells nothing.
-        error: of the scores there, by :func:`scores_error`.
-        count: how many probes there were.
-        chosen: the map for probes of their kind, one of ``MAPS``.
+        share: agreement on the probes; None if it is not informative.
+        error: error of the scores on the probes, from :func:`scores_error`.
+        count: number of probes.
+        chosen: the map for this kind of probes, one of ``MAPS``, or ``UNSURE``.
         measure: "agreement" or "positions".
     """
     middle = chosen.logit(error, share, count)
-    # What so few inputs leave open: the variance of a share, carried over to its logit.
+    # The sampling error of a share of few inputs: its variance, converted to logits.
     even = (share * count + 0.5) / (count + 1) if share is not None else 0.5
     spread = math.sqrt(chosen.spread**2 + chosen.agreement**2 / (count * even * (1 - even)))
     low, value, high = (_share(middle + sign * _NINE_IN_TEN * spread) for sign in (-1, 0, 1))
@@ -175,14 +179,15 @@ def foretell_agreement(
 
 
 def with_real_answers(forecast: Forecast, share: float, count: int, *, measure: str = AGREEMENT) -> Forecast:
-    """From real inputs that nothing was solved on, and what was foretold without them.
+    """Combine a forecast from probes with the agreement on held-out real inputs.
 
-    A forecast counts as many inputs as would leave open what it leaves open; the interval is Wilson's.
+    The forecast counts as a number of inputs: as many as would give an interval of the same width. The result has
+    Wilson's interval for the sum of both.
 
     Args:
-        forecast: what probes say; of the measure "unknown" where they say nothing.
+        forecast: the forecast from probes; its measure is "unknown" if there is none.
         share: agreement on the real inputs.
-        count: how many these were.
+        count: number of real inputs.
         measure: "agreement" or "positions".
     """
     z, believed, prior = _NINE_IN_TEN, 0.0, 0.0
@@ -199,12 +204,12 @@ def with_real_answers(forecast: Forecast, share: float, count: int, *, measure: 
 
 
 def foretell_error(errors: list[float], count: int, *, real: bool = False) -> Forecast:
-    """From the relative error on several kinds of probes to that at real inputs.
+    """Forecast the relative error on real inputs from the errors on several kinds of probes.
 
     Args:
-        errors: relative error of the outputs, kind by kind.
-        count: how many probes there are of each kind.
-        real: whether they are real inputs themselves.
+        errors: relative error of the outputs for each kind.
+        count: number of probes of each kind.
+        real: whether the probes are real inputs themselves.
     """
     value = min(1.0, max(errors) * (1.0 if real else _GROWTH))
     factor = math.exp(_NINE_IN_TEN * (count**-0.5 if real else _GROWTH_SPREAD))
@@ -213,7 +218,7 @@ def foretell_error(errors: list[float], count: int, *, real: bool = False) -> Fo
 
 
 def foretell_cosine(errors: list[float], count: int, *, real: bool = False) -> Forecast:
-    """The same for embeddings: an error r that a common factor can't mend leaves a cosine of sqrt(1 - r^2)."""
+    """Forecast the cosine of embeddings, sqrt(1 - r^2), from errors r as in :func:`foretell_error`."""
     error = foretell_error(errors, count, real=real)
     assert error.error is not None
     assert error.low is not None
@@ -223,7 +228,7 @@ def foretell_cosine(errors: list[float], count: int, *, real: bool = False) -> F
 
 
 def foretell_perplexity(before: Float[Tensor, " texts"], after: Float[Tensor, " texts"]) -> Forecast:
-    """From the mean loss of each held-out text in both networks, in nats, to the ratio of perplexities."""
+    """Forecast the ratio of perplexities from the mean loss of each held-out text in both networks, in nats."""
     change = (after - before).double()
     middle = float(change.mean())
     error = float(change.std()) / math.sqrt(len(change)) if len(change) > 1 else abs(middle)
@@ -233,7 +238,7 @@ def foretell_perplexity(before: Float[Tensor, " texts"], after: Float[Tensor, " 
 
 
 _PERPLEXITY_SPREAD = 0.5
-"""How far the logarithm of the ratio may be off on real text, relative to itself."""
+"""Relative standard deviation of the logarithm of that ratio between generated and real text."""
 
 
 def _share(logit: float) -> float:

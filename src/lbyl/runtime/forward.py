@@ -1,7 +1,7 @@
-"""Running a model and looking into it: the inputs of its consumers, and the statistics at its batch norms.
+"""Runs a model and reports the inputs of its consumers and the statistics at its batch norms.
 
-The calls that the user's own modules make are intercepted (see `lbyl.runtime.intercept`). So custom layers, with
-padding of their own or functional calls, need nothing special, and no module is changed or hooked.
+The PyTorch functions that the user's modules call are intercepted (see `lbyl.runtime.intercept`). So custom layers,
+with their own padding or functional calls, need no special treatment, and no module is changed or hooked.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from lbyl.runtime.layer_norms import LookAheadNorms, NormMasks, statistics_of_ke
 class ConsumerCall:
     """One call of a layer that mixes channels.
 
-    ``stride``, ``padding`` and ``dilation`` are one number an axis; for a linear layer they are empty. ``fed`` is what
-    the cut layer will be fed in place of ``x``, at the channels that stay, where a layer norm makes a difference.
-    Positions that an attention mask leaves out are not there.
+    ``stride``, ``padding`` and ``dilation`` have one number for each axis; for a linear layer they are empty. ``fed``
+    is the input that the cut layer will get in place of ``x``, at the kept channels, where a layer norm changes it.
+    Positions that an attention mask excludes are left out.
     """
 
     weight: str
@@ -50,7 +50,7 @@ OnNorm = Callable[[str, str, Tensor, Tensor], None]
 
 
 def _without_asking(function: Any) -> FunctionType:
-    """A copy of a Python function of `torch.nn.functional` that runs its own body without asking interceptors."""
+    """A copy of a Python function of `torch.nn.functional` that is not intercepted itself; its inner calls are."""
     unasked = {**vars(functional), "has_torch_function": lambda tensors: False}
     twin = FunctionType(function.__code__, unasked, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
@@ -58,11 +58,11 @@ def _without_asking(function: Any) -> FunctionType:
 
 
 _ATTENTION = _without_asking(functional.multi_head_attention_forward)
-"""Interceptors see the layers that it calls. Without this, they would only see the whole."""
+"""With this copy, interceptors see the linear layers that attention calls, and not only attention as a whole."""
 
 
 class _Enough(Exception):
-    """Raised inside a forward pass once nothing more is wanted of it."""
+    """Raised inside a forward pass to end it early."""
 
 
 def run_intercepted(
@@ -78,20 +78,20 @@ def run_intercepted(
     foresee: Collection[str] | None = None,
     everywhere: bool = False,
 ) -> Any:
-    """Run a model that is in evaluation mode, and report what its layers are called with.
+    """Run a model that is in evaluation mode, and report the calls of its consumers and batch norms.
 
     Args:
         model: the network; nothing in it is changed.
-        inputs: what to call it with.
+        inputs: the inputs of the model.
         values: parameters and buffers to use instead of the model's own, by name.
         on_consumer: called for every convolution and linear layer on a named weight.
         on_norm: called for every batch normalization, before it acts.
         batch_statistics: normalize with the mean and variance of this batch instead of the running ones.
-        stop_after: name of a weight; the pass ends (returning None) once its layer has run.
-        kept: which channels stay at layer norms, by the names of their weights. They take their statistics over these.
-        foresee: names of consumers' weights. Layer norms then keep their usual statistics, and only the reported calls
-            of these consumers also hold the input that they will have once the layer norms are cut.
-        everywhere: report positions that an attention mask leaves out, too.
+        stop_after: name of a weight; the pass ends, and returns None, after the layer with this weight has run.
+        kept: the kept channels at layer norms, by the names of their weights. Statistics are taken over these channels.
+        foresee: names of consumers' weights. If given, layer norms keep their usual statistics, and the reported calls
+            of these consumers also hold the input that they will have after the layer norms are cut.
+        everywhere: also report positions that an attention mask excludes.
     """
     names = names_by_id(model, values)
     ahead = LookAheadNorms(kept, names, foresee) if kept and foresee is not None else None
@@ -105,7 +105,7 @@ def run_intercepted(
         return None
 
 
-# Where a matrix product has its input and its weight, which is then stored input first.
+# Positions of the input and of the weight, stored input first, among the arguments of a matrix product.
 _PRODUCTS: dict[Any, tuple[int, int]] = {
     torch.addmm: (1, 2),
     torch.matmul: (0, 1),
@@ -151,7 +151,7 @@ class _LayerCalls(FunctionInterceptor):
         return out
 
     def _report(self, weight: Any, describe: Callable[[str], ConsumerCall]) -> None:
-        """Pass on the call of a consumer, if it is one on a named weight."""
+        """Report a call if its weight is a named parameter of the model."""
         name = self.name_of(weight)
         if name is None:
             return
@@ -186,7 +186,7 @@ class _LayerCalls(FunctionInterceptor):
 
 
 def at_positions(call: ConsumerCall, attended: Attended) -> ConsumerCall:
-    """A call of a linear layer, only at the positions that count."""
+    """A call of a linear layer, restricted to the positions that an attention mask allows."""
     if not attended or call.op != "linear":
         return call
     fed = None if call.fed is None else at_attended(attended, call.fed)
@@ -200,9 +200,10 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """Batch normalization by the batch's own statistics, which are returned and can be differentiated.
+    """Batch normalization with the batch's own statistics, which are returned and can be differentiated.
 
-    One kernel gives all three; taking mean and variance apart made a dreaming step several times slower.
+    One kernel computes output, mean and inverse deviation. Computing them separately makes a step of dreaming several
+    times slower.
     """
 
     @staticmethod
@@ -222,7 +223,7 @@ class _BatchStatistics(torch.autograd.Function):
         # d inverse / dx = -inverse^3 (x - mean) / count
         slope = -grad_inverse * inverse**3 / count
         view = [1, -1] + [1] * (x.dim() - 2)
-        # In place: fresh memory of this size costs several times what the sums do.
+        # In place, because allocating memory of this size takes several times as long as the sums.
         grad.addcmul_(x, slope.reshape(view)).add_((grad_mean / count - slope * mean).reshape(view))
         return grad, None, None, None
 
@@ -239,7 +240,7 @@ def consumer_call(
     dilation: Any = 1,
     groups: int = 1,
 ) -> ConsumerCall:
-    """Describe the call of a convolution or linear function by its arguments. Of the weight, only the shape is used."""
+    """Describe the call of a convolution or linear function by its arguments; only the weight's shape is used."""
     if func is functional.linear:
         return ConsumerCall(name, "linear", input, out)
     axes = CONVOLUTIONS[func]
@@ -248,7 +249,7 @@ def consumer_call(
         padding = 0
     elif padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        # Unequal sides can't be told to unfold, so the input is padded here instead.
+        # `unfold` can't pad unequally, so the input is padded here.
         sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
         input, padding = functional.pad(input, sides), 0
     return ConsumerCall(name, f"conv{axes}d", input, out, stride, _each(padding, axes), dilation)
@@ -260,7 +261,7 @@ def _each(value: Any, axes: int) -> tuple[int, ...]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """For a while, no parameter asks for a gradient, so that backward passes only go to the inputs."""
+    """Turn off gradients of all parameters within the context, so that backward passes only reach the inputs."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Example inputs: what a model is called with."""
+"""Example inputs: the arguments of one call of a model, and the tensors in its output."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ExampleInputs:
         """Accept a tensor, a tuple of positional inputs, or a mapping of keyword inputs.
 
         Raises:
-            InputError: anything else, or no tensor among them.
+            InputError: it is anything else, holds no tensor, or holds a tensor that is empty, sparse or without values.
         """
         if isinstance(inputs, ExampleInputs):
             return inputs
@@ -59,7 +59,7 @@ class ExampleInputs:
                 "or a dict of keyword inputs"
             )
         if not made.tensors():
-            raise InputError("example_inputs holds no tensor; pass what the model is called with")
+            raise InputError("example_inputs holds no tensor; pass the inputs that the model is called with")
         for tensor in made.tensors():
             found = f"an input of {'x'.join(map(str, tensor.shape))}"
             if tensor.is_meta:
@@ -85,10 +85,10 @@ class ExampleInputs:
         return self.map(lambda t: t.to(device, floating if t.is_floating_point() and floating else t.dtype))
 
     def thinned(self, share: float) -> ExampleInputs | None:
-        """The same images with at most so large a share of their rows and columns; None where that can't be.
+        """The same images with at most this share of their rows and columns, at multiples of 32 and at least 64.
 
-        Then there is something besides images, or they are small already. Both sides become multiples of 32, by which
-        most networks shrink them, and 64 at the least.
+        None if there are tensors other than images, or if the images are too small. (Most networks reduce the size of
+        images by a factor of 32.)
         """
         tensors = self.tensors()
         if len(tensors) != 1 or tensors[0].dim() != 4 or not tensors[0].is_floating_point():
@@ -106,7 +106,7 @@ class ExampleInputs:
         return self.map(thin)
 
     def cloned(self) -> ExampleInputs:
-        """Copies that a forward pass may write to. A tensor that stands at several places still does."""
+        """Copies that a forward pass may write to. A tensor that occurs several times is copied once."""
         twins: dict[int, Tensor] = {}
 
         def twin(leaf: Any) -> Any:
@@ -116,7 +116,7 @@ class ExampleInputs:
                 return leaf
             try:
                 return copy.deepcopy(leaf)
-            except Exception:  # whatever it is, the model gets it as it is
+            except Exception:  # an object that can't be copied is passed on as it is
                 return leaf
 
         args, kwargs = pytree.tree_map(twin, (self.args, dict(self.kwargs)))
@@ -173,7 +173,7 @@ class ExampleInputs:
         return replace(self, rows=self.size) if said and batched else self
 
     def has_faults(self) -> bool:
-        """Whether some number is NaN or +inf; attention masks hold -inf on purpose."""
+        """Whether some number is NaN or +inf; -inf is allowed, because attention masks use it."""
         real = [t for t in self.tensors() if t.is_floating_point() and t.numel() and not t.is_meta]
         return not all(bool((t < math.inf).all()) for t in real)
 
@@ -201,13 +201,13 @@ _OPAQUE = (
     torch.dtype,
     torch.device,
 )
-"""What holds no tensor of a model's input or output."""
+"""Types that can't hold a tensor."""
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """All tensors in a model's output, whatever holds them: containers, dataclasses, namespaces, other objects.
+    """All tensors in a model's output, inside containers, dataclasses, namespaces or other objects.
 
-    What transformers' decoders keep for the next token (a cache) is no output, but a part of the computation.
+    The caches that decoders of transformers return for the next token do not count as output.
     """
     return list(_tensors_in(output, {}))
 
@@ -241,7 +241,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def outputs(model: nn.Module, inputs: ExampleInputs, given_away: bool = False) -> list[Tensor]:
-    """The model's output tensors, detached; the inputs stay as they are, unless they are ``given_away``.
+    """Run the model and return its output tensors, detached. Only inputs that are ``given_away`` may be changed.
 
     Raises:
         InputError: the model fails on these inputs, or returns no tensor.
@@ -261,9 +261,9 @@ def outputs(model: nn.Module, inputs: ExampleInputs, given_away: bool = False) -
 
 
 def check_output(found: list[Tensor], output: Any) -> None:
-    """Raise InputError where a model returned no tensor, so that nothing says what it computes."""
+    """Raise InputError if a model returned no tensor that could be compared."""
     if not found:
         raise InputError(
-            f"no tensor was found in what the model returns (a {type(output).__name__}), so nothing can be compared; "
-            "return a tensor, or any container or object that holds some"
+            f"the model returns no tensor (it returns a {type(output).__name__}), so nothing can be compared; "
+            "return a tensor, or a container or object that holds tensors"
         )

@@ -1,8 +1,8 @@
-"""Seeing every call that a running model makes, and changing some, while no module is changed.
+"""Intercepts the calls that a running model makes, without changing any module.
 
-There are three levels. A :class:`FunctionInterceptor` sees the functions of PyTorch as the model's own code calls
-them: ``functional.conv2d``, ``torch.add``. An :class:`OperatorInterceptor` sees the ATen operators that these are
-made of. :func:`module_hooks` tells when modules start and end.
+There are three levels. A :class:`FunctionInterceptor` sees the functions of PyTorch that the model's code calls, such
+as ``functional.conv2d`` and ``torch.add``. An :class:`OperatorInterceptor` sees the ATen operators that these functions
+call. :func:`module_hooks` reports when modules start and end.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Names = Mapping[int, str]
 
 
 def names_by_id(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[int, str]:
-    """The names of a model's parameters and buffers by their ids; ``values`` are tensors that stand in for some."""
+    """The names of a model's parameters and buffers by their ids; ``values`` are tensors that replace some of them."""
     return {id(tensor): name for name, tensor in {**tensors_of(model), **(values or {})}.items()}
 
 
 class Interceptor:
-    """Answers calls in PyTorch's place: the base of :class:`FunctionInterceptor` and :class:`OperatorInterceptor`.
+    """The base of :class:`FunctionInterceptor` and :class:`OperatorInterceptor`.
 
     Args:
-        names: the names of the model's tensors, for interceptors that have to tell them apart. Whoever replaces a
-            tensor meanwhile adds the new one to this table.
+        names: the names of the model's tensors, for interceptors that need them. Code that replaces a tensor while the
+            model runs must add the new one to this table.
     """
 
     def __init__(self, names: Names | None = None) -> None:
@@ -41,27 +41,27 @@ class Interceptor:
         self.names: Names = {} if names is None else names
 
     def name_of(self, value: Any) -> str | None:
-        """The name of a parameter or buffer of the model; None for everything else."""
+        """The name of a value that is a parameter or buffer of the model; None for all other values."""
         return self.names.get(id(value))
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer one call. ``func(*args, **kwargs)`` makes it as if nobody had looked."""
+        """Return the result of one call. ``func(*args, **kwargs)`` gives the result without interception."""
         raise NotImplementedError
 
 
 class FunctionInterceptor(Interceptor, TorchFunctionMode):
-    """While it is on, every call of a PyTorch function or tensor method goes through :meth:`on_call`."""
+    """While active, passes every call of a PyTorch function or tensor method through :meth:`on_call`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.on_call(func, args, kwargs or {})
 
 
 class OperatorInterceptor(Interceptor, TorchDispatchMode):
-    """While it is on, every ATen operator goes through :meth:`on_call`."""
+    """While active, passes every ATen operator through :meth:`on_call`."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """PyTorch asks whether to hide this mode from the compiler; it would import the compiler to do so."""
+        """False, because PyTorch would import its compiler to hide this mode from it."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,12 +69,12 @@ class OperatorInterceptor(Interceptor, TorchDispatchMode):
 
 
 def undivided() -> AbstractContextManager[Any]:
-    """Below autograd, where an operation that is made of others has not been taken apart yet."""
+    """Run below autograd, so that operator interceptors see composite operations before they are decomposed."""
     return torch._C._AutoDispatchBelowAutograd()
 
 
 def leading_arguments(args: Sequence[Any], kwargs: Mapping[str, Any], *names: str) -> tuple[Any, ...]:
-    """The leading arguments of a call by their parameter names, whether they were passed by position or by name."""
+    """The first arguments of a call, given their parameter names; they may be passed by position or by name."""
     return tuple(args[place] if len(args) > place else kwargs[name] for place, name in enumerate(names))
 
 
@@ -93,12 +93,12 @@ def module_hooks(
     enter_first: bool = False,
     leave_first: bool = False,
 ) -> Iterator[None]:
-    """Tell when modules start and end; afterwards, no hook is left.
+    """Report when modules start and end. All hooks are removed afterwards.
 
     Args:
         modules: the modules by their paths.
-        on_enter: called before each one runs.
-        on_leave: called after each one has run.
+        on_enter: called before each module runs.
+        on_leave: called after each module has run.
         enter_first: call ``on_enter`` before the module's own hooks, not after them.
         leave_first: call ``on_leave`` before the module's own hooks, not after them.
     """

@@ -1,7 +1,7 @@
-"""How long a model takes on this machine: as a whole, and in each of its layers.
+"""Measures how long a model takes on this machine, as a whole and layer by layer.
 
-Hooks read the time, and are removed afterwards. Several models are measured in turns (A B A B ...): whatever slows the
-machine down meanwhile slows all of them alike.
+Hooks read the time, and are removed afterwards. Several models are measured in turns (A B A B ...), so that
+disturbances of the machine affect all of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Runs:
-    """What several runs gave: seconds, or ratios of two runs.
+    """Measurements from several runs: seconds, or ratios of seconds.
 
     >>> runs = Runs((1.0, 2.0, 3.0, 4.0, 9.0))
     >>> runs.median, runs.quartiles, runs.spread, round(runs.margin, 2)
@@ -45,28 +45,28 @@ class Runs:
 
     @property
     def median(self) -> float:
-        """The middle run: a few that something else disturbed do not move it."""
+        """The median, which a few disturbed runs do not change."""
         return statistics.median(self.values)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Between these lies the middle half of the runs."""
+        """The lower and the upper quartile."""
         low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
         return low, high
 
     @property
     def spread(self) -> float:
-        """The interquartile range: how far apart single runs lie."""
+        """The interquartile range."""
         low, high = self.quartiles
         return high - low
 
     @property
     def margin(self) -> float:
-        """How far the median may be off, at about 95 %: McGill's notch, 1.57 times the spread over sqrt(runs)."""
+        """Margin of error of the median at about 95% (McGill et al. 1978): 1.57 * spread / sqrt(number of runs)."""
         return 1.57 * self.spread / math.sqrt(len(self.values))
 
     def over(self, other: Runs) -> Runs:
-        """The ratios to another's runs, one by one: what both have in common cancels."""
+        """The ratios to other runs, one by one, so that disturbances of both cancel."""
         pairs = zip(self.values, other.values, strict=True)
         return Runs(tuple(a / b if b else 1.0 for a, b in pairs))
 
@@ -78,12 +78,12 @@ class Runs:
 
 @dataclass(frozen=True)
 class LayerLatency:
-    """One layer: a module that holds parameters, without the time of such modules inside it.
+    """The latency of one layer: a module that holds parameters, without the time of such modules inside it.
 
     Attributes:
         name: the module's name.
         kind: its class.
-        seconds: per run; calls of a layer that is called several times are added up.
+        seconds: seconds of each run, summed over all calls of the layer.
         macs: multiply-accumulates of one run.
     """
 
@@ -95,16 +95,16 @@ class LayerLatency:
 
 @dataclass(frozen=True)
 class Latency:
-    """How long one model takes.
+    """The latency of one model.
 
     Attributes:
-        seconds: of the whole model, in runs without any hook.
-        layers: in the order in which they first end. Hooks keep a model from the fused path of torch's own
+        seconds: seconds of the whole model, in runs without hooks.
+        layers: the layers, in the order in which they first end. Hooks turn off the fused path of torch's own
             transformer layers, so there the layers may add up to more than the whole.
-        rest: seconds that no layer takes (activations, sums, pooling), in the runs with hooks.
+        rest: seconds outside of layers (activations, sums, pooling), in the runs with hooks.
         macs: multiply-accumulates of one run.
-        device: where the model is.
-        threads: of PyTorch, for one operation.
+        device: the device of the model.
+        threads: number of threads that PyTorch uses within one operation.
     """
 
     seconds: Runs
@@ -126,20 +126,20 @@ def measure_latencies(
     """Measure several models in turns, as a whole and layer by layer, in evaluation mode.
 
     Args:
-        models: on the device where they are to be measured; none of them is changed.
-        inputs: what all of them are called with, on the same device.
-        runs: how often each is timed, from 3.
-        warm_up: how often each runs before that.
+        models: the models, on the device where they are to be measured; none of them is changed.
+        inputs: the inputs of all models, on the same device.
+        runs: how often each model is timed, at least 3.
+        warm_up: how often each model runs before it is timed.
         progress: called as ``progress(stage, done, total)``.
 
     Raises:
-        InputError: too few runs, or a model that does not run on the inputs.
+        InputError: there are too few runs, or a model does not run on the inputs.
     """
     check_runs(runs)
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(undisturbed(model))
-        # Counting is the first run, so that a model that fails does so before anything is timed.
+        # Counting comes first, so that a model that does not run fails before anything is timed.
         counted, inputs = [_macs(model, inputs) for model in models], inputs.cloned()
         for _ in range(warm_up):
             for model in models:
@@ -163,7 +163,7 @@ def measure_latencies(
 def measure_whole(
     models: Sequence[nn.Module], inputs: ExampleInputs, *, runs: int = RUNS, warm_up: int = WARM_UP
 ) -> tuple[Runs, ...]:
-    """Seconds of several models in turns, without looking into them; see :func:`measure_latencies`."""
+    """Measure several whole models in turns, in seconds; see :func:`measure_latencies`."""
     check_runs(runs)
     with ExitStack() as stack:
         for model in models:
@@ -176,13 +176,13 @@ def measure_whole(
 def interleaved(
     calls: Sequence[Callable[[], Any]], clocks: Sequence[Callable[[], float]], runs: int, warm_up: int = WARM_UP
 ) -> tuple[Runs, ...]:
-    """Seconds of several calls, taken in turns: A B A B ...
+    """Time several calls in turns (A B A B ...), in seconds.
 
     Args:
-        calls: what is timed.
-        clocks: for each call, what tells the time in seconds.
-        runs: how often each is timed.
-        warm_up: how often each runs before that.
+        calls: the calls.
+        clocks: for each call, a function that returns the time in seconds.
+        runs: how often each call is timed.
+        warm_up: how often each call runs before it is timed.
     """
     for _ in range(warm_up):
         for call in calls:
@@ -195,7 +195,7 @@ def interleaved(
 
 
 def clock_of(model: nn.Module, inputs: ExampleInputs) -> Callable[[], float]:
-    """Tells the time once everything that was asked of the model's devices is done."""
+    """A clock that waits until the model's devices are done, and then returns the time in seconds."""
     devices = {tensor.device for tensor in (*tensors_of(model).values(), *inputs.tensors())}
     waiting = [wait for device in devices for wait in waits(device)]
 
@@ -208,14 +208,14 @@ def clock_of(model: nn.Module, inputs: ExampleInputs) -> Callable[[], float]:
 
 
 def waits(device: torch.device) -> tuple[Callable[[], Any], ...]:
-    """What waits for a device; a CPU has done what it was asked when the call returns."""
+    """Functions that wait until a device is done; none for a CPU, whose calls return when they are done."""
     if device.type == "cuda":
         return (partial(torch.cuda.synchronize, device),)
     return () if device.type == "cpu" else (torch.get_device_module(device).synchronize,)
 
 
 def check_runs(runs: int) -> None:
-    """Raise InputError where so many runs have no spread."""
+    """Raise InputError if there are too few runs to compute a spread."""
     if not isinstance(runs, int) or runs < LEAST_RUNS:
         raise InputError(f"runs={runs!r}: a spread needs at least {LEAST_RUNS} runs")
 
@@ -229,9 +229,9 @@ def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> float:
 def _attributed(
     model: nn.Module, inputs: ExampleInputs, read: Callable[[], float]
 ) -> tuple[float, Mapping[str, float]]:
-    """How much a clock or a counter goes up in one run, and which part of that is in each layer's own code."""
+    """The increase of a clock or a counter in one run: in total, and in each layer's own code."""
     spent: dict[str, float] = defaultdict(float)
-    running: list[list[float]] = []  # what was read at the start, and what layers inside took
+    running: list[list[float]] = []  # for each running layer: the reading at its start, the increase in inner layers
 
     def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         running.append([read(), 0.0])
@@ -243,7 +243,7 @@ def _attributed(
         if running:
             running[-1][1] += taken
 
-    # Innermost, so that what the user's own hooks take is not the layer's.
+    # Innermost, so that the time of the user's own hooks is not counted.
     with module_hooks(_layers_of(model), enter, leave, leave_first=True):
         started = read()
         outputs(model, inputs, given_away=True)
@@ -251,7 +251,7 @@ def _attributed(
 
 
 def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that hold parameters; the model itself is none, as its class token can't be told from the rest."""
+    """The modules that hold parameters, except the model itself, which would take the rest of the time."""
     return {
         name: module
         for name, module in model.named_modules()

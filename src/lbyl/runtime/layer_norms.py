@@ -1,13 +1,13 @@
-"""Layer norms over channels of which some are dropped: mean and variance are those of the channels that stay.
+"""Layer norms over channels of which some are dropped: mean and variance are taken over the kept channels.
 
-Zeros in place of dropped channels would change the statistics of a layer norm, and no weight could make up for that.
-So the masked network that a cut is compared with leaves them out of the statistics, and returns zero in their place::
+Zeros in place of dropped channels would change the statistics of a layer norm, and no weight could correct that.
+So the masked network, which a cut network is compared with, leaves them out of the statistics and outputs zero there::
 
     y_k = gamma_k (x_k - mean_K) / sqrt(var_K + eps) + beta_k    for k in K
     y_d = 0                                                      for all others
 
-This is what the cut layer norm computes. Here it is computed on the whole width, while the model runs. A group norm
-of a single group is a layer norm over channels and positions.
+Here K is the set of kept channels. The cut layer norm computes the same y_k. A group norm with a single group is a
+layer norm over channels and positions.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from lbyl.runtime.intercept import FunctionInterceptor, Names
 from lbyl.runtime.reductions import Reduction, masked_reductions
 
 NormMasks = Mapping[str | Reduction, Bool[Tensor, " channels"]]
-"""Which channels stay, by the names of the weights of the layer norms that are taken over them, or by what takes them
-together in a model's own code."""
+"""The kept channels of each layer norm, by the name of its weight, and of each reduction in a model's own code."""
 
 
 def masked_layer_norm(
@@ -41,17 +40,20 @@ def masked_layer_norm(
     eps: float,
     axis: int = -1,
 ) -> Float[Tensor, "..."]:
-    """The layer norm above: statistics over the channels that stay, zero at the others.
+    """The layer norm above: statistics over the kept channels, and zero at all others.
 
-    Two passes in the precision of ``x``, as the variance of large values would lose its digits in one.
+    The variance is computed in a second pass, because one pass would lose precision for large values.
 
     Args:
-        x: whatever has channels along ``axis``.
-        kept: which channels stay.
+        x: the input, with channels along ``axis``.
+        kept: whether each channel is kept.
         weight: gamma.
         bias: beta; None for zero.
         eps: added to the variance.
-        axis: statistics are over this axis and those behind it.
+        axis: statistics are taken over this axis and all later ones.
+
+    Returns:
+        A tensor of the shape of ``x``.
     """
     over = tuple(range(axis % x.dim(), x.dim()))
     inside = _along(kept, x, axis)
@@ -63,7 +65,7 @@ def masked_layer_norm(
 
 
 def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
-    """One value a channel, shaped to broadcast with ``x``."""
+    """One value for each channel, shaped to broadcast with ``x``."""
     return values.to(x.device).reshape([-1] + [1] * (x.dim() - axis % x.dim() - 1))
 
 
@@ -74,15 +76,15 @@ _CALLS: dict[Any, inspect.Signature] = {
     torch.group_norm: inspect.signature(functional.group_norm),
 }
 _SHORT = (torch.layer_norm, torch.group_norm)
-"""They also take whether cuDNN may be used, which is of no matter here."""
+"""These take one more argument, whether to use cuDNN, which is ignored."""
 
 
 class MaskedLayerNorms(FunctionInterceptor):
-    """While it is on, layer norms on the named weights take their statistics over the channels that stay.
+    """While active, layer norms on the named weights take their statistics over the kept channels.
 
     Args:
-        kept: which channels stay.
-        names: the names of tensors by their ids; who replaces a tensor adds the new one.
+        kept: the kept channels.
+        names: the names of tensors by their ids; code that replaces a tensor must add the new one.
     """
 
     def __init__(self, kept: NormMasks, names: Names) -> None:
@@ -90,19 +92,19 @@ class MaskedLayerNorms(FunctionInterceptor):
         self.kept = kept
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute the named layer norms anew; leave every other call alone."""
+        """Replace the named layer norms; make every other call as it is."""
         found = normalized(func, args, kwargs, self.kept, self.names)
         return func(*args, **kwargs) if found is None else found
 
 
 @contextmanager
 def statistics_of_kept(model: nn.Module, kept: NormMasks, names: Names) -> Iterator[None]:
-    """While it is on, layer norms and other statistics of a model are taken over the channels that stay.
+    """While active, layer norms and other statistics of a model are taken over the kept channels.
 
     Args:
         model: the network that runs.
-        kept: which channels stay.
-        names: the names of tensors by their ids; who replaces a tensor adds the new one.
+        kept: the kept channels.
+        names: the names of tensors by their ids; code that replaces a tensor must add the new one.
     """
     reductions = {key: mask for key, mask in kept.items() if isinstance(key, Reduction)}
     with ExitStack() as on:
@@ -116,7 +118,7 @@ def statistics_of_kept(model: nn.Module, kept: NormMasks, names: Names) -> Itera
 def normalized(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kept: NormMasks, names: Names
 ) -> Tensor | None:
-    """What a call gives with statistics over the channels that stay; None for all that is no such layer norm."""
+    """The result of a layer norm with statistics over the kept channels; None if the call is not such a layer norm."""
     call = _bound(func, args, kwargs)
     mask = None if call is None else kept.get(names.get(id(call["weight"]), ""))
     if call is None or mask is None:
@@ -135,21 +137,21 @@ def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 
 def _axis(call: Mapping[str, Any]) -> int:
-    """Where the channels are in what a norm is called on."""
+    """The channel axis of a norm's input."""
     return 1 if "num_groups" in call else -1
 
 
 class LookAheadNorms(FunctionInterceptor):
-    """While the unpruned network runs, compute beside it what its layer norms will return once they are cut.
+    """While the unpruned network runs, also computes what its layer norms will return after the cut.
 
-    A layer norm over channels of which some are dropped returns two values. The network goes on with its own. In the
-    other, its *twin*, the channels that stay are normalized by themselves, and the dropped ones are unchanged.
-    Operations on a value that has a twin are done on both, until a consumer mixes the channels. Its output has no twin.
+    A layer norm over channels of which some are dropped gets two outputs. The network uses the usual one. In the
+    other, its *twin*, the kept channels are normalized with their own statistics, and the dropped ones are as usual.
+    Operations on a value with a twin are applied to both, until a consumer mixes the channels. Its output has no twin.
 
     Args:
-        kept: which channels stay.
+        kept: the kept channels.
         names: the names of tensors by their ids.
-        consumers: the names of the weights at which twins end.
+        consumers: the names of the weights of consumers, where twins end.
     """
 
     def __init__(self, kept: NormMasks, names: Names, consumers: Collection[str]) -> None:
@@ -158,11 +160,11 @@ class LookAheadNorms(FunctionInterceptor):
         self._twins: Any = WeakIdKeyDictionary()
 
     def twin(self, value: Tensor) -> Tensor | None:
-        """What the cut network has in this value's place, at the channels that stay; None where that is the same."""
+        """The value that the cut network will have at the kept channels; None if it is the same."""
         return self._twins.get(value)
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make the call, and make it on the twins of its arguments as well."""
+        """Make the call, and also make it on the twins of its arguments."""
         given = [item for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
         has_twin = any(item in self._twins for item in given)
         if not has_twin and func not in _CALLS:

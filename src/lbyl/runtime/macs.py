@@ -1,4 +1,4 @@
-"""Counting multiply-accumulates while a model runs."""
+"""Counts multiply-accumulates while a model runs."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _FREE = {
     torch.ops.aten.reshape,
     torch.ops.aten.to,
 }
-"""Operations without a multiplication that counts, which need not be taken apart to find out."""
+"""Composite operations that contain no counted multiplication, and so need not be decomposed."""
 
 
 class MacCounter(OperatorInterceptor):
-    """Multiply-accumulates of convolutions, linear layers and matrix products, by PyTorch's own formulas.
+    """Counts multiply-accumulates of convolutions, linear layers and matrix products by PyTorch's own formulas.
 
-    ``torch.utils.flop_counter.FlopCounterMode`` finds the same, but follows every module, which takes as long as a
-    small model does.
+    ``torch.utils.flop_counter.FlopCounterMode`` gives the same number, but tracks every module, which takes as long as
+    a small model.
 
     Args:
-        spare: return zeros from layers and their norms instead of computing them, which takes a fraction of the time.
-            This is for models whose program does not depend on what they compute. It only works within `undivided`.
+        spare: return zeros from layers and batch norms instead of computing them, which takes a fraction of the time.
+            It requires a model whose program does not depend on computed values, and it only works within `undivided`.
     """
 
     def __init__(self, spare: bool = False) -> None:
@@ -51,22 +51,22 @@ class MacCounter(OperatorInterceptor):
 
     @property
     def total(self) -> int:
-        """What has been counted so far."""
+        """Multiply-accumulates counted so far."""
         return self._flops // 2
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Which operations multiply and are not counted, if there were any."""
+        """A note that names operations whose multiplications could not be counted, if there were any."""
         names = ", ".join(self._uncounted)
-        return (f"MACs leave out what no formula is known for: {names}",) if names else ()
+        return (f"the MACs do not include these operations, which have no formula: {names}",) if names else ()
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make the call and add what it costs."""
+        """Make the call and add its multiply-accumulates."""
         if self._spare and (zeros := self._spared(func, args, kwargs)) is not None:
             return zeros
         formula = _FORMULAS.get(func.name().partition(".")[0]) or flop_registry.get(func._overloadpacket)
         if formula is None and _composite(func):
-            # Within inference_mode, operations arrive whole that are made of others.
+            # Within inference_mode, composite operations arrive as a whole.
             with self:
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -77,7 +77,7 @@ class MacCounter(OperatorInterceptor):
         return result
 
     def _spared(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Zeros in the shape of what a layer returns; None where that takes computing it."""
+        """Zeros of the shape of a layer's output; None if the call must be computed."""
         shape = _SHAPES[func](*args, **kwargs) if func in _SHAPES else None
         if shape is None:
             return None
@@ -150,7 +150,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_euclidean_dist": _distances,
     "torchvision::deform_conv2d": _filtered,
 }
-"""Floating-point operations, two a multiply-accumulate, where PyTorch has no formula; by the operation's name."""
+"""Floating-point operations (two for each multiply-accumulate) of operations for which PyTorch has no formula."""
 
 _SOLVERS = ("_fft", "linalg_", "_linalg", "cholesky", "triangular_solve", "lu_", "ormqr", "_sparse", "_weight_int")
 _NAMESPACES = ("aten", "prim", "prims", "profiler")
@@ -158,7 +158,7 @@ _MOVING = ("torchvision::nms", "torchvision::roi_align", "torchvision::roi_pool"
 
 
 def _multiplies(func: Any) -> bool:
-    """Whether an operation without a formula may be more than an element-wise one."""
+    """Whether an operation without a formula may contain multiplications other than element-wise ones."""
     namespace, _, name = func.name().partition("::")
     if namespace in _NAMESPACES:
         return name.startswith(_SOLVERS)
@@ -169,15 +169,15 @@ def layer_macs(out: Tensor, products: int) -> int:
     """Multiply-accumulates of one call of a convolution or linear layer, as PyTorch's own formulas count them.
 
     Args:
-        out: what the layer returned.
-        products: how many products are summed up in one output: the weights in a filter.
+        out: the output of the layer.
+        products: number of products in one element of the output, which is the number of weights in a filter.
     """
     return out.numel() * products
 
 
 @cache
 def _composite(func: Any) -> bool:
-    """Whether an operation is made of others that may count."""
+    """Whether an operation is composite and may contain counted operations."""
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     return func._overloadpacket not in _FREE and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite)
 
@@ -218,7 +218,7 @@ _SHAPES: dict[Any, Callable[..., list[int] | None]] = {
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.batch_norm.default: _batch_norm,
 }
-"""What the layers return whose computation can be spared; None where their arguments do not fit."""
+"""Output shapes of layers that need not be computed; None for arguments that the function does not handle."""
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -227,12 +227,12 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def macs_by_parameter(model: nn.Module, inputs: ExampleInputs, total: int) -> dict[str, float]:
-    """Multiply-accumulates by the name of the parameter that they are done with.
+    """Multiply-accumulates by the name of the weight that they multiply.
 
     Args:
         model: the network.
-        inputs: what it is called with.
-        total: the network's multiply-accumulates. What no parameter takes of them, such as attention scores, is
+        inputs: its inputs.
+        total: the network's multiply-accumulates. Those without a weight, such as of attention scores, are listed
             under the name "".
     """
     costs: dict[str, float] = defaultdict(float)
@@ -258,7 +258,7 @@ def count_macs(model: nn.Module, inputs: ExampleInputs) -> int:
 
 
 def macs_by_shapes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """The same from the shapes alone, for models that can be traced. Layers are computed only if zeros won't do.
+    """As :func:`count_macs`, for models that can be traced. Layers return zeros, unless the model fails on zeros.
 
     Raises:
         InputError: the model does not run on inputs of these shapes.

@@ -1,4 +1,4 @@
-"""How much memory the activations of a network take, and giving freed memory back to the system."""
+"""Measures how much memory the activations of a network take, and returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import FunctionInterceptor
 
 ROOM = 5 * 2**29
-"""Bytes that activations may take, where nothing else is asked for."""
+"""Bytes that activations may take by default (2.5 GiB)."""
 _PLANNED = 0.6
-"""The share of them that is planned for. The rest is for what layers need meanwhile, and for freed blocks that the
-allocator can't use again or give back."""
+"""The share of these bytes that probes may use. The rest is for temporary memory inside layers, and for freed blocks
+that the allocator can't reuse."""
 
 
 def held_at_once(memory: int, each: int) -> int:
-    """How many probes may be held at once, given the bytes that activations may take, and those of one probe."""
+    """How many probes fit into ``memory`` bytes at once, if each takes ``each`` bytes."""
     return int(_PLANNED * memory / each)
 
 
 def _places(model: nn.Module) -> set[int]:
-    """Where the model's own tensors lie."""
+    """The addresses of the model's own tensors."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors_of(model).values()}
 
 
 class _Held(FunctionInterceptor):
-    """Counts the bytes of all tensors that a network makes, from when each is made until nobody refers to it."""
+    """Counts the bytes of all tensors that a network makes, as long as they are referenced."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -69,9 +69,9 @@ class _Held(FunctionInterceptor):
 
 
 def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """The most that tensors between layers take at any time of a forward pass, in bytes a row of the batch.
+    """The largest memory that tensors between layers take during a forward pass, in bytes for each row of the batch.
 
-    What a layer needs while it runs is not seen.
+    Temporary memory inside layers is not included.
     """
     held, own = _Held(model), inputs.cloned()
     with torch.no_grad(), held:
@@ -80,17 +80,18 @@ def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
 
 
 class InputsForgotten(FunctionInterceptor):
-    """While it is on, convolutions whose weights need no gradient do not save their inputs for the backward pass.
+    """While active, convolutions whose weights need no gradient do not save their inputs for the backward pass.
 
-    Autograd saves them even so, and they are about a third of all that it saves. The backward pass gets a tensor with
-    the input's shape and layout, which the gradient to the input needs, and with arbitrary values.
+    Autograd would save these inputs nevertheless; they are about a third of everything that it saves. The backward
+    pass gets a tensor of the input's shape and layout with arbitrary values, because the gradient with respect to the
+    input needs no more.
     """
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make the call; a convolution saves the shape of its input only."""
+        """Make the call; a convolution saves only the shape of its input."""
         if func not in CONVOLUTIONS or len(args) < 2 or args[1].requires_grad:
             return func(*args, **kwargs)
-        # Neither of the two may refer to the input, or it would stay.
+        # Neither function may refer to the input, or it would stay in memory.
         place, shape = args[0].data_ptr(), args[0].shape
 
         def pack(tensor: Tensor) -> Any:
@@ -109,9 +110,9 @@ class InputsForgotten(FunctionInterceptor):
 
 
 def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
-    """What a forward pass with batch statistics saves for a backward pass to the inputs, in bytes a row of the batch.
+    """Memory that a forward pass saves for a backward pass to the inputs, in bytes for each row of the batch.
 
-    Convolutions keep no inputs there; see :class:`InputsForgotten`.
+    Batch norms use batch statistics. Convolutions do not save their inputs; see :class:`InputsForgotten`.
     """
     known = _places(model)
     found: dict[int, int] = {}
@@ -120,13 +121,13 @@ def saved_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             found[storage.data_ptr()] = storage.nbytes()
-        # Not the tensor itself: an output that is kept for its own function would never be freed.
+        # Detached, because an output that its own function saves would never be freed.
         return tensor.detach()
 
     asked = inputs.map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()))
     kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with frozen(model), torch.enable_grad(), kept, InputsForgotten():
-        # What it gives is held until all is counted: freed memory would be used, and taken for what was there before.
+        # The output is held until all is counted, so that its memory is not reused and counted only once.
         given = run_intercepted(model, asked, batch_statistics=True)
     del given
     return _each(sum(found.values()), inputs)
@@ -138,9 +139,9 @@ def _each(total: int, inputs: ExampleInputs) -> int:
 
 
 def give_back() -> None:
-    """Give freed memory back to the system, where the C library keeps it (glibc).
+    """Return freed memory to the system, where the C library is glibc.
 
-    It keeps blocks below 32 MiB for later, while larger ones, as the next stage mostly needs them, are asked for anew.
+    glibc keeps freed blocks below 32 MiB, although the next stage mostly needs larger ones.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:

@@ -1,4 +1,4 @@
-"""How much of the network is left, judged without data: the outputs' error on probes that no solve saw."""
+"""The relative error of a cut network's outputs on held-out probes: a measure of what was lost, without data."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from lbyl.runtime.inputs import output_tensors
 
 @dataclass(frozen=True)
 class Assessment:
-    """Relative error of the network's outputs on held-out probes, after plain pruning and after restoration."""
+    """Relative errors of the network's outputs on held-out probes, after plain pruning and after restoration."""
 
     pruned: float
     restored: float
 
 
 def outputs_error(reference: Any, outputs: Any) -> float:
-    """``min_a |a f'(x) - f(x)| / |f(x)|`` over all floating-point outputs, both less the mean of f.
+    """``min_a |a f'(x) - f(x)| / |f(x)|`` over all floating-point outputs, after the mean of f is subtracted from both.
 
-    ``reference`` is what one network gave, ``outputs`` what another did, in the same structure. The mean is taken
-    over all inputs and positions, each feature by itself: features are the second axis of images, the last one of
-    sequences and rows. The common factor ``a`` is left free because decisions taken from outputs do not depend on it,
-    while pruning shrinks them: 0 says that nothing changed, 1 that nothing is left.
+    ``reference`` holds the outputs f of one network and ``outputs`` the outputs f' of another, in the same structure.
+    The mean of each feature is taken over all inputs and positions; features are the second axis of images and the
+    last axis of sequences and rows. The common factor ``a`` is free because pruning shrinks outputs, while decisions
+    do not depend on it. An error of 0 means that nothing changed, and 1 that nothing is left.
 
     Raises:
-        InputError: nothing that the reference holds is finite.
+        InputError: the reference holds no finite number.
     """
     expected = [t for t in output_tensors(reference) if t.is_floating_point()]
     found = [t for t in output_tensors(outputs) if t.is_floating_point()]
     cross = own = theirs = 0.0
     for a, b in zip(expected, found, strict=True):
         a, b = a.double(), b.double()
-        here = torch.isfinite(a)  # what is masked out is -inf on purpose
+        here = torch.isfinite(a)  # masked outputs are -inf on purpose
         if not bool(here.all()):
             if a.numel() and not bool(here.any()):
                 raise InputError("the network's outputs on the probes are not finite")
@@ -55,7 +55,7 @@ def outputs_error(reference: Any, outputs: Any) -> float:
 
 
 def _mean(tensor: Tensor) -> Tensor:
-    """The mean of every feature; of all together where each of them is there only once."""
+    """The mean of every feature, or of all features together if each has a single value."""
     axis = 1 if tensor.dim() > 3 else tensor.dim() - 1
     others = [dim for dim in range(tensor.dim()) if dim != axis]
     if not others or tensor.numel() <= tensor.shape[axis]:

@@ -1,4 +1,4 @@
-"""How far a long step has come, and how long every stage took."""
+"""Progress reports of long steps, and the time that every stage took."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time what is done within."""
+        """Add the time spent within the context to a stage."""
         started = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Modules inside modules inside modules: Python's limit of nested calls, raised while a deep model is worked on."""
+"""Raises Python's recursion limit while a deeply nested model is processed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from threading import Lock
 from torch import nn
 
 _SHALLOW = 40
-"""Models of so many levels stay far from Python's usual limit."""
+"""Models with at most this many levels stay far below Python's usual limit."""
 _CALLS = 40
-"""Nested calls for each level: its module, our hooks around it, torch's own, and copies of all of them."""
+"""Nested calls for each level of modules, with hooks and copying."""
 
 _LOCK = Lock()
 _LIMITS: list[int] = []
@@ -20,7 +20,7 @@ _LIMITS: list[int] = []
 
 @contextmanager
 def deep_calls(model: nn.Module) -> Iterator[None]:
-    """Room for the nested calls that a deep model takes. Calls at the same time, in threads, are counted."""
+    """Raise the recursion limit for a deep model. Several threads may do so at the same time."""
     depth = _depth(model)
     if depth <= _SHALLOW:
         yield
@@ -42,7 +42,7 @@ def deep_calls(model: nn.Module) -> Iterator[None]:
 
 
 def _depth(model: nn.Module) -> int:
-    """The most modules that are inside each other, without recursion."""
+    """The number of nested levels of modules, found without recursion."""
     deepest, level, seen = 0, [model], {id(model)}
     while level:
         deepest += 1

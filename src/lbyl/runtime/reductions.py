@@ -1,8 +1,8 @@
-"""Statistics that a model's own code takes over channels of which some are dropped: over those that stay.
+"""Reductions over channels in a model's own code: in the masked network they are taken over the kept channels.
 
-A layer norm or a pixel norm written by hand, a normalization over channels, the mean and maximum of spatial attention:
-one operation takes the channels at a place together. Zeros at dropped channels would change a mean or a maximum. So
-the masked network that a cut is compared with leaves them out there, as the cut one does.
+Examples are a layer norm or a pixel norm written by hand, a normalization over channels, and the mean and maximum of
+spatial attention. Zeros at dropped channels would change a mean or a maximum. So the masked network, which a cut
+network is compared with, leaves them out, as the cut network does.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
 
 @dataclass(frozen=True)
 class Reduction:
-    """An operation that takes what stands along an axis together, by where and how often a model has called it.
+    """One call of an operation that reduces over an axis, identified by its place in the forward pass.
 
     Attributes:
         module: the path of the innermost module that runs it.
-        op: its ATen name.
-        call: how many calls of this operation came before it in this module during one forward pass.
+        op: the ATen name of the operation.
+        call: number of earlier calls of this operation in this module during the same forward pass.
         dim: the axis.
     """
 
@@ -44,11 +44,11 @@ def aten_name(func: Any) -> str:
 
 @contextmanager
 def masked_reductions(model: nn.Module, kept: Mapping[Reduction, Bool[Tensor, " channels"]]) -> Iterator[None]:
-    """While it is on, one forward pass of the model takes these reductions over the channels that stay.
+    """While active, one forward pass of the model takes these reductions over the kept channels.
 
     Args:
         model: the network that runs.
-        kept: which channels stay, for each of them.
+        kept: whether each channel along the reduced axis is kept, for each reduction.
     """
     path: list[str] = []
 

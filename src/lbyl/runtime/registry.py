@@ -1,7 +1,7 @@
-"""Members of a family (criteria, restorers, moment sources, export formats) by their short names.
+"""Short names of criteria, restorers, moment sources and export formats: these are the four families.
 
-Those of lbyl are listed in `lbyl._public`. Others join them by :func:`register`, or by an entry point of the group
-``lbyl.criterion``, ``lbyl.restorer``, ``lbyl.moments`` or ``lbyl.format`` in an installed package.
+The names of lbyl are listed in `lbyl._public`. Other programs add names by :func:`register`, or by an entry point of
+the group ``lbyl.criterion``, ``lbyl.restorer``, ``lbyl.moments`` or ``lbyl.format`` in an installed package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _REGISTERED: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES}
 
 
 def register(family: str, name: str, member: Any) -> None:
-    """Give a member of a family a short name, for arguments and the command line.
+    """Register a short name, which arguments and the command line then accept.
 
     Args:
         family: "criterion", "restorer", "moments" or "format".
@@ -26,34 +26,34 @@ def register(family: str, name: str, member: Any) -> None:
         member: a class that can be made without arguments, or a function that makes one.
 
     Raises:
-        InputError: no such family, a name that lbyl itself uses, or a member that can't be called.
+        InputError: there is no such family, lbyl itself uses the name, or the member can't be called.
     """
     if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
     if not isinstance(name, str) or not name or not callable(member):
-        raise InputError(f"register({family!r}, {name!r}, {member!r}): give a name and a class")
+        raise InputError(f"register({family!r}, {name!r}, {member!r}): pass a name and a class")
     if name in FAMILIES[family] or name == "auto":
-        raise InputError(f"{name!r} is already a {family} of lbyl; choose another name")
+        raise InputError(f"the {family} name {name!r} is already used by lbyl; choose another name")
     _REGISTERED[family][name] = member
 
 
 def names(family: str) -> tuple[str, ...]:
-    """All short names of a family, those of lbyl first."""
+    """All short names of a family, with those of lbyl first."""
     return tuple(dict.fromkeys([*FAMILIES[family], *_REGISTERED[family], *_installed()[family]]))
 
 
 @cache
 def _installed() -> dict[str, dict[str, EntryPoint]]:
-    """The members that installed packages add, by family and name; what is installed is looked at once."""
+    """The entry points of installed packages, by family and name; they are looked up once."""
     found = entry_points()
     return {family: {entry.name: entry for entry in found.select(group=f"lbyl.{family}")} for family in FAMILIES}
 
 
 def make(family: str, name: str) -> Any:
-    """A member of a family by its short name, made without arguments.
+    """Make a member of a family, given its short name, without arguments.
 
     Raises:
-        InputError: no member has this name, or it can't be made.
+        InputError: no member has this name, or it can't be made without arguments.
     """
     member = find(family, name)
     try:
@@ -68,12 +68,12 @@ def make(family: str, name: str) -> Any:
 
 
 def choices(family: str) -> tuple[str, ...]:
-    """What can be named: the members of the family, and auto among restorers and criteria."""
+    """The names that a user may give: all members of the family, and "auto" for restorers and criteria."""
     return (*(("auto",) if family in ("restorer", "criterion") else ()), *names(family))
 
 
 def find(family: str, name: str) -> Any:
-    """The class of a short name.
+    """The class or function with a short name.
 
     Raises:
         InputError: no member of the family has this name.

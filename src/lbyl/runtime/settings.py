@@ -1,4 +1,4 @@
-"""Settings objects as plain data, for plans, and that data as text: the one printer of settings."""
+"""Settings objects as plain data, for plans, and as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 def described(setting: Any) -> dict[str, Any]:
     """A settings object as plain data: its class under "name", and its fields.
 
-    A field that ``repr`` leaves out, such as the user's data, is left out here, too.
+    Fields with ``repr=False``, such as the user's data, are left out.
     """
     fields = dataclasses.fields(setting) if dataclasses.is_dataclass(setting) else ()
     values = {field.name: getattr(setting, field.name) for field in fields if field.repr}
@@ -19,19 +19,19 @@ def described(setting: Any) -> dict[str, Any]:
 
 
 def as_call(name: str, fields: Sequence[str]) -> str:
-    """The call that makes a settings object, from its name and its fields as ``key=value``."""
+    """Python code of the call that makes a settings object, from its name and its fields as ``key=value``."""
     return f"{name}({', '.join(fields)})"
 
 
 def printed(
     setting: Any, value: Callable[[Any], str] = repr, call: Callable[[str, Sequence[str]], str] = as_call
 ) -> str:
-    """What :func:`described` gives, as Python would print it.
+    """The result of :func:`described` as Python code.
 
     Args:
         setting: a description, or a plain value.
-        value: prints the plain values.
-        call: prints what makes an object, from its name and the printed fields.
+        value: turns a plain value into text.
+        call: turns a name and the fields' texts into the text of a call.
 
     >>> printed({"name": "LBYL", "ridge": 0.5, "prior": {"name": "Noise", "images": None}})
     'LBYL(ridge=0.5, prior=Noise(images=None))'

@@ -1,4 +1,4 @@
-"""Text as tokens, by the tokenizer that stands beside a model's weights."""
+"""Finds the tokenizer beside a model's weights, and turns text into tokens."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lbyl.errors import InputError, first_line
 
 
 def tokenizer_at(place: str | os.PathLike[str]) -> Any:
-    """The tokenizer in a folder, or of a name that transformers has in its cache; nothing is downloaded.
+    """Load the tokenizer from a folder, or by a name that transformers has in its cache; nothing is downloaded.
 
     Raises:
-        InputError: there is none, or it can't be read.
+        InputError: there is no tokenizer, or it can't be read.
     """
     try:
         transformers: Any = importlib.import_module("transformers")
         return transformers.AutoTokenizer.from_pretrained(os.fspath(place), local_files_only=True)
-    except Exception as error:  # whatever its files make it raise
+    except Exception as error:  # its files may raise anything
         raise InputError(f"no tokenizer can be read from {place}: {first_line(error)}") from error
 
 
 def tokenizer_of(model: nn.Module) -> Any | None:
     """The tokenizer beside the weights that ``from_pretrained`` loaded a model from; None where there is none."""
     place = getattr(model, "name_or_path", "")
-    # Whoever has a model of transformers has imported it.
+    # A model from transformers can only exist after transformers was imported.
     if not place or not isinstance(place, str) or "transformers" not in sys.modules:
         return None
     try:
@@ -41,9 +41,9 @@ def tokenizer_of(model: nn.Module) -> Any | None:
 
 
 def packed_tokens(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> Int[Tensor, "sequences tokens"]:
-    """Texts one after the other, in sequences of one length; each has the special tokens around it that texts have.
+    """Concatenate the tokens of texts and split them into sequences of one length, each with its special tokens.
 
-    There may be fewer than ``count`` sequences: as many as the texts fill.
+    There are ``count`` sequences, or fewer if the texts do not fill them.
     """
     before, after = _frame(tokenizer)
     room = length - len(before) - len(after)
@@ -60,7 +60,7 @@ def packed_tokens(tokenizer: Any, texts: Iterable[str], count: int, length: int)
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens before and after a text."""
+    """The special tokens that the tokenizer puts before and after a text."""
     inside = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(inside) + 1):

@@ -1,1 +1,1 @@
-"""Which channels stay."""
+"""Selection: ranks channels by a criterion, and chooses those to keep."""

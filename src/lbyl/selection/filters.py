@@ -1,4 +1,4 @@
-"""What the weights alone say about a group's channels: raw filters, effective filters, how they are read."""
+"""Describes a group's channels by the weights alone: raw filters, effective filters, and consumers' weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ State = Mapping[str, Tensor]
 """Parameters and buffers by name."""
 
 _CACHED = 2**16
-"""So many elements in float64 fit the processor's cache."""
+"""About this many float64 elements fit into the processor's cache."""
 
 
 @dataclass(frozen=True)
 class Filters:
-    """The channels of one group as the weights describe them, in float64.
+    """The channels of one group as described by the weights, in float64.
 
-    Each part is worked out when it is first asked for: all of them together are several times the weights.
+    Each property is computed at its first use, because all of them together take several times the memory of the
+    weights.
     """
 
     group: Group
@@ -34,9 +35,9 @@ class Filters:
 
     @cached_property
     def raw(self) -> Float[Tensor, "channels fan_in"]:
-        """The producers' own weights, one row a channel; with the bias where no batch norm follows."""
+        """The producers' own weights, one row for each channel, with the bias if no batch norm follows."""
         if not any(producer.stages for producer in self.group.producers):
-            return self.weight  # the same, and then no second copy of it is made
+            return self.weight  # equal, and this avoids a second copy
         parts = []
         for producer in self.group.producers:
             parts.append(_rows(self.state[producer.weight.parameter], producer.weight, self.group.width))
@@ -45,7 +46,7 @@ class Filters:
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def norms(self, power: int) -> Float[Tensor, " channels"]:
-        """``(sum_i |w_ji|^p)^(1/p)`` over the rows of `raw`, without making them."""
+        """``(sum_i |w_ji|^p)^(1/p)`` for each row of `raw`, computed without `raw` itself."""
         if power not in self._norms:
             self._norms[power] = self._summed(power)
         return self._norms[power]
@@ -67,7 +68,7 @@ class Filters:
 
     @cached_property
     def weight(self) -> Float[Tensor, "channels fan_in"]:
-        """One row a channel, ``v_j = gamma_j / sigma_j * w_j`` flattened; without a batch norm ``[w | b]``."""
+        """The effective filters: rows ``v_j = gamma_j / sigma_j * w_j``, flattened; ``[w | b]`` without batch norm."""
         parts = list(self._parts())
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
@@ -79,14 +80,14 @@ class Filters:
 
     @cached_property
     def covariance(self) -> Float[Tensor, "channels channels"]:
-        """``(V - m 1^T) (V - m 1^T)^T`` with ``m`` the mean of each row of `weight`, which is not made as a whole."""
+        """``(V - m 1^T) (V - m 1^T)^T`` with the row means ``m`` of V, which is `weight`; computed without `weight`."""
         grams, totals, counts = zip(*[(p @ p.T, p.sum(1), p.shape[1]) for p in self._parts()], strict=True)
         total = torch.stack(totals).sum(0)
         return torch.stack(grams).sum(0) - torch.outer(total, total) / sum(counts)
 
     @cached_property
     def energy(self) -> Float[Tensor, " channels"]:
-        """``|v_j|^2``, summed without making the rows of `weight`, which are several times the weights themselves."""
+        """``|v_j|^2``, computed without `weight` itself, which takes several times the memory of the weights."""
         parts = []
         for producer, offset, squares in zip(self.group.producers, self._offsets, self._squares, strict=True):
             parts.append(_energy(producer, self.group, self.state, squares))
@@ -102,7 +103,7 @@ class Filters:
 
     @cached_property
     def batch_norm(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Gamma, beta, mean and variance by channel, where one layer with one batch norm makes them; else None."""
+        """Gamma, beta, mean and variance of each channel, if one layer with one batch norm makes them; else None."""
         if len(self.group.producers) != 1 or len(self.group.producers[0].stages) != 1:
             return None
         (norm,), slot = self.group.producers[0].stages, self.group.producers[0].weight
@@ -114,7 +115,7 @@ class Filters:
 
     @property
     def normalized(self) -> bool:
-        """Whether a batch norm gave the offset."""
+        """Whether a batch norm follows the producers."""
         return any(producer.normalized for producer in self.group.producers)
 
     @cached_property
@@ -198,7 +199,7 @@ class _Subset(Filters):
 
 
 def seats(slot: Slot, width: int) -> Int[Tensor, "channels occurrences"]:
-    """Where each channel of the group stands in a slot: indices, padded with -1."""
+    """The indices in a slot that carry each channel of the group, padded with -1."""
     if slot.channels == tuple(range(width)):
         return torch.arange(width)[:, None]
     channels = torch.tensor(slot.channels)
@@ -206,7 +207,7 @@ def seats(slot: Slot, width: int) -> Int[Tensor, "channels occurrences"]:
     order = order[channels[order] != NOT_OURS]
     owners = channels[order]
     counts = torch.bincount(owners, minlength=width)
-    # The how-manieth seat of its channel each one is.
+    # The position of each index among those of its channel.
     place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[owners]
     index = torch.full((width, int(counts.max())), -1)
     index[owners, place] = order
@@ -221,12 +222,12 @@ def carrying(slot: Slot, width: int, members: Sequence[int] | Int[Tensor, " memb
 
 
 def describe(group: Group, state: State) -> Filters:
-    """Effective filters and offsets of a group (method of LBYL, section 3; sigma is the true deviation)."""
+    """Effective filters and offsets of a group (arXiv 2502.08474, section 3; sigma is the standard deviation)."""
     return Filters(group, state)
 
 
 def _last_norm(producer: Producer, group: Group, state: State) -> tuple[Tensor, Tensor] | None:
-    """Mean and deviation that the last batch norm gives each channel, if it is the last linear map."""
+    """Mean and deviation of each channel from the last batch norm, if that is the last linear map."""
     if not producer.stages or not isinstance(producer.stages[-1], Norm):
         return None
     norm, slot, width = producer.stages[-1], producer.weight, group.width
@@ -236,17 +237,17 @@ def _last_norm(producer: Producer, group: Group, state: State) -> tuple[Tensor, 
 
 
 def subset(filters: Filters, members: Int[Tensor, " members"]) -> Filters:
-    """The filters of some channels only, in rising order."""
+    """The filters of some channels only, in ascending order."""
     if len(members) == len(filters):
         return filters
     return _Subset(filters.group, filters.state, filters, members)
 
 
 def paper_form_applies(group: Group, state: State) -> str | None:
-    """None where the effective filters describe the channels; else what stands in the way."""
+    """None if the effective filters describe the channels; otherwise the reason why they do not."""
     for step in group.steps:
         if step.parametric:
-            return f"{step.op} {step.layer!r} lies between the filters and their consumers"
+            return f"{step.op} {step.layer!r} is between the filters and their consumers"
     for producer in group.producers:
         for stage in producer.stages:
             if isinstance(stage, Depthwise) and state[producer.weight.parameter][0, 0].numel() > 1:
@@ -256,7 +257,7 @@ def paper_form_applies(group: Group, state: State) -> str | None:
 
 
 def columns_second(weight: Tensor, slot: Slot) -> Tensor:
-    """A view of a consumer's weight with its input dimension second, as convolutions and linear layers have it."""
+    """A view of a consumer's weight with its input dimension second, as in convolutions and linear layers."""
     return weight.transpose(0, 1) if slot.dim == 0 else weight
 
 
@@ -271,7 +272,7 @@ def _rows(tensor: Tensor, slot: Slot, width: int) -> Tensor:
 
 
 def _effective(producer: Producer, group: Group, state: State) -> Float[Tensor, "channels fan_in"]:
-    """The producer's weight with all that follows it folded in."""
+    """The producer's weight with all linear maps after it folded in."""
     slot, width = producer.weight, group.width
     weight = _rows(state[slot.parameter], slot, width)
     occurrences = seats(slot, width).shape[1]
@@ -289,7 +290,7 @@ def _effective(producer: Producer, group: Group, state: State) -> Float[Tensor, 
 def _energy(
     producer: Producer, group: Group, state: State, squares: Float[Tensor, "channels occurrences"]
 ) -> Float[Tensor, " channels"]:
-    """Sum of squares of the producer's weight with all that follows it folded in, given that of the weight alone."""
+    """Sum of squares of the producer's effective weight, given that of the weight alone."""
     slot, width = producer.weight, group.width
     found = squares
     for stage in producer.stages:
@@ -302,7 +303,7 @@ def _energy(
 
 
 def _powers(tensor: Tensor, slot: Slot, width: int, power: int) -> Float[Tensor, "channels occurrences"]:
-    """The sum of ``|w|^p`` of each row of a weight, at the row's places in the group."""
+    """The sum of ``|w|^p`` of each row of a weight, arranged by channels of the group."""
     tensor = _channels_first(tensor, slot)
     flat = tensor.detach().reshape(tensor.shape[0], -1)
     sums = [_raised_(piece.to(torch.float64, copy=True), power).sum(1) for piece in few_rows(flat)]
@@ -310,17 +311,17 @@ def _powers(tensor: Tensor, slot: Slot, width: int, power: int) -> Float[Tensor,
 
 
 def _channels_first(tensor: Tensor, slot: Slot) -> Tensor:
-    """A producer's weight, or what has one number a channel, with its channels first."""
+    """A producer's weight, or a vector of one number for each channel, with channels first."""
     if not slot.dim or tensor.dim() == 1:
         return tensor
     if slot.blocks == 1:
         return tensor.movedim(slot.dim, 0)
-    # A transposed convolution with groups: the rows of each block make channels of their own.
+    # In a grouped transposed convolution, the rows of each block make different channels.
     return tensor.unflatten(0, (slot.blocks, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def few_rows(tensor: Tensor) -> Sequence[Tensor]:
-    """A tensor some rows at a time, for a wide copy of all would be fresh memory, which takes longer than most sums."""
+    """A tensor in pieces of some rows, because allocating a float64 copy of all rows takes longer than most sums."""
     return tensor.split(max(1, _CACHED // max(tensor[:1].numel(), 1)))
 
 
@@ -331,7 +332,7 @@ def _raised_(values: Tensor, power: int) -> Tensor:
 
 
 def _offset(producer: Producer, group: Group, state: State) -> Float[Tensor, " channels"]:
-    """What the producer adds to each channel, with all that follows it folded in."""
+    """The constant that the producer and all linear maps after it add to each channel."""
     slot, width = producer.weight, group.width
     occurrences = seats(slot, width).shape[1]
     offset = (
@@ -352,7 +353,7 @@ def _offset(producer: Producer, group: Group, state: State) -> Float[Tensor, " c
 
 
 def _norm(norm: Norm, slot: Slot, width: int, state: State) -> tuple[Tensor, Tensor, Tensor]:
-    """``gamma / sigma``, mean and beta of a batch norm, a row a channel."""
+    """``gamma / sigma``, mean and beta of a batch norm, one row for each channel."""
     mean, var = (_rows(state[name], slot, width) for name in (norm.mean, norm.var))
     sigma = (var + norm.eps).sqrt()
     gamma = _rows(state[norm.weight], slot, width) if norm.weight else torch.ones_like(sigma)
@@ -373,18 +374,18 @@ def _peak(group: Group, state: State) -> Tensor:
 
 
 def column_energy(slot: Slot, source: Float[Tensor, "out columns *taps"]) -> Float[Tensor, " columns_of_all_blocks"]:
-    """The sum of squares of the weights with which a consumer takes each of its input columns."""
+    """The sum of squares of a consumer's weights for each of its input columns."""
     blocks = source.detach().chunk(slot.blocks)
     sums = [torch.zeros_like(block[0], dtype=torch.float64) for block in blocks]
     for block, total in zip(blocks, sums, strict=True):
         for rows in few_rows(block):
-            # Not in place: of a float64 weight, double() is no copy.
+            # Not in place, because double() does not copy a float64 weight.
             total += rows.double().square().sum(0)
     return torch.cat(sums).reshape(len(slot.channels), -1).sum(1).cpu()
 
 
 def consumer_energy(slot: Slot, source: Float[Tensor, "out columns *taps"], width: int) -> Float[Tensor, " channels"]:
-    """``|U_j|^2``: the sum of squares of the weights with which a consumer takes each channel."""
+    """``|U_j|^2``: the sum of squares of a consumer's weights for each channel."""
     column = column_energy(slot, source)
     channels = torch.tensor(slot.channels)
     ours = channels != NOT_OURS

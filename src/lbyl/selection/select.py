@@ -1,4 +1,4 @@
-"""Which channels go: a ratio for every group, and a criterion."""
+"""Selects the channels to drop, by a ratio for every group and a criterion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lbyl.selection.view import ChannelView, ColumnMoments, readings_of
 Ratio = float | Mapping[str, float]
 
 Choose = Callable[[Filters, int, torch.Generator], Int[Tensor, " kept"]]
-"""Returns which of some channels to keep: ``choose(filters, count, generator)``."""
+"""A function ``choose(filters, count, generator)`` that returns the channels to keep."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Choice:
     group: Group
     keep: tuple[int, ...]
     filters: Filters | None = field(default=None, compare=False, repr=False)
-    """What they were chosen by, where only norms were looked at, so that it takes little memory."""
+    """The filters, if the criterion only used their norms, so that these need not be computed again."""
 
     @cached_property
     def drop(self) -> tuple[int, ...]:
-        """The channels that go, ascending."""
+        """The dropped channels, ascending."""
         kept = set(self.keep)
         return tuple(channel for channel in range(self.group.width) if channel not in kept)
 
@@ -48,14 +48,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Selection:
-    """The choices for all groups that lose channels, and why each other group stays whole."""
+    """The choices for all groups that lose channels, and for every other group the reason why it is not pruned."""
 
     choices: tuple[Choice, ...]
     left: tuple[tuple[str, str], ...]
 
 
 def kept_count(width: int, ratio: float) -> int:
-    """floor(n (1 - ratio) + 1e-9), at least 1.
+    """The number of kept channels out of n: floor(n (1 - ratio) + 1e-9), at least 1.
 
     >>> kept_count(10, 0.9), kept_count(10, 0.5), kept_count(3, 1 / 3)
     (1, 5, 2)
@@ -75,11 +75,11 @@ def check_ratio(ratio: Ratio) -> None:
 def check_scope(scope: str) -> None:
     """Raise InputError for an unknown scope."""
     if scope not in ("inner", "all"):
-        raise InputError(f"scope={scope!r}: choose 'inner' (groups that no residual sum couples) or 'all'")
+        raise InputError(f"scope={scope!r}: choose 'inner' (groups outside of residual connections) or 'all'")
 
 
 def ratio_for(group: Group, ratio: Ratio, prefix: str = "") -> float:
-    """The ratio that applies to a group: the last pattern that matches its full name or a producing layer's."""
+    """The ratio of a group: that of the last pattern that matches its full name or the name of a producing layer."""
     if not isinstance(ratio, Mapping):
         return float(ratio)
     found = 0.0
@@ -91,18 +91,18 @@ def ratio_for(group: Group, ratio: Ratio, prefix: str = "") -> float:
 
 @dataclass(frozen=True)
 class ByCriterion:
-    """Keep the channels that score highest; among equals, the first.
+    """Keeps the channels with the highest scores, and the first ones among equal scores.
 
     Attributes:
-        criterion: what scores them.
-        moments: what consumers are fed, by the names of their weights, for a criterion that looks at it.
+        criterion: the criterion that scores channels.
+        moments: moments of consumers' inputs, by the names of their weights, for a criterion that needs them.
     """
 
     criterion: Criterion | SeeingCriterion
     moments: Mapping[str, ColumnMoments] = field(default_factory=dict, repr=False)
 
     def __call__(self, filters: Filters, count: int, generator: torch.Generator) -> Int[Tensor, " kept"]:
-        """Which of some channels to keep."""
+        """The ``count`` channels to keep, ascending."""
         members = torch.arange(len(filters))
         return torch.argsort(self.scores(filters, members, generator), descending=True, stable=True)[:count]
 
@@ -118,34 +118,34 @@ class ByCriterion:
             seen = self.moments if needs_probes(self.criterion) else None
             readings = readings_of(filters, members, seen)
             if sees != "consumers" and not readings:
-                return part.norms(2)  # no probe came by, so the weights have to tell
+                return part.norms(2)  # no consumer ran on the probes
             scores = self.criterion.score(ChannelView(part, readings, generator))  # pyright: ignore[reportCallIssue, reportArgumentType]
         else:
             scores = self.criterion.score(part.raw, generator)  # pyright: ignore[reportCallIssue, reportArgumentType]
         if scores.shape != (len(members),):
             raise InputError(
-                f"{name}.score returned shape {tuple(scores.shape)} for {len(members)} filters; return one score a row"
+                f"{name}.score returned shape {tuple(scores.shape)} for {len(members)} filters; return a score per row"
             )
         if not bool(torch.isfinite(scores).all()):
             raise InputError(f"{name}.score returned NaN or infinity for a channel of {filters.group.name}")
         return scores
 
     def norms(self, filters: Filters) -> Float[Tensor, " channels"] | None:
-        """The scores, where they are norms of the filters: then no channel's depends on the others."""
-        # Of the class itself: who derives from it has another score, as a rule.
+        """The scores if they are norms of the filters, which do not depend on other channels; else None."""
+        # Only of the class itself, because derived classes usually have other scores.
         order = vars(type(self.criterion)).get("norm_order")
         return None if order is None else filters.norms(order)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The channels of a group in the order in which a criterion keeps them.
+    """The channels of a group, ranked by a criterion.
 
     Attributes:
-        blocks: the channels of each block, best first. Grouped convolutions make several blocks, and all of them keep
+        blocks: the channels of each block, best first. Grouped convolutions make several blocks, which must keep
             equally many channels.
-        scores: the score of each channel among those of its block.
-        filters: what was scored, where scores are norms, so that it takes little memory.
+        scores: the score of each channel within its block.
+        filters: the filters, if scores are their norms.
     """
 
     blocks: Int[Tensor, "blocks size"]
@@ -153,11 +153,11 @@ class Ranking:
     filters: Filters | None = None
 
     def kept(self, count: int) -> tuple[int, ...]:
-        """The channels that stay where each block keeps so many, ascending."""
+        """The kept channels if each block keeps ``count``, ascending."""
         return tuple(sorted(self.blocks[:, :count].flatten().tolist()))
 
     def order(self) -> tuple[int, ...]:
-        """All channels, best first, the blocks in turn: any whole round keeps equally many of each block."""
+        """All channels, best first, one of each block in turn, so that prefixes hold equally many of each block."""
         found: list[int] = []
         for members in self.blocks.T:
             ascending = members.sort().values
@@ -167,13 +167,13 @@ class Ranking:
 
 
 def blocks_of(group: Group) -> Int[Tensor, "blocks size"]:
-    """The channels of each block of a group; blocks are of one size, or the group would stay whole."""
+    """The channels of each block of a group. All blocks have the same size."""
     labels = torch.tensor(group.blocks)
     return torch.argsort(labels, stable=True).reshape(len(labels.unique()), -1)
 
 
 def ranked(group: Group, state: State, by: ByCriterion, seed: int) -> Ranking:
-    """Rank the channels of a group block by block, for widths to be chosen by and channels to be kept by."""
+    """Rank the channels of a group block by block."""
     filters, blocks = describe(group, state), blocks_of(group)
     norms = by.norms(filters)
     if norms is not None:
@@ -195,8 +195,8 @@ class KeptCounts:
     """How many channels each group keeps.
 
     Attributes:
-        counts: by the index of the group; groups that are not named stay whole.
-        uneven: why a residual stream and its heads stay whole, by the stream's name.
+        counts: kept channels by group index; groups without an entry are not pruned.
+        uneven: why a residual connection and its heads are not pruned, by the name of the residual connection's group.
     """
 
     counts: Mapping[int, int]
@@ -204,12 +204,12 @@ class KeptCounts:
 
 
 def kept_by_ratio(graph: Graph, ratio: Ratio, path: str = "") -> KeptCounts:
-    """The kept counts that a ratio stands for.
+    """The kept counts for a ratio.
 
     Args:
         graph: the channel graph.
         ratio: a share, or ``{glob: share}`` over group and layer names.
-        path: of the submodule that the graph is of; globs are over full names.
+        path: path of the graph's submodule, because globs match full names.
     """
     check_ratio(ratio)
     prefix = f"{path}." if path else ""
@@ -238,21 +238,21 @@ def check_patterns(ratio: Ratio, names: Iterable[str]) -> None:
 
 
 def _evenly_kept(group: Group, share: float) -> int:
-    """What a group keeps in all where each of its blocks loses a share."""
+    """The number of channels that a group keeps if each of its blocks loses the same share."""
     blocks = len(set(group.blocks))
     return blocks * kept_count(group.width // blocks, share)
 
 
 def _families(graph: Graph) -> dict[str, tuple[Group, ...]]:
-    """Streams with the heads that have to lose the same share, by the stream's name."""
+    """Groups of residual connections with the heads that must lose the same share, by the name of the former."""
     names = dict.fromkeys(group.coupled_with for group in graph.groups if group.coupled_with)
     return {name: (graph.group(name), *(g for g in graph.groups if g.coupled_with == name)) for name in names}
 
 
 def _same_share(family: Sequence[Group], share: float) -> tuple[dict[str, int], str]:
-    """Kept counts of a stream and its heads, or why there are none.
+    """Kept counts of a residual connection's group and its heads, or the reason why there are none.
 
-    Each loses the same share, at most the one asked for.
+    All lose the same share, which is at most ``share``.
     """
     stream, *heads = family
     parts = {Fraction(math.ceil(group.width * (1 - share) - 1e-9), group.width) for group in heads}
@@ -262,7 +262,7 @@ def _same_share(family: Sequence[Group], share: float) -> tuple[dict[str, int], 
     part = parts.pop()
     together = {group.name: _evenly_kept(group, float(1 - part)) for group in family}
     if any(together[group.name] != part * group.width for group in family):
-        return {}, f"{stream.name!r} comes in blocks, which can't lose {float(1 - part):.1%} each as its heads do"
+        return {}, f"{stream.name!r} has blocks, which can't lose {float(1 - part):.1%} each as its heads do"
     return together, ""
 
 
@@ -274,11 +274,11 @@ def select(graph: Graph, state: State, kept: KeptCounts, scope: str, choose: Cho
         state: the network's tensors.
         kept: how many channels each group keeps.
         scope: "inner" or "all".
-        choose: which channels these are.
-        seed: for whatever is drawn at random.
+        choose: the function that chooses the channels to keep.
+        seed: seed of all random numbers.
 
     Raises:
-        InputError: an unknown scope.
+        InputError: the scope is unknown.
     """
     check_scope(scope)
     found: dict[str, Choice] = {}
@@ -301,17 +301,17 @@ def select(graph: Graph, state: State, kept: KeptCounts, scope: str, choose: Cho
 
 
 def _kept_apart(family: Sequence[Group], found: Mapping[str, Choice]) -> str:
-    """Why a stream and its heads can't be cut together: one of them stays whole. "" where none does."""
+    """The reason why a residual connection's group and its heads can't be cut together; "" if they can."""
     stream, *heads = family
     for group in heads if stream.name in found else [stream]:
         if group.name not in found:
-            reason = group.reason or "nothing of it goes"
-            return f"it has to lose the same share as {group.name!r}, which stays whole: {reason}"
+            reason = group.reason or "none of its channels is dropped"
+            return f"it has to lose the same share as {group.name!r}, which is not pruned: {reason}"
     return ""
 
 
 def check_selection(selection: Selection) -> None:
-    """Raise InputError where nothing goes, with the reasons."""
+    """Raise InputError, with the reasons, if no channel is dropped."""
     if not selection.choices:
         reasons = "; ".join(f"{name}: {why}" for name, why in selection.left[:3])
         raise InputError(f"no group can be pruned with these settings ({reasons or 'the model has no layer to cut'})")

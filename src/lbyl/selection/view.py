@@ -1,4 +1,4 @@
-"""What a criterion is shown of a group's channels: filters, how consumers read them, and what passes through."""
+"""The view of a group's channels that criteria get: filters, consumers' weights, and moments of activations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lbyl.selection.filters import Filters, column_energy, columns_second, seats
 
 @dataclass(frozen=True)
 class ColumnMoments:
-    """What a consumer is fed on probes, by its input columns; all positions of all inputs count alike.
+    """Moments of a consumer's input columns on probes, over all positions of all inputs.
 
     Attributes:
         mean: ``E[x_j]`` of each column.
         square: ``E[x_j^2]`` of each column.
-        products: ``E[x_i x_j]`` of all pairs, where they were asked for and there was room for them.
+        products: ``E[x_i x_j]`` of all pairs; None if not needed or too large.
     """
 
     mean: Float[Tensor, " columns"]
@@ -31,16 +31,16 @@ class ColumnMoments:
 
 @dataclass(frozen=True)
 class Reading:
-    """How one consumer reads the channels at hand.
+    """How one consumer reads some channels.
 
-    A channel may stand at several columns of the consumer (an attention head, a feature map that was flattened): its
-    seats. Where channels have unequally many, seats are padded with zeros.
+    A channel may occupy several columns of the consumer (an attention head, a flattened feature map), which are called
+    its seats. If channels have different numbers of seats, missing ones are padded with zeros.
 
     Attributes:
         slot: the consumer's input dimension.
-        weight: the consumer's weight, output first.
+        weight: the consumer's weight, output dimension first.
         index: the consumer's column at each seat, or -1.
-        moments: what the consumer is fed; None where nothing was measured.
+        moments: moments of the consumer's input; None if not measured.
     """
 
     slot: Slot
@@ -50,7 +50,7 @@ class Reading:
 
     @cached_property
     def energy(self) -> Float[Tensor, "channels seats"]:
-        """``|U_j|^2``: the sum of squares of the weights with which the consumer takes each seat."""
+        """``|U_j|^2``: the sum of squares of the consumer's weights for each seat."""
         return self._seated(column_energy(self.slot, self.weight))
 
     @property
@@ -65,9 +65,9 @@ class Reading:
 
     @property
     def products(self) -> Float[Tensor, "channels*seats channels*seats"]:
-        """``E[x_i x_j]`` of all pairs of seats, a channel's seats side by side."""
+        """``E[x_i x_j]`` of all pairs of seats; the seats of a channel are adjacent."""
         products = self._seen.products
-        if products is None:  # too large to be measured: columns count as unrelated
+        if products is None:  # too large to be measured, so columns are treated as uncorrelated
             products = torch.diag(self._seen.square)
         flat = self.index.flatten()
         there = (flat >= 0).double()
@@ -75,11 +75,11 @@ class Reading:
 
     @cached_property
     def columns(self) -> Float[Tensor, "channels seats fan_out"]:
-        """The weights with which the consumer takes each seat: all that a channel tells it."""
+        """The consumer's weights for each seat."""
         slot, width = self.slot, self.weight.shape[1]
         rows = len(self.weight) // slot.blocks
         flat = self.index.clamp_min(0).cpu()
-        # All of a view's channels stand in the same block of a grouped convolution.
+        # All channels of a view are in the same block of a grouped convolution.
         block = int(flat.flatten()[0]) // width if slot.blocks > 1 else 0
         part = self.weight.detach()[block * rows : (block + 1) * rows].transpose(0, 1).flatten(1)
         return part[flat - block * width].double().cpu() * (self.index >= 0)[..., None]
@@ -96,13 +96,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class ChannelView:
-    """Some channels that compete with each other: a group's, or one block's of a grouped convolution.
+    """Channels that are ranked together: those of a group, or of one block of a grouped convolution.
 
     Attributes:
-        channels: their filters; ``channels.raw`` is one flattened filter a row.
-        readings: how each consumer reads them. With moments, for a criterion that asks for these; consumers that no
-            probe came by are left out then.
-        generator: for whatever is drawn at random.
+        channels: their filters; each row of ``channels.raw`` is a flattened filter.
+        readings: how each consumer reads them. They hold moments if the criterion needs them; consumers that did not
+            run on the probes are then left out.
+        generator: the source of random numbers.
     """
 
     channels: Filters
@@ -116,7 +116,7 @@ class ChannelView:
 def readings_of(
     filters: Filters, members: Int[Tensor, " members"], moments: Mapping[str, ColumnMoments] | None
 ) -> tuple[Reading, ...]:
-    """How each consumer of a group reads some of its channels; only those with moments, where moments are given."""
+    """How each consumer of a group reads some of its channels; with ``moments``, only consumers that have some."""
     found = []
     for slot in filters.group.consumers:
         if moments is not None and slot.parameter not in moments:

@@ -1,1 +1,1 @@
-"""Cut the tensors, mask what goes, and check that the cut network computes what the masked one does."""
+"""Surgery: cuts tensors, masks dropped channels, and verifies that cut and masked network compute the same."""

@@ -1,4 +1,4 @@
-"""Attributes of modules that hold a width, and have to follow when tensors are cut."""
+"""Attributes of modules that hold a width, and must change when tensors are cut."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from lbyl.selection.select import Selection
 
 @dataclass(frozen=True)
 class Attribute:
-    """Set a whole number that a module keeps, or one place in a list of them, to what is left of it.
+    """The change of a number that a module stores, or of one item in a list of numbers.
 
-    A number that is no whole one is the constant that a module adds to a mean over channels. A name with a dot is a
-    number in an object that the module keeps, such as ``config.num_attention_heads``: the module gets a copy of it.
+    Whole numbers are widths, and other numbers are constants that a module adds to a mean over channels. A name with a
+    dot refers to a number in an object of the module, such as ``config.num_attention_heads``; the module gets its own
+    copy of that object.
     """
 
     module: str
@@ -37,15 +38,15 @@ _NO_WIDTH = re.compile(
     "window|patch|kernel|stride|pad|dilat|resol|image|img|grid|pool|position|index|depth|seq|bucket|dist|layer|vocab"
     "|head_dim|head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
 )
-"""Attributes that may equal a width by chance: sizes in space, and sizes within heads, which are cut whole."""
+"""Attributes that may equal a width by chance: spatial sizes, and sizes within heads, which are cut as a whole."""
 
 
 def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tuple[Attribute, ...]:
-    """Numbers that modules keep and that views and splits in them go by: heads, widths, split sizes.
+    """Find the numbers of modules that their views and splits use: numbers of heads, widths, split sizes.
 
-    Modules may say in ``size_axes`` along which axis each of their ``sizes`` counts. Otherwise, whichever whole number
-    of such a module equals a size that shrinks is taken for it; verification judges.
-    Where two sizes of the same value shrink to different ones, neither is touched.
+    Modules may state in ``size_axes`` the axis that each of their ``sizes`` refers to. Otherwise, a whole number of the
+    module that equals a size that shrinks is taken to be that size, and verification checks the result. If two equal
+    sizes shrink to different ones, no attribute is changed.
     """
     index_of = {group.name: index for index, group in enumerate(graph.groups)}
     gone = {(index_of[c.group.name], channel) for c in selection.choices for channel in c.drop}
@@ -85,7 +86,7 @@ def _counts_heads(name: str) -> bool:
 
 
 def _read_from_configuration(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Numbers of heads that a module does not keep, but reads off its configuration whenever it runs."""
+    """Numbers of heads that a module reads from its configuration at every run."""
     kept, forward = vars(module), inspect.unwrap(type(module).forward)
     read = getattr(getattr(forward, "__code__", None), "co_names", ())
     if "config" in read:
@@ -95,7 +96,7 @@ def _read_from_configuration(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def attribute_of(module: nn.Module, name: str) -> Any:
-    """An attribute that a module keeps itself, or one of an object that it keeps; None where there is none."""
+    """The value of a module's attribute, or of an attribute of its attribute; None if there is none."""
     value: Any = module
     for part in name.split("."):
         value = getattr(value, "__dict__", {}).get(part)
@@ -103,7 +104,7 @@ def attribute_of(module: nn.Module, name: str) -> Any:
 
 
 def set_attribute(module: nn.Module, name: str, value: Any) -> None:
-    """Set what :func:`attribute_of` gives. An object that holds it is copied, for others may hold it as well."""
+    """Set the value that :func:`attribute_of` gives. An object that holds it is copied, because it may be shared."""
     holder, _, inner = name.rpartition(".")
     if not holder:
         setattr(module, name, value)
@@ -116,7 +117,7 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> None:
 def _along_axes(
     path: str, module: Any, axes: Sequence[int], sizes: Sequence[Size], gone: Collection[tuple[int, int]]
 ) -> Iterator[Attribute]:
-    """The numbers of a module that says in ``size_axes`` along which axis each of its ``sizes`` counts."""
+    """The numbers of a module that states in ``size_axes`` the axis that each of its ``sizes`` refers to."""
     for place, (old, axis) in enumerate(zip(module.sizes, axes, strict=True)):
         alike = [size for size in sizes if size.value == old and axis % size.rank == size.axis]
         wanted = {size.value - sum(column in gone for column in size.columns) for size in alike}
@@ -125,7 +126,7 @@ def _along_axes(
 
 
 def _constants(model: nn.Module, selection: Selection) -> Iterator[Attribute]:
-    """The constants that are added to means over channels: they are scaled as those means are."""
+    """The constants that are added to means over channels, which are scaled like these means."""
     for choice in selection.choices:
         for average in choice.group.averages:
             if not average.eps:
@@ -134,14 +135,14 @@ def _constants(model: nn.Module, selection: Selection) -> Iterator[Attribute]:
             if len(names) != 1:
                 raise SurgeryError(
                     f"{average.module}: {len(names)} of its attributes hold {average.eps}, which it adds to a mean "
-                    "over channels; it would have to be one"
+                    "over channels, but exactly one must hold it; exclude the groups under this mean"
                 )
             new = average.eps * choice.group.width / len(choice.keep)
             yield Attribute(average.module, names[0], None, average.eps, new)
 
 
 def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Widths that a module remembers follow its tensors."""
+    """Update the widths that a module stores to the sizes of its tensors."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd) and "weight" in before:
         assert isinstance(weight, Tensor)
@@ -163,7 +164,7 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(weight, Tensor):
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
-        if module.num_groups > 1:  # groups go as a whole, and a single one gets narrower
+        if module.num_groups > 1:  # groups are cut as a whole; a single group becomes narrower
             module.num_groups = module.num_groups * len(weight) // module.num_channels
         module.num_channels = len(weight)
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -189,7 +190,7 @@ _WIDTHS = (
 
 
 def _set_by_value(module: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """For unknown modules: a well-known attribute that held an old width gets the new one."""
+    """For unknown modules: update well-known attributes that hold an old width."""
     for key, old in before.items():
         new: Any = module._parameters.get(key)
         new = new if new is not None else module._buffers[key]

@@ -1,4 +1,4 @@
-"""Cutting tensors: the only place where a weight becomes smaller."""
+"""Cuts tensors: this is the only place where weights become smaller."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lbyl.surgery.attributes import Attribute, attribute_of, set_attribute, set_
 
 @dataclass(frozen=True)
 class Cut:
-    """Keep these indices of one dimension of one parameter or buffer.
+    """The kept indices along one dimension of one parameter or buffer.
 
     With ``blocks > 1`` the dimension is the input of a grouped convolution: ``size`` and ``keep`` count all
-    its input channels, of which the parameter stores ``size / blocks`` columns a filter. ``scale`` is what the values
-    that stay are multiplied by, to make up for a mean over fewer channels.
+    its input channels, while each filter stores ``size / blocks`` columns. The kept values are multiplied by ``scale``,
+    which corrects a mean over fewer channels.
     """
 
     parameter: str
@@ -36,7 +36,7 @@ class Cut:
 
 
 def plan_cuts(selection: Selection) -> tuple[Cut, ...]:
-    """Every slice that a selection asks for, each parameter's dimension once."""
+    """The cuts for a selection: one for each dimension of a parameter or buffer."""
     stays: dict[tuple[str, int], Any] = {}
     scales: dict[str, float] = {}
     slots = {}
@@ -59,10 +59,10 @@ def plan_cuts(selection: Selection) -> tuple[Cut, ...]:
 
 
 def cut(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribute] = ()) -> nn.Module:
-    """Slice parameters and buffers of ``model`` itself, and set the attributes that follow from their sizes.
+    """Slice parameters and buffers of ``model`` in place, and update attributes that depend on their sizes.
 
     Raises:
-        SurgeryError: a cut that does not fit the model; it is raised before anything is changed.
+        SurgeryError: a cut does not fit the model; nothing has been changed then.
     """
     replaced = _sliced(model, cuts)
     for path, module in model.named_modules():
@@ -72,10 +72,10 @@ def cut(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribute] =
 
 
 def cut_copy(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribute] = ()) -> nn.Module:
-    """A cut copy of a model; what shrinks is never copied whole. The model itself is not changed.
+    """A cut copy of a model, which is not changed. Tensors that are cut are never copied as a whole.
 
     Raises:
-        SurgeryError: a cut that does not fit the model.
+        SurgeryError: a cut does not fit the model.
     """
     replaced = _sliced(model, cuts)
     twin = copy_model(model, replaced)
@@ -121,7 +121,7 @@ def _sliced(model: nn.Module, cuts: Sequence[Cut]) -> dict[int, Tensor]:
     for name, items in by_name.items():
         old = state[name]
         new = old.detach()
-        # Blocks of a grouped convolution are counted over all its rows, so they go before the rows do.
+        # Blocks of a grouped convolution are counted over all its rows, so columns are cut before rows.
         for item in sorted(items, key=lambda item: item.blocks == 1):
             new = _slice(new, item)  # which is a copy
             if item.scale != 1:
@@ -173,4 +173,4 @@ def _check(item: Cut, state: Mapping[str, Tensor]) -> None:
         counts = Counter(index // stored for index in keep)
         even = len(counts) == item.blocks and len(set(counts.values())) == 1
         if not even or item.dim != 1 or tensor.shape[0] % item.blocks:
-            raise SurgeryError(f"{item.parameter}: a grouped convolution must keep equally many channels a block")
+            raise SurgeryError(f"{item.parameter}: a grouped convolution must keep equally many channels in each block")

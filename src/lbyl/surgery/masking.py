@@ -1,4 +1,4 @@
-"""The uncut network with dropped channels masked: consumers get zero columns, layer norms leave channels out."""
+"""Masks dropped channels in the uncut network: consumers get zero columns, and layer norms leave channels out."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lbyl.selection.select import Selection
 
 @dataclass(frozen=True)
 class Delivery:
-    """How the kept channels make up for the dropped ones in one group.
+    """The approximation of one group's dropped channels by its kept ones: ``a_D ~ S^T a_K + shift``.
 
     Attributes:
-        matrix: the delivery matrix S: ``a_D ~ S^T a_K``.
-        scale: a factor for each kept channel (1 where the restorer leaves them alone).
-        note: what the user should know ("" as a rule).
-        shift: a constant for each dropped channel, ``a_D ~ S^T a_K + shift``, which goes into the consumers' biases or
-            into the running means behind them, where they have one; None for zero.
+        matrix: the delivery matrix S, of shape ``[kept, dropped]``.
+        scale: a factor for each kept channel, usually 1.
+        note: what the user should know; usually "".
+        shift: a constant for each dropped channel; None for zero. It is added through the consumers' biases, or through
+            the running means of batch norms after them, if they have either.
     """
 
     matrix: Float[Tensor, "kept dropped"]
@@ -38,8 +38,8 @@ class Delivery:
 
     @property
     def delivers(self) -> bool:
-        """Whether anything is delivered: S is not 0."""
-        single = self.matrix.stride() == (0, 0)  # one number that stands for all of them
+        """Whether S is not 0."""
+        single = self.matrix.stride() == (0, 0)  # a single stored number, expanded
         return bool((self.matrix[:1, :1] if single else self.matrix).any())
 
 
@@ -47,29 +47,30 @@ _LARGEST = 2**33
 
 
 def nothing_delivered(kept: int, dropped: int, note: str = "") -> Delivery:
-    """S = 0: plain pruning. S takes no memory, and can't be written to."""
+    """S = 0, for plain pruning. S takes no memory and can't be written to."""
     zero = torch.zeros(1, 1, dtype=torch.float64)
     return Delivery(zero.expand(kept, dropped), torch.ones(kept, dtype=torch.float64), note)
 
 
 def empty_delivery(kept: int, dropped: int) -> Delivery:
-    """S = 0, to be written to.
+    """S = 0, in memory that can be written to.
 
     Raises:
-        InputError: S would fill the memory.
+        InputError: S would be too large for the memory.
     """
     if 8 * kept * dropped > _LARGEST:
         raise InputError(
-            f"what {dropped} dropped channels leave to {kept} kept ones is a matrix of "
+            f"the delivery matrix of {kept} kept and {dropped} dropped channels is a matrix of "
             f"{8 * kept * dropped / 2**30:.0f} GiB; leave this group whole (ratio), or pass restore='prune'"
         )
     return Delivery(torch.zeros(kept, dropped, dtype=torch.float64), torch.ones(kept, dtype=torch.float64))
 
 
 def with_masks(values: Mapping[str, Tensor], selection: Selection, state: State) -> dict[str, Tensor]:
-    """The values, with dropped channels zero from the start where a mean or a product is taken over a whole group.
+    """The values, with zeros in the producers' weights for dropped channels where consumers can't mask them.
 
-    So they are where a layer reads with the weight that makes the channels: it can't leave them out in another way.
+    This applies to groups over which a mean or a product is taken, and to layers that read channels with the same
+    weight that makes them.
     """
     changed = dict(values)
     for choice in selection.choices:
@@ -86,7 +87,7 @@ def with_masks(values: Mapping[str, Tensor], selection: Selection, state: State)
 
 
 def pruned_values(selection: Selection, state: State) -> dict[str, Tensor]:
-    """The weights that change by plain pruning: the consumers' columns of dropped channels are zero."""
+    """The weights that plain pruning changes: consumers' weights with zeros in the columns of dropped channels."""
     values: dict[str, Tensor] = {}
     for choice in selection.choices:
         _, drop = choice.tensors()
@@ -104,7 +105,7 @@ Masks = Mapping[str, Sequence[Callable[[Tensor], object]]]
 
 
 def masks_of(selection: Selection) -> Masks:
-    """Plain pruning of the consumers, as functions that are applied to copies of their weights."""
+    """Plain pruning as functions that are applied to copies of the consumers' weights."""
     found: dict[str, list[Callable[[Tensor], object]]] = defaultdict(list)
     for choice in selection.choices:
         _, drop = choice.tensors()
@@ -126,9 +127,10 @@ def fold(
     drop: Int[Tensor, " dropped"],
     delivery: Delivery,
 ) -> Float[Tensor, "out columns *taps"]:
-    """``U'[:, K] = U[:, K] scale + U[:, D] S^T`` and ``U'[:, D] = 0``; ``weight`` is changed and returned.
+    """Fold a delivery into a consumer's weight: ``U'[:, K] = U[:, K] scale + U[:, D] S^T`` and ``U'[:, D] = 0``.
 
-    Where a channel has several columns (after a flatten), the delivery holds for each of its places.
+    U is ``source``; ``weight`` is changed to U' and returned. If a channel has several columns (after a flatten), the
+    delivery applies to each of them.
     """
     if not delivery.delivers and bool((delivery.scale == 1).all()):
         return mask_columns(weight, slot, width, drop)
@@ -158,14 +160,14 @@ def fold(
 def mask_columns(
     weight: Float[Tensor, "out columns *taps"], slot: Slot, width: int, drop: Int[Tensor, " dropped"]
 ) -> Float[Tensor, "out columns *taps"]:
-    """``U[:, D] = 0``; ``weight`` is changed and returned."""
+    """Set ``U[:, D] = 0`` in ``weight`` and return it."""
     return zero_columns(weight, carrying(slot, width, drop), slot.blocks)
 
 
 def zero_columns(
     weight: Float[Tensor, "out columns *taps"], gone: Bool[Tensor, " columns_of_all_blocks"], blocks: int
 ) -> Float[Tensor, "out columns *taps"]:
-    """Set the dropped columns to zero, in place; a grouped convolution has columns of its own in each block."""
+    """Set dropped columns to zero, in place; each block of a grouped convolution has its own columns."""
     gone = gone.to(weight.device)
     if blocks == 1:
         return weight.index_fill_(1, gone.nonzero().flatten(), 0)
@@ -175,7 +177,7 @@ def zero_columns(
 
 
 def norm_masks(selection: Selection) -> dict[str | Reduction, Bool[Tensor, " channels"]]:
-    """Which channels stay at each layer norm, and at other statistics, that dropped channels go into."""
+    """The kept channels at each layer norm and at other statistics over dropped channels."""
     kept: dict[str | Reduction, Tensor] = {}
     for choice in selection.choices:
         names = {norm.weight for norm in choice.group.layer_norms}
@@ -191,7 +193,7 @@ def norm_masks(selection: Selection) -> dict[str | Reduction, Bool[Tensor, " cha
 
 
 def still_masked(kept: NormMasks, part: Selection) -> dict[str | Reduction, Bool[Tensor, " channels"]]:
-    """What stays of the channels that are left once a part of the selection is cut, where some are masked still."""
+    """The kept channels among those that remain after a part of the selection was cut and the rest is masked."""
     cut = norm_masks(part)
     left = {name: mask[cut[name]] if name in cut else mask for name, mask in kept.items()}
     return {name: mask for name, mask in left.items() if not bool(mask.all())}

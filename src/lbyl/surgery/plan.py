@@ -1,4 +1,4 @@
-"""The plan: what was cut and with which settings. It is plain data, and a part of the saved folder."""
+"""The plan: the cuts and the settings, as plain data that is part of the saved folder."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is needed to cut a fresh instance of the same architecture.
+    """All information that is needed to cut a fresh instance of the same architecture.
 
     Attributes:
         groups: kept channels by group.
         cuts: every slice of every parameter and buffer.
-        attributes: numbers that modules keep (heads, widths) and that follow the cut.
+        attributes: changes of numbers that modules store (heads, widths).
         settings: the arguments of :func:`lbyl.compress`.
         architecture: shape of every parameter and buffer of the unpruned model.
         source: where the unpruned model comes from ("timm:...", "torchvision:..."), or None.
         inputs: dtype and shape of the example inputs.
-        folds: layers that computed their weight on the fly and have become plain layers.
+        folds: layers that computed their weight on the fly and were replaced by plain layers.
         library: the version of lbyl that made the plan.
         version: the version of this format.
     """
@@ -88,19 +88,19 @@ class Plan:
     def from_dict(data: Any) -> Plan:
         """Read a plan from plain data; see :meth:`from_json`."""
         if not isinstance(data, dict) or "version" not in data:
-            raise ArtifactError("this is no lbyl plan: it has no version")
+            raise ArtifactError("this is not a plan of lbyl: it has no version")
         if data["version"] != VERSION:
             raise ArtifactError(
-                f"plan version {data['version']!r} is unknown here (this lbyl reads version {VERSION}); update lbyl"
+                f"plan version {data['version']!r} is unknown (this lbyl reads version {VERSION}); update lbyl"
             )
         plan = read_as(Plan, data, "the plan")
         check_no_faults(_faults(plan), "the plan")
         return plan
 
     def after(self, first: Plan) -> Plan | None:
-        """The plan that leads from the network that ``first`` was made for to the one that this plan leads to.
+        """The plan with the effect of ``first`` followed by this plan.
 
-        None where there is none: this plan makes layers plain that are smaller than those of the first network.
+        None if there is none, because this plan replaces layers by plain ones that ``first`` has already made smaller.
         """
         known = {item.module for item in first.folds}
         if any(item.module not in known for item in self.folds):
@@ -117,7 +117,7 @@ class Plan:
         )
 
     def prefixed(self, path: str) -> Plan:
-        """The same plan for a network in which the one that it was made for is the submodule at ``path``."""
+        """The plan for a network that contains this plan's network as the submodule ``path``."""
 
         def inner(name: str) -> str:
             return f"{path}.{name}".rstrip(".")
@@ -190,7 +190,7 @@ _MOST_PLANS = 256
 
 
 def remember(model: nn.Module, plan: Plan) -> None:
-    """Let :func:`remembered` find the plan that this network was cut by, also for copies of it, in this process."""
+    """Store the plan that this network was cut by, within this process; :func:`remembered` also finds it for copies."""
     token = uuid4().hex
     vars(model)["_lbyl_plan"] = token
     _plans[token] = plan, architecture_of(model)
@@ -199,7 +199,7 @@ def remember(model: nn.Module, plan: Plan) -> None:
 
 
 def remembered(model: nn.Module) -> Plan | None:
-    """The plan that this network was cut by; None where it is unknown, or where shapes have changed since."""
+    """The plan that this network was cut by; None if it is unknown, or if shapes have changed since."""
     plan, architecture = _plans.get(vars(model).get("_lbyl_plan", ""), (None, None))
     return plan if architecture == architecture_of(model) else None
 
@@ -210,7 +210,7 @@ def architecture_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _faults(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Values of the right type that no plan of lbyl contains, and where they stand."""
+    """Values of the right type that no plan of lbyl contains, each with its place."""
     yield from _setting_faults(plan.settings, "$.settings", fields=True)
     for index, group in enumerate(plan.groups):
         rising = all(a < b for a, b in pairwise((-1, *group.keep, group.width)))
@@ -231,10 +231,10 @@ def _setting_faults(value: Any, place: str, fields: bool) -> Iterator[tuple[str,
         fields = fields or isinstance(value.get("name"), str)
         for name, item in value.items():
             if fields and not (name.isidentifier() and not iskeyword(name)):
-                yield f"{name!r} is no name of a setting", place
+                yield f"{name!r} is not a name of a setting", place
             yield from _setting_faults(item, f"{place}.{name}", fields=False)
         if isinstance(value.get("name"), str) and not value["name"].isidentifier():
-            yield f"{value['name']!r} is no name of a class", f"{place}.name"
+            yield f"{value['name']!r} is not a name of a class", f"{place}.name"
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield from _setting_faults(item, f"{place}[{index}]", fields=False)
@@ -245,11 +245,11 @@ def _attribute_fault(attribute: Attribute) -> str:
     old, new, place = attribute.old, attribute.new, attribute.place
     if isinstance(old, float):
         positive = isinstance(new, float) and 0 < old < math.inf and 0 < new < math.inf
-        return "" if positive and place is None and not attribute.name.startswith("__") else "is no constant of a mean"
+        return "" if positive and place is None and not attribute.name.startswith("__") else "is not a valid constant"
     shrinks = isinstance(new, int) and 0 < new <= old
     if shrinks and (place is None or place >= 0) and not attribute.name.startswith("__"):
         return ""
-    return f"from {old} to {new} is no width that shrinks"
+    return f"from {old} to {new} is not a width that shrinks"
 
 
 def library_version() -> str:
@@ -261,6 +261,6 @@ def library_version() -> str:
 
 
 def is_rebuildable(source: str) -> bool:
-    """Whether loading may build this source: models of libraries and ONNX files yes, a user's code no."""
+    """Whether loading may build this source: models of libraries and ONNX files, but not a user's code."""
     known = source.startswith("hf:") or source.lower().endswith(".onnx")
     return known or source.rpartition(":")[0] in ("timm", "torchvision")

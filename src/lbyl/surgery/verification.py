@@ -1,16 +1,16 @@
-"""The cut network must compute what the masked one computes: checked in float64, where the network runs in it.
+"""Verifies that the cut network computes what the masked one computes, in float64 if the network runs in it.
 
 In the masked network, consumers have zeros in place of dropped columns. Layer norms over dropped channels take their
 statistics over the others (see `lbyl.runtime.layer_norms`).
 
-Channels are wired alike at every pixel, so large images are compared with fewer of them, which is a tenth of the
-work; then the cut network runs once on the example inputs as they are, where only the shapes count, so that layers
-return zeros. Networks that insist on the size of their images are compared on that.
+Channels are treated equally at every pixel, so large images are compared with fewer pixels, which is a tenth of the
+work. The cut network then runs once on the full example inputs to check shapes; its layers return zeros there. A
+network that requires a size of images is compared on that size.
 
-Networks that insist on a precision of their own are compared in that one, with a tolerance that follows from it.
+A network that requires another precision is compared in that one, with a larger tolerance.
 
-Most of what can't be cut fails by its shapes: a width that the code takes from elsewhere. Which groups those are is
-found out without computing anything, on PyTorch's meta device, where the network runs on it.
+Most groups that can't be cut fail by their shapes, because the code takes a width from elsewhere. These are found
+without computing anything, on PyTorch's meta device, if the network runs on it.
 """
 
 from __future__ import annotations
@@ -39,23 +39,24 @@ from lbyl.surgery.cuts import cut_copy, plan_cuts
 from lbyl.surgery.masking import Masks, norm_masks, still_masked
 
 TOLERANCE = 1e-6
-"""In float64."""
+"""The tolerance in float64, relative to the output's largest magnitude."""
 _ROUNDINGS = 2**13
-"""In other precisions, the tolerance is this many roundings of the largest output, and a tenth of it at most."""
+"""In other precisions, the tolerance is this many times the rounding error, and at most 0.1."""
 _THINNED = 0.3
-"""The share of their rows and columns that large images are compared with."""
+"""The share of rows and columns with which large images are compared."""
 NOTHING: Masks = MappingProxyType({})
 
 Follow = Callable[[Selection], Sequence[Attribute]]
-"""Which attributes follow the cut of a selection."""
+"""A function that returns the changes of attributes for a selection."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The largest difference of any output, relative to that output's largest magnitude.
+    """The result of a verification.
 
-    ``difference`` is None where all outputs are empty, so that nothing could be compared; ``macs`` are the
-    multiply-accumulates on the example inputs, before and after the cut; ``note`` is what the user should know.
+    ``difference`` is the largest difference of any output, relative to that output's largest magnitude; it is None if
+    all outputs are empty, so that nothing could be compared. ``macs`` are the multiply-accumulates on the example
+    inputs, before and after the cut. ``note`` is what the user should know.
     """
 
     difference: float | None
@@ -67,13 +68,13 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Precision:
-    """The precision that a network is run in: ``dtype``, or its own where that is None."""
+    """The precision in which a network is run: ``dtype``, or its own if that is None."""
 
     dtype: torch.dtype | None
     mode: Float64Mode = field(default_factory=Float64Mode)
 
     def tolerance(self, model: nn.Module) -> float:
-        """How much outputs may differ, judged by the coarsest precision that the run used."""
+        """The tolerance of outputs for the least precise dtype that the run used."""
         own = _own_dtype(model) if self.dtype is None else self.dtype
         return max(_tolerance(dtype) for dtype in (own, *self.mode.narrower))
 
@@ -87,25 +88,26 @@ def _own_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _precisions(model: nn.Module) -> list[_Precision]:
-    """The precisions that a network is tried in, in this order."""
+    """The precisions to try, in order."""
     coarse = [torch.float32] if torch.finfo(_own_dtype(model)).bits < 32 else []
     return [_Precision(dtype) for dtype in (torch.float64, *coarse, None)]
 
 
 class _NotReached(InputError):
-    """The module of a weight that has to be masked was never called."""
+    """The module of a weight that has to be masked was not called."""
 
 
 @contextmanager
 def _widened(model: nn.Module, names: dict[int, str], silent: Masks, dtype: torch.dtype | None) -> Iterator[None]:
-    """Each module's own tensors are ``dtype`` while it runs, so that no wide copy of the model is ever held.
+    """Convert each module's own tensors to ``dtype`` while it runs, so that there is never a converted copy of all.
 
-    ``names`` are those of tensors by their ids; the wide ones are among them while they are in place. ``silent`` is
-    laid on the wide ones. Large weights of linear layers stay narrow, for :class:`lbyl.runtime.float64.Float64Mode`.
+    ``names`` are the names of tensors by their ids, to which converted tensors are added. ``silent`` masks are applied
+    to the converted tensors. Large weights of linear layers are not converted here, but by
+    :class:`lbyl.runtime.float64.Float64Mode`.
 
     Raises:
-        _NotReached: a weight of ``silent`` was not masked, for another module uses it than its own (Swin's attention
-            calls functions with the weights of its linear layers).
+        _NotReached: a weight of ``silent`` was not masked, because another module uses it (in Swin, attention calls
+            functions with the weights of its linear layers).
     """
     state = tensors_of(model) if silent else {}
     laid = {id(state[name]): changes for name, changes in silent.items()}
@@ -156,21 +158,21 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Masks, dtype: torc
 def _wide_outputs(
     model: nn.Module, inputs: ExampleInputs, precision: _Precision, kept: NormMasks, silent: Masks = NOTHING
 ) -> list[Tensor]:
-    """The model's outputs in some precision; the model itself stays as it is.
+    """The model's outputs in some precision. The model is not changed.
 
-    ``kept`` tells which channels layer norms take their statistics over, ``silent`` what is zero in its weights.
+    ``kept`` gives the channels over which layer norms take statistics, and ``silent`` the masks of weights.
     """
     try:
         return _widened_outputs(model, inputs, precision, kept, silent)
     except InputError:
-        # A module that uses the tensors of another one meets two precisions.
+        # A module that uses tensors of another module would mix two precisions.
         return _copied_outputs(model, inputs, precision, kept, silent)
 
 
 def _masked_outputs(
     model: nn.Module, inputs: ExampleInputs, precision: _Precision, kept: NormMasks, silent: Masks
 ) -> list[Tensor]:
-    """The same, without a widened copy of the whole model: the model may not run on these inputs."""
+    """The outputs without a converted copy of the whole model, which does not work for every model."""
     try:
         return _widened_outputs(model, inputs, precision, kept, silent)
     except _NotReached:
@@ -180,7 +182,7 @@ def _masked_outputs(
 def _copied_outputs(
     model: nn.Module, inputs: ExampleInputs, precision: _Precision, kept: NormMasks, silent: Masks
 ) -> list[Tensor]:
-    """The outputs of a copy that is widened as a whole."""
+    """The outputs of a copy that is converted as a whole."""
     wide = copy_model(model).eval()
     wide = apply_changes(wide if precision.dtype is None else wide.to(precision.dtype), silent)
     with undisturbed(wide), plain_attention(), statistics_of_kept(wide, kept, _names(wide)), precision.mode:
@@ -201,9 +203,9 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Largest absolute difference over largest magnitude, tensor by tensor; inf where shapes differ.
+    """The largest ratio of absolute difference to largest magnitude over all tensors; inf if shapes differ.
 
-    Where no output has a fraction, it is the largest share of numbers that are not the same.
+    If all outputs are whole numbers, it is the largest share of numbers that differ.
     """
     if [t.shape for t in expected] != [t.shape for t in found]:
         return float("inf")
@@ -240,23 +242,23 @@ def verify(
 
     Args:
         masked: the uncut network.
-        smaller: the cut one.
-        inputs: what they are called with.
-        selection: what was cut.
-        attribute: which attributes follow the cut of a part of the selection.
-        macs: multiply-accumulates of the uncut network on these inputs, where they are known.
-        silent: what is zero in ``masked`` where its weights are whole; it is copied only if something is wrong then.
-        blame: find out which group it is when something is wrong, which takes several more runs.
+        smaller: the cut network.
+        inputs: the inputs of both.
+        selection: the dropped channels.
+        attribute: gives the changes of attributes for a part of the selection.
+        macs: multiply-accumulates of the uncut network on these inputs, if known.
+        silent: masks to apply to the weights of ``masked``, which is copied only if the outputs differ.
+        blame: if the outputs differ, find the group that causes it, which takes several more runs.
 
     Raises:
-        VerificationError: the outputs differ; names the first group whose cut alone makes them differ.
+        VerificationError: the outputs differ; the error names the first group whose cut causes it.
         InputError: the outputs are not finite, so nothing can be compared.
     """
     reference = _reference(masked, inputs, selection, silent)
 
     def wrong(what: str) -> VerificationError:
         if not blame:
-            return VerificationError(f"the cut network is not the masked one ({what})")
+            return VerificationError(f"the cut network does not compute what the masked one computes ({what})")
         full = apply_changes(copy_model(masked).eval(), silent) if silent else masked
         return _error(_first_bad(full, reference, selection, attribute), what)
 
@@ -279,17 +281,17 @@ def verify(
 def cuttable(
     masked: nn.Module, inputs: ExampleInputs, selection: Selection, attribute: Follow = lambda selection: ()
 ) -> tuple[Selection, dict[str, str]]:
-    """The part of a selection that can be cut, and what happens when each other group is.
+    """Find the part of a selection that can be cut, and for each other group what goes wrong.
 
-    Groups that stand at the same place of modules of one class share their code, so when one of them can't be cut,
-    the others are only tried together, in halves. Groups that can only be cut together, such as a stream and the heads
-    that its width is divided into, are found as a stream with all that it feeds.
+    Groups at the same place in modules of one class share their code. So if one of them can't be cut, the others are
+    only tried together, in halves. Groups that can only be cut together, such as a residual connection and the heads
+    that its width is divided into, are found by trying a residual connection with everything that it feeds.
 
     Args:
         masked: the uncut network in which the dropped columns of the whole selection are zero.
-        inputs: what it is called with.
-        selection: what should go.
-        attribute: which attributes follow the cut of a part of the selection.
+        inputs: its inputs.
+        selection: the channels to drop.
+        attribute: gives the changes of attributes for a part of the selection.
     """
     reference = _reference(masked, inputs, selection)
     modules = dict(masked.named_modules())
@@ -306,10 +308,10 @@ def cuttable(
     settled = _settled_by_shapes(good, by_shapes)
     good.sort(key=lambda choice: choice.group.name not in settled)  # a stable sort
     while good and (why := by_shapes(good) or trouble(good)) is not None:
-        if by_shapes(good) is None:  # then what shapes say of those that are settled is not all
+        if by_shapes(good) is None:  # shapes do not explain the failure, so settled groups are suspects too
             settled = set()
         culprit = _first_bad(masked, reference, Selection(tuple(good), ()), attribute, len(settled))
-        # Where shapes tell, nothing is computed until no more of them fail.
+        # Nothing is computed as long as shapes fail.
         tried = by_shapes if by_shapes(good) else trouble
         alone = tried([culprit])
         bad[culprit.group.name] = alone or why
@@ -326,7 +328,7 @@ def cuttable(
 
 
 def _settled_by_shapes(good: Sequence[Choice], by_shapes: Callable[[Sequence[Choice]], str | None]) -> set[str]:
-    """The groups of those families that shapes allow to be cut, where they do not allow all groups."""
+    """The groups of families that shapes allow to be cut; empty if shapes allow all groups."""
     if not by_shapes(good):
         return set()
     fine = [choice for family in _families(good) if by_shapes(family) is None for choice in family]
@@ -334,23 +336,23 @@ def _settled_by_shapes(good: Sequence[Choice], by_shapes: Callable[[Sequence[Cho
 
 
 def _kind(choice: Choice, modules: Mapping[str, nn.Module]) -> tuple[Any, ...]:
-    """The classes of the modules that a group lies in, and its name there: groups alike fail alike."""
+    """The classes of the modules that contain a group, and its name there; equal groups fail in the same way."""
     parent, _, name = choice.group.name.rpartition(".")
     above = parent.rpartition(".")[0]
     return type(modules.get(above)), type(modules.get(parent)), name
 
 
 def _guilty_halves(suspects: Sequence[Choice], tried: Callable[[Sequence[Choice]], str | None]) -> list[Choice]:
-    """The choices of those halves that can't be cut."""
+    """The choices in halves that can't be cut."""
     half = len(suspects) // 2
     pieces = [piece for piece in (suspects[:half], suspects[half:]) if piece]
     return [choice for piece in pieces if tried(piece) is not None for choice in piece]
 
 
 def _families(choices: Sequence[Choice]) -> list[list[Choice]]:
-    """Each stream with the groups whose layers read it or write it; and all that belong to no stream."""
+    """Each residual connection with the groups whose layers read or write it, and the groups that belong to none."""
     coupled = [choice for choice in choices if _is_stream(choice)]
-    # Heads are coupled where a layer of their own makes what is added to their scores, but all they feed is a stream.
+    # Heads may be coupled too (a layer of their own adds to their scores), but they only feed a residual connection.
     streams = [a for a in coupled if not any(_consumers(a) <= _makers(b) for b in coupled if b is not a)]
     families = [[stream] for stream in streams]
     others: list[Choice] = []
@@ -378,15 +380,15 @@ def _consumers(choice: Choice) -> set[str]:
 
 
 def follower(model: nn.Module, graph: Graph) -> Follow:
-    """Which attributes of a model follow the cut of a selection."""
+    """A function that gives the changes of a model's attributes for a selection."""
     return lambda part: plan_attributes(model, graph, part)
 
 
 def without_trouble(masked: nn.Module, inputs: ExampleInputs, graph: Graph, selection: Selection) -> Selection:
-    """The selection without the groups that can't be cut, which are left whole by name.
+    """The selection without the groups that can't be cut, which it lists with the reasons.
 
     Raises:
-        VerificationError: none of them can be cut.
+        VerificationError: no group can be cut.
     """
     good, bad = cuttable(masked, inputs, selection, follower(masked, graph))
     left = (*selection.left, *((name, f"found by verification: {what}") for name, what in bad.items()))
@@ -400,19 +402,19 @@ def without_trouble(masked: nn.Module, inputs: ExampleInputs, graph: Graph, sele
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the masked network makes of some inputs in a precision that it runs in.
+    """The masked network's outputs for some inputs, in a precision in which it runs.
 
     Attributes:
         inputs: the inputs in that precision.
-        outputs: the masked network's.
-        kept: which channels stay at its layer norms.
-        whole: the example inputs as they are, on which the cut network must run as well.
-        thinned: whether ``inputs`` are images with fewer pixels than those.
-        outline: the masked network without numbers.
-        precision: what both networks are run in.
-        tolerance: how much their outputs may differ.
-        dtype: the precision's name.
-        why: why it is not float64, as far as that is known.
+        outputs: the masked network's outputs.
+        kept: the kept channels at its layer norms.
+        whole: the full example inputs, on which the cut network must run as well.
+        thinned: whether ``inputs`` are images with fewer pixels than ``whole``.
+        outline: the masked network on the meta device.
+        precision: the precision for both networks.
+        tolerance: the allowed difference of their outputs.
+        dtype: the name of the precision.
+        why: why it is not float64; "" if it is, or if unknown.
     """
 
     inputs: ExampleInputs
@@ -428,20 +430,20 @@ class _Reference:
 
     @property
     def note(self) -> str:
-        """What the user should know of the precision."""
+        """A note about the precision."""
         text = f"verified in {self.dtype}, to {self.tolerance:.1e}"
         return f"{text}: the network does not run in float64 ({self.why})" if self.why else text
 
 
 class _Outline:
-    """A network of which only the shapes are left; made when it is first asked for."""
+    """A network on the meta device, which only has shapes; it is made at its first use."""
 
     def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
         self._model, self._inputs = model, inputs
 
     @cached_property
     def _made(self) -> tuple[nn.Module, ExampleInputs, list[torch.Size]] | None:
-        """The network and its inputs on the meta device, and the shapes of its outputs; None where it can't run."""
+        """The network and its inputs on the meta device, and the shapes of its outputs; None if it does not run."""
         nothing = {name: tensor.detach().to("meta") for name, tensor in tensors_of(self._model).items()}
         ghost = copy_model(self._model, replacements_by_id(self._model, nothing)).eval()
         inputs = self._inputs.to(torch.device("meta"))
@@ -451,7 +453,7 @@ class _Outline:
             return None
 
     def trouble(self, part: Selection, attribute: Follow) -> str | None:
-        """Why shapes do not allow this part of the groups to be cut; None where they do."""
+        """Why shapes do not allow a cut of this part of the selection; None if they do."""
         if self._made is None:
             return None
         ghost, inputs, expected = self._made
@@ -486,7 +488,7 @@ def _reference(masked: nn.Module, inputs: ExampleInputs, selection: Selection, s
 def _attempted(
     precision: _Precision, masked: nn.Module, inputs: ExampleInputs, selection: Selection, silent: Masks
 ) -> _Reference | InputError:
-    """The same in one precision, or why it does not run in it."""
+    """The reference in one precision, or the error if the network does not run in it."""
     try:
         return _reference_in(precision, masked, inputs, selection, silent)
     except InputError as error:
@@ -535,11 +537,11 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribute: Follow) -> str | None:
-    """What goes wrong when this part of the groups is cut out of the masked network; None where nothing does."""
+    """What goes wrong if this part of the selection is cut from the masked network; None if nothing does."""
     try:
         cuts = plan_cuts(part)
         smaller = cut_copy(masked, cuts, attribute(part))
-        # Layer norms over channels of the groups that are only masked go on without these.
+        # Layer norms over groups that are still masked leave out dropped channels.
         kept = still_masked(reference.kept, part)
         gap = difference(reference.outputs, _wide_outputs(smaller, reference.inputs, reference.precision, kept))
         if gap <= reference.tolerance and reference.thinned:
@@ -572,6 +574,6 @@ def _first_bad(
 def _error(choice: Choice, what: str) -> VerificationError:
     group = choice.group.name
     return VerificationError(
-        f"group {group!r}: the cut network is not the masked one ({what}). "
+        f"group {group!r}: the cut network does not compute what the masked one computes ({what}). "
         f"Leave the group out with ratio={{'*': ..., {group!r}: 0}}."
     )

@@ -1,7 +1,7 @@
-"""One small function an operation: how channels pass through it.
+"""Rules: one small function for each operation, which says how channels pass through it.
 
 To support an operation, write a function ``(builder, node, args, kwargs) -> value`` in one of these files
-and decorate it with ``@rule("aten_name", ...)``; nothing else has to know. ``args`` holds shadows (integer
+and decorate it with ``@rule("aten_name", ...)``. Nothing else has to change. ``args`` holds shadows (integer
 tensors of channel ids), :class:`ParameterRef` for parameters, and plain Python values.
 """
 
@@ -21,7 +21,7 @@ _RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function for these ATen operations (names without overload and trailing underscore)."""
+    """Register a function for these ATen operations, by their names without overload and trailing underscore."""
 
     def register(function: Rule) -> Rule:
         for name in names:

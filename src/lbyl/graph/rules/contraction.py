@@ -21,11 +21,18 @@ _Labeled = tuple[Tensor, str]
 def contract(
     builder: Builder, node: fx.Node, operands: Sequence[_Labeled], out: str, shape: Sequence[int] | None = None
 ) -> Tensor:
-    """Ids of a sum of products, in einsum's notation; ``shape`` is that of the result, the node's if there is none.
+    """The shadow of a sum of products.
 
-    Factors that meet in a product go together, and so do the terms of a sum. For attention that makes one
-    channel of every head: queries and keys meet along the head's inner axis, which is summed over. Where there is a
-    single head, its channels stay apart: each is a term of the sum, which is gone if its factors are zero.
+    Factors of one product are merged into one channel, and so are the terms of one sum. In attention this makes one
+    channel of every head, because queries and keys are multiplied and summed over the head's inner axis. A single head
+    is an exception: each of its channels is a term of its own, and the term vanishes if its factors are zero.
+
+    Args:
+        builder: the state of the trace.
+        node: the operation.
+        operands: the factors' shadows with their einsum labels.
+        out: the einsum labels of the result.
+        shape: the shape of the result; by default that of the node's output.
     """
     whole_shape = output_shape(node) if shape is None else tuple(shape)
     layer = layer_name(node)
@@ -74,19 +81,19 @@ def contract(
 
 
 def _everywhere(operands: Sequence[_Labeled], label: str) -> bool:
-    """Whether all factors that run along an axis have channels along it."""
+    """Whether all factors that have this axis carry channels along it."""
     return all(varies(shadow, labels.index(label)) for shadow, labels in operands if label in labels)
 
 
 def _together(builder: Builder, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Every pair of factors is one channel, also where one is stretched over the other's axis."""
+    """Merge every pair of factors into one channel, also where one of them is broadcast."""
     a, b = a.expand(shape), b.expand(shape)
     builder.ids.union(a, b)
     return torch.where(a == NOBODY, b, a)
 
 
 def _operand(builder: Builder, value: Any, other: Any) -> Tensor | None:
-    """A factor's shadow; a parameter whose axes are no channel axes of the other factor has no channels."""
+    """A factor's shadow. A parameter carries no channels when the other factor is a computed value."""
     if isinstance(value, ParameterRef) and isinstance(other, Tensor):
         return torch.zeros((), dtype=torch.int64).expand(value.shape)
     return builder.shadow(value)
@@ -94,7 +101,7 @@ def _operand(builder: Builder, value: Any, other: Any) -> Tensor | None:
 
 @rule("matmul", "bmm", "mm")
 def matmul(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """C = A B; with a parameter as the right factor, a linear layer whose weight is stored input first."""
+    """C = A B. With a parameter as the right factor it is a linear layer whose weight is stored input first."""
     a, b = args[:2]
     if isinstance(a, Tensor) and isinstance(b, ParameterRef) and len(b.shape) == 2:
         return mix(builder, node, a, b, None, dim=0)
@@ -124,7 +131,7 @@ def addmm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 
 @rule("einsum")
 def einsum(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A sum of products with its labels spelled out."""
+    """A sum of products, given by its labels."""
     equation, values = str(args[0]).replace(" ", ""), list(args[1])
     terms, arrow, out = equation.partition("->")
     names = terms.split(",")
@@ -142,7 +149,7 @@ def einsum(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
 def _mixed(
     builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, names: list[str], out: str
 ) -> Tensor | None:
-    """The result where the right factor is a matrix that mixes the left one's channels; None where it is not."""
+    """The result if the right factor is a matrix that mixes the left one's channels, else None."""
     read = [label for label in names[1] if label in names[0] and label not in out]
     made = [label for label in names[1] if label in out and label not in names[0]]
     if len(names[1]) != 2 or len(read) != 1 or len(made) != 1:
@@ -158,7 +165,7 @@ def _mixed(
 
 @rule("scaled_dot_product_attention")
 def attention(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """softmax(Q K^T + mask) V: a head goes as a whole; with grouped queries, all heads that share a key."""
+    """softmax(Q K^T + mask) V: heads are cut as a whole; with grouped queries, all heads that share a key together."""
     names = ("query", "key", "value", "attn_mask")
     given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
     parts = [builder.shadow(given[name]) for name in names[:3]]
@@ -171,7 +178,7 @@ def attention(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     factors: list[_Labeled] = [(q, lead + "LE"), (k, lead + "SE")]
     if kwargs.get("scale") is None:
         for part in (q, k):
-            builder.fix(part, [-1], f"attention in {layer_name(node)!r} divides by the root of their number")
+            builder.fix(part, [-1], f"attention in {layer_name(node)!r} divides by the square root of their number")
     mask = builder.shadow(given.get("attn_mask"))
     if mask is not None and mask.dim() <= q.dim():
         mask = mask.reshape([1] * (q.dim() - mask.dim()) + list(mask.shape))

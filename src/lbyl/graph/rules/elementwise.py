@@ -28,7 +28,7 @@ _SILENT = (
 
 @rule(*_SILENT, "_to_copy", "identity")
 def unchanged(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The value stays what it was in evaluation mode."""
+    """Operations that return their first argument in evaluation mode."""
     return args[0]
 
 
@@ -42,7 +42,7 @@ def unchanged(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     "frac", "sgn", "log2", "log10", "real", "imag", "angle", "conj", "conj_physical", "resolve_conj", "resolve_neg",
 )  # fmt: skip
 def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """y = f(x), element by element; bounds may be tensors."""
+    """y = f(x), element by element. Bounds, as of a clamp, may be tensors."""
     if len(_operands(args, kwargs)) > 1:
         return combine(builder, node, args, kwargs)
     x = builder.shadow(args[0])
@@ -60,7 +60,7 @@ def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     "polar",
 )  # fmt: skip
 def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """y = f(a, b, ...): channels that meet at one element belong together."""
+    """y = f(a, b, ...), element by element: channels that meet at one element are merged."""
     name = str(node.target).split(".")[1].rstrip("_")
     operands = _operands(args, kwargs)
     shadows = [builder.shadow(operand) for operand in operands]
@@ -86,20 +86,20 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | Pa
 
 
 def merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Make one channel of what meets at an element of two values that broadcast to ``shape``."""
+    """Merge the channels that meet at each element of two values, which broadcast to ``shape``."""
     a, b = _lift(builder, a, b, len(shape), layer), _lift(builder, b, a, len(shape), layer)
     a, b = a.expand(shape), b.expand(shape)
-    # Only where either one changes is there anything to compare.
+    # Dimensions along which neither value changes need not be compared.
     for dim in range(len(shape)):
         if shape[dim] > 1 and not varies(a, dim) and not varies(b, dim):
             a, b = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1)
-    # One number a pair, as distinct rows take ten times as long to find.
+    # Each pair is encoded as one number, because finding distinct rows takes ten times as long.
     count = len(builder.ids)
     numbers = torch.unique(a.reshape(-1) * count + b.reshape(-1))
     pairs = torch.stack([numbers // count, numbers % count], 1)
     left, right = builder.ids.find(pairs).unbind(1)
     if name in ("add", "sub", "subtract", "rsub", "lerp", "addcmul"):
-        # One layer's own channels may be added up (rotary positions): that is no residual stream.
+        # A sum of one layer's own channels (as in rotary positions) is not a residual stream.
         summed = builder.ids.different_makers(left, right)
         builder.sums.append(pairs[summed].reshape(-1))
     builder.ids.union(left, right)
@@ -107,23 +107,23 @@ def merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: 
 
 
 def _lift(builder: Builder, shadow: Tensor, other: Tensor, rank: int, layer: str) -> Tensor:
-    """Fit a shadow's rank; where it is stretched over channels of ``other``, its own must stay whole."""
+    """Give a shadow the rank ``rank``, and pin channels that are broadcast over channels of ``other``."""
     shadow = compact(shadow.reshape([1] * (rank - shadow.dim()) + list(shadow.shape)))
     other = compact(other.reshape([1] * (rank - other.dim()) + list(other.shape)))
     mine = [d for d in range(rank) if varies(shadow, d)]
     theirs = [d for d in range(rank) if varies(other, d)]
     stretched = [d for d in theirs if shadow.shape[d] == 1]
     if stretched and not set(mine) & set(theirs):
-        # One value a position, or a single one, for all of the other's channels.
+        # It has one value for all of the other's channels, at each position or altogether.
         if not bool((small(shadow) == NOBODY).all()) and (not mine or bool(builder.ids.issued(small(shadow)).any())):
-            builder.pin(shadow, f"broadcast over other channels in {layer!r}")
+            builder.pin(shadow, f"they are broadcast over other channels in {layer!r}")
         return torch.full_like(small(shadow), NOBODY).expand(shadow.shape)
-    # A full-sized operand that is nobody's can't be cut along, so what meets it can't be cut either.
+    # An operand of full size without channels can't be cut, so neither can the channels that meet it.
     if bool((small(shadow) == NOBODY).all()):
         full = [d for d in theirs if shadow.shape[d] > 1]
         if full:
-            builder.fix(other, full, f"combined with a value of fixed size in {layer!r}")
+            builder.fix(other, full, f"they are combined with a value of fixed size in {layer!r}")
     elif bool((small(shadow) == NOBODY).any()):
         mask = (shadow == NOBODY).expand(torch.broadcast_shapes(shadow.shape, other.shape))
-        builder.pin(other.expand(mask.shape)[mask], f"combined with a padded value in {layer!r}")
+        builder.pin(other.expand(mask.shape)[mask], f"they are combined with a padded value in {layer!r}")
     return shadow

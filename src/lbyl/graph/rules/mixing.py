@@ -1,4 +1,4 @@
-"""Layers that read channels and issue new ones: convolution and linear."""
+"""Layers that read channels and make new ones: convolutions, linear layers, embeddings."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: s
 def mix(
     builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, bias: ParameterRef | None, dim: int = 1
 ) -> Any:
-    """A linear layer over the last axis whose weight holds the input along ``dim``."""
+    """A linear layer over the last axis; ``dim`` is the input dimension of its weight."""
     x = compact(builder.ids.find(x))
     if x.shape[-1] > 1 and not varies(x, -1) and any(varies(x, d) for d in range(x.dim() - 1)):
-        # It mixes positions, the same way for every channel (the token mixing of MLP-Mixer).
+        # It mixes positions, and every channel in the same way (the token mixing of MLP-Mixer).
         builder.step(small(x).reshape(-1), "linear over positions", _layer(node, weight))
         return x.narrow(-1, 0, 1).expand(output_shape(node))
     ids = builder.gather(x, -1)
@@ -45,14 +45,14 @@ def linear(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     """y = x W^T + b, over the last axis."""
     x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
     if isinstance(x, ParameterRef) and (own := builder.shadow(x)) is not None:
-        # A table that comes with the model (places, queries) is read like an input, so it keeps its columns.
+        # A parameter used as an input (positions, learned queries) is treated like an input: it keeps its columns.
         builder.pin(small(own).reshape(-1), f"{x.name} is a parameter that {layer_name(node)!r} takes as its input")
         x = torch.full((), NOBODY).expand(x.shape)
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
         builder.computed.append(layer_name(node))
         return builder.barrier(node, args, f"linear in {layer_name(node)!r} with a weight that the model computes")
     if isinstance(bias, Tensor):
-        # A bias computed from parameters (Swin V2 clears a part of it) is one more value that meets the output.
+        # A bias computed from parameters (Swin V2 zeroes a part of it) is treated as a value added to the output.
         out = mix(builder, node, x, weight, None)
         return merge(builder, "bias", layer_name(node), out, bias, output_shape(node))
     return mix(builder, node, x, weight, bias)
@@ -60,11 +60,11 @@ def linear(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
 
 @rule("embedding")
 def embedding(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """y = W[i]: rows of a table; its columns are the channels."""
+    """y = W[i]: rows of a table, whose columns are the channels."""
     weight = args[0]
     if not isinstance(weight, ParameterRef):
         return builder.barrier(node, args, f"embedding in {layer_name(node)!r} with a computed table")
-    # By where it runs, for a tied table may have its name from the output layer.
+    # Named after the module that runs it, because a tied table may be named after the output layer.
     layer = layer_name(node) or _layer(node, weight)
     out = builder.produce(node, layer, weight.name, None, weight.shape[1], 1)
     return builder.spread(out, -1, output_shape(node))
@@ -72,7 +72,7 @@ def embedding(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Transposed convolution: its weight is stored input first."""
+    """Transposed convolution, whose weight is stored input first."""
     x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
     blocks = _argument(args, kwargs, 6, "groups", 1)
     op = str(node.target).split(".")[1]
@@ -99,7 +99,7 @@ def transposed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
 
 @rule("deform_conv2d")
 def deformed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Deformable convolution (torchvision): a convolution that reads where other values say."""
+    """Deformable convolution (torchvision): other values give the positions at which it reads."""
     x, weight, offset, mask, bias = args[:5]
     blocks, parts = args[11:13]
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
@@ -110,7 +110,7 @@ def deformed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
         return builder.barrier(node, args, f"deform_conv2d in {layer_name(node)!r} {what}")
     for places in (offset, mask):
         if isinstance(places, Tensor):
-            builder.pin(places, f"they tell deform_conv2d in {layer_name(node)!r} where to read")
+            builder.pin(places, f"deform_conv2d in {layer_name(node)!r} uses them as offsets or as a mask")
     bias_name = bias.name if isinstance(bias, ParameterRef) else None
     builder.tie(weight.name, 1, ids)
     out = builder.produce(node, _layer(node, weight), weight.name, bias_name, weight.shape[0])
@@ -119,7 +119,7 @@ def deformed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
 
 @rule("conv1d", "conv2d", "conv3d")
 def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Convolution: dense, grouped (equally many channels a block) or depthwise (channels pass through)."""
+    """Convolution: dense, grouped (every block keeps equally many channels) or depthwise (channels pass through)."""
     x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
     blocks = _argument(args, kwargs, 6, "groups", 1)
     op = str(node.target).split(".")[1]

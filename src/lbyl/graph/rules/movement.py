@@ -1,4 +1,4 @@
-"""Operations that only move data: they act on the ids just as they act on the values."""
+"""Operations that only move data: they are applied to the channel ids in the same way as to the values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lbyl.graph.union_find import NOBODY, compact, small, varies
     "broadcast_to", "pixel_unshuffle", "repeat_interleave",
 )  # fmt: skip
 def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Apply the operation itself to the ids."""
+    """Apply the operation itself to the shadow."""
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -28,7 +28,7 @@ def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "view_as", "reshape_as", "unflatten", "channel_shuffle")
 def reshape(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A new shape; ids that end up along one axis in some pattern are the index map of what reads them."""
+    """A new shape. The layer that reads the result finds the order of its input channels in the shadow."""
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -42,7 +42,7 @@ def reshape(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
 
 @rule("expand_as")
 def expand_as(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Copies along the axes of another value, and as many as that one has once it is cut."""
+    """Copies along the axes of another value; after a cut there are as many as that value then has."""
     x, other = builder.shadow(args[0]), builder.shadow(args[1])
     if x is None or other is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -57,7 +57,7 @@ def expand_as(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
 
 @rule("expand", "repeat", "tile")
 def repeat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Copies; the sizes may be spelled out."""
+    """Copies. The code may spell out the sizes of the result."""
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -69,7 +69,7 @@ def repeat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
 
 @rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
 def split(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Pieces along one axis; equal ones must stay equal."""
+    """Pieces along one axis. Pieces of equal size must keep equal sizes."""
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -79,7 +79,7 @@ def split(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     if varies(compact(builder.ids.find(x)), dim):
         if len({piece.shape[dim] for piece in pieces}) == 1:
             _keep_equal(builder, x, dim, len(pieces))
-        # The whole, too: pieces may be asked for as a half of a width that the module knows.
+        # Also the whole value: the code may ask for half of a width that the module stores.
         for piece in (x, *pieces):
             builder.shaped(piece, node)
     return pieces
@@ -87,7 +87,7 @@ def split(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 
 @rule("glu")
 def glu(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """a * sigmoid(b), a and b being the halves of one axis."""
+    """a * sigmoid(b), where a and b are the halves of one axis."""
     x, dim = builder.shadow(args[0]), args[1] if len(args) > 1 else kwargs.get("dim", -1)
     if x is None:
         return builder.barrier(node, args, "glu on a value that the trace can't follow")
@@ -99,7 +99,7 @@ def glu(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
 
 @rule("slice", "narrow")
 def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A range of one axis; halves must stay equal, other bounds may be attributes of the module."""
+    """A range of one axis. Halves must keep equal sizes. Other bounds may be attributes of the module."""
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -127,20 +127,20 @@ def _keep_equal(builder: Builder, x: Tensor, dim: int, pieces: int) -> None:
 
 @rule("select", "unbind")
 def pick(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One index of an axis, which therefore must keep its size."""
+    """One index of an axis. The axis must keep its size."""
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     assert callable(node.target)
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    builder.fix(x, [dim], f"{layer_name(node)!r} picks one of them by its index")
+    builder.fix(x, [dim], f"{layer_name(node)!r} selects one of them by its index")
     picked = node.target(x, *args[1:], **kwargs)
     return [compact(item) for item in picked] if isinstance(picked, (list, tuple)) else compact(picked)
 
 
 @rule("pixel_shuffle")
 def pixel_shuffle(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Channels become space: those that make one output channel go together."""
+    """Channels become space: the channels that make one output channel are merged."""
     x, factor = args[0], args[1]
     ids = builder.gather(x, -3) if isinstance(x, Tensor) else None
     if ids is None:
@@ -152,7 +152,7 @@ def pixel_shuffle(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs
 
 @rule("cat", "concat", "concatenate", "stack")
 def cat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Concatenation: groups stay apart along its axis, and go together along every other one."""
+    """Concatenation: channels stay separate along its axis and are merged along every other one."""
     shadows = [shadow for item in args[0] if (shadow := builder.shadow(item)) is not None]
     if len(shadows) < len(args[0]):
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -172,8 +172,8 @@ def cat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _aligned(builder: Builder, shadows: list[Tensor], dim: int, layer: str) -> list[Tensor]:
-    """Pieces that are joined beside each other lose the same channels along the other axes."""
-    # A parameter (a class token, a position) has one id an element until it meets channels.
+    """Merge the channels of the pieces along all axes except ``dim``."""
+    # A parameter (class token, position embedding) has an id for each element until it meets channels.
     shadows = [s if bool(builder.ids.issued(small(s)).any()) else builder.join(s, [dim]) for s in shadows]
     if any(varies(shadow, dim) for shadow in shadows):
         return shadows
@@ -186,7 +186,7 @@ def _aligned(builder: Builder, shadows: list[Tensor], dim: int, layer: str) -> l
 
 @rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
 def pad(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Padding along axes that carry no channels; a padded channel axis has a hard-coded width."""
+    """Padding along axes without channels. A padded channel axis can't be cut: the code gives its width."""
     x = args[0]
     if not isinstance(x, Tensor):
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -201,7 +201,7 @@ def pad(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
 
 @rule("index_select", "index", "gather", "take_along_dim")
 def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Picking by indices that the trace does not know: along axes that carry no channels."""
+    """Selection by indices that the trace does not know, along axes without channels."""
     name, x = str(node.target).split(".")[1], builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{name} on a value that the trace can't follow")
@@ -224,7 +224,7 @@ def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 
 @rule("im2col")
 def unfold(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Patches become channels: each channel is repeated, one after the other for every tap."""
+    """Patches become channels: each channel is repeated once for every position in the kernel."""
     x, kernel = args[0], args[1]
     ids = builder.gather(x, -3) if isinstance(x, Tensor) else None
     if ids is None:
@@ -234,7 +234,7 @@ def unfold(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
 
 @rule("col2im")
 def fold(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Channels become patches: those that are the taps of one output channel go together."""
+    """Channels become patches: the channels that make one output channel are merged."""
     x, kernel = args[0], args[2]
     ids = builder.gather(x, -2) if isinstance(x, Tensor) else None
     if ids is None:
@@ -245,7 +245,7 @@ def fold(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
 
 @rule("unfold")
 def windows(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Windows along an axis that carries no channels; places within a window make a new last axis."""
+    """Windows along an axis without channels. The positions inside a window become a new last axis."""
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, "unfold on a value that the trace can't follow")
@@ -257,7 +257,7 @@ def windows(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 def like(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A value that is as wide as another one, also once that is cut."""
+    """A new value of the shape of another one, also after that one is cut."""
     x = builder.shadow(args[0])
     return constant(builder, node, args, kwargs) if x is None else x
 

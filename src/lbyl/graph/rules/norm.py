@@ -14,7 +14,7 @@ from lbyl.graph.union_find import small
 
 @rule("batch_norm")
 def batch_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """y = gamma (x - mean) / sqrt(var + eps) + beta, a map of each channel by itself."""
+    """y = gamma (x - mean) / sqrt(var + eps) + beta, a linear map of each single channel."""
     x, *tensors = args[:5]
     axis = 1
     ids = builder.gather(x, axis) if isinstance(x, Tensor) else None
@@ -43,14 +43,14 @@ def batch_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
 
 
 def _remembered(builder: Builder, node: fx.Node, x: Tensor, tensors: list[Any]) -> None:
-    """A norm without tensors of its own, whose sizes would tell, may remember its width."""
+    """Record the width of a norm without parameters, because its module may keep the number in an attribute."""
     if not any(tensors):
         builder.shaped(x, node)
 
 
 @rule("layer_norm")
 def layer_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Statistics over the last axes; over channels alone, then over those that stay, see `lbyl.runtime.layer_norms`."""
+    """Layer norm. Over channels alone, its statistics are those of kept channels; see `lbyl.runtime.layer_norms`."""
     x = args[0]
     weight, bias = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias")))
     ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
@@ -67,7 +67,7 @@ def layer_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
 
 @rule("rms_norm")
 def rms_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A mean square over the last axes; over channels alone, the weight makes up for those that go."""
+    """RMS norm. Over channels alone, its weight corrects the mean square; see `lbyl.graph.channel_means`."""
     x, (weight, eps) = args[0], (args[i] if len(args) > i else None for i in (2, 3))
     ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
     if ids is None or not isinstance(weight, ParameterRef) or eps is None:
@@ -80,7 +80,7 @@ def rms_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
 
 
 def _fixed(builder: Builder, node: fx.Node, args: tuple[Any, ...]) -> Any:
-    """None of the channels that the statistics are over can go."""
+    """Forbid cutting the channels that the statistics are taken over."""
     x, name = args[0], str(node.target).split(".")[1]
     if not isinstance(x, Tensor):
         return builder.barrier(node, args, f"{name} on a value that the trace can't follow")
@@ -92,9 +92,9 @@ def _fixed(builder: Builder, node: fx.Node, args: tuple[Any, ...]) -> Any:
 
 @rule("group_norm")
 def group_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Statistics over blocks of channels: a block goes as a whole.
+    """Group norm: each block of channels is merged into one, because its statistics are taken over the block.
 
-    A single block is a layer norm, see `lbyl.runtime.layer_norms`.
+    A group norm with a single block is a layer norm; see `lbyl.runtime.layer_norms`.
     """
     x, blocks = args[0], args[1]
     tensors = [args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias"))]
@@ -121,7 +121,7 @@ def group_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
 
 @rule("instance_norm")
 def instance_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Statistics of each channel by itself."""
+    """Instance norm: each channel has its own statistics."""
     x, *tensors = args[:5]
     ids = builder.gather(x, 1) if isinstance(x, Tensor) else None
     if ids is None or not all(isinstance(t, ParameterRef | None) for t in tensors):

@@ -1,4 +1,4 @@
-"""Recurrent layers: what they read, and the width of their state."""
+"""Recurrent layers: LSTM, GRU and plain RNN, whole layers and single cells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GATES = {"lstm": 4, "gru": 3}
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Layers over a sequence. All of them have states of one width, in both directions, so these go together."""
+    """Stacked layers over a sequence. All layers and directions share one state width, so their units are merged."""
     op, where = str(node.target).split(".")[1], layer_name(node)
     x, state, parameters = args[:3]
     if not isinstance(parameters, (list, tuple)) or not isinstance(x, Tensor):
@@ -66,7 +66,7 @@ def cell(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
 def _layer(
     builder: Builder, node: fx.Node, op: str, ids: Tensor, parameters: Sequence[ParameterRef], units: Tensor | None
 ) -> Tensor:
-    """Read some channels and make the units of a state; ``units`` are those that they are the same as."""
+    """The ids of the units that a layer makes from channels ``ids``; they are merged with ``units``, if given."""
     from_input, from_state, *biases = parameters
     bias = biases[0].name if biases else None
     builder.tie(from_input.name, 1, ids)
@@ -84,13 +84,13 @@ def _layer(
 
 
 def _start(builder: Builder, node: fx.Node, state: Any, units: Tensor) -> None:
-    """The state that a sequence begins with, which is as wide as the one that it ends with."""
+    """Merge the channels of the initial state with the units of the layer."""
     for value in _tensors(state):
         if not bool(builder.ids.issued(small(value)).any()):
             continue
         value = compact(builder.ids.find(value))
         if any(varies(value, d) for d in range(value.dim() - 1)):
-            builder.pin(value, f"they begin the state of {layer_name(node)!r}, in a pattern")
+            builder.pin(value, f"they run along several axes of the initial state of {layer_name(node)!r}")
         builder.ids.union(units.expand(value.shape), value)
 
 

@@ -1,4 +1,4 @@
-"""Pooling, resampling and reductions over axes that carry no channels."""
+"""Pooling, resampling, Fourier transforms, and reductions over any axes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RESAMPLE = [
 
 @rule(*_POOLS, *_RESAMPLE)
 def pool(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Pooling over the trailing axes: each channel by itself."""
+    """Pooling and resampling of each channel over the trailing axes."""
     name = str(node.target).split(".")[1]
     match = re.search(r"(\d)d", name)
     assert match is not None
@@ -40,7 +40,7 @@ def pool(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _each_alone(builder: Builder, node: fx.Node, x: Tensor, dims: Iterable[int]) -> Any:
-    """The result where every channel is worked on by itself along some axes."""
+    """The result of an operation that acts on each channel separately along the axes ``dims``."""
     name, x = str(node.target).split(".")[1], compact(builder.ids.find(x))
     dims = {d % x.dim() for d in dims}
     if any(varies(x, d) for d in dims):
@@ -54,7 +54,7 @@ def _each_alone(builder: Builder, node: fx.Node, x: Tensor, dims: Iterable[int])
 
 
 def _results(node: fx.Node, x: Tensor) -> Any:
-    """Shadows of what a node returns, given one that is a single index long along the axes that were worked on."""
+    """The shadows of a node's outputs, from a shadow ``x`` that has size 1 along the axes that were reduced."""
     val = node.meta["val"]
     if isinstance(val, Tensor):
         return x.expand(val.shape) if val.dim() == x.dim() else x.reshape(val.shape)
@@ -63,14 +63,14 @@ def _results(node: fx.Node, x: Tensor) -> Any:
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
 def sample(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Each channel is read at places that another value holds, two or three numbers a place."""
+    """Sampling of each channel at positions that another value gives, as two or three coordinates."""
     x, grid = args[:2]
     if not isinstance(x, Tensor):
         return builder.barrier(
             node, args, f"grid_sampler in {layer_name(node)!r} on a value that the trace can't follow"
         )
     if isinstance(grid, Tensor):
-        builder.pin(grid, f"they are places at which grid_sampler in {layer_name(node)!r} reads")
+        builder.pin(grid, f"grid_sampler in {layer_name(node)!r} uses them as coordinates")
     return _each_alone(builder, node, x, range(2, x.dim()))
 
 
@@ -78,7 +78,7 @@ def sample(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     *(f"fft_{way}{kind}" for way in ("", "i") for kind in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn", "fftshift"))
 )
 def fft(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Fourier transforms along axes that carry no channels: each channel by itself."""
+    """Fourier transforms of each channel along axes without channels."""
     name, x = str(node.target).split(".")[1], args[0]
     if not isinstance(x, Tensor):
         return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
@@ -91,7 +91,7 @@ def fft(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
 
 @rule("view_as_real", "view_as_complex")
 def parts(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Real and imaginary part along a last axis of two, or both in one number."""
+    """Conversion between complex numbers and a last axis of size two with real and imaginary parts."""
     x, name = builder.shadow(args[0]), str(node.target).split(".")[1]
     if x is None:
         return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
@@ -104,7 +104,7 @@ _OF_THOSE_THAT_STAY = (
     "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
     "logsumexp", "prod", "median", "aminmax",
 )  # fmt: skip
-"""What can be taken over fewer channels, and is the same when some are zero, or as good."""
+"""Reductions over channels that can be taken over the kept channels after a cut."""
 
 
 @rule(
@@ -114,9 +114,9 @@ _OF_THOSE_THAT_STAY = (
     "nanmean", "aminmax", "var_mean", "std_mean",
 )  # fmt: skip
 def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What takes several elements along some axes together keeps channels apart that run along other axes.
+    """Reductions: channels along other axes than the reduced ones stay separate.
 
-    Where channels run along both (radix splits, heads), those that are taken together go together.
+    Where ids change along both reduced and other axes (radix splits, heads), the ids along reduced axes are merged.
     """
     name, x = str(node.target).split(".")[1], args[0]
     if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor | ParameterRef):

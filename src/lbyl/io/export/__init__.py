@@ -1,1 +1,1 @@
-"""A saved network as one file that other runtimes load. A format is a file here, and a name in `lbyl._public`."""
+"""Exports a saved network as one file for other runtimes. A format is a file here, and a name in `lbyl._public`."""

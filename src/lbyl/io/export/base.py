@@ -1,4 +1,4 @@
-"""What every format does, and the traced program that it writes."""
+"""The interface of export formats, and the traced program that they write."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Run = Callable[[ExampleInputs], list[Tensor]]
 
 
 class Format(Protocol):
-    """A kind of file.
+    """An export format.
 
-    A class of this form joins the family "format" by :func:`lbyl.register`; it is made without arguments.
+    A class with these members can be added by :func:`lbyl.register` under "format"; it is made without arguments.
 
     Attributes:
         name: its short name, which is also the suffix of its files.
-        runtime: what the written file is checked with.
+        runtime: the name of the runtime that checks the written file.
     """
 
     name: str
@@ -43,36 +43,36 @@ class Format(Protocol):
         ...
 
     def open(self, file: Path) -> Run:
-        """Load a written file, and return what runs it."""
+        """Load a written file, and return a function that runs it."""
         ...
 
 
 @dataclass(frozen=True)
 class TracedProgram:
-    """A traced program, and which of its axes are dynamic (None: none)."""
+    """A traced program, and its dynamic axes (None if all are fixed)."""
 
     program: Any
     shapes: dict[str, Any] | None
 
 
 class Refused(Exception):
-    """What PyTorch or a runtime said when it failed, in one line."""
+    """The error of PyTorch or a runtime, in one line."""
 
     def __init__(self, doing: str, error: Exception) -> None:
         lines = [line.strip(" -") for line in str(error).strip().splitlines() if line.strip(" -")]
-        # The first line only says that a constraint is violated; the second line says which one and how.
+        # The first line only says that a constraint is violated; the second one says which, and how.
         if len(lines) > 1 and lines[0].startswith("Constraints violated"):
             lines = lines[1:]
         super().__init__(f"{doing}: {lines[0].split('. ')[0] if lines else type(error).__name__}")
 
 
 def trace(model: nn.Module, inputs: ExampleInputs, batch: int | None = None) -> TracedProgram:
-    """The traced program.
+    """Trace a network with ``torch.export``.
 
     Args:
         model: the network.
-        inputs: what it is traced on.
-        batch: first axes of this size may later be of any size; None fixes all sizes.
+        inputs: the inputs on which it is traced.
+        batch: batch size of the inputs; first axes of this size become dynamic. None fixes all sizes.
 
     Raises:
         Refused: ``torch.export`` can't trace it.
@@ -97,11 +97,11 @@ def trace(model: nn.Module, inputs: ExampleInputs, batch: int | None = None) -> 
 
 
 def write(format: Format, traced: TracedProgram, file: Path) -> Run:
-    """Write a program in a format, and return what runs the written file.
+    """Write a program in a format, and return a function that runs the written file.
 
     Raises:
         Refused: the format can't hold the program, or its runtime can't load the file.
-        OSError: the disk is full, say.
+        OSError: the file can't be written, for example because the disk is full.
     """
     file.unlink(missing_ok=True)
     try:
@@ -110,7 +110,7 @@ def write(format: Format, traced: TracedProgram, file: Path) -> Run:
     except OSError:
         raise
     except Exception as error:
-        # The exporter wraps the cause into a page of advice.
+        # The exporter's own error is a page of advice around the cause.
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise Refused(f"it can't be written as {format.name}", cause) from error
     try:

@@ -1,4 +1,4 @@
-"""A written file compared with the PyTorch model."""
+"""Compares an exported file with the PyTorch model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lbyl.io.export.base import Refused, Run
 from lbyl.runtime.inputs import ExampleInputs
 
 TOLERANCE = 1e-4
-"""Largest difference between the file and the model, relative to an output's largest magnitude, in float32."""
+"""Largest allowed difference between file and model in float32, relative to the output's largest magnitude."""
 
 Case = tuple[ExampleInputs, list[Tensor]]
-"""Inputs, and what the PyTorch model gives for them."""
+"""Inputs, and the PyTorch model's outputs for them."""
 
 
 def largest_differences(
     run: Run, cases: Sequence[Case], tolerance: float, file: str, dynamic: bool
 ) -> tuple[float, float]:
-    """Largest absolute and relative difference between the file and the model over all cases.
+    """The largest absolute and the largest relative difference between the file and the model over all cases.
 
     Raises:
-        ExportError: the file computes something else.
-        Refused: it does not run.
+        ExportError: the file computes something else than the model.
+        Refused: the file does not run.
     """
     absolute = relative = 0.0
     for inputs, expected in cases:

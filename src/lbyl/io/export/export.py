@@ -1,4 +1,4 @@
-"""`export`: a saved network as one file for other runtimes. The file is run against the model before it is kept."""
+"""`export`: writes a saved network as one file for other runtimes, and compares the file with the model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lbyl.surgery.plan import Plan, is_rebuildable
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written, and the outcome of its check.
+    """An exported file, and the outcome of its check.
 
     Attributes:
-        file: where it is.
-        format: "onnx" or "pt2".
+        file: its path.
+        format: "onnx", "pt2", or another registered format.
         difference: largest absolute difference between the file's outputs and the model's.
-        relative: the same, relative to the largest magnitude of the output.
+        relative: that difference relative to the largest magnitude of the output.
         dynamic: whether the file takes any batch size; otherwise it takes only ``batches[0]``.
-        batches: the batch sizes that it was run on; the example's is the first.
+        batches: the batch sizes on which it was checked; the example's is the first.
         note: what the user should know, such as why the batch size is fixed.
     """
 
@@ -50,7 +50,7 @@ class Exported:
         return {**asdict(self), "file": str(self.file), "bytes": self.file.stat().st_size}
 
     def summary(self) -> list[str]:
-        """The outcome, a line each."""
+        """The outcome as lines of text."""
         axis = "any batch size" if self.dynamic else f"batch size fixed to {self.batches[0]}"
         batches = " and ".join(map(str, self.batches))
         lines = [
@@ -82,20 +82,20 @@ def export(
         path: the folder that ``result.save`` wrote.
         model: a fresh, unpruned instance of the architecture, as for :func:`lbyl.load`.
         format: "onnx", or "pt2" for ``torch.export.load``.
-        inputs: what the model is called with: a tensor, a tuple, or a dict of keyword inputs. May be left out if
-            the network was compressed on positional floating-point tensors.
-        dynamic: False fixes the batch size to that of the inputs.
-        tolerance: largest difference that passes, relative to an output's largest magnitude. It is larger for
-            formats narrower than float32, as their precision requires.
-        seed: for inputs that are made here.
+        inputs: the model's inputs: a tensor, a tuple, or a dict of keyword inputs. They may be left out if the network
+            was compressed on positional floating-point tensors.
+        dynamic: whether the file should take any batch size; False fixes it to that of the inputs.
+        tolerance: largest allowed difference relative to the output's largest magnitude, in float32. It is larger for
+            less precise dtypes.
+        seed: seed for inputs that are made up.
 
     Raises:
         InputError: the format is unknown, inputs can't be made up or do not fit, or a package is missing.
-        ArtifactError: this is no folder of lbyl, or a damaged one.
-        ExportError: the model can't be exported, or the file computes something else; no file is left.
+        ArtifactError: the folder is not one of lbyl's, or is damaged.
+        ExportError: the model can't be exported, or the file computes something else; no file is kept.
     """
     if format not in names("format"):
-        raise InputError(f"format is {format!r}; write {' or '.join(map(repr, names('format')))}")
+        raise InputError(f"format is {format!r}; choose {' or '.join(map(repr, names('format')))}")
     kind: Format = make("format", format)
     check_number("tolerance={}", tolerance, least=0)
     check_seed(seed)
@@ -104,14 +104,14 @@ def export(
     _check_model_known(path, plan, model)
     target = Path(path) / f"model.{format}"
     if target.name == artifact.ONNX and artifact.weights_file(path).name == artifact.ONNX:
-        raise InputError(f"{target} is the network itself, as small as the plan says; there is nothing to export")
+        raise InputError(f"{target} already is the smaller network, so there is nothing to export")
     example = described_inputs(plan, seed) if inputs is None else ExampleInputs.of(inputs)
     smaller = artifact.load(path, model)
     case = example, _outputs(smaller, example, made_up=inputs is None)
     with stage(target) as folder:
         exported = _Attempt(smaller, case, kind, folder / target.name, tolerance).exported(dynamic, target)
         finish(folder)
-        # Weights above 2 GB are in a file of their own. It must be there before the file that names it.
+        # Weights above 2 GB are in a separate file, which must exist before the file that refers to it.
         for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
             file.replace(target.with_name(file.name))
     return exported
@@ -132,15 +132,13 @@ def _outputs(model: nn.Module, example: ExampleInputs, made_up: bool) -> list[Te
             return outputs(model, example)
         except InputError as error:
             if made_up:
-                raise InputError(
-                    f"{error}. Pass what it is called with as inputs= (--input on the command line)"
-                ) from None
+                raise InputError(f"{error}. Pass the model's inputs as inputs= (--input on the command line)") from None
             raise
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """What is to be written and checked: for any batch size if possible, otherwise for the example's."""
+    """One export: writes and checks a file for any batch size if possible, otherwise for the example's batch size."""
 
     model: nn.Module
     case: Case
@@ -149,7 +147,7 @@ class _Attempt:
     tolerance: float
 
     def exported(self, dynamic: bool, target: Path) -> Exported:
-        """Write and check the file; the outcome names the target instead."""
+        """Write and check the file; the result names ``target`` as its path."""
         example, reference = self.case
         batch, why = batch_size(example, reference), ""
         if dynamic and batch is None:
@@ -181,7 +179,7 @@ class _Attempt:
             for size in sizes[1:]:
                 other = with_batch(example, batch, size)
                 cases.append((other, outputs(self.model, other)))
-        # The tracer would take an axis of size 1 for one that is always 1.
+        # At least 2, because the tracer treats an axis of size 1 as always 1.
         least = max(batch, 2)
         traced = trace(self.model, with_batch(example, batch, least), least)
         run = write(self.format, traced, self.file)

@@ -1,4 +1,4 @@
-"""Inputs that a file is traced and checked on, in several batch sizes."""
+"""Inputs of several batch sizes, on which an exported file is traced and checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lbyl.runtime.inputs import ExampleInputs
 
 
 def batch_size(inputs: ExampleInputs, outputs: list[Tensor]) -> int | None:
-    """The size of the first axis that inputs and outputs share; else that of the first input that has one."""
+    """The size of the first axis that inputs and outputs share, or else of the first input that has axes."""
     sizes = [t.shape[0] for t in inputs.tensors() if t.ndim and t.shape[0]]
     shared = [t.shape[0] for t in outputs if t.ndim and t.shape[0] in sizes]
     return next(iter((*shared, *sizes)), None)
@@ -21,9 +21,9 @@ def has_batch(tensor: Tensor, batch: int) -> bool:
 
 
 def with_batch(inputs: ExampleInputs, batch: int, size: int) -> ExampleInputs:
-    """The example's rows, repeated to another batch size.
+    """Repeat the rows of the example inputs to get another batch size.
 
-    Each row is scaled differently, because a file that mixes up equal rows would pass the check.
+    Each row is scaled differently, so that a file that mixes up rows does not pass the check.
     """
 
     def resize(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ONNX, written through onnxscript and run by onnxruntime."""
+"""The format ONNX, written with onnxscript and checked with onnxruntime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class OnnxFormat:
-    """A graph that most runtimes take."""
+    """ONNX files, which most runtimes load."""
 
     name = "onnx"
     runtime = "onnxruntime"
@@ -38,14 +38,14 @@ class OnnxFormat:
         """Start a session of onnxruntime."""
         runtime = _package("onnxruntime")
         options = runtime.SessionOptions()
-        options.log_severity_level = 4  # it raises errors anyway; the log would only repeat them
+        options.log_severity_level = 4  # the log would only repeat the errors that it raises
         session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
 
         def run(inputs: ExampleInputs) -> list[Tensor]:
             tensors = inputs.tensors()
             if len(names) != len(tensors):
-                raise ExportError(f"the exported file takes {len(names)} inputs, the model {len(tensors)}")
+                raise ExportError(f"the exported file takes {len(names)} inputs, but the model {len(tensors)}")
             feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
             return [torch.from_numpy(array) for array in session.run(None, feed)]
 

@@ -1,4 +1,4 @@
-"""pt2: the file of ``torch.export``."""
+"""The format pt2, the files of ``torch.export``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
 
 class Pt2Format:
-    """A program for ``torch.export.load``."""
+    """Files for ``torch.export.load``."""
 
     name = "pt2"
     runtime = "torch.export.load"
 
     def check_available(self) -> None:
-        """PyTorch is all that is needed."""
+        """Do nothing, because only PyTorch is needed."""
 
     def write(self, traced: TracedProgram, file: Path) -> None:
         """Write the program."""

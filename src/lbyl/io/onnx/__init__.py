@@ -1,1 +1,1 @@
-"""ONNX files in and out: a file as a network of PyTorch's, and the same file again, smaller."""
+"""Reads an ONNX file as a PyTorch network, and writes the same file again with smaller layers."""

@@ -1,4 +1,4 @@
-"""Arrays of ONNX files as tensors, and back; and the layouts in which the two differ."""
+"""Converts arrays of ONNX files to tensors and back, also between layouts that differ."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ DTYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
     10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
 }  # fmt: skip
-"""PyTorch's dtypes by ONNX's numbers."""
+"""PyTorch's dtypes by ONNX's numbers for data types."""
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """An array as a tensor with memory of its own."""
+    """A copy of an array as a tensor."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
     return torch.tensor(array)
 
 
 def as_array(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-    """A tensor as an array of a dtype."""
+    """A tensor as an array of the given dtype."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
@@ -29,9 +29,9 @@ def as_array(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
 
 
 def from_file(array: np.ndarray, layout: str, scale: float) -> Tensor:
-    """What a module holds for a constant of the file.
+    """The tensor of a module for a constant of the file, in a layout and multiplied by a scale.
 
-    Layouts: "same"; "transposed"; "flat", where the file's has further axes of size 1.
+    The layout is "same", "transposed", or "flat" if the constant in the file has additional axes of size 1.
     """
     if layout == "transposed":
         array = array.T
@@ -42,7 +42,7 @@ def from_file(array: np.ndarray, layout: str, scale: float) -> Tensor:
 
 
 def to_file(held: Tensor, layout: str, scale: float, old: np.ndarray) -> np.ndarray:
-    """The constant of the file for what a module holds now; ``old`` is what the file had."""
+    """The constant of the file for a module's current tensor; ``old`` is the constant that the file had."""
     if scale != 1:
         held = held / scale
     array = as_array(held, old.dtype)

@@ -1,4 +1,4 @@
-"""A file run by onnxruntime, and compared with a network."""
+"""Runs an ONNX file in onnxruntime, and compares it with a network."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs, outputs
 
 TOLERANCE = 1e-3
-"""Largest difference between a file and its network that is no fault, relative to the output's largest magnitude."""
+"""Largest allowed difference between a file and its network, relative to the output's largest magnitude."""
 _NOTHING = 1e-6
-"""An absolute difference that is none, whatever the outputs are."""
+"""An absolute difference up to this is always allowed."""
 
 
 def run_file(path: Path, inputs: Sequence[FileInput], given: ExampleInputs) -> list[Tensor]:
-    """What onnxruntime makes of inputs.
+    """The outputs of a file in onnxruntime.
 
     Raises:
-        InputError: it can't load the file, or the file does not run on them.
+        InputError: onnxruntime can't load the file, or the file does not run on these inputs.
     """
     runtime: Any = library("onnxruntime")
     options = runtime.SessionOptions()
@@ -45,7 +45,7 @@ def run_file(path: Path, inputs: Sequence[FileInput], given: ExampleInputs) -> l
 
 
 def feed(inputs: Sequence[FileInput], given: ExampleInputs) -> dict[str, np.ndarray]:
-    """Inputs by the names that the file gives them."""
+    """Inputs as arrays, by their names in the file."""
     named = dict(zip([item.name for item in inputs], given.args, strict=False)) | dict(given.kwargs)
     return {name: as_array(value, np.dtype(value.numpy().dtype)) for name, value in named.items()}
 
@@ -61,7 +61,7 @@ def compared(path: Path, inputs: Sequence[FileInput], network: nn.Module, given:
     theirs = run_file(path, inputs, given)
     if [tuple(t.shape) for t in ours] != [tuple(t.shape) for t in theirs]:
         shapes = [", ".join("x".join(map(str, t.shape)) for t in found) for found in (theirs, ours)]
-        raise InputError(f"{path} gives {shapes[0]}, the network that was read from it {shapes[1]}")
+        raise InputError(f"{path} gives {shapes[0]}, but the network that was read from it gives {shapes[1]}")
     largest = 0.0
     for a, b in zip(theirs, ours, strict=True):
         absolute, relative = difference(a, b.to(a.dtype))

@@ -1,4 +1,4 @@
-"""An ONNX file, checked before anything is made of it: what it holds, and that it points nowhere else."""
+"""Opens an ONNX file and checks it: its content must be valid, and it must not refer to files elsewhere."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _INSTALL = "install lbyl[export]"
 
 @dataclass(frozen=True, eq=False)
 class OnnxFile:
-    """A checked file. Copies of a network share it, for nobody changes it.
+    """A checked file. It never changes, so copies of a network share it.
 
     Attributes:
-        path: where it is.
-        sha256: of the file itself, without the files that hold its weights.
+        path: the path of the file.
+        sha256: SHA-256 of the file itself, without separate files that hold its weights.
         opset: version of the standard operators that it uses.
     """
 
@@ -42,10 +42,10 @@ class OnnxFile:
         return self
 
     def model(self) -> ir.Model:
-        """The file's content, read anew: whoever asks may change it.
+        """The file's content, read again, so that the caller may change it.
 
         Raises:
-            InputError: the file is not the one any more that was read first.
+            InputError: the file has changed since it was opened.
         """
         ir = library("onnx_ir")
         if digest(self.path) != self.sha256:
@@ -54,10 +54,10 @@ class OnnxFile:
 
 
 def library(name: str) -> Any:
-    """A package that reads or runs ONNX files.
+    """Import a package that reads or runs ONNX files.
 
     Raises:
-        InputError: it is not installed.
+        InputError: the package is not installed.
     """
     import importlib
 
@@ -68,10 +68,10 @@ def library(name: str) -> Any:
 
 
 def open_file(path: Path) -> OnnxFile:
-    """Check a file, as far as it can be checked without running it.
+    """Open and check a file, without running it.
 
     Raises:
-        InputError: it can't be read, is damaged, holds no valid graph, or names weights outside its folder.
+        InputError: the file can't be read, is damaged, holds no valid graph, or refers to weights outside its folder.
     """
     onnx = library("onnx")
     path = path.absolute()
@@ -82,9 +82,9 @@ def open_file(path: Path) -> OnnxFile:
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror or error}") from error
     except Exception as error:  # protobuf raises errors of its own
-        raise InputError(f"{path} is no ONNX file, or is cut short: {first_line(error)}") from error
+        raise InputError(f"{path} is not an ONNX file, or is truncated: {first_line(error)}") from error
     if not proto.graph.node:
-        raise InputError(f"{path} is no ONNX file, or an empty one: its graph has no operator")
+        raise InputError(f"{path} is not an ONNX file, or is empty: its graph has no operator")
     _check_tensors(path, proto)
     try:
         if any(_is_external(tensor) for tensor in tensors(proto)):
@@ -92,13 +92,13 @@ def open_file(path: Path) -> OnnxFile:
         else:
             onnx.checker.check_model(proto)
     except Exception as error:
-        raise InputError(f"{path} is no valid ONNX file: {_said(error)}") from error
+        raise InputError(f"{path} is not a valid ONNX file: {_said(error)}") from error
     versions = {item.domain: item.version for item in proto.opset_import}
     return OnnxFile(path, digest(path), versions.get("", versions.get("ai.onnx", 1)))
 
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """All tensors that a file stores: initializers, constants, and those in subgraphs and functions."""
+    """All tensors in a file: initializers, constants, and those in subgraphs and functions."""
     yield from _in_graph(proto.graph)
     for function in proto.functions:
         yield from _in_nodes(function.node)
@@ -128,12 +128,12 @@ def _is_external(tensor: onnx.TensorProto) -> bool:
 
 
 def _check_tensors(path: Path, proto: onnx.ModelProto) -> None:
-    """Raise InputError for tensors that are larger than what is stored of them, or stored outside the folder."""
+    """Raise InputError for a tensor whose data are missing, of the wrong size, or outside the file's folder."""
     onnx = library("onnx")
     for tensor in tensors(proto):
         told = f"{path}: tensor {tensor.name!r} is {'x'.join(map(str, tensor.dims)) or 'a scalar'}"
         if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > _LARGEST_TENSOR:
-            raise InputError(f"{told}, which no file can hold")
+            raise InputError(f"{told}, which is too large for a file")
         try:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         except (KeyError, TypeError, ValueError):
@@ -142,7 +142,7 @@ def _check_tensors(path: Path, proto: onnx.ModelProto) -> None:
         if _is_external(tensor):
             _check_external(path, tensor, needed, told)
         elif tensor.HasField("raw_data") and len(tensor.raw_data) != needed and np.dtype(dtype).itemsize > 1:
-            raise InputError(f"{told}, but {len(tensor.raw_data)} bytes of it are there, not {needed}")
+            raise InputError(f"{told}, but the file holds {len(tensor.raw_data)} bytes of it in place of {needed}")
 
 
 def _check_external(path: Path, tensor: onnx.TensorProto, needed: int, told: str) -> None:
@@ -153,19 +153,19 @@ def _check_external(path: Path, tensor: onnx.TensorProto, needed: int, told: str
     inside = location and not where.is_absolute() and ".." not in where.parts and ":" not in location
     file = (folder / where).resolve() if inside else folder
     if not inside or "\\" in location or not file.is_relative_to(folder) or file == folder:
-        raise InputError(f"{told} and names its values at {location!r}, which is outside the file's folder")
+        raise InputError(f"{told}, but its values are in {location!r}, which is outside the file's folder")
     if not file.is_file():
-        raise InputError(f"{told} and its values are in {location!r}, which is not there")
+        raise InputError(f"{told}, but its values are in {location!r}, which does not exist")
     try:
         offset, length = int(entries.get("offset") or 0), int(entries.get("length") or needed)
     except ValueError:
-        raise InputError(f"{told}, with an offset or length that is no number") from None
+        raise InputError(f"{told}, but its offset or length is not a number") from None
     if offset < 0 or length < 0 or offset + length > file.stat().st_size or length < needed:
-        raise InputError(f"{told}, and {location!r} is too short to hold its values")
+        raise InputError(f"{told}, but {location!r} is too short to hold its values")
 
 
 def _said(error: Exception) -> str:
-    """What the checker says, in one line."""
+    """The checker's error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     useful = [line for line in lines if not line.startswith(("==>", "Context", "Bad node spec"))]
     return (useful or lines or [type(error).__name__])[0][:300]

@@ -1,4 +1,4 @@
-"""The network that an ONNX file describes, as a module: its operators one by one, layers as modules of PyTorch's."""
+"""The network of an ONNX file as a module, which runs the file's operators one by one, with layers as submodules."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from lbyl.io.onnx.file import OnnxFile
 
 @dataclass(frozen=True)
 class Value:
-    """What another step or the caller gives."""
+    """An operand that is the output of another step, or an input of the network."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor that the network holds: a parameter or buffer, by its path."""
+    """An operand that is a parameter or buffer of the network, by its path."""
 
     path: str
 
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """A constant that no cut changes."""
+    """An operand that is a constant which no cut changes."""
 
     array: np.ndarray
 
 
 Source = Value | Held | Known | None
-"""Where an operand comes from; None where an optional one is left out."""
+"""Where an operand comes from; None for an optional operand that is left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +47,10 @@ class Step:
     Attributes:
         name: its name in messages: the node's name and its operator.
         sources: its operands.
-        outputs: names of what it gives; "" for what nobody uses.
-        module: path of the module that does it, or "".
-        function: what does it, where no module does.
-        floating: whether the function is told the network's dtype, as ``floating=``.
+        outputs: names of its outputs; "" for unused ones.
+        module: path of the module that computes it, or "".
+        function: the function that computes it, if no module does.
+        floating: whether the function gets the network's dtype as ``floating=``.
     """
 
     name: str
@@ -63,15 +63,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Link:
-    """Where a tensor of the network stands in the file.
+    """The constant of the file that a tensor of the network was made from.
 
     Attributes:
-        path: of the parameter or buffer.
+        path: path of the parameter or buffer.
         value: the constant's name in the file.
-        layout: how the two differ: "same", "transposed", "flat" (the file's has axes of size 1 beside), "gates".
-        scale: what the file's values are multiplied by.
-        node: of the operator that uses it, by position in the file.
-        operand: which of its operands it is.
+        layout: how the two differ: "same", "transposed", "flat" (the constant has additional axes of size 1), "gates".
+        scale: factor by which the constant was multiplied.
+        node: position in the file of the node that uses the constant.
+        operand: index of the constant among the operands of that node.
     """
 
     path: str
@@ -84,17 +84,17 @@ class Link:
 
 @dataclass(frozen=True)
 class NumberLink:
-    """Where a number of a module stands in the file.
+    """The number in the file that a number of a module was taken from.
 
     Attributes:
-        module: its path.
+        module: path of the module.
         name: the module's attribute.
-        place: of the number, where the attribute is a list.
-        value: the constant's name in the file; "" where the number is an attribute of a node.
-        index: of the number in that constant or attribute; None where the attribute is one number.
-        node: that uses the constant first, or that has the attribute, by position in the file.
-        operand: which of its operands the constant is; -1 for an attribute.
-        attribute: the node's attribute.
+        place: index of the number if the attribute is a list, else None.
+        value: the constant's name in the file; "" if the number is an attribute of a node.
+        index: index of the number in that constant or attribute; None if the attribute is a single number.
+        node: position in the file of the node that uses the constant first, or that has the attribute.
+        operand: index of the constant among the operands of that node; -1 for an attribute.
+        attribute: name of the node's attribute.
     """
 
     module: str
@@ -109,7 +109,7 @@ class NumberLink:
 
 @dataclass(frozen=True)
 class FileInput:
-    """An input that the file asks for: its name, dtype, and sizes, of which symbolic ones are names."""
+    """An input of the file: its name, dtype, and sizes, where symbolic sizes are names."""
 
     name: str
     dtype: torch.dtype
@@ -126,7 +126,7 @@ class FileInput:
         )
 
     def default(self) -> tuple[int, ...]:
-        """A shape that it may have."""
+        """A shape that the input may have."""
         image = len(self.sizes) == 4 and {self.sizes[1], self.sizes[3]} & {1, 3, 4}
         return tuple(
             size if isinstance(size, int) else 1 if axis == 0 else _IMAGE if image else _SEQUENCE
@@ -134,20 +134,20 @@ class FileInput:
         )
 
     def make(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-        """A value of this shape."""
+        """An input of this shape: random floating-point numbers, ones for masks, zeros for other whole numbers."""
         if self.dtype.is_floating_point:
             return torch.randn(tuple(shape), generator=generator).to(self.dtype)
         return torch.full(tuple(shape), int("mask" in self.name.lower()), dtype=self.dtype)
 
 
 _IMAGE, _SEQUENCE = 224, 128
-"""Sizes where the file leaves them open."""
+"""Default sizes of images and sequences, if the file leaves them open."""
 _LARGEST_INPUT = 2**28
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """What a file says, besides its weights: nobody changes it, and copies of a network share it."""
+    """The content of a file without its weights. It never changes, so copies of a network share it."""
 
     file: OnnxFile
     inputs: tuple[FileInput, ...]
@@ -165,19 +165,18 @@ class Program:
 
 
 class OnnxNetwork(nn.Module):
-    """A network read from an ONNX file.
+    """A network that was read from an ONNX file.
 
-    It is called with the file's inputs in their order, or by their names. Sizes that the file leaves open may differ
-    from call to call.
+    It is called with the file's inputs, in order or by name. Sizes that the file leaves open may differ between calls.
 
     Attributes:
-        program: what the file says.
+        program: the content of the file without its weights.
     """
 
     program: Program
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        """The file's outputs: a tensor where there is one, else a tuple."""
+        """The file's outputs: a tensor if there is one, else a tuple."""
         program = self.program
         values = self._given(args, kwargs)
         floating = next((t.dtype for t in self.parameters() if t.is_floating_point()), torch.float32)
@@ -200,27 +199,28 @@ class OnnxNetwork(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Inputs of the shapes that the file states.
 
-        Sizes that it leaves open become 1 on the first axis, 224 for the sides of images, and 128 elsewhere. Real
-        numbers are drawn at random, masks are ones, and other whole numbers zeros, which are valid in every vocabulary.
+        Sizes that the file leaves open become 1 on the first axis, 224 for the sides of images, and 128 elsewhere.
+        Floating-point numbers are random, masks are ones, and other whole numbers are zeros, which every vocabulary
+        has.
 
         Args:
-            shapes: of the inputs, in place of the file's.
-            generator: what the numbers are drawn with.
+            shapes: shapes of the inputs, if other than the defaults.
+            generator: the source of random numbers.
 
         Raises:
-            InputError: other shapes than the file states.
+            InputError: the shapes do not fit the file.
         """
         asked = self.program.inputs
         if shapes is not None and len(shapes) != len(asked):
             told = ", ".join(map(str, asked))
-            raise InputError(f"{self.program.file.path} takes {len(asked)} inputs ({told}); {len(shapes)} were given")
+            raise InputError(f"{self.program.file.path} takes {len(asked)} inputs ({told}), but got {len(shapes)}")
         made = []
         for place, item in enumerate(asked):
             shape = tuple(shapes[place]) if shapes is not None else item.default()
             if not item.takes(shape):
                 raise InputError(f"{self.program.file.path}: {item} can't be {'x'.join(map(str, shape))}")
             if math.prod(shape) > _LARGEST_INPUT:
-                raise InputError(f"{self.program.file.path}: {item} is too large to be tried")
+                raise InputError(f"{self.program.file.path}: {item} is too large; pass a smaller input")
             made.append(item.make(shape, generator))
         return tuple(made)
 

@@ -1,4 +1,4 @@
-"""Arithmetic on shapes: operators that act on numbers are computed by ONNX's own reference, and numbers are traced."""
+"""Arithmetic on shapes and other numbers, computed by ONNX's reference implementation."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Numbers:
     """One operator on arrays, computed by the reference implementation of the ``onnx`` package.
 
     Args:
-        node: the node, as ``onnx`` has it.
-        opsets: the versions of the operators.
-        ir_version: of the file.
+        node: the node, as an object of ``onnx``.
+        opsets: versions of the operators, by domain.
+        ir_version: the file's version of the ONNX format.
     """
 
     def __init__(self, node: Any, opsets: dict[str, int], ir_version: int) -> None:
@@ -39,10 +39,10 @@ class Numbers:
         self._evaluator = ReferenceEvaluator(made)
 
     def __call__(self, *operands: Any) -> tuple[np.ndarray, ...]:
-        """What the operator gives.
+        """The outputs of the operator.
 
         Raises:
-            InputError: it can't be computed, or would be huge.
+            InputError: it can't be computed, or its output would be huge.
         """
         arrays = [np.asarray(operands[place]) for place in self._places]
         self._check(arrays)
@@ -65,4 +65,4 @@ class Numbers:
         else:
             count = float(arrays[0].size) * (float(arrays[1].reshape(-1)[0]) if self._op == "OneHot" else 1)
         if count > _LARGEST:
-            raise InputError(f"node {self._name} asks for {count:.0e} elements")
+            raise InputError(f"node {self._name} would make {count:.0e} elements, which is too many")

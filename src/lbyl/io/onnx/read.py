@@ -1,4 +1,4 @@
-"""From a checked ONNX file to a network of PyTorch's."""
+"""Turns a checked ONNX file into a PyTorch network."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _LARGEST_APART = 2**16
 
 @dataclass(frozen=True)
 class Origin:
-    """Where in the file a number stands, and by which operand of which node it is used first (-1: by none yet).
+    """The place of a number in the file, and the node and operand that use it first (-1 for none yet).
 
-    With ``size``, it is the size of a constant along the axis ``index``.
+    With ``size``, the number is the size of a constant along the axis ``index``.
     """
 
     value: str
@@ -45,7 +45,7 @@ class Origin:
     size: bool = False
 
     def used(self, node: int, operand: int) -> Origin:
-        """The same, once a node has used it."""
+        """The same origin with this node and operand as its first use, if there is none yet."""
         return self if self.node >= 0 else replace(self, node=node, operand=operand)
 
 
@@ -53,46 +53,46 @@ Origins = Sequence[Origin | None]
 
 
 def read_onnx(path: Path) -> OnnxNetwork:
-    """The network of a file, in evaluation mode.
+    """Read the network of a file, in evaluation mode.
 
     Raises:
-        InputError: the file is damaged, or has an operator that lbyl can't read; the error names it.
+        InputError: the file is damaged, or has an operator that lbyl can't read, which the error names.
     """
     file = open_file(path)
     return Reader(file, prepared(file)).network().eval()
 
 
 def content(file: OnnxFile) -> ir.Model:
-    """The file's content, with the calls of its own functions taken apart."""
+    """The file's content, with calls of its own functions inlined."""
     model = file.model()
     try:
         if model.functions:
             library("onnx_ir.passes.common").InlinePass()(model)
     except Exception as error:
-        raise InputError(f"{file.path}: its functions can't be taken apart: {first_line(error)}") from error
+        raise InputError(f"{file.path}: its functions can't be inlined: {first_line(error)}") from error
     return model
 
 
 def prepared(file: OnnxFile) -> ir.Model:
-    """The same with shapes inferred, as far as that can be done."""
+    """The file's content with inlined functions, and with inferred shapes where possible."""
     passes, model = library("onnx_ir.passes.common"), content(file)
-    with suppress(Exception):  # shapes only help to find out which numbers of the file are widths
+    with suppress(Exception):  # shapes only help to find the numbers of the file that are widths
         passes.ShapeInferencePass()(model)
     return model
 
 
 class _Room(nn.Module):
-    """What holds modules and tensors of the file whose names have dots."""
+    """A container for modules and tensors whose names in the file have dots."""
 
 
 class Reader:
     """Reads a file once, node by node.
 
     Attributes:
-        constants: all constants of the file and what is computed of them, by name.
-        leaf: the constant that each of them is, under whatever other names.
+        constants: all constants of the file and values computed from them, by name.
+        leaf: the original name of each constant, because Identity nodes may pass it on under other names.
         producers: the position of the node that makes each value.
-        names: all names of values.
+        names: the names of all values.
     """
 
     def __init__(self, file: OnnxFile, model: ir.Model) -> None:
@@ -140,9 +140,9 @@ class Reader:
         name = str(value.name)
         kind = int(value.dtype) if value.dtype is not None else 0
         if kind not in DTYPES:
-            raise InputError(f"{self.file.path}: input {name!r} is no tensor of numbers")
+            raise InputError(f"{self.file.path}: input {name!r} is not a tensor of numbers")
         if value.shape is None:
-            raise InputError(f"{self.file.path}: input {name!r} does not say how many axes it has")
+            raise InputError(f"{self.file.path}: input {name!r} has no shape; export the network with input shapes")
         sizes = tuple(size if isinstance(size, int) and size > 0 else _symbol(size) for size in value.shape)
         return FileInput(name, DTYPES[kind], sizes)
 
@@ -173,7 +173,7 @@ class Reader:
         build(_Node(self, node, place))
 
     def _pass_on(self, node: ir.Node, name: str) -> None:
-        """The node's output is a constant under another name."""
+        """Record that the node's output is a constant under another name."""
         other = str(node.outputs[0].name)
         self.constants[other] = self.constants[name]
         self.leaf[other] = other
@@ -183,18 +183,18 @@ class Reader:
     def _check(self, node: ir.Node) -> None:
         where, name = self.where(node), node.op_type
         if name.startswith(_QUANTIZED):
-            raise InputError(f"{where} is a part of a quantized network; compress the float network, then quantize it")
+            raise InputError(f"{where} is part of a quantized network; compress the float network, then quantize it")
         if name in _CONTROL:
             raise InputError(f"{where} is control flow, which lbyl can't read; export the network without it")
         if node.domain not in _STANDARD:
-            raise InputError(f"{where} is of domain {node.domain!r}, whose operators lbyl can't read")
+            raise InputError(f"{where} has the domain {node.domain!r}, whose operators lbyl can't read")
 
     def where(self, node: ir.Node) -> str:
-        """What errors call a node."""
+        """The name of a node in errors."""
         return f"{self.file.path}: node {node.name or node.outputs[0].name!r} ({node.op_type})"
 
     def named(self, value: ir.Value | None) -> str | None:
-        """The name of a value; None for an operand that is left out."""
+        """The name of a value; None if the operand is left out."""
         return None if value is None or not value.name else value.name
 
     def _numbers(self, node: ir.Node) -> Numbers:
@@ -202,7 +202,7 @@ class Reader:
         return Numbers(serde.serialize_node(node), self.opsets, self.model.ir_version or 8)
 
     def _fold(self, node: ir.Node, values: Sequence[str | None]) -> None:
-        """Compute what only depends on constants."""
+        """Compute a node that depends only on constants."""
         arrays = [None if name is None else self.constants[name] for name in values]
         found = self._numbers(node)(*arrays)
         names = [str(value.name) for value in node.outputs if value.name]
@@ -212,7 +212,7 @@ class Reader:
         self.leaf[names[0]] = self.leaf[str(values[0])] if node.op_type == "Identity" else names[0]
 
     def _on_numbers(self, node: ir.Node, values: Sequence[str | None]) -> None:
-        """Compute arithmetic on shapes each time that the network runs."""
+        """Make a step for arithmetic on shapes, which is computed each time the network runs."""
         names = tuple(str(value.name or "") for value in node.outputs)
         sources = tuple(self._number(name) for name in values)
         self.steps.append(
@@ -229,7 +229,7 @@ class Reader:
         return Known(self.constants[name]) if name in self.constants else Value(name)
 
     def late_constant(self, value: ir.Value | None) -> np.ndarray | None:
-        """A constant whose node comes later in the file than where it is asked for; None where it is none."""
+        """The value of a constant whose node comes later in the file; None if it is not a constant."""
         node = None if value is None else value.producer()
         if value is None or node is None:
             return None
@@ -249,14 +249,14 @@ class Reader:
     # -- constants --------------------------------------------------------------------------------------
 
     def constant(self, name: str, array: np.ndarray) -> None:
-        """Take note of a constant of the file."""
+        """Record a constant of the file."""
         self.constants[name] = array
         self.leaf[name] = name
         if array.dtype.kind in "iu" and array.ndim < 2 and array.size <= 64:
             self.origins[name] = [Origin(name, index) for index in range(array.size)]
 
     def _moved(self, node: ir.Node, values: Sequence[str | None], count: int | None) -> Origins | None:
-        """Which numbers of the file a node's output holds, where it only moves numbers; None where that is unknown."""
+        """The origins of the numbers in a node's output, if the node only moves numbers; None if unknown."""
         place = self.order[id(node)]
         first = self.origin(values[0], place, 0) if values else None
         array = self.constants.get(values[0] or "") if values else None
@@ -284,7 +284,7 @@ class Reader:
         return [None] * count if count is not None else self.unknown(node)
 
     def _taken(self, node: ir.Node, values: Sequence[str | None]) -> int | None:
-        """How many numbers a node picks of others, where its indices alone tell."""
+        """How many numbers a node selects, if this follows from its indices; else None."""
         indices = [self.constants.get(name) if name else None for name in values[1:3]]
         if node.op_type == "Gather":
             return None if indices[0] is None else indices[0].size
@@ -297,7 +297,7 @@ class Reader:
         return end - start if 0 <= start < end < 16 or start < end < 0 else None
 
     def origin(self, name: str | None, node: int, operand: int) -> Origins | None:
-        """Where the numbers stand that a node uses; None where it is not known how many there are."""
+        """The origins of the numbers that a node uses; None if it is not known how many there are."""
         if name is None:
             return None
         if name in self.origins:
@@ -305,13 +305,13 @@ class Reader:
         return [None] * self.constants[name].size if name in self.constants else None
 
     def unknown(self, node: ir.Node) -> Origins | None:
-        """As many numbers as the file's shapes say, none of which it holds."""
+        """Unknown origins for a node's output, as many as the file's shapes state."""
         shape = node.outputs[0].shape
         sizes = [size if isinstance(size, int) else -1 for size in shape] if shape is not None else [-1]
         return None if min(sizes, default=1) < 0 else [None] * math.prod(sizes)
 
     def source(self, value: ir.Value | None, node: int = -1, operand: int = -1) -> Source:
-        """An operand of a step: a value, a tensor that the network holds, or a constant."""
+        """An operand of a step: a value, a tensor of the network, or a constant."""
         name = self.named(value)
         if name is None or name not in self.constants:
             return None if name is None else Value(name)
@@ -322,7 +322,7 @@ class Reader:
         path = self.bare.get(leaf)
         if path is None:
             path = self._hold(leaf, from_file(array, "same", 1.0))
-            # Equal vectors of layers that have nothing to do with each other often are one constant of the file.
+            # A file often stores equal vectors of unrelated layers as one constant, so each use gets its own tensor.
             if array.size > _LARGEST_APART:
                 self.bare[leaf] = path
         self.links.append(Link(path, name, "same", 1.0, node, operand))
@@ -341,8 +341,8 @@ class Reader:
     # -- modules ----------------------------------------------------------------------------------------
 
     def place(self, name: str) -> str:
-        """A free path in the network for a name of the file."""
-        # PyTorch marks repeated calls of a module with an "@" behind its name.
+        """An unused path in the network for a name of the file."""
+        # PyTorch marks repeated calls of a module with an "@" after its name.
         parts = [part or "_" for part in name.replace("@", "_").split(".")]
         room: nn.Module = self.made
         for index, part in enumerate(parts[:-1]):
@@ -363,7 +363,7 @@ class Reader:
         return self.made.get_submodule(parent), leaf
 
     def add(self, name: str, module: nn.Module) -> str:
-        """Put a module where a name of the file says."""
+        """Add a module under a name of the file, and return its path."""
         path = self.place(name)
         room, leaf = self._room(path)
         room.add_module(leaf, module)
@@ -447,7 +447,7 @@ class _Node:
         return self._bias, self._bias.inputs[-operand - 1]
 
     def _name(self, operand: int) -> str:
-        """The layer's name: that of its weight without its last part, or else that of the node."""
+        """The layer's name: that of its weight without the last part, or else that of the node."""
         value = self._value(operand)
         prefix, _, last = self._reader.leaf[self._reader.named(value) or ""].rpartition(".")
         return prefix if prefix and last in ("weight", "w_0") else self._node.name or self._made[0]

@@ -1,4 +1,4 @@
-"""The file that a network was read from, with the network's weights and widths in it, and otherwise as it was."""
+"""Writes a cut network as the ONNX file that it was read from, with new weights and widths and no other changes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 def write_onnx(network: OnnxNetwork, path: Path) -> None:
     """Write the file of a network that was cut.
 
-    Graph, names, operators, metadata, and sizes that the file leaves open stay as they are. Weights take the network's
-    values, and numbers that are widths follow. Weights that were in a file of their own are so again, beside ``path``.
+    Graph, names, operators, metadata and open sizes are kept. Weights get the network's values, and numbers that are
+    widths are updated. Weights that were stored in a separate file are stored so again, beside ``path``.
 
     Raises:
-        SurgeryError: a width follows from numbers that the file also uses elsewhere.
-        InputError: the original file is gone, or has changed.
+        SurgeryError: a width depends on a number of the file that would need two values.
+        InputError: the original file is missing or has changed.
     """
     ir: Any = library("onnx_ir")
     program = network.program
@@ -47,7 +47,7 @@ def _is_external(tensor: Any) -> bool:
 
 
 class _Editor:
-    """A file's content, changed where a network's tensors and numbers say so."""
+    """Changes a file's content to fit a network's tensors and numbers."""
 
     def __init__(self, model: ir.Model, reader: Reader) -> None:
         reader.network()
@@ -56,7 +56,7 @@ class _Editor:
         self.place = {id(node): place for place, node in enumerate(self.nodes)}
 
     def weights(self, network: OnnxNetwork, links: tuple[Link, ...]) -> None:
-        """Give constants the values of the network's tensors."""
+        """Set constants to the values of the network's tensors."""
         state = tensors_of(network)
         by_leaf: dict[str, list[tuple[Link, np.ndarray]]] = defaultdict(list)
         for link in links:
@@ -80,7 +80,7 @@ class _Editor:
                 self._rewire(link.node, link.operand, new)
 
     def _reshaped(self, name: str, new: np.ndarray, edges: set[tuple[int, int]]) -> bool:
-        """Store a constant that the file gives another shape before it is used; False where that can't be done."""
+        """Store a constant that the file reshapes before its use; returns False if that is not possible."""
         place = self.reader.producers.get(name, -1)
         node = self.nodes[place]
         if node.op_type not in ("Reshape", "Unsqueeze") or not self._edges(node.outputs[0]) <= edges:
@@ -100,7 +100,7 @@ class _Editor:
         return True
 
     def numbers(self, network: OnnxNetwork, links: tuple[NumberLink, ...]) -> None:
-        """Give numbers that are widths the values that the network's modules have."""
+        """Set numbers that are widths to the values in the network's modules."""
         changes: dict[tuple[int, int], dict[int, tuple[int, str]]] = defaultdict(dict)
         for link in links:
             kept = getattr(network.get_submodule(link.module), link.name)
@@ -123,7 +123,7 @@ class _Editor:
             self._number(name, (node, operand), array)
 
     def _number(self, name: str, edge: tuple[int, int], array: np.ndarray) -> None:
-        """Give one operand of one node other numbers; where others use them as well, they keep theirs."""
+        """Change the numbers in one operand of one node; other nodes that use the same constant keep theirs."""
         value = self._value(name)
         if value is not None and self._edges(value) == {edge}:
             self._store(value, array)
@@ -143,7 +143,7 @@ class _Editor:
             node.attributes[link.attribute] = ir.AttrInt64s(link.attribute, changed)
 
     def _value(self, name: str) -> ir.Value | None:
-        """An initializer or the output of a Constant node; None for what is computed of constants."""
+        """An initializer or the output of a Constant node; None for values computed from constants."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         found = self.reader.producers.get(name)
@@ -151,7 +151,7 @@ class _Editor:
         return node.outputs[0] if node is not None and node.op_type == "Constant" else None
 
     def _edges(self, value: ir.Value) -> set[tuple[int, int]]:
-        """Which operands of which nodes a value is; what only passes it on is left out."""
+        """The (node, operand) pairs that use a value, also through nodes that only pass it on."""
         edges: set[tuple[int, int]] = set()
         if value.is_graph_output():
             edges.add((-1, -1))
@@ -177,7 +177,7 @@ class _Editor:
             value.shape = ir.Shape(array.shape)
 
     def _rewire(self, place: int, operand: int, array: np.ndarray) -> None:
-        """Give one operand of one node a constant of its own."""
+        """Give one operand of one node its own constant."""
         ir: Any = library("onnx_ir")
         node = self.nodes[place]
         old = node.inputs[operand]
@@ -188,12 +188,12 @@ class _Editor:
         made = ir.tensor(array, name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(made.dtype), const_value=made)
         self.graph.initializers[name] = value
-        if (self.model.ir_version or 4) < 4:  # then initializers have to be inputs, too
+        if (self.model.ir_version or 4) < 4:  # before version 4, initializers must also be inputs
             self.graph.inputs.append(value)
         node.replace_input_with(operand, value)
 
     def refresh(self) -> None:
-        """Let the shapes that the file states of its values follow; remove what is no longer used."""
+        """Update the shapes that the file states, and remove unused constants."""
         passes = library("onnx_ir.passes.common")
         stated: list[tuple[ir.Value, Any, Any]] = []
         for node in self.nodes:
@@ -203,7 +203,7 @@ class _Editor:
                     value.shape = None
         try:
             passes.ShapeInferencePass()(self.model)
-        except Exception:  # then no shapes are stated, which nobody needs
+        except Exception:  # the shapes are optional, so they are left out
             for value, _, _ in stated:
                 value.shape = None
         for value, shape, kind in stated:
@@ -215,7 +215,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _merged(before: Any, now: Any) -> Any:
-    """A shape as it was stated, with the sizes that have changed; those that are not known any more are left open."""
+    """The stated shape with updated sizes; sizes that are no longer known are left open."""
     ir: Any = library("onnx_ir")
     if now is None or len(now) != len(before):
         return None

@@ -1,1 +1,1 @@
-"""What a report holds, and how it is shown."""
+"""The report: its content, and how it is shown."""

@@ -1,7 +1,7 @@
-"""The colors of reports and pictures, in one place.
+"""The colors of reports and pictures.
 
-Page and style sheet name them by CSS variables: ``ink`` for text, ``muted`` for side remarks, ``line`` for rules,
-``panel`` and ``ground`` for backgrounds, ``before`` and ``after`` for what was there before and after pruning, and
+The page and its style sheet refer to them as CSS variables: ``ink`` for text, ``muted`` for secondary text, ``line``
+for rules, ``panel`` and ``ground`` for backgrounds, ``before`` and ``after`` for values before and after pruning, and
 ``good``, ``fair`` and ``bad`` for the verdict.
 """
 
@@ -21,7 +21,7 @@ NOTEBOOK: Mapping[str, str] = {
     "fair": "#c58a12",
     "bad": "#d2483c",
 }
-"""Of medium lightness, because a notebook may be light or dark."""
+"""Colors of medium lightness, because a notebook may be light or dark."""
 
 LIGHT: Mapping[str, str] = {
     "ink": "#1c2126",
@@ -61,4 +61,4 @@ class Palette:
 
 
 PLAIN = Palette(ink="#808080", line="#80808066", before=NOTEBOOK["before"], after=NOTEBOOK["after"])
-"""For pictures in files of their own: of medium lightness, to be seen on white and on black."""
+"""Colors for separate picture files, of medium lightness, visible on white and on black."""

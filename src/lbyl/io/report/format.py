@@ -1,4 +1,4 @@
-"""Numbers and lines of text for people."""
+"""Formats numbers and lines of text for people."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from rich.text import Text
 from lbyl.errors import visible
 
 FLOAT32 = 4
-"""Bytes of a parameter, for the sizes that are shown."""
+"""Bytes of a parameter, for sizes in reports."""
 
 
 def share(before: float, after: float) -> str:
-    """The share that is left, in percent.
+    """The ratio ``after / before`` in percent.
 
     >>> share(200, 150)
     '75.0%'
@@ -20,7 +20,7 @@ def share(before: float, after: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes.
+    """A number of bytes as text.
 
     >>> size(25_600_000), size(1234)
     ('25.6 MB', '1.2 kB')
@@ -56,7 +56,7 @@ def line(text: str) -> str:
 
 
 def shown(text: str) -> Text:
-    """One line for Rich that holds no markup and no control characters: somebody else may have written the text.
+    """One line of untrusted text for Rich, without markup and control characters.
 
     >>> shown("[red]gone\\x1b[2K").plain
     '[red]gone\\\\x1b[2K'

@@ -1,4 +1,4 @@
-"""Text of other people inside Markdown: it is shown, and never obeyed."""
+"""Escapes untrusted text for Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lbyl.io.report.format import line
 
 
 def plain_words(text: str) -> str:
-    """One line of text in which nothing is Markdown.
+    """One line of text in which all Markdown is escaped.
 
     >>> plain_words("layer1.0 [see](https://evil.example) <img>")
     'layer1.0 \\\\[see\\\\](https://evil.example) \\\\<img\\\\>'
@@ -17,7 +17,7 @@ def plain_words(text: str) -> str:
 
 
 def code_span(text: str, cell: bool = False) -> str:
-    """One line of text as code, also where there are backticks in it; in the cell of a table, bars are escaped."""
+    """One line of text as a code span, even if it contains backticks; in a table's cell, bars are escaped."""
     shown = line(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     space = " " if shown.startswith("`") or shown.endswith("`") else ""

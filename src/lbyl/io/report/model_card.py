@@ -1,4 +1,4 @@
-"""The model card, made from plan and report: a ``README.md`` with the metadata that the Hugging Face Hub reads."""
+"""Writes the model card from plan and report: a ``README.md`` with the metadata that the Hugging Face Hub reads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lbyl.surgery.plan import Plan, is_rebuildable
 
 
 def card(plan: Plan, report: Report) -> str:
-    """What was cut, what it cost, how to load the result, and how to make it again, as Markdown.
+    """The model card as Markdown: what was cut, the expected loss, how to load the network, how to reproduce it.
 
     Args:
-        plan: what was cut, and with which settings.
+        plan: the cuts and the settings.
         report: the totals, and a row for each group.
 
     Returns:
@@ -36,7 +36,7 @@ def card(plan: Plan, report: Report) -> str:
 def _metadata(plan: Plan) -> Iterator[str]:
     yield from ("---", "library_name: lbyl", "tags:", "- pruned", "- lbyl", "- pytorch")
     if plan.source:
-        # Not base_model: that must be a repository of the Hub, and the plan does not know whose weights were loaded.
+        # Not base_model, which must be a repository of the Hub: the plan does not tell which weights were loaded.
         yield f"base_model_source: {json.dumps(shown_source(plan.source), ensure_ascii=False)}"
     yield "---"
 
@@ -82,7 +82,7 @@ def _exporting(plan: Plan) -> Iterator[str]:
 
 
 def _groups(report: Report) -> Iterator[str]:
-    yield from ("[report.html](report.html) shows it in pictures.", "")
+    yield from ("[report.html](report.html) shows this in pictures.", "")
     yield "| group | channels |"
     yield "|---|--:|"
     for row in report.rows:

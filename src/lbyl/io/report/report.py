@@ -1,4 +1,4 @@
-"""The report: what was done, in rows and totals, for people (Rich, notebooks) and for programs (plain data)."""
+"""The report of a compression, for people (Rich, notebooks) and for programs (plain data)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ class Report(ReportData):
 
     Attributes:
         rows: one for each pruned group.
-        left: (group, reason) for every group that was left whole.
-        barriers: operations that channels could not be followed through.
+        left: (group, reason) for every group that was not pruned.
+        barriers: operations that the trace could not see through.
         parameters: count before and after.
         macs: multiply-accumulate operations on the example inputs, before and after; None if not counted.
         verified: the largest relative difference between the cut and the masked network; None if switched off.
         seconds: wall-clock time of each stage.
         notes: anything else that the user should know.
         assessment: relative error of the network's outputs on held-out probes; None without probes.
-        latency: how long both networks take; None if not measured.
+        latency: the latency of both networks; None if not measured.
         held_out_errors: relative error of the network's outputs on held-out probes, by the way its consumers were
-            solved ("all at once", "halfway between", "in turn"), and where nothing was restored ("pruned").
-        forecast: what the smaller network is expected to keep at real inputs; None where that was switched off.
-        evaluation: what the user's own function returned before and after; None without one.
+            solved ("all at once", "halfway between", "in turn"), and without restoration ("pruned").
+        forecast: how well the smaller network is expected to agree with the original on real inputs; None if switched
+            off.
+        evaluation: the results of the user's own function before and after; None without one.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class Report(ReportData):
         return report
 
     def prefixed(self, path: str) -> Report:
-        """The same report about a network in which the one that it is about is the submodule at ``path``."""
+        """The report with ``path`` before all names, for a network that contains this one as the submodule ``path``."""
         return dataclasses.replace(
             self,
             rows=tuple(dataclasses.replace(row, group=f"{path}.{row.group}") for row in self.rows),
@@ -84,7 +85,7 @@ class Report(ReportData):
         return report_html(self)
 
     def summary(self) -> list[str]:
-        """What is expected of the network and what was measured, then the totals, a line each."""
+        """The report as lines of text: the forecast, the user's evaluation, the totals, and the notes."""
         lines = [line for line in (expectation(self.forecast).text, evaluation(self.evaluation)) if line]
         lines.append(_change("parameters", *self.parameters))
         if self.macs:
@@ -92,7 +93,7 @@ class Report(ReportData):
         if self.latency:
             lines.append(f"latency: {self.latency} on {self.latency.place}")
             if self.latency.no_speed:
-                lines.append(f"no time is saved by the cut of {self.latency.no_speed}")
+                lines.append(f"cut, but not faster: {self.latency.no_speed}")
         if self.verified is None:
             if not any(note.startswith("not verified") for note in self.notes):
                 lines.append("not verified: verification was switched off")
@@ -100,7 +101,7 @@ class Report(ReportData):
             lines.append(f"verified: the cut network equals the masked one (relative difference {self.verified:.1e})")
         if self.assessment:
             lines.append(
-                "output error on held-out probes, which are no real inputs: "
+                "output error on held-out probes (not real inputs): "
                 f"{self.assessment.pruned:.1%} pruned, {self.assessment.restored:.1%} restored"
             )
         lines.append("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()))

@@ -1,4 +1,4 @@
-"""The numbers of a report: a row for each group, and the totals."""
+"""The data of a report: a row for each group, and the totals."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Row:
     """One pruned group.
 
     ``re``, ``be`` and ``ae`` are the paper's residual, batch-norm and activation errors, as means over the dropped
-    channels; None if the weights-only form does not apply. ``errors`` are relative errors of the consumers' outputs,
-    after plain pruning and after restoration, on the moments that restoration solved with: they say how well each
-    solve went, not what the network lost, for later layers make up for much of it.
+    channels; None if the weights-only form does not apply. ``errors`` are relative errors of the consumers' outputs
+    after plain pruning and after restoration, on the moments that restoration solved with. They describe single solves,
+    and not the loss of the network, because later layers compensate for much of it.
     """
 
     group: str
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the user's own function returned for the network before and after; ``name`` says which function."""
+    """The results of the user's own function, called ``name``, for the network before and after compression."""
 
     name: str
     before: float
@@ -42,7 +42,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ReportData:
-    """What :class:`lbyl.Report` holds; its documentation explains the fields."""
+    """The fields of :class:`lbyl.Report`, whose documentation explains them."""
 
     rows: tuple[Row, ...]
     left: tuple[tuple[str, str], ...]
@@ -65,5 +65,5 @@ class ReportData:
 
     @property
     def has_terms(self) -> bool:
-        """Whether there are errors of the paper's kinds (RE, BE, AE)."""
+        """Whether there are the paper's errors (RE, BE, AE)."""
         return any(value is not None for row in self.rows for value in (row.re, row.be, row.ae))

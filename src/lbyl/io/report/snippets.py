@@ -1,4 +1,4 @@
-"""Python code, made from the plan, that loads a saved network or makes it again."""
+"""Makes Python code from a plan: code that loads the saved network, and code that reproduces it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lbyl.surgery.plan import Plan, is_rebuildable
 
 
 def loading(plan: Plan) -> Iterator[str]:
-    """The lines that load the folder that the plan was saved in, wherever it is."""
+    """The lines of code that load the folder of the plan, with a placeholder for its path."""
     yield "import lbyl"
     yield ""
     if plan.source and is_rebuildable(plan.source):
@@ -26,7 +26,7 @@ def loading(plan: Plan) -> Iterator[str]:
 
 
 def load_line(path: str | os.PathLike[str], source: str | None) -> str:
-    """The same in one line, for a folder whose place is known."""
+    """One line of code that loads the folder at ``path``."""
     folder = repr(str(path))
     if source is None:
         return f"import lbyl; net = lbyl.load({folder}, model)  # model: a fresh, unpruned instance"
@@ -36,20 +36,20 @@ def load_line(path: str | os.PathLike[str], source: str | None) -> str:
 
 
 def reproducing(plan: Plan) -> Iterator[str]:
-    """The lines that make the same network again: the call with all its settings."""
+    """The lines of code that make the same network again: the call with all its settings."""
     parts = plan.settings.get("parts", ())
     yield from ("import torch", "import lbyl")
     if plan.source and "after" not in plan.settings:
         yield "from lbyl import load_source"
     yield ""
     if "after" in plan.settings:
-        yield "model = ...  # the network that the first compression led to, with the weights that were compressed"
+        yield "model = ...  # the result of the first compression, with the weights that were compressed"
     elif plan.source:
         yield f"model = load_source({shown_source(plan.source)!r})  # with the weights that were compressed"
     else:
         yield "model = ...  # the network, with the weights that were compressed"
     if _reads_data(plan.settings):
-        yield "batches = ...  # the inputs that the moments were taken from"
+        yield "batches = ...  # the inputs on which the moments were measured"
     yield f"inputs = ({' '.join(f'{text},' for text in map(_tensor, plan.inputs.split(', ')))})"
     yield "result = lbyl.compress("
     yield "    model,"
@@ -62,14 +62,14 @@ def reproducing(plan: Plan) -> Iterator[str]:
 
 
 def arguments(plan: Plan) -> dict[str, str]:
-    """The settings that the network was compressed with, as Python code."""
+    """The settings of the compression as Python code, by name."""
     settings = dict(plan.settings)
-    settings.pop("after", None)  # how the network was compressed that this call starts from
-    settings.pop("parts", None)  # a new call finds out again which parts can be traced
+    settings.pop("after", None)  # settings of an earlier compression
+    settings.pop("parts", None)  # a new call finds the traceable parts again
     if settings.get("criterion") == settings.get("restore"):
-        settings.pop("criterion", None)  # this restorer chooses the channels by itself
+        settings.pop("criterion", None)  # this restorer chooses the channels itself
     if settings.get("budget"):
-        settings.pop("ratio", None)  # the ratios that the budget led to
+        settings.pop("ratio", None)  # the ratios follow from the budget
     return {name: _python(value) for name, value in settings.items()}
 
 
@@ -104,7 +104,7 @@ def _reads_data(value: Any) -> bool:
 
 
 def shown_source(source: str) -> str:
-    """The source as it may be published: of a file or folder only its name, not the folders around it."""
+    """The source without paths of this machine: only the name of a file or folder."""
     if source.lower().endswith((".onnx", ".pt2")):
         return PurePath(source).name
     place, separator, name = source.rpartition(":")
@@ -114,5 +114,5 @@ def shown_source(source: str) -> str:
 
 
 def name_of(plan: Plan) -> str:
-    """What the network is called."""
+    """The name of the network for titles."""
     return line(shown_source(plan.source).rpartition(":")[2]) if plan.source else "A network"

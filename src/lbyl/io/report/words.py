@@ -1,4 +1,4 @@
-"""What was lost, in words: the forecast, and what was measured. Each way of showing a report starts with it."""
+"""Puts the forecast and the user's own measurement into words, which every form of the report starts with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lbyl.runtime.forecast import AGREEMENT, COSINE, PERPLEXITY, POSITIONS, Fore
 
 NOT_KNOWN = "What was lost is not known"
 _GOOD, _FAIR = 0.95, 0.8
-"""Least agreement, and cosine, that are called good and fair."""
+"""Smallest agreement or cosine that counts as good, and as fair."""
 _SMALL, _LARGE = 0.1, 0.3
-"""Errors up to the first are called good, up to the second fair; perplexity may grow by as much."""
+"""Largest error, or relative increase of perplexity, that counts as good, and as fair."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Words:
 
     @property
     def text(self) -> str:
-        """Both as one line."""
+        """Headline and details as one line."""
         return f"{self.headline} {self.detail}".strip()
 
 
 def expectation(forecast: Forecast | None) -> Words:
-    """What is expected of the smaller network at real inputs.
+    """The forecast for real inputs, in words.
 
     >>> expectation(Forecast("agreement", agreement=0.94, low=0.91, high=0.96, inputs=96)).headline
     'Expected to give the same answer for about 94 of 100 inputs (91 to 96).'
@@ -53,12 +53,12 @@ def expectation(forecast: Forecast | None) -> Words:
         told = f"about {value:.2f} ({low:.2f} to {high:.2f})"
         headline = f"Expected cosine between its outputs and the original's: {told}."
         return Words(_tone(value, _GOOD, _FAIR), headline, _source(forecast))
-    told = f"about {value:.0%} of what they tell ({low:.0%} to {high:.0%})"
-    return Words(_tone(-value, -_SMALL, -_LARGE), f"Expected error of the outputs: {told}.", _source(forecast))
+    told = f"about {value:.0%} ({low:.0%} to {high:.0%})"
+    return Words(_tone(-value, -_SMALL, -_LARGE), f"Expected relative error of the outputs: {told}.", _source(forecast))
 
 
 def evaluation(found: Evaluation | None) -> str:
-    """What the user's own measure says, before and after; "" where there is none.
+    """The user's own measurement before and after, in words; "" if there is none.
 
     >>> evaluation(Evaluation("judge.py:accuracy", 0.931, 0.912))
     'Measured by judge.py:accuracy: 0.931 before, 0.912 after.'
@@ -71,7 +71,7 @@ def _tone(value: float, good: float, fair: float) -> str:
 
 
 def _hundredths(share: float) -> str:
-    """A share as so many of a hundred; all and none only where it is so.
+    """A share in hundredths, as text; "100" and "0" only if they are exact.
 
     >>> _hundredths(0.94), _hundredths(0.997), _hundredths(1.0)
     ('94', 'more than 99', '100')
@@ -83,8 +83,8 @@ def _hundredths(share: float) -> str:
 
 def _source(forecast: Forecast) -> str:
     if forecast.real:
-        return f"Told from {forecast.inputs} inputs of yours that nothing was solved on."
+        return f"Measured on {forecast.inputs} of your inputs that were not used for restoration."
     return (
-        f"Foretold from {forecast.inputs} probes that nothing was solved on, nine times in ten within these bounds; "
-        "your own data tells more."
+        f"This is a forecast from {forecast.inputs} probes that were not used for restoration, with a 90% interval in "
+        "parentheses. Evaluate the network on your own data to be sure."
     )

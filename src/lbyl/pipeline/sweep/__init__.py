@@ -1,1 +1,1 @@
-"""Several budgets of one network in one folder."""
+"""Compresses one network to several budgets, in one folder."""

@@ -1,4 +1,4 @@
-"""The analysis in a folder, as safetensors and JSON, so that the next run can use it."""
+"""Stores the analysis in a folder, as safetensors and JSON, so that later runs can use it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _GroupsNote:
 
 @dataclass(frozen=True)
 class _ProbesNote:
-    """The fields of :class:`lbyl.moments.Probes` that are no tensors; three keys have the names of version 0.1.0."""
+    """The fields of :class:`lbyl.moments.Probes` that are not tensors; three keys have the names of version 0.1.0."""
 
     batches: int
     batch_statistics: bool
@@ -78,7 +78,7 @@ class _CurvesNote:
 
 @dataclass(frozen=True)
 class _ConsumerNote:
-    """A consumer, and over how many positions each block of its moments was summed."""
+    """A consumer, and the number of positions in the sums of each block."""
 
     reader: str
     counts: tuple[int, ...]
@@ -100,13 +100,13 @@ class _DataNote:
 
 @dataclass(frozen=True)
 class FolderCache:
-    """The analysis of one part of the network, in a folder of its own.
+    """Stores the analysis of one part of the network in its own folder.
 
     Attributes:
-        folder: its place, which is made when something is kept.
-        graph: the channel graph; groups are kept by name.
+        folder: the folder, which is made when something is stored.
+        graph: the channel graph; groups are stored by name.
         inputs: the example inputs; probes have their structure and device.
-        private: whether the probes are the user's data. They are not kept, but read again, and must be the same.
+        private: whether the probes are the user's data. These are not stored, but read again, and must be equal.
     """
 
     folder: Path
@@ -116,11 +116,11 @@ class FolderCache:
 
     @property
     def begun(self) -> bool:
-        """Whether it is known which groups can be cut."""
+        """Whether the cuttable groups are stored."""
         return (self.folder / GROUPS).is_file()
 
     def cuttable(self, make: Callable[[], Cuttable]) -> Cuttable:
-        """Which groups can be cut."""
+        """The groups that can be cut."""
         file = self.folder / GROUPS
         if not file.exists():
             made = make()
@@ -132,7 +132,7 @@ class FolderCache:
             return Cuttable(tuple(map(self._index, found.groups)), found.notes)
 
     def probes(self, make: Callable[[], Probes]) -> Probes:
-        """The probes, bit for bit as they were made.
+        """The probes, exactly as they were made.
 
         Raises:
             InputError: the user's data has changed.
@@ -147,8 +147,8 @@ class FolderCache:
         expected = _leaves(self.inputs)[1]
         if any(_leaves(batch)[1] != expected for batch in batches):
             raise InputError(
-                "the probes are not structured like the example inputs, so a sweep can't keep them; "
-                "give lbyl.Data, or a source of probes that follows its inputs"
+                "the probes do not have the structure of the example inputs, so a sweep can't store them; "
+                "use lbyl.Data, or a source whose probes have this structure"
             )
         tensors = {f"{i}.{j}": t for i, batch in enumerate(batches) for j, t in enumerate(batch.tensors())}
         for number, (mean, var) in enumerate(made.statistics.values()):
@@ -161,7 +161,7 @@ class FolderCache:
             "lifelike": made.recalibration_batches,
             "matched": made.matches_training_statistics,
             "judged_in": made.evaluation_batches,
-            # Convolutions add in another order in this layout, so the last digits differ.
+            # The memory format is stored, because it changes the last digits of convolutions.
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         }
         write_tensors(file, tensors, json.dumps(note))
@@ -184,7 +184,7 @@ class FolderCache:
             return Curves(tuple(self._curve(fact, tensors[f"{fact.index}"]) for fact in note.curves), note.notes)
 
     def consumer_moments(self, make: Callable[[], dict[str, ConsumerMoments]]) -> Mapping[str, ConsumerMoments]:
-        """The consumers' moments. Those of the user's data are not kept either."""
+        """The consumers' moments. Those of the user's data are not stored either."""
         if self.private:
             return make()
         file = self.folder / READINGS
@@ -220,7 +220,7 @@ class FolderCache:
                     _check_sums(part, *(() if part is count else sums[0].shape))
                 spread = count * sums[1] - sums[0].square()
                 if count <= 0 or min(fact.counts, default=0) < 0 or bool((spread < -1e-6 * count * sums[1]).any()):
-                    raise ValueError(f"{fact.reader}: these are no sums over positions")
+                    raise ValueError(f"{fact.reader}: these are not sums over positions")
                 blocks = tuple(restored(number, index, count) for index, count in enumerate(fact.counts))
                 found[fact.reader] = ConsumerMoments(blocks, (count, sums[0], sums[1]))
             return found
@@ -230,7 +230,7 @@ class FolderCache:
         width = self.graph.groups[group].width
         distinct = set(fact.order) <= set(range(width)) and len(set(fact.order)) == len(fact.order)
         if not distinct or not math.isfinite(fact.weight):
-            raise ValueError(f"{fact.group} has {width} channels, and this is no order or weight of them")
+            raise ValueError(f"{fact.group} has {width} channels, but this is not a valid order or weight of them")
         _check_sums(error, len(fact.order) + 1)
         return Curve(group, fact.order, error, fact.weight)
 
@@ -279,8 +279,8 @@ class FolderCache:
             then = read_as(_DataNote, read_json(file), str(file))
         if then.sha256 != now:
             raise InputError(
-                f"the data is not what it was when this sweep began ({file} has its fingerprint): pass the same "
-                "batches in the same request, or begin in another folder"
+                f"the data has changed since this sweep began ({file} has its fingerprint): pass the same "
+                "batches, or begin in another folder"
             )
         return made
 
@@ -322,10 +322,10 @@ def _check_sums(tensor: Tensor, *shape: int) -> None:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Whatever a damaged file causes becomes one clear error."""
+    """Turn any error from a damaged file into one clear error."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, StopIteration, SafetensorError) as error:
         raise ArtifactError(
-            f"{file} is damaged ({type(error).__name__}: {error}); delete it, and it is made anew"
+            f"{file} is damaged ({type(error).__name__}: {error}); delete it, and it will be made again"
         ) from error

@@ -21,7 +21,7 @@ from lbyl.surgery.plan import library_version
 def fingerprint(
     model: nn.Module, inputs: ExampleInputs, request: CompressionRequest, submodule: str | None
 ) -> dict[str, str | int | bool | None]:
-    """Everything that the outcome depends on except the budgets, as plain data."""
+    """Everything that results depend on, except the budgets, as plain data."""
     restorer = request.restorer(model, inputs)[0]
     state, others = tensors_of(model), pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
     return {
@@ -49,12 +49,12 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], place: str) -> N
         for name in differing
     )
     raise InputError(
-        f"{place} holds a sweep of something else: {told}. Give what it began with, or write to another folder"
+        f"{place} holds another sweep: {told}. Use the same network and settings, or write to another folder"
     )
 
 
 def _printed(setting: Any) -> str:
-    """A settings object the way Python would print it, without what differs from process to process."""
+    """A settings object as Python code, without parts that differ between processes."""
 
     def plain(value: Any) -> str:
         same = value is None or isinstance(value, (str, int, float, tuple, list))

@@ -1,4 +1,4 @@
-"""The points of a sweep compared: which are worth having, as a table, a picture and a page."""
+"""Compares the points of a sweep in a table, a picture and a page, and finds the Pareto front."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ PICTURE = "pareto.svg"
 
 @dataclass(frozen=True)
 class Point:
-    """One budget of a sweep, and its outcome.
+    """One budget of a sweep, and its result.
 
     Attributes:
         name: its folder within the sweep's folder.
         budget: the fields of the :class:`lbyl.Budget`.
-        made: whether the folder is there.
+        made: whether the folder exists.
         reason: why it could not be made; otherwise "".
         parameters: count before and after.
         macs: multiply-accumulates on the example inputs, before and after.
         pruned: the outputs' error on held-out probes without restoration; None without probes.
-        error: the same with restoration: the predicted damage.
-        agreement: share of real inputs that are expected to get the original's answer; None where it is not known.
-        low: with ``high``, the bounds that this stays within nine times in ten.
-        high: the upper bound.
-        accuracy: what the user's function returned for it.
+        error: the outputs' error on held-out probes with restoration.
+        agreement: forecast share of real inputs with the original's answer; None if unknown.
+        low: lower end of the 90% interval of the agreement.
+        high: upper end of the 90% interval.
+        accuracy: the value of the user's function.
         seconds: the time of the point, without the work that all points share.
     """
 
@@ -59,7 +59,7 @@ class Point:
 
     @property
     def limit(self) -> Budget:
-        """The budget. Raises InputError or TypeError where the fields are not those of one."""
+        """The budget. Raises InputError or TypeError if the fields are not those of a budget."""
         return Budget(**{name: value for name, value in self.budget.items() if name != "name"})
 
     @property
@@ -70,16 +70,17 @@ class Point:
 
     @property
     def cost(self) -> float:
-        """The share of the multiply-accumulates that is left; of the parameters if these were not counted."""
+        """The kept share of the multiply-accumulates, or of the parameters if these were not counted."""
         before, after = self.macs or self.parameters or (0, 0)
         return after / before if before else math.nan
 
 
 def front(points: Sequence[Point]) -> tuple[str, ...]:
-    """Names of the points that no other point beats.
+    """Names of the points on the Pareto front.
 
-    A point beats another if it is neither larger nor more damaged, and better in one of the two. Damage is lost
-    accuracy if every point has an accuracy, else the expected disagreement if every point has one, else the error.
+    A point is on the front unless another point is at most as large and at most as damaged, and better in one of both.
+    Damage is lost accuracy if every point has an accuracy, else the expected disagreement if every point has one, else
+    the error of the outputs.
     """
     made = [point for point in points if point.made]
     judged = damage(made)
@@ -96,7 +97,7 @@ def front(points: Sequence[Point]) -> tuple[str, ...]:
 
 
 def damage(made: Sequence[Point]) -> Callable[[Point], float] | None:
-    """The quantity that points are compared by: less is better. None if it is unknown for some of them."""
+    """The function that returns a point's damage; less is better. None if it is unknown for some points."""
     if made and all(point.accuracy is not None for point in made):
         return lambda point: -float(point.accuracy or 0.0)
     if made and all(point.agreement is not None for point in made):
@@ -112,7 +113,7 @@ def by_cost(points: Sequence[Point]) -> list[Point]:
 
 
 def rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    """The table's head, and its cells line by line. Columns without any value are left out."""
+    """The table's head, and its cells row by row. Columns without values are left out."""
     best = front(points)
     judged = [point for point in points if point.made]
     columns: list[tuple[str, bool, Callable[[Point], str]]] = [
@@ -131,7 +132,7 @@ def rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(points: Sequence[Point]) -> Table:
-    """The same for a terminal."""
+    """The table for a terminal."""
     head, body = rows(points)
     made = Table(box=box.SIMPLE_HEAD, title="Sweep", title_justify="left")
     for name in head:
@@ -156,7 +157,7 @@ def markdown(points: Sequence[Point], source: str | None, unpruned: float | None
     lines += [f"| {' | '.join(cells)} |" for cells in body]
     lines += [f"\n{text}" for text in [*told(points, unpruned), *map(plain_words, failures(points))]]
     if figure_wanted(points):
-        lines += ["", f"![Damage against cost, one dot a point.]({PICTURE})"]
+        lines += ["", f"![Damage against cost, one dot for each point.]({PICTURE})"]
     lines += [
         "",
         'Each folder is a smaller network: `lbyl show FOLDER` says what was cut, `lbyl.load("FOLDER")` loads it.',
@@ -167,15 +168,15 @@ def markdown(points: Sequence[Point], source: str | None, unpruned: float | None
 
 
 def told(points: Sequence[Point], unpruned: float | None) -> Iterator[str]:
-    """What the columns mean."""
+    """Lines that explain the columns."""
     if front(points):
-        yield "MACs and params: what is left of them. Front (*): no other point is smaller and less damaged."
+        yield "MACs and params: the kept share. Front (*): no other point is smaller and less damaged."
     if unpruned is not None:
         yield f"Accuracy of the unpruned network: {_accuracy(unpruned)}."
     if any(point.agreement is not None for point in points):
-        yield "Expected: share of real inputs with the original's answer, and the bounds it stays within 9 times in 10."
+        yield "Expected: forecast share of real inputs with the original's answer, and its 90% interval."
     if any(point.error is not None for point in points):
-        yield "Pruned and error: of the outputs on held-out probes, before and after restoration."
+        yield "Pruned and error: error of the outputs on held-out probes, before and after restoration."
 
 
 def figure_wanted(points: Sequence[Point]) -> bool:
@@ -184,7 +185,7 @@ def figure_wanted(points: Sequence[Point]) -> bool:
 
 
 def plot(points: Sequence[Point], unpruned: float | None) -> Figure:
-    """Expected agreement, or else the predicted error, against cost; and the accuracy, if it is known, beside it."""
+    """Plot the expected agreement, or else the error of the outputs, against cost, and the accuracy if it is known."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 

@@ -1,4 +1,4 @@
-"""The folder of a sweep: `sweep.json` says what is done, and a lock keeps other processes out."""
+"""The state of a sweep in its folder: `sweep.json` lists what is done, and a lock keeps other processes out."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _LONGEST_NAME = 60
 
 @dataclass(frozen=True)
 class SweepState:
-    """What is known of a sweep.
+    """The state of a sweep.
 
     Attributes:
-        fingerprint: of the network, its inputs and the settings.
-        points: in the order in which they were requested, made or not.
-        source: where the network comes from.
+        fingerprint: the fingerprint of the network, its inputs and the settings.
+        points: all points in the order in which they were requested, made or not.
+        source: the source of the network.
         evaluate: the name of the user's function.
-        unpruned: what this function returned for the unpruned network.
+        unpruned: the value of this function for the unpruned network.
         seconds: the time of the work that all points share, by stage.
     """
 
@@ -79,14 +79,14 @@ class SweepState:
         if not isinstance(data, dict) or "version" not in data:
             raise ArtifactError(f"{file} is damaged: it has no version")
         if data["version"] != _VERSION:
-            raise ArtifactError(f"{file}: version {data['version']!r} is unknown here; update lbyl")
+            raise ArtifactError(f"{file}: version {data['version']!r} is unknown; update lbyl")
         state = read_as(SweepState, data, str(file))
         check_no_faults(_faults(state), str(file))
         return state
 
 
 def _faults(state: SweepState) -> Iterator[tuple[str, str]]:
-    """Values of the right type that no sweep of lbyl writes, and where they stand."""
+    """Values of the right type that no sweep of lbyl writes, each with its place."""
     for name, value in (("unpruned", state.unpruned), *((f"seconds.{key}", v) for key, v in state.seconds.items())):
         if value is not None and not math.isfinite(value):
             yield f"expected a finite number, found {value}", f"$.{name}"
@@ -96,14 +96,14 @@ def _faults(state: SweepState) -> Iterator[tuple[str, str]]:
         if Path(point.name).name != point.name or point.name.startswith("."):
             yield f"the name {point.name!r} leads out of the folder", f"{place}.name"
         if not point.name.isprintable() or not 0 < len(point.name) <= _LONGEST_NAME:
-            yield f"{point.name!r} is no name of a folder", f"{place}.name"
+            yield f"{point.name!r} is not a name of a folder", f"{place}.name"
         if point.name in known:
             yield f"the name {point.name!r} is there twice", f"{place}.name"
         known.add(point.name)
         try:
             point.limit  # noqa: B018
         except (InputError, TypeError) as error:
-            yield f"this is no budget: {error}", f"{place}.budget"
+            yield f"this is not a budget: {error}", f"{place}.budget"
         for name in ("pruned", "error", "accuracy", "seconds"):
             value = getattr(point, name)
             if value is not None and not math.isfinite(value):
@@ -123,9 +123,9 @@ def exists(folder: Path) -> bool:
         if (folder / STATE).is_file():
             return True
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise InputError(f"{folder} exists already and is no folder; choose another place")
+            raise InputError(f"{folder} exists already and is not a folder; choose another place")
         if folder.is_dir() and any(not entry.name.startswith((TEMPORARY, _LOCK)) for entry in folder.iterdir()):
-            raise InputError(f"{folder} exists already and holds no sweep; choose another folder")
+            raise InputError(f"{folder} exists already and does not hold a sweep; choose another folder")
     if not folder.parent.is_dir():
         raise InputError(f"{folder.parent} is not a folder; create it first")
     if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
@@ -157,18 +157,18 @@ def occupied(folder: Path) -> Iterator[None]:
 
 
 def _check_own(folder: Path) -> None:
-    """Raise ArtifactError where a link would make us write outside of the folder."""
+    """Raise ArtifactError if a link would lead outside of the folder."""
     for file in (folder / _LOCK, folder / ANALYSIS, *(folder / ANALYSIS).glob("*")):
         if file.is_symlink():
-            raise ArtifactError(f"{file} is a link, which no sweep makes; remove it, or choose another folder")
+            raise ArtifactError(f"{file} is a link, which a sweep never makes; remove it, or choose another folder")
     if (folder / _LOCK).exists():
         found = (folder / _LOCK).stat()
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size:
-            raise ArtifactError(f"{folder / _LOCK} is no lock of a sweep; remove it, or choose another folder")
+            raise ArtifactError(f"{folder / _LOCK} is not the lock of a sweep; remove it, or choose another folder")
 
 
 def clear(folder: Path, points: Collection[str]) -> None:
-    """Remove what a killed process has left behind: temporary files, and unfinished folders of these points."""
+    """Remove leftovers of killed processes: temporary files, and unfinished folders of these points."""
     for file in (*folder.glob(f"{TEMPORARY}*"), *(folder / ANALYSIS).rglob(f"{TEMPORARY}*")):
         if not file.is_dir():
             file.unlink(missing_ok=True)

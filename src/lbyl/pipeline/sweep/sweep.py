@@ -1,4 +1,4 @@
-"""`sweep`: a network at several budgets, with probes and moments made once; it can be stopped and continued."""
+"""`sweep`: compresses a network to several budgets, with shared probes and moments; it can be continued later."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Sweep:
     """A network at several budgets.
 
     Attributes:
-        path: the folder, which has one of ``lbyl.load``'s for each point that was made.
-        points: one a budget, in the order in which they were asked for.
-        source: where the network comes from.
-        unpruned: what ``evaluate`` said of the unpruned network.
-        seconds: of the work that all points share, by stage.
+        path: the folder, which has a folder for ``lbyl.load`` for each point that was made.
+        points: one point for each budget, in the order in which they were requested.
+        source: the source of the network.
+        unpruned: the value of ``evaluate`` for the unpruned network.
+        seconds: the time of the work that all points share, by stage.
     """
 
     path: Path
@@ -66,12 +66,12 @@ class Sweep:
 
     @property
     def made(self) -> tuple[Point, ...]:
-        """The points that are there."""
+        """The points that were made."""
         return tuple(point for point in self.points if point.made)
 
     @property
     def front(self) -> tuple[str, ...]:
-        """Names of the points that no other one beats in size and damage."""
+        """Names of the points on the Pareto front of size and damage."""
         return pareto.front(self.points)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Sweep:
         }
 
     def plot(self) -> Figure:
-        """Predicted error, and accuracy where it is known, against cost, as a Matplotlib figure."""
+        """Plot the expected agreement, or else the error, and the accuracy if known, against cost with Matplotlib."""
         return pareto.plot(self.points, self.unpruned)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -116,35 +116,35 @@ def sweep(
 ) -> Sweep:
     """Compress a network to several budgets; probes, error curves and moments are made once for all of them.
 
-    Every point is what `compress` makes of its budget, in a folder of its own within ``path``. Beside them are
+    Every point is the result of `compress` for its budget, in its own folder within ``path``. That folder also gets
     ``sweep.json``, a table (``README.md``) and a picture (``pareto.svg``). If a sweep is stopped, the same call
-    continues it: points that are there are not made again, and points that could not be made are not tried again. A
-    call with other budgets adds points. Only one process at a time can work in a folder.
+    continues it: points that exist are not made again, and points that could not be made are not tried again. A call
+    with other budgets adds points. Only one process at a time can work in a folder.
 
     Args:
         model: a trained network; it is not changed.
-        example_inputs: what the model is called with: a tensor, a tuple, or a dict of keyword inputs.
-        budgets: what the smaller networks may cost; kinds may be mixed.
+        example_inputs: the model's inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        budgets: the budgets, which may be of different kinds.
         path: a new folder, or that of a sweep of the same network with the same settings.
         evaluate: called with each smaller network and once with a copy of the unpruned one, all in evaluation mode;
-            returns a number, the larger the better.
-        scope: as for `compress`, like all that follow.
+            returns a number that is larger for better networks.
+        scope: as for `compress`, like all arguments that follow.
         criterion: how channels are scored.
         restore: the restorer.
-        seed: for whatever is drawn at random.
-        verify: compare each cut network with the masked one.
-        strict: raise where something would be left whole.
+        seed: seed of all random numbers.
+        verify: whether to compare each cut network with the masked one.
+        strict: whether to raise an error if a part of the model can't be traced or cut.
         submodule: compress only the submodule of this name.
-        source: where the model comes from.
+        source: the source of the model.
         progress: called as ``progress(stage, done, total)``.
-        forecast: foretell what each smaller network keeps.
+        forecast: whether to forecast the agreement of each smaller network on real inputs.
 
     Returns:
-        The points, with those that could not be made and why.
+        All points, including those that could not be made, with the reasons.
 
     Raises:
-        InputError: no budget or one twice, settings that can't be used, a folder that holds something else or the
-            sweep of another network, or ``evaluate`` failed.
+        InputError: there is no budget or one is given twice, a setting can't be used, the folder holds something else
+            or another sweep, or ``evaluate`` failed.
         TraceError: ``torch.export`` can't trace the model.
         ArtifactError: a file of the sweep is damaged.
     """
@@ -168,7 +168,7 @@ def sweep(
     folder, inputs = as_path(path), ExampleInputs.of(example_inputs)
     now = fingerprint(model, inputs, request, submodule)
     network = _Network(model, inputs, request, submodule)
-    # Whatever is wrong with the network or its judge is found out before there is a folder.
+    # Errors of the network or of the user's function are raised before the folder is made.
     with deep_calls(model):
         first = None if exists(folder) else network.first(now, judge)
     with deep_calls(model), occupied(folder):
@@ -187,7 +187,7 @@ def sweep(
 
 @dataclass
 class _Network:
-    """The network, looked at when that is first needed: a sweep that is finished asks for nothing."""
+    """The network, which is traced and analyzed at first use; a finished sweep needs neither."""
 
     model: nn.Module
     inputs: ExampleInputs
@@ -197,12 +197,12 @@ class _Network:
 
     @cached_property
     def prepared(self) -> Prepared:
-        """Checked and traced."""
+        """The checked and traced network."""
         return prepare(self.model, self.inputs, self.request, self.submodule, self.clock)
 
     @cached_property
     def cuttable(self) -> dict[str, Cuttable]:
-        """For each part which groups can be cut; without the parts, among others, where none can."""
+        """The groups that can be cut, for each part; parts without such groups are left out if others have some."""
         found: dict[str, Cuttable] = {}
         refusals: list[LbylError] = []
         with self.clock("verify"):
@@ -217,14 +217,14 @@ class _Network:
         return found
 
     def first(self, now: Mapping[str, Any], judge: Judge) -> SweepState:
-        """The state of a sweep that begins."""
+        """The state of a new sweep."""
         if not self.cuttable:
             raise InputError("the model has no part with groups that can be cut; lbyl.inspect lists them")
         unpruned = judge(copy_model(self.model), "the unpruned network")
         return SweepState(now, (), self.request.source, judge.name, unpruned)
 
     def ground(self, folder: Path) -> dict[str, Analysis]:
-        """The analysis of each part, from the folder where it is there."""
+        """The analysis of each part, from the folder if it is stored there."""
         ground: dict[str, Analysis] = {}
         for number, subject in enumerate(self.prepared.subjects):
             place, private = folder / ANALYSIS / str(number), subject.restorer.keeps_inputs_private
@@ -239,7 +239,7 @@ class _Network:
 
 
 def _compressed(network: _Network, state: SweepState, folder: Path, judge: Judge) -> SweepState:
-    """Make the points that are missing. Where one can't be made, its reason is noted, and the next one is made."""
+    """Make the missing points. If one can't be made, the reason is stored, and the next one is made."""
     waiting = [point for point in state.points if not point.made and not point.reason]
     if not waiting:
         return state
@@ -264,7 +264,7 @@ def _compressed(network: _Network, state: SweepState, folder: Path, judge: Judge
 
 
 def _judged(state: SweepState, folder: Path, judge: Judge, model: nn.Module) -> SweepState:
-    """Score the points that have no score yet."""
+    """Evaluate the points that are not evaluated yet."""
     for point in state.points:
         if judge.evaluate and point.made and point.accuracy is None:
             smaller = artifact.load(folder / point.name, model)
@@ -273,12 +273,12 @@ def _judged(state: SweepState, folder: Path, judge: Judge, model: nn.Module) -> 
 
 
 def _admitted(judge: Judge, state: SweepState) -> SweepState:
-    """The state with the function's name in it; numbers of two functions must not meet in one table."""
+    """The state with the function's name; values of two functions must not be mixed in one table."""
     if judge.name is None or state.evaluate == judge.name:
         return state
     if state.evaluate is not None:
         raise InputError(
-            f"this sweep was evaluated by {state.evaluate}, now {judge.name} is given: "
+            f"this sweep was evaluated by {state.evaluate}, but now {judge.name} is given: "
             "give the same one, or write to another folder"
         )
     return replace(state, evaluate=judge.name)
@@ -297,7 +297,7 @@ def _check(budgets: Sequence[Budget]) -> None:
 
 
 def _listed(state: SweepState, budgets: Sequence[Budget], folder: Path) -> SweepState:
-    """The state with every budget in it, and with what the folder holds."""
+    """The state with a point for every budget, and with results that the folder already holds."""
     for budget in budgets:
         asked = _jsonable(described(budget))
         if any(point.budget == asked for point in state.points):
@@ -312,10 +312,10 @@ def _listed(state: SweepState, budgets: Sequence[Budget], folder: Path) -> Sweep
     for point in state.points:
         there = (folder / point.name).is_dir()
         if there and not point.made:
-            # The process was killed between the folder's last file and the state's line.
+            # The process was killed after the folder was written, and before the state was.
             manifest = artifact.read_manifest(folder / point.name)
             if _jsonable(manifest.plan.settings.get("budget")) != point.budget:
-                raise ArtifactError(f"{folder / point.name} is of another budget; remove it, and it is made anew")
+                raise ArtifactError(f"{folder / point.name} has another budget; remove it, and it will be made again")
             state = state.having(_filled(point, manifest.report, None))
         elif point.made and not there:
             state = state.having(Point(point.name, point.budget))
@@ -323,7 +323,7 @@ def _listed(state: SweepState, budgets: Sequence[Budget], folder: Path) -> Sweep
 
 
 def _filled(point: Point, report: Report, seconds: float | None) -> Point:
-    """A point with what its report says."""
+    """A point with the values from its report."""
     seen, told = report.assessment, report.forecast or Forecast()
     bounds = {} if told.agreement is None else {"agreement": told.agreement, "low": told.low, "high": told.high}
     return replace(
@@ -340,7 +340,7 @@ def _filled(point: Point, report: Report, seconds: float | None) -> Point:
 
 
 def _show(state: SweepState, folder: Path, anew: bool) -> None:
-    """Write table and picture, where they are not there or not true."""
+    """Write table and picture if they are missing or outdated."""
     if anew or not (folder / PAGE).is_file():
         if pareto.figure_wanted(state.points):
             write_whole(folder / pareto.PICTURE, pareto.picture(state.points, state.unpruned))
@@ -354,7 +354,7 @@ def _labelled(progress: Progress | None, label: str) -> Progress | None:
 
 
 def _jsonable(value: Any) -> Any:
-    """Plain data as it comes back from JSON."""
+    """Plain data as JSON would return it."""
     if isinstance(value, dict):
         return {key: _jsonable(item) for key, item in value.items()}
     return [_jsonable(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Restoration by least squares: probe the network, solve each consumer, move the statistics, measure."""
+"""Restoration by least squares: probe the network, solve each consumer, recalibrate batch norms, measure."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ from lbyl.surgery.masking import norm_masks, with_masks
 
 
 def fit(task: RestorationProblem, settings: Settings) -> Restoration:
-    """Restore every consumer of a pruned group by least squares on moments."""
+    """Restore every consumer of dropped channels by least squares on moments."""
     started, selection, seconds = time.perf_counter(), task.selection, {}
     closed = isinstance(settings.moments, ClosedFormSource)
     probes = None if closed else task.probes or make_probes(task.model, task.inputs, settings, task.seed, task.progress)
     seconds["probe"] = time.perf_counter() - started
     attached = probes.statistics if probes else {}
     if settings.prior is None and not closed and is_lifelike(settings.moments, task.inputs):
-        # Moments that can be trusted need no steadying.
+        # Moments from lifelike probes need no prior.
         settings = replace(settings, prior=0.0)
     model = with_norms(task.model, attached)
     graph = normed_graph(task.graph, attached)
@@ -105,7 +105,7 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
         before, found = judge(_pruned(problem, state)), replace(found, error=judge(found.values))
         found = _with_renorm(problem, probes, found, looks, norms, judge)
         found = replace(found, errors={"all at once": found.error})
-        # Large, and not needed any more.
+        # Free memory.
         del looks
         give_back()
         seconds["renorm"] = time.perf_counter() - started
@@ -113,13 +113,13 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
         found = _with_turns(problem, probes, found, judge)
         seconds["solve"] += time.perf_counter() - started
         if found.error > before:
-            # Too few probes for the size of the layers: what was learned from them does not carry over.
+            # With too few probes for large layers, solutions do not generalize.
             found = _less(found, _pruned(problem, state), state, before, judge)
     return restoration(found, Assessment(before, found.error))
 
 
 def _targets(model: nn.Module, graph: Graph, task: RestorationProblem, settings: Settings) -> tuple[Target, ...]:
-    """What is solved for; with the taps' shares where "mix" keeps means, which its moments do not hold for each tap."""
+    """The consumers to solve for. For "mix" and closed forms, they know how often each kernel position lies inside."""
     targets, state = find_targets(graph, task.selection), tensors_of(model)
     sums = (empty_sums(target, task.selection, state, settings, task.seed)[0] for target in targets)
     if isinstance(settings.moments, ClosedFormSource) or not all(isinstance(each, PatchSums) for each in sums):
@@ -130,14 +130,13 @@ def _targets(model: nn.Module, graph: Graph, task: RestorationProblem, settings:
 def make_probes(
     model: nn.Module, inputs: ExampleInputs, settings: Settings, seed: int, progress: Progress | None = None
 ) -> Probes:
-    """Probes for a restorer whose moments are collected, in batches that the memory it may take allows.
+    """Probes of a moment source, in batches that fit into the memory that is allowed.
 
-    Batches that fit stay as they are. Others are cut, but not to less than 4 rows, and each part then has batch-norm
-    statistics of its own.
+    Larger batches are split, but not to fewer than 4 rows. Each part then has its own batch-norm statistics.
     """
     assert isinstance(settings.moments, ProbeSource)
     probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
-    # Of what was made, for a user's own inputs may be larger than the example.
+    # Measured on the probes, because a user's own inputs may be larger than the example.
     most = max(FEWEST, held_at_once(settings.memory, held_bytes(model, first_rows(probes.batches[0]))))
     parts = [in_parts(batch, most, FEWEST) for batch in probes.batches]
     if settings.attach_norms and not probes.statistics:
@@ -166,12 +165,12 @@ class _Found:
 
     Attributes:
         values: new parameters and buffers, as the layers store them.
-        findings: what the solves found out.
+        findings: the results of the solves.
         notes: what the user should know.
-        error: on held-out probes, once it is known.
-        on_probes: the same values before anything was added that real inputs have and probes do not.
-        renorm: whether batch-norm statistics were moved.
-        errors: on held-out probes, by the way the consumers were solved.
+        error: error on held-out probes; NaN until it is known.
+        on_probes: the values without corrections for differences between probes and real inputs; None if equal.
+        renorm: whether batch norms were recalibrated.
+        errors: errors on held-out probes, by the way the consumers were solved.
     """
 
     values: dict[str, Tensor]
@@ -183,18 +182,18 @@ class _Found:
     errors: Mapping[str, float] = field(default_factory=dict)
 
     def plus(self, note: str) -> tuple[str, ...]:
-        """The notes and one more."""
+        """The notes followed by another one."""
         return (*self.notes, note)
 
 
 def _pruned(problem: LeastSquaresProblem, state: State) -> dict[str, Tensor]:
-    """The values of plain pruning. They are as large as the weights, so they are made when they are needed."""
+    """The values of plain pruning, which are made only when needed because they are as large as the weights."""
     return problem.stored({target.consumer.weight: masked(target, state) for target in problem.found}, state)
 
 
 @dataclass(frozen=True)
 class _Judge:
-    """The relative error of the outputs on held-out probes, with some values in place of the network's own."""
+    """Measures the relative error of the outputs on held-out probes for given values of parameters and buffers."""
 
     model: nn.Module
     state: State
@@ -205,7 +204,7 @@ class _Judge:
 
     @staticmethod
     def over(problem: LeastSquaresProblem, probes: Probes, looks: Sequence[Look]) -> _Judge:
-        """Held-out probes are looked at in the batch-norm statistics that their like have."""
+        """A judge whose batch norms have the statistics of the probes that resemble the held-out ones."""
         world: Statistics = {}
         if probes.batch_statistics and looks:
             world = averaged([looks[index] for index in probes.evaluation_batches or range(len(looks))])
@@ -216,7 +215,7 @@ class _Judge:
         return replace(judge, expected=judge.outputs({}))
 
     def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> list[Tensor]:
-        """What the network gives for all that is held out, part by part."""
+        """The network's outputs for all held-out probes, part by part."""
         moved = transplant(values, self.state, self.world)
         found = []
         for part in self.held_out:
@@ -241,7 +240,7 @@ def _with_renorm(
     norms: Mapping[str, str],
     judge: _Judge,
 ) -> _Found:
-    """Batch-norm statistics moved by what pruning changed, unless that raises the error on held-out probes."""
+    """The restoration with recalibrated batch norms, unless this raises the error on held-out probes."""
     if not problem.settings.renorm or not any(each.statistics for each in looks):
         return found
     state, kept = found.findings.state, norm_masks(problem.selection)
@@ -251,19 +250,19 @@ def _with_renorm(
     moved = renormalize(state, found.values, averaged(theirs), averaged(ours))
     error = judge(moved)
     if error >= found.error:
-        note = f"renorm left out: error on held-out probes {found.error:.3g} without, {error:.3g} with"
+        note = f"batch norms not recalibrated: error on held-out probes {found.error:.3g} without, {error:.3g} with it"
         return replace(found, notes=found.plus(note))
     values = recenter(moved, state, theirs, ours, norms)
     return replace(found, values=values, error=error, on_probes=moved, renorm=True)
 
 
 def _recalibration_batches(probes: Probes) -> Sequence[int]:
-    """The batches that batch-norm statistics are moved by."""
+    """The indices of the batches on which batch norms are recalibrated."""
     return probes.recalibration_batches or range(len(probes.batches))
 
 
 def _positions(problem: LeastSquaresProblem, probes: Probes) -> int:
-    """How many outputs of each consumer are noted of a batch: those of all may take an eighth of the memory."""
+    """How many outputs of each consumer are stored for each batch, so that all take at most 1/8 of the memory."""
     state = tensors_of(problem.model)
     channels = sum(len(target.weight(state)) for target in problem.found if target.norm)
     return min(POSITIONS, held_at_once(problem.settings.memory, 32 * max(1, channels))) // len(
@@ -272,7 +271,7 @@ def _positions(problem: LeastSquaresProblem, probes: Probes) -> int:
 
 
 def _with_turns(problem: LeastSquaresProblem, probes: Probes, found: _Found, judge: _Judge) -> _Found:
-    """Consumers solved in turn, or halfway to that, where the error on held-out probes is lower."""
+    """The restoration with consumers solved in turn, or the average of both, if its held-out error is lower."""
     asked = problem.settings.sequential
     if not (asked or (asked is None and probes.matches_training_statistics)):
         return found
@@ -301,7 +300,7 @@ def _with_turns(problem: LeastSquaresProblem, probes: Probes, found: _Found, jud
 def _between(
     state: State, first: Mapping[str, Tensor], second: Mapping[str, Tensor], share: float
 ) -> dict[str, Tensor]:
-    """Values between two sets of values, at this share of the way; what a set leaves out is the network's own."""
+    """The interpolation ``(1 - share) first + share second``; tensors missing in a set are the network's own."""
 
     def of(values: Mapping[str, Tensor], name: str) -> Tensor:
         return values.get(name, state[name].detach())
@@ -310,14 +309,14 @@ def _between(
 
 
 def _less(found: _Found, pruned: Mapping[str, Tensor], state: State, before: float, judge: _Judge) -> _Found:
-    """A part of the way from plain pruning to a restoration that made the held-out error larger, or none of it."""
+    """A partial restoration, between plain pruning and one that raised the held-out error; or plain pruning."""
     for share in (0.5, 0.25):
         part = _between(state, pruned, found.values, share)
         if (error := judge(part)) <= before:
-            note = f"only {share:.0%} of the restoration kept: all of it raised the held-out error"
+            note = f"only {share:.0%} of the restoration kept, because all of it raised the held-out error"
             return replace(found, values=part, error=error, notes=found.plus(note))
-    note = f"restoration left out: error on held-out probes {before:.3g} without, {found.error:.3g} with"
-    return replace(found, values=dict(pruned), error=before, notes=found.plus(f"{note}; give more probes"))
+    note = f"restoration left out: error on held-out probes {before:.3g} without, {found.error:.3g} with it"
+    return replace(found, values=dict(pruned), error=before, notes=found.plus(f"{note}; use more probes"))
 
 
 def _measured(
@@ -325,17 +324,17 @@ def _measured(
 ) -> list[Look]:
     """Collect moments and solve, as many consumers at a time as the budget allows, in execution order.
 
-    Consumers whose moments are known are solved with these. Returns what else was seen of the unpruned network,
-    batch by batch, if it was run with batch statistics: nothing needs to be run again for renorm.
+    Consumers whose moments are known are solved with these. If the unpruned network was run with batch statistics, the
+    result holds what recalibration needs from it, batch by batch; otherwise it is empty.
     """
     waiting = _unknown(problem, findings, consumer_moments)
     looks: list[Look] = []
     while waiting:
         taken = _next_consumers(problem, findings, waiting)
-        # The first pass is looked at to its end; the others stop where nothing more is wanted.
+        # The first pass runs to its end. Later passes stop after the last consumer.
         looks += _collect(problem, probes, findings, taken, watch=probes.batch_statistics and not looks)
         for name in list(taken):
-            # Large, and not needed once the consumer is solved.
+            # Removed, because it is large and not needed after the consumer is solved.
             target, sums = taken.pop(name)
             if isinstance(sums, PatchSums):
                 solve_patches(target, sums, problem.selection, problem.settings, findings)
@@ -369,7 +368,7 @@ def _unknown(
 def _next_consumers(
     problem: LeastSquaresProblem, findings: Findings, waiting: list[Target]
 ) -> dict[str, tuple[Target, Sums]]:
-    """Take consumers off the list, as many as the budget for moments allows, with empty sums for each."""
+    """Remove consumers from the list, as many as the budget for moments allows, and make empty sums for each."""
     taken: dict[str, tuple[Target, Sums]] = {}
     cost = 0
     while waiting:
@@ -392,16 +391,16 @@ def _collect(
     taken: Mapping[str, tuple[Target, Sums]],
     watch: bool,
 ) -> list[Look]:
-    """Run the unpruned network on all probes, add to the sums, and look at its batch norms where that is asked for."""
+    """Run the unpruned network on all probes, add to the sums, and if ``watch`` observe its batch norms."""
     consumers = [consumer.weight for consumer in problem.graph.consumers]
     norms = {target.consumer.weight for target in problem.found if target.norm}
     shown, positions = _recalibration_batches(probes), _positions(problem, probes)
-    # Consumers of channels that a layer norm is taken over are fed something else once these are cut.
+    # A cut changes the inputs of consumers after a layer norm.
     kept = norm_masks(problem.selection)
     last = list(taken)[-1] if consumers[-1] not in taken and not watch else None
     looks: list[Look] = []
     for number, batch in enumerate(probes.batches):
-        # Of the others, statistics are all that is asked for.
+        # For the other batches, only statistics are needed.
         observer = Observer(norms if number in shown else (), positions) if watch else None
         run_intercepted(
             problem.model,
@@ -442,24 +441,24 @@ def measure(
     seed: int,
     limit: int,
 ) -> dict[str, ConsumerMoments]:
-    """Moments of all that the consumers of some groups read, for `fit` to take parts of.
+    """Measure moments of all input channels of some groups' consumers, from which `fit` uses parts.
 
     Args:
         model: the unpruned network in evaluation mode; nothing in it is changed.
         graph: its channel graph.
         groups: indices of the groups that may lose channels.
-        probes: what it is run on.
+        probes: the probes on which it is run.
         settings: the restorer; consumers that it solves by "mix" are left out.
-        seed: for sampled positions.
-        limit: bytes that all of them may take; consumers that come later in the network are then left to `fit`, as are
-            those of channels that a layer norm is taken over.
+        seed: seed for sampling positions.
+        limit: bytes that all moments may take. Later consumers that exceed it are left to `fit`, and so are consumers
+            of channels that a layer norm is taken over.
     """
     state = tensors_of(model)
     sums: dict[str, WholeSums] = {}
     weights: dict[str, Tensor] = {}
     for consumer in graph.consumers if settings.solve == "patch" else ():
         read_groups = {group for group, _ in consumer.columns if group in groups}
-        # Behind a layer norm, what is read depends on which channels stay.
+        # After a layer norm, the inputs depend on which channels are kept.
         if consumer.op == "conv3d" or not read_groups or any(graph.groups[index].layer_norms for index in read_groups):
             continue
         weight = output_first(consumer, state)

@@ -1,8 +1,8 @@
-"""Two networks in one forward pass: the original, and the one that is cut as far as the pass has come.
+"""Runs the original and the cut network in one forward pass, and solves each consumer when it is reached.
 
-All probes are in one batch, once for each network. So a layer can be solved when its output is first asked for: all
-that comes before it is cut by then. Where that output goes into a sum (a residual one, mostly), the layer can also make
-up for what the sum's other operand has lost.
+All probes are in one batch, once for each network. A layer is solved when its output is first used; all layers before
+it are cut by then. If that output is added to another value (usually in a residual connection), the layer can also
+compensate for the error of the other operand.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from lbyl.runtime.intercept import FunctionInterceptor, names_by_id
 from lbyl.runtime.seeding import generator_for, sample_positions
 
 _FAINT = 1e-3
-"""A channel that enters the sum with less than this share of the largest gain can't make up for anything."""
+"""Channels whose gain is less than this share of the largest gain do not compensate for the other operand."""
 
 
 _POSITIONS = 16384
-"""How many outputs are looked at to tell how a change depends on the output."""
+"""How many outputs are sampled for the regression of a change on the output."""
 
 
 class NotPairable(Exception):
-    """The two networks can't be run as one; the message says why."""
+    """The two networks can't be run in one pass; the message says why."""
 
 
 @dataclass(frozen=True)
 class ConsumerDue:
-    """A consumer whose output is asked for, so that it has to be solved now.
+    """A consumer whose output is needed, so that it has to be solved now.
 
     Attributes:
-        calls: its call in the cut network, batch by batch; ``out`` is the original network's output.
-        wanted: what the output should be, batch by batch: the original one, and what makes up for the sum.
+        calls: its calls in the cut network, batch by batch; ``out`` is the original network's output.
+        wanted: the target for its output, batch by batch: the original output, plus the compensation for a sum.
     """
 
     calls: tuple[ConsumerCall, ...]
@@ -55,11 +55,11 @@ class PairedPass:
     """The result of one paired pass.
 
     Attributes:
-        original: mean and variance that each batch norm of the original network normalized with.
-        cut: the same of the cut network.
-        made_up: the consumers that made up for the other operand of a sum, by the names of their weights.
-        missing: how much higher the mean at some batch norms will be on inputs that match their running means than
-            probes say, by the names of these means.
+        original: mean and variance with which each batch norm of the original network normalized.
+        cut: the same for the cut network.
+        made_up: names of the weights of consumers that compensated for the other operand of a sum.
+        missing: corrections of the means at some batch norms, by the names of their running means: the difference
+            between inputs that match the running means and the probes.
     """
 
     original: Statistics
@@ -78,31 +78,28 @@ def run_paired(
     batch_statistics: bool,
     renorm: bool,
 ) -> PairedPass:
-    """Run the original and the cut network side by side; let each consumer be solved when its turn comes.
+    """Run the original and the cut network in one pass, and solve each consumer when it is reached.
 
-    A consumer that goes into a sum ``s = bn(y) + o`` is asked for ``y + (o - o_cut) / gain``, where ``gain`` is the
-    batch norm's weight over its standard deviation, channel by channel, or 1 where there is none: then the sum is
-    what it was, whatever its other operand ``o`` has lost (He, Zhang, Sun, ICCV 2017, section 3.2). Any other consumer
-    is asked for its original output.
+    The target of a consumer whose output y enters a sum ``s = bn(y) + o`` is ``y + (o - o_cut) / gain``, where ``gain``
+    is the batch norm's weight divided by its standard deviation for each channel, or 1 without a batch norm. The sum is
+    then the original one, whatever the error of its other operand ``o`` (He, Zhang, Sun, ICCV 2017, arXiv 1707.06168,
+    section 3.2). The target of all other consumers is their original output.
 
     Args:
         model: the unpruned network in evaluation mode; nothing in it is changed.
-        batches: probes that differ in their number only.
-        consumers: names of the weights that are solved for: convolutions and linear layers that run once.
-        values: parameters and buffers of the cut network that differ from the model's. Each is looked up when it is
-            used: ``solve`` puts new ones in.
-        solve: called for each consumer, in the order in which their outputs are asked for.
+        batches: probes of equal shapes; only the numbers of rows may differ.
+        consumers: names of the weights to solve for: convolutions and linear layers that run once.
+        values: parameters and buffers of the cut network that differ from the model's. They are looked up at each use,
+            because ``solve`` adds new ones.
+        solve: called for each consumer, in the order in which their outputs are used.
         batch_statistics: normalize with the mean and variance of each batch of the original network.
-        renorm: let the cut network's batch norms follow it as they are reached, as
-            :func:`lbyl.restore.least_squares.recalibrate.renormalize`
-            does; but behind a consumer that is solved, the mean is the one that was asked for.
-
-    With batch statistics, :func:`lbyl.restore.least_squares.recalibrate.expected_shift`
-    tells what the means of these batch norms, and of all
-    that follow, leave out.
+        renorm: recalibrate the cut network's batch norms when they are reached, as in
+            :func:`lbyl.restore.least_squares.recalibrate.renormalize`. After a solved consumer, the mean is that of its
+            target. With batch statistics, the means at these and all later batch norms are corrected by
+            :func:`lbyl.restore.least_squares.recalibrate.expected_shift`.
 
     Raises:
-        NotPairable: the probes differ in shape, or the network does what can't be done for two at once.
+        NotPairable: the probes differ in shape, or the network has an operation that can't be run for both at once.
     """
     both = _PairedForward(model, batches, consumers, values, solve, batch_statistics, renorm)
     whole = _joined(batches)
@@ -113,31 +110,31 @@ def run_paired(
 
 
 def _joined(batches: Sequence[ExampleInputs]) -> ExampleInputs:
-    """All batches as one, and once more."""
+    """All batches joined, twice: one half for each network."""
     first = [t.shape[1:] for t in batches[0].tensors()]
     if batches[0].rows is not None:
         raise NotPairable(f"the network takes {batches[0].rows} inputs at a time, no more and no fewer")
     for batch in batches:
         tensors = batch.tensors()
         if [t.shape[1:] for t in tensors] != first or any(not t.dim() or len(t) != len(tensors[0]) for t in tensors):
-            raise NotPairable("the probes differ in shape, or not every input has a row a probe")
+            raise NotPairable("the probes differ in shape, or some input does not have a row for each probe")
     return join([*batches, *batches])
 
 
 @dataclass
 class _Pending:
-    """A consumer that has run in the original network only.
+    """A consumer that has only run in the original network.
 
     Attributes:
-        run: runs it on an input with some weight and bias.
-        name: of its weight.
+        run: runs the layer on an input with a weight and a bias.
+        name: name of its weight.
         tensors: its input in both networks, its weight and its bias.
-        call: what the call was, on a part of the input and of the output.
-        out: its output; the cut network's half is not there yet.
-        version: of its input, which nobody may change meanwhile.
-        normed: the output of the batch norm behind it, and what fills in the cut network's half of that.
-        gains: what that batch norm multiplies by, batch by batch.
-        wanted: what the consumer was asked for, where that is not its original output.
+        call: describes the call for a part of the input and of the output.
+        out: its output; the cut network's half is not filled in yet.
+        version: version of its input, which must not be changed in place meanwhile.
+        normed: the output of the batch norm after it, and a function that fills in the cut network's half of that.
+        gains: the factors of that batch norm, batch by batch.
+        wanted: the consumer's target, if it is not its original output.
     """
 
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -152,7 +149,7 @@ class _Pending:
 
     @property
     def last(self) -> Tensor:
-        """What the network would go on with."""
+        """The last output: that of the batch norm if there is one, else that of the consumer."""
         return self.normed[0] if self.normed else self.out
 
 
@@ -187,13 +184,13 @@ class _Normed:
     """A batch norm that has run in the original network.
 
     Attributes:
-        call: how it was called.
+        call: its call.
         original: its input in the original network.
         out: its output in both networks.
-        sizes: how many rows share their statistics: those of a batch, or all.
-        used: mean and variance that it normalized with, part by part.
-        measured: mean and variance of its input, part by part; the running ones where nobody needs them.
-        item: the consumer before it, where that is pending.
+        sizes: the numbers of rows that share their statistics: those of each batch, or all rows.
+        used: mean and variance with which it normalized, part by part.
+        measured: mean and variance of its input, part by part; the running ones if they are not needed.
+        item: the consumer before it, if that is pending.
     """
 
     call: _NormCall
@@ -205,7 +202,7 @@ class _Normed:
     item: _Pending | None
 
 
-# ``x + y`` and ``x += y`` come as methods.
+# ``x + y`` and ``x += y`` are intercepted as methods.
 _ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__)
 _ASKING = ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size")
 _ASKED = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_sparse", "is_mkldnn")
@@ -236,7 +233,7 @@ class _PairedForward(FunctionInterceptor):
         self.missing: dict[str, Tensor] = {}
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make the call for both networks at once, or once for each where their weights differ."""
+        """Make the call for both networks at once, or once for each network if their weights differ."""
         if _only_asks(func):
             return func(*args, **kwargs)
         if func is functional.batch_norm:
@@ -252,7 +249,7 @@ class _PairedForward(FunctionInterceptor):
         for tensor in tensors:
             name = self.name_of(tensor)
             if name in self.values:
-                raise NotPairable(f"{name} is used by {getattr(func, '__name__', func)}, not by its layer alone")
+                raise NotPairable(f"{name} is also used by {getattr(func, '__name__', func)}, outside of its layer")
         return func(*args, **kwargs)
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,8 +261,8 @@ class _PairedForward(FunctionInterceptor):
         return x[: self.half], x[self.half :]
 
     def _twice(self, original: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-        """What a layer gives, and as many rows again that are not yet filled in."""
-        # Batch by batch: a whole output beside the one that it is copied to would be the largest thing in memory.
+        """The output of a layer for the original network, followed by as many rows that are not filled in yet."""
+        # Batch by batch, because a whole output and its copy would be the largest tensors in memory.
         parts = original.split(self.sizes)
         first = run(parts[0])
         shape = (2 * self.half, *first.shape[1:])
@@ -277,12 +274,12 @@ class _PairedForward(FunctionInterceptor):
         return out
 
     def _fill(self, out: Tensor, cut: Tensor, run: Callable[[Tensor], Tensor]) -> None:
-        """Put what a layer gives the cut network into the half that is for it."""
+        """Fill in the cut network's half of a layer's output."""
         for part, place in zip(cut.split(self.sizes), out[self.half :].split(self.sizes), strict=True):
             place.copy_(run(part))
 
     def _now(self, tensor: Tensor | None) -> Tensor | None:
-        """A tensor as the cut network has it."""
+        """The cut network's value of a parameter or buffer."""
         return None if tensor is None else self.values.get(self.name_of(tensor) or "", tensor)
 
     # -- consumers ---------------------------------------------------------------------------------------
@@ -312,9 +309,9 @@ class _PairedForward(FunctionInterceptor):
         return out
 
     def _settle(self, tensor: Tensor, other: Tensor | None = None) -> None:
-        """If this is a pending output, solve its consumer and fill in what the cut network gives.
+        """If this is a pending output, solve its consumer and fill in the cut network's half.
 
-        ``other`` is what it is going to be added to.
+        ``other`` is the value that the output is going to be added to, if any.
         """
         item = self.pending.get(id(tensor))
         if item is None:
@@ -325,7 +322,7 @@ class _PairedForward(FunctionInterceptor):
         outs = self._halves(item.out)[0].split(self.sizes)
         wanted = list(outs)
         if other is not None and tensor is item.last:
-            # Part by part into one tensor: each of these is as large as any in the network.
+            # Part by part into one tensor, because these are as large as any tensor of the network.
             item.wanted = torch.empty_like(self._halves(item.out)[0])
             wanted = list(item.wanted.split(self.sizes))
             lost = zip(*(half.split(self.sizes) for half in self._halves(other)), strict=True)
@@ -346,16 +343,16 @@ class _PairedForward(FunctionInterceptor):
         self._fill(item.out, cut, lambda part: item.run(part, new_weight, new_bias))
         if item.normed:
             item.normed[1](self._halves(item.out)[1])
-            # It refers to the item in its turn, and the largest tensors here must not wait for the garbage collector.
+            # This breaks a reference cycle, so that large tensors are freed without the garbage collector.
             item.normed = None
 
     def settle_rest(self) -> None:
-        """Solve what nobody has asked for."""
+        """Solve the consumers whose outputs were not used."""
         for item in list(self.pending.values()):
             self._settle(item.out)
 
     def _add(self, a: Any, b: Any) -> None:
-        """Before two operands are added: if one is a pending output, it makes up for the other."""
+        """Solve pending outputs before they are added; one of them compensates for the error of the other operand."""
         both = [t for t in (a, b) if isinstance(t, Tensor)]
         waiting = [t for t in both if id(t) in self.pending]
         if len(both) < 2 or a is b or a.shape != b.shape:
@@ -363,7 +360,7 @@ class _PairedForward(FunctionInterceptor):
                 self._settle(tensor)
             return
         if len(waiting) == 2:
-            # The one that ran later has the other's sum to look after only once it is there itself.
+            # The later consumer can compensate only after the earlier one is solved.
             order = list(self.pending)
             waiting.sort(key=lambda t: order.index(id(t)))
             self._settle(waiting.pop())
@@ -404,7 +401,7 @@ class _PairedForward(FunctionInterceptor):
 
     def _normalize_original(self, call: _NormCall, original: Tensor, item: _Pending | None) -> _Normed:
         """Normalize the original network's half; the other one is not yet filled in."""
-        # Running statistics hold for all probes, a batch's own for that batch.
+        # Running statistics apply to all probes, batch statistics to one batch.
         sizes = self.sizes if self.batch_statistics else [self.half]
         out, measured = torch.empty_like(call.x), []
         for part, into in zip(original.split(sizes), out[: self.half].split(sizes), strict=True):
@@ -421,7 +418,7 @@ class _PairedForward(FunctionInterceptor):
         return _Normed(call, original, out, sizes, used, measured, item)
 
     def _normalize_cut(self, normed: _Normed, cut: Tensor) -> None:
-        """Fill in the cut network's half of what a batch norm gives, now that its input there is known."""
+        """Fill in the cut network's half of a batch norm's output, after its input there is known."""
         call, item = normed.call, normed.item
         mean_name, var_name = call.names
         new_running_mean = self._now(call.running[0])
@@ -452,18 +449,18 @@ class _PairedForward(FunctionInterceptor):
 
 
 def _own(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch normalized with its own mean and (biased) variance, and these: one kernel gives all three."""
+    """A batch normalized with its own mean and (biased) variance, followed by both, from a single kernel."""
     out, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     return out, mean, (inverse.square().reciprocal() - eps).clamp_min(0)
 
 
 def _beyond_probes(original: Tensor, asked: Tensor, given: Tensor, gap: Tensor) -> Tensor:
-    """How what an output lacks moves along with the original's mean; see `expected_shift`."""
+    """How the error of an output changes with the mean of the original output; see `expected_shift`."""
     rows = [t.flatten(2).transpose(1, 2) if t.dim() > 2 else t[:, None] for t in (original, asked, given)]
     count, places = rows[0].shape[:2]
     chosen = sample_positions(count * places, _POSITIONS, generator_for(0, "positions"))
     index = (torch.arange(count * places) if chosen is None else chosen).to(original.device)
-    # Picked before anything is computed: whole outputs are large.
+    # Positions are sampled first, because whole outputs are large.
     y, wanted, found = (t[index // places, index % places] for t in rows)
     return expected_shift(y, y + (found - wanted), gap)
 
@@ -474,7 +471,7 @@ def _mean(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _only_asks(func: Any) -> bool:
-    """Whether a function only asks for shape, kind or place of a tensor."""
+    """Whether a function only reads a tensor's shape, dtype or device."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in _ASKED

@@ -1,4 +1,4 @@
-"""Moving batch-norm statistics by what pruning changed."""
+"""Recalibration: corrects batch-norm statistics for the changes that pruning causes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lbyl.runtime.memory import give_back
 from lbyl.runtime.seeding import generator_for, sample_positions
 
 _DEAD = 1e-3
-"""A channel whose spread on the probes is less than this share of its trained spread tells nothing."""
+"""Channels whose deviation on the probes is below this share of the trained one are not recalibrated."""
 _LARGEST_RATIO = 4.0
 POSITIONS = 16384
-"""How many outputs of a consumer are looked at to tell how its change depends on its output."""
+"""How many outputs of a consumer are sampled for the regression of its change on its output."""
 
 
 Statistics = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
@@ -28,11 +28,11 @@ Statistics = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Look:
-    """What one pass over some probes has measured.
+    """Measurements from one pass over some probes.
 
     Attributes:
-        statistics: mean and variance at every batch norm.
-        outputs: for each consumer asked for, its output at some positions; equal ones in every look.
+        statistics: mean and variance at the input of every batch norm.
+        outputs: outputs of observed consumers at sampled positions, which are the same in every pass.
     """
 
     statistics: Statistics
@@ -42,11 +42,12 @@ class Look:
 def renormalize(
     state: Mapping[str, Tensor], values: Mapping[str, Tensor], original: Statistics, pruned: Statistics
 ) -> dict[str, Tensor]:
-    """New values in which every batch norm's statistics follow the pruned network.
+    """New values in which every batch norm's statistics are corrected for the pruned network.
 
-    ``mean + (mean_pruned - mean_original)`` and ``var * var_pruned / var_original``, both measured on the same
-    probes with batch statistics: with running ones the shifts would pile up from layer to layer. Channels that
-    the probes leave dead keep their statistics, and no variance changes by more than a factor of 4.
+    The new statistics are ``mean + (mean_pruned - mean_original)`` and ``var * var_pruned / var_original``, both
+    measured on the same probes with batch statistics. (With running statistics, the shifts would accumulate from layer
+    to layer.) Channels that are inactive on the probes keep their statistics, and no variance changes by more than a
+    factor of 4.
     """
     moved = dict(values)
     for (mean_name, var_name), (mean, var) in original.items():
@@ -64,7 +65,7 @@ def renormalize(
 def variance_change(
     before: Float[Tensor, " channels"], after: Float[Tensor, " channels"], trained: Float[Tensor, " channels"]
 ) -> tuple[Bool[Tensor, " channels"], Float[Tensor, " channels"]]:
-    """Which channels the probes tell something about, and by what factor pruning changed the variance of each."""
+    """Which channels are active on the probes, and the factor by which pruning changed the variance of each."""
     ratio = (after / before.clamp_min(1e-30)).clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)
     return before > _DEAD * trained, ratio
 
@@ -74,11 +75,10 @@ def expected_shift(
     after: Float[Tensor, "positions channels"],
     gap: Float[Tensor, " channels"],
 ) -> Float[Tensor, " channels"]:
-    """What is missing in ``E[after - before]`` on the probes, given that the real mean of ``before`` is ``gap`` higher.
+    """The correction of ``E[after - before]``, measured on probes, if the real mean of ``before`` is ``gap`` higher.
 
-    The change of an output goes with the output itself. So the regression of one on the other, taken on the
-    probes, says how the change moves along with the mean: ``Cov(after - before, before) Cov(before)^-1 gap``, with
-    a ridge of 1 % of each variance.
+    The change of an output depends on the output itself. A regression on the probes gives the change for another mean:
+    ``Cov(after - before, before) Cov(before)^-1 gap``, with a ridge of 1% of each variance.
     """
     y, change = before.double(), (after - before).double()
     y, change = y - y.mean(0), change - change.mean(0)
@@ -95,12 +95,18 @@ def recenter(
     pruned: Sequence[Look],
     norms: Mapping[str, str],
 ) -> dict[str, Tensor]:
-    """Running means, corrected by what the network knows about real inputs and the probes do not.
+    """New running means that are corrected for the difference between probes and real inputs.
 
-    Pruning moves the mean of a consumer's output; how far is measured on probes. But the real mean of the original
-    output is known, the running mean, and where the probes' own mean is off, so is the move: by
-    :func:`expected_shift`. ``norms`` gives for each consumer the running mean of the batch norm that follows. Both
-    networks were looked at on the same probes, batch by batch.
+    Pruning changes the mean of a consumer's output, and this change is measured on probes. The real mean of the
+    original output is known: it is the running mean. If the probes' mean differs from it, the measured change is
+    corrected by :func:`expected_shift`.
+
+    Args:
+        values: new values of parameters and buffers.
+        state: the original ones.
+        original: measurements of the original network, batch by batch.
+        pruned: measurements of the pruned network on the same probes.
+        norms: the running mean of the batch norm after each consumer, by the name of the consumer's weight.
     """
     shifts = {}
     means = {mean_name: mean for (mean_name, _), (mean, _) in averaged(original).items()}
@@ -118,7 +124,7 @@ def recenter(
 def shifted(
     values: Mapping[str, Tensor], state: Mapping[str, Tensor], shifts: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """New values in which some running means are higher by so much, whether or not they had changed before."""
+    """New values in which ``shifts`` are added to some running means."""
     moved = dict(values)
     for name, shift in shifts.items():
         now = values.get(name, state[name])
@@ -127,10 +133,10 @@ def shifted(
 
 
 def transplant(values: Mapping[str, Tensor], state: Mapping[str, Tensor], original: Statistics) -> dict[str, Tensor]:
-    """The same change of batch-norm statistics, made to the probes' statistics instead of the running ones.
+    """New values in which batch norms have the probes' statistics, with the changes that ``values`` make.
 
-    Probes may look unlike anything that the network was trained on, and then its running statistics throw its
-    activations off. As if the probes were the training data, outputs on them can be compared all the same.
+    Probes may differ so much from the training data that running statistics distort the activations. With statistics
+    as if the network was trained on the probes, outputs on the probes can be compared nevertheless.
     """
     moved = dict(values)
     for (mean_name, var_name), (mean, var) in original.items():
@@ -142,7 +148,7 @@ def transplant(values: Mapping[str, Tensor], state: Mapping[str, Tensor], origin
 
 
 def averaged(looks: Sequence[Look]) -> Statistics:
-    """The statistics of several looks, each counting alike."""
+    """The mean statistics of several passes, with equal weights."""
     statistics = {}
     for key in looks[0].statistics:
         found = [each.statistics[key] for each in looks if key in each.statistics]
@@ -152,11 +158,11 @@ def averaged(looks: Sequence[Look]) -> Statistics:
 
 
 class Observer:
-    """Takes a look while a network runs: :func:`lbyl.runtime.forward.run_intercepted` is given its two methods.
+    """Collects the measurements of a :class:`Look`; :func:`lbyl.runtime.forward.run_intercepted` calls its methods.
 
     Args:
-        consumers: those whose outputs are noted.
-        positions: how many of each output.
+        consumers: names of the weights of consumers whose outputs are sampled.
+        positions: number of sampled positions of each output.
     """
 
     def __init__(self, consumers: Collection[str] = (), positions: int = POSITIONS) -> None:
@@ -165,21 +171,21 @@ class Observer:
         self.outputs: dict[str, Tensor] = {}
 
     def on_norm(self, mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
-        """Note the statistics at a batch norm's input."""
+        """Record the statistics at a batch norm's input."""
         self.statistics[mean_name, var_name] = mean.double(), var.double()
 
     def on_consumer(self, call: ConsumerCall) -> None:
-        """Note some of a consumer's outputs."""
+        """Record some of a consumer's outputs."""
         if call.weight not in self.consumers:
             return
         out = call.out if call.op == "linear" else call.out.flatten(2).transpose(1, 2)
         out = out.reshape(-1, out.shape[-1])
-        # Seeded by the consumer's name: two looks see the same positions.
+        # Seeded by the consumer's name, so that the positions are the same in every pass.
         chosen = sample_positions(len(out), self.positions, generator_for(0, f"{call.weight}#outputs"))
         self.outputs[call.weight] = out.clone() if chosen is None else out[chosen.to(out.device)]
 
     def look(self) -> Look:
-        """What was seen."""
+        """The measurements."""
         return Look(self.statistics, self.outputs)
 
 
@@ -191,9 +197,9 @@ def look(
     positions: int = POSITIONS,
     kept: NormMasks | None = None,
 ) -> Look:
-    """Run a batch with batch statistics; note every batch norm's input, and some outputs of some consumers.
+    """Run a batch with batch statistics, and measure every batch norm's input and some consumers' outputs.
 
-    ``kept`` tells which channels stay at layer norms, as in :func:`lbyl.runtime.forward.run_intercepted`.
+    ``kept`` gives the kept channels at layer norms, as in :func:`lbyl.runtime.forward.run_intercepted`.
     """
     observer = Observer(consumers, positions)
     on_norm, on_consumer = observer.on_norm, observer.on_consumer

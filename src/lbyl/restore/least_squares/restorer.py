@@ -1,4 +1,4 @@
-"""Least squares on measured moments: the paper's objective with the network's real second moments in it."""
+"""Least squares on measured moments: the paper's objective with second moments of real activations."""
 
 from __future__ import annotations
 
@@ -20,70 +20,71 @@ from lbyl.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class LeastSquares(Settings, Restorer):
-    """Fit what the kept channels must do so that each consumer's output stays what it was.
+    """Fit the consumers' weights so that each consumer's output changes as little as possible.
 
-    The paper's least squares assumes a white-noise input and no activation. Both assumptions go away when the
-    second moments ``G`` of the consumer's real input stand in for ``V V^T``; the activation error is then inside
-    the objective. Moments come from inputs made without data of the user's (:class:`lbyl.Noise`,
-    :class:`lbyl.Photographs`, :class:`lbyl.Dream`), from the weights alone (:class:`lbyl.Weights`,
-    :class:`lbyl.Gaussian`), or from the user's own unlabelled inputs (:class:`lbyl.Data`).
+    The paper's least squares assumes white-noise inputs and no activation. Neither assumption is needed if the second
+    moments ``G`` of the consumer's real inputs replace ``V V^T``; the objective then contains the activation error.
+    Moments come from synthetic inputs (:class:`lbyl.Noise`, :class:`lbyl.Photographs`, :class:`lbyl.Dream`), from the
+    weights alone (:class:`lbyl.Weights`, :class:`lbyl.Gaussian`), or from the user's own unlabelled inputs
+    (:class:`lbyl.Data`).
 
     Attributes:
-        moments: where the second moments come from.
-        solve: "patch" fits the consumer's whole kernel to the dropped channels' share of its output; "mix" fits
-            one number a channel pair (the delivery matrix S). They are the same for 1x1 kernels.
-        ridge: penalty on what is added to the kept weights, relative to the mean of the moments' diagonal. None
-            takes 0.3 for probed moments, 0.1 for closed forms, which no sample of inputs makes noisy, and 0.001
-            where a prior already steadies probed ones.
-        prior: between 0 and 1: how far probed moments are drawn towards the ones that the weights alone suggest
-            (the paper's ``V V^T``, each filter centered). None takes 0.5 where probes
-            are unlike real inputs and no batch norm keeps channels at their mean and spread, and 0 elsewhere.
-        renorm: move the batch-norm statistics downstream by what pruning changed, where that helps.
-        attach_norms: where the network has no batch norms, give each layer one of its own for as long as restoration
-            takes, with the statistics that are measured on the probes; it is folded into the layer at the end. Then
-            ``renorm``, ``sequential`` and dreams do for such a network what they do for others.
-        sequential: solve consumers in turn, and the layers in between with them, each on what the network gives it once
-            all before it is cut, and let those that go into a residual sum make up for what the sum's other operand has
-            lost. None tries it on dreams and real inputs, where there are batch norms and residual sums, with as many
-            of the probes as ``memory`` holds, unless these are less than 4 of a batch. This solution, the one of all
-            consumers at once, or their average is kept, whichever has the lowest error on held-out probes; the report
-            says which. True keeps the solution in turn whatever the error, False never tries.
-        budget: bytes that one consumer's patch moments may take; a larger consumer is solved by "mix", which the
-            report says.
-        memory: bytes that activations may take while moments are collected, consumers are solved in turn and errors are
-            measured; :class:`lbyl.Dream` has its own. Copies of the model, moments and the probes come on top.
-        positions: at most so many positions of each consumer enter the moments, a batch.
+        moments: the source of second moments.
+        solve: "patch" fits the consumer's whole kernel to the dropped channels' contribution to its output; "mix" fits
+            one number for each pair of channels (the delivery matrix S). They are equal for 1x1 kernels.
+        ridge: penalty on the change of the kept weights, relative to the mean of the moments' diagonal. None chooses
+            0.3 for measured moments, 0.1 for closed forms, which have no sampling error, and 0.001 for measured moments
+            with a prior.
+        prior: weight, between 0 and 1, of the moments that follow from the weights alone (the paper's ``V V^T`` with
+            centered filters) in a mixture with measured ones. None chooses 0.5 if the probes are not like real inputs
+            and no batch norm normalizes the channels, else 0.
+        renorm: recalibrate batch norms after the cut layers, if this lowers the error on held-out probes.
+        attach_norms: give each layer of a network without batch norms a temporary one, with statistics measured on the
+            probes, which is folded into the layer at the end. ``renorm``, ``sequential`` and dreams then work for such
+            networks as well.
+        sequential: solve consumers, and the layers between them, one after the other, each with the inputs that it has
+            after all earlier layers are cut. Consumers in a residual connection then also compensate for the error of
+            the other operand. None tries this for dreams and real inputs, if there are batch norms and residual
+            connections and ``memory`` holds at least 4 probes of each batch in both networks. It keeps this solution,
+            the solution for all consumers at once, or their average, whichever has the lowest error on held-out probes;
+            the report says which. True always keeps the sequential solution, and False never tries it.
+        budget: bytes that one consumer's patch moments may take. Larger consumers are solved by "mix", and the report
+            says so.
+        memory: bytes that activations may take while moments are collected, consumers are solved sequentially, and
+            errors are measured. Copies of the model, moments and probes are extra, and :class:`lbyl.Dream` has its own
+            setting.
+        positions: largest number of positions of each consumer that enter the moments, for each batch.
     """
 
     @property
     def runs_network(self) -> bool:
-        """True: even with closed-form moments, solving takes long, so what can be cut is found out first."""
+        """True: even with closed-form moments solving takes long, so the cut is checked first."""
         return True
 
     @property
     def keeps_inputs_private(self) -> bool:
-        """Whether moments are collected on data of the user's."""
+        """Whether moments are measured on the user's data."""
         return isinstance(self.moments, Data)
 
     @property
     def takes_probes(self) -> bool:
-        """Whether moments are collected, not taken in closed form."""
+        """Whether moments are measured on probes, and not computed in closed form."""
         return isinstance(self.moments, ProbeSource)
 
     def takes_lifelike_probes(self, inputs: ExampleInputs) -> bool:
-        """Whether the moment source says so of its probes."""
+        """Whether the moment source's probes are like real inputs."""
         return self.takes_probes and is_lifelike(self.moments, inputs)
 
     def make_probes(
         self, model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None = None
     ) -> Probes:
-        """The probes of the moment source, in batches that ``memory`` allows."""
+        """The probes of the moment source, in batches that fit into ``memory``."""
         return make_probes(model, inputs, self, seed, progress)
 
     def measure(
         self, model: nn.Module, graph: Graph, groups: Collection[int], probes: Probes, seed: int, limit: int
     ) -> dict[str, ConsumerMoments]:
-        """Moments of what the consumers of some groups read, for :meth:`restore` to take parts of."""
+        """Measure moments of the inputs of some groups' consumers, from which :meth:`restore` uses parts."""
         return measure(model, graph, groups, probes, self, seed, limit)
 
     def restore(self, problem: RestorationProblem) -> Restoration:

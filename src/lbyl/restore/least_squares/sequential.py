@@ -1,4 +1,4 @@
-"""Consumers solved one after the other, each on what the network gives it once all before it is cut."""
+"""Solves consumers one after the other, each with the inputs that it has after all earlier layers are cut."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lbyl.surgery.masking import norm_masks
 
 @dataclass(frozen=True)
 class SequentialResult:
-    """What solving one consumer after the other comes to: on the probes, and with means as real inputs have them."""
+    """The sequential solution: as solved on the probes, and with means corrected for real inputs."""
 
     on_probes: dict[str, Tensor]
     values: dict[str, Tensor]
@@ -35,20 +35,20 @@ class SequentialResult:
 
 @dataclass(frozen=True)
 class NotApplicable:
-    """Why consumers are not solved in turn; ``possible`` says whether the network has what it takes."""
+    """Why consumers are not solved in turn; ``possible`` says whether the network itself allows it."""
 
     why: str
     possible: bool = True
 
 
 def _takers(problem: LeastSquaresProblem, state: State) -> tuple[dict[str, Target], str]:
-    """The consumers that can be solved in turn, by the names of their weights; or why that is not to be tried."""
+    """The consumers that can be solved in turn, by the names of their weights; or the reason why not to try it."""
     graph, selection, settings = problem.graph, problem.selection, problem.settings
     coupled = {p.weight.parameter for group in graph.groups if group.coupled for p in group.producers}
     if not any(isinstance(stage, Norm) for g in graph.groups for p in g.producers for stage in p.stages):
         return {}, "there is no batch norm"
     if not any(target.consumer.weight in coupled for target in problem.found):
-        return {}, "no consumer of a pruned group goes into a residual sum"
+        return {}, "no consumer of a pruned group is in a residual connection"
 
     def solvable(target: Target) -> bool:
         once = target.consumer.calls == 1 and target.consumer.dim == 1
@@ -56,8 +56,8 @@ def _takers(problem: LeastSquaresProblem, state: State) -> tuple[dict[str, Targe
 
     takers = {target.consumer.weight: target for target in problem.found if solvable(target)}
     if not coupled & set(takers):
-        return {}, "no consumer that goes into a residual sum runs once and is solved by patch"
-    # Layers in between lose no channels, but what they read has changed.
+        return {}, "no consumer in a residual connection runs once and is solved by patch"
+    # Layers between consumers lose no channels, but their inputs change.
     norms, cut = following_norms(graph), {target.consumer.weight for target in problem.found}
     for consumer in graph.consumers:
         if consumer.weight in cut:
@@ -69,7 +69,7 @@ def _takers(problem: LeastSquaresProblem, state: State) -> tuple[dict[str, Targe
 
 
 def _by_kind(probes: Probes) -> list[ExampleInputs]:
-    """All dreams, say, as one batch, and all that looks like real inputs as another; as they are if shapes differ."""
+    """The batches joined into one for each kind of probe (dreams, images with structure), unless shapes differ."""
     if len({tuple(tensor.shape[1:] for tensor in batch.tensors()) for batch in probes.batches}) > 1:
         return list(probes.batches)
     recalibration_batches = [
@@ -82,24 +82,24 @@ def _by_kind(probes: Probes) -> list[ExampleInputs]:
 def solve_sequentially(
     problem: LeastSquaresProblem, probes: Probes, done: Findings, renorm: bool
 ) -> SequentialResult | NotApplicable:
-    """Solve consumers in execution order, each on what the network gives it once all before it is cut.
+    """Solve consumers in execution order, each with the inputs that it has after all earlier layers are cut.
 
-    Layers that lose no channels are solved too, for what they read has changed. Consumers that can't be solved so keep
-    what they have in the findings that is ``done``. With ``renorm`` batch-norm statistics move on the way. Returns why
-    not where it can't be done.
+    Layers that lose no channels are solved as well, because their inputs change. Consumers that can't be solved in this
+    way keep their solutions in ``done``. With ``renorm``, batch norms are recalibrated during the pass. If the whole is
+    not possible, the result says why.
     """
     state, selection, settings = done.state, problem.selection, problem.settings
     takers, why = _takers(problem, state)
     if not takers:
         return NotApplicable(why, possible=False)
     if norm_masks(selection):
-        return NotApplicable("layer norms take their statistics over the channels that stay")
+        return NotApplicable("there are layer norms over pruned channels")
     most = held_at_once(settings.memory, 2 * held_bytes(problem.model, first_rows(probes.batches[0])))
-    # Where parts of them would tell too little of their statistics, batches of a kind become one.
+    # Batches of one kind are joined if parts of each batch would be too small for statistics.
     batches = thinned(probes.batches, most) or thinned(_by_kind(probes), most)
     if not batches:
         room = f"{settings.memory / 2**20:.0f} MiB of memory hold {most} in both networks"
-        return NotApplicable(f"{room}, too few; LeastSquares(memory=...) gives more")
+        return NotApplicable(f"{room}, which are too few; LeastSquares(memory=...) allows more")
     again = {target.bias for target in takers.values()}
     findings = Findings(state, {name: value for name, value in done.values.items() if name not in again})
     positions = [attended_positions(problem.model, batch) for batch in batches]
@@ -134,7 +134,7 @@ def solve_sequentially(
     except (NotPairable, RuntimeError) as error:
         return NotApplicable(first_line(error))
     if not walked.made_up:
-        return NotApplicable("no consumer was seen to go into a sum")
+        return NotApplicable("no consumer's output was added to another value")
     values = problem.stored(findings.values, state)
     if renorm:
         values = renormalize(state, values, walked.original, walked.cut)

@@ -1,4 +1,4 @@
-"""The settings of restoration by least squares, and what they may be."""
+"""The settings of restoration by least squares, and checks of their values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lbyl.runtime.memory import ROOM
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of :class:`lbyl.LeastSquares`, which explains them."""
+    """The settings of :class:`lbyl.LeastSquares`, whose documentation explains them."""
 
     moments: ProbeSource | ClosedFormSource = field(default_factory=Dream)
     solve: str = "patch"
@@ -38,7 +38,7 @@ class Settings:
         if self.sequential and isinstance(self.moments, ClosedFormSource):
             name = type(self.moments).__name__
             raise InputError(
-                f"LeastSquares(sequential=True): {name} runs no network; choose Noise, Photographs, Dream or Data"
+                f"LeastSquares(sequential=True): {name} has no probes; choose Noise, Photographs, Dream or Data"
             )
         if isinstance(self.moments, type) or not isinstance(self.moments, ProbeSource | ClosedFormSource):
             raise InputError(
@@ -46,7 +46,7 @@ class Settings:
             )
 
     def strength(self, steadied: bool) -> float:
-        """The relative ridge, given whether a prior is mixed in."""
+        """The relative ridge; ``steadied`` says whether a prior is mixed in."""
         if self.ridge is not None:
             return self.ridge
         if isinstance(self.moments, ClosedFormSource):

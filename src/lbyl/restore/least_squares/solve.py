@@ -1,4 +1,4 @@
-"""Solving one consumer from its moments, by patch or by mix, and what the solves find out."""
+"""Solves one consumer from its moments, by patch or by mix, and collects the results."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class LeastSquaresProblem:
     Attributes:
         model: the unpruned network in evaluation mode; nothing in it is changed.
         graph: its channel graph.
-        selection: which channels go.
-        found: the consumers that lose some of them.
+        selection: the kept and dropped channels.
+        found: the consumers of dropped channels.
         settings: the restorer.
-        seed: for probes and sampled positions.
+        seed: seed for probes and sampled positions.
         progress: called as ``progress(stage, done, total)``.
     """
 
@@ -47,18 +47,18 @@ class LeastSquaresProblem:
     progress: Progress | None
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Tell how far it has come."""
+        """Report progress."""
         if self.progress:
             self.progress(stage, done, total)
 
     def stored(self, values: dict[str, Tensor], state: State) -> dict[str, Tensor]:
-        """Solved weights as the layers store them, and what only dropped channels had out of the way."""
+        """Solved weights as the layers store them, with dropped channels masked as in :func:`with_masks`."""
         return with_masks(as_stored(self.found, values), self.selection, state)
 
 
 @dataclass
 class _Powers:
-    """Powers of the consumer's output: all of it, what pruning loses, what is still lost after restoration."""
+    """Powers of a consumer's output: in total, lost by pruning, and still lost after restoration."""
 
     total: float = 0.0
     before: float = 0.0
@@ -67,13 +67,13 @@ class _Powers:
 
 @dataclass
 class Findings:
-    """What the solves find out, consumer by consumer.
+    """The results of the solves.
 
     Attributes:
         state: the unpruned network's tensors.
-        values: new ones, output first.
-        errors: powers lost and left, for each choice.
-        notes: what the user should know of each choice.
+        values: new tensors; weights have their output dimension first.
+        errors: powers of the consumers' outputs for each choice of the selection.
+        notes: what the user should know about each choice.
     """
 
     state: State
@@ -82,34 +82,34 @@ class Findings:
     notes: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def note(self, numbers: Iterable[int], text: str) -> None:
-        """Tell something of some choices."""
+        """Add a note to some choices."""
         for number in numbers:
             self.notes[number].append(text)
 
     def unseen(self, target: Target, numbers: Iterable[int]) -> None:
-        """No probe came by the consumer."""
-        self.note(numbers, f"{target.consumer.layer} was not seen in the forward pass: pruned without restoration")
+        """Note that a consumer did not run on the probes."""
+        self.note(numbers, f"{target.consumer.layer} did not run on the probes: pruned without restoration")
 
     def singular(self, target: Target, numbers: Iterable[int]) -> None:
-        """The moments could not be factored."""
+        """Note that a consumer's moments were singular."""
         self.note(numbers, f"{target.consumer.layer}: singular moments, solved by pseudo-inverse")
 
     def absorb(self, target: Target, shift: Tensor) -> None:
-        """Add a constant to the consumer's output, where one can be added."""
+        """Add a constant to the consumer's output, if it has a bias or a batch norm after it."""
         if target.bias is None:
             return
         old = self.values.get(target.bias, self.state[target.bias].detach())
         self.values[target.bias] = (old.double() + target.sign * shift).to(old.dtype)
 
     def add(self, number: int, total: float, before: float, after: float) -> None:
-        """Count a consumer's powers towards a choice."""
+        """Add a consumer's powers to those of a choice."""
         errors = self.errors[number]
         errors.total += total
         errors.before += before
         errors.after += after
 
     def row(self, number: int, choice: Choice) -> Restored:
-        """What restoration did for one choice, for the report."""
+        """The outcome of one choice, for the report."""
         power = self.errors[number]
         relative = None
         if power.total:
@@ -119,20 +119,20 @@ class Findings:
 
 
 def merged(findings: Findings, later: Findings) -> Findings:
-    """What the later solves found out, and the earlier ones where there was no later one."""
+    """The later results, and the earlier ones for choices without a later one."""
     notes = {number: [*findings.notes[number], *later.notes[number]] for number in {*findings.notes, *later.notes}}
     errors = {**findings.errors, **later.errors}
     return Findings(findings.state, later.values, defaultdict(_Powers, errors), defaultdict(list, notes))
 
 
 Sums = PatchSums | list[tuple[int, Slot, ChannelSums]]
-"""What is summed up for one consumer: patches, or channels group by group, with the selection's index and the slot."""
+"""The sums for one consumer: of patches, or of channels for each group, with the selection's index and the slot."""
 
 
 def empty_sums(
     target: Target, selection: Selection, state: State, settings: Settings, seed: int
 ) -> tuple[Sums, int, str]:
-    """Empty accumulators for one consumer, their size in bytes, and a note when "patch" had to give way."""
+    """Empty sums for one consumer, their size in bytes, and a note if "mix" replaces "patch"."""
     consumer = target.consumer
     weight = target.weight(state)
     generator = generator_for(seed, f"{consumer.weight}#positions")
@@ -147,7 +147,7 @@ def empty_sums(
             device = weight.device
             columns = Columns(tuple(k.to(device) for k in keep), tuple(d.to(device) for d in drop))
             return PatchSums(columns, settings.positions, generator), size, ""
-        note = f"{consumer.layer}: solved by mix, patch moments would take {size / 2**20:.0f} MiB"
+        note = f"{consumer.layer}: solved by mix, because patch moments would take {size / 2**20:.0f} MiB"
     entries = []
     for number in target.choices:
         choice = selection.choices[number]
@@ -164,7 +164,7 @@ def solve_patches(
     settings: Settings,
     findings: Findings,
 ) -> None:
-    """Fit the whole kernel of a consumer to what its dropped channels gave, or to what it was asked for."""
+    """Fit the whole kernel of a consumer to the contribution of its dropped channels, or to another target."""
     weight = masked(target, findings.state)
     findings.values[target.consumer.weight] = weight
     if not sums.blocks:
@@ -202,7 +202,7 @@ def solve_patches(
 
 
 def _by_column(gram: Tensor, slot: Slot, width: int) -> Tensor:
-    """Channel moments spread over a consumer's input columns; different places of a channel are unrelated."""
+    """Channel moments expanded to a consumer's input columns; different columns of a channel are uncorrelated."""
     channels = torch.tensor(slot.channels)
     place = torch.empty_like(channels)
     for number, column in enumerate(seats(slot, width).T):
@@ -213,7 +213,7 @@ def _by_column(gram: Tensor, slot: Slot, width: int) -> Tensor:
 def _patch_prior(
     target: Target, keep: Tensor, drop: Tensor, number: int, kernel: Tensor, expected: tuple[Tensor, float] | None
 ) -> Prior | None:
-    """Expected patch moments of one block of a consumer: taps are unrelated, channels as the weights say."""
+    """Expected patch moments of one block of a consumer: uncorrelated kernel positions, channels as in the weights."""
     if expected is None:
         return None
     first = number * len(target.dropped) // target.consumer.blocks
@@ -258,7 +258,7 @@ def solve_closed_form(
     ridge: float,
     findings: Findings,
 ) -> None:
-    """Deliver every group on moments that come from the weights alone."""
+    """Solve every group with moments that follow from the weights alone."""
     made: dict[int, ChannelMoments | str] = {}
     for number, choice in enumerate(selection.choices):
         obstacle = paper_form_applies(choice.group, findings.state)
@@ -294,20 +294,20 @@ def _deliver(
     findings: Findings,
     prior: tuple[Tensor, float] | None = None,
 ) -> None:
-    """Solve for S on channel moments, fold it into the consumer, and keep the mean of its output."""
+    """Solve for S on channel moments, fold it into the consumer, and preserve the mean of its output."""
     choice = selection.choices[number]
     keep, drop = choice.tensors()
     delivery, resid, singular = deliver_from_moments(choice, moments.covariance, ridge, prior)
     source, new = target.weight(findings.state), findings.values[slot.parameter]
     gone = target.dropped & (torch.tensor(slot.channels) != NOT_OURS)
     means = columns.to(source.device)
-    # What the dropped columns gave on average, less what the restored ones now give in their stead.
+    # The mean contribution of the dropped columns, minus that of the restored ones.
     asked = on_average(target, source, means * gone.to(means)) + on_average(target, new, means)
     findings.values[slot.parameter] = new = fold(new, source, slot, choice.group.width, keep, drop, delivery)
     findings.absorb(target, asked - on_average(target, new, means))
     if singular:
         findings.singular(target, [number])
-    # Channels count by the energy that the consumer gives them; correlations between them are left out.
+    # Channels are weighted by the energy of the consumer's weights; correlations between them are neglected.
     energy = consumer_energy(slot, source, choice.group.width)
     variance = moments.covariance.diagonal()
     findings.add(
@@ -319,7 +319,7 @@ def _deliver(
 
 
 def expected_moments(choice: Choice, state: State, settings: Settings) -> tuple[Tensor | None, float]:
-    """What the weights alone say about the channels' covariance, and how far to trust it; None for not at all."""
+    """The channels' covariance that follows from the weights alone (None if unused), and its weight in the mixture."""
     trust = settings.prior
     if trust is None:
         trust = 0.0 if any(producer.normalized for producer in choice.group.producers) else 0.5
@@ -331,7 +331,7 @@ def expected_moments(choice: Choice, state: State, settings: Settings) -> tuple[
 def deliver_from_moments(
     choice: Choice, covariance: Tensor, ridge: float, prior: tuple[Tensor, float] | None = None
 ) -> tuple[Delivery, Tensor, bool]:
-    """S for a whole group, block by block; with the variance of each dropped channel that is left over."""
+    """S for a whole group, block by block, with residual variances of dropped channels; and whether G is singular."""
     keep, drop = choice.tensors()
     labels = torch.tensor(choice.group.blocks)
     delivery = empty_delivery(len(keep), len(drop))

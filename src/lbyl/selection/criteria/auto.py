@@ -1,4 +1,4 @@
-"""The criterion where none is named."""
+"""Chooses the default criterion."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lbyl.selection.criteria.l2 import L2
 
 
 def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Criterion | SeeingCriterion, str]:
-    """What ``criterion="auto"`` stands for, and why.
+    """The criterion for ``criterion="auto"``, and a note that says why.
 
     Args:
         model: the network.
-        probed: whether the network is run on probes anyway, so that what passes through channels can be seen.
-        lifelike: whether these probes are like real inputs. On others, the activations of a network without any norm
-            say less than its weights do.
+        probed: whether the network is run on probes anyway, so that activations can be measured.
+        lifelike: whether these probes are like real inputs. On other probes, the activations of a network without
+            norms are less informative than its weights.
     """
     if not probed or norms_cover(model) or not (lifelike or _normalizes(model)):
         return L2(), ""
@@ -25,5 +25,5 @@ def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Cr
 
 
 def _normalizes(model: nn.Module) -> bool:
-    """Whether layer, group or instance norms, or others by that name, bring activations to scale."""
+    """Whether the network has layer, group or instance norms, or modules with "norm" in their name."""
     return any("norm" in type(module).__name__.lower() for module in model.modules())

@@ -1,4 +1,4 @@
-"""What every criterion has: a score for each channel."""
+"""The two interfaces of criteria, which give a score for each channel."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from lbyl.selection.view import ChannelView
 
 @runtime_checkable
 class Criterion(Protocol):
-    """Scores channels; the lowest scores go first.
+    """Scores channels by their filters. Channels with the lowest scores are dropped first.
 
-    A class whose score is the p-norm of the filter may say so by a ``norm_order`` of p: its scores are then summed up
-    without a float64 copy of all weights. Classes derived from it have to say so again.
+    A class whose score is the p-norm of the filter may set ``norm_order`` to p. Its scores are then computed without a
+    float64 copy of all weights. Classes derived from it have to set ``norm_order`` again.
 
-    A criterion that looks at more than filters is a :class:`SeeingCriterion`.
+    A criterion that uses more than filters is a :class:`SeeingCriterion`.
     """
 
     def score(
         self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator
     ) -> Float[Tensor, " channels"]:
-        """Scores of the channels, given one flattened filter a row."""
+        """Scores of the channels; row j of ``filters`` is the flattened filter of channel j."""
         ...
 
 
 class SeeingCriterion(Protocol):
-    """Scores channels by what reads them, and by what passes through them.
+    """Scores channels by their consumers' weights and by activations.
 
-    ``sees`` says how much has to be known:
+    ``sees`` is what the criterion needs:
 
     * ``"consumers"``: the weights with which consumers read the channels; no input is run.
-    * ``"squares"``: these, and the mean and the mean square of every column of every consumer, measured on probes.
-    * ``"products"``: these, and the second moments of all pairs of columns.
+    * ``"squares"``: also the mean and the mean square of every input column of every consumer, measured on probes.
+    * ``"products"``: also the second moments of all pairs of columns.
     """
 
     sees: ClassVar[str]
 
     def score(self, view: ChannelView) -> Float[Tensor, " channels"]:
-        """Scores of the channels in view."""
+        """Scores of the channels of a view."""
         ...
 
 
 def needs_probes(criterion: object) -> bool:
-    """Whether a criterion looks at what passes through the channels."""
+    """Whether a criterion needs activations, measured on probes."""
     return getattr(criterion, "sees", "filters") in ("squares", "products")
 
 
@@ -56,8 +56,7 @@ def resolve_criterion(criterion: str | Criterion | SeeingCriterion) -> Criterion
     """A criterion by name, or the object itself.
 
     Raises:
-        InputError: an unknown name, a class in place of an instance, an object without ``score``, or one whose
-            ``sees`` is unknown.
+        InputError: the name is unknown, or the object is a class, has no ``score``, or an unknown value of ``sees``.
     """
     found: Any = make("criterion", criterion) if isinstance(criterion, str) else criterion
     if isinstance(found, type):

@@ -1,4 +1,4 @@
-"""The sum of distances to all other filters (He et al. 2019, FPGM): what is far from the rest stays."""
+"""The sum of distances to all other filters (He et al. 2019, "FPGM", arXiv 1811.00250)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GeometricMedian:
-    """The sum of distances to all other filters (He et al. 2019, FPGM): what is far from the rest stays."""
+    """``sum_k |w_j - w_k|``, the sum of distances to all other filters (He et al. 2019, "FPGM", arXiv 1811.00250)."""
 
     def score(
         self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator
     ) -> Float[Tensor, " channels"]:
-        """One score a channel; the lowest go first."""
+        """One score for each channel; channels with the lowest scores are dropped first."""
         return torch.cdist(filters, filters).sum(1)

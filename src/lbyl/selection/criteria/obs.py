@@ -1,4 +1,4 @@
-"""What is lost once the other channels have made up for one as well as they can."""
+"""Optimal Brain Surgeon for channels: the error that remains after the other channels compensate for one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from lbyl.selection.view import ChannelView, Reading
 
 @dataclass(frozen=True)
 class OBS:
-    """``U_j^T [(G^-1)_jj]^-1 U_j``: the error that is left where the best linear combination of the other channels
-    stands in for channel j (Hassibi and Stork 1993, "Optimal Brain Surgeon"; Kurtic et al. 2023, "ZipLM").
+    """``U_j^T [(G^-1)_jj]^-1 U_j``: the error if the best linear combination of other channels replaces channel j.
 
-    ``G`` are the second moments of what a consumer is fed, ``U_j`` the weights with which it takes channel j. Channels
-    go a few at a time, and the others' scores are worked out anew, for of two that are alike only one can go.
+    ``G`` are the second moments of a consumer's input, and ``U_j`` are the consumer's weights for channel j. Channels
+    are removed a few at a time, and then the scores of all others are computed again, because only one of two similar
+    channels can be removed. Sources: Hassibi and Stork 1993, "Optimal Brain Surgeon"; Kurtic et al. 2023, "ZipLM"
+    (arXiv 2302.04089).
 
     Attributes:
         ridge: added to the diagonal of G, relative to its mean.
@@ -28,7 +29,7 @@ class OBS:
     sees: ClassVar[str] = "products"
 
     def score(self, view: ChannelView) -> Float[Tensor, " channels"]:
-        """One score a channel: its place in the order in which channels go."""
+        """One score for each channel: its position in the order in which channels are removed."""
         inverses = [(reading, _inverse(reading, self.ridge)) for reading in view.readings]
         left = torch.arange(len(view))
         scores = torch.zeros(len(view), dtype=torch.float64)
@@ -48,7 +49,7 @@ class OBS:
 
 
 _ROUNDS = 32
-"""One channel in so many goes at a time."""
+"""Each round removes one of this many channels."""
 
 
 def _inverse(reading: Reading, ridge: float) -> Tensor:
@@ -59,7 +60,7 @@ def _inverse(reading: Reading, ridge: float) -> Tensor:
 
 
 def _lost(reading: Reading, inverse: Tensor, left: Tensor) -> Tensor:
-    """The error that each of the channels that are left would leave, as a share of all that the consumer takes."""
+    """The error from removing each of the remaining channels, relative to the energy of all channels."""
     seats = reading.index.shape[1]
     total = (reading.energy * reading.square).sum().clamp_min(1e-300)
     if seats == 1:
@@ -71,7 +72,7 @@ def _lost(reading: Reading, inverse: Tensor, left: Tensor) -> Tensor:
 
 
 def _without(inverse: Tensor, stays: Tensor, seats: int) -> Tensor:
-    """The inverse once some channels are out of the moments: ``A - B D^-1 B^T``."""
+    """The inverse of the moments after some channels are removed: ``A - B D^-1 B^T``."""
     kept = stays.repeat_interleave(seats)
     if not bool(kept.any()):
         return inverse[kept][:, kept]

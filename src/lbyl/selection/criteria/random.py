@@ -1,4 +1,4 @@
-"""A random order, the same for the same seed: the baseline of all criteria."""
+"""Random scores, which are equal for equal seeds: the baseline of all criteria."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Random:
-    """A random order, the same for the same seed: the baseline of all criteria."""
+    """Random scores, which are equal for equal seeds: the baseline of all criteria."""
 
     def score(
         self, filters: Float[Tensor, "channels fan_in"], generator: torch.Generator
     ) -> Float[Tensor, " channels"]:
-        """One score a channel; the lowest go first."""
+        """One score for each channel; channels with the lowest scores are dropped first."""
         return torch.rand(len(filters), generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Operators of ONNX, one small function each: what PyTorch makes of a node."""
+"""ONNX operators: one small function for each turns a node into PyTorch functions or modules."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lbyl.io.onnx.operators.base import OPERATORS, Build
 
 
 def find_operator(name: str) -> Build | None:
-    """What makes a step of a node with this operator; None where there is nothing."""
+    """The function that reads nodes of this operator; None if there is none."""
     _load()
     return OPERATORS.get(name)
 
 
 def operator_names() -> list[str]:
-    """The operators that are read, by name."""
+    """The names of all operators that can be read."""
     _load()
     return sorted(OPERATORS)
 

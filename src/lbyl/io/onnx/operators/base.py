@@ -1,4 +1,4 @@
-"""What the functions of operators are given, and how they are found."""
+"""The interface of a node for the functions that read operators, and the register of these functions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Node(Protocol):
     """A node of the file while it is read.
 
     Attributes:
-        operator: its name.
+        operator: the name of its operator.
         opset: the version of the standard operators.
-        attributes: by name, as numbers, texts, lists and arrays.
-        operands: how many inputs it names.
-        outputs: how many values it gives.
+        attributes: its attributes by name, as numbers, texts, lists and arrays.
+        operands: number of its operands.
+        outputs: number of its outputs.
     """
 
     operator: str
@@ -31,11 +31,11 @@ class Node(Protocol):
     outputs: int
 
     def source(self, index: int) -> Source:
-        """An operand, whatever it is; None where it is left out."""
+        """An operand of any kind; None if it is left out."""
         ...
 
     def constant(self, index: int) -> np.ndarray | None:
-        """The value of an operand that is known before the network runs; None where it is not, or left out."""
+        """The value of an operand that is known before the network runs; None if it is not known, or left out."""
         ...
 
     def is_constant(self, index: int) -> bool:
@@ -43,31 +43,31 @@ class Node(Protocol):
         ...
 
     def run(self, function: Callable[..., Any], *sources: Source, floating: bool = False) -> None:
-        """Have a function do it."""
+        """Compute the node by a function of the sources."""
         ...
 
     def numbers(self, function: Callable[..., Any], *sources: Source) -> None:
-        """Have a function do it that gives numbers (an array), of which other numbers may be computed."""
+        """Compute the node by a function that gives numbers (an array), from which others may be computed."""
         ...
 
     def first(self, function: Callable[..., Any], *sources: Source) -> Source:
-        """Have a function make an operand of what follows."""
+        """Compute a value by a function, as an operand for the node."""
         ...
 
     def layer(self, module: nn.Module, held: Mapping[str, tuple[int, str, float]], *sources: Source) -> None:
-        """Have a module do it, that holds constants of the file: operand, layout and scale by the names in it."""
+        """Compute the node by a module; ``held`` gives (operand, layout, scale) for each of its tensors by name."""
         ...
 
     def sized(self, module: Any, *sources: Source, sizes: list[tuple[int, str]]) -> None:
-        """Have a module do it, whose ``sizes`` are numbers of the file: operands, or attributes by name."""
+        """Compute the node by a module whose ``sizes`` are numbers of the file: operands, or attributes by name."""
         ...
 
     def bias(self, width: int, axis: int) -> int | None:
-        """The operand number of a bias that the next node adds along an axis from the end, and nobody else looks."""
+        """The operand index of a bias that only the next node adds, along an axis counted from the end; else None."""
         ...
 
     def width(self, name: str, attribute: str) -> None:
-        """Say that the module's attribute ``name`` is the node's ``attribute``."""
+        """Link the module's attribute ``name`` to the node's ``attribute``, which a cut then changes."""
         ...
 
     def refuse(self, why: str) -> Exception:
@@ -90,7 +90,7 @@ def operator(*names: str) -> Callable[[Build], Build]:
 
 
 def tensor(value: Any, like: Tensor) -> Any:
-    """An operand beside a tensor: a single number as such, an array as a tensor on the same device."""
+    """An operand for an operation with a tensor: arrays become tensors on its device, single numbers stay numbers."""
     if not isinstance(value, np.ndarray):
         return value
     if value.size == 1 and value.ndim <= like.dim():
@@ -100,7 +100,7 @@ def tensor(value: Any, like: Tensor) -> Any:
 
 
 def tensors(*values: Any) -> list[Any]:
-    """Operands of one operation, of which at least one is a tensor, as what it takes."""
+    """Operands for an operation of which at least one is a tensor, converted by :func:`tensor`."""
     like = max((value for value in values if isinstance(value, Tensor)), key=lambda value: value.dim(), default=None)
     if like is None:
         return [as_tensor(value) if isinstance(value, np.ndarray) else value for value in values]
@@ -108,14 +108,14 @@ def tensors(*values: Any) -> list[Any]:
 
 
 def whole(value: Any) -> list[int]:
-    """A shape, axes or the like, as whole numbers."""
+    """A shape or axes as a list of whole numbers."""
     if isinstance(value, Tensor):
         return [int(item) for item in value.reshape(-1).tolist()]
     return [int(item) for item in np.asarray(value).reshape(-1)]
 
 
 def number(node: Node, index: int, default: Any = None) -> Any:
-    """A single number that an operand must hold."""
+    """The single number that an operand holds; the default if it is left out."""
     found = node.constant(index)
     if found is None:
         return default
@@ -128,7 +128,7 @@ def known(value: Any) -> Known:
 
 
 def as_floating(value: Any, floating: torch.dtype) -> Tensor:
-    """An operand as a tensor; arrays of real numbers get the network's dtype."""
+    """An operand as a tensor; arrays of floating-point numbers get the network's dtype."""
     if isinstance(value, Tensor):
         return value
     made = as_tensor(np.asarray(value))

@@ -34,7 +34,7 @@ def pad_around(
     pads: Sequence[int],
     value: float = 0.0,
 ) -> Tensor:
-    """Pad the trailing axes by ``pads`` (all beginnings, then all ends), or as ``auto_pad`` says."""
+    """Pad the trailing axes by ``pads`` (all starts, then all ends), or according to ``auto_pad``."""
     axes = len(kernel)
     if mode in ("SAME_UPPER", "SAME_LOWER"):
         sides = []
@@ -62,7 +62,7 @@ def window(node: Node, axes: int, kernel: Sequence[int]) -> dict[str, Any]:
 
 
 def _even(given: dict[str, Any]) -> list[int] | None:
-    """The same padding on both sides; None where that is not what is asked for."""
+    """The padding of each axis if it is equal on both sides, else None."""
     pads, axes = given["pads"], len(given["kernel"])
     even = given["mode"] in ("NOTSET", "VALID", "") and pads[:axes] == pads[axes:] and min(pads, default=0) >= 0
     return pads[:axes] if even else None
@@ -70,12 +70,12 @@ def _even(given: dict[str, Any]) -> list[int] | None:
 
 @operator("Conv")
 def convolution(node: Node) -> None:
-    """Convolution; a bias that the next node adds is a part of it."""
+    """Convolution, with a bias that the next node may add."""
     weight, groups = node.constant(1), node.attributes.get("group", 1)
     if weight is None or weight.ndim not in (3, 4, 5):
         axes = len(node.attributes.get("kernel_shape") or ())
         if axes not in _FUNCTIONS:
-            raise node.refuse("its weight is computed, and its kernel_shape not given")
+            raise node.refuse("its weight is computed, and its kernel_shape is missing")
         given = window(node, axes, node.attributes["kernel_shape"])
         node.run(partial(_free_convolution, axes=axes, groups=groups, **given), *map(node.source, range(3)))
         return
@@ -99,7 +99,7 @@ def convolution(node: Node) -> None:
 
 
 def _bias_of(node: Node, width: int, axes: int) -> int | None:
-    """The operand that is the layer's bias, be it added by a node of its own; None where there is none."""
+    """The operand that is the layer's bias, which another node may add; None if there is none."""
     own = 2 if node.is_constant(2) else None if node.operands > 2 else node.bias(width, axes)
     if own is None and node.operands > 2 and node.source(2) is not None:
         raise node.refuse("its bias is computed")
@@ -134,7 +134,7 @@ def transposed(node: Node) -> None:
     extra = list(node.attributes.get("output_padding") or [0] * axes)
     even = _even(given)
     if even is None or node.attributes.get("output_shape"):
-        raise node.refuse("its padding differs from side to side, or goes by the output's shape")
+        raise node.refuse("its padding is not equal on both sides, or depends on the output's shape")
     own = _bias_of(node, weight.shape[1] * groups, axes)
     layer = _TRANSPOSED[axes](
         len(weight),
@@ -154,7 +154,7 @@ def transposed(node: Node) -> None:
 
 @operator("MaxPool")
 def max_pool(node: Node) -> None:
-    """The largest of each window."""
+    """Maximum over each window."""
     kernel = node.attributes["kernel_shape"]
     given, ceil = window(node, len(kernel), kernel), bool(node.attributes.get("ceil_mode", 0))
     if len(kernel) not in _MAX_POOLS:
@@ -173,11 +173,11 @@ def _max_pool(x: Tensor, *, ceil: bool, even: list[int] | None, **given: Any) ->
 
 @operator("AveragePool")
 def average_pool(node: Node) -> None:
-    """The mean of each window."""
+    """Mean over each window."""
     kernel = node.attributes["kernel_shape"]
     given, get = window(node, len(kernel), kernel), node.attributes.get
     if len(kernel) not in _AVERAGE_POOLS or any(d != 1 for d in given["dilations"]):
-        raise node.refuse(f"it pools over {len(kernel)} axes, or with gaps")
+        raise node.refuse(f"it pools over {len(kernel)} axes, or with dilation")
     count, ceil = bool(get("count_include_pad", 0)), bool(get("ceil_mode", 0))
     node.run(partial(_average_pool, ceil=ceil, count=count, even=_even(given), **given), node.source(0))
 
@@ -196,7 +196,7 @@ def _average_pool(x: Tensor, *, ceil: bool, count: bool, even: list[int] | None,
 
 @operator("GlobalAveragePool", "GlobalMaxPool")
 def global_pool(node: Node) -> None:
-    """Mean or maximum of each channel."""
+    """Mean or maximum over each channel."""
     node.run(_global_mean if node.operator == "GlobalAveragePool" else _global_max, node.source(0))
 
 

@@ -1,4 +1,4 @@
-"""Operators that treat every element by itself."""
+"""Element-wise operators."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _BINARY: dict[str, Callable[..., Any]] = {
 
 @operator(*_BINARY)
 def binary(node: Node) -> None:
-    """y = f(a, b), with axes of size 1 stretched."""
+    """y = f(a, b), with broadcasting."""
     if node.opset < 7 and "axis" in node.attributes:
         raise node.refuse("it broadcasts as in opset 6 and before; convert the file to a newer opset")
     node.run(partial(_binary, function=_BINARY[node.operator]), node.source(0), node.source(1))
@@ -64,7 +64,7 @@ def binary(node: Node) -> None:
 def _binary(a: Any, b: Any, *, function: Callable[..., Any]) -> Any:
     a, b = tensors(a, b)
     if not isinstance(a, Tensor):
-        # A number first is allowed where another function says the same.
+        # These functions need a tensor first, so a number first takes another one.
         if function in (torch.add, torch.mul):
             a, b = b, a
         elif function is torch.sub:
@@ -76,14 +76,14 @@ def _binary(a: Any, b: Any, *, function: Callable[..., Any]) -> Any:
 
 @operator("Mod")
 def modulo(node: Node) -> None:
-    """The rest of a division."""
+    """The remainder of a division."""
     call = partial(_mod, fmod=bool(node.attributes.get("fmod", 0)))
     node.run(partial(_binary, function=call), node.source(0), node.source(1))
 
 
 @operator("BitShift")
 def shift(node: Node) -> None:
-    """Bits moved."""
+    """Bit shifts."""
     call = partial(_shift, left=node.attributes["direction"] == "LEFT")
     node.run(partial(_binary, function=call), node.source(0), node.source(1))
 
@@ -158,7 +158,7 @@ def _infinite(x: Tensor, *, low: int, high: int) -> Tensor:
 
 @operator("PRelu")
 def prelu(node: Node) -> None:
-    """A slope below zero that is the file's."""
+    """PReLU, with the file's slope below zero."""
     node.run(_prelu, node.source(0), node.source(1))
 
 
@@ -169,7 +169,7 @@ def _prelu(x: Tensor, slope: Any) -> Tensor:
 
 @operator("Clip")
 def clip(node: Node) -> None:
-    """Bounds below and above."""
+    """Values limited to a range."""
     low, high = node.attributes.get("min"), node.attributes.get("max")
     if node.operands > 1 and (node.source(1) is not None or node.source(2) is not None):
         constant = all(node.source(index) is None or node.is_constant(index) for index in (1, 2))
@@ -190,7 +190,7 @@ def _clip(x: Tensor, low: Any, high: Any) -> Tensor:
 
 @operator("Where")
 def where(node: Node) -> None:
-    """One value or the other."""
+    """One of two values for each element, by a condition."""
     node.run(_where, *(node.source(index) for index in range(3)), floating=True)
 
 
@@ -201,7 +201,7 @@ def _where(condition: Any, a: Any, b: Any, *, floating: torch.dtype) -> Tensor:
 
 @operator("Cast", "CastLike")
 def cast(node: Node) -> None:
-    """Another dtype; real numbers stay in the network's own."""
+    """Conversion to another dtype; floating-point numbers keep the network's own."""
     if node.operator == "CastLike":
         node.run(_cast_like, node.source(0), node.source(1), floating=True)
         return

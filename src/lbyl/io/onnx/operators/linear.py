@@ -1,4 +1,4 @@
-"""Products of matrices: layers where one factor is a constant of the file."""
+"""Matrix products, which are linear layers if the second factor is a constant of the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lbyl.io.onnx.operators.base import Node, operator, tensor, tensors
 
 @operator("MatMul")
 def product(node: Node) -> None:
-    """A linear layer, if the second factor is a matrix of the file; a bias that is added next is a part of it."""
+    """A matrix product; a linear layer, with a bias that the next node may add, if the second factor is a constant."""
     weight = node.constant(1)
     if weight is None or weight.ndim != 2 or node.is_constant(0):
         node.run(_product, node.source(0), node.source(1))
@@ -36,7 +36,7 @@ def _product(a: Any, b: Any) -> Tensor:
 
 @operator("Gemm")
 def gemm(node: Node) -> None:
-    """alpha A B + beta C: a linear layer, if B and C are constants of the file."""
+    """alpha A B + beta C; a linear layer if B and C are constants of the file."""
     get = node.attributes.get
     alpha, beta = float(get("alpha", 1.0)), float(get("beta", 1.0))
     first, second = bool(get("transA", 0)), bool(get("transB", 0))
@@ -68,7 +68,7 @@ def _gemm(a: Any, b: Any, c: Any, *, alpha: float, beta: float, first: bool, sec
 
 @operator("Einsum")
 def einsum(node: Node) -> None:
-    """Sums of products by a formula."""
+    """Sums of products given by an einsum formula."""
     formula = node.attributes["equation"]
     node.run(partial(_einsum, formula=formula), *(node.source(index) for index in range(node.operands)))
 

@@ -17,10 +17,10 @@ from lbyl.io.onnx.operators.base import Node, as_floating, number, operator, who
 
 
 class Sized(nn.Module):
-    """An operator that goes by numbers of the file, some of which may be widths.
+    """An operator that uses numbers of the file, some of which may be widths.
 
     Attributes:
-        sizes: the numbers; None where one is only known once the network runs.
+        sizes: the numbers; None for a number that is only known when the network runs.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Sized(nn.Module):
 
     @property
     def size_axes(self) -> list[int]:
-        """Along which axis each of the numbers counts."""
+        """The axis that each of the numbers refers to."""
         return list(range(-len(self.sizes), 0))
 
     def numbers(self, *given: Any) -> list[int]:
-        """All numbers: those that are known, and the rest as they come."""
+        """All numbers: the known ones, and ``given`` ones for the rest."""
         now = [item for value in given if value is not None for item in whole(value)]
         if len(self.sizes) != len(now):
             return now
@@ -41,7 +41,7 @@ class Sized(nn.Module):
 
 
 class Reshape(Sized):
-    """Another shape; 0 keeps a size."""
+    """Another shape, in which 0 may mean that a size is kept."""
 
     def __init__(self, keep_zero: bool) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def _tensor(x: Any) -> Tensor:
 
 @operator("Flatten")
 def flatten(node: Node) -> None:
-    """Two axes: what stands before one, and the rest."""
+    """Reshape to two axes: all axes before a given one, and the rest."""
     node.run(partial(_flatten, axis=node.attributes.get("axis", 1)), node.source(0))
 
 
@@ -83,7 +83,7 @@ def _flatten(x: Tensor, *, axis: int) -> Tensor:
 
 @operator("Transpose")
 def transpose(node: Node) -> None:
-    """Axes in another order; without one, in reverse."""
+    """Axes in another order; by default in reverse."""
     node.run(partial(_transpose, order=node.attributes.get("perm")), node.source(0))
 
 
@@ -93,7 +93,7 @@ def _transpose(x: Any, *, order: Sequence[int] | None) -> Tensor:
 
 
 def _axes(node: Node) -> list[int] | None:
-    """The axes of a node: an attribute, or an operand since opset 13."""
+    """The axes of a node: an attribute, or since opset 13 an operand."""
     if node.attributes.get("axes") is not None:
         return list(node.attributes["axes"])
     if node.operands < 2 or node.source(1) is None:
@@ -106,7 +106,7 @@ def _axes(node: Node) -> list[int] | None:
 
 @operator("Squeeze")
 def squeeze(node: Node) -> None:
-    """Without some axes of size 1."""
+    """Remove axes of size 1."""
     node.run(partial(_squeeze, axes=_axes(node)), node.source(0))
 
 
@@ -116,7 +116,7 @@ def _squeeze(x: Tensor, *, axes: list[int] | None) -> Tensor:
 
 @operator("Unsqueeze")
 def unsqueeze(node: Node) -> None:
-    """With further axes of size 1."""
+    """Add axes of size 1."""
     node.run(partial(_unsqueeze, axes=_axes(node) or []), node.source(0))
 
 
@@ -129,7 +129,7 @@ def _unsqueeze(x: Any, *, axes: list[int]) -> Tensor:
 
 @operator("Concat")
 def concat(node: Node) -> None:
-    """Values one after the other along an axis."""
+    """Concatenation along an axis."""
     call = partial(_concat, axis=node.attributes["axis"])
     node.run(call, *(node.source(index) for index in range(node.operands)), floating=True)
 
@@ -161,7 +161,7 @@ class Split(Sized):
 
 @operator("Split")
 def split(node: Node) -> None:
-    """Pieces along an axis, equal ones where no sizes are given."""
+    """Pieces along an axis, of equal size by default."""
     module = Split(node.attributes.get("axis", 0), node.outputs)
     if node.attributes.get("split") is not None:
         node.sized(module, node.source(0), sizes=[(-1, "split")])
@@ -227,7 +227,7 @@ class Slice(Sized):
 
     @property
     def size_axes(self) -> list[int]:
-        """First for the starts, then for the ends."""
+        """The axes of the starts, followed by those of the ends."""
         return [*(self.axes or range(len(self.sizes) // 2))] * 2
 
     def __init__(self, axes: list[int] | None, steps: list[int] | None) -> None:
@@ -235,7 +235,7 @@ class Slice(Sized):
         self.axes, self.steps = axes, steps
 
     def forward(self, x: Any, starts: Any = None, ends: Any = None) -> Tensor:
-        """What stands in the ranges."""
+        """The elements in the ranges."""
         x = _tensor(x)
         bounds = self.numbers(starts, ends) if starts is not None else [int(size or 0) for size in self.sizes]
         count = len(bounds) // 2
@@ -283,7 +283,7 @@ def gather(node: Node) -> None:
 
 
 class Table(nn.Embedding):
-    """Rows of a table; negative numbers count from its end."""
+    """Rows of a table; negative indices count from its end."""
 
     def forward(self, input: Any) -> Tensor:
         """The rows."""
@@ -306,7 +306,7 @@ def _gather(x: Any, index: Any, *, axis: int) -> Tensor:
 
 @operator("GatherElements")
 def gather_elements(node: Node) -> None:
-    """One element an index along an axis."""
+    """One element for each index along an axis."""
     node.run(partial(_gather_elements, axis=node.attributes.get("axis", 0)), node.source(0), node.source(1))
 
 
@@ -317,7 +317,7 @@ def _gather_elements(x: Any, index: Any, *, axis: int) -> Tensor:
 
 @operator("GatherND")
 def gather_nd(node: Node) -> None:
-    """Slices at places that are given as rows of indices."""
+    """Slices at positions that are given as rows of indices."""
     if node.attributes.get("batch_dims", 0):
         raise node.refuse("it gathers with batch_dims")
     node.run(_gather_nd, node.source(0), node.source(1))
@@ -330,9 +330,9 @@ def _gather_nd(x: Any, index: Any) -> Tensor:
 
 @operator("ScatterND")
 def scatter_nd(node: Node) -> None:
-    """Values written to places that are given as rows of indices."""
+    """Values written to positions that are given as rows of indices."""
     if node.attributes.get("reduction", "none") != "none":
-        raise node.refuse("it adds or multiplies what it writes")
+        raise node.refuse("it adds or multiplies the values that it writes")
     node.run(_scatter_nd, *(node.source(index) for index in range(3)), floating=True)
 
 
@@ -345,7 +345,7 @@ def _scatter_nd(x: Any, index: Any, values: Any, *, floating: torch.dtype) -> Te
 def scatter_elements(node: Node) -> None:
     """Values written to one index each along an axis."""
     if node.attributes.get("reduction", "none") != "none":
-        raise node.refuse("it adds or multiplies what it writes")
+        raise node.refuse("it adds or multiplies the values that it writes")
     call = partial(_scatter_elements, axis=node.attributes.get("axis", 0))
     node.run(call, *(node.source(index) for index in range(3)), floating=True)
 
@@ -373,7 +373,7 @@ def expand(node: Node) -> None:
 
 
 class Tile(Sized):
-    """Copies beside each other."""
+    """Repeated copies along each axis."""
 
     def forward(self, x: Any, repeats: Any) -> Tensor:
         """The copies."""
@@ -382,13 +382,13 @@ class Tile(Sized):
 
 @operator("Tile")
 def tile(node: Node) -> None:
-    """Copies beside each other."""
+    """Repeated copies along each axis."""
     node.sized(Tile(), node.source(0), node.source(1), sizes=[(1, "")])
 
 
 @operator("Pad")
 def pad(node: Node) -> None:
-    """Values around the edges."""
+    """Padding at the edges."""
     mode, value = node.attributes.get("mode", "constant"), float(node.attributes.get("value", 0.0))
     pads = node.attributes.get("pads")
     if pads is None:
@@ -399,7 +399,7 @@ def pad(node: Node) -> None:
     if node.operands > 2 and node.source(2) is not None:
         value = number(node, 2)
         if value is None:
-            raise node.refuse("what it pads with is computed")
+            raise node.refuse("its padding value is computed")
     axes = None
     if node.operands > 3 and node.source(3) is not None:
         found = node.constant(3)
@@ -470,7 +470,7 @@ def _same(x: Any) -> Any:
 
 @operator("Shape")
 def shape(node: Node) -> None:
-    """Sizes of the axes, as numbers."""
+    """The shape, as numbers."""
     get = node.attributes.get
     node.numbers(partial(_shape, start=get("start", 0), end=get("end")), node.source(0))
 
@@ -481,7 +481,7 @@ def _shape(x: Any, *, start: int, end: int | None) -> np.ndarray:
 
 @operator("Size")
 def size(node: Node) -> None:
-    """How many elements there are, as a number."""
+    """The number of elements, as a number."""
     node.numbers(_size, node.source(0))
 
 
@@ -491,7 +491,7 @@ def _size(x: Any) -> np.ndarray:
 
 @operator("ConstantOfShape")
 def constant_of_shape(node: Node) -> None:
-    """One number everywhere."""
+    """A tensor filled with one number."""
     value = node.attributes.get("value")
     filled = np.zeros(1, dtype=np.float32) if value is None else np.asarray(value)
     node.run(partial(_filled, value=filled), node.source(0), floating=True)
@@ -503,7 +503,7 @@ def _filled(shape: Any, *, value: np.ndarray, floating: torch.dtype) -> Tensor:
 
 @operator("Range")
 def numbers_in_a_row(node: Node) -> None:
-    """Numbers at equal steps."""
+    """A range of numbers with equal steps."""
     node.run(_arange, *(node.source(index) for index in range(3)))
 
 
@@ -526,7 +526,7 @@ def _triangle(x: Any, *, function: Any, offset: int) -> Tensor:
 
 @operator("OneHot")
 def one_hot(node: Node) -> None:
-    """A one at an index, zeros elsewhere."""
+    """One-hot encoding of indices."""
     call = partial(_one_hot, axis=node.attributes.get("axis", -1))
     node.run(call, *(node.source(index) for index in range(3)))
 
@@ -540,7 +540,7 @@ def _one_hot(index: Any, depth: Any, values: Any, *, axis: int) -> Tensor:
 
 @operator("NonZero")
 def nonzero(node: Node) -> None:
-    """Where elements are not zero."""
+    """The indices of elements that are not zero."""
     node.run(_nonzero, node.source(0))
 
 
@@ -571,7 +571,7 @@ def resize(node: Node) -> None:
     if get("exclude_outside", 0) or get("axes") is not None or places == "tf_crop_and_resize":
         raise node.refuse("it crops, or resizes only some axes")
     if mode in ("linear", "cubic") and places not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
-        raise node.refuse(f"it resizes with {mode} values at {places} places")
+        raise node.refuse(f"it resizes in mode {mode} with coordinate_transformation_mode {places}")
     if mode == "cubic" and get("cubic_coeff_a", -0.75) != -0.75:
         raise node.refuse("its cubic_coeff_a is not -0.75")
     call = partial(_resize, mode=mode, places=places, rounding=rounding, smooth=bool(get("antialias", 0)))
@@ -642,7 +642,7 @@ def _nearest(
 
 
 def _taken(size: int, target: int, factor: float, places: str, rounding: str) -> np.ndarray:
-    """Which pixel each new one is."""
+    """The index of the old pixel for each new one."""
     new = np.arange(target, dtype=np.float64)
     if places == "align_corners":
         at = new * (size - 1) / (target - 1) if target > 1 else new * 0
@@ -663,7 +663,7 @@ def _taken(size: int, target: int, factor: float, places: str, rounding: str) ->
 
 @operator("GridSample")
 def grid_sample(node: Node) -> None:
-    """Values at places that another value holds."""
+    """Sampling at positions that another value gives."""
     get = node.attributes.get
     mode = str(get("mode", "linear"))
     mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)

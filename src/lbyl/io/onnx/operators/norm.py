@@ -13,7 +13,7 @@ from lbyl.io.onnx.operators.base import Node, operator, tensors
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A batch norm over inputs of any number of axes, that counts no batches."""
+    """A batch norm for inputs with any number of axes."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps=eps, device="meta")
@@ -39,7 +39,7 @@ def batch_norm(node: Node) -> None:
 
 @operator("LayerNormalization")
 def layer_norm(node: Node) -> None:
-    """Statistics over the last axes, with the file's scale and shift."""
+    """Layer norm: statistics over the last axes, with the file's scale and shift."""
     get, scale = node.attributes.get, node.constant(1)
     axis, eps = get("axis", -1), float(get("epsilon", 1e-5))
     if scale is None or scale.ndim != 1 or (axis != -1 and axis < 0):
@@ -61,11 +61,11 @@ def _free_layer_norm(x: Tensor, scale: Any, shift: Any, *, axis: int, eps: float
 
 @operator("GroupNormalization")
 def group_norm(node: Node) -> None:
-    """Statistics over blocks of channels; scale and shift are the file's, a number a channel (opset 21)."""
+    """Group norm: statistics over blocks of channels, with the file's scale and shift for each channel (opset 21)."""
     scale = node.constant(1)
     groups = int(node.attributes["num_groups"])
     if scale is None or node.constant(2) is None or (node.opset < 21 and len(scale) == groups):
-        raise node.refuse("its scale and shift are computed, or are a number a block of channels (opset 18)")
+        raise node.refuse("its scale and shift are computed, or are given for blocks of channels (opset 18)")
     module = nn.GroupNorm(groups, len(scale), eps=float(node.attributes.get("epsilon", 1e-5)), device="meta")
     node.layer(module, {"weight": (1, "same", 1.0), "bias": (2, "same", 1.0)}, node.source(0))
     node.width("num_groups", "num_groups")
@@ -73,7 +73,7 @@ def group_norm(node: Node) -> None:
 
 @operator("InstanceNormalization")
 def instance_norm(node: Node) -> None:
-    """Statistics of each channel of each image."""
+    """Instance norm: statistics of each channel of each image."""
     node.run(
         partial(_instance_norm, eps=float(node.attributes.get("epsilon", 1e-5))),
         *(node.source(index) for index in range(3)),
@@ -89,7 +89,7 @@ def _instance_norm(x: Tensor, scale: Any, shift: Any, *, eps: float) -> Tensor:
 
 @operator("RMSNormalization")
 def rms_norm(node: Node) -> None:
-    """Divided by the root of the mean square over the last axes."""
+    """RMS norm: division by the root of the mean square over the last axes."""
     get = node.attributes.get
     call = partial(_rms_norm, axis=get("axis", -1), eps=float(get("epsilon", 1e-5)))
     node.run(call, node.source(0), node.source(1))
@@ -102,7 +102,7 @@ def _rms_norm(x: Tensor, scale: Any, *, axis: int, eps: float) -> Tensor:
 
 @operator("LRN")
 def local_response(node: Node) -> None:
-    """Divided by what the neighboring channels do."""
+    """Local response normalization: division by a sum over neighboring channels."""
     get = node.attributes.get
     call = partial(
         functional.local_response_norm,
@@ -116,7 +116,7 @@ def local_response(node: Node) -> None:
 
 @operator("MeanVarianceNormalization")
 def mean_variance(node: Node) -> None:
-    """Zero mean and unit variance over some axes."""
+    """Normalization to zero mean and unit variance over some axes."""
     node.run(partial(_mean_variance, axes=list(node.attributes.get("axes", [0, 2, 3]))), node.source(0))
 
 
@@ -127,5 +127,5 @@ def _mean_variance(x: Tensor, *, axes: list[int]) -> Tensor:
 
 @operator("Dropout")
 def dropout(node: Node) -> None:
-    """Nothing, outside of training."""
+    """Dropout, which does nothing in evaluation mode."""
     node.run(torch.clone, node.source(0))

@@ -1,4 +1,4 @@
-"""Operators that take several elements together: sums, means, maxima, softmax."""
+"""Reductions and operators along an axis: sums, means, maxima, softmax."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _REDUCTIONS: dict[str, Callable[..., Tensor]] = {
 
 @operator(*_REDUCTIONS)
 def reduction(node: Node) -> None:
-    """A reduction over some axes, or all."""
+    """A reduction over some or all axes."""
     axes = node.attributes.get("axes")
     if axes is None and node.operands > 1 and node.source(1) is not None:
         found = node.constant(1)
@@ -71,7 +71,7 @@ def _reduce(x: Tensor, *, function: Callable[..., Tensor], axes: list[int] | Non
 
 @operator("ArgMax", "ArgMin")
 def extreme(node: Node) -> None:
-    """Where the largest or smallest element is."""
+    """The index of the largest or smallest element."""
     get = node.attributes.get
     if get("select_last_index", 0):
         raise node.refuse("it selects the last of equal elements")
@@ -81,7 +81,7 @@ def extreme(node: Node) -> None:
 
 @operator("Softmax", "LogSoftmax", "Hardmax")
 def softmax(node: Node) -> None:
-    """Shares along an axis; before opset 13, along all axes from that one on."""
+    """Softmax along an axis; before opset 13, over that axis and all later ones."""
     functions = {"Softmax": functional.softmax, "LogSoftmax": functional.log_softmax, "Hardmax": _hardmax}
     function, old = functions[node.operator], node.opset < 13
     axis = node.attributes.get("axis", 1 if old else -1)
@@ -132,7 +132,7 @@ def _top(x: Tensor, k: Any, *, axis: int, largest: bool, count: int | None) -> t
 
 @operator("LpNormalization")
 def normalization(node: Node) -> None:
-    """Divided by the norm along an axis."""
+    """Division by the norm along an axis."""
     get = node.attributes.get
     node.run(partial(_normalized, p=get("p", 2), dim=get("axis", -1)), node.source(0))
 

@@ -1,4 +1,4 @@
-"""The report as HTML, for ``report.html`` and for notebooks, from one template and one style sheet."""
+"""The report as HTML for ``report.html`` and for notebooks."""
 
 from lbyl.io.report.page.pictures import plot
 from lbyl.io.report.page.render import inspection_html, page, report_html, result_html

@@ -1,4 +1,4 @@
-"""Widths and errors of the groups as Matplotlib figures. Matplotlib's global state stays as it is."""
+"""Draws widths and errors of the groups as Matplotlib figures, without changing Matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NAMED = 40
-"""With more groups than this, the picture grows no further, and only some groups are named."""
+"""With more groups than this, the picture does not become larger, and only some groups are named."""
 _LETTERS = 24
 _INCHES = 4.8, 0.21  # width of a panel, height of a row
 _TERMS = (("RE", "re", "o"), ("BE", "be", "s"), ("AE", "ae", "D"))
 
 
 def plot(report: ReportData) -> Figure:
-    """Widths before and after, and beside them the errors if there are any, one line for each group.
+    """Draw widths before and after, and errors if there are any, with one row for each group.
 
     Args:
         report: its rows are drawn; the network's input is at the top.
 
     Returns:
-        A figure that belongs to no window and no backend; ``figure.savefig("widths.png")`` writes it.
+        A figure without a window or backend; ``figure.savefig("widths.png")`` writes it.
     """
     rows = report.rows
     panels = [_widths] + ([_errors] if has_errors(rows) else [])
@@ -72,7 +72,7 @@ def _widths(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
 
 
 def _errors(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
-    """Errors of the consumers' outputs, pruned and restored, if they were measured; otherwise the paper's errors."""
+    """Draw errors of the consumers' outputs after pruning and restoration if they were measured, else the paper's."""
     places = np.arange(len(rows))
     if any(row.errors for row in rows):
         pruned, restored = np.array([[*map(_finite, row.errors or (None, None))] for row in rows]).T
@@ -90,12 +90,12 @@ def _errors(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
 
 
 def _finite(value: float | None) -> float:
-    """The value, or NaN, which Matplotlib leaves out, for none and for what no axis can show."""
+    """The value, or NaN for values that can't be drawn; Matplotlib skips NaN."""
     return value if value is not None and abs(value) < _LARGEST else math.nan
 
 
 def _bars(axes: Axes, values: Sequence[float], color: str, label: str) -> None:
-    """Horizontal bars as a single path, so that a picture of a thousand groups is still a small file."""
+    """Draw horizontal bars as a single path, so that a picture of a thousand groups is still a small file."""
     half = 0.5 if len(values) > _NAMED else 0.36
     edges = [edge for place in range(len(values)) for edge in (place - half, place + half)]
     steps = [step for value in values for step in (value, 0)][:-1]
@@ -106,7 +106,7 @@ def _bars(axes: Axes, values: Sequence[float], color: str, label: str) -> None:
 
 
 def _frame(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
-    """Names on the left, the first group on top, a quiet grid, the legend above."""
+    """Set names on the left, the first group on top, a light grid, and the legend above."""
     every = math.ceil(len(rows) / _NAMED)
     places = range(0, len(rows), every)
     axes.set_yticks(places, [_short(rows[place].group) for place in places], parse_math=False)
@@ -136,7 +136,7 @@ def _height(rows: Sequence[Row]) -> float:
 
 
 def _short(name: str) -> str:
-    """The end of a name, which says the most. It fits beside its bar, and every font and XML can hold it."""
+    """The end of a name, which is its most specific part, without characters that fonts or XML can't represent."""
     name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
     ends = accumulate(2 if east_asian_width(letter) in "WF" else 1 for letter in reversed(name))
     fitting = sum(end < _LETTERS for end in ends)

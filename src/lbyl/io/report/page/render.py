@@ -1,4 +1,4 @@
-"""Plan and report as HTML, through Jinja2, which escapes whatever comes from the user."""
+"""Renders plan and report as HTML through Jinja2, which escapes untrusted text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lbyl.surgery.plan import Plan
 
 @dataclass(frozen=True)
 class Total:
-    """A quantity of the whole network before and after, as text, and the share that is left."""
+    """A quantity of the whole network before and after, as text, and the ratio of both."""
 
     name: str
     before: str
@@ -34,14 +34,14 @@ class Total:
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG and what it shows."""
+    """An SVG and its caption."""
 
     svg: Markup
     caption: str
 
 
 class Described(Protocol):
-    """Something that can be plain data, such as :class:`lbyl.Inspection`."""
+    """An object that can be converted to plain data, such as :class:`lbyl.Inspection`."""
 
     def to_dict(self) -> dict[str, Any]:
         """The plain data."""
@@ -49,17 +49,20 @@ class Described(Protocol):
 
 
 def page(plan: Plan, report: ReportData) -> str:
-    """One self-contained file: no script, no font, no request. Equal plans and reports give equal text."""
+    """The report as a self-contained HTML file, without scripts, fonts or requests.
+
+    Equal plans and reports give equal text.
+    """
     return _render("page.html.j2", report, plan)
 
 
 def result_html(plan: Plan, report: ReportData) -> str:
-    """The same for a notebook's cell."""
+    """The report as HTML for a notebook's cell."""
     return _render("notebook.html.j2", report, plan)
 
 
 def report_html(report: ReportData) -> str:
-    """Totals and groups for a notebook's cell. Without the plan there are no pictures and no code."""
+    """Totals and groups for a notebook's cell, without pictures and code, which need the plan."""
     return _render("notebook.html.j2", report, None)
 
 
@@ -109,7 +112,7 @@ def _pictures(report: ReportData) -> Iterator[Picture]:
     if report.rows:
         title = "Channels of each group, before and after"
         yield Picture(Markup(inline_svg(widths, report, "widths", title)), title + ", from input to output.")
-    # What a solve missed is not what the network lost: later layers make up for much of it.
+    # Errors of single solves are not shown: later layers compensate for most of them.
     if has_errors(report.rows) and not report.probed:
         title = "Error of each group"
         caption = "Residual (RE), batch-norm (BE) and activation error (AE) of each group."

@@ -1,4 +1,4 @@
-"""A Matplotlib figure as SVG inside a page. It takes the page's colors, light or dark."""
+"""Converts a Matplotlib figure to an SVG inside a page, in the page's light or dark colors."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VARIABLES = Palette(ink="#010203", line="#040506", before="#070809", after="#0a0b0c")
-"""Placeholders for the CSS variables of these names, which Matplotlib can't take."""
+"""Placeholder colors, which are replaced by CSS variables, because Matplotlib can't use these."""
 
-_DROPPED = ("metadata", "style")  # this style sheet would apply to the whole page
+_DROPPED = ("metadata", "style")  # the style sheet would apply to the whole page
 
 
 def inline_svg(draw: Callable[[ReportData, Palette], Figure], report: ReportData, name: str, title: str) -> str:
-    """The ``svg`` element of a picture. Equal reports give equal text, whatever Matplotlib style the user has set.
+    """The ``svg`` element of a picture. Equal reports give equal text, regardless of the user's Matplotlib style.
 
     Args:
         draw: draws a report in the colors of a palette.
-        report: what to draw.
-        name: a prefix for this picture's ids, which must be unique in the page.
+        report: the report to draw.
+        name: a prefix for the picture's ids, which must be unique in the page.
         title: the text for screen readers.
     """
     file = io.StringIO()
     with warnings.catch_warnings(), mpl.rc_context():
-        # The browser draws the text, and its font may have letters that Matplotlib's font lacks.
+        # The browser draws the text with its own font, so glyphs missing in Matplotlib's font do not matter.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         mpl.rcdefaults()  # all but the backend
         mpl.rcParams["svg.fonttype"] = "none"  # the page's font, and text that can be searched
@@ -53,12 +53,12 @@ def inline_svg(draw: Callable[[ReportData, Palette], Figure], report: ReportData
 
 
 def _local(name: str) -> str:
-    """The name without its namespace, as HTML takes it."""
+    """The name without its namespace, as HTML requires."""
     return name.rpartition("}")[2]
 
 
 def _adapted(key: str, value: str, name: str, colors: dict[str, str]) -> str:
-    """An attribute in which ids have this picture's prefix and colors are the page's."""
+    """An attribute's value, with the picture's prefix before ids and with the page's colors."""
     if key == "id":
         return f"{name}-{value}"
     if key == "href":
