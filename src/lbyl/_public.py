@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lbyl.io.export.export import Exported as Exported
     from lbyl.io.export.export import export as export
     from lbyl.io.report.report import Report as Report
+    from lbyl.io.saving import save as save
     from lbyl.io.sources import load_source as load_source
     from lbyl.moments.class_dream import ClassDream as ClassDream
     from lbyl.moments.data import Data as Data

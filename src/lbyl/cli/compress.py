@@ -87,7 +87,7 @@ def compress(
     with working(f"loading {source}") as stage:
         check_output(output)
         import lbyl
-        from lbyl.io.artifact import PAGE, document, read_manifest
+        from lbyl.io.artifact import PAGE, document, is_saved, read_manifest
         from lbyl.io.report.format import shown
         from lbyl.io.report.snippets import load_line
         from lbyl.io.sources import load_function
@@ -117,7 +117,8 @@ def compress(
         return
     out.print(saved.report)
     out.print(shown(f"saved to {output}; {output / PAGE} is the report for people"), soft_wrap=True)
-    out.print(Text(f"load it with\n\n    {load_line(output, source)}\n"), soft_wrap=True)
+    origin = settings.builder or saved.plan.source if is_saved(source) else source
+    out.print(Text(f"load it with\n\n    {load_line(output, origin)}\n"), soft_wrap=True)
 
 
 _DEFAULT = "agreement=0.95"

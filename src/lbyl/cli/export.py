@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,13 +27,17 @@ def export(
         ),
     ] = None,
     input: SameInputs = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="New file. Default: model.FORMAT in the folder."),
+    ] = None,
     fixed_batch: Annotated[
         bool, typer.Option("--fixed-batch", help="Accept the example's batch size only, instead of any.")
     ] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Write a saved network into its folder as one file for other runtimes, and check it by running it."""
+    """Write a saved network as one file for other runtimes, into its folder, and check it by running it."""
     check_name("--format", "format", format)
     with working(f"reading {folder}") as stage:
         from lbyl.io.artifact import read_manifest
@@ -45,7 +50,9 @@ def export(
         fresh = load_source(model, pretrained=False) if model else None
         inputs = example_inputs(model or "", fresh, input, seed) if input else None
         stage(f"exporting and checking {format}")
-        exported = lbyl.export(folder, fresh, format=format, inputs=inputs, dynamic=not fixed_batch, seed=seed)
+        exported = lbyl.export(
+            folder, fresh, to=output, format=format, inputs=inputs, dynamic=not fixed_batch, seed=seed
+        )
     if as_json:
         print_json(exported.to_dict())
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Inputs, Json, NoPretrained, Seed, Source, Strict, Submodule, Weights
+from lbyl.cli.options import Builder, Inputs, Json, NoPretrained, Seed, Source, Strict, Submodule, Weights
 from lbyl.cli.sources import example_inputs, load_model
 
 
@@ -11,6 +11,7 @@ from lbyl.cli.sources import example_inputs, load_model
 def inspect(
     source: Source,
     weights: Weights = None,
+    builder: Builder = None,
     input: Inputs = None,
     seed: Seed = 0,
     no_pretrained: NoPretrained = False,
@@ -22,7 +23,7 @@ def inspect(
     with working(f"loading {source}") as stage:
         import lbyl
 
-        model = load_model(source, weights, not no_pretrained)
+        model = load_model(source, weights, not no_pretrained, builder=builder)
         inputs = example_inputs(source, model, input, seed)
         stage("tracing")
         inspection = lbyl.inspect(model, inputs, strict=strict, submodule=submodule)

@@ -18,7 +18,19 @@ Source = Annotated[
         metavar="SOURCE",
         callback=check_source,
         help="timm:NAME, torchvision:NAME, hf:DIR (a folder that save_pretrained wrote), model.onnx, model.pt2, "
-        "package.module:factory or file.py:factory. A factory is code: it is run.",
+        "package.module:factory or file.py:factory. A factory is code: it is run. "
+        "Or a folder that compress or lbyl.save wrote, to go on from there.",
+        show_default=False,
+    ),
+]
+Builder = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="SOURCE",
+        callback=check_source,
+        help="What builds the unpruned model that a saved folder is loaded into. "
+        "Default: the source that it was compressed from, unless that is a factory of yours.",
         show_default=False,
     ),
 ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from lbyl.cli.names import check_name, is_factory, name_option
-from lbyl.cli.options import Inputs, NoPretrained, Seed, Strict, Submodule, Task, Weights
+from lbyl.cli.options import Builder, Inputs, NoPretrained, Seed, Strict, Submodule, Task, Weights
 from lbyl.cli.texts import check_multiple, parse_divisors, parse_numbers
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ class Settings:
         ),
     ] = None
     weights: Weights = None
+    builder: Builder = None
     task: Task = None
     input: Inputs = None
     seed: Seed = 0

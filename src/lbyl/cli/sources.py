@@ -28,14 +28,23 @@ def check_output(path: Path) -> None:
         raise InputError(f"{path.parent} is not writable; choose another place for {path.name}")
 
 
-def load_model(source: str, weights: Path | None, pretrained: bool, task: str | None = None) -> nn.Module:
-    """The model of a source, with its published weights or the ones in a file."""
+def load_model(
+    source: str, weights: Path | None, pretrained: bool, task: str | None = None, builder: str | None = None
+) -> nn.Module:
+    """The model of a source, with its published weights or the ones in a file; or the network of a saved folder.
+
+    ``builder`` is the source of what such a folder is loaded into, if its plan does not know that.
+    """
     from lbyl.errors import InputError
+    from lbyl.io.artifact import is_saved, load
     from lbyl.io.sources import load_source, load_weights
 
     if weights is not None and not weights.is_file():
         raise InputError(f"no weights at {weights}")
-    model = load_source(source, pretrained and weights is None, task)
+    if is_saved(source):
+        model = load(source, load_source(builder, pretrained=False) if builder else None)
+    else:
+        model = load_source(source, pretrained and weights is None, task)
     return model if weights is None else load_weights(model, weights)
 
 
@@ -44,9 +53,13 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
     import torch
 
     from lbyl.errors import InputError
+    from lbyl.io.comparison import described_inputs
     from lbyl.io.onnx.network import OnnxNetwork
+    from lbyl.surgery.plan import remembered
 
     specs = [InputSpec.parse(text) for text in texts or []]
+    if not specs and model is not None and (plan := remembered(model)):
+        return described_inputs(plan, seed)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, OnnxNetwork):
         return model.example_inputs([spec.shape for spec in specs] or None, generator)
@@ -95,16 +108,20 @@ class Prepared:
 
 def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
     """Run plugins, load the model, and turn the options into arguments."""
+    from lbyl.io.artifact import is_saved
+
     import_plugins(settings.plugin)
     if not is_factory(source):
         settings.check_names()
-    model = load_model(source, settings.weights, not settings.no_pretrained, settings.task)
+    model = load_model(source, settings.weights, not settings.no_pretrained, settings.task, settings.builder)
     settings.check_names()  # the module of a factory may have registered them
-    inputs = example_inputs(source, model, settings.input, settings.seed)
+    kept = is_saved(source)
+    origin = origin_of(model, source)
+    inputs = example_inputs(origin, model, settings.input, settings.seed)
     batches = None
     if settings.data is not None:
         stage(f"reading {settings.data}")
-        batches = _read_batches(settings.data, source, model, inputs, settings)
+        batches = _read_batches(settings.data, origin, model, inputs, settings)
     restorer = settings.restorer(batches, model, inputs)
     stage("tracing")
     arguments: dict[str, Any] = {
@@ -114,12 +131,20 @@ def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
         "verify": not settings.no_verify,
         "strict": settings.strict,
         "submodule": settings.submodule,
-        "source": source,
+        "source": None if kept else source,
         "progress": stage.follow,
     }
     if restorer is not None:
         arguments["restore"] = restorer
     return Prepared(model, inputs, arguments)
+
+
+def origin_of(model: nn.Module, source: str) -> str:
+    """Where a network comes from: its source, or that of the network that a saved folder was compressed from."""
+    from lbyl.surgery.plan import remembered
+
+    plan = remembered(model)
+    return plan.source or "" if plan else source
 
 
 def _read_batches(folder: Path, source: str, model: nn.Module, inputs: Any, settings: Settings) -> list[Any]:

@@ -31,12 +31,13 @@ def walk(
     if first is not None:
         both = result.plan.after(first)
         told = "the network was compressed before; the plan leads from its unpruned instance to this one"
+        told += ", and the training in between is in the weights" * first.trained
         if both is None:
             told = "the network was compressed before, and this plan starts from what came of that: load it into that"
         result = replace(
             result, plan=both or result.plan, report=replace(result.report, notes=(*result.report.notes, told))
         )
-    remember(result.model, result.plan)
+    remember(result.model, result.plan, result.report)
     return result
 
 

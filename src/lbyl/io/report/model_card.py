@@ -44,11 +44,12 @@ def _metadata(plan: Plan) -> Iterator[str]:
 def _summary(plan: Plan, report: Report) -> Iterator[str]:
     before, after = report.parameters
     made = f" from {code_span(shown_source(plan.source))}" if plan.source else ""
+    trained = "Then it was trained." if plan.trained else "The network was not retrained."
     yield f"# {plain_words(name_of(plan))}, pruned"
     yield ""
     yield (
         f"Whole channels were removed{made} by lbyl {plain_words(plan.library)}, with "
-        "[this method](https://arxiv.org/abs/2502.08474) and the settings below. The network was not retrained. "
+        f"[this method](https://arxiv.org/abs/2502.08474) and the settings below. {trained} "
         "The result is an ordinary, smaller network."
     )
     yield ""

@@ -59,6 +59,8 @@ def reproducing(plan: Plan) -> Iterator[str]:
     if len(parts) == 1:
         yield f"    submodule={parts[0]!r},"
     yield ")"
+    if plan.trained:
+        yield "# ... and then it was trained, which this does not repeat"
 
 
 def arguments(plan: Plan) -> dict[str, str]:
