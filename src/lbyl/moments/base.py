@@ -21,7 +21,7 @@ class Probes:
 
     Attributes:
         batches: what moments are collected on.
-        held_out: a batch that no solve sees; reconstruction errors are measured on it.
+        held_out: a batch that no solve sees; reconstruction errors are measured on it. See ``holds_out``.
         batch_statistics: batch norms normalize with the probes' own statistics while moments are collected, so
             that every channel has its trained mean and spread whatever the probes look like.
         recalibration_batches: indices of the batches that batch norms are recalibrated on, those with a structure
@@ -33,6 +33,7 @@ class Probes:
         note: what the user should know ("" as a rule).
         statistics: mean and variance of the outputs of layers that no batch norm follows, by the layers' names, as
             they were measured on the probes.
+        holds_out: False where there were too few inputs, and ``held_out`` was solved on as well.
     """
 
     batches: tuple[ExampleInputs, ...]
@@ -43,6 +44,11 @@ class Probes:
     matches_training_statistics: bool = False
     evaluation_batches: tuple[int, ...] = ()
     statistics: LayerStatistics = field(default_factory=dict)
+    holds_out: bool = True
+
+    def __post_init__(self) -> None:
+        if any(batch is self.held_out for batch in self.batches):
+            object.__setattr__(self, "holds_out", False)
 
 
 @runtime_checkable

@@ -23,10 +23,10 @@ class Data:
 
     Attributes:
         source: an iterable of batches, each like ``example_inputs``: a tensor, a tuple or a dict.
-        batches: how many batches are read. The last one is held out for measuring, unless it is the only one. None
-            reads 4, and more of small ones: up to 128 inputs, as far as 4e11 multiply-accumulates allow. Batches of
-            less than 4 inputs are joined, where they have one shape and the model takes it. The report says how many
-            were read and how many were left.
+        batches: how many batches are read. The last one is held out for measuring; of a single one, a quarter of its
+            inputs, and nothing of less than 8, which the report then says. None reads 4, and more of small ones: up to
+            128 inputs, as far as 4e11 multiply-accumulates allow. Batches of less than 4 inputs are joined, where they
+            have one shape and the model takes it. The report says how many were read and how many were left.
     """
 
     source: Iterable[Any] = field(repr=False)
@@ -55,9 +55,17 @@ class Data:
             read, how = _regrouped(model, read)
             note = f"{note}; {how}"
         if len(read) == 1:
-            note += "; a single batch, so errors are measured on it as well"
-            return Probes(tuple(read), read[0], batch_statistics=False, note=note, matches_training_statistics=True)
-        return Probes(tuple(read[:-1]), read[-1], batch_statistics=False, note=note, matches_training_statistics=True)
+            read, how = _parted(model, read[0])
+            note = f"{note}; {how}"
+        seen = len(read) == 1
+        return Probes(
+            tuple(read if seen else read[:-1]),
+            read[-1],
+            batch_statistics=False,
+            note=note,
+            matches_training_statistics=True,
+            holds_out=not seen,
+        )
 
     def _read(self, inputs: ExampleInputs, device: torch.device, rows: int) -> tuple[list[ExampleInputs], str]:
         """The batches, and a note on how many were left."""
@@ -120,6 +128,21 @@ def _regrouped(model: nn.Module, read: list[ExampleInputs]) -> tuple[list[Exampl
     except InputError:
         return read, "the network takes none of another size, so errors are measured on the last"
     return made, f"they were joined into {len(made)}"
+
+
+def _parted(model: nn.Module, batch: ExampleInputs) -> tuple[list[ExampleInputs], str]:
+    """A single batch as what is solved on and a quarter that is held out, where there is enough of it."""
+    rows = batch_size(batch)
+    if rows < 2 * FEWEST or any(not t.dim() or len(t) != rows for t in batch.tensors()):
+        return [batch], "too few to hold any out, so errors are measured on what was solved on"
+    held = held_out_size(rows)
+    parts = split(batch, [rows - held, held])
+    try:
+        for part in parts:
+            _check(model, part, batch)
+    except InputError:
+        return [batch], "the network takes no smaller batch, so errors are measured on what was solved on"
+    return parts, f"a single batch, of which {held} inputs were held out"
 
 
 def _check(model: nn.Module, batch: ExampleInputs, inputs: ExampleInputs) -> None:

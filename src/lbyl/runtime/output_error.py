@@ -1,4 +1,4 @@
-"""How much of the network is left, judged without data: the outputs' error on probes that no solve saw."""
+"""How much of the network is left: the outputs' error, as a rule on probes that no solve saw."""
 
 from __future__ import annotations
 
@@ -15,10 +15,31 @@ from lbyl.runtime.inputs import output_tensors
 
 @dataclass(frozen=True)
 class Assessment:
-    """Relative error of the network's outputs on held-out probes, after plain pruning and after restoration."""
+    """Relative error of the network's outputs, after plain pruning and after restoration.
+
+    Attributes:
+        pruned: after plain pruning.
+        restored: after restoration.
+        held_out: whether it was measured on probes that no solve saw; False where too few were given to hold any out.
+        real: whether they are real inputs of the user's.
+    """
 
     pruned: float
     restored: float
+    held_out: bool = True
+    real: bool = False
+
+    @property
+    def short(self) -> str:
+        """The same in a word or two."""
+        return "what was solved on" if not self.held_out else "held-out inputs" if self.real else "probes"
+
+    @property
+    def where(self) -> str:
+        """What it was measured on."""
+        if not self.held_out:
+            return "the inputs that were solved on, for there were too few to hold any out"
+        return "held-out inputs of yours" if self.real else "held-out probes, which are no real inputs"
 
 
 def outputs_error(reference: Any, outputs: Any) -> float:
