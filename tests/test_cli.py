@@ -103,6 +103,21 @@ def test_inspect_json_is_the_only_thing_on_stdout(source: str) -> None:
     assert "factories may talk" in result.stderr
 
 
+def test_without_a_terminal_each_stage_is_a_line(source: str, tmp_path: Path) -> None:
+    said = compress(source, tmp_path / "out", "--restore", "prune").stderr.splitlines()
+    stages = [line.split(" s  ", 1)[1] for line in said if " s  " in line]
+    assert stages[0] == f"loading {source}"
+    assert {"tracing", "cutting and verifying", "measuring latency"} <= set(stages)
+    assert len(stages) == len(set(stages))
+    for args in (
+        ("compress", source, "-o", tmp_path / "b", "--input", "1x3x12x12", "--ratio", 0.5, "--restore", "prune"),
+        ("show", tmp_path / "out"),
+    ):
+        quiet = command(*args, "--quiet")
+        assert quiet.exit_code == 0
+        assert quiet.stderr.removeprefix("factories may talk\n") == ""
+
+
 def test_compress_saves_what_the_library_saves(source: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = compress(source, out, "--ratio", 0.5, "--seed", 3)
@@ -232,7 +247,7 @@ def test_several_inputs_of_other_types(source: str) -> None:
         (("compress", "SOURCE", "-o", "TMP/a", "--data", "TMP"), "no image in"),
     ],
 )
-@pytest.mark.parametrize("flags", [(), ("--json",)])
+@pytest.mark.parametrize("flags", [("--quiet",), ("-q", "--json")])
 def test_mistakes_are_one_line_and_exit_code_1(
     source: str, tmp_path: Path, args: tuple[str, ...], flags: tuple[str, ...], message: str
 ) -> None:

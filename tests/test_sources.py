@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lbyl.cli.sources import example_inputs
 from lbyl.errors import InputError
 from lbyl.io.sources import load_source, load_weights
 from lbyl.surgery.plan import is_rebuildable
@@ -143,3 +144,29 @@ def test_only_library_models_are_rebuilt_from_a_plan() -> None:
     assert is_rebuildable("torchvision:resnet18")
     assert not is_rebuildable("file.py:factory")
     assert not is_rebuildable("package.module:factory")
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
+def test_random_weights_are_not_downloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*_: object, **__: object) -> None:
+        raise AssertionError("something was fetched")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetched)
+    model = load_source(f"torchvision:{name}", pretrained=False)
+    images = example_inputs(f"torchvision:{name}", model, ["3x8x8", "3x8x6"], 0)
+    assert ([tuple(image.shape) for image in images[0]] == [(3, 8, 8), (3, 8, 6)]) == ("ssd" in name)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "told"), [(True, "or --no-pretrained for random ones"), (False, "can't be built")]
+)
+def test_what_failed_to_load_does_not_recommend_what_was_given(
+    pretrained: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.models.get_model", fails)
+    with pytest.raises(InputError, match=told) as raised:
+        load_source("torchvision:resnet18", pretrained)
+    assert ("--no-pretrained" in str(raised.value)) == pretrained

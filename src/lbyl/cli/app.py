@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from time import perf_counter
 from typing import Annotated, Any
 
 import typer
@@ -45,11 +46,19 @@ def _root(
 
 
 class Stage:
-    """The progress line: the name of the stage, and a bar if the amount of work is known."""
+    """The progress line: the name of the stage, and a bar if the amount of work is known.
 
-    def __init__(self, progress: Progress, stage: str) -> None:
-        self._progress, self._name = progress, stage
-        self._task = progress.add_task(stage, total=None)
+    Where nobody sees a terminal, as in a log, each stage is a line of its own, with the seconds before it.
+    """
+
+    def __init__(self, progress: Progress, stage: str, lines: bool = False) -> None:
+        self._progress, self._name, self._lines = progress, stage, lines
+        self._task, self._started = progress.add_task(stage, total=None), perf_counter()
+        self._say()
+
+    def _say(self) -> None:
+        if self._lines:
+            err.print(Text(f"{perf_counter() - self._started:5.0f} s  {self._name}"))
 
     def __call__(self, stage: str, done: int = 0, total: int | None = None) -> None:
         """Show that ``done`` of ``total`` parts of a stage are done."""
@@ -57,6 +66,7 @@ class Stage:
             # A new line, because the speed of one stage says nothing about the next.
             self._progress.remove_task(self._task)
             self._name, self._task = stage, self._progress.add_task(stage, total=total)
+            self._say()
         self._progress.update(self._task, completed=done)
 
     def follow(self, stage: str, done: int, total: int) -> None:
@@ -77,8 +87,8 @@ class TimeLeft(TimeRemainingColumn):
 
 
 @contextmanager
-def working(what: str) -> Iterator[Stage]:
-    """Show progress on stderr. An LbylError becomes one line there and exit code 1.
+def working(what: str, quiet: bool = False) -> Iterator[Stage]:
+    """Show progress on stderr, unless it is to be quiet. An LbylError becomes one line there and exit code 1.
 
     Stdout is for the result. What libraries and factories print meanwhile goes to stderr.
     """
@@ -88,13 +98,13 @@ def working(what: str) -> Iterator[Stage]:
         *columns,
         console=err,
         transient=True,
-        disable=not err.is_terminal,
+        disable=quiet or not err.is_terminal,
         # A single step of dreaming may take longer than Rich looks back by default.
         speed_estimate_period=3600,
     )
     try:
         with redirect_stdout(sys.stderr), bar as progress:
-            yield Stage(progress, what)
+            yield Stage(progress, what, lines=not (quiet or err.is_terminal))
     except KeyboardInterrupt as error:
         err.print("interrupted")
         raise typer.Exit(INTERRUPTED) from error

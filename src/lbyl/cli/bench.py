@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Folder, Json, SameInputs, Seed
+from lbyl.cli.options import Folder, Json, Quiet, SameInputs, Seed
 from lbyl.cli.sources import example_inputs, load_model
 from lbyl.cli.texts import InputSpec, check_source
 
@@ -61,9 +61,10 @@ def bench(
     runs: Annotated[int, typer.Option(min=3, help="How many times each network is timed.")] = 20,
     seed: Seed = 0,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure how much faster a saved network is than the unpruned one, layer by layer, and what gained nothing."""
-    with working(f"reading {folder}") as stage:
+    with working(f"reading {folder}", quiet) as stage:
         from lbyl.io.artifact import read_manifest
 
         plan = read_manifest(folder).plan  # before any code of the user's runs

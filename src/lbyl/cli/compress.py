@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Evaluate, Json, Source
+from lbyl.cli.options import Evaluate, Json, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, check_output, prepare
 from lbyl.cli.texts import check_budget, check_ratios, parse_budget, parse_ratio
@@ -80,11 +80,12 @@ def compress(
     settings: Settings,
     no_latency: NoLatency = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Drop channels, let the kept ones make up for them, and save the smaller network."""
     settings.check(source)
     _check(ratio, budget, evaluate, minimize, settings)
-    with working(f"loading {source}") as stage:
+    with working(f"loading {source}", quiet) as stage:
         check_output(output)
         import lbyl
         from lbyl.io.artifact import PAGE, document, is_saved, read_manifest

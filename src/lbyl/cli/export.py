@@ -9,7 +9,7 @@ import typer
 
 from lbyl.cli.app import app, out, print_json, working
 from lbyl.cli.names import check_name, name_option
-from lbyl.cli.options import Folder, Json, SameInputs, Seed
+from lbyl.cli.options import Folder, Json, Quiet, SameInputs, Seed
 from lbyl.cli.sources import example_inputs
 from lbyl.cli.texts import check_source
 
@@ -36,10 +36,11 @@ def export(
     ] = False,
     seed: Seed = 0,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a saved network as one file for other runtimes, into its folder, and check it by running it."""
     check_name("--format", "format", format)
-    with working(f"reading {folder}") as stage:
+    with working(f"reading {folder}", quiet) as stage:
         from lbyl.io.artifact import read_manifest
 
         read_manifest(folder)  # before any code of the user's runs

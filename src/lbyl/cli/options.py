@@ -48,7 +48,8 @@ Inputs = Annotated[
     list[str] | None,
     _shapes(
         "Shape of an example input: 1x3x224x224, or int64:1x128. "
-        "Repeat it for several positional inputs. timm and torchvision models and ONNX files have a default."
+        "Repeat it for several positional inputs, or for the images of a detector of torchvision's (3x160x160). "
+        "timm and torchvision models and ONNX files have a default."
     ),
 ]
 SameInputs = Annotated[
@@ -78,6 +79,9 @@ Strict = Annotated[
     typer.Option("--strict", help="Fail if a part of the model can't be traced or cut, instead of leaving it whole."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress: of stderr, only what goes wrong and what others print.")
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote.", show_default=False)]
 Evaluate = Annotated[
     str | None,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from rich.text import Text
 
 from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Folder, Json
+from lbyl.cli.options import Folder, Json, Quiet
 from lbyl.cli.sources import setting
 
 
 @app.command()
-def show(folder: Folder, as_json: Json = False) -> None:
+def show(folder: Folder, as_json: Json = False, quiet: Quiet = False) -> None:
     """Print what a saved folder holds: settings, groups, totals, and how to load it."""
-    with working(f"reading {folder}"):
+    with working(f"reading {folder}", quiet):
         from lbyl.io.artifact import PAGE, document, read_manifest
         from lbyl.io.report.format import shown
         from lbyl.io.report.snippets import load_line

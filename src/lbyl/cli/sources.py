@@ -84,7 +84,14 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
         # Zero is a valid token, index and mask in every vocabulary; a random number is not.
         return torch.zeros(spec.shape, dtype=dtype)
 
-    return tuple(make(number, spec) for number, spec in enumerate(specs))
+    made = tuple(make(number, spec) for number, spec in enumerate(specs))
+    if type(model).__module__.startswith(_DETECTORS) and all(image.dim() == 3 for image in made):
+        return (list(made),)
+    return made
+
+
+_DETECTORS = "torchvision.models.detection"
+"""Models from here are called with a list of images, which may differ in size."""
 
 
 def check_images(settings: Settings) -> None:

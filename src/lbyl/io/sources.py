@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
 import warnings
@@ -158,7 +159,7 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
     timm = _library("timm")
     if not timm.is_model(name):
         raise InputError(f"timm has no model {name!r}; timm.list_models() lists them")
-    return _download(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
+    return _download(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained), pretrained)
 
 
 def _torchvision(name: str, pretrained: bool) -> nn.Module:
@@ -166,15 +167,19 @@ def _torchvision(name: str, pretrained: bool) -> nn.Module:
     if name not in models.list_models():
         raise InputError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them")
     options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
+    if not pretrained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        options["weights_backbone"] = None  # detectors and segmenters would fetch those of their backbones
     if not pretrained and name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
-    return _download(f"torchvision:{name}", lambda: models.get_model(name, **options))
+    return _download(f"torchvision:{name}", lambda: models.get_model(name, **options), pretrained)
 
 
-def _download(source: str, build: Any) -> nn.Module:
+def _download(source: str, build: Any, pretrained: bool) -> nn.Module:
     try:
         return build()
     except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained:
+            raise InputError(f"{source}: the model can't be built ({first_line(error)})") from error
         raise InputError(
             f"{source}: the model or its pretrained weights can't be loaded ({first_line(error)}); "
             "pass --weights FILE, or --no-pretrained for random ones"
