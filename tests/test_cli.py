@@ -449,7 +449,8 @@ def test_a_folder_of_images(source: str, tmp_path: Path) -> None:
     found = restorer_of(compress(source, tmp_path / "out", "--data", folder, "--json"))
     assert found["moments"] == {"name": "Data", "batches": 2}
     net = load_source(source)
-    batches = read_images(folder, *preprocessing("file.py:net", net, (1, 3, 12, 12)))
+    batches, left = read_images(folder, *preprocessing("file.py:net", net, (1, 3, 12, 12)))
+    assert not left
     assert [batch.shape for batch in batches] == [(24, 3, 12, 12), (6, 3, 12, 12)]
     restore = lbyl.LeastSquares(moments=lbyl.Data(batches, batches=2))
     expected = lbyl.compress(net, torch.zeros(1, 3, 12, 12), restore=restore, ratio=0.5).model
@@ -457,18 +458,39 @@ def test_a_folder_of_images(source: str, tmp_path: Path) -> None:
     assert torch.equal(lbyl.load(tmp_path / "out", net)(x), expected(x))
 
 
-def test_an_image_that_can_not_be_read(source: str, tmp_path: Path) -> None:
+def test_an_image_that_can_not_be_read_is_left_out(source: str, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "images", 2)
     (folder / "broken.jpg").write_bytes(b"no JPEG")
-    result = compress(source, tmp_path / "out", "--data", folder)
+    result = compress(source, tmp_path / "out", "--data", folder, "--json")
+    assert result.exit_code == 0, result.output
+    told = "1 of the files in --data left out"
+    assert told in result.stderr
+    assert any(
+        told in note and "broken.jpg can't be read" in note for note in json.loads(result.stdout)["report"]["notes"]
+    )
+
+
+def test_a_folder_of_broken_images(source: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no JPEG")
+    result = compress(source, tmp_path / "out", "--data", tmp_path)
     assert result.exit_code == 1
+    assert "no image in" in result.stderr
     assert "broken.jpg can't be read as an image" in result.stderr
+
+
+def test_others_take_the_place_of_images_that_can_not_be_read(tmp_path: Path) -> None:
+    folder = pictures(tmp_path, 100, (4, 4))
+    for file in sorted(each for each in folder.rglob("*") if each.is_file())[:4]:
+        file.write_bytes(b"nothing")
+    batches, left = read_images(folder, *preprocessing("file.py:net", torch.nn.Identity(), (1, 3, 4, 4)))
+    assert sum(map(len, batches)) == 96
+    assert 0 < len(left) <= 4
 
 
 def test_of_many_images_a_seeded_draw_is_taken(tmp_path: Path) -> None:
     folder = pictures(tmp_path, 100, (4, 4))
     made = preprocessing("file.py:net", torch.nn.Identity(), (1, 3, 4, 4))
-    first, again, other = (torch.cat(read_images(folder, *made, seed)) for seed in (0, 0, 1))
+    first, again, other = (torch.cat(read_images(folder, *made, seed)[0]) for seed in (0, 0, 1))
     assert first.shape == (96, 3, 4, 4)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -146,6 +146,24 @@ def test_only_library_models_are_rebuilt_from_a_plan() -> None:
     assert not is_rebuildable("package.module:factory")
 
 
+RETURNED = {
+    "program": ("torch.export.export(net(), (torch.zeros(1, 3),))", "an exported program; return the nn.Module"),
+    "its module": ("torch.export.export(net(), (torch.zeros(1, 3),)).module()", "an exported program"),
+    "script": ("torch.jit.trace(net(), torch.zeros(1, 3))", "a TorchScript module, which can't be cut; return"),
+    "class": ("torch.nn.Linear", "the class Linear, not a torch.nn.Module"),
+    "weights": ("net().state_dict()", "an OrderedDict, not a torch.nn.Module"),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_a_factory_should_return_is_told(name: str, tmp_path: Path) -> None:
+    code, told = RETURNED[name]
+    file = tmp_path / "made.py"
+    file.write_text(f"import torch\nnet = lambda: torch.nn.Linear(3, 4)\ndef made():\n    return {code}\n")
+    with pytest.raises(InputError, match=f"returned {told}"):
+        load_source(f"{file}:made")
+
+
 @pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
 def test_random_weights_are_not_downloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetched(*_: object, **__: object) -> None:

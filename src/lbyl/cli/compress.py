@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -106,6 +107,9 @@ def compress(
             forecast=not no_forecast,
             **prepared.arguments,
         )
+        if prepared.notes:
+            notes = (*result.report.notes, *prepared.notes)
+            result = replace(result, report=replace(result.report, notes=notes))
         if not no_latency:
             timed = lbyl.bench(result.model, prepared.inputs, against=prepared.model, runs=_RUNS, progress=stage)
             result = result.timed(timed)

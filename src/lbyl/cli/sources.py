@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbyl.cli.app import Stage
+from rich.text import Text
+
+from lbyl.cli.app import Stage, err
 from lbyl.cli.names import import_plugins, is_factory
 from lbyl.cli.settings import Settings
 from lbyl.cli.texts import InputSpec
@@ -106,11 +108,12 @@ def check_images(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model, its example inputs, and the arguments of `lbyl.compress` and `lbyl.sweep` that the options give."""
+    """A model, its example inputs, what the options give as arguments of `lbyl.compress` and `lbyl.sweep`, and notes."""
 
     model: nn.Module
     inputs: Any
     arguments: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
@@ -125,10 +128,11 @@ def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
     kept = is_saved(source)
     origin = origin_of(model, source)
     inputs = example_inputs(origin, model, settings.input, settings.seed)
-    batches = None
+    batches, notes = None, ()
     if settings.data is not None:
         stage(f"reading {settings.data}")
-        batches = _read_batches(settings.data, origin, model, inputs, settings)
+        batches, left = _read_batches(settings.data, origin, model, inputs, settings)
+        notes = _left_out(left)
     restorer = settings.restorer(batches, model, inputs)
     stage("tracing")
     arguments: dict[str, Any] = {
@@ -143,7 +147,7 @@ def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
     }
     if restorer is not None:
         arguments["restore"] = restorer
-    return Prepared(model, inputs, arguments)
+    return Prepared(model, inputs, arguments, notes)
 
 
 def origin_of(model: nn.Module, source: str) -> str:
@@ -154,8 +158,10 @@ def origin_of(model: nn.Module, source: str) -> str:
     return plan.source or "" if plan else source
 
 
-def _read_batches(folder: Path, source: str, model: nn.Module, inputs: Any, settings: Settings) -> list[Any]:
-    """Batches of the texts or images in a folder, preprocessed as the model expects."""
+def _read_batches(
+    folder: Path, source: str, model: nn.Module, inputs: Any, settings: Settings
+) -> tuple[list[Any], tuple[str, ...]]:
+    """Batches of the texts or images in a folder, preprocessed as the model expects, and what was left out and why."""
     from lbyl.io.images import preprocessing, read_images
     from lbyl.io.texts import read_texts
     from lbyl.moments.token_inputs import token_ids
@@ -166,7 +172,21 @@ def _read_batches(folder: Path, source: str, model: nn.Module, inputs: Any, sett
         return read_texts(folder, model, given, settings.seed)
     example, sized = given.tensors()[0], bool(settings.input)
     preprocess, mode = preprocessing(source, model, example.shape, sized=sized, mean=settings.mean, std=settings.std)
-    return [batch.to(example.dtype) for batch in read_images(folder, preprocess, mode, settings.seed)]
+    batches, left = read_images(folder, preprocess, mode, settings.seed)
+    return [batch.to(example.dtype) for batch in batches], left
+
+
+_NAMED = 5
+
+
+def _left_out(left: tuple[str, ...]) -> tuple[str, ...]:
+    """A note on the files of a folder that could not be read, which is printed as well."""
+    if not left:
+        return ()
+    more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+    note = f"{len(left)} of the files in --data left out: {'; '.join(left[:_NAMED])}{more}"
+    err.print(Text(f"note: {note}"))
+    return (note,)
 
 
 def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | None:

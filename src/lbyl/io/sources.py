@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError, LbylError, first_line
 from lbyl.io.network_files import is_file, read_network
+from lbyl.runtime.checks import named_kind
 
 FORMS = "timm:NAME, torchvision:NAME, hf:DIR, model.onnx, model.pt2, package.module:factory or file.py:factory"
 
@@ -53,9 +54,24 @@ def load_source(source: str, pretrained: bool = True, task: str | None = None) -
     if kind == "torchvision":
         return _torchvision(name, pretrained).eval()
     model = _factory(kind, name)
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module")
+    if fault := _no_network(model):
+        raise InputError(f"{source} returned {fault}")
     return model.eval()
+
+
+def _no_network(made: object) -> str:
+    """Why what a factory returned can't be cut, and what it should return; "" where it can be."""
+    # The module of such a program has methods of its own in place of train and eval, which refuse.
+    if isinstance(made, torch.export.ExportedProgram) or "eval" in getattr(made, "__dict__", {}):
+        return (
+            "an exported program; return the nn.Module that was exported, or write it with "
+            "torch.export.save(program, 'model.pt2'), which is a source as well"
+        )
+    if isinstance(made, torch.jit.ScriptModule):
+        return "a TorchScript module, which can't be cut; return the nn.Module that was scripted or traced"
+    if not isinstance(made, nn.Module):
+        return f"{named_kind(made)}, not a torch.nn.Module"
+    return ""
 
 
 HUGGING_FACE = "hf:"

@@ -57,6 +57,11 @@ class CompressionRequest:
     forecast: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.budget, float):
+            raise InputError(
+                f"budget={self.budget} does not say of what: pass lbyl.Budget(macs={self.budget}), a share of the "
+                f"multiply-accumulates, or of something else; ratio={self.budget} is the share of channels that go"
+            )
         if self.budget is not None and not isinstance(self.budget, Budget):
             raise InputError(f"budget is {named_kind(self.budget)}; pass lbyl.Budget(macs=0.5)")
         check_scope(self.scope)

@@ -276,6 +276,7 @@ def _written_plan(subject: Subject, request: CompressionRequest, planned: _Plann
         inputs=subject.inputs.describe(),
         library=library_version(),
         attributes=done.attributes,
+        network=type(subject.model).__name__,
     )
 
 

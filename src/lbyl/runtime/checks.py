@@ -89,7 +89,11 @@ def check_module(model: object, name: str = "model") -> None:
 def named_kind(value: object) -> str:
     """What a value is, in words: "a str", or "the class Linear" for a class in place of an instance."""
     kind = type(value).__name__
-    return f"the class {value.__name__}" if isinstance(value, type) else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    return (
+        f"the class {value.__name__}"
+        if isinstance(value, type)
+        else f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+    )
 
 
 def as_path(path: Any, name: str = "path") -> Path:

@@ -51,6 +51,7 @@ class Plan:
         library: the version of lbyl that made the plan.
         trained: whether the weights were changed after a cut by something else, training say: the settings alone do
             not lead to them.
+        network: the class of the network.
         version: the version of this format.
     """
 
@@ -65,6 +66,7 @@ class Plan:
     folds: tuple[Fold, ...] = ()
     version: int = VERSION
     trained: bool = False
+    network: str = ""
 
     def to_json(self) -> str:
         """The plan as JSON text."""

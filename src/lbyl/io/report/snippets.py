@@ -115,6 +115,10 @@ def shown_source(source: str) -> str:
     return f"{PurePath(place).name}{separator}{name}" if place.endswith(".py") else source
 
 
-def name_of(plan: Plan) -> str:
-    """What the network is called."""
-    return line(shown_source(plan.source).rpartition(":")[2]) if plan.source else "A network"
+def title_of(plan: Plan) -> str:
+    """What a page about the network is headed with."""
+    made = ", pruned and then trained" if plan.trained else ", pruned"
+    source = plan.source if plan.source and (is_rebuildable(plan.source) or not plan.network) else ""
+    # How somebody's function is called says less than what it returns.
+    name = line(shown_source(source).rpartition(":")[2] if source else plan.network)
+    return f"{name}{made}" if name else f"A network{made}"
