@@ -108,7 +108,7 @@ def check_images(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model, its example inputs, what the options give as arguments of `lbyl.compress` and `lbyl.sweep`, and notes."""
+    """A model, its example inputs, arguments of `lbyl.compress` and `lbyl.sweep` that the options give, and notes."""
 
     model: nn.Module
     inputs: Any

@@ -21,9 +21,15 @@ _CACHED = 2**16
 
 @dataclass(frozen=True)
 class Filters:
-    """The channels of one group as the weights describe them, in float64.
+    """The channels of one group as the weights describe them, in float64 on the CPU or where the weights are.
 
-    Each part is worked out when it is first asked for: all of them together are several times the weights.
+    Each part is worked out when it is first asked for: all of them together are several times the weights. With a row
+    or a number for each channel there are ``weight``, ``raw``, ``offset``, ``energy``, ``center``, ``spread`` and
+    ``batch_norm``; ``len(filters)`` is the number of channels.
+
+    Attributes:
+        group: the group: its name, width, producers and consumers.
+        state: the network's parameters and buffers, by name. They are the network's own and must not be changed.
     """
 
     group: Group

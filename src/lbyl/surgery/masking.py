@@ -21,10 +21,12 @@ from lbyl.selection.select import Selection
 
 @dataclass(frozen=True)
 class Delivery:
-    """How the kept channels make up for the dropped ones in one group.
+    """How the kept channels make up for the dropped ones in one group; all tensors in float64 on the CPU.
+
+    A consumer whose columns were ``U_K`` and ``U_D`` then has ``U_K diag(scale) + U_D S^T`` and loses those of D.
 
     Attributes:
-        matrix: the delivery matrix S: ``a_D ~ S^T a_K``.
+        matrix: the delivery matrix S: ``a_D ~ S^T a_K``, one column a dropped channel.
         scale: a factor for each kept channel (1 where the restorer leaves them alone).
         note: what the user should know ("" as a rule).
         shift: a constant for each dropped channel, ``a_D ~ S^T a_K + shift``, which goes into the consumers' biases or
