@@ -103,6 +103,19 @@ def test_inspect_json_is_the_only_thing_on_stdout(source: str) -> None:
     assert "factories may talk" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["inspect", "compress", "sweep", "show", "export", "bench"])
+def test_a_command_by_itself_shows_examples_that_are_right(name: str) -> None:
+    said = command(name)
+    assert said.exit_code == 2
+    assert said.stdout == ""
+    examples = [line.split()[1:] for line in said.stderr.splitlines() if line.startswith("  lbyl ")]
+    assert examples
+    known = {option for each in typer.main.get_command(app).commands[name].params for option in each.opts}  # type: ignore[attr-defined]
+    for words in examples:
+        assert words[0] == name
+        assert {word for word in words if word.startswith("-")} <= known
+
+
 def test_without_a_terminal_each_stage_is_a_line(source: str, tmp_path: Path) -> None:
     said = compress(source, tmp_path / "out", "--restore", "prune").stderr.splitlines()
     stages = [line.split(" s  ", 1)[1] for line in said if " s  " in line]

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
@@ -111,6 +112,36 @@ def working(what: str, quiet: bool = False) -> Iterator[Stage]:
     except LbylError as error:
         err.print(Text(f"error: {' '.join(str(error).split())}"))
         raise typer.Exit(1) from error
+
+
+EXAMPLES = {
+    "inspect": ("lbyl inspect torchvision:resnet50", "lbyl inspect model.py:build --input 1x3x224x224"),
+    "compress": (
+        "lbyl compress torchvision:resnet50 -o smaller",
+        "lbyl compress timm:resnet50 --budget macs=0.6 --data photos/ -o smaller",
+        "lbyl compress model.py:build --weights best.safetensors --input 1x3x224x224 --ratio 0.3 -o smaller",
+        "lbyl compress model.onnx --budget latency=0.7 -o smaller",
+    ),
+    "sweep": ("lbyl sweep timm:resnet50 --budget macs=0.9,0.8,0.7 --eval judge.py:accuracy -o points",),
+    "show": ("lbyl show smaller",),
+    "export": ("lbyl export smaller --format onnx", "lbyl export smaller --model model.py:build --format pt2"),
+    "bench": ("lbyl bench smaller --against torchvision:resnet50 --batch 16",),
+}
+"""Calls that work, for whoever calls a command without anything."""
+
+
+class WithExamples(typer.core.TyperCommand):
+    """A command that shows how it is called where nothing is given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; without any, examples go to stderr, and the exit code is that of a usage error."""
+        if not args and self.name in EXAMPLES:
+            lines = "\n".join(f"  {call}" for call in EXAMPLES[self.name])
+            typer.echo(
+                f"{self.get_short_help_str(200)}\n\n{lines}\n\nlbyl {self.name} --help lists all options.", err=True
+            )
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

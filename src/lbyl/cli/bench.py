@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.app import WithExamples, app, out, print_json, working
 from lbyl.cli.options import Folder, Json, Quiet, SameInputs, Seed
 from lbyl.cli.sources import example_inputs, load_model
 from lbyl.cli.texts import InputSpec, check_source
@@ -48,7 +48,7 @@ _Model = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=WithExamples)
 def bench(
     folder: Folder,
     against: _Against = None,

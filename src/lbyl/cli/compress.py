@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.app import WithExamples, app, out, print_json, working
 from lbyl.cli.options import Evaluate, Json, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, check_output, prepare
@@ -67,7 +67,7 @@ NoLatency = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=WithExamples)
 @with_settings
 def compress(
     *,

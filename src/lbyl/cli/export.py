@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.app import WithExamples, app, out, print_json, working
 from lbyl.cli.names import check_name, name_option
 from lbyl.cli.options import Folder, Json, Quiet, SameInputs, Seed
 from lbyl.cli.sources import example_inputs
 from lbyl.cli.texts import check_source
 
 
-@app.command()
+@app.command(cls=WithExamples)
 def export(
     folder: Folder,
     format: Annotated[str, name_option("format", "onnx: for most runtimes; pt2: for torch.export.load.")] = "onnx",

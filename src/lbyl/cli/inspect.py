@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.app import WithExamples, app, out, print_json, working
 from lbyl.cli.options import Builder, Inputs, Json, NoPretrained, Quiet, Seed, Source, Strict, Submodule, Weights
 from lbyl.cli.sources import example_inputs, load_model
 
 
-@app.command()
+@app.command(cls=WithExamples)
 def inspect(
     source: Source,
     weights: Weights = None,

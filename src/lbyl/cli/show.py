@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.app import WithExamples, app, out, print_json, working
 from lbyl.cli.options import Folder, Json, Quiet
 from lbyl.cli.sources import setting
 
 
-@app.command()
+@app.command(cls=WithExamples)
 def show(folder: Folder, as_json: Json = False, quiet: Quiet = False) -> None:
     """Print what a saved folder holds: settings, groups, totals, and how to load it."""
     with working(f"reading {folder}", quiet):

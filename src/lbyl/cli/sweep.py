@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lbyl.cli.app import app, out, print_json, working
+from lbyl.cli.app import WithExamples, app, out, print_json, working
 from lbyl.cli.options import Evaluate, Json, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, prepare
@@ -30,7 +30,7 @@ Output = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=WithExamples)
 @with_settings
 def sweep(
     *,
