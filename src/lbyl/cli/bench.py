@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lbyl.cli.app import WithExamples, app, out, print_json, working
-from lbyl.cli.options import Folder, Json, Quiet, SameInputs, Seed
+from lbyl.cli.options import Folder, Json, Quiet, Runtime, SameInputs, Seed, Timed
 from lbyl.cli.sources import example_inputs, load_model
 from lbyl.cli.texts import InputSpec, check_source
 
@@ -59,6 +59,7 @@ def bench(
         int | None, typer.Option(min=1, help="Batch size, in place of that of the inputs.", show_default=False)
     ] = None,
     runs: Annotated[int, typer.Option(min=3, help="How many times each network is timed.")] = 20,
+    runtime: Timed = Runtime.torch,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -87,6 +88,7 @@ def bench(
             example_inputs(original, unpruned, texts, seed),
             against=unpruned,
             runs=runs,
+            runtime=runtime.value,
             progress=stage,
         )
     if as_json:

@@ -111,7 +111,14 @@ def compress(
             notes = (*result.report.notes, *prepared.notes)
             result = replace(result, report=replace(result.report, notes=notes))
         if not no_latency:
-            timed = lbyl.bench(result.model, prepared.inputs, against=prepared.model, runs=_RUNS, progress=stage)
+            timed = lbyl.bench(
+                result.model,
+                prepared.inputs,
+                against=prepared.model,
+                runs=_RUNS,
+                runtime=settings.runtime.value,
+                progress=stage,
+            )
             result = result.timed(timed)
         stage(f"writing {output}")
         result.save(output)

@@ -5,6 +5,7 @@ What only `compress` and `sweep` share is in `lbyl.cli.settings`.
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +80,21 @@ Strict = Annotated[
     typer.Option("--strict", help="Fail if a part of the model can't be traced or cut, instead of leaving it whole."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+
+
+class Runtime(str, Enum):
+    """What networks are timed in."""
+
+    torch = "torch"
+    onnxruntime = "onnxruntime"
+
+
+Timed = Annotated[
+    Runtime,
+    typer.Option(
+        "--runtime", help="What networks are timed in. onnxruntime takes pip install 'lbyl[export]', and the CPU."
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress: of stderr, only what goes wrong and what others print.")
 ]

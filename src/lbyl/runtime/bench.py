@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -16,7 +17,17 @@ from lbyl.errors import visible
 from lbyl.runtime.checks import check_module, check_number
 from lbyl.runtime.contexts import own_device
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.latency import RUNS, WARM_UP, LayerLatency, Runs, measure_latencies
+from lbyl.runtime.latency import (
+    RUNS,
+    TORCH,
+    WARM_UP,
+    LayerLatency,
+    Runs,
+    check_runtime,
+    measure_latencies,
+    measure_whole,
+)
+from lbyl.runtime.macs import count_macs
 from lbyl.runtime.progress import Progress
 
 REST = "(no layer's)"
@@ -89,7 +100,7 @@ class Bench:
         whole: both models as a whole.
         layers: every layer that runs in either, in the order of the first model.
         rest: what no layer takes: activations, sums, pooling.
-        device: where they were measured.
+        device: where they were measured, and in what if that is not PyTorch.
         threads: of PyTorch, for one operation.
         runs: how often each was timed.
     """
@@ -123,7 +134,7 @@ class Bench:
         for name in ("layer", "before", "after", "ratio", "±", "MACs", ""):
             left = name in ("layer", "")
             table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
-        for row in (*self.layers, self.rest):
+        for row in (*self.layers, self.rest) if self.layers else ():
             table.add_row(*map(_shown, _cells(row)))
         table.add_section()
         table.add_row(*map(_shown, _cells(self.whole)))
@@ -185,6 +196,7 @@ def bench(
     against: nn.Module,
     runs: int = RUNS,
     warm_up: int = WARM_UP,
+    runtime: str = TORCH,
     progress: Progress | None = None,
 ) -> Bench:
     """Measure on this machine how much faster a compressed network is than the one that it was made of.
@@ -198,10 +210,13 @@ def bench(
         against: the unpruned network; it is not changed. Its weights do not matter.
         runs: how often each is timed, from 3.
         warm_up: how often each runs before that.
+        runtime: "torch", or "onnxruntime" for both networks as ONNX files there, on the CPU; times are then known of
+            the whole only.
         progress: called as ``progress(stage, done, total)``.
 
     Raises:
-        InputError: too few runs, or inputs that one of them does not run on.
+        InputError: too few runs, inputs that one of them does not run on, or a runtime that is not installed or can't
+            run one of them.
 
     Examples:
         >>> import torch, lbyl
@@ -215,7 +230,10 @@ def bench(
     check_module(model)
     check_module(against, "against")
     check_number("warm_up={}", warm_up, whole=True, least=0)
+    check_runtime(runtime)
     inputs = ExampleInputs.of(example_inputs)
+    if runtime != TORCH:
+        return _as_files(model, against, inputs, runs, warm_up, runtime)
     before, after = measure_latencies((against, model), inputs, runs=runs, warm_up=warm_up, progress=progress)
     first, second = ({layer.name: layer for layer in found.layers} for found in (before, after))
     return Bench(
@@ -226,6 +244,17 @@ def bench(
         before.threads,
         runs,
     )
+
+
+def _as_files(
+    model: nn.Module, against: nn.Module, inputs: ExampleInputs, runs: int, warm_up: int, runtime: str
+) -> Bench:
+    """Both networks as a whole, in another runtime than PyTorch."""
+    macs = tuple(count_macs(network, inputs) for network in (against, model))
+    before, after = measure_whole((against, model), inputs, runs=runs, warm_up=warm_up, runtime=runtime)
+    whole = Change("whole", type(model).__name__, before, after, (macs[0], macs[1]))
+    nothing = Change(REST, "", None, None, (0, 0))
+    return Bench(whole, (), nothing, f"cpu in {runtime}", torch.get_num_threads(), runs)
 
 
 def _change(before: LayerLatency | None, after: LayerLatency | None) -> Change:
