@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,12 @@ def test_two_networks_are_timed_as_files() -> None:
 
 def test_a_budget_of_latency_is_measured_there() -> None:
     budget = lbyl.Budget(latency=0.7, runtime="onnxruntime", round_to=8)
+    net, x = mlp(64, 1024, 1024), images(16, 64)
     try:
-        result = lbyl.compress(mlp(64, 1024, 1024), images(16, 64), budget=budget, restore="prune", forecast=False)
-    except lbyl.InputError as error:  # a machine that does other things besides
-        assert "scatter" in str(error) or "can't be met" in str(error)
-    else:
-        assert result.plan.settings["budget"]["runtime"] == "onnxruntime"
-        assert any(note.startswith("latency:") for note in result.report.notes)
+        told = lbyl.compress(net, x, budget=budget, restore="prune", forecast=False).report.notes
+    except lbyl.InputError as error:  # on a machine that does other things besides
+        told = (str(error),)
+    assert any(re.search("^latency:|scatter|can't be met", note) for note in told)
 
 
 CALLS: dict[str, tuple[Any, str]] = {
