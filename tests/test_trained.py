@@ -55,8 +55,8 @@ def test_a_trained_network_is_saved_and_says_so(way: str, wrapper: Callable[...,
     manifest = read_manifest(folder)
     assert manifest.plan.trained
     assert "trained after it was compressed" in manifest.report.summary()[0]
-    assert "Then it was trained." in (folder / CARD).read_text()
-    assert "trained afterwards" in (folder / PAGE).read_text()
+    assert "Its weights were trained after that" in (folder / CARD).read_text()
+    assert "trained as well" in (folder / PAGE).read_text()
 
 
 def test_what_was_not_trained_is_saved_as_before(tmp_path: Path) -> None:

@@ -44,7 +44,10 @@ def _metadata(plan: Plan) -> Iterator[str]:
 def _summary(plan: Plan, report: Report) -> Iterator[str]:
     before, after = report.parameters
     made = f" from {code_span(shown_source(plan.source))}" if plan.source else ""
-    trained = "Then it was trained." if plan.trained else "The network was not retrained."
+    trained = "The network was not retrained."
+    if plan.trained:
+        when = "between the cuts or after them" if "after" in plan.settings else "after that"
+        trained = f"Its weights were trained {when}, which the settings do not say."
     yield f"# {plain_words(title_of(plan))}"
     yield ""
     yield (

@@ -60,7 +60,7 @@ def reproducing(plan: Plan) -> Iterator[str]:
         yield f"    submodule={parts[0]!r},"
     yield ")"
     if plan.trained:
-        yield "# ... and then it was trained, which this does not repeat"
+        yield "# ... and its weights were trained, which this does not repeat"
 
 
 def arguments(plan: Plan) -> dict[str, str]:
@@ -117,7 +117,7 @@ def shown_source(source: str) -> str:
 
 def title_of(plan: Plan) -> str:
     """What a page about the network is headed with."""
-    made = ", pruned and then trained" if plan.trained else ", pruned"
+    made = ", pruned and trained" if plan.trained else ", pruned"
     source = plan.source if plan.source and (is_rebuildable(plan.source) or not plan.network) else ""
     # How somebody's function is called says less than what it returns.
     name = line(shown_source(source).rpartition(":")[2] if source else plan.network)
