@@ -76,7 +76,8 @@ def test_many_batches_of_one_do_as_well_as_large_ones(name: str) -> None:
         (lambda: [images(64, 3, 4, 4)] * 5, {}, r"4 batches \(256 inputs\) were read, 1 were not"),
         (lambda: (images(64, 3, 4, 4) for _ in range(5)), {}, "the source had more"),
         (lambda: [images(8, 3, 4, 4)] * 5, {"batches": 2}, r"2 batches \(16 inputs\) were read, 3 were not"),
-        (lambda: [images(64, 3, 4, 4)], {}, "a single batch"),
+        (lambda: [images(64, 3, 4, 4)], {}, "a single batch, of which 16 inputs were held out"),
+        (lambda: [images(7, 3, 4, 4)], {}, "too few to hold any out"),
     ],
 )
 def test_how_much_was_read_is_told(source: Callable[[], Iterable[Any]], settings: dict[str, int], told: str) -> None:
@@ -104,3 +105,14 @@ def test_sequences_of_many_lengths_are_measured_on_the_last() -> None:
     assert any("differ in shape" in note for note in report.notes)
     assert report.assessment is not None
     assert report.assessment.restored < report.assessment.pruned
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"), [(64, "on held-out inputs of yours"), (7, "on the inputs that were solved on.*too few")]
+)
+def test_what_was_solved_on_is_not_called_held_out(rows: int, told: str) -> None:
+    report = restored(settle(flat_convnet()), [images(rows, 3, 4, 4)])
+    assert report.assessment is not None
+    assert report.assessment.held_out == bool(report.held_out_errors) == (rows == 64)
+    assert any(re.search(f"output error {told}", line) for line in report.summary())
+    assert not any("held-out probes" in line for line in report.summary() if rows == 7)

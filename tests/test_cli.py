@@ -103,6 +103,34 @@ def test_inspect_json_is_the_only_thing_on_stdout(source: str) -> None:
     assert "factories may talk" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["inspect", "compress", "sweep", "show", "export", "bench"])
+def test_a_command_by_itself_shows_examples_that_are_right(name: str) -> None:
+    said = command(name)
+    assert said.exit_code == 2
+    assert said.stdout == ""
+    examples = [line.split()[1:] for line in said.stderr.splitlines() if line.startswith("  lbyl ")]
+    assert examples
+    known = {option for each in typer.main.get_command(app).commands[name].params for option in each.opts}  # type: ignore[attr-defined]
+    for words in examples:
+        assert words[0] == name
+        assert {word for word in words if word.startswith("-")} <= known
+
+
+def test_without_a_terminal_each_stage_is_a_line(source: str, tmp_path: Path) -> None:
+    said = compress(source, tmp_path / "out", "--restore", "prune").stderr.splitlines()
+    stages = [line.split(" s  ", 1)[1] for line in said if " s  " in line]
+    assert stages[0] == f"loading {source}"
+    assert {"tracing", "cutting and verifying", "measuring latency"} <= set(stages)
+    assert len(stages) == len(set(stages))
+    for args in (
+        ("compress", source, "-o", tmp_path / "b", "--input", "1x3x12x12", "--ratio", 0.5, "--restore", "prune"),
+        ("show", tmp_path / "out"),
+    ):
+        quiet = command(*args, "--quiet")
+        assert quiet.exit_code == 0
+        assert quiet.stderr.removeprefix("factories may talk\n") == ""
+
+
 def test_compress_saves_what_the_library_saves(source: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = compress(source, out, "--ratio", 0.5, "--seed", 3)
@@ -232,7 +260,7 @@ def test_several_inputs_of_other_types(source: str) -> None:
         (("compress", "SOURCE", "-o", "TMP/a", "--data", "TMP"), "no image in"),
     ],
 )
-@pytest.mark.parametrize("flags", [(), ("--json",)])
+@pytest.mark.parametrize("flags", [("--quiet",), ("-q", "--json")])
 def test_mistakes_are_one_line_and_exit_code_1(
     source: str, tmp_path: Path, args: tuple[str, ...], flags: tuple[str, ...], message: str
 ) -> None:
@@ -434,7 +462,8 @@ def test_a_folder_of_images(source: str, tmp_path: Path) -> None:
     found = restorer_of(compress(source, tmp_path / "out", "--data", folder, "--json"))
     assert found["moments"] == {"name": "Data", "batches": 2}
     net = load_source(source)
-    batches = read_images(folder, *preprocessing("file.py:net", net, (1, 3, 12, 12)))
+    batches, left = read_images(folder, *preprocessing("file.py:net", net, (1, 3, 12, 12)))
+    assert not left
     assert [batch.shape for batch in batches] == [(24, 3, 12, 12), (6, 3, 12, 12)]
     restore = lbyl.LeastSquares(moments=lbyl.Data(batches, batches=2))
     expected = lbyl.compress(net, torch.zeros(1, 3, 12, 12), restore=restore, ratio=0.5).model
@@ -442,18 +471,39 @@ def test_a_folder_of_images(source: str, tmp_path: Path) -> None:
     assert torch.equal(lbyl.load(tmp_path / "out", net)(x), expected(x))
 
 
-def test_an_image_that_can_not_be_read(source: str, tmp_path: Path) -> None:
+def test_an_image_that_can_not_be_read_is_left_out(source: str, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "images", 2)
     (folder / "broken.jpg").write_bytes(b"no JPEG")
-    result = compress(source, tmp_path / "out", "--data", folder)
+    result = compress(source, tmp_path / "out", "--data", folder, "--json")
+    assert result.exit_code == 0, result.output
+    told = "1 of the files in --data left out"
+    assert told in result.stderr
+    assert any(
+        told in note and "broken.jpg can't be read" in note for note in json.loads(result.stdout)["report"]["notes"]
+    )
+
+
+def test_a_folder_of_broken_images(source: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no JPEG")
+    result = compress(source, tmp_path / "out", "--data", tmp_path)
     assert result.exit_code == 1
+    assert "no image in" in result.stderr
     assert "broken.jpg can't be read as an image" in result.stderr
+
+
+def test_others_take_the_place_of_images_that_can_not_be_read(tmp_path: Path) -> None:
+    folder = pictures(tmp_path, 100, (4, 4))
+    for file in sorted(each for each in folder.rglob("*") if each.is_file())[:4]:
+        file.write_bytes(b"nothing")
+    batches, left = read_images(folder, *preprocessing("file.py:net", torch.nn.Identity(), (1, 3, 4, 4)))
+    assert sum(map(len, batches)) == 96
+    assert 0 < len(left) <= 4
 
 
 def test_of_many_images_a_seeded_draw_is_taken(tmp_path: Path) -> None:
     folder = pictures(tmp_path, 100, (4, 4))
     made = preprocessing("file.py:net", torch.nn.Identity(), (1, 3, 4, 4))
-    first, again, other = (torch.cat(read_images(folder, *made, seed)) for seed in (0, 0, 1))
+    first, again, other = (torch.cat(read_images(folder, *made, seed)[0]) for seed in (0, 0, 1))
     assert first.shape == (96, 3, 4, 4)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -16,6 +16,7 @@ from onnx_nets import model, node, real, save
 
 import lbyl
 from lbyl.cli.app import app
+from lbyl.runtime import registry
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -47,7 +48,7 @@ def small(*_: object, dreams: bool = False, **__: object) -> torch.nn.Module:
 
 
 def test_the_rule_in_extending_works_and_is_needed() -> None:
-    operation, rule, check = blocks("extending.md", "python")
+    *_, operation, rule, check = blocks("extending.md", "python")
     names: dict[str, Any] = {}
     exec(operation, names)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), names["Patches"](), torch.nn.Conv1d(32, 5, 1)).eval()
@@ -58,6 +59,21 @@ def test_the_rule_in_extending_works_and_is_needed() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "the check has run" in done.stdout, done.stderr
     assert "ValueError: two rules for patches" in done.stderr
+
+
+def test_members_of_one_s_own_work_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_REGISTERED", {family: {} for family in registry.FAMILIES})
+    *own, _, _, _ = blocks("extending.md", "python")
+    names: dict[str, Any] = {"net": small(), "image": torch.randn(4, 3, 12, 12)}
+    for block in own:
+        exec(block, names)
+    errors = {(row.restore, row.criterion, row.ratio): row.output_error for row in names["found"].rows}
+    assert len(errors) == 12
+    assert all(error is not None for error in errors.values())
+    assert errors["NearestChannel()", "l2", 0.5] != errors["prune", "l2", 0.5]
+    assert (tmp_path / "comparison.svg").is_file()
+    assert {"linf", "nearest"} <= {*registry.names("criterion"), *registry.names("restorer")}
 
 
 @pytest.mark.parametrize("page", OWN_PYTHON)

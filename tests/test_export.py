@@ -456,7 +456,7 @@ def test_mistakes_have_one_line_and_the_right_code(
 ) -> None:
     out = small(source, tmp_path / "out", "1x6")
     names = {"OUT": str(out), "SOURCE": source}
-    result = command("export", *(names.get(arg, arg).replace("TMP", str(tmp_path)) for arg in args))
+    result = command("export", *(names.get(arg, arg).replace("TMP", str(tmp_path)) for arg in args), "--quiet")
     assert (result.exit_code, result.stdout) == (code, "")
     assert words in result.stderr
     if code == 1:

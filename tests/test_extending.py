@@ -171,7 +171,7 @@ def test_a_plugin_that_fails_is_one_line(code: str | None, message: str, source:
     file = tmp_path / "plugin.py"
     if code is not None:
         file.write_text(code)
-    result = command("compress", source, "-o", tmp_path / "out", *SHAPE, "--plugin", file)
+    result = command("compress", source, "-o", tmp_path / "out", *SHAPE, "--plugin", file, "-q")
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     assert message in result.stderr

@@ -193,10 +193,11 @@ def test_the_user_s_own_held_out_inputs_count() -> None:
     assert told
     assert told.real
     assert told.inputs == 20
-    single = lbyl.LeastSquares(moments=lbyl.Data(batches[:1]))
-    alone = lbyl.compress(mlp(), X, ratio=0.25, restore=single).report.forecast
-    assert alone
-    assert not alone.real
+    for given, held in ((batches[0], 5), (batches[0][:7], 0)):
+        single = lbyl.LeastSquares(moments=lbyl.Data([given]))
+        alone = lbyl.compress(mlp(), X, ratio=0.25, restore=single).report.forecast
+        assert alone
+        assert (alone.real, alone.inputs == held) == (bool(held), bool(held))
 
 
 def test_forecasts_can_be_left_out_and_depend_on_the_seed_alone() -> None:

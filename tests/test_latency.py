@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -184,6 +185,16 @@ def test_latency_budgets_are_met_and_the_note_says_so(machine: Machine, share: f
     assert f"asked for {share:.2f}" in note
     assert " ± 0.00), MACs 0." in note
     assert result.plan.settings["budget"]["latency"] == share
+
+
+def test_below_the_budget_is_within_it_where_no_widths_come_closer(machine: Machine) -> None:
+    model, x = mlp(6, 16, 16), images(1, 6)
+    machine.cost = lambda weight: 10.0 * (1 + (weight.shape[0] > 8)) if len(weight) > 3 else 1.0
+    budget = lbyl.Budget(latency=0.8, max_ratio=0.5)
+    result = lbyl.compress(model, x, budget=budget, restore="prune", forecast=False)
+    before, after = measure_latencies((model, result.model), ExampleInputs.of(x), runs=3)
+    assert after.seconds.median / before.seconds.median < 0.78
+    assert any(re.search(r"latency: 0\.\d+ ± 0.000 was reached, asked for 0\.800", n) for n in result.report.notes)
 
 
 def test_time_is_saved_where_there_is_time_to_be_saved(machine: Machine) -> None:

@@ -109,7 +109,7 @@ def test_the_reported_error_is_the_measured_one(name: str) -> None:
     """What the moments say is left of the error is what the consumer's output shows on the same inputs."""
     net = randomize(conv_net(READERS[name]))
     x = images()
-    restore = lbyl.LeastSquares(lbyl.Data([x]), ridge=1e-2, renorm=False, positions=10**9)
+    restore = lbyl.LeastSquares(lbyl.Data([x, x[:8]]), ridge=1e-2, renorm=False, positions=10**9)
     result = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore=restore, forecast=False)
     row = result.report.rows[0]
     assert row.errors is not None
@@ -127,7 +127,7 @@ def test_flattened_readers_are_solved_column_by_column() -> None:
     net = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)))
     x = images(64, 6)
     for how in ("patch", "mix"):
-        restore = lbyl.LeastSquares(lbyl.Data([x]), solve=how, prior=0.0)
+        restore = lbyl.LeastSquares(lbyl.Data([x, x[:8]]), solve=how, prior=0.0)
         result = lbyl.compress(net, x[:1], ratio=0.5, restore=restore, forecast=False)
         pruned = lbyl.compress(net, x[:1], ratio=0.5, restore="prune", forecast=False)
         gap, lost = ((m(x) - net(x)).square().mean() for m in (result.model, pruned.model))

@@ -102,7 +102,7 @@ def test_the_page_says_what_was_cut_what_it_cost_and_how_to_go_on(fitted: lbyl.R
     assert report.assessment
     assert consumer.open == []
     for words in (
-        "residual, pruned",
+        "Residual, pruned",
         "called with float32 2x3x8x8",
         f"{after:,}",
         f"{after / before:.1%} of {before:,}",
@@ -448,7 +448,7 @@ def test_nothing_is_wider_than_the_screen(measured: tuple[str, Any]) -> None:
 @in_browser
 def test_a_browser_shows_the_words(measured: tuple[str, Any], fitted: lbyl.Result) -> None:
     for seen in measured[1].values():
-        for words in ("residual, pruned", "What was cut", "How to load it", "How to make it again", "Output error"):
+        for words in ("Residual, pruned", "What was cut", "How to load it", "How to make it again", "Output error"):
             assert words in seen["text"]
         assert fitted.report.rows[0].group in seen["text"]
 
@@ -502,7 +502,7 @@ def test_a_measured_latency_is_in_summary_file_and_page(tmp_path: Path) -> None:
 def test_names_are_no_markdown_in_the_card(fitted: lbyl.Result) -> None:
     rows = (replace(fitted.report.rows[0], group="a`b|c"), *fitted.report.rows[1:])
     report = replace(fitted.report, rows=rows, left=(("``", "<img src=x>"),), notes=("[a](b)\n# *c* \x1b[2J",))
-    text = card(replace(fitted.plan, source="net.py:`x`"), report)
+    text = card(replace(fitted.plan, source="net.py:`x`", network=""), report)
     assert "| ``a`b\\|c`` |" in text
     assert "- ``` `` ```: \\<img src=x\\>" in text
     assert "\nNote: \\[a\\](b) \\# \\*c\\* \\\\x1b\\[2J\n" in text

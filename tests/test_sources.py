@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lbyl.cli.sources import example_inputs
 from lbyl.errors import InputError
 from lbyl.io.sources import load_source, load_weights
 from lbyl.surgery.plan import is_rebuildable
@@ -143,3 +144,47 @@ def test_only_library_models_are_rebuilt_from_a_plan() -> None:
     assert is_rebuildable("torchvision:resnet18")
     assert not is_rebuildable("file.py:factory")
     assert not is_rebuildable("package.module:factory")
+
+
+RETURNED = {
+    "program": ("torch.export.export(net(), (torch.zeros(1, 3),))", "an exported program; return the nn.Module"),
+    "its module": ("torch.export.export(net(), (torch.zeros(1, 3),)).module()", "an exported program"),
+    "script": ("torch.jit.trace(net(), torch.zeros(1, 3))", "a TorchScript module, which can't be cut; return"),
+    "class": ("torch.nn.Linear", "the class Linear, not a torch.nn.Module"),
+    "weights": ("net().state_dict()", "an OrderedDict, not a torch.nn.Module"),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_a_factory_should_return_is_told(name: str, tmp_path: Path) -> None:
+    code, told = RETURNED[name]
+    file = tmp_path / "made.py"
+    file.write_text(f"import torch\nnet = lambda: torch.nn.Linear(3, 4)\ndef made():\n    return {code}\n")
+    with pytest.raises(InputError, match=f"returned {told}"):
+        load_source(f"{file}:made")
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
+def test_random_weights_are_not_downloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*_: object, **__: object) -> None:
+        raise AssertionError("something was fetched")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetched)
+    model = load_source(f"torchvision:{name}", pretrained=False)
+    images = example_inputs(f"torchvision:{name}", model, ["3x8x8", "3x8x6"], 0)
+    assert ([tuple(image.shape) for image in images[0]] == [(3, 8, 8), (3, 8, 6)]) == ("ssd" in name)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "told"), [(True, "or --no-pretrained for random ones"), (False, "can't be built")]
+)
+def test_what_failed_to_load_does_not_recommend_what_was_given(
+    pretrained: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.models.get_model", fails)
+    with pytest.raises(InputError, match=told) as raised:
+        load_source("torchvision:resnet18", pretrained)
+    assert ("--no-pretrained" in str(raised.value)) == pretrained

@@ -29,7 +29,7 @@ from lbyl.cli.app import app
 from lbyl.moments import Probes
 from lbyl.pipeline.analysis import Cuttable
 from lbyl.pipeline.sweep.cache import FolderCache
-from lbyl.pipeline.sweep.pareto import Point, by_cost, front
+from lbyl.pipeline.sweep.pareto import Point, by_cost, front, knee, plot, told
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, occupied
 from lbyl.restore.least_squares.fit import measure
 from lbyl.runtime.inputs import ExampleInputs
@@ -367,8 +367,7 @@ def test_points_out_of_reach_do_not_stop_the_others(source: str, tmp_path: Path)
     assert sorted(p.name for p in (tmp_path / "out").glob("macs-*")) == ["macs-0.7"]
     none = command(source, tmp_path / "none", "--budget", "macs=0.01")
     assert none.exit_code == 1
-    assert none.stderr.startswith("error: no point could be made (macs=0.01: the budget")
-    assert none.stderr.count("\n") == 1
+    assert none.stderr.splitlines()[-1].startswith("error: no point could be made (macs=0.01: the budget")
 
 
 @pytest.mark.parametrize(
@@ -598,3 +597,30 @@ def test_the_ledger_comes_back_as_it_was_written(tmp_path: Path) -> None:
     state = SweepState({"seed": 0}, tuple(points()), "nets:mlp", "m:f", 0.5, {"probe": 1.5})
     state.write(tmp_path)
     assert SweepState.read(tmp_path) == state
+
+
+CURVES: dict[str, tuple[tuple[float, ...], float | None, str | None]] = {
+    "bends": ((0.99, 0.98, 0.96, 0.6, 0.1), None, "macs-0.7"),
+    "straight": ((0.9, 0.8, 0.7, 0.6, 0.5), None, None),
+    "two points": ((0.99, 0.2), None, None),
+    "measured": ((0.93, 0.92, 0.91, 0.3, 0.1), 0.94, "macs-0.7"),
+    "nothing lost": ((1.0, 1.0, 1.0), None, None),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_the_knee_is_where_quality_begins_to_fall(name: str) -> None:
+    values, unpruned, expected = CURVES[name]
+    points = []
+    for number, value in enumerate(values, 1):
+        kept = 100 - 10 * number
+        seen = (
+            {"accuracy": value} if unpruned else {"agreement": value, "low": 0.9 * value, "high": min(1.0, 1.1 * value)}
+        )
+        budget = {"macs": kept / 100}
+        points.append(Point(f"macs-{kept / 100:g}", budget, True, "", (100, kept), (100, kept), **seen))
+    assert knee(points, unpruned) == expected
+    assert any(line.startswith("Knee: macs=") for line in told(points, unpruned)) == bool(expected)
+    shown = {text.get_text() for text in plot(points, unpruned).axes[0].get_legend().get_texts()}  # type: ignore[union-attr]
+    assert ("knee" in shown) == bool(expected)
+    assert ("9 times in 10" in shown) == (unpruned is None)

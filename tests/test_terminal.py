@@ -40,7 +40,7 @@ ROWS = [
     Row("all closed", f"{LBYL} --help >&- 2>&- <&-"),
     Row("closed stderr and an error", f"{LBYL} show 2>&-", code=2),
     Row("full stdout", f"{LBYL} --help > /dev/full", code=1, err=NO_ROOM),
-    Row("full stdout for JSON", f"{SHOW} --json > /dev/full", code=1, err=NO_ROOM),
+    Row("full stdout for JSON", f"{SHOW} --json -q > /dev/full", code=1, err=NO_ROOM),
     Row("full stderr and an error", f"{LBYL} show 2> /dev/full", code=1),
     Row("a reader that has seen enough", f"{LBYL} compress --help | head -n 1"),
     Row(
@@ -72,7 +72,7 @@ def test_output(row: Row, tmp_path: Path) -> None:
 )
 def test_a_signal_ends_in_one_line(number: signal.Signals, code: int, says: str, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("import time\ndef slow():\n    open('begun', 'w').close()\n    time.sleep(60)\n")
-    command = [sys.executable, "-m", "lbyl", "inspect", "net.py:slow"]
+    command = [sys.executable, "-m", "lbyl", "inspect", "net.py:slow", "--quiet"]
     child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "begun").exists():
         assert child.poll() is None

@@ -44,7 +44,10 @@ def sweep(**settings: Any) -> Callable[[], Any]:
 
 
 CALLS: dict[str, tuple[Callable[[], Any], str]] = {
-    "budget of a number": (compress(budget=0.5), r"budget is a float; pass lbyl.Budget"),
+    "budget of a number": (
+        compress(budget=0.5),
+        r"budget=0.5 does not say of what: pass lbyl.Budget\(macs=0.5\).*ratio=0.5",
+    ),
     "class of a budget": (compress(budget=lbyl.Budget), "budget is the class Budget"),
     "no seed": (compress(seed=None), "seed=None: must be a whole number"),
     "half a seed": (compress(seed=0.5), "seed=0.5"),
@@ -52,7 +55,8 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "a ratio for a number": (compress(ratio={0: 0.5}), "the key 0; keys are globs"),
     "scope": (compress(scope=["all"]), "scope="),
     "class of a criterion": (compress(criterion=lbyl.L2), r"pass an object, L2\(\)"),
-    "class of a restorer": (compress(restore=lbyl.LBYL), r"pass an object, LBYL\(\)"),
+    "class of a restorer": (compress(restore=lbyl.LBYL), r"restore=LBYL is a class; pass an object, LBYL\(\)"),
+    "moments for a restorer": (compress(restore=lbyl.Noise()), r"pass lbyl.LeastSquares\(Noise\(\.\.\.\)\)"),
     "verify": (compress(verify="no"), "verify='no': must be True or False"),
     "source": (compress(source=nn.Linear), "source is the class Linear"),
     "progress": (compress(progress=3), "progress is an int"),
@@ -70,7 +74,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "data on meta": (data(X.to("meta")), "meta device"),
     "sparse data": (data(X.to_sparse()), "sparse"),
     "positions": (lambda: lbyl.LeastSquares(positions=0), r"positions=0\): must be a whole number of at least 1"),
-    "class of moments": (lambda: lbyl.LeastSquares(moments=lbyl.Dream), "moments="),
+    "class of moments": (lambda: lbyl.LeastSquares(moments=lbyl.Dream), r"is a class; pass an object, Dream\(\)"),
     "renorm": (lambda: lbyl.LeastSquares(renorm="no"), "renorm='no'"),
     "ridge of NaN": (lambda: lbyl.LBYL(ridge=NAN), r"LBYL\(ridge=nan\): must be at least 0 and finite"),
     "ridge without end": (lambda: lbyl.LeastSquares(ridge=INF), "ridge=inf"),

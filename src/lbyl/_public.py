@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lbyl.io.export.export import Exported as Exported
     from lbyl.io.export.export import export as export
     from lbyl.io.report.report import Report as Report
+    from lbyl.io.saving import save as save
     from lbyl.io.sources import load_source as load_source
     from lbyl.moments.class_dream import ClassDream as ClassDream
     from lbyl.moments.data import Data as Data
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from lbyl.moments.photographs import Photographs as Photographs
     from lbyl.moments.sentences import Sentences as Sentences
     from lbyl.moments.weights import Weights as Weights
+    from lbyl.pipeline.compare import Comparison as Comparison
+    from lbyl.pipeline.compare import compare as compare
     from lbyl.pipeline.compress import compress as compress
     from lbyl.pipeline.inspection import Inspection as Inspection
     from lbyl.pipeline.inspection import inspect as inspect
@@ -60,7 +63,9 @@ if TYPE_CHECKING:
     from lbyl.selection.criteria.l2 import L2 as L2
     from lbyl.selection.criteria.obs import OBS as OBS
     from lbyl.selection.criteria.random import Random as Random
+    from lbyl.selection.filters import Filters as Filters
     from lbyl.selection.view import ChannelView as ChannelView
+    from lbyl.surgery.masking import Delivery as Delivery
     from lbyl.surgery.plan import Plan as Plan
 
 

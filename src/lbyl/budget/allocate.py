@@ -161,9 +161,11 @@ def choose_widths(
         budget: the budget.
         cut: cuts the network to kept counts. The cost of the result is measured, because predictions are inexact.
 
+    A latency that was measured below the budget is within it, too, where no widths come closer: a note says so.
+
     Raises:
-        BudgetError: the budget can't be reached within 2%, or for a latency within its margin of error if that is
-            wider.
+        BudgetError: the budget can't be reached within 2%; or for a latency, no network is below it or within its
+            margin of error.
     """
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
     budget = budget.on(inputs.tensors()[0].device)
@@ -178,19 +180,37 @@ def choose_widths(
     # Counts are exact. The smallest latency is only predicted, so it is tried even if it is above the target.
     aim = target if budget.latency is None else max(target, smallest)
     tried: list[tuple[float, Cost]] = []
+    below: tuple[Cost, Widths] | None = None
     for _ in range(_CORRECTIONS):
         kept = allocate(graph, curves, terms, aim, budget)
         cost = costing.of(cut(Widths(kept).counts(graph)))
         if abs(cost.amount - target) <= max(REACHED_WITHIN * target, min(cost.margin, _LOUDEST * target)):
             return Widths(kept, (*measured.notes, *cost.notes))
         tried.append((aim, cost))
+        if budget.latency is not None and _is_below(cost, target) and (not below or cost.amount > below[0].amount):
+            below = cost, Widths(kept, measured.notes)
         aim = max(_next_aim(tried, target), smallest)
         if any(aim == earlier for earlier, _ in tried):
             break
     whole = {index: group.width for index, group in enumerate(graph.groups)}
     total = sum(term.at(whole) for term in terms)
+    if below:
+        cost, widths = below
+        return replace(widths, notes=(*widths.notes, _told_below(cost, target, total)))
     nearest = min((cost for _, cost in tried), key=lambda cost: abs(cost.amount - target))
     raise BudgetError(_missed(nearest, target, total, budget), nearest.amount / total)
+
+
+def _is_below(cost: Cost, target: float) -> bool:
+    """Whether a measured cost is below the target, as far as the measurement can tell."""
+    return cost.amount <= target and cost.margin <= max(_LOUDEST * target, target - cost.amount)
+
+
+def _told_below(cost: Cost, target: float, total: float) -> str:
+    return (
+        f"latency: {cost.amount / total:.3f} ± {cost.margin / total:.3f} was reached, asked for {target / total:.3f}: "
+        "no widths that were tried come closer from below"
+    )
 
 
 def _next_aim(tried: Sequence[tuple[float, Cost]], target: float) -> float:

@@ -11,6 +11,7 @@ import torch
 from lbyl.errors import InputError
 from lbyl.graph import Group
 from lbyl.runtime.checks import check_number, check_switch
+from lbyl.runtime.latency import RUNTIMES, TORCH
 
 REACHED_WITHIN = 0.02
 _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
@@ -41,6 +42,8 @@ class Budget:
             width, as configurations of transformers require. None does so for models that have a configuration. With
             False each layer gets its own width, which costs less accuracy, but then only ``lbyl.load`` can load the
             saved network.
+        runtime: how a latency is measured: "torch", or "onnxruntime", in which many networks are deployed, and in which
+            odd widths cost more time (``round_to=8`` avoids them).
     """
 
     macs: float | None = None
@@ -55,6 +58,7 @@ class Budget:
     max_ratio: float = 0.9
     exclude: tuple[str, ...] = ()
     uniform_layers: bool | None = None
+    runtime: str = TORCH
 
     def __post_init__(self) -> None:
         given = [name for name in (*_UNITS, *_QUALITIES) if getattr(self, name) is not None]
@@ -74,6 +78,10 @@ class Budget:
             raise InputError(f"Budget(minimize={self.minimize!r}): choose 'macs', 'params' or 'latency'")
         if self.minimize != "macs" and name not in _QUALITIES:
             raise InputError(f"Budget(minimize={self.minimize!r}): {name} is limited, so leave out minimize")
+        if self.runtime not in RUNTIMES:
+            raise InputError(f"Budget(runtime={self.runtime!r}): choose 'torch' or 'onnxruntime'")
+        if self.runtime != TORCH and "latency" not in (name, self.minimize):
+            raise InputError(f"Budget(runtime={self.runtime!r}) is for a latency; {name} is measured in none")
         if self.round_to != "auto":
             check_number('Budget(round_to={}) is not "auto"', self.round_to, whole=True, least=1)
         check_number("Budget(min_keep={})", self.min_keep, whole=True, least=1)

@@ -2,7 +2,8 @@
 
 Time is not proportional to multiply-accumulates: some of it is fixed, and odd widths can be slow. So every layer gets
 its own curve through its times in the unpruned network and in a few evenly cut networks. The network with the chosen
-widths is timed as well, and the prediction is corrected by the difference.
+widths is timed as well, and the prediction is corrected by the difference. The curves are always PyTorch's; in another
+runtime only whole networks are timed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from lbyl.runtime.bench import bench
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.latency import Latency, measure_latencies, measure_whole
+from lbyl.runtime.latency import TORCH, Latency, measure_latencies, measure_whole
 
 _KEPT = (0.75, 0.5, 0.25)
 """Shares of kept channels in the networks that are timed."""
@@ -44,6 +46,8 @@ class LatencyCost:
         model: the unpruned network, which is timed in turns with each cut one.
         inputs: the inputs of both.
         runs: how often each is timed.
+        runtime: what they are timed in.
+        known: what runs the unpruned network there, once that is known.
     """
 
     terms: tuple[Term, ...]
@@ -52,14 +56,18 @@ class LatencyCost:
     model: nn.Module
     inputs: ExampleInputs
     runs: int
+    runtime: str = TORCH
+    known: dict[int, Callable[[], Any]] = field(default_factory=dict)
 
     def of(self, smaller: nn.Module) -> Cost:
         """The time of a cut network. If it seems to meet the target, it is measured again with twice the runs."""
-        before, after = measure_whole((self.model, smaller), self.inputs, runs=self.runs)
+        before, after = measure_whole(
+            (self.model, smaller), self.inputs, runs=self.runs, runtime=self.runtime, known=self.known
+        )
         ratio, total = after.over(before), self.target / self.share
         if abs(ratio.median - self.share) > max(REACHED_WITHIN * self.share, ratio.margin):
             return Cost(ratio.median * total, ratio.margin * total)
-        found = bench(smaller, self.inputs, against=self.model, runs=2 * self.runs)
+        found = bench(smaller, self.inputs, against=self.model, runs=2 * self.runs, runtime=self.runtime)
         ratio = found.whole.ratio
         assert ratio
         notes = [f"latency: {found.latency()}, on {found.place()}; asked for {self.share:.2f}"]
@@ -103,7 +111,7 @@ def timed(
         *_rest(model, inputs, graph, samples, [found.rest.median for found in latencies]),
     )
     total = sum(term.at(whole) for term in terms)
-    return LatencyCost(terms, budget.latency * total, budget.latency, model, inputs, runs)
+    return LatencyCost(terms, budget.latency * total, budget.latency, model, inputs, runs, budget.runtime)
 
 
 def _layers(

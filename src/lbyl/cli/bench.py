@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Folder, Json, SameInputs, Seed
+from lbyl.cli.app import WithExamples, app, out, print_json, working
+from lbyl.cli.options import Folder, Json, Quiet, Runtime, SameInputs, Seed, Timed
 from lbyl.cli.sources import example_inputs, load_model
 from lbyl.cli.texts import InputSpec, check_source
 
@@ -48,7 +48,7 @@ _Model = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=WithExamples)
 def bench(
     folder: Folder,
     against: _Against = None,
@@ -59,11 +59,13 @@ def bench(
         int | None, typer.Option(min=1, help="Batch size, in place of that of the inputs.", show_default=False)
     ] = None,
     runs: Annotated[int, typer.Option(min=3, help="How many times each network is timed.")] = 20,
+    runtime: Timed = Runtime.torch,
     seed: Seed = 0,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure how much faster a saved network is than the unpruned one, as a whole and layer by layer."""
-    with working(f"reading {folder}") as stage:
+    with working(f"reading {folder}", quiet) as stage:
         from lbyl.io.artifact import read_manifest
 
         plan = read_manifest(folder).plan  # before the user's code runs
@@ -86,6 +88,7 @@ def bench(
             example_inputs(original, unpruned, texts, seed),
             against=unpruned,
             runs=runs,
+            runtime=runtime.value,
             progress=stage,
         )
     if as_json:

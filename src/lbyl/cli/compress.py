@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Evaluate, Json, Source
+from lbyl.cli.app import WithExamples, app, out, print_json, working
+from lbyl.cli.options import Evaluate, Json, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, check_output, prepare
 from lbyl.cli.texts import check_budget, check_ratios, parse_budget, parse_ratio
@@ -66,7 +67,7 @@ NoLatency = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=WithExamples)
 @with_settings
 def compress(
     *,
@@ -80,14 +81,15 @@ def compress(
     settings: Settings,
     no_latency: NoLatency = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Drop channels, restore the network by the kept ones, and save the smaller network."""
     settings.check(source)
     _check(ratio, budget, evaluate, minimize, settings)
-    with working(f"loading {source}") as stage:
+    with working(f"loading {source}", quiet) as stage:
         check_output(output)
         import lbyl
-        from lbyl.io.artifact import PAGE, document, read_manifest
+        from lbyl.io.artifact import PAGE, document, is_saved, read_manifest
         from lbyl.io.report.format import shown
         from lbyl.io.report.snippets import load_line
         from lbyl.io.sources import load_function
@@ -105,8 +107,18 @@ def compress(
             forecast=not no_forecast,
             **prepared.arguments,
         )
+        if prepared.notes:
+            notes = (*result.report.notes, *prepared.notes)
+            result = replace(result, report=replace(result.report, notes=notes))
         if not no_latency:
-            timed = lbyl.bench(result.model, prepared.inputs, against=prepared.model, runs=_RUNS, progress=stage)
+            timed = lbyl.bench(
+                result.model,
+                prepared.inputs,
+                against=prepared.model,
+                runs=_RUNS,
+                runtime=settings.runtime.value,
+                progress=stage,
+            )
             result = result.timed(timed)
         stage(f"writing {output}")
         result.save(output)
@@ -117,7 +129,8 @@ def compress(
         return
     out.print(saved.report)
     out.print(shown(f"saved to {output}; {output / PAGE} is the report for people"), soft_wrap=True)
-    out.print(Text(f"load it with\n\n    {load_line(output, source)}\n"), soft_wrap=True)
+    origin = settings.builder or saved.plan.source if is_saved(source) else source
+    out.print(Text(f"load it with\n\n    {load_line(output, origin)}\n"), soft_wrap=True)
 
 
 _DEFAULT = "agreement=0.95"

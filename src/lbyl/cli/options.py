@@ -5,6 +5,7 @@ Options that only `compress` and `sweep` share are in `lbyl.cli.settings`.
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,19 @@ Source = Annotated[
         metavar="SOURCE",
         callback=check_source,
         help="timm:NAME, torchvision:NAME, hf:DIR (a folder that save_pretrained wrote), model.onnx, model.pt2, "
-        "package.module:factory or file.py:factory. A factory is code, which is run.",
+        "package.module:factory or file.py:factory. A factory is code, which is run. "
+        "Or a folder that compress or lbyl.save wrote, to go on from there.",
+        show_default=False,
+    ),
+]
+Builder = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="SOURCE",
+        callback=check_source,
+        help="What builds the unpruned model that a saved folder is loaded into. "
+        "Default: the source that it was compressed from, unless that is a factory of yours.",
         show_default=False,
     ),
 ]
@@ -36,7 +49,8 @@ Inputs = Annotated[
     list[str] | None,
     _shapes(
         "Shape of an example input: 1x3x224x224, or int64:1x128. "
-        "Repeat it for several positional inputs. timm and torchvision models and ONNX files have a default."
+        "Repeat it for several positional inputs, or for the images of a detector of torchvision's (3x160x160). "
+        "timm and torchvision models and ONNX files have a default."
     ),
 ]
 SameInputs = Annotated[
@@ -66,6 +80,24 @@ Strict = Annotated[
     typer.Option("--strict", help="Fail if a part of the model can't be traced or cut, in place of leaving it whole."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+
+
+class Runtime(str, Enum):
+    """What networks are timed in."""
+
+    torch = "torch"
+    onnxruntime = "onnxruntime"
+
+
+Timed = Annotated[
+    Runtime,
+    typer.Option(
+        "--runtime", help="What networks are timed in. onnxruntime takes pip install 'lbyl[export]', and the CPU."
+    ),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress: of stderr, only what goes wrong and what others print.")
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote.", show_default=False)]
 Evaluate = Annotated[
     str | None,

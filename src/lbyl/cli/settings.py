@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from lbyl.cli.names import check_name, is_factory, name_option
-from lbyl.cli.options import Inputs, NoPretrained, Seed, Strict, Submodule, Task, Weights
+from lbyl.cli.options import (
+    Builder,
+    Inputs,
+    NoPretrained,
+    Runtime,
+    Seed,
+    Strict,
+    Submodule,
+    Task,
+    Timed,
+    Weights,
+)
 from lbyl.cli.texts import check_multiple, parse_divisors, parse_numbers
 
 if TYPE_CHECKING:
@@ -74,6 +85,7 @@ class Settings:
             rich_help_panel=BUDGET,
         ),
     ] = None
+    runtime: Timed = Runtime.torch
     scope: Annotated[
         Scope,
         typer.Option(help="inner: groups outside of residual connections and layer norms; all: every prunable group."),
@@ -174,6 +186,7 @@ class Settings:
         ),
     ] = None
     weights: Weights = None
+    builder: Builder = None
     task: Task = None
     input: Inputs = None
     seed: Seed = 0
@@ -254,6 +267,7 @@ class Settings:
             max_ratio=self.max_ratio,
             exclude=tuple(self.exclude or ()),
             uniform_layers=self.uniform_layers,
+            runtime=self.runtime.value if "latency" in (name, minimize) else Runtime.torch.value,
         )
 
     def restorer(self, batches: Sequence[Any] | None, model: nn.Module, inputs: Any) -> str | LeastSquares | None:

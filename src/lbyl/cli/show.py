@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Folder, Json
+from lbyl.cli.app import WithExamples, app, out, print_json, working
+from lbyl.cli.options import Folder, Json, Quiet
 from lbyl.cli.sources import setting
 
 
-@app.command()
-def show(folder: Folder, as_json: Json = False) -> None:
+@app.command(cls=WithExamples)
+def show(folder: Folder, as_json: Json = False, quiet: Quiet = False) -> None:
     """Print the content of a saved folder: settings, groups, totals, and how to load it."""
-    with working(f"reading {folder}"):
+    with working(f"reading {folder}", quiet):
         from lbyl.io.artifact import PAGE, document, read_manifest
         from lbyl.io.report.format import shown
         from lbyl.io.report.snippets import load_line

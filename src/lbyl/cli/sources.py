@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbyl.cli.app import Stage
+from rich.text import Text
+
+from lbyl.cli.app import Stage, err
 from lbyl.cli.names import import_plugins, is_factory
 from lbyl.cli.settings import Settings
 from lbyl.cli.texts import InputSpec
@@ -28,14 +30,23 @@ def check_output(path: Path) -> None:
         raise InputError(f"{path.parent} is not writable; choose another place for {path.name}")
 
 
-def load_model(source: str, weights: Path | None, pretrained: bool, task: str | None = None) -> nn.Module:
-    """The model of a source, with its published weights or the ones in a file."""
+def load_model(
+    source: str, weights: Path | None, pretrained: bool, task: str | None = None, builder: str | None = None
+) -> nn.Module:
+    """The model of a source, with its published weights or the ones in a file; or the network of a saved folder.
+
+    ``builder`` is the source of what such a folder is loaded into, if its plan does not know that.
+    """
     from lbyl.errors import InputError
+    from lbyl.io.artifact import is_saved, load
     from lbyl.io.sources import load_source, load_weights
 
     if weights is not None and not weights.is_file():
         raise InputError(f"no weights at {weights}")
-    model = load_source(source, pretrained and weights is None, task)
+    if is_saved(source):
+        model = load(source, load_source(builder, pretrained=False) if builder else None)
+    else:
+        model = load_source(source, pretrained and weights is None, task)
     return model if weights is None else load_weights(model, weights)
 
 
@@ -44,9 +55,13 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
     import torch
 
     from lbyl.errors import InputError
+    from lbyl.io.comparison import described_inputs
     from lbyl.io.onnx.network import OnnxNetwork
+    from lbyl.surgery.plan import remembered
 
     specs = [InputSpec.parse(text) for text in texts or []]
+    if not specs and model is not None and (plan := remembered(model)):
+        return described_inputs(plan, seed)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, OnnxNetwork):
         return model.example_inputs([spec.shape for spec in specs] or None, generator)
@@ -71,7 +86,14 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
         # Zero is a valid token, index and mask in every vocabulary; a random number is not.
         return torch.zeros(spec.shape, dtype=dtype)
 
-    return tuple(make(number, spec) for number, spec in enumerate(specs))
+    made = tuple(make(number, spec) for number, spec in enumerate(specs))
+    if type(model).__module__.startswith(_DETECTORS) and all(image.dim() == 3 for image in made):
+        return (list(made),)
+    return made
+
+
+_DETECTORS = "torchvision.models.detection"
+"""Models from here are called with a list of images, which may differ in size."""
 
 
 def check_images(settings: Settings) -> None:
@@ -86,25 +108,31 @@ def check_images(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model, its example inputs, and the arguments of `lbyl.compress` and `lbyl.sweep` for the options."""
+    """A model, its example inputs, notes, and the arguments of `lbyl.compress` and `lbyl.sweep` for the options."""
 
     model: nn.Module
     inputs: Any
     arguments: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
     """Run plugins, load the model, and turn the options into arguments."""
+    from lbyl.io.artifact import is_saved
+
     import_plugins(settings.plugin)
     if not is_factory(source):
         settings.check_names()
-    model = load_model(source, settings.weights, not settings.no_pretrained, settings.task)
+    model = load_model(source, settings.weights, not settings.no_pretrained, settings.task, settings.builder)
     settings.check_names()  # the module of a factory may have registered them
-    inputs = example_inputs(source, model, settings.input, settings.seed)
-    batches = None
+    kept = is_saved(source)
+    origin = origin_of(model, source)
+    inputs = example_inputs(origin, model, settings.input, settings.seed)
+    batches, notes = None, ()
     if settings.data is not None:
         stage(f"reading {settings.data}")
-        batches = _read_batches(settings.data, source, model, inputs, settings)
+        batches, left = _read_batches(settings.data, origin, model, inputs, settings)
+        notes = _left_out(left)
     restorer = settings.restorer(batches, model, inputs)
     stage("tracing")
     arguments: dict[str, Any] = {
@@ -114,16 +142,26 @@ def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
         "verify": not settings.no_verify,
         "strict": settings.strict,
         "submodule": settings.submodule,
-        "source": source,
+        "source": None if kept else source,
         "progress": stage.follow,
     }
     if restorer is not None:
         arguments["restore"] = restorer
-    return Prepared(model, inputs, arguments)
+    return Prepared(model, inputs, arguments, notes)
 
 
-def _read_batches(folder: Path, source: str, model: nn.Module, inputs: Any, settings: Settings) -> list[Any]:
-    """Batches of the texts or images in a folder, preprocessed as the model expects."""
+def origin_of(model: nn.Module, source: str) -> str:
+    """Where a network comes from: its source, or that of the network that a saved folder was compressed from."""
+    from lbyl.surgery.plan import remembered
+
+    plan = remembered(model)
+    return plan.source or "" if plan else source
+
+
+def _read_batches(
+    folder: Path, source: str, model: nn.Module, inputs: Any, settings: Settings
+) -> tuple[list[Any], tuple[str, ...]]:
+    """Batches of the texts or images in a folder, preprocessed as the model expects, and what was left out and why."""
     from lbyl.io.images import preprocessing, read_images
     from lbyl.io.texts import read_texts
     from lbyl.moments.token_inputs import token_ids
@@ -134,7 +172,21 @@ def _read_batches(folder: Path, source: str, model: nn.Module, inputs: Any, sett
         return read_texts(folder, model, given, settings.seed)
     example, sized = given.tensors()[0], bool(settings.input)
     preprocess, mode = preprocessing(source, model, example.shape, sized=sized, mean=settings.mean, std=settings.std)
-    return [batch.to(example.dtype) for batch in read_images(folder, preprocess, mode, settings.seed)]
+    batches, left = read_images(folder, preprocess, mode, settings.seed)
+    return [batch.to(example.dtype) for batch in batches], left
+
+
+_NAMED = 5
+
+
+def _left_out(left: tuple[str, ...]) -> tuple[str, ...]:
+    """A note on the files of a folder that could not be read, which is printed as well."""
+    if not left:
+        return ()
+    more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+    note = f"{len(left)} of the files in --data left out: {'; '.join(left[:_NAMED])}{more}"
+    err.print(Text(f"note: {note}"))
+    return (note,)
 
 
 def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | None:

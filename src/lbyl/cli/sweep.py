@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lbyl.cli.app import app, out, print_json, working
-from lbyl.cli.options import Evaluate, Json, Source
+from lbyl.cli.app import WithExamples, app, out, print_json, working
+from lbyl.cli.options import Evaluate, Json, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, prepare
 from lbyl.cli.texts import check_budgets, parse_budgets
@@ -30,7 +30,7 @@ Output = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=WithExamples)
 @with_settings
 def sweep(
     *,
@@ -40,6 +40,7 @@ def sweep(
     evaluate: Evaluate = None,
     settings: Settings,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compress to several budgets in little more time than one takes.
 
@@ -48,7 +49,7 @@ def sweep(
     If a sweep is stopped, the same command continues it. With other budgets, it adds networks.
     """
     settings.check(source)
-    with working(f"loading {source}") as stage:
+    with working(f"loading {source}", quiet) as stage:
         import lbyl
         from lbyl.io.report.format import shown
         from lbyl.io.sources import load_function

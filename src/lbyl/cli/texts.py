@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import typer
 
@@ -44,9 +45,9 @@ def check_source(text: str | None) -> str | None:
         from lbyl.io.network_files import is_file
         from lbyl.io.sources import FORMS
 
-        if is_file(text):
+        if is_file(text) or Path(text).is_dir():
             return text
-        raise typer.BadParameter(f"{text!r} names no model; write {FORMS}")
+        raise typer.BadParameter(f"{text!r} names no model; write {FORMS}, or a folder that compress wrote")
     return text
 
 

@@ -90,10 +90,10 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
 
 
 def check_free(target: Path) -> None:
-    """Raise InputError unless a folder of this name can be made: its parent must exist, and it must not."""
+    """Raise InputError unless a file or folder of this name can be made: its parent must exist, and it must not."""
     try:
         if target.exists() or target.is_symlink():
-            raise InputError(f"{target} exists already; choose another folder or remove it first")
+            raise InputError(f"{target} exists already; choose another name or remove it first")
         if not target.parent.is_dir():
             raise InputError(f"{target.parent} is not a folder; create it first")
     except OSError as error:
@@ -160,7 +160,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         return _load_onnx(weights_file(path), manifest)
     if model is None:
         if plan.source is None or not is_rebuildable(plan.source):
-            raise InputError(f"{path}: the plan does not know how to build the model; pass lbyl.load(path, model)")
+            raise InputError(
+                f"{path}: the plan does not know how to build the model; pass lbyl.load(path, model), "
+                "or --model SOURCE on the command line"
+            )
         model = load_source(plan.source, pretrained=False)
     check_module(model)
     if any(tensor.is_meta for tensor in tensors_of(model).values()):
@@ -180,8 +183,16 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             load_model(smaller, str(weights))
     except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
-    remember(smaller, plan)
+    remember(smaller, plan, manifest.report)
     return smaller.eval()
+
+
+def is_saved(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a folder of that name that lbyl saved, as far as its files tell."""
+    try:
+        return (Path(path) / MANIFEST).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def weights_file(path: str | os.PathLike[str]) -> Path:
@@ -199,7 +210,7 @@ def _load_onnx(file: Path, manifest: Manifest) -> nn.Module:
         smaller = load_source(str(file))
     except InputError as error:
         raise ArtifactError(str(error)) from error
-    remember(smaller, manifest.plan)
+    remember(smaller, manifest.plan, manifest.report)
     return smaller
 
 

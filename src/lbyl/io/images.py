@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lbyl.errors import InputError
+from lbyl.errors import InputError, first_line
 from lbyl.io.files import files_in
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -25,31 +26,44 @@ Preprocess = Callable[[Any], Tensor]
 """A function from a PIL image to the model's input, without the batch axis."""
 
 
-def read_images(folder: Path, preprocess: Preprocess, mode: str = "RGB", seed: int = 0) -> list[Tensor]:
-    """Up to ``BATCHES`` batches of images from a folder and its subfolders.
+def read_images(
+    folder: Path, preprocess: Preprocess, mode: str = "RGB", seed: int = 0
+) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Up to ``BATCHES`` batches of images from a folder and its subfolders, and the files that were left out, and why.
 
     If there are more images, a random sample is used, because the first files of a folder often show only one class.
+    Files that can't be read are replaced by others.
 
     Raises:
-        InputError: there is no folder or no image in it, an image can't be read, or preprocessed sizes differ.
+        InputError: there is no folder or no image in it, none can be read, or preprocessed sizes differ.
     """
     from PIL import Image
 
-    files = find_images(folder)
-    files = random.Random(seed).sample(files, min(len(files), BATCH * BATCHES))
-    images: list[Tensor] = []
-    for file in files:
+    files, wanted = find_images(folder), BATCH * BATCHES
+    chosen = random.Random(seed).sample(files, min(len(files), wanted))
+    others = set(files) - set(chosen)
+    images: dict[Path, Tensor] = {}
+    left: list[str] = []
+    for file in chain(chosen, random.Random(seed).sample(sorted(others), len(others))):
+        if len(images) == wanted:
+            break
         try:
             with Image.open(file) as image:
-                images.append(preprocess(image.convert(mode)))
+                made = preprocess(image.convert(mode))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{file} can't be read as an image: {error}") from error
-        if images[-1].shape != images[0].shape:
+            left.append(f"{file} can't be read as an image: {first_line(error)}")
+            continue
+        images[file] = made
+        first, shape = next((file, image.shape) for file, image in images.items())
+        if made.shape != shape:
             raise InputError(
-                f"{files[0]} and {file} become {tuple(images[0].shape)} and {tuple(images[-1].shape)}; "
+                f"{first} and {file} become {tuple(shape)} and {tuple(made.shape)}; "
                 "pass --input, such as --input 1x3x224x224, to bring all images to one size"
             )
-    return [torch.stack(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+    if not images:
+        raise InputError(f"no image in {folder} can be read: {left[0]}")
+    rows = list(images.values())
+    return [torch.stack(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)], tuple(left)
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
 import warnings
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError, LbylError, first_line
 from lbyl.io.network_files import is_file, read_network
+from lbyl.runtime.checks import named_kind
 
 FORMS = "timm:NAME, torchvision:NAME, hf:DIR, model.onnx, model.pt2, package.module:factory or file.py:factory"
 
@@ -52,9 +54,24 @@ def load_source(source: str, pretrained: bool = True, task: str | None = None) -
     if kind == "torchvision":
         return _torchvision(name, pretrained).eval()
     model = _factory(kind, name)
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module")
+    if fault := _no_network(model):
+        raise InputError(f"{source} returned {fault}")
     return model.eval()
+
+
+def _no_network(made: object) -> str:
+    """Why what a factory returned can't be cut, and what it should return; "" where it can be."""
+    # The module of such a program has methods of its own in place of train and eval, which refuse.
+    if isinstance(made, torch.export.ExportedProgram) or "eval" in getattr(made, "__dict__", {}):
+        return (
+            "an exported program; return the nn.Module that was exported, or write it with "
+            "torch.export.save(program, 'model.pt2'), which is a source as well"
+        )
+    if isinstance(made, torch.jit.ScriptModule):
+        return "a TorchScript module, which can't be cut; return the nn.Module that was scripted or traced"
+    if not isinstance(made, nn.Module):
+        return f"{named_kind(made)}, not a torch.nn.Module"
+    return ""
 
 
 HUGGING_FACE = "hf:"
@@ -158,7 +175,7 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
     timm = _library("timm")
     if not timm.is_model(name):
         raise InputError(f"timm has no model {name!r}; timm.list_models() lists them")
-    return _download(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
+    return _download(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained), pretrained)
 
 
 def _torchvision(name: str, pretrained: bool) -> nn.Module:
@@ -166,15 +183,19 @@ def _torchvision(name: str, pretrained: bool) -> nn.Module:
     if name not in models.list_models():
         raise InputError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them")
     options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
+    if not pretrained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        options["weights_backbone"] = None  # detectors and segmenters would fetch those of their backbones
     if not pretrained and name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
-    return _download(f"torchvision:{name}", lambda: models.get_model(name, **options))
+    return _download(f"torchvision:{name}", lambda: models.get_model(name, **options), pretrained)
 
 
-def _download(source: str, build: Any) -> nn.Module:
+def _download(source: str, build: Any, pretrained: bool) -> nn.Module:
     try:
         return build()
     except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained:
+            raise InputError(f"{source}: the model can't be built ({first_line(error)})") from error
         raise InputError(
             f"{source}: the model or its pretrained weights can't be loaded ({first_line(error)}); "
             "pass --weights FILE, or --no-pretrained for random ones"

@@ -53,15 +53,19 @@ def example_tokens(model: nn.Module) -> dict[str, Tensor] | None:
 _SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all."
 
 
-def read_texts(folder: Path, model: nn.Module, inputs: ExampleInputs, seed: int = 0) -> list[ExampleInputs]:
-    """Up to ``BATCHES`` batches of full sequences from the texts in a folder, tokenized with the model's tokenizer.
+def read_texts(
+    folder: Path, model: nn.Module, inputs: ExampleInputs, seed: int = 0
+) -> tuple[list[ExampleInputs], tuple[str, ...]]:
+    """Up to ``BATCHES`` batches of sequences from the texts in a folder, and the files that were left out, and why.
+
+    The texts are tokenized with the model's tokenizer.
 
     A ``.txt`` file is one text, and so is the field "text" of each line of a ``.jsonl`` file. Texts are used in random
     order.
 
     Raises:
-        InputError: there is no text, a file can't be read, there is no tokenizer beside the model's weights, or the
-            texts are too short for two sequences.
+        InputError: there is no text that can be read, there is no tokenizer beside the model's weights, or the texts
+            are too short for two sequences.
     """
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
@@ -71,7 +75,13 @@ def read_texts(folder: Path, model: nn.Module, inputs: ExampleInputs, seed: int 
         )
     files = find_texts(folder)
     random.Random(seed).shuffle(files)
-    texts = [text for file in files for text in _texts_in(file)]
+    texts, left = list[str](), list[str]()
+    for file in files:
+        found, why = _readable_texts(file)
+        texts += found
+        left += [why] if why else []
+    if not texts:
+        raise InputError(left[0] if left else f"there is no text in {folder}")
     if len(files) == 1 and len(texts) > 1:
         random.Random(seed).shuffle(texts)
     length = longest_text(model, LENGTH)
@@ -81,7 +91,16 @@ def read_texts(folder: Path, model: nn.Module, inputs: ExampleInputs, seed: int 
     example = token_ids(inputs)
     assert example is not None
     size = min(BATCH, max(1, len(rows) // 2))
-    return [like_example(inputs, part.to(example)) for part in rows.split(size) if len(part) == size]
+    made = [like_example(inputs, part.to(example)) for part in rows.split(size) if len(part) == size]
+    return made, tuple(left)
+
+
+def _readable_texts(file: Path) -> tuple[list[str], str]:
+    """The texts of a file, and why there are none where it can't be read."""
+    try:
+        return _texts_in(file), ""
+    except InputError as error:
+        return [], str(error)
 
 
 def _texts_in(file: Path) -> list[str]:

@@ -21,7 +21,7 @@ class Probes:
 
     Attributes:
         batches: the batches on which moments are collected.
-        held_out: a batch that is not used for solving; reconstruction errors are measured on it.
+        held_out: a batch that is not used for solving; reconstruction errors are measured on it. See ``holds_out``.
         batch_statistics: whether batch norms normalize with the probes' own statistics while moments are collected.
             Every channel then has its trained mean and deviation, whatever the probes look like.
         recalibration_batches: indices of the batches on which batch norms are recalibrated, those with a structure
@@ -33,6 +33,7 @@ class Probes:
         note: what the user should know; usually "".
         statistics: mean and variance of the outputs of layers without a batch norm, by layer name, as measured on
             the probes.
+        holds_out: False if there were too few inputs, so that ``held_out`` is used for solving as well.
     """
 
     batches: tuple[ExampleInputs, ...]
@@ -43,6 +44,11 @@ class Probes:
     matches_training_statistics: bool = False
     evaluation_batches: tuple[int, ...] = ()
     statistics: LayerStatistics = field(default_factory=dict)
+    holds_out: bool = True
+
+    def __post_init__(self) -> None:
+        if any(batch is self.held_out for batch in self.batches):
+            object.__setattr__(self, "holds_out", False)
 
 
 @runtime_checkable

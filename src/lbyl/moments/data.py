@@ -23,10 +23,11 @@ class Data:
 
     Attributes:
         source: an iterable of batches, each like ``example_inputs``: a tensor, a tuple or a dict.
-        batches: how many batches are read. The last one is held out for measuring errors, unless it is the only one.
-            None reads 4 batches, and more if they are small: up to 128 inputs, if 4e11 multiply-accumulates allow.
-            Batches of fewer than 4 inputs are joined if they have the same shape and the model runs on larger batches.
-            The report says how many batches were read and how many were not.
+        batches: how many batches are read. The last one is held out for measuring errors; of a single one, a quarter of
+            its inputs, and nothing of fewer than 8, which the report then says. None reads 4 batches, and more if they
+            are small: up to 128 inputs, if 4e11 multiply-accumulates allow. Batches of fewer than 4 inputs are joined
+            if they have the same shape and the model runs on larger batches. The report says how many batches were
+            read and how many were not.
     """
 
     source: Iterable[Any] = field(repr=False)
@@ -55,9 +56,17 @@ class Data:
             read, how = _regrouped(model, read)
             note = f"{note}; {how}"
         if len(read) == 1:
-            note += "; there was a single batch, so errors are measured on it as well"
-            return Probes(tuple(read), read[0], batch_statistics=False, note=note, matches_training_statistics=True)
-        return Probes(tuple(read[:-1]), read[-1], batch_statistics=False, note=note, matches_training_statistics=True)
+            read, how = _parted(model, read[0])
+            note = f"{note}; {how}"
+        seen = len(read) == 1
+        return Probes(
+            tuple(read if seen else read[:-1]),
+            read[-1],
+            batch_statistics=False,
+            note=note,
+            matches_training_statistics=True,
+            holds_out=not seen,
+        )
 
     def _read(self, inputs: ExampleInputs, device: torch.device, rows: int) -> tuple[list[ExampleInputs], str]:
         """The batches, and a note about how many were read."""
@@ -120,6 +129,21 @@ def _regrouped(model: nn.Module, read: list[ExampleInputs]) -> tuple[list[Exampl
     except InputError:
         return read, "the network runs on no other batch size, so they were not joined; errors are measured on the last"
     return made, f"they were joined into {len(made)} batches"
+
+
+def _parted(model: nn.Module, batch: ExampleInputs) -> tuple[list[ExampleInputs], str]:
+    """A single batch as what is solved on and a quarter that is held out, where there is enough of it."""
+    rows = batch_size(batch)
+    if rows < 2 * FEWEST or any(not t.dim() or len(t) != rows for t in batch.tensors()):
+        return [batch], "too few to hold any out, so errors are measured on what was solved on"
+    held = held_out_size(rows)
+    parts = split(batch, [rows - held, held])
+    try:
+        for part in parts:
+            _check(model, part, batch)
+    except InputError:
+        return [batch], "the network takes no smaller batch, so errors are measured on what was solved on"
+    return parts, f"a single batch, of which {held} inputs were held out"
 
 
 def _check(model: nn.Module, batch: ExampleInputs, inputs: ExampleInputs) -> None:

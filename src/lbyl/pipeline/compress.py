@@ -20,6 +20,7 @@ from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.selection.select import Ratio, check_ratio
+from lbyl.surgery.plan import remember
 
 
 @own_device()
@@ -104,7 +105,8 @@ def compress(
         prepared = prepare(inner, example_inputs, request, submodule, clock)
         result = meet(prepared, request, clock, judge=judge, before=before)
         result = evaluated(result, judge, before)
-    if inner is model:
-        return result
-    note = f"the network was taken out of its {type(model).__name__}"
-    return replace(result, report=replace(result.report, notes=(note, *result.report.notes)))
+    if inner is not model:
+        note = f"the network was taken out of its {type(model).__name__}"
+        result = replace(result, report=replace(result.report, notes=(note, *result.report.notes)))
+    remember(result.model, result.plan, result.report)
+    return result

@@ -188,9 +188,7 @@ _MANY = 200
 
 def _held_out(probes: Probes | None) -> ExampleInputs | None:
     """The held-out probes; None if they were also used for restoration."""
-    if probes is None or any(batch is probes.held_out for batch in probes.batches):
-        return None
-    return probes.held_out
+    return probes.held_out if probes and probes.holds_out else None
 
 
 def _measure_of(model: nn.Module, inputs: ExampleInputs) -> str:

@@ -33,7 +33,7 @@ from lbyl.restore.base import Restorer
 from lbyl.restore.registry import fallbacks
 from lbyl.runtime.checks import check_module
 from lbyl.runtime.contexts import undisturbed
-from lbyl.runtime.copying import shape_and_dtype, tensors_of
+from lbyl.runtime.copying import shape_and_dtype, tensors_of, unwrapped
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
@@ -197,13 +197,6 @@ def prepare(
     return Prepared(model, inputs, traced, tuple(Subject.of(*each, request) for each in found), forecaster)
 
 
-_WRAPPERS = {
-    nn.DataParallel: "module",
-    nn.parallel.DistributedDataParallel: "module",
-    torch.optim.swa_utils.AveragedModel: "module",
-}
-
-
 def plain_module(model: object) -> nn.Module:
     """The network without wrappers for training, such as DataParallel and torch.compile.
 
@@ -212,9 +205,7 @@ def plain_module(model: object) -> nn.Module:
     """
     check_module(model)
     assert isinstance(model, nn.Module)
-    inner = getattr(model, _WRAPPERS.get(type(model), "_orig_mod"), None)
-    if isinstance(inner, nn.Module):
-        return plain_module(inner)
+    model = unwrapped(model)
     for path, module in model.named_modules():
         if fault := _uncuttable(module):
             raise InputError(f"{repr(path) if path else 'the model'} is {fault}")

@@ -13,6 +13,7 @@ from lbyl.restore.closed_form import Delivers
 from lbyl.restore.registry import choose_restorer, resolve_restorer
 from lbyl.runtime.checks import check_seed, check_switch, named_kind
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.latency import check_runtime
 from lbyl.runtime.progress import Progress
 from lbyl.selection.criteria.auto import choose_criterion
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion, resolve_criterion
@@ -57,8 +58,15 @@ class CompressionRequest:
     forecast: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.budget, float):
+            raise InputError(
+                f"budget={self.budget} does not say of what: pass lbyl.Budget(macs={self.budget}), a share of the "
+                f"multiply-accumulates, or of something else; ratio={self.budget} is the share of channels that go"
+            )
         if self.budget is not None and not isinstance(self.budget, Budget):
             raise InputError(f"budget is {named_kind(self.budget)}; pass lbyl.Budget(macs=0.5)")
+        if self.budget is not None:
+            check_runtime(self.budget.runtime)
         check_scope(self.scope)
         check_seed(self.seed)
         object.__setattr__(self, "seed", int(self.seed))  # a NumPy integer can't be written to a plan

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lbyl.io import artifact
 from lbyl.io.report.report import Report
+from lbyl.io.saving import as_trained
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.surgery.plan import Plan
 
@@ -40,12 +41,13 @@ class Result:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the weights, ``lbyl.json``, a model card and a report into a new folder, whole or not at all.
 
-        ``report.html`` is the report for people, ``report.json`` the one for machines.
+        ``report.html`` is the report for people, ``report.json`` the one for machines. If the network was trained
+        meanwhile, both say so; see :func:`lbyl.save`.
 
         Raises:
             InputError: the path exists or can't be written.
         """
-        return artifact.save(path, self.model, self.plan, self.report)
+        return artifact.save(path, self.model, *as_trained(self.model, self.plan, self.report))
 
     def timed(self, bench: Bench) -> Result:
         """The result, with the latency that :func:`lbyl.bench` measured in its report."""

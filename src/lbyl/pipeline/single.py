@@ -150,7 +150,7 @@ def _plan(subject: Subject, request: CompressionRequest, clock: Clock, ground: A
         if not subject.path:
             check_patterns(ratio, (name for group in graph.groups for name in (group.name, *group.layers)))
         kept = kept_by_ratio(graph, ratio, subject.path)
-        seen = look(subject, request, list(kept.counts), clock)
+        seen = ground.seen if ground else look(subject, request, list(kept.counts), clock)
     with clock("select"):
         choose = restorer.choose(ByCriterion(subject.criterion, seen.moments))
         selection = select(graph, tensors_of(model), kept, request.scope, choose, request.seed)
@@ -276,6 +276,7 @@ def _written_plan(subject: Subject, request: CompressionRequest, planned: _Plann
         inputs=subject.inputs.describe(),
         library=library_version(),
         attributes=done.attributes,
+        network=type(subject.model).__name__,
     )
 
 

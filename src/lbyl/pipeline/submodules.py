@@ -71,6 +71,7 @@ def compress_submodules(
         library=library_version(),
         attributes=_all(plan.attributes for plan in plans),
         folds=_all(plan.folds for plan in plans),
+        network=type(model).__name__,
     )
     return Result(smaller, plan, report)
 

@@ -31,12 +31,13 @@ def walk(
     if first is not None:
         both = result.plan.after(first)
         told = "the network was compressed before; the plan starts from its unpruned architecture"
+        told += "; the weights contain the training in between" * first.trained
         if both is None:
             told = "the network was compressed before, and this plan starts from that result: load it into that network"
         result = replace(
             result, plan=both or result.plan, report=replace(result.report, notes=(*result.report.notes, told))
         )
-    remember(result.model, result.plan)
+    remember(result.model, result.plan, result.report)
     return result
 
 

@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lbyl.errors import RestorationError
 from lbyl.graph import NOT_OURS, Group, Slot
 from lbyl.graph.activations import ACTIVATIONS
 from lbyl.restore.base import Restoration, RestorationProblem, Restored, Restorer
 from lbyl.restore.error_terms import Terms, reconstruction_terms
 from lbyl.restore.targets import Target, find_targets, knowing_taps, on_average
+from lbyl.runtime.checks import named_kind
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import Filters, State, columns_second, describe, paper_form_applies, subset
@@ -57,6 +59,9 @@ class ClosedFormRestorer(Restorer):
             keep: indices of the kept channels, ascending.
             drop: indices of the dropped channels, ascending.
             generator: the source of random numbers.
+
+        Returns:
+            S, a matrix of ``len(keep)`` rows and ``len(drop)`` columns in float64, and a factor for each kept channel.
         """
 
     def restore(self, problem: RestorationProblem) -> Restoration:
@@ -161,15 +166,33 @@ def deliver(choice: Choice, state: State, restorer: Delivers, seed: int) -> tupl
             torch.searchsorted(members, drop[in_drop]),
             generator_for(seed, f"{group.name}#{int(label)}"),
         )
+        _check_delivery(part, int(in_keep.sum()), int(in_drop.sum()), restorer, group.name)
         if part.delivers:
-            whole.matrix[in_keep.nonzero(), in_drop.nonzero().T] = part.matrix
-        whole.scale[in_keep] = part.scale
+            whole.matrix[in_keep.nonzero(), in_drop.nonzero().T] = part.matrix.to(whole.matrix)
+        whole.scale[in_keep] = part.scale.to(whole.scale)
         if part.shift is not None:
-            shift[in_drop] = part.shift
+            shift[in_drop] = part.shift.to(shift)
         notes.append(part.note)
     told = "; ".join(note for note in dict.fromkeys(notes) if note)
     delivery = replace(whole, note=told, shift=shift if bool(shift.any()) else None)
     return delivery, terms_of(choice, filters, delivery, seed)
+
+
+def _check_delivery(part: object, kept: int, dropped: int, restorer: Delivers, group: str) -> None:
+    """Raise RestorationError unless a restorer returned what fits so many channels."""
+    who = f"{type(getattr(restorer, 'own', restorer)).__name__}.deliver"
+    if not isinstance(part, Delivery):
+        raise RestorationError(f"{who} returned {named_kind(part)} for {group!r}; return an lbyl.Delivery")
+    wanted = {"matrix": (kept, dropped), "scale": (kept,), "shift": (dropped,)}
+    for name, shape in wanted.items():
+        tensor: Tensor | None = getattr(part, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise RestorationError(
+                f"{who} returned a {name} of {'x'.join(map(str, tensor.shape)) or 'no size'} for {group!r}, where "
+                f"{kept} channels stay and {dropped} go: {'x'.join(map(str, shape))}"
+            )
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise RestorationError(f"{who} returned a {name} with NaN or infinity for {group!r}")
 
 
 def terms_of(choice: Choice, filters: Filters, delivery: Delivery, seed: int) -> Terms:

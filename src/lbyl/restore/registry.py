@@ -7,7 +7,17 @@ from dataclasses import replace
 from torch import nn
 
 from lbyl.errors import InputError
-from lbyl.moments import ClassDream, Dream, Generated, Noise, Photographs, Sentences, Weights
+from lbyl.moments import (
+    ClassDream,
+    ClosedFormSource,
+    Dream,
+    Generated,
+    Noise,
+    Photographs,
+    ProbeSource,
+    Sentences,
+    Weights,
+)
 from lbyl.moments.class_dream import answers_among_classes
 from lbyl.moments.generated import writes_text
 from lbyl.moments.photographs import takes_photographs
@@ -31,9 +41,13 @@ def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
         restore = make("restorer", restore)
     if isinstance(restore, Restorer):
         return restore
-    if isinstance(restore, type) or not isinstance(restore, Delivers):
-        hint = f"; pass an object, {restore.__name__}()" if isinstance(restore, type) else ""
-        raise InputError(f"restore={restore!r} has no deliver(filters, keep, drop, generator) method{hint}")
+    if isinstance(restore, type):
+        raise InputError(f"restore={restore.__name__} is a class; pass an object, {restore.__name__}()")
+    if isinstance(restore, ProbeSource | ClosedFormSource):
+        name = type(restore).__name__
+        raise InputError(f"restore={name}(...) is a source of moments; pass lbyl.LeastSquares({name}(...))")
+    if not isinstance(restore, Delivers):
+        raise InputError(f"restore={restore!r} has no deliver(filters, keep, drop, generator) method")
     return Delivering(restore)
 
 

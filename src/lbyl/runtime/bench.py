@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -16,7 +17,17 @@ from lbyl.errors import visible
 from lbyl.runtime.checks import check_module, check_number
 from lbyl.runtime.contexts import own_device
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.latency import RUNS, WARM_UP, LayerLatency, Runs, measure_latencies
+from lbyl.runtime.latency import (
+    RUNS,
+    TORCH,
+    WARM_UP,
+    LayerLatency,
+    Runs,
+    check_runtime,
+    measure_latencies,
+    measure_whole,
+)
+from lbyl.runtime.macs import count_macs
 from lbyl.runtime.progress import Progress
 
 REST = "(no layer's)"
@@ -89,7 +100,7 @@ class Bench:
         whole: both models as a whole.
         layers: every layer that runs in either model, in the order of the first model.
         rest: the time outside of layers: activations, sums, pooling.
-        device: the device on which they were measured.
+        device: the device on which they were measured, and the runtime if it is not PyTorch.
         threads: number of threads that PyTorch uses within one operation.
         runs: how often each model was timed.
     """
@@ -123,7 +134,7 @@ class Bench:
         for name in ("layer", "before", "after", "ratio", "±", "MACs", ""):
             left = name in ("layer", "")
             table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
-        for row in (*self.layers, self.rest):
+        for row in (*self.layers, self.rest) if self.layers else ():
             table.add_row(*map(_shown, _cells(row)))
         table.add_section()
         table.add_row(*map(_shown, _cells(self.whole)))
@@ -146,12 +157,12 @@ class Bench:
 
     def latency(self) -> str:
         """The latency of the whole network as text: 12.0 ms → 6.2 ms (0.52 ± 0.01), MACs 0.50."""
-        before, after, ratio = self.whole.before, self.whole.after, self.whole.ratio
+        before, ratio = self.whole.before, self.whole.ratio
         assert before
-        assert after
         assert ratio
         share = f", MACs {self.whole.macs_ratio:.2f}" if self.whole.macs_ratio is not None else ""
-        return f"{_ms(before)} ms → {_ms(after)} ms ({ratio.median:.2f} ± {ratio.margin:.2f}){share}"
+        times = f"{_ms(before.median)} ms → {_ms(before.median * ratio.median)} ms"
+        return f"{times} ({ratio.median:.2f} ± {ratio.margin:.2f}){share}"
 
     def place(self) -> str:
         """Where and how it was measured, as text: cpu with 2 threads, 20 runs of each in turns."""
@@ -160,11 +171,11 @@ class Bench:
 
     def timing(self) -> Timing:
         """The result in the form that a report holds."""
-        before, after, ratio = self.whole.before, self.whole.after, self.whole.ratio
+        before, ratio = self.whole.before, self.whole.ratio
         assert before
-        assert after
         assert ratio
-        return Timing(before.median, after.median, ratio.median, ratio.margin, self.place(), self.without_speed())
+        after = before.median * ratio.median
+        return Timing(before.median, after, ratio.median, ratio.margin, self.place(), self.without_speed())
 
     def without_speed(self) -> str:
         """The layers that were cut and did not become faster, as text, the slowest first."""
@@ -185,6 +196,7 @@ def bench(
     against: nn.Module,
     runs: int = RUNS,
     warm_up: int = WARM_UP,
+    runtime: str = TORCH,
     progress: Progress | None = None,
 ) -> Bench:
     """Measure on this machine how much faster a compressed network is than the original.
@@ -198,10 +210,13 @@ def bench(
         against: the unpruned network; it is not changed. The values of its weights do not matter.
         runs: how often each network is timed, at least 3.
         warm_up: how often each network runs before it is timed.
+        runtime: "torch", or "onnxruntime", which runs both networks as ONNX files on the CPU. Then only whole networks
+            are timed.
         progress: called as ``progress(stage, done, total)``.
 
     Raises:
-        InputError: too few runs, or inputs that one of them does not run on.
+        InputError: too few runs, inputs that one of them does not run on, or a runtime that is not installed or can't
+            run one of them.
 
     Examples:
         >>> import torch, lbyl
@@ -215,7 +230,10 @@ def bench(
     check_module(model)
     check_module(against, "against")
     check_number("warm_up={}", warm_up, whole=True, least=0)
+    check_runtime(runtime)
     inputs = ExampleInputs.of(example_inputs)
+    if runtime != TORCH:
+        return _as_files(model, against, inputs, runs, warm_up, runtime)
     before, after = measure_latencies((against, model), inputs, runs=runs, warm_up=warm_up, progress=progress)
     first, second = ({layer.name: layer for layer in found.layers} for found in (before, after))
     return Bench(
@@ -228,6 +246,17 @@ def bench(
     )
 
 
+def _as_files(
+    model: nn.Module, against: nn.Module, inputs: ExampleInputs, runs: int, warm_up: int, runtime: str
+) -> Bench:
+    """Both networks as a whole, in another runtime than PyTorch."""
+    macs = tuple(count_macs(network, inputs) for network in (against, model))
+    before, after = measure_whole((against, model), inputs, runs=runs, warm_up=warm_up, runtime=runtime)
+    whole = Change("whole", type(model).__name__, before, after, (macs[0], macs[1]))
+    nothing = Change(REST, "", None, None, (0, 0))
+    return Bench(whole, (), nothing, f"cpu in {runtime}", torch.get_num_threads(), runs)
+
+
 def _change(before: LayerLatency | None, after: LayerLatency | None) -> Change:
     one = before or after
     assert one
@@ -236,11 +265,13 @@ def _change(before: LayerLatency | None, after: LayerLatency | None) -> Change:
 
 
 def _cells(change: Change) -> tuple[str, ...]:
-    ratio = change.ratio
+    ratio, before, after = change.ratio, change.before, change.after
+    # What the ratio of runs that were next to each other leaves: the ratio of two medians may be another.
+    left = before.median * ratio.median if before and ratio else after and after.median
     return (
         change.name,
-        _ms(change.before),
-        _ms(change.after),
+        _ms(before and before.median),
+        _ms(left),
         f"{ratio.median:.2f}" if ratio else "–",
         f"{ratio.margin:.2f}" if ratio else "–",
         "–" if change.macs_ratio is None else f"{change.macs_ratio:.2f}",
@@ -252,8 +283,8 @@ def _shown(text: str) -> Text:
     return Text(visible(" ".join(text.split())))
 
 
-def _ms(runs: Runs | None) -> str:
-    return f"{1000 * runs.median:.3f}" if runs else "–"
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.3f}"
 
 
 @dataclass(frozen=True)
@@ -262,7 +293,7 @@ class Timing:
 
     Attributes:
         before: median seconds of the unpruned network.
-        after: median seconds of the compressed network.
+        after: seconds of the compressed network: ``before`` times ``ratio``.
         ratio: median of ``after / before``, run by run.
         margin: margin of error of the ratio, at about 95%.
         place: where and how it was measured, as text.

@@ -89,7 +89,11 @@ def check_module(model: object, name: str = "model") -> None:
 def named_kind(value: object) -> str:
     """The kind of a value as text: "a str", or "the class Linear" for a class."""
     kind = type(value).__name__
-    return f"the class {value.__name__}" if isinstance(value, type) else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    return (
+        f"the class {value.__name__}"
+        if isinstance(value, type)
+        else f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+    )
 
 
 def as_path(path: Any, name: str = "path") -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,6 +84,19 @@ def _plainly_copied(kind: type[nn.Module]) -> bool:
 _COPYING = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__getnewargs_ex__", "__getnewargs__")
 
 
+_WRAPPERS = {
+    nn.DataParallel: "module",
+    nn.parallel.DistributedDataParallel: "module",
+    torch.optim.swa_utils.AveragedModel: "module",
+}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, without what wraps it for training: DataParallel, torch.compile and the like."""
+    inner = getattr(model, _WRAPPERS.get(type(model), "_orig_mod"), None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name, including non-persistent buffers and all names of tied tensors."""
     modules = list(model.named_modules(remove_duplicate=False))
@@ -151,6 +165,20 @@ def call_with(model: nn.Module, inputs: ExampleInputs, values: Mapping[str, Tens
         return torch.func.functional_call(model, dict(values), args, kwargs, tie_weights=True)
 
     return own.through(run)
+
+
+def imprint(model: nn.Module) -> str:
+    """A digest of a few values of every tensor: training changes it, and another device does not."""
+    sample: list[Tensor] = []
+    for tensor in tensors_of(model).values():
+        if not tensor.is_meta and tensor.numel():
+            flat = tensor.detach().reshape(-1)
+            sample.append(flat[:: -(-len(flat) // _SAMPLE)].to("cpu", torch.float64))
+    values = torch.cat(sample) if sample else torch.zeros(0)
+    return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+_SAMPLE = 256
 
 
 def in_place_of(old: Tensor, new: Tensor) -> Tensor:

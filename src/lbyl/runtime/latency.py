@@ -26,7 +26,10 @@ from lbyl.runtime.inputs import ExampleInputs, outputs
 from lbyl.runtime.intercept import module_hooks
 from lbyl.runtime.macs import MacCounter
 from lbyl.runtime.progress import Progress
+from lbyl.runtime.registry import make
 
+TORCH, ONNXRUNTIME = "torch", "onnxruntime"
+RUNTIMES = (TORCH, ONNXRUNTIME)
 RUNS = 20
 LEAST_RUNS = 3
 WARM_UP = 3
@@ -160,11 +163,34 @@ def measure_latencies(
     )
 
 
+def check_runtime(runtime: object) -> None:
+    """Raise InputError for a runtime that is not known, or that is not installed."""
+    if runtime not in RUNTIMES:
+        raise InputError(f"runtime={runtime!r}: choose one of {', '.join(map(repr, RUNTIMES))}")
+    if runtime == ONNXRUNTIME:
+        make("format", "onnx").check_available()
+
+
 def measure_whole(
-    models: Sequence[nn.Module], inputs: ExampleInputs, *, runs: int = RUNS, warm_up: int = WARM_UP
+    models: Sequence[nn.Module],
+    inputs: ExampleInputs,
+    *,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    runtime: str = TORCH,
+    known: dict[int, Callable[[], Any]] | None = None,
 ) -> tuple[Runs, ...]:
-    """Measure several whole models in turns, in seconds; see :func:`measure_latencies`."""
+    """Measure several whole models in turns, in seconds; see :func:`measure_latencies`.
+
+    ``known`` holds the onnxruntime sessions of models by their ids; the first model's is added to it.
+    """
     check_runs(runs)
+    if runtime == ONNXRUNTIME:
+        kind, ready = make("format", "onnx"), {} if known is None else known
+        if id(models[0]) not in ready:
+            ready[id(models[0])] = kind.runner(models[0], inputs)
+        calls = [ready[id(models[0])], *(kind.runner(model, inputs) for model in models[1:])]
+        return interleaved(calls, [time.perf_counter] * len(calls), runs, warm_up)
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(undisturbed(model))

@@ -15,10 +15,31 @@ from lbyl.runtime.inputs import output_tensors
 
 @dataclass(frozen=True)
 class Assessment:
-    """Relative errors of the network's outputs on held-out probes, after plain pruning and after restoration."""
+    """Relative errors of the network's outputs, after plain pruning and after restoration.
+
+    Attributes:
+        pruned: the error after plain pruning.
+        restored: the error after restoration.
+        held_out: whether it was measured on held-out probes; False if there were too few inputs to hold any out.
+        real: whether the probes are real inputs of the user.
+    """
 
     pruned: float
     restored: float
+    held_out: bool = True
+    real: bool = False
+
+    @property
+    def short(self) -> str:
+        """The same in a word or two."""
+        return "what was solved on" if not self.held_out else "held-out inputs" if self.real else "probes"
+
+    @property
+    def where(self) -> str:
+        """What it was measured on."""
+        if not self.held_out:
+            return "the inputs that were solved on, for there were too few to hold any out"
+        return "held-out inputs of yours" if self.real else "held-out probes, which are no real inputs"
 
 
 def outputs_error(reference: Any, outputs: Any) -> float:

@@ -21,10 +21,15 @@ _CACHED = 2**16
 
 @dataclass(frozen=True)
 class Filters:
-    """The channels of one group as described by the weights, in float64.
+    """The channels of one group as described by the weights, in float64, on the device of the weights.
 
     Each property is computed at its first use, because all of them together take several times the memory of the
-    weights.
+    weights. ``weight``, ``raw``, ``offset``, ``energy``, ``center``, ``spread`` and ``batch_norm`` have a row or a
+    number for each channel; ``len(filters)`` is the number of channels.
+
+    Attributes:
+        group: the group: its name, width, producers and consumers.
+        state: the network's parameters and buffers, by name. They belong to the network and must not be changed.
     """
 
     group: Group

@@ -23,6 +23,9 @@ from lbyl.selection.select import Selection
 class Delivery:
     """The approximation of one group's dropped channels by its kept ones: ``a_D ~ S^T a_K + shift``.
 
+    All tensors are float64 on the CPU. A consumer with the columns ``U_K`` and ``U_D`` then has
+    ``U_K diag(scale) + U_D S^T`` and no columns ``U_D``.
+
     Attributes:
         matrix: the delivery matrix S, of shape ``[kept, dropped]``.
         scale: a factor for each kept channel, usually 1.

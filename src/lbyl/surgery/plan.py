@@ -18,7 +18,7 @@ from torch import nn
 
 from lbyl.errors import ArtifactError
 from lbyl.graph.computed_weights import Fold
-from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.copying import imprint, tensors_of
 from lbyl.runtime.documents import check_no_faults, read_as
 from lbyl.surgery.attributes import Attribute
 from lbyl.surgery.cuts import Cut
@@ -49,6 +49,9 @@ class Plan:
         inputs: dtype and shape of the example inputs.
         folds: layers that computed their weight on the fly and were replaced by plain layers.
         library: the version of lbyl that made the plan.
+        trained: whether the weights were changed after a cut by something else, training say: the settings alone do
+            not lead to them.
+        network: the class of the network.
         version: the version of this format.
     """
 
@@ -62,6 +65,8 @@ class Plan:
     attributes: tuple[Attribute, ...] = ()
     folds: tuple[Fold, ...] = ()
     version: int = VERSION
+    trained: bool = False
+    network: str = ""
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -114,6 +119,7 @@ class Plan:
             architecture=first.architecture,
             source=self.source or first.source,
             folds=first.folds,
+            trained=self.trained or first.trained,
         )
 
     def prefixed(self, path: str) -> Plan:
@@ -185,23 +191,51 @@ def _composed_attributes(first: Sequence[Attribute], then: Sequence[Attribute]) 
     return tuple(found.values())
 
 
-_plans: OrderedDict[str, tuple[Plan, Mapping[str, tuple[int, ...]]]] = OrderedDict()
+@dataclass(frozen=True)
+class Remembered:
+    """What is known of a network that was cut: how, with which outcome, and what it was then.
+
+    Attributes:
+        plan: what leads to it from its unpruned instance.
+        report: the outcome (:class:`lbyl.Report`).
+        architecture: shape of every parameter and buffer.
+        imprint: of its weights.
+    """
+
+    plan: Plan
+    report: Any
+    architecture: Mapping[str, tuple[int, ...]]
+    imprint: str
+
+    def is_changed(self, model: nn.Module) -> bool:
+        """Whether the weights are others than they were then."""
+        return imprint(model) != self.imprint
+
+
+_remembered: OrderedDict[str, Remembered] = OrderedDict()
 _MOST_PLANS = 256
 
 
-def remember(model: nn.Module, plan: Plan) -> None:
-    """Store the plan that this network was cut by, within this process; :func:`remembered` also finds it for copies."""
+def remember(model: nn.Module, plan: Plan, report: Any) -> None:
+    """Store what this network was cut by, within this process; :func:`recalled` also finds it for copies."""
     token = uuid4().hex
     vars(model)["_lbyl_plan"] = token
-    _plans[token] = plan, architecture_of(model)
-    while len(_plans) > _MOST_PLANS:
-        _plans.popitem(last=False)
+    _remembered[token] = Remembered(plan, report, architecture_of(model), imprint(model))
+    while len(_remembered) > _MOST_PLANS:
+        _remembered.popitem(last=False)
+
+
+def recalled(model: nn.Module) -> Remembered | None:
+    """What is known of how this network was cut; its shapes may have changed since."""
+    return _remembered.get(vars(model).get("_lbyl_plan", ""))
 
 
 def remembered(model: nn.Module) -> Plan | None:
     """The plan that this network was cut by; None if it is unknown, or if shapes have changed since."""
-    plan, architecture = _plans.get(vars(model).get("_lbyl_plan", ""), (None, None))
-    return plan if architecture == architecture_of(model) else None
+    known = recalled(model)
+    if known is None or known.architecture != architecture_of(model):
+        return None
+    return dataclasses.replace(known.plan, trained=known.plan.trained or known.is_changed(model))
 
 
 def architecture_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

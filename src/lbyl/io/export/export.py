@@ -16,11 +16,12 @@ from lbyl.io.export.base import Format, Refused, trace, write
 from lbyl.io.export.check import TOLERANCE, Case, largest_differences
 from lbyl.io.export.inputs import batch_size, has_batch, with_batch
 from lbyl.io.files import finish, stage
-from lbyl.runtime.checks import check_number, check_seed
+from lbyl.runtime.checks import as_path, check_number, check_seed
 from lbyl.runtime.contexts import own_device, undisturbed
+from lbyl.runtime.copying import unwrapped
 from lbyl.runtime.inputs import ExampleInputs, outputs
 from lbyl.runtime.registry import find, make, names
-from lbyl.surgery.plan import Plan, is_rebuildable
+from lbyl.surgery.plan import Plan, is_rebuildable, remembered
 
 
 @dataclass(frozen=True)
@@ -63,25 +64,27 @@ class Exported:
 
 @own_device()
 def export(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | nn.Module,
     model: nn.Module | None = None,
     *,
-    format: str = "onnx",
+    to: str | os.PathLike[str] | None = None,
+    format: str | None = None,
     inputs: Any = None,
     dynamic: bool = True,
     tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> Exported:
-    """Write ``model.onnx`` or ``model.pt2`` into a saved folder, and check it by running it.
+    """Write a saved folder's network, or one that was trained since, as one file, and check it by running it.
 
     The file takes any batch size (the first axis of the inputs) if the model does. Otherwise its batch size is that of
     the example, and ``note`` says why. The file gets its name only after the check, so a wrong file never appears.
-    A file of an earlier export is replaced.
+    A file of an earlier export in the folder is replaced; a file that ``to`` names must be new.
 
     Args:
-        path: the folder that ``result.save`` wrote.
-        model: a fresh, unpruned instance of the architecture, as for :func:`lbyl.load`.
-        format: "onnx", or "pt2" for ``torch.export.load``.
+        source: the folder that ``result.save`` wrote, or a network in memory, with its present weights.
+        model: a fresh, unpruned instance of the architecture, as for :func:`lbyl.load`; for folders only.
+        to: the file. For a folder, None writes ``model.onnx`` or ``model.pt2`` into it.
+        format: "onnx", or "pt2" for ``torch.export.load``. None takes the suffix of the file's name, or "onnx".
         inputs: the model's inputs: a tensor, a tuple, or a dict of keyword inputs. They may be left out if the network
             was compressed on positional floating-point tensors.
         dynamic: whether the file should take any batch size; False fixes it to that of the inputs.
@@ -94,19 +97,23 @@ def export(
         ArtifactError: the folder is not one of lbyl's, or is damaged.
         ExportError: the model can't be exported, or the file computes something else; no file is kept.
     """
-    if format not in names("format"):
-        raise InputError(f"format is {format!r}; choose {' or '.join(map(repr, names('format')))}")
+    format = _named_format(format, to)
     kind: Format = make("format", format)
     check_number("tolerance={}", tolerance, least=0)
     check_seed(seed)
     kind.check_available()
-    plan = artifact.read_manifest(path).plan
-    _check_model_known(path, plan, model)
-    target = Path(path) / f"model.{format}"
-    if target.name == artifact.ONNX and artifact.weights_file(path).name == artifact.ONNX:
-        raise InputError(f"{target} already is the smaller network, so there is nothing to export")
-    example = described_inputs(plan, seed) if inputs is None else ExampleInputs.of(inputs)
-    smaller = artifact.load(path, model)
+    if isinstance(source, nn.Module):
+        target, plan = _target_of_network(source, model, to), remembered(unwrapped(source))
+    else:
+        target, plan = _target_of_folder(source, to, format), artifact.read_manifest(source).plan
+        _check_model_known(source, plan, model)
+    if inputs is not None:
+        example = ExampleInputs.of(inputs)
+    elif plan is not None:
+        example = described_inputs(plan, seed)
+    else:
+        raise InputError(f"this {type(source).__name__} does not say what it is called with; pass it as inputs=")
+    smaller = unwrapped(source) if isinstance(source, nn.Module) else artifact.load(source, model)
     case = example, _outputs(smaller, example, made_up=inputs is None)
     with stage(target) as folder:
         exported = _Attempt(smaller, case, kind, folder / target.name, tolerance).exported(dynamic, target)
@@ -115,6 +122,43 @@ def export(
         for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
             file.replace(target.with_name(file.name))
     return exported
+
+
+def _named_format(format: str | None, to: str | os.PathLike[str] | None) -> str:
+    """The format that was named, or that the name of the file ends with."""
+    if format is None:
+        ending = as_path(to, "to").suffix.lower().removeprefix(".") if to is not None else ""
+        format = ending if ending in names("format") else "onnx" if not ending else None
+    if format not in names("format"):
+        known = " or ".join(map(repr, names("format")))
+        raise InputError(f"format is {format!r}; write {known}" if format else f"{to} names no format; write {known}")
+    return format
+
+
+def _target_of_network(network: nn.Module, model: object, to: str | os.PathLike[str] | None) -> Path:
+    """The file that a network in memory is written to."""
+    if to is None or model is not None:
+        raise InputError(
+            f"export of a {type(network).__name__}: name the file, as in lbyl.export(model, to='model.onnx'); "
+            "a second network is for saved folders"
+        )
+    return _file(to)
+
+
+def _target_of_folder(path: str | os.PathLike[str], to: str | os.PathLike[str] | None, format: str) -> Path:
+    """The file that the network of a saved folder is written to."""
+    artifact.read_manifest(path)
+    target = Path(path) / f"model.{format}" if to is None else _file(to)
+    weights = artifact.weights_file(path)
+    if weights.name == artifact.ONNX and target.absolute() == weights.absolute():
+        raise InputError(f"{target} is the network itself, as small as the plan says; there is nothing to export")
+    return target
+
+
+def _file(to: str | os.PathLike[str]) -> Path:
+    target = as_path(to, "to")
+    artifact.check_free(target)
+    return target
 
 
 def _check_model_known(path: str | os.PathLike[str], plan: Plan, model: nn.Module | None) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lbyl.errors import ExportError, InputError
-from lbyl.io.export.base import Run, TracedProgram
+from lbyl.io.export.base import Refused, Run, TracedProgram, trace, write
+from lbyl.io.onnx.network import OnnxNetwork
+from lbyl.io.onnx.write import write_onnx
+from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -50,6 +56,32 @@ class OnnxFormat:
             return [torch.from_numpy(array) for array in session.run(None, feed)]
 
         return run
+
+    def runner(self, model: nn.Module, inputs: ExampleInputs) -> Callable[[], object]:
+        """What runs a network in onnxruntime on these inputs, with as many threads as PyTorch has.
+
+        Raises:
+            InputError: a package is missing, the network can't be written, or it is not on the CPU.
+        """
+        self.check_available()
+        tensors = inputs.tensors()
+        if any(tensor.device.type != "cpu" for tensor in (*tensors_of(model).values(), *tensors)):
+            raise InputError("onnxruntime is measured on the CPU; move the network and its inputs there")
+        runtime = _package("onnxruntime")
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.onnx"
+            try:
+                if isinstance(model, OnnxNetwork):
+                    write_onnx(model, file)
+                else:
+                    write(self, trace(model, inputs), file)
+            except Refused as error:
+                raise InputError(f"{type(model).__name__} can't be timed in onnxruntime: {error}") from error
+            options = runtime.SessionOptions()
+            options.log_severity_level, options.intra_op_num_threads = 4, torch.get_num_threads()
+            session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        return partial(session.run, None, {name: t.numpy() for name, t in zip(names, tensors, strict=True)})
 
 
 def _package(name: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lbyl.io.report.format import FLOAT32, share, size
 from lbyl.io.report.markdown import code_span, plain_words
 from lbyl.io.report.report import Report
-from lbyl.io.report.snippets import loading, name_of, reproducing, shown_source
+from lbyl.io.report.snippets import loading, reproducing, shown_source, title_of
 from lbyl.io.report.words import evaluation, expectation
 from lbyl.surgery.plan import Plan, is_rebuildable
 
@@ -44,11 +44,15 @@ def _metadata(plan: Plan) -> Iterator[str]:
 def _summary(plan: Plan, report: Report) -> Iterator[str]:
     before, after = report.parameters
     made = f" from {code_span(shown_source(plan.source))}" if plan.source else ""
-    yield f"# {plain_words(name_of(plan))}, pruned"
+    trained = "The network was not retrained."
+    if plan.trained:
+        when = "between the cuts or after them" if "after" in plan.settings else "after that"
+        trained = f"Its weights were trained {when}, which the settings do not say."
+    yield f"# {plain_words(title_of(plan))}"
     yield ""
     yield (
         f"Whole channels were removed{made} by lbyl {plain_words(plan.library)}, with "
-        "[this method](https://arxiv.org/abs/2502.08474) and the settings below. The network was not retrained. "
+        f"[this method](https://arxiv.org/abs/2502.08474) and the settings below. {trained} "
         "The result is an ordinary, smaller network."
     )
     yield ""

@@ -30,7 +30,7 @@ class Report(ReportData):
         verified: the largest relative difference between the cut and the masked network; None if switched off.
         seconds: wall-clock time of each stage.
         notes: anything else that the user should know.
-        assessment: relative error of the network's outputs on held-out probes; None without probes.
+        assessment: relative error of the network's outputs on the probes that it names; None without probes.
         latency: the latency of both networks; None if not measured.
         held_out_errors: relative error of the network's outputs on held-out probes, by the way its consumers were
             solved ("all at once", "halfway between", "in turn"), and without restoration ("pruned").
@@ -101,7 +101,7 @@ class Report(ReportData):
             lines.append(f"verified: the cut network equals the masked one (relative difference {self.verified:.1e})")
         if self.assessment:
             lines.append(
-                "output error on held-out probes (not real inputs): "
+                f"output error on {self.assessment.where}: "
                 f"{self.assessment.pruned:.1%} pruned, {self.assessment.restored:.1%} restored"
             )
         lines.append("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()))

@@ -59,6 +59,8 @@ def reproducing(plan: Plan) -> Iterator[str]:
     if len(parts) == 1:
         yield f"    submodule={parts[0]!r},"
     yield ")"
+    if plan.trained:
+        yield "# ... and its weights were trained, which this does not repeat"
 
 
 def arguments(plan: Plan) -> dict[str, str]:
@@ -113,6 +115,10 @@ def shown_source(source: str) -> str:
     return f"{PurePath(place).name}{separator}{name}" if place.endswith(".py") else source
 
 
-def name_of(plan: Plan) -> str:
-    """The name of the network for titles."""
-    return line(shown_source(plan.source).rpartition(":")[2]) if plan.source else "A network"
+def title_of(plan: Plan) -> str:
+    """The title of a page about the network."""
+    made = ", pruned and trained" if plan.trained else ", pruned"
+    source = plan.source if plan.source and (is_rebuildable(plan.source) or not plan.network) else ""
+    # The name of a user's factory says less than the class that it returns.
+    name = line(shown_source(source).rpartition(":")[2] if source else plan.network)
+    return f"{name}{made}" if name else f"A network{made}"

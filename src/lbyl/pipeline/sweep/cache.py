@@ -56,6 +56,7 @@ class _ProbesNote:
     channels_last: tuple[str, ...]
     judged_in: tuple[int, ...] = ()
     statistics: tuple[str, ...] = ()
+    holds_out: bool = True
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class FolderCache:
             "lifelike": made.recalibration_batches,
             "matched": made.matches_training_statistics,
             "judged_in": made.evaluation_batches,
+            "holds_out": made.holds_out,
             # The memory format is stored, because it changes the last digits of convolutions.
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         }
@@ -269,6 +271,7 @@ class FolderCache:
                     layer: (tensors[f"statistics.{number}.mean"], tensors[f"statistics.{number}.var"])
                     for number, layer in enumerate(note.statistics)
                 },
+                note.holds_out,
             )
 
     def _same(self, made: Probes) -> Probes:

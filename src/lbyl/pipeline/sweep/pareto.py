@@ -107,6 +107,36 @@ def damage(made: Sequence[Point]) -> Callable[[Point], float] | None:
     return None
 
 
+def knee(points: Sequence[Point], unpruned: float | None) -> str | None:
+    """The name of the point from which on quality falls faster than before; None where too few points tell.
+
+    It is the one that lies farthest above the straight line from the unpruned network to the smallest one. Quality is
+    the accuracy if every point has one, else the expected agreement, else what is left of the predicted error.
+    """
+    made = [point for point in by_cost(points) if point.made]
+    judged = damage(made)
+    if judged is None or len(made) < _FEWEST:
+        return None
+    whole = unpruned if all(point.accuracy is not None for point in made) else 1.0
+    if all(point.agreement is None for point in made) and all(point.accuracy is None for point in made):
+        whole = 0.0  # quality is an error below zero
+    last = made[-1]
+    if whole is None or last.cost >= 1 or -judged(last) >= whole:
+        return None
+
+    def above(point: Point) -> float:
+        """How far above the line, in shares of the whole fall."""
+        fallen = (whole + judged(point)) / (whole + judged(last))
+        return (1 - point.cost) / (1 - last.cost) - fallen
+
+    best = max(made[:-1], key=above)
+    return best.name if above(best) > _CLEARLY else None
+
+
+_FEWEST, _CLEARLY = 3, 0.1
+"""A curve of fewer points has no knee, and neither has one that is this straight."""
+
+
 def by_cost(points: Sequence[Point]) -> list[Point]:
     """The points sorted by cost, the largest first. Points that were not made come last."""
     return sorted(points, key=lambda point: (not point.made, -point.cost if point.made else 0.0))
@@ -171,6 +201,9 @@ def told(points: Sequence[Point], unpruned: float | None) -> Iterator[str]:
     """Lines that explain the columns."""
     if front(points):
         yield "MACs and params: the kept share. Front (*): no other point is smaller and less damaged."
+    if bent := knee(points, unpruned):
+        asked = next(point.asked for point in points if point.name == bent)
+        yield f"Knee: {asked}. Up to there the cut costs little; beyond it each step costs more."
     if unpruned is not None:
         yield f"Accuracy of the unpruned network: {_accuracy(unpruned)}."
     if any(point.agreement is not None for point in points):
@@ -190,7 +223,7 @@ def plot(points: Sequence[Point], unpruned: float | None) -> Figure:
     from matplotlib.ticker import PercentFormatter
 
     made = [point for point in by_cost(points) if point.made]
-    best = front(points)
+    best, bent = front(points), knee(points, unpruned)
     panels: list[tuple[str, Callable[[Point], float | None]]] = []
     if any(p.agreement is not None for p in made):
         panels.append(("expected agreement", lambda p: p.agreement))
@@ -204,7 +237,13 @@ def plot(points: Sequence[Point], unpruned: float | None) -> Figure:
         axes.plot([p.cost for p in known], [value(p) for p in known], "o", color=PLAIN.before)
         bounded = [p for p in known if p.low is not None and p.high is not None]
         if name == "expected agreement":
-            axes.vlines([p.cost for p in bounded], [p.low for p in bounded], [p.high for p in bounded], PLAIN.before)
+            at, low, high = zip(*((p.cost, p.low, p.high) for p in bounded), strict=True) if bounded else ((), (), ())
+            axes.vlines(at, low, high, PLAIN.before)
+            if len(bounded) > 1:
+                axes.fill_between(at, low, high, color=PLAIN.before, alpha=0.25, linewidth=0, label="9 times in 10")
+        for point in known:
+            if point.name == bent:
+                axes.plot([point.cost], [value(point)], "o", ms=13, mfc="none", mec=PLAIN.ink, label="knee")
         on_front = [p for p in known if p.name in best]
         axes.plot(
             [p.cost for p in on_front], [value(p) for p in on_front], "o-", color=PLAIN.after, label="on the front"

@@ -35,6 +35,7 @@ from lbyl.runtime.contexts import own_device
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.forecast import Forecast
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.latency import check_runtime
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.runtime.settings import described
@@ -294,13 +295,14 @@ def _check(budgets: Sequence[Budget]) -> None:
             raise InputError(f"budgets[{number}] is {named_kind(budget)}; write lbyl.Budget(macs=0.5)")
         if budget in budgets[:number]:
             raise InputError(f"{budget} is given twice")
+        check_runtime(budget.runtime)
 
 
 def _listed(state: SweepState, budgets: Sequence[Budget], folder: Path) -> SweepState:
     """The state with a point for every budget, and with results that the folder already holds."""
     for budget in budgets:
         asked = _jsonable(described(budget))
-        if any(point.budget == asked for point in state.points):
+        if any(point.limit == budget for point in state.points):
             continue
         taken = {point.name for point in state.points}
         name = base = Point("", asked).asked.replace("=", "-")
@@ -314,7 +316,8 @@ def _listed(state: SweepState, budgets: Sequence[Budget], folder: Path) -> Sweep
         if there and not point.made:
             # The process was killed after the folder was written, and before the state was.
             manifest = artifact.read_manifest(folder / point.name)
-            if _jsonable(manifest.plan.settings.get("budget")) != point.budget:
+            told = manifest.plan.settings.get("budget")
+            if told is None or replace(point, budget=told).limit != point.limit:
                 raise ArtifactError(f"{folder / point.name} has another budget; remove it, and it will be made again")
             state = state.having(_filled(point, manifest.report, None))
         elif point.made and not there:

@@ -15,6 +15,7 @@ from lbyl.moments import ClosedFormSource, Probes, ProbeSource
 from lbyl.moments.accumulate import ConsumerMoments, PatchSums, WholeSums
 from lbyl.moments.attached_norms import folded, measure_statistics, normed_graph, with_norms
 from lbyl.moments.base import is_lifelike
+from lbyl.moments.data import Data
 from lbyl.restore.base import Restoration, RestorationProblem
 from lbyl.restore.closed_form import with_ties
 from lbyl.restore.least_squares.recalibrate import (
@@ -81,7 +82,7 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
             assessment,
             found.notes,
             seconds,
-            held_out_errors={"pruned": assessment.pruned, **found.errors} if assessment else {},
+            held_out_errors={"pruned": assessment.pruned, **found.errors} if assessment and assessment.held_out else {},
         )
 
     started = time.perf_counter()
@@ -115,7 +116,8 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
         if found.error > before:
             # With too few probes for large layers, solutions do not generalize.
             found = _less(found, _pruned(problem, state), state, before, judge)
-    return restoration(found, Assessment(before, found.error))
+    real = isinstance(settings.moments, Data)
+    return restoration(found, Assessment(before, found.error, probes.holds_out, real))
 
 
 def _targets(model: nn.Module, graph: Graph, task: RestorationProblem, settings: Settings) -> tuple[Target, ...]:
@@ -201,6 +203,7 @@ class _Judge:
     kept: NormMasks
     world: Statistics
     expected: list[Tensor]
+    where: str
 
     @staticmethod
     def over(problem: LeastSquaresProblem, probes: Probes, looks: Sequence[Look]) -> _Judge:
@@ -211,7 +214,8 @@ class _Judge:
         model, state = problem.model, tensors_of(problem.model)
         most = held_at_once(problem.settings.memory, held_bytes(model, first_rows(probes.held_out)))
         parts = tuple(in_parts(probes.held_out, most))
-        judge = _Judge(model, state, parts, norm_masks(problem.selection), world, [])
+        where = "held-out probes" if probes.holds_out else "what was solved on"
+        judge = _Judge(model, state, parts, norm_masks(problem.selection), world, [], where)
         return replace(judge, expected=judge.outputs({}))
 
     def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> list[Tensor]:
@@ -250,7 +254,7 @@ def _with_renorm(
     moved = renormalize(state, found.values, averaged(theirs), averaged(ours))
     error = judge(moved)
     if error >= found.error:
-        note = f"batch norms not recalibrated: error on held-out probes {found.error:.3g} without, {error:.3g} with it"
+        note = f"batch norms not recalibrated: error on {judge.where} {found.error:.3g} without, {error:.3g} with it"
         return replace(found, notes=found.plus(note))
     values = recenter(moved, state, theirs, ours, norms)
     return replace(found, values=values, error=error, on_probes=moved, renorm=True)
@@ -288,7 +292,7 @@ def _with_turns(problem: LeastSquaresProblem, probes: Probes, found: _Found, jud
     found = replace(found, errors=errors)
     way = min(errors, key=lambda each: errors[each])
     figures = ", ".join(f"{error:.3g} {each}" for each, error in errors.items())
-    notes = found.plus(f"consumers solved {way}: error on held-out probes {figures}")
+    notes = found.plus(f"consumers solved {way}: error on {judge.where} {figures}")
     if way == "all at once":
         return replace(found, notes=notes)
     values = turned.values if way == "in turn" else _between(state, found.values, turned.values, 0.5)
@@ -313,9 +317,9 @@ def _less(found: _Found, pruned: Mapping[str, Tensor], state: State, before: flo
     for share in (0.5, 0.25):
         part = _between(state, pruned, found.values, share)
         if (error := judge(part)) <= before:
-            note = f"only {share:.0%} of the restoration kept, because all of it raised the held-out error"
+            note = f"only {share:.0%} of the restoration kept, because all of it raised the error on {judge.where}"
             return replace(found, values=part, error=error, notes=found.plus(note))
-    note = f"restoration left out: error on held-out probes {before:.3g} without, {found.error:.3g} with it"
+    note = f"restoration left out: error on {judge.where} {before:.3g} without, {found.error:.3g} with it"
     return replace(found, values=dict(pruned), error=before, notes=found.plus(f"{note}; use more probes"))
 
 

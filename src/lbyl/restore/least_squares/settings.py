@@ -40,7 +40,10 @@ class Settings:
             raise InputError(
                 f"LeastSquares(sequential=True): {name} has no probes; choose Noise, Photographs, Dream or Data"
             )
-        if isinstance(self.moments, type) or not isinstance(self.moments, ProbeSource | ClosedFormSource):
+        if isinstance(self.moments, type):
+            name = self.moments.__name__
+            raise InputError(f"LeastSquares(moments={name}) is a class; pass an object, {name}()")
+        if not isinstance(self.moments, ProbeSource | ClosedFormSource):
             raise InputError(
                 f"LeastSquares(moments={self.moments!r}): choose Weights, Gaussian, Noise, Photographs, Dream or Data"
             )

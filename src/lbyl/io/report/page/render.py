@@ -16,7 +16,7 @@ from lbyl.io.report.format import FLOAT32, line, number, percent, share, size
 from lbyl.io.report.page.pictures import errors, has_errors, widths
 from lbyl.io.report.page.svg import inline_svg
 from lbyl.io.report.rows import ReportData
-from lbyl.io.report.snippets import arguments, loading, name_of, reproducing, shown_source
+from lbyl.io.report.snippets import arguments, loading, reproducing, shown_source, title_of
 from lbyl.io.report.words import evaluation, expectation
 from lbyl.surgery.plan import Plan
 
@@ -84,7 +84,7 @@ def _render(template: str, report: ReportData, plan: Plan | None) -> str:
             terms=report.has_terms,
             plan=plan,
             pictures=list(_pictures(report)) if plan else [],
-            name=name_of(plan) if plan else "",
+            title=title_of(plan) if plan else "",
             source=shown_source(plan.source) if plan and plan.source else "",
             settings=arguments(plan) if plan else {},
             loading="\n".join(loading(plan)) if plan else "",
