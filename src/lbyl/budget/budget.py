@@ -13,6 +13,8 @@ from lbyl.graph import Group
 from lbyl.runtime.checks import check_number, check_switch
 
 REACHED_WITHIN = 0.02
+_FEWEST_STEPS = 48
+"""Groups have so many widths to choose from, for a budget has to be met within 2 %."""
 _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
 _QUALITIES = ("agreement", "accuracy_drop")
 _SHARES = ("macs", "params", "latency")
@@ -33,7 +35,9 @@ class Budget:
         accuracy_drop: the same with a measure of yours: what ``evaluate`` returns may fall by so much.
         minimize: what the smallest network is smallest in, where a quality is asked for: "macs", "params" or "latency".
         round_to: kept channels come in multiples of this, where a group is wide enough; "auto" takes what suits the
-            device: on a CPU the floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8.
+            device: on a CPU the floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8. None takes the
+            largest of 128, 64, 32, ... that is at most a 48th of the group, in language models of transformers, as
+            long as the budget can be met so; and 1 elsewhere.
         min_keep: no group keeps fewer channels.
         max_ratio: no group loses a larger share.
         exclude: globs of groups and layers that stay whole.
@@ -49,7 +53,7 @@ class Budget:
     agreement: float | None = None
     accuracy_drop: float | None = None
     minimize: str = "macs"
-    round_to: int | str = 1
+    round_to: int | str | None = None
     min_keep: int = 1
     max_ratio: float = 0.9
     exclude: tuple[str, ...] = ()
@@ -73,7 +77,7 @@ class Budget:
             raise InputError(f"Budget(minimize={self.minimize!r}): choose 'macs', 'params' or 'latency'")
         if self.minimize != "macs" and name not in _QUALITIES:
             raise InputError(f"Budget(minimize={self.minimize!r}): {name} is what is limited; leave out minimize")
-        if self.round_to != "auto":
+        if self.round_to not in ("auto", None):
             check_number('Budget(round_to={}) is not "auto"', self.round_to, whole=True, least=1)
         check_number("Budget(min_keep={})", self.min_keep, whole=True, least=1)
         check_number("Budget(max_ratio={}), the largest ratio", self.max_ratio, least=0, below=1)
@@ -109,6 +113,12 @@ class Budget:
     def on(self, device: torch.device) -> Budget:
         """The same with a number in place of "auto": what suits the device."""
         return replace(self, round_to=_suitable(device)) if self.round_to == "auto" else self
+
+    def multiple(self, width: int) -> int:
+        """What the kept channels of a group of this width are a multiple of; once "auto" is a number."""
+        if self.round_to is not None:
+            return int(self.round_to)
+        return next((multiple for multiple in (128, 64, 32, 16, 8, 4, 2) if multiple * _FEWEST_STEPS <= width), 1)
 
     def excludes(self, group: Group) -> bool:
         """Whether a pattern names the group or one of its layers."""
