@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lbyl.graph import Graph, Slot
+from lbyl.graph.types import last_to_run
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import ChannelSums
 from lbyl.runtime.attended import at_attended, attended_positions
@@ -19,7 +20,7 @@ from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.macs import count_macs
 from lbyl.runtime.output_error import outputs_error
-from lbyl.runtime.progress import Progress
+from lbyl.runtime.progress import Progress, counted
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State, columns_second, consumer_energy, describe, paper_form_applies, seats
 from lbyl.selection.select import ByCriterion, ranked
@@ -160,8 +161,11 @@ def _from_probes(
         for _, slot, item in sums.get(call.weight, ()):
             item.add(call, _source(state, slot))
 
-    for batch in probes.batches:
-        run_intercepted(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
+    last = last_to_run([consumer for consumer in graph.consumers if consumer.weight in sums])
+    for batch in counted(probes.batches, progress, "looking at widths"):
+        run_intercepted(
+            model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics, stop_after=last
+        )
     seen: dict[int, list[tuple[Slot, ChannelSums]]] = defaultdict(list)
     for entries in sums.values():
         for index, slot, item in entries:

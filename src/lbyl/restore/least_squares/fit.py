@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.graph import Graph
+from lbyl.graph.types import last_to_run
 from lbyl.moments import ClosedFormSource, Probes, ProbeSource
 from lbyl.moments.accumulate import ConsumerMoments, PatchSums, WholeSums
 from lbyl.moments.attached_norms import folded, measure_statistics, normed_graph, with_norms
@@ -50,7 +51,7 @@ from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.layer_norms import NormMasks
 from lbyl.runtime.memory import give_back, held_at_once, held_bytes
 from lbyl.runtime.output_error import Assessment, outputs_error
-from lbyl.runtime.progress import Progress
+from lbyl.runtime.progress import Progress, counted
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State
 from lbyl.surgery.masking import norm_masks, with_masks
@@ -393,14 +394,14 @@ def _collect(
     watch: bool,
 ) -> list[Look]:
     """Run the unpruned network on all probes, add to the sums, and look at its batch norms where that is asked for."""
-    consumers = [consumer.weight for consumer in problem.graph.consumers]
     norms = {target.consumer.weight for target in problem.found if target.norm}
     shown, positions = _recalibration_batches(probes), _positions(problem, probes)
     # Consumers of channels that a layer norm is taken over are fed something else once these are cut.
     kept = norm_masks(problem.selection)
-    last = list(taken)[-1] if consumers[-1] not in taken and not watch else None
+    last = None if watch else last_to_run([target.consumer for target, _ in taken.values()])
+    consumers = frozenset(consumer.weight for consumer in problem.graph.consumers)
     looks: list[Look] = []
-    for number, batch in enumerate(probes.batches):
+    for number, batch in enumerate(counted(probes.batches, problem.progress, "measuring")):
         # Of the others, statistics are all that is asked for.
         observer = Observer(norms if number in shown else (), positions) if watch else None
         run_intercepted(
@@ -411,7 +412,7 @@ def _collect(
             batch_statistics=probes.batch_statistics,
             stop_after=last,
             kept=kept,
-            foresee=frozenset(consumers),
+            foresee=consumers,
         )
         if observer:
             looks.append(observer.look())
@@ -441,6 +442,7 @@ def measure(
     settings: Settings,
     seed: int,
     limit: int,
+    progress: Progress | None = None,
 ) -> dict[str, ConsumerMoments]:
     """Moments of all that the consumers of some groups read, for `fit` to take parts of.
 
@@ -453,6 +455,7 @@ def measure(
         seed: for sampled positions.
         limit: bytes that all of them may take; consumers that come later in the network are then left to `fit`, as are
             those of channels that a layer norm is taken over.
+        progress: called as ``progress(stage, done, total)``.
     """
     state = tensors_of(model)
     sums: dict[str, WholeSums] = {}
@@ -476,6 +479,9 @@ def measure(
             sums[call.weight].add(call, weights[call.weight])
 
     with torch.no_grad():
-        for batch in probes.batches if sums else ():
-            run_intercepted(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
+        last = last_to_run([consumer for consumer in graph.consumers if consumer.weight in sums])
+        for batch in counted(probes.batches, progress, "measuring") if sums else ():
+            run_intercepted(
+                model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics, stop_after=last
+            )
     return {name: reading for name, item in sums.items() if (reading := item.reading())}
