@@ -15,9 +15,10 @@ from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.moments.sentences import beginnings
 from lbyl.moments.token_inputs import like_example, token_ids
-from lbyl.runtime.batches import affordable, held_out_size, macs_per_input
+from lbyl.runtime.batches import affordable, first_rows, held_out_size, in_parts, macs_per_input
 from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.memory import ROOM, give_back, held_at_once, held_bytes
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.tokenizers import tokenizer_of
 
@@ -285,9 +286,14 @@ def text_losses(model: nn.Module, texts: ExampleInputs) -> Float[Tensor, " texts
     Raises:
         InputError: the model does not give logits of the next token.
     """
-    ids = token_ids(texts)
-    logits = None if ids is None else _logits(texts.cloned().call(model), ids)
-    if ids is None or logits is None:
-        raise InputError("the model gives no logits of the next token")
-    found = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].long(), reduction="none")
-    return found.mean(1)
+    found: list[Tensor] = []
+    most = held_at_once(ROOM, 2 * held_bytes(model, first_rows(texts)))  # of logits, there are copies
+    for part in in_parts(texts, most):
+        ids = token_ids(part)
+        logits = None if ids is None else _logits(part.cloned().call(model), ids)
+        if ids is None or logits is None:
+            raise InputError("the model gives no logits of the next token")
+        rows = zip(logits, ids, strict=True)
+        found += [functional.cross_entropy(row[:-1].float(), wanted[1:].long()) for row, wanted in rows]
+        give_back()
+    return torch.stack(found)

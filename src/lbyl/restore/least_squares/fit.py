@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 
@@ -50,7 +50,7 @@ from lbyl.runtime.forward import ConsumerCall, OnConsumer, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.layer_norms import NormMasks
 from lbyl.runtime.memory import give_back, held_at_once, held_bytes
-from lbyl.runtime.output_error import Assessment, outputs_error
+from lbyl.runtime.output_error import Assessment, error_of_parts
 from lbyl.runtime.progress import Progress, counted
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State
@@ -202,7 +202,7 @@ class _Judge:
     held_out: tuple[ExampleInputs, ...]
     kept: NormMasks
     world: Statistics
-    expected: list[Tensor]
+    expected: list[list[Tensor]]
 
     @staticmethod
     def over(problem: LeastSquaresProblem, probes: Probes, looks: Sequence[Look]) -> _Judge:
@@ -214,24 +214,21 @@ class _Judge:
         most = held_at_once(problem.settings.memory, held_bytes(model, first_rows(probes.held_out)))
         parts = tuple(in_parts(probes.held_out, most))
         judge = _Judge(model, state, parts, norm_masks(problem.selection), world, [])
-        return replace(judge, expected=judge.outputs({}))
+        return replace(judge, expected=list(judge.outputs({})))
 
-    def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> list[Tensor]:
+    def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> Iterator[list[Tensor]]:
         """What the network gives for all that is held out, part by part."""
         moved = transplant(values, self.state, self.world)
-        found = []
         for part in self.held_out:
             given = output_tensors(run_intercepted(self.model, part, values=moved, kept=kept))
             attended = attended_positions(self.model, part)
-            found.append([at_attended(attended, tensor) for tensor in given])
+            yield [at_attended(attended, tensor) for tensor in given]
+            del given
             give_back()
-        if len({len(tensors) for tensors in found}) > 1 or not all(t.dim() for tensors in found for t in tensors):
-            return list(chain.from_iterable(found))
-        return [torch.cat(same) for same in zip(*found, strict=True)] if len(found) > 1 else found[0]
 
     def __call__(self, values: Mapping[str, Tensor]) -> float:
         """The error of these values."""
-        return outputs_error(self.expected, self.outputs(values, self.kept))
+        return error_of_parts(self.expected, self.outputs(values, self.kept))
 
 
 def _with_renorm(
