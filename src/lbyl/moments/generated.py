@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.moments.sentences import beginnings
 from lbyl.moments.token_inputs import like_example, token_ids
-from lbyl.runtime.batches import affordable, first_rows, held_out_size, in_parts, macs_per_input
+from lbyl.runtime.batches import affordable, alike, first_rows, held_out_size, in_parts, macs_per_input
 from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.memory import ROOM, give_back, held_at_once, held_bytes
@@ -78,10 +78,13 @@ class Generated:
         count = self.sequences or affordable(each, 4e12, 16, 128, ceiling=4e13)
         held = held_out_size(count)
         allowed = _allowed(model, inputs)
-        starts = self._starts(model, allowed, count + held, min(_BEGINNING, length - 2), generator)
         write = _Writer(model, inputs, length, self.temperature, allowed, generator)
+        kinds = self._starts(model, allowed, count + held, min(_BEGINNING, length - 2), generator)
+        # All are brought to one length, for a pass over many texts takes little longer than one over a few.
+        longest = max(kind.shape[1] for kind in kinds)
+        starts = torch.cat([replace(write, length=longest)(kind.to(ids), lambda tokens: None) for kind in kinds])
         texts: list[Tensor] = []
-        for start in (part.to(ids) for kind in starts for part in kind.split(_TOGETHER)):
+        for start in starts.split(alike(len(starts), _TOGETHER)):
             done = sum(map(len, texts))
 
             def report(tokens: int, done: int = done, now: int = len(start)) -> None:
@@ -91,7 +94,7 @@ class Generated:
             texts.append(write(start, report))
         written = torch.cat(texts)[torch.randperm(count + held, generator=generator).to(ids.device)]
         note = f"{count} texts of {length} tokens that the model wrote itself"
-        if len(starts) > 1:
+        if len(kinds) > 1:
             note += ", half of them from the beginnings of English sentences that come with lbyl"
         return Probes(
             tuple(like_example(inputs, part) for part in written[:count].split(16)),
@@ -144,6 +147,8 @@ class _Writer:
     @torch.no_grad()
     def __call__(self, text: Int[Tensor, "sequences tokens"], report: Callable[[int], None]) -> Tensor:
         """Whole texts that begin so; ``report`` is told how many tokens each has."""
+        if text.shape[1] >= self.length:
+            return text
         return (self._by_generate if _generates(self.model) else self._by_hand)(text, report)
 
     def _by_generate(self, text: Tensor, report: Callable[[int], None]) -> Tensor:
@@ -190,8 +195,8 @@ class _Writer:
         return text
 
 
-_TOGETHER = 48
-"""Sequences that are written at a time."""
+_TOGETHER = 80
+"""At most so many sequences are written at a time."""
 
 
 _BEGINNING = 6
