@@ -20,7 +20,7 @@ from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.memory import ROOM, give_back, held_at_once, held_bytes
 from lbyl.runtime.progress import Progress
-from lbyl.runtime.tokenizers import tokenizer_of
+from lbyl.runtime.tokenizers import frame, tokenizer_of
 
 _LENGTH = 256
 """Tokens a sequence, where nothing else is asked for: what comes early in a text is no measure of the rest."""
@@ -32,7 +32,8 @@ class Generated:
 
     A model's own text was found on par with real text for calibration (Williams, Chrysostomou, Aletras 2024,
     "Self-calibration for Language Model Quantization and Pruning", arXiv 2410.17170). Each sequence starts with the
-    model's start token, where it has one. Half of them go on with a token drawn at random, the others with the
+    model's start token, where it has one; it is left out again where the tokenizer beside the model's weights does not
+    put it before texts. Half of them go on with a token drawn at random, the others with the
     beginning of an English sentence that comes with lbyl, where a tokenizer stands beside the weights that the model
     was loaded from. Special tokens are not drawn.
 
@@ -93,7 +94,9 @@ class Generated:
 
             texts.append(write(start, report))
         written = torch.cat(texts)[torch.randperm(count + held, generator=generator).to(ids.device)]
-        note = f"{count} texts of {length} tokens that the model wrote itself"
+        if _only_to_start(model, written):
+            written = written[:, 1:]
+        note = f"{count} texts of {written.shape[1]} tokens that the model wrote itself"
         if len(kinds) > 1:
             note += ", half of them from the beginnings of English sentences that come with lbyl"
         return Probes(
@@ -214,6 +217,14 @@ def _allowed(model: nn.Module, inputs: ExampleInputs) -> Bool[Tensor, " vocabula
     special = _special_tokens(getattr(model, "config", None))
     allowed[[token for token in special if token < len(allowed)]] = False
     return allowed
+
+
+def _only_to_start(model: nn.Module, written: Int[Tensor, "texts tokens"]) -> bool:
+    """Whether texts start with a token that the tokenizer beside the weights does not put before texts."""
+    begin, tokenizer = getattr(getattr(model, "config", None), "bos_token_id", None), tokenizer_of(model)
+    if tokenizer is None or not isinstance(begin, int) or written.shape[1] < 3:
+        return False
+    return begin not in frame(tokenizer)[0]
 
 
 def _generates(model: nn.Module) -> bool:
