@@ -72,7 +72,7 @@ class Bench:
 
     def cut(self, method: str, part: str, ratio: float) -> Any:
         """A smaller network."""
-        settings = METHODS[method]
+        settings: dict[str, Any] = METHODS[method]
         if method == "Data":
             batches = [self.read(self.calibration[start : start + 32]) for start in range(0, len(self.calibration), 32)]
             settings = {"restore": lbyl.LeastSquares(moments=lbyl.Data(batches, len(batches)))}
