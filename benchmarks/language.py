@@ -32,6 +32,8 @@ from lbyl.moments import Probes
 
 WINDOW, LENGTH = 1024, 256
 METHODS = ("L2", "Energy", "Default", "Data", "Wanda-sp", "FLAP", "GRAIL")
+TELLING = ("Default", "Data", "GRAIL", "Energy")
+"""Methods that are measured first."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -133,7 +135,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Folder of a Llama model.")] = None,
     tokens: Annotated[int, typer.Option(help="Of the test set, in windows of 1,024.")] = 16384,
     texts: Annotated[int, typer.Option(help="Sequences of 256 tokens to look at, written or read.")] = 64,
-    ratios: Annotated[str, typer.Option(help="Shares of the decoder layers' parameters.")] = "0.1,0.2,0.3",
+    ratios: Annotated[str, typer.Option(help="Shares of the decoder layers' parameters.")] = "0.2,0.1,0.3",
     methods: Annotated[str, typer.Option(help="Which to measure.")] = ",".join(METHODS),
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
 ) -> None:
@@ -149,7 +151,10 @@ def main(
     run = Run("language", "Language models", "python benchmarks/language.py --data DIR", settings, pieced=True)
     run.measurements = [] if fresh else [c for c in known_cells("language") if c["settings"] == settings]
     known = {(cell["method"], cell["ratio"]) for cell in run.measurements}
-    wanted = [("Unpruned", 0.0), *((m, r) for r in map(float, ratios.split(",")) for m in methods.split(","))]
+    shares, named = [float(ratio) for ratio in ratios.split(",")], methods.split(",")
+    first = [method for method in TELLING if method in named]
+    turns = (first, [method for method in named if method not in first])
+    wanted = [("Unpruned", 0.0), *((m, r) for turn in turns for r in shares for m in turn)]
     whole = scores(net)
     for method, ratio in wanted:
         if (method, ratio) in known:

@@ -157,6 +157,21 @@ def test_a_budget_gives_all_layers_one_width(uniform: bool | None, tmp_path: Pat
     assert (tmp_path / "out" / CONFIG).exists() == (uniform is not False)
 
 
+@pytest.mark.parametrize(
+    ("limits", "width"),
+    [({}, 132), ({"round_to": 1}, 134), ({"round_to": 8}, 136), ({"max_ratio": 0.322}, 138)],
+    ids=["by default", "named", "named coarse", "where no multiple meets the budget"],
+)
+def test_widths_of_language_models_suit_matrix_units(limits: dict[str, Any], width: int) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=201)).eval()
+    neurons = model.model.layers[0].mlp.down_proj.weight.numel() * 3
+    share = 1 - 0.33 * neurons / model.num_parameters()
+    budget = lbyl.Budget(params=share, exclude=("*attn*",), **{"max_ratio": 0.35} | limits)
+    result = lbyl.compress(model, inputs_of("llama"), budget=budget, restore="prune", forecast=False)
+    assert result.model.config.intermediate_size == width
+
+
 def test_the_precision_is_that_of_the_weights(tmp_path: Path) -> None:
     model: Any = build("bert").to(torch.float16)
     lbyl.compress(model, inputs_of("bert"), ratio={NEURONS["bert"]: 0.5}, restore="prune", forecast=False).save(

@@ -159,6 +159,22 @@ def test_decoders_go_on_from_sentences(sentences: bool, places: dict[str, Path])
     assert ("English sentences" in probes.note) == sentences
 
 
+@pytest.mark.parametrize("framed", [True, False])
+def test_texts_start_as_the_tokenizer_starts_them(framed: bool, places: dict[str, Path], tmp_path: Path) -> None:
+    net: Any = lbyl.load_source(f"hf:{places['llama']}")
+    net.save_pretrained(tmp_path)
+    plain = tokenizer()
+    if not framed:
+        plain.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    plain.save_pretrained(tmp_path)
+    source = lbyl.Generated(sequences=8, length=24)
+    net = lbyl.load_source(f"hf:{tmp_path}")
+    (batch,) = source.probes(net, ExampleInputs.of(ids()), torch.Generator().manual_seed(0), None).batches
+    rows = batch.kwargs["input_ids"]
+    assert rows.shape == (8, 24 if framed else 23)
+    assert bool((rows[:, 0] == 1).all()) == framed
+
+
 def test_a_saved_folder_is_timed_against_the_one_it_came_from(places: dict[str, Path], tmp_path: Path) -> None:
     out, source = str(tmp_path / "out"), f"hf:{places['llama']}"
     args = ["compress", source, "--restore", "prune", "--ratio", "*mlp*=0.5", "-o", out, "--no-latency"]

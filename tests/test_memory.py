@@ -16,6 +16,8 @@ import pytest
 import torch
 from nets import room_for, settle
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lbyl
 from lbyl.moments import Probes
@@ -23,7 +25,7 @@ from lbyl.restore.least_squares.fit import make_probes
 from lbyl.runtime.batches import first_rows, in_parts, thinned
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_bytes, saved_bytes
-from lbyl.runtime.output_error import outputs_error
+from lbyl.runtime.output_error import error_of_parts, outputs_error
 
 
 def network() -> nn.Sequential:
@@ -266,6 +268,31 @@ def test_errors_are_the_same_whatever_memory_they_are_measured_in() -> None:
     assert parts.report.assessment.restored == pytest.approx(whole.report.assessment.restored, rel=1e-4)
     with torch.no_grad():
         assert outputs_error(whole.model(images(8)), parts.model(images(8))) < 1e-4
+
+
+class Widest(TorchDispatchMode):
+    """Notes how large the largest tensor in float64 is."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.dtype == torch.float64:
+                self.most = max(self.most, leaf.numel())
+        return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_logits_of_a_large_vocabulary_are_compared_without_copies_of_all(masked: bool) -> None:
+    a, b = torch.randn(2, 48, 4, 30_000)
+    if masked:
+        a[0, 0] = -torch.inf
+    with Widest() as seen:
+        whole = outputs_error(a, b)
+    assert whole == pytest.approx(1, abs=0.01)
+    assert seen.most < a.numel()
+    assert error_of_parts([[a[:20]], [a[20:]]], iter([[b[:20]], [b[20:]]])) == pytest.approx(whole, rel=1e-9)
 
 
 @pytest.mark.parametrize("make", [lambda: lbyl.LeastSquares(memory=0), lambda: lbyl.Dream(memory=-1)])

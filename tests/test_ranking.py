@@ -38,6 +38,24 @@ def test_curves_are_of_the_channels_that_are_kept(criterion: str) -> None:
             assert selection.choices[0].keep == tuple(sorted(curve.order[:kept]))
 
 
+def test_curves_are_the_same_in_however_many_passes() -> None:
+    net, x = grouped_net(), images(1, 3, 8, 8)
+    inputs, graph, state = ExampleInputs.of(x), lbyl.inspect(net, x).graph, tensors_of(net)
+    wanted = [index for index, group in enumerate(graph.groups) if group.prunable]
+    probes = lbyl.LeastSquares(moments=lbyl.Noise(16)).make_probes(net, inputs, 0)
+    passes: list[int] = []
+
+    def curves(room: int) -> list[list[float]]:
+        stages: list[str] = []
+        by, told = ByCriterion(resolve_criterion("l2")), lambda stage, *_: stages.append(stage)
+        found = measure_curves(net, inputs, graph, wanted, state, by, probes, 3, told, room)
+        passes.append(stages.count("looking at widths") // len(probes.batches))
+        return [[curve.weight, *curve.error.tolist()] for curve in found.curves]
+
+    assert curves(2**31) == curves(1)
+    assert passes == [1, len(wanted)]
+
+
 def test_blocks_take_turns() -> None:
     ranking = Ranking(torch.tensor([[0, 1], [3, 2]]), torch.tensor([2.0, 1.0, 3.0, 4.0]))
     assert ranking.order() == (3, 0, 2, 1)

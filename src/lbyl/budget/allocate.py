@@ -17,7 +17,7 @@ from lbyl.budget.curves import Curve, Curves
 from lbyl.budget.latency import timed
 from lbyl.errors import BudgetError
 from lbyl.graph import Graph
-from lbyl.io.huggingface import is_pretrained_model
+from lbyl.io.huggingface import is_language_model, is_pretrained_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.selection.select import KeptCounts
 
@@ -167,6 +167,24 @@ def choose_widths(
         BudgetError: the budget can't be reached within 2%; or for a latency, no network is below it or within its
             margin of error.
     """
+    if budget.round_to is None and is_language_model(model):
+        try:
+            return _chosen(model, inputs, graph, measured, budget, cut)
+        except BudgetError:  # of finer widths, some may meet it
+            pass
+    fine = replace(budget, round_to=1) if budget.round_to is None else budget
+    return _chosen(model, inputs, graph, measured, fine, cut)
+
+
+def _chosen(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    graph: Graph,
+    measured: Curves,
+    budget: Budget,
+    cut: Callable[[KeptCounts], nn.Module],
+) -> Widths:
+    """The same with one way to round."""
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
     budget = budget.on(inputs.tensors()[0].device)
     if budget.uniform_layers is None:

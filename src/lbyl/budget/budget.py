@@ -14,6 +14,8 @@ from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.latency import RUNTIMES, TORCH
 
 REACHED_WITHIN = 0.02
+_FEWEST_STEPS = 48
+"""Groups have so many widths to choose from, for a budget has to be met within 2 %."""
 _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
 _QUALITIES = ("agreement", "accuracy_drop")
 _SHARES = ("macs", "params", "latency")
@@ -35,6 +37,8 @@ class Budget:
         minimize: with ``agreement`` or ``accuracy_drop``, the cost to minimize: "macs", "params" or "latency".
         round_to: kept channels are multiples of this number in groups that are wide enough. "auto" chooses what suits
             the device: on a CPU the number of floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8.
+            None chooses 1, and in language models of transformers the largest of 128, 64, 32, ... that is at most a
+            48th of the group, if the budget can be met with it.
         min_keep: smallest number of channels that a group keeps.
         max_ratio: largest share of its channels that a group loses.
         exclude: globs of groups and layers that are not pruned.
@@ -53,7 +57,7 @@ class Budget:
     agreement: float | None = None
     accuracy_drop: float | None = None
     minimize: str = "macs"
-    round_to: int | str = 1
+    round_to: int | str | None = None
     min_keep: int = 1
     max_ratio: float = 0.9
     exclude: tuple[str, ...] = ()
@@ -82,7 +86,7 @@ class Budget:
             raise InputError(f"Budget(runtime={self.runtime!r}): choose 'torch' or 'onnxruntime'")
         if self.runtime != TORCH and "latency" not in (name, self.minimize):
             raise InputError(f"Budget(runtime={self.runtime!r}) is for a latency; {name} is measured in none")
-        if self.round_to != "auto":
+        if self.round_to not in ("auto", None):
             check_number('Budget(round_to={}) is not "auto"', self.round_to, whole=True, least=1)
         check_number("Budget(min_keep={})", self.min_keep, whole=True, least=1)
         check_number("Budget(max_ratio={}), the largest ratio", self.max_ratio, least=0, below=1)
@@ -118,6 +122,12 @@ class Budget:
     def on(self, device: torch.device) -> Budget:
         """The budget with a number for a device in place of "auto"."""
         return replace(self, round_to=_suitable(device)) if self.round_to == "auto" else self
+
+    def multiple(self, width: int) -> int:
+        """What the kept channels of a group of this width are a multiple of; once "auto" is a number."""
+        if self.round_to is not None:
+            return int(self.round_to)
+        return next((multiple for multiple in (128, 64, 32, 16, 8, 4, 2) if multiple * _FEWEST_STEPS <= width), 1)
 
     def excludes(self, group: Group) -> bool:
         """Whether a pattern matches the group or one of its layers."""

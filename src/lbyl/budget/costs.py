@@ -91,13 +91,13 @@ def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
 
 
 def widths_of(group: Group, budget: Budget, layers: int = 1) -> list[int]:
-    """The widths that a group may be cut to, the largest first; ``round_to`` must be a number (see :meth:`Budget.on`).
+    """The widths that a group may be cut to, the largest first; ``round_to`` is not "auto" (see :meth:`Budget.on`).
 
     If several ``layers`` share a width, each step saves more, so there are more steps.
     """
     labels = len(set(group.blocks))
     rows = max(1, sum(channel != NOT_OURS for channel in group.producers[0].weight.channels) // group.width)
-    multiple = int(budget.round_to)
+    multiple = budget.multiple(group.width)
     step = math.lcm(labels, multiple // math.gcd(multiple, rows))
     if step >= group.width:
         step = labels

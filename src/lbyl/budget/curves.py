@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lbyl.graph import Graph, Slot
+from lbyl.graph import Graph, Group, Slot
+from lbyl.graph.types import last_to_run
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import ChannelSums
 from lbyl.runtime.attended import at_attended, attended_positions
@@ -19,7 +20,7 @@ from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.macs import count_macs
 from lbyl.runtime.output_error import outputs_error
-from lbyl.runtime.progress import Progress
+from lbyl.runtime.progress import Progress, counted
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State, columns_second, consumer_energy, describe, paper_form_applies, seats
 from lbyl.selection.select import ByCriterion, ranked
@@ -64,17 +65,25 @@ def error_curve(
     if float(total) <= 0:
         return torch.zeros(count + 1, dtype=torch.float64)
     strength = max(ridge * float(diagonal.mean()), 1e-12 * float(diagonal.max()))
-    factor, info = torch.linalg.cholesky_ex(covariance + strength * torch.eye(count, dtype=covariance.dtype))
+    steadied = covariance.clone()
+    steadied.diagonal().add_(strength)
+    factor, info = torch.linalg.cholesky_ex(steadied)
+    del steadied
     if int(info):
         factor = torch.diag(diagonal.sqrt())  # treats channels as uncorrelated
-    explained = torch.cat([torch.zeros(count, 1, dtype=torch.float64), factor.square().cumsum(1)], 1)
-    left = (diagonal[:, None] - explained).clamp_min(0) * energy[:, None]
-    gone = torch.arange(count)[:, None] >= torch.arange(count + 1)[None, :]
-    error = (left * gone).sum(0) / total
+    error = torch.zeros(count + 1, dtype=torch.float64)
+    widths = torch.arange(count + 1)
+    for rows in torch.arange(count).split(_ROWS):
+        explained = torch.nn.functional.pad(factor[rows].square_().cumsum_(1), (1, 0))
+        left = (diagonal[rows, None] - explained).clamp_min_(0).mul_(energy[rows, None])
+        error += left.masked_fill_(rows[:, None] < widths, 0).sum(0)
+    error /= total
     # The error never grows when more channels are kept.
     return error.flip(0).cummax(0).values.flip(0)
 
 
+_ROWS = 512
+"""Channels whose errors are worked out at a time, for all of a wide layer's would be large."""
 _CONSUMERS = 6
 """The curve of a group with more consumers (a residual connection) is measured on only this many of them."""
 _TRIED = 24
@@ -103,6 +112,7 @@ def measure_curves(
     probes: Probes | None,
     seed: int,
     progress: Progress | None = None,
+    room: int = 2**31,
 ) -> Curves:
     """Measure or compute the predicted error of groups at each of their widths.
 
@@ -116,12 +126,13 @@ def measure_curves(
         probes: the probes for moments; without them, curves follow from the weights alone.
         seed: seed for the criterion and for sampling positions.
         progress: called as ``progress(stage, done, total)``.
+        room: bytes that the moments of a pass over the probes may take; where all take more, there are more passes.
     """
     orders = {index: ranked(graph.groups[index], state, by, seed).order() for index in groups}
     with torch.no_grad():
         if probes is None:
             return Curves(tuple(_from_weights(graph, index, orders[index], state) for index in groups))
-        curves, note = _from_probes(model, inputs, graph, orders, state, probes, seed, progress)
+        curves, note = _from_probes(model, inputs, graph, orders, state, probes, seed, progress, room)
     return Curves(tuple(curves), (note,) if note else ())
 
 
@@ -147,12 +158,63 @@ def _from_probes(
     probes: Probes,
     seed: int,
     progress: Progress | None,
+    room: int,
 ) -> tuple[list[Curve], str]:
-    sums: dict[str, list[tuple[int, Slot, ChannelSums]]] = defaultdict(list)
-    for index in orders:
+    some = min(_TRIED, available := batch_size(probes.held_out))
+    probes = replace(probes, held_out=split(probes.held_out, [some, available - some])[0])
+    affordable = _can_be_tried(model, inputs, probes.held_out, len(orders))
+    expected = _outputs(model, probes, {}) if affordable else None
+    curves: list[Curve] = []
+    for indices in _passes(graph, orders, room):
+        seen = _seen(model, graph, indices, state, probes, seed, progress)
+        for index in indices:
+            found = seen.pop(index, [])
+            curve = _curve(graph, index, orders[index], state, found)
+            if expected is not None and found:
+                curve = replace(curve, weight=_travels(model, graph, curve, found, state, probes, expected))
+            curves.append(curve)
+            if progress:
+                progress("weighing groups", len(curves), len(orders))
+    return curves, "" if affordable else _NOT_TRIED
+
+
+_Seen = Sequence[tuple[Slot, ChannelSums]]
+
+
+def _looked_at(group: Group) -> Sequence[Slot]:
+    """The consumers that the curve of a group is taken on."""
+    return group.consumers[:: max(1, -(-len(group.consumers) // _CONSUMERS))]
+
+
+def _passes(graph: Graph, indices: Iterable[int], room: int) -> list[list[int]]:
+    """Groups whose moments are summed up in one pass over the probes."""
+    passes: list[list[int]] = []
+    left = 0
+    for index in indices:
         group = graph.groups[index]
-        every = max(1, -(-len(group.consumers) // _CONSUMERS))
-        for slot in group.consumers[::every]:
+        size = 8 * group.width**2 * len(_looked_at(group))
+        if not passes or size > left:
+            passes.append([])
+            left = room
+        passes[-1].append(index)
+        left -= size
+    return passes
+
+
+def _seen(
+    model: nn.Module,
+    graph: Graph,
+    indices: Sequence[int],
+    state: State,
+    probes: Probes,
+    seed: int,
+    progress: Progress | None,
+) -> dict[int, _Seen]:
+    """Moments of the channels of some groups at their consumers."""
+    sums: dict[str, list[tuple[int, Slot, ChannelSums]]] = defaultdict(list)
+    for index in indices:
+        group = graph.groups[index]
+        for slot in _looked_at(group):
             generator = generator_for(seed, f"{slot.parameter}#widths")
             sums[slot.parameter].append((index, slot, ChannelSums(seats(slot, group.width), 4000, generator)))
 
@@ -160,39 +222,33 @@ def _from_probes(
         for _, slot, item in sums.get(call.weight, ()):
             item.add(call, _source(state, slot))
 
-    for batch in probes.batches:
-        run_intercepted(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
-    seen: dict[int, list[tuple[Slot, ChannelSums]]] = defaultdict(list)
+    last = last_to_run([consumer for consumer in graph.consumers if consumer.weight in sums])
+    for batch in counted(probes.batches, progress, "looking at widths"):
+        run_intercepted(
+            model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics, stop_after=last
+        )
+    found: dict[int, list[tuple[Slot, ChannelSums]]] = defaultdict(list)
     for entries in sums.values():
         for index, slot, item in entries:
             if item.moments is not None:
-                seen[index].append((slot, item))
+                found[index].append((slot, item))
+    return dict(found)
 
-    some = min(_TRIED, available := batch_size(probes.held_out))
-    probes = replace(probes, held_out=split(probes.held_out, [some, available - some])[0])
-    affordable = _can_be_tried(model, inputs, probes.held_out, len(orders))
-    expected = _outputs(model, probes, {}) if affordable else None
-    curves = []
-    for done, index in enumerate(orders):
-        group, order = graph.groups[index], orders[index]
-        if not seen[index]:
-            curves.append(_from_weights(graph, index, order, state))
-            continue
-        at = torch.tensor(order)
-        parts = []
-        for slot, item in seen[index]:
-            assert item.moments is not None
-            mean = item.moments.p / item.moments.count
-            covariance = item.moments.pp / item.moments.count - torch.outer(mean, mean)
-            energy = consumer_energy(slot, _source(state, slot), group.width)
-            parts.append(error_curve(covariance.cpu()[at][:, at], energy[at]))
-        curve = Curve(index, order, torch.stack(parts).mean(0))
-        if expected is not None:
-            curve = replace(curve, weight=_travels(model, graph, curve, seen[index], state, probes, expected))
-        curves.append(curve)
-        if progress:
-            progress("weighing groups", done + 1, len(orders))
-    return curves, "" if affordable else _NOT_TRIED
+
+def _curve(graph: Graph, index: int, order: tuple[int, ...], state: State, seen: _Seen) -> Curve:
+    """The mean over the group's consumers; from the weights where none was seen."""
+    if not seen:
+        return _from_weights(graph, index, order, state)
+    at = torch.tensor(order)
+    parts = []
+    for slot, item in seen:
+        assert item.moments is not None
+        mean = (item.moments.p / item.moments.count).cpu()[at]
+        covariance = item.moments.pp.cpu()[at[:, None], at] / item.moments.count
+        covariance -= torch.outer(mean, mean)
+        energy = consumer_energy(slot, _source(state, slot), graph.groups[index].width)
+        parts.append(error_curve(covariance, energy[at]))
+    return Curve(index, order, torch.stack(parts).mean(0))
 
 
 def _can_be_tried(model: nn.Module, inputs: ExampleInputs, held_out: ExampleInputs, times: int) -> bool:
@@ -205,7 +261,7 @@ def _travels(
     model: nn.Module,
     graph: Graph,
     curve: Curve,
-    seen: Sequence[tuple[Slot, ChannelSums]],
+    seen: _Seen,
     state: State,
     probes: Probes,
     expected: list[Tensor],

@@ -56,14 +56,16 @@ class Settings:
     """The options of a compression, as given by the user. Their order is that of the help."""
 
     round_to: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="N|auto",
             callback=check_multiple,
-            help="Each group keeps a multiple of this number of channels.",
+            help="Each group keeps a multiple of this number of channels. Default: up to 128 in language models of "
+            "transformers, the more the wider a group is, and 1 elsewhere.",
+            show_default=False,
             rich_help_panel=BUDGET,
         ),
-    ] = "1"
+    ] = None
     min_keep: Annotated[
         int, typer.Option(min=1, help="Each group keeps at least this many channels.", rich_help_panel=BUDGET)
     ] = 1
@@ -262,7 +264,7 @@ class Settings:
         return Budget(
             **{name: amount},  # pyright: ignore[reportArgumentType]
             minimize=minimize,
-            round_to=self.round_to if self.round_to == "auto" else int(self.round_to),
+            round_to=self.round_to if self.round_to in ("auto", None) else int(self.round_to),
             min_keep=self.min_keep,
             max_ratio=self.max_ratio,
             exclude=tuple(self.exclude or ()),

@@ -139,9 +139,9 @@ def check_budgets(texts: list[str]) -> list[str]:
     return texts
 
 
-def check_multiple(text: str) -> str:
-    """Check that a text is a positive whole number or auto."""
-    if text != "auto" and not (text.isascii() and text.isdigit() and int(text) > 0):
+def check_multiple(text: str | None) -> str | None:
+    """Check that a text is a positive whole number or auto; None passes."""
+    if text not in ("auto", None) and not (text.isascii() and text.isdigit() and int(text) > 0):
         raise typer.BadParameter(f"{text!r}: write a whole number from 1, or auto")
     return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lbyl.runtime.reductions import Reduction
@@ -193,6 +194,11 @@ class Consumer:
     columns: tuple[tuple[int, int], ...]
     calls: int
     dim: int = 1
+
+
+def last_to_run(consumers: Sequence[Consumer]) -> str | None:
+    """The weight of the last of some consumers, given in execution order; None where one of them runs several times."""
+    return consumers[-1].weight if consumers and all(consumer.calls == 1 for consumer in consumers) else None
 
 
 @dataclass(frozen=True)

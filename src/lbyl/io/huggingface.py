@@ -65,6 +65,11 @@ def is_pretrained_model(model: nn.Module) -> bool:
     )
 
 
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model of transformers has a vocabulary."""
+    return is_pretrained_model(model) and isinstance(getattr(model.config, "vocab_size", None), int)
+
+
 def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[int]]) -> str:
     """Write ``config.json`` beside saved weights, if ``from_pretrained`` then gives the same model.
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.graph import Consumer, Graph
+from lbyl.graph.types import last_to_run
 from lbyl.moments.base import Probes
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.memory import give_back
+from lbyl.runtime.progress import Progress, counted
 from lbyl.runtime.seeding import generator_for, sample_positions
 from lbyl.selection.view import ColumnMoments
 
@@ -58,6 +60,7 @@ def column_moments(
     seed: int,
     positions: int = 20_000,
     budget: int = 512 * 2**20,
+    progress: Progress | None = None,
 ) -> dict[str, ColumnMoments]:
     """Measure moments of the inputs of some groups' consumers, by the names of the consumers' weights.
 
@@ -71,6 +74,7 @@ def column_moments(
         positions: largest number of positions sampled from each batch when products are measured.
         budget: bytes that the products of one pass over the probes may take. If more are needed, there are several
             passes. For a consumer whose products alone would take more, only squares are measured.
+        progress: called as ``progress(stage, done, total)``.
     """
     waiting = [c for c in graph.consumers if any(group in groups for group, _ in c.columns)]
     found: dict[str, ColumnMoments] = {}
@@ -81,7 +85,7 @@ def column_moments(
             (taken if size <= room else later).append(consumer)
             room -= size if size <= room else 0
         sums = {c.weight: _empty(model, c, _size(c, products, budget) > 0, seed) for c in taken}
-        found |= _one_pass(model, sums, probes, positions)
+        found |= _one_pass(model, sums, probes, positions, last_to_run(taken), progress)
         waiting = later
     return found
 
@@ -101,14 +105,21 @@ def _empty(model: nn.Module, consumer: Consumer, products: bool, seed: int) -> _
 
 
 def _one_pass(
-    model: nn.Module, sums: Mapping[str, _Sums], probes: Probes, positions: int
+    model: nn.Module,
+    sums: Mapping[str, _Sums],
+    probes: Probes,
+    positions: int,
+    last: str | None,
+    progress: Progress | None,
 ) -> Mapping[str, ColumnMoments]:
     def on_consumer(call: ConsumerCall) -> None:
         if call.weight in sums:
             sums[call.weight].add(call, positions)
 
     with torch.no_grad():
-        for batch in probes.batches:
-            run_intercepted(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
+        for batch in counted(probes.batches, progress, "looking at channels"):
+            run_intercepted(
+                model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics, stop_after=last
+            )
             give_back()
     return {name: item.moments() for name, item in sums.items() if item.count}

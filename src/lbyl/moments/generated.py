@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from lbyl.errors import InputError
 from lbyl.moments.base import Probes
 from lbyl.moments.sentences import beginnings
 from lbyl.moments.token_inputs import like_example, token_ids
-from lbyl.runtime.batches import affordable, held_out_size, macs_per_input
+from lbyl.runtime.batches import affordable, alike, first_rows, held_out_size, in_parts, macs_per_input
 from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.memory import ROOM, give_back, held_at_once, held_bytes
 from lbyl.runtime.progress import Progress
-from lbyl.runtime.tokenizers import tokenizer_of
+from lbyl.runtime.tokenizers import frame, tokenizer_of
 
 _LENGTH = 256
 """Default number of tokens in a sequence. Statistics of the first tokens of a text differ from those of later ones."""
@@ -31,10 +32,10 @@ class Generated:
 
     For calibration, a model's own text was found to be as good as real text (Williams, Chrysostomou, Aletras 2024,
     "Self-calibration for Language Model Quantization and Pruning", arXiv 2410.17170). Each sequence starts with the
-    model's start token, if it has one. After that, half of the sequences continue with a random token, and the other
-    half with the beginning of an English sentence that comes with lbyl. The latter requires a tokenizer in the folder
-    that the model was loaded from; without one, all sequences continue with a random token. Special tokens are never
-    drawn.
+    model's start token, if it has one; it is removed again if the tokenizer beside the model's weights does not put it
+    before texts. After that, half of the sequences continue with a random token, and the other half with the beginning
+    of an English sentence that comes with lbyl. The latter requires a tokenizer in the folder that the model was loaded
+    from; without one, all sequences continue with a random token. Special tokens are never drawn.
 
     Attributes:
         sequences: number of sequences on which moments are collected; a quarter more is held out. None chooses as many
@@ -78,10 +79,13 @@ class Generated:
         count = self.sequences or affordable(each, 4e12, 16, 128, ceiling=4e13)
         held = held_out_size(count)
         allowed = _allowed(model, inputs)
-        starts = self._starts(model, allowed, count + held, min(_BEGINNING, length - 2), generator)
         write = _Writer(model, inputs, length, self.temperature, allowed, generator)
+        kinds = self._starts(model, allowed, count + held, min(_BEGINNING, length - 2), generator)
+        # All are brought to one length, for a pass over many texts takes little longer than one over a few.
+        longest = max(kind.shape[1] for kind in kinds)
+        starts = torch.cat([replace(write, length=longest)(kind.to(ids), lambda tokens: None) for kind in kinds])
         texts: list[Tensor] = []
-        for start in (part.to(ids) for kind in starts for part in kind.split(_TOGETHER)):
+        for start in starts.split(alike(len(starts), _TOGETHER)):
             done = sum(map(len, texts))
 
             def report(tokens: int, done: int = done, now: int = len(start)) -> None:
@@ -90,8 +94,10 @@ class Generated:
 
             texts.append(write(start, report))
         written = torch.cat(texts)[torch.randperm(count + held, generator=generator).to(ids.device)]
-        note = f"{count} texts of {length} tokens that the model wrote itself"
-        if len(starts) > 1:
+        if _only_to_start(model, written):
+            written = written[:, 1:]
+        note = f"{count} texts of {written.shape[1]} tokens that the model wrote itself"
+        if len(kinds) > 1:
             note += ", half of them from the beginnings of English sentences that come with lbyl"
         return Probes(
             tuple(like_example(inputs, part) for part in written[:count].split(16)),
@@ -144,6 +150,8 @@ class _Writer:
     @torch.no_grad()
     def __call__(self, text: Int[Tensor, "sequences tokens"], report: Callable[[int], None]) -> Tensor:
         """The texts with these beginnings; ``report`` is called with the current number of tokens in each."""
+        if text.shape[1] >= self.length:
+            return text
         return (self._by_generate if _generates(self.model) else self._by_hand)(text, report)
 
     def _by_generate(self, text: Tensor, report: Callable[[int], None]) -> Tensor:
@@ -190,8 +198,8 @@ class _Writer:
         return text
 
 
-_TOGETHER = 48
-"""How many sequences are generated at a time."""
+_TOGETHER = 80
+"""Largest number of sequences that are generated at a time."""
 
 
 _BEGINNING = 6
@@ -209,6 +217,14 @@ def _allowed(model: nn.Module, inputs: ExampleInputs) -> Bool[Tensor, " vocabula
     special = _special_tokens(getattr(model, "config", None))
     allowed[[token for token in special if token < len(allowed)]] = False
     return allowed
+
+
+def _only_to_start(model: nn.Module, written: Int[Tensor, "texts tokens"]) -> bool:
+    """Whether texts start with a token that the tokenizer beside the weights does not put before texts."""
+    begin, tokenizer = getattr(getattr(model, "config", None), "bos_token_id", None), tokenizer_of(model)
+    if tokenizer is None or not isinstance(begin, int) or written.shape[1] < 3:
+        return False
+    return begin not in frame(tokenizer)[0]
 
 
 def _generates(model: nn.Module) -> bool:
@@ -286,9 +302,14 @@ def text_losses(model: nn.Module, texts: ExampleInputs) -> Float[Tensor, " texts
     Raises:
         InputError: the model does not give logits of the next token.
     """
-    ids = token_ids(texts)
-    logits = None if ids is None else _logits(texts.cloned().call(model), ids)
-    if ids is None or logits is None:
-        raise InputError("the model gives no logits of the next token")
-    found = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].long(), reduction="none")
-    return found.mean(1)
+    found: list[Tensor] = []
+    most = held_at_once(ROOM, 2 * held_bytes(model, first_rows(texts)))  # of logits, there are copies
+    for part in in_parts(texts, most):
+        ids = token_ids(part)
+        logits = None if ids is None else _logits(part.cloned().call(model), ids)
+        if ids is None or logits is None:
+            raise InputError("the model gives no logits of the next token")
+        rows = zip(logits, ids, strict=True)
+        found += [functional.cross_entropy(row[:-1].float(), wanted[1:].long()) for row, wanted in rows]
+        give_back()
+    return torch.stack(found)

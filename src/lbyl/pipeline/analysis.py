@@ -153,7 +153,9 @@ def analyze(
     if probes is not None:
         shown = probes
         with clock("solve"), restoring(restorer):
-            moments = cache.consumer_moments(lambda: restorer.measure(work, graph, wanted, shown, seed, _ROOM))
+            moments = cache.consumer_moments(
+                lambda: restorer.measure(work, graph, wanted, shown, seed, _ROOM, request.progress)
+            )
     return Analysis(restorer, cuttable, seen, curves, moments)
 
 
@@ -184,7 +186,8 @@ def look(
         if not needed:
             return Seen(probes)
         products = getattr(subject.criterion, "sees", "") == "products"
-        return Seen(probes, column_moments(work, subject.graph, groups, probes, products=products, seed=request.seed))
+        more = {"products": products, "seed": request.seed, "progress": request.progress}
+        return Seen(probes, column_moments(work, subject.graph, groups, probes, **more))
 
 
 def find_cuttable(subject: Subject, request: CompressionRequest) -> Cuttable:

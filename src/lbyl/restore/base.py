@@ -125,7 +125,14 @@ class Restorer(ABC):
         raise NotImplementedError(f"{type(self).__name__} takes no probes")
 
     def measure(
-        self, model: nn.Module, graph: Graph, groups: Collection[int], probes: Probes, seed: int, limit: int
+        self,
+        model: nn.Module,
+        graph: Graph,
+        groups: Collection[int],
+        probes: Probes,
+        seed: int,
+        limit: int,
+        progress: Progress | None = None,
     ) -> dict[str, ConsumerMoments]:
         """Measure moments of the inputs of some groups' consumers, in at most ``limit`` bytes, for several budgets."""
         return {}

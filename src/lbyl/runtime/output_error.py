@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,21 +54,24 @@ def outputs_error(reference: Any, outputs: Any) -> float:
     Raises:
         InputError: the reference holds no finite number.
     """
-    expected = [t for t in output_tensors(reference) if t.is_floating_point()]
-    found = [t for t in output_tensors(outputs) if t.is_floating_point()]
+    return error_of_parts([output_tensors(reference)], [output_tensors(outputs)])
+
+
+def error_of_parts(expected: Sequence[Sequence[Tensor]], found: Iterable[Sequence[Tensor]]) -> float:
+    """The same of outputs that come part by part, as those of large batches; means are taken over all parts.
+
+    One part of ``found`` is asked for at a time, and nothing as large as a part is made.
+    """
+    expected = [[t for t in part if t.is_floating_point()] for part in expected]
     cross = own = theirs = 0.0
-    for a, b in zip(expected, found, strict=True):
-        a, b = a.double(), b.double()
-        here = torch.isfinite(a)  # masked outputs are -inf on purpose
-        if not bool(here.all()):
-            if a.numel() and not bool(here.any()):
-                raise InputError("the network's outputs on the probes are not finite")
-            a, b = a[here], b[here]
-        mean = _mean(a)
-        x, y = a - mean, b - mean
-        cross += float((x * y).sum())
-        own += float(x.square().sum())
-        theirs += float(y.square().sum())
+    for part, other, means in zip(expected, found, _means(expected), strict=True):
+        floats = [t for t in other if t.is_floating_point()]
+        for a, b, mean in zip(part, floats, means, strict=True):
+            for x, y in _chunks(a, b):
+                x, y = x - mean, y - mean
+                cross += float((x * y).sum())
+                own += float(x.square().sum())
+                theirs += float(y.square().sum())
     if own == theirs == 0:
         return 0.0
     if not math.isfinite(cross) or cross <= 0:
@@ -75,10 +79,41 @@ def outputs_error(reference: Any, outputs: Any) -> float:
     return math.sqrt(max(0.0, 1 - cross**2 / (own * theirs)))
 
 
-def _mean(tensor: Tensor) -> Tensor:
-    """The mean of every feature, or of all features together if each has a single value."""
-    axis = 1 if tensor.dim() > 3 else tensor.dim() - 1
-    others = [dim for dim in range(tensor.dim()) if dim != axis]
-    if not others or tensor.numel() <= tensor.shape[axis]:
-        return tensor.mean()
-    return tensor.mean(others, keepdim=True)
+_CHUNK = 2**22
+"""Elements that are widened to float64 at a time."""
+
+
+def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two tensors in float64, some rows at a time, where the first one is finite."""
+    if not a.dim():
+        a, b = a[None], b[None]
+    rows = max(1, _CHUNK * len(a) // max(1, a.numel()))
+    for x, y in zip(a.split(rows), b.split(rows), strict=True):
+        here = torch.isfinite(x)  # masked outputs are -inf on purpose
+        x, y = x.double(), y.double()
+        yield (x, y) if bool(here.all()) else (x[here], y[here])
+
+
+def _means(parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """The mean for each tensor of each part; parts that are alike have one."""
+    kinds = {tuple(t.shape[1:] if t.dim() else None for t in part) for part in parts}
+    if len(kinds) == 1 and None not in next(iter(kinds)):
+        means = [_mean(same) for same in zip(*parts, strict=True)]
+        return [means] * len(parts)
+    return [[_mean([tensor]) for tensor in part] for part in parts]
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    """The mean of every feature; of all together where each of them is there only once or some are not finite."""
+    first, count = parts[0], sum(tensor.numel() for tensor in parts)
+    axis = 1 if first.dim() > 3 else first.dim() - 1
+    others = [dim for dim in range(first.dim()) if dim != axis]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in parts):
+        finite = [x for tensor in parts for x, _ in _chunks(tensor, tensor)]
+        if not any(x.numel() for x in finite):
+            raise InputError("the network's outputs on the probes are not finite")
+        return torch.stack([x.sum() for x in finite]).sum() / sum(x.numel() for x in finite)
+    if not others or count <= first.shape[axis]:
+        return torch.stack([tensor.sum(dtype=torch.float64) for tensor in parts]).sum() / count
+    sums = [tensor.sum(others, keepdim=True, dtype=torch.float64) for tensor in parts]
+    return torch.stack(sums).sum(0) * (first.shape[axis] / count)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``."""
+
+T = TypeVar("T")
+
+
+def counted(items: Sequence[T], progress: Progress | None, stage: str) -> Iterator[T]:
+    """The items one by one; each is reported once the next one is asked for."""
+    for done, item in enumerate(items, 1):
+        yield item
+        if progress:
+            progress(stage, done, len(items))
 
 
 @dataclass

@@ -45,7 +45,7 @@ def packed_tokens(tokenizer: Any, texts: Iterable[str], count: int, length: int)
 
     There are ``count`` sequences, or fewer if the texts do not fill them.
     """
-    before, after = _frame(tokenizer)
+    before, after = frame(tokenizer)
     room = length - len(before) - len(after)
     found: list[list[int]] = []
     rest: list[int] = []
@@ -59,7 +59,7 @@ def packed_tokens(tokenizer: Any, texts: Iterable[str], count: int, length: int)
     return torch.tensor(found, dtype=torch.long).reshape(-1, length)
 
 
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and after a text."""
     inside = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]

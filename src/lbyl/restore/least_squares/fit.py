@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.graph import Graph
+from lbyl.graph.types import last_to_run
 from lbyl.moments import ClosedFormSource, Probes, ProbeSource
 from lbyl.moments.accumulate import ConsumerMoments, PatchSums, WholeSums
 from lbyl.moments.attached_norms import folded, measure_statistics, normed_graph, with_norms
@@ -50,8 +51,8 @@ from lbyl.runtime.forward import ConsumerCall, OnConsumer, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.layer_norms import NormMasks
 from lbyl.runtime.memory import give_back, held_at_once, held_bytes
-from lbyl.runtime.output_error import Assessment, outputs_error
-from lbyl.runtime.progress import Progress
+from lbyl.runtime.output_error import Assessment, error_of_parts
+from lbyl.runtime.progress import Progress, counted
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State
 from lbyl.surgery.masking import norm_masks, with_masks
@@ -202,7 +203,7 @@ class _Judge:
     held_out: tuple[ExampleInputs, ...]
     kept: NormMasks
     world: Statistics
-    expected: list[Tensor]
+    expected: list[list[Tensor]]
     where: str
 
     @staticmethod
@@ -216,24 +217,21 @@ class _Judge:
         parts = tuple(in_parts(probes.held_out, most))
         where = "held-out probes" if probes.holds_out else "what was solved on"
         judge = _Judge(model, state, parts, norm_masks(problem.selection), world, [], where)
-        return replace(judge, expected=judge.outputs({}))
+        return replace(judge, expected=list(judge.outputs({})))
 
-    def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> list[Tensor]:
+    def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> Iterator[list[Tensor]]:
         """The network's outputs for all held-out probes, part by part."""
         moved = transplant(values, self.state, self.world)
-        found = []
         for part in self.held_out:
             given = output_tensors(run_intercepted(self.model, part, values=moved, kept=kept))
             attended = attended_positions(self.model, part)
-            found.append([at_attended(attended, tensor) for tensor in given])
+            yield [at_attended(attended, tensor) for tensor in given]
+            del given
             give_back()
-        if len({len(tensors) for tensors in found}) > 1 or not all(t.dim() for tensors in found for t in tensors):
-            return list(chain.from_iterable(found))
-        return [torch.cat(same) for same in zip(*found, strict=True)] if len(found) > 1 else found[0]
 
     def __call__(self, values: Mapping[str, Tensor]) -> float:
         """The error of these values."""
-        return outputs_error(self.expected, self.outputs(values, self.kept))
+        return error_of_parts(self.expected, self.outputs(values, self.kept))
 
 
 def _with_renorm(
@@ -396,14 +394,14 @@ def _collect(
     watch: bool,
 ) -> list[Look]:
     """Run the unpruned network on all probes, add to the sums, and if ``watch`` observe its batch norms."""
-    consumers = [consumer.weight for consumer in problem.graph.consumers]
     norms = {target.consumer.weight for target in problem.found if target.norm}
     shown, positions = _recalibration_batches(probes), _positions(problem, probes)
     # A cut changes the inputs of consumers after a layer norm.
     kept = norm_masks(problem.selection)
-    last = list(taken)[-1] if consumers[-1] not in taken and not watch else None
+    last = None if watch else last_to_run([target.consumer for target, _ in taken.values()])
+    consumers = frozenset(consumer.weight for consumer in problem.graph.consumers)
     looks: list[Look] = []
-    for number, batch in enumerate(probes.batches):
+    for number, batch in enumerate(counted(probes.batches, problem.progress, "measuring")):
         # For the other batches, only statistics are needed.
         observer = Observer(norms if number in shown else (), positions) if watch else None
         run_intercepted(
@@ -414,7 +412,7 @@ def _collect(
             batch_statistics=probes.batch_statistics,
             stop_after=last,
             kept=kept,
-            foresee=frozenset(consumers),
+            foresee=consumers,
         )
         if observer:
             looks.append(observer.look())
@@ -444,6 +442,7 @@ def measure(
     settings: Settings,
     seed: int,
     limit: int,
+    progress: Progress | None = None,
 ) -> dict[str, ConsumerMoments]:
     """Measure moments of all input channels of some groups' consumers, from which `fit` uses parts.
 
@@ -456,6 +455,7 @@ def measure(
         seed: seed for sampling positions.
         limit: bytes that all moments may take. Later consumers that exceed it are left to `fit`, and so are consumers
             of channels that a layer norm is taken over.
+        progress: called as ``progress(stage, done, total)``.
     """
     state = tensors_of(model)
     sums: dict[str, WholeSums] = {}
@@ -479,6 +479,9 @@ def measure(
             sums[call.weight].add(call, weights[call.weight])
 
     with torch.no_grad():
-        for batch in probes.batches if sums else ():
-            run_intercepted(model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics)
+        last = last_to_run([consumer for consumer in graph.consumers if consumer.weight in sums])
+        for batch in counted(probes.batches, progress, "measuring") if sums else ():
+            run_intercepted(
+                model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics, stop_after=last
+            )
     return {name: reading for name, item in sums.items() if (reading := item.reading())}

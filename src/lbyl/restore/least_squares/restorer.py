@@ -82,10 +82,17 @@ class LeastSquares(Settings, Restorer):
         return make_probes(model, inputs, self, seed, progress)
 
     def measure(
-        self, model: nn.Module, graph: Graph, groups: Collection[int], probes: Probes, seed: int, limit: int
+        self,
+        model: nn.Module,
+        graph: Graph,
+        groups: Collection[int],
+        probes: Probes,
+        seed: int,
+        limit: int,
+        progress: Progress | None = None,
     ) -> dict[str, ConsumerMoments]:
         """Measure moments of the inputs of some groups' consumers, from which :meth:`restore` uses parts."""
-        return measure(model, graph, groups, probes, self, seed, limit)
+        return measure(model, graph, groups, probes, self, seed, limit, progress)
 
     def restore(self, problem: RestorationProblem) -> Restoration:
         """Probe the network, solve each consumer, recalibrate the batch norms, and measure the outputs' error."""
