@@ -116,3 +116,13 @@ def test_photographs_alone() -> None:
     assert torch.equal(crops, photographs((13, 3, 24, 24), generator()))
     with pytest.raises(lbyl.InputError, match="at least 2"):
         lbyl.Photographs(images=1)
+
+
+def test_crops_are_not_blurred_by_scaling_up() -> None:
+    """The photographs have 320 pixels: crops of that size are nearly as sharp as crops of 224."""
+
+    def detail(size: int) -> float:
+        crops = photographs((32, 3, size, size), generator())
+        return float((crops[..., 1:] - crops[..., :-1]).square().mean())
+
+    assert detail(320) > 0.8 * detail(224)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lbyl.runtime.forward import ConsumerCall
 from lbyl.runtime.seeding import sample_positions
+from lbyl.selection.view import ColumnMoments
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -261,11 +262,8 @@ class ChannelSums:
 
     def add(self, call: ConsumerCall, weight: Tensor) -> None:
         """Add one call of the consumer."""
-        x = call.x if call.fed is None else call.fed
-        x = x if call.op == "linear" else x.flatten(2).transpose(1, 2)
-        x = x.reshape(-1, x.shape[-1])
-        chosen = sample_positions(len(x), max(1, self.positions // self.index.shape[1]), self.generator)
-        x = x if chosen is None else x[chosen.to(x.device)]
+        most = max(1, self.positions // self.index.shape[1])
+        x = _sampled(_rows(call, call.x if call.fed is None else call.fed), most, self.generator)
         if self.moments is None or self.columns is None:
             self.moments = Moments.zeros(len(self.index), 0, x.device)
             self.columns = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
@@ -273,6 +271,45 @@ class ChannelSums:
         for part in x.split(max(1, _CHUNK_BYTES // (4 * x.shape[1]))):
             p = part[:, self.index].transpose(1, 2).reshape(-1, len(self.index))
             self.moments.add(p, p[:, :0])
+
+
+@dataclass
+class ColumnSums:
+    """Sums over the positions at which a consumer reads, for every input column by itself or for all pairs of them."""
+
+    positions: int  # at most this many a call, for pairs
+    count: int
+    first: Float[Tensor, " columns"]
+    second: Float[Tensor, " columns"] | Float[Tensor, "columns columns"]  # of squares, or of all products
+    generator: torch.Generator
+
+    def add(self, call: ConsumerCall) -> None:
+        """Add the input of one call of the consumer."""
+        x, pairs = _rows(call, call.x), self.second.dim() == 2
+        x = _sampled(x, self.positions, self.generator) if pairs else x
+        self.count += len(x)
+        for part in x.split(max(1, _CHUNK_BYTES // (8 * x.shape[1]))):
+            wide = part.double()
+            self.first += wide.sum(0)
+            self.second += wide.T @ wide if pairs else wide.square().sum(0)
+
+    def moments(self) -> ColumnMoments:
+        """The means."""
+        mean, second = (self.first / self.count).cpu(), (self.second / self.count).cpu()
+        products = second if second.dim() == 2 else None
+        return ColumnMoments(mean, second if products is None else products.diagonal(), products)
+
+
+def _rows(call: ConsumerCall, x: Tensor) -> Float[Tensor, "positions columns"]:
+    """A consumer's input position by position, without patches."""
+    x = x if call.op == "linear" else x.flatten(2).transpose(1, 2)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _sampled(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """At most so many of the rows."""
+    chosen = sample_positions(len(x), most, generator)
+    return x if chosen is None else x[chosen.to(x.device)]
 
 
 def _as_2d(

@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lbyl.graph import Consumer, Graph
 from lbyl.graph.types import last_to_run
+from lbyl.moments.accumulate import ColumnSums
 from lbyl.moments.base import Probes
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.memory import give_back
 from lbyl.runtime.progress import Progress, counted
-from lbyl.runtime.seeding import generator_for, sample_positions
+from lbyl.runtime.seeding import generator_for
 from lbyl.selection.view import ColumnMoments
-
-_CHUNK = 2**20
-"""How many elements are converted to float64 at a time."""
-
-
-@dataclass
-class _Sums:
-    """Sums over the positions at which a consumer reads."""
-
-    count: int
-    first: Tensor
-    second: Tensor  # of squares, or of all products
-    generator: torch.Generator
-
-    def add(self, call: ConsumerCall, positions: int) -> None:
-        """Add the input of one call of the consumer."""
-        x = call.x if call.op == "linear" else call.x.flatten(2).transpose(1, 2)
-        x = x.reshape(-1, x.shape[-1])
-        if self.second.dim() == 2:
-            chosen = sample_positions(len(x), positions, self.generator)
-            x = x if chosen is None else x[chosen.to(x.device)]
-        self.count += len(x)
-        for part in x.split(max(1, _CHUNK // x.shape[1])):
-            wide = part.double()
-            self.first += wide.sum(0)
-            self.second += wide.T @ wide if self.second.dim() == 2 else wide.square().sum(0)
-
-    def moments(self) -> ColumnMoments:
-        """The means."""
-        mean, second = (self.first / self.count).cpu(), (self.second / self.count).cpu()
-        products = second if second.dim() == 2 else None
-        return ColumnMoments(mean, second if products is None else products.diagonal(), products)
 
 
 def column_moments(
@@ -84,8 +52,8 @@ def column_moments(
             size = _size(consumer, products, budget)
             (taken if size <= room else later).append(consumer)
             room -= size if size <= room else 0
-        sums = {c.weight: _empty(model, c, _size(c, products, budget) > 0, seed) for c in taken}
-        found |= _one_pass(model, sums, probes, positions, last_to_run(taken), progress)
+        sums = {c.weight: _empty(model, c, _size(c, products, budget) > 0, positions, seed) for c in taken}
+        found |= _one_pass(model, sums, probes, last_to_run(taken), progress)
         waiting = later
     return found
 
@@ -96,25 +64,24 @@ def _size(consumer: Consumer, products: bool, budget: int) -> int:
     return size if products and size <= budget else 0
 
 
-def _empty(model: nn.Module, consumer: Consumer, products: bool, seed: int) -> _Sums:
+def _empty(model: nn.Module, consumer: Consumer, products: bool, positions: int, seed: int) -> ColumnSums:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     columns = len(consumer.columns)
     shape = (columns, columns) if products else (columns,)
     first, second = (torch.zeros(each, dtype=torch.float64, device=device) for each in ((columns,), shape))
-    return _Sums(0, first, second, generator_for(seed, f"{consumer.weight}#columns"))
+    return ColumnSums(positions, 0, first, second, generator_for(seed, f"{consumer.weight}#columns"))
 
 
 def _one_pass(
     model: nn.Module,
-    sums: Mapping[str, _Sums],
+    sums: Mapping[str, ColumnSums],
     probes: Probes,
-    positions: int,
     last: str | None,
     progress: Progress | None,
 ) -> Mapping[str, ColumnMoments]:
     def on_consumer(call: ConsumerCall) -> None:
         if call.weight in sums:
-            sums[call.weight].add(call, positions)
+            sums[call.weight].add(call)
 
     with torch.no_grad():
         for batch in counted(probes.batches, progress, "looking at channels"):

@@ -26,7 +26,7 @@ from lbyl.runtime.progress import Progress
 _SMALLEST = 16
 """Smallest side of an input for which crops of photographs are used."""
 _PART = 0.4
-"""The smallest crop, as a share of the sides of the largest possible one."""
+"""The smallest crop, as a share of the sides of the largest possible one; larger if that has too few pixels."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def takes_photographs(inputs: ExampleInputs) -> bool:
 
 
 def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
-    """Random crops of 32 photographs in turn, half of them mirrored.
+    """Random crops of 32 photographs in turn, scaled down to the input's size, half of them mirrored.
 
     ``images/SOURCES.md`` names authors and licenses. Each channel has zero mean and unit variance over all crops.
     Channels may be the second or the last axis. For other shapes than color images, the result is that of
@@ -88,7 +88,10 @@ def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
     for number in range(count):
         whole = available[number % len(available)]
         part, across, down, mirror = torch.rand(4, generator=generator, dtype=torch.float32).tolist()
-        scale = min(whole.width / width, whole.height / height) * (_PART + (1 - _PART) * part)
+        largest = min(whole.width / width, whole.height / height)
+        # A crop with fewer pixels than the input would be blurred, as real inputs are not.
+        smallest = max(_PART, min(1.0, 1 / largest))
+        scale = largest * (smallest + (1 - smallest) * part)
         crop_width, crop_height = max(1, math.floor(scale * width)), max(1, math.floor(scale * height))
         left, top = int(across * (whole.width - crop_width + 1)), int(down * (whole.height - crop_height + 1))
         box = left, top, left + crop_width, top + crop_height
