@@ -12,6 +12,8 @@ from nets import settle
 from torch import Tensor, nn
 
 import lbyl
+from lbyl.moments.attached_norms import measure_statistics
+from lbyl.runtime.inputs import ExampleInputs
 
 
 class Residual(nn.Module):
@@ -194,3 +196,17 @@ def test_a_batch_norm_that_was_left_does_not_speak_for_the_rest() -> None:
         for attach in (True, False)
     ]
     assert error(net, with_data[0].model) < error(net, with_data[1].model)
+
+
+def test_no_pass_over_all_inputs_where_no_layer_can_have_a_batch_norm() -> None:
+    class Counting(nn.Sequential):
+        rows = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.rows += len(input)
+            return super().forward(input)
+
+    net = Counting(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False)).eval()
+    batches = [ExampleInputs.of(torch.randn(16, 4)) for _ in range(3)]
+    assert measure_statistics(net, batches) == {}
+    assert net.rows <= 2
