@@ -432,7 +432,7 @@ def test_the_weighted_sum_over_a_coreset_is_unbiased() -> None:
 
 def test_unknown_restorers_are_one_clear_error() -> None:
     for wrong in ("ridge", lbyl.LBYL, object()):
-        with pytest.raises(lbyl.InputError, match=r"auto, lbyl, merge|deliver"):
+        with pytest.raises(lbyl.InputError, match=r"auto, lbyl, merge|deliver|pass an object"):
             compress(mlp(), images(2, 6), restore=wrong)  # pyright: ignore[reportArgumentType]
 
 

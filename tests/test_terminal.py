@@ -73,7 +73,14 @@ def test_output(row: Row, tmp_path: Path) -> None:
 def test_a_signal_ends_in_one_line(number: signal.Signals, code: int, says: str, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("import time\ndef slow():\n    open('begun', 'w').close()\n    time.sleep(60)\n")
     command = [sys.executable, "-m", "lbyl", "inspect", "net.py:slow", "--quiet"]
-    child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells let what they start in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "begun").exists():
         assert child.poll() is None
         time.sleep(0.02)

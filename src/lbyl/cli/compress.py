@@ -89,9 +89,7 @@ def compress(
     with working(f"loading {source}", quiet) as stage:
         check_output(output)
         import lbyl
-        from lbyl.io.artifact import PAGE, document, is_saved, read_manifest
-        from lbyl.io.report.format import shown
-        from lbyl.io.report.snippets import load_line
+        from lbyl.io.artifact import is_saved
         from lbyl.io.sources import load_function
 
         check_images(settings)
@@ -122,15 +120,22 @@ def compress(
             result = result.timed(timed)
         stage(f"writing {output}")
         result.save(output)
-        # The saved report has more notes, such as whether a config.json could be written.
-        saved = read_manifest(output)
+    _show(output, as_json, settings.builder if is_saved(source) else source)
+
+
+def _show(output: Path, as_json: bool, origin: str | None) -> None:
+    """Print the saved report. It has more notes than the result's, such as whether a config.json could be written."""
+    from lbyl.io.artifact import PAGE, document, read_manifest
+    from lbyl.io.report.format import shown
+    from lbyl.io.report.snippets import load_line
+
+    saved = read_manifest(output)
     if as_json:
         print_json(document(output, saved.plan, saved.report))
         return
     out.print(saved.report)
     out.print(shown(f"saved to {output}; {output / PAGE} is the report for people"), soft_wrap=True)
-    origin = settings.builder or saved.plan.source if is_saved(source) else source
-    out.print(Text(f"load it with\n\n    {load_line(output, origin)}\n"), soft_wrap=True)
+    out.print(Text(f"load it with\n\n    {load_line(output, origin or saved.plan.source)}\n"), soft_wrap=True)
 
 
 _DEFAULT = "agreement=0.95"

@@ -131,7 +131,7 @@ def _named_format(format: str | None, to: str | os.PathLike[str] | None) -> str:
         format = ending if ending in names("format") else "onnx" if not ending else None
     if format not in names("format"):
         known = " or ".join(map(repr, names("format")))
-        raise InputError(f"format is {format!r}; write {known}" if format else f"{to} names no format; write {known}")
+        raise InputError(f"format is {format!r}; choose {known}" if format else f"{to} names no format; choose {known}")
     return format
 
 
@@ -151,7 +151,7 @@ def _target_of_folder(path: str | os.PathLike[str], to: str | os.PathLike[str] |
     target = Path(path) / f"model.{format}" if to is None else _file(to)
     weights = artifact.weights_file(path)
     if weights.name == artifact.ONNX and target.absolute() == weights.absolute():
-        raise InputError(f"{target} is the network itself, as small as the plan says; there is nothing to export")
+        raise InputError(f"{target} already is the smaller network, so there is nothing to export")
     return target
 
 
