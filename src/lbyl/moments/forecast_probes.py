@@ -26,7 +26,7 @@ DREAMED, PHOTOGRAPHS, SURE, PLAIN, SENTENCES = "dreamed", "photographs", "sure",
 _STEPS, _STEP, _SURENESS = 20, 0.3, 0.99
 _FEWEST, _MOST = 32, 256
 _FEWEST_DREAMED, _MOST_DREAMED = 8, 96
-_MACS, _CEILING = 6e11, 5e12
+_MACS, _CEILING = 6e11, 2e12
 """Multiply-accumulates that dreaming should take, and the largest number that it may take."""
 _FEWEST_PLAIN, _MOST_PLAIN = 48, 256
 _PLAIN_MACS, _PLAIN_CEILING = 6e10, 4e11
