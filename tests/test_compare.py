@@ -11,7 +11,7 @@ import pytest
 import rich
 import torch
 from nets import flat_convnet, images, mlp, settle
-from torch import nn
+from torch import Tensor, nn
 
 import lbyl
 
@@ -108,3 +108,16 @@ def test_single_precision_is_good_enough_for_a_delivery() -> None:
             return lbyl.Delivery(torch.ones(len(keep), len(drop)), torch.ones(len(keep)))
 
     assert lbyl.compress(mlp(), images(2, 6), ratio=0.5, restore=Mine(), forecast=False).report.verified is not None
+
+
+def test_a_network_of_one_batch_size_is_compared_too() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.view(2, -1))
+
+    found = lbyl.compare(Two().eval(), images(2, 6), restores=["prune", "auto"], ratios=[0.25])
+    assert [row.why for row in found.rows] == ["", ""]

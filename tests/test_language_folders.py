@@ -135,6 +135,19 @@ def test_encoders_read_sentences_where_there_is_a_tokenizer(places: dict[str, Pa
     assert any("sequences of 38 tokens from English sentences" in note for note in result.report.notes)
 
 
+def test_encoders_are_compared_on_the_same_sentences(places: dict[str, Path]) -> None:
+    net: nn.Module = lbyl.load_source(f"hf:{places['bert']}")
+    cuts = ({"*intermediate*": ratio} for ratio in (0.05, 0.9))
+    little, much = (lbyl.compress(net, ids(2), ratio=cut, restore="prune").report.forecast for cut in cuts)
+    assert little
+    assert much
+    assert little.measure == much.measure == "error"
+    assert little.error is not None
+    assert much.error is not None
+    assert little.error < 0.5 * much.error
+    assert little.inputs > 32
+
+
 def test_without_a_tokenizer_there_are_no_sentences() -> None:
     hf: Any = transformers
     net = hf.BertModel(hf.BertConfig(**SIZES)).eval()

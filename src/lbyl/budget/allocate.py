@@ -153,6 +153,8 @@ def choose_widths(
 ) -> Widths:
     """Choose the widths with the least predicted error for a budget.
 
+    A measured latency below the budget also meets it, if no widths come closer; a note says so.
+
     Args:
         model: the unpruned network in evaluation mode.
         inputs: its inputs; MACs are counted and time is measured on them.
@@ -160,8 +162,6 @@ def choose_widths(
         measured: the error curves of the groups that may lose channels.
         budget: the budget.
         cut: cuts the network to kept counts. The cost of the result is measured, because predictions are inexact.
-
-    A latency that was measured below the budget is within it, too, where no widths come closer: a note says so.
 
     Raises:
         BudgetError: the budget can't be reached within 2%; or for a latency, no network is below it or within its
@@ -184,7 +184,7 @@ def _chosen(
     budget: Budget,
     cut: Callable[[KeptCounts], nn.Module],
 ) -> Widths:
-    """The same with one way to round."""
+    """Choose the widths with one way to round."""
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
     budget = budget.on(inputs.tensors()[0].device)
     if budget.uniform_layers is None:

@@ -58,15 +58,8 @@ class Data:
         if len(read) == 1:
             read, how = _parted(model, read[0])
             note = f"{note}; {how}"
-        seen = len(read) == 1
-        return Probes(
-            tuple(read if seen else read[:-1]),
-            read[-1],
-            batch_statistics=False,
-            note=note,
-            matches_training_statistics=True,
-            holds_out=not seen,
-        )
+        batches = tuple(read[:-1] if len(read) > 1 else read)
+        return Probes(batches, read[-1], batch_statistics=False, note=note, matches_training_statistics=True)
 
     def _read(self, inputs: ExampleInputs, device: torch.device, rows: int) -> tuple[list[ExampleInputs], str]:
         """The batches, and a note about how many were read."""

@@ -47,7 +47,9 @@ def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
                 scale = UNIT
             scale = scale if _is_far(scale) else UNIT
         for bounded in (told_by_example, _within_example(tensor)):
-            if bounded is not UNIT and not _takes(model, inputs, index, scale):
+            if _takes(model, inputs, index, scale):
+                break
+            if bounded is not UNIT:
                 scale, whence = bounded, "the example"
         scales[index] = scale
         if scale is not UNIT:

@@ -220,7 +220,7 @@ def compare(
     for ratio in ratios:
         check_ratio(ratio)
     judge, model = Judge(evaluate), plain_module(model)
-    first = CompressionRequest(ratios[0], None, scope, None, ways[0][1], seed, verify, False, None, progress, forecast)
+    first = CompressionRequest(ratios[0], None, scope, None, None, seed, verify, False, None, progress, forecast)
     with deep_calls(model), alone(model):
         before = judge(copy_model(model), "the unpruned network")
         prepared = prepare(model, example_inputs, first, None, Clock())

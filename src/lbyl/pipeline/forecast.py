@@ -108,7 +108,7 @@ class Forecaster:
         return foretell([outputs_error(before, after)], count, real=True)
 
     def _on_probes(self, smaller: nn.Module) -> Forecast:
-        made = self._made if self._has_floats else self._sentences
+        made = self._made
         if not made.batches:
             return Forecast(why=made.why)
         if self.measure not in (AGREEMENT, POSITIONS):
@@ -159,14 +159,16 @@ class Forecaster:
 
     @cached_property
     def _made(self) -> ForecastProbes:
+        if not self._has_floats:
+            return self._sentences()
         scores = class_scores if self.measure == AGREEMENT else _position_scores
         answers = scores(output_tensors(self.inputs.cloned().call(self.model)), self.inputs)
         classes = answers.shape[1] if answers is not None and self.measure in (AGREEMENT, POSITIONS) else 0
         generator = generator_for(self.seed, "forecast")
         return forecast_probes(self.model, self.inputs, generator, self.progress, classes, scores)
 
-    @cached_property
     def _sentences(self) -> ForecastProbes:
+        """English sentences as tokens, for models that have a tokenizer."""
         if not takes_sentences(self.model, self.inputs):
             return ForecastProbes(why="no probes are known that are like its tokens; give inputs of yours (lbyl.Data)")
         source, generator = Sentences(sequences=_SENTENCES), generator_for(self.seed, "forecast")

@@ -36,7 +36,7 @@ from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import shape_and_dtype, tensors_of, unwrapped
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
-from lbyl.selection.criteria.base import Criterion, SeeingCriterion
+from lbyl.selection.criteria.base import Criterion, SeeingCriterion, needs_probes
 
 Made = TypeVar("Made")
 
@@ -107,6 +107,11 @@ class Subject:
         restorer, why = request.restorer(model, inputs)
         criterion, how = request.scoring(model, inputs, restorer)
         return Subject(path, model, inputs, graph, restorer, criterion, tuple(filter(None, [why, how])))
+
+    @property
+    def may_probe(self) -> bool:
+        """Whether the restorer or the criterion runs the network on probes."""
+        return self.restorer.takes_probes or needs_probes(self.criterion)
 
     def attempts(self, request: CompressionRequest) -> Iterator[Subject]:
         """The subject with each restorer to try in turn: only the requested one, if one was requested."""
@@ -188,13 +193,17 @@ def prepare(
     with clock("trace"):
         traced = trace_model(model, inputs, request.strict, submodule)
     if traced.graph is not None:
-        with undisturbed(traced.model):
-            inputs = inputs.with_rows(traced.model)
         found = [("", traced.model, inputs, traced.graph)]
     else:
         found = [(part.path, model.get_submodule(part.path), part.inputs, part.graph) for part in traced.parts]
+    subjects = tuple(Subject.of(*each, request) for each in found)
+    if traced.graph is not None and (request.forecast or subjects[0].may_probe):
+        # Only probes have other batch sizes than the example inputs.
+        with undisturbed(traced.model):
+            inputs = inputs.with_rows(traced.model)
+        subjects = tuple(replace(subject, inputs=inputs) for subject in subjects)
     forecaster = Forecaster(model, inputs, request.seed, request.progress) if request.forecast else None
-    return Prepared(model, inputs, traced, tuple(Subject.of(*each, request) for each in found), forecaster)
+    return Prepared(model, inputs, traced, subjects, forecaster)
 
 
 def plain_module(model: object) -> nn.Module:

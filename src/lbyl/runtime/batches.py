@@ -95,7 +95,8 @@ def macs_per_input(model: nn.Module, inputs: ExampleInputs) -> float:
 
     For a network that takes one batch size only, they include a share of the overhead of each call.
     """
-    return max(count_macs(model, inputs) / max(batch_size(inputs), 1), 1.0) + _CALL / (inputs.rows or _CALL)
+    each = max(count_macs(model, inputs) / max(batch_size(inputs), 1), 1.0)
+    return each + _CALL / inputs.rows if inputs.rows else each
 
 
 _CALL = 1e9
