@@ -47,6 +47,11 @@ def on(call: Callable[[Tensor], Tensor], *tail: nn.Module) -> nn.Module:
     return S(C(3, 12, 3, 1, 1), Net(lambda n, x: call(x)), *(tail or (C(12, 8, 1), nn.ReLU(), C(8, 4, 1))))
 
 
+def shuffled(groups: int) -> Callable[[Tensor], Tensor]:
+    """A channel shuffle as people write it."""
+    return lambda x: x.view(len(x), groups, x.shape[1] // groups, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+
+
 def between(*parts: nn.Module) -> nn.Module:
     """Modules between two convolutions."""
     return S(C(3, 12, 3, 1, 1), *parts, C(12, 8, 1), nn.ReLU(), C(8, 4, 1))
@@ -374,6 +379,25 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
         L(24, 3),
     ),
     "pixel shuffle": lambda: S(C(3, 16, 1), nn.PixelShuffle(2), nn.ReLU(), C(4, 3, 1)),
+    "channel shuffle": lambda: on(shuffled(3)),
+    "channel shuffle by its name": lambda: between(nn.ChannelShuffle(2)),
+    "shuffled groups": lambda: S(
+        C(3, 12, 1),
+        nn.ReLU(),
+        C(12, 24, 3, 1, 1, groups=2),
+        nn.BatchNorm2d(24),
+        Net(lambda n, x: shuffled(2)(x)),
+        nn.ReLU(),
+        C(24, 8, 1, groups=2),
+        C(8, 4, 1),
+    ),
+    "shuffled unit": lambda: S(
+        C(3, 12, 1),
+        Net(
+            lambda n, x: shuffled(2)(torch.cat([x.chunk(2, 1)[0], n.u(x.chunk(2, 1)[1]).relu()], 1)), u=C(6, 6, 3, 1, 1)
+        ),
+        C(12, 4, 1),
+    ),
     "pixel unshuffle": lambda: S(C(3, 6, 1), nn.PixelUnshuffle(2), C(24, 4, 1)),
     "patches": lambda: S(C(3, 8, 3), nn.Unfold(2), nn.ReLU(), nn.Conv1d(32, 4, 1)),
     "patches and back": lambda: S(C(3, 8, 3, 1, 1), nn.Unfold(2, stride=2), nn.Fold(8, 2, stride=2), C(8, 4, 1)),

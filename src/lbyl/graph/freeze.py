@@ -28,6 +28,7 @@ from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 def freeze(builder: Builder) -> Graph:
     """The channel graph of a program that the rules have walked through."""
+    _fill_rectangles(builder)
     channels = _Channels(builder)
     _add_slots(builder, channels)
     sizes, broken = _shapes(builder, channels)
@@ -240,6 +241,24 @@ def _fixed(builder: Builder) -> Iterator[tuple[Tensor, str]]:
             yield small(final).reshape(-1), why
 
 
+def _fill_rectangles(builder: Builder) -> None:
+    """Merge channels that a view arranges in rows and columns, as a channel shuffle does, so that cuts leave no gaps.
+
+    The longest axis stays free, and the channels along the others, which have one place on it, are cut together.
+    """
+    changed = True
+    while changed:
+        changed = False
+        for shadow, _ in builder.shapes:
+            final = compact(builder.ids.find(shadow))
+            moving = [dim for dim in range(final.dim()) if varies(final, dim)]
+            if len(moving) < 2 or not bool(builder.ids.issued(small(final)).any()):
+                continue
+            free = max(moving, key=lambda dim: final.shape[dim])
+            builder.join(final, [dim for dim in moving if dim != free])
+            changed |= not torch.equal(builder.ids.find(shadow), final)
+
+
 def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], list[tuple[Tensor, str]]]:
     """Sizes that the model's code may spell out; and ids that no longer fill a rectangular shape once some are cut."""
     sizes: dict[Size, None] = {}
@@ -248,7 +267,7 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
         final = compact(channels.find(shadow))
         moving = [dim for dim in range(final.dim()) if varies(final, dim)]
         if len(moving) > 1:
-            layout = f"a view in {module!r} arranges its channels in rows and columns, as a channel shuffle does"
+            layout = f"a view in {module!r} arranges its channels in rows and columns"
             broken.append((small(final).reshape(-1), f"{layout}; a cut would leave gaps"))
         elif moving:
             columns = channels.columns(small(final).reshape(-1))
@@ -299,7 +318,7 @@ def _blocks(channels: _Channels, draft: _Draft) -> tuple[tuple[int, ...], str | 
     names = {label: number for number, label in enumerate(dict.fromkeys(labels.tolist()))}
     result = tuple(names[label] for label in labels.tolist())
     if len(set(torch.bincount(labels).tolist())) > 1:
-        return result, "grouped layers split these channels into blocks of different sizes"
+        return result, "layers or views split these channels into blocks of different sizes"
     return result, None
 
 

@@ -26,7 +26,10 @@ def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     return compact(node.target(x, *args[1:], **kwargs))
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "view_as", "reshape_as", "unflatten", "channel_shuffle")
+@rule(
+    "view", "reshape", "_unsafe_view", "flatten", "view_as", "reshape_as", "unflatten", "channel_shuffle",
+    "native_channel_shuffle",
+)  # fmt: skip
 def reshape(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A new shape. The layer that reads the result finds the order of its input channels in the shadow."""
     x = builder.shadow(args[0])
