@@ -285,6 +285,29 @@ def test_a_budget_of_agreement_keeps_it_and_is_the_default() -> None:
     assert default.plan.groups == asked.plan.groups
 
 
+class Chaotic(nn.Module):
+    """Its answers change with every small change of what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1e4 * self.b(self.a(x).relu())).sin()
+
+
+def test_by_default_the_gentlest_cut_is_returned_where_no_cut_keeps_enough() -> None:
+    torch.manual_seed(0)
+    net = Chaotic().eval()
+    result = lbyl.compress(net, X, restore="prune")
+    assert result.report.parameters[1] < result.report.parameters[0]
+    assert "agreement=0.95 can't be kept" in result.report.notes[0]
+    with pytest.raises(lbyl.InputError, match=r"agreement=0\.95 can't be kept.*lower this budget"):
+        lbyl.compress(net, X, budget=lbyl.Budget(agreement=0.95), restore="prune")
+    with pytest.raises(lbyl.InputError, match=r"best_effort=True.*macs is a cost"):
+        lbyl.Budget(macs=0.5, best_effort=True)
+
+
 def test_more_is_kept_where_more_is_asked_for() -> None:
     net, x = residual(), images(2, 3, 8, 8)
     sizes = []

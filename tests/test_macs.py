@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from nets import Depthwise, images, mlp, residual, settle
@@ -50,6 +52,7 @@ def test_the_count_is_pytorchs_own(build, shape, inference: bool) -> None:
         (residual, (2, 3, 6, 6)),
         (lambda: nn.Conv2d(3, 4, 3, padding="same"), (3, 6, 8)),  # one image, without a batch axis
         (lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), (2, 5, 8)),
+        (lambda: nn.ConvTranspose2d(3, 4, 4, 2), (2, 3, 6, 6)),
     ],
 )
 def test_layers_parameters_and_the_whole_agree(build, shape) -> None:
@@ -62,6 +65,14 @@ def test_layers_parameters_and_the_whole_agree(build, shape) -> None:
     for layer in found.layers:
         if layer.kind in ("Conv2d", "Linear"):
             assert layer.macs == by_parameter[f"{layer.name}.weight"]
+
+
+@pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+def test_weights_of_recurrent_layers_have_their_share(layer: Any) -> None:
+    model, inputs = settle(layer(6, 8, batch_first=True)), ExampleInputs.of(torch.randn(2, 5, 6))
+    found = macs_by_parameter(model, inputs, count_macs(model, inputs))
+    expected = {name: 2 * 5 * p.numel() for name, p in model.named_parameters() if p.dim() == 2}
+    assert {name: macs for name, macs in found.items() if macs} == pytest.approx(expected)
 
 
 class Picky(nn.Module):

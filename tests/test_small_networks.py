@@ -379,6 +379,12 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
         L(24, 3),
     ),
     "pixel shuffle": lambda: S(C(3, 16, 1), nn.PixelShuffle(2), nn.ReLU(), C(4, 3, 1)),
+    "blur made in forward": lambda: on(lambda x: F.conv2d(x, x.new_ones(x.shape[1], 1, 3, 3) / 9, groups=x.shape[1])),
+    "blur from a parameter": lambda: S(
+        C(3, 12, 3),
+        Net(lambda n, x: F.conv2d(x, n.k.repeat(x.shape[1], 1, 1, 1), groups=x.shape[1]), k=torch.ones(1, 1, 3, 3)),
+        C(12, 4, 1),
+    ),
     "channel shuffle": lambda: on(shuffled(3)),
     "channel shuffle by its name": lambda: between(nn.ChannelShuffle(2)),
     "shuffled groups": lambda: S(

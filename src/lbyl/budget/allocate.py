@@ -60,7 +60,8 @@ def allocate(
         raise BudgetError(
             f"the budget can't be reached: it allows {target:,.0f}, but with every group at its smallest width, "
             f"{floor:,.0f} of {cost:,.0f} {budget.unit} are left ({floor / cost:.1%}); raise the budget or max_ratio, "
-            "or exclude less"
+            "or exclude less",
+            floor / cost,
         )
 
     def error(first: int, width: int) -> float:

@@ -34,6 +34,8 @@ class Budget:
         agreement: smallest share of real inputs for which the network must give the same top class as the original,
             according to the forecast (:class:`lbyl.Report`, ``forecast``). The smallest such network is searched.
         accuracy_drop: largest decrease of the value that ``evaluate`` returns. The smallest such network is searched.
+        best_effort: with ``agreement`` or ``accuracy_drop``, return the tried network that loses least, with a note, if
+            none keeps enough. Otherwise this is an error.
         minimize: with ``agreement`` or ``accuracy_drop``, the cost to minimize: "macs", "params" or "latency".
         round_to: kept channels are multiples of this number in groups that are wide enough. "auto" chooses what suits
             the device: on a CPU the number of floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8.
@@ -56,6 +58,7 @@ class Budget:
     latency: float | None = None
     agreement: float | None = None
     accuracy_drop: float | None = None
+    best_effort: bool = False
     minimize: str = "macs"
     round_to: int | str | None = None
     min_keep: int = 1
@@ -78,6 +81,9 @@ class Budget:
             check_number("Budget(accuracy_drop={})", amount, least=0)
         else:
             check_number(f"Budget({name}={{}})", amount, above=0, most=None if name == "size_mb" else 1)
+        check_switch("Budget(best_effort={})", self.best_effort)
+        if self.best_effort and name not in _QUALITIES:
+            raise InputError(f"Budget(best_effort=True) is for agreement or accuracy_drop; {name} is a cost")
         if self.minimize not in _SHARES:
             raise InputError(f"Budget(minimize={self.minimize!r}): choose 'macs', 'params' or 'latency'")
         if self.minimize != "macs" and name not in _QUALITIES:
@@ -112,7 +118,7 @@ class Budget:
     def costing(self, share: float) -> Budget:
         """The budget that limits the cost to minimize to a share, in place of the quality."""
         limits: dict[str, float | None] = {name: None for name in _QUALITIES}
-        return replace(self, **limits, **{self.minimize: share}, minimize="macs")  # pyright: ignore[reportArgumentType]
+        return replace(self, **limits, **{self.minimize: share}, minimize="macs", best_effort=False)  # pyright: ignore[reportArgumentType]
 
     @property
     def unit(self) -> str:

@@ -37,7 +37,8 @@ OneBudget = Annotated[
         callback=check_budget,
         help="Quality to keep or cost to allow, in place of a ratio. The widths of the groups are then chosen for the "
         "least predicted error. agreement: forecast share of real inputs with the same answer. accuracy_drop: needs "
-        "--eval. latency: measured on this machine. Default: agreement=0.95.",
+        "--eval. latency: measured on this machine. Default: agreement=0.95, or if no cut keeps it, the cut "
+        "that loses least.",
         show_default=False,
         rich_help_panel=BUDGET,
     ),
@@ -93,7 +94,7 @@ def compress(
         from lbyl.io.sources import load_function
 
         check_images(settings)
-        limit = None if ratio else settings.budget(*parse_budget(budget or _DEFAULT), minimize.value)
+        limit = None if ratio else settings.budget(*parse_budget(budget or _DEFAULT), minimize.value, not budget)
         judge = load_function(evaluate) if evaluate else None
         prepared = prepare(source, settings, stage)
         result = lbyl.compress(

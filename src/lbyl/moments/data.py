@@ -68,7 +68,7 @@ class Data:
             batch = next(source, None)
             if batch is None:
                 break
-            read.append(ExampleInputs.of(batch).to(device))
+            read.append(ExampleInputs.of(batch).to(device).in_the_form_of(inputs))
             _check_like(read[-1], len(read) - 1, inputs)
             count += batch_size(read[-1])
         else:

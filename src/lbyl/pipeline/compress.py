@@ -52,7 +52,7 @@ def compress(
             smaller error.
         budget: in place of a ratio, a cost that the smaller network may have, or a quality that it must keep
             (``Budget(agreement=0.98)``). The groups' widths are then chosen such that the predicted error is least. If
-            neither is given: ``Budget(agreement=0.95)``.
+            neither is given: ``Budget(agreement=0.95, best_effort=True)``.
         scope: "inner" prunes groups outside of residual connections and layer norms, and "all" prunes every prunable
             group. A layer norm over pruned channels then takes its statistics over the kept ones.
         criterion: how channels are scored: "l1", "l2", "gm" (by filters), "energy", "obs" (by activations on probes),

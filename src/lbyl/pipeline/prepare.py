@@ -190,6 +190,11 @@ def prepare(
     check_weights(model)
     check_values(inputs)
     check_network(model, inputs)
+    told: tuple[str, ...] = ()
+    with undisturbed(model):
+        floats = inputs.with_float_images(model)
+    if floats is not None:
+        inputs, told = floats, ("bytes of images are given as floats, from which the network computes the same",)
     with clock("trace"):
         traced = trace_model(model, inputs, request.strict, submodule)
     if traced.graph is not None:
@@ -197,6 +202,7 @@ def prepare(
     else:
         found = [(part.path, model.get_submodule(part.path), part.inputs, part.graph) for part in traced.parts]
     subjects = tuple(Subject.of(*each, request) for each in found)
+    subjects = tuple(replace(subject, why=(*told, *subject.why)) for subject in subjects)
     if traced.graph is not None and (request.forecast or subjects[0].may_probe):
         # Only probes have other batch sizes than the example inputs.
         with undisturbed(traced.model):

@@ -18,7 +18,7 @@ from lbyl.runtime.forecast import COSINE, ERROR, PERPLEXITY, Forecast
 from lbyl.runtime.progress import Clock
 from lbyl.runtime.settings import described
 
-DEFAULT = Budget(agreement=0.95)
+DEFAULT = Budget(agreement=0.95, best_effort=True)
 """The budget if neither a ratio nor a budget is given."""
 
 _TRIES = 7
@@ -116,6 +116,7 @@ class _Search:
 
     def __call__(self) -> Result:
         best: Result | None = None
+        gentlest: Result | None = None
         # The search starts between the whole network, which loses nothing, and an empty one, which loses everything.
         keeps, fails = (1.0, 0.0), (0.0, 4.0)
         unreachable: LbylError | None = None
@@ -136,6 +137,8 @@ class _Search:
                     fails = share, fails[1]
             else:
                 lost = self.loses(result)
+                if all(lost < other for _, other in self.tried):
+                    gentlest = result
                 self.tried.append((share, lost))
                 if lost <= 1:
                     best, keeps = result, (share, lost)
@@ -146,20 +149,21 @@ class _Search:
             if keeps[0] - fails[0] <= _CLOSE:
                 break
             share = _between(keeps, fails)
-        if best is None:
-            raise unreachable if unreachable and not self.tried else InputError(self._missed())
-        return self._told(best)
+        if best is not None:
+            return self._told(best)
+        if gentlest is None:
+            raise unreachable or InputError(f"no cut was found; {_WAY_OUT}")
+        if not self.budget.best_effort:
+            raise InputError(f"{self._missed()}; lower this budget, or give a ratio or a budget of cost")
+        return self._told(gentlest, f"{self._missed()}: this is the cut that loses least of those that were tried")
 
     def _missed(self) -> str:
         name, amount = self.budget.limited
-        share, lost = max(self.tried)
+        share, lost = min(self.tried, key=lambda each: (each[1], -each[0]))
         found = f"{1 - lost * (1 - amount):.3f}" if name == "agreement" else f"{lost * amount:.3g}"
-        return (
-            f"{name}={amount:g} can't be kept: with {share:.0%} of the {self.budget.minimize} left, it is {found}; "
-            "lower this budget, or give a ratio or a budget of cost"
-        )
+        return f"{name}={amount:g} can't be kept: with {share:.0%} of the {self.budget.minimize} left, it is {found}"
 
-    def _told(self, best: Result) -> Result:
+    def _told(self, best: Result, *notes: str) -> Result:
         name, amount = self.budget.limited
         shares = ", ".join(f"{share:.2f}" for share, _ in sorted(self.tried))
         measure = best.report.forecast.measure if best.report.forecast else ""
@@ -168,7 +172,7 @@ class _Search:
         seconds = dict(best.report.seconds)
         for stage, value in self.clock.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + value
-        report = replace(best.report, notes=(*best.report.notes, note), seconds=seconds)
+        report = replace(best.report, notes=(*notes, *best.report.notes, note), seconds=seconds)
         settings = {**best.plan.settings, "budget": described(self.budget)}
         return replace(best, plan=replace(best.plan, settings=settings), report=report)
 

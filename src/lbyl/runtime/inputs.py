@@ -20,6 +20,14 @@ from lbyl.errors import InputError, LbylError, first_line
 from lbyl.runtime.contexts import users_device
 
 
+def _is_byte_image(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.uint8 and tensor.dim() >= 3
+
+
+def _in_form(tensor: Tensor, form: torch.dtype) -> Tensor:
+    return tensor.to(form) if _is_byte_image(tensor) and form.is_floating_point else tensor
+
+
 @dataclass(frozen=True)
 class ExampleInputs:
     """Positional and keyword inputs of one call.
@@ -83,6 +91,34 @@ class ExampleInputs:
     def to(self, device: torch.device, floating: torch.dtype | None = None) -> ExampleInputs:
         """Move to a device; floating-point tensors also get the dtype, when one is given."""
         return self.map(lambda t: t.to(device, floating if t.is_floating_point() and floating else t.dtype))
+
+    def with_float_images(self, model: nn.Module) -> ExampleInputs | None:
+        """The same inputs with floats in place of uint8 images, if the model computes the same from them, else None.
+
+        Probes of any value, and gradients, need floats.
+        """
+        if not any(_is_byte_image(tensor) for tensor in self.tensors()):
+            return None
+        floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        floats = self.map(lambda t: t.to(floating) if _is_byte_image(t) else t)
+        try:
+            with torch.no_grad():
+                pairs = [output_tensors(each.cloned().call(model)) for each in (self, floats)]
+        except Exception:  # whatever somebody's code raises on floats that it did not ask for
+            return None
+        same = len(pairs[0]) == len(pairs[1]) and all(
+            a.shape == b.shape and torch.allclose(a.double(), b.double(), 1e-4, 1e-6, equal_nan=True)
+            for a, b in zip(*pairs, strict=True)
+        )
+        return floats if same else None
+
+    def in_the_form_of(self, other: ExampleInputs) -> ExampleInputs:
+        """The same inputs with floats in place of uint8 images where ``other`` has floats."""
+        forms = [t.dtype for t in other.tensors()]
+        if len(forms) != len(self.tensors()):
+            return self
+        rest = iter(forms)
+        return self.map(lambda t: _in_form(t, next(rest)))
 
     def thinned(self, share: float) -> ExampleInputs | None:
         """The same images with at most this share of their rows and columns, at multiples of 32 and at least 64.

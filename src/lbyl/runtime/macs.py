@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from lbyl.errors import InputError
 from lbyl.runtime.contexts import plain_attention, undisturbed
-from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, outputs
 from lbyl.runtime.intercept import OperatorInterceptor, undivided
 
@@ -42,17 +42,26 @@ class MacCounter(OperatorInterceptor):
     Args:
         spare: return zeros from layers and batch norms instead of computing them, which takes a fraction of the time.
             It requires a model whose program does not depend on computed values, and it only works within `undivided`.
+        named: tensors by name. The operations that they are arguments of are also counted for each of them.
     """
 
-    def __init__(self, spare: bool = False) -> None:
+    def __init__(self, spare: bool = False, named: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self._flops, self._spare = 0, spare
         self._uncounted: dict[str, None] = {}
+        # Some operations are given a view of the weight, which has the same storage.
+        self._names = {t.untyped_storage().data_ptr(): name for name, t in (named or {}).items() if t.dim() > 1}
+        self._by_name: dict[str, float] = defaultdict(float)
 
     @property
     def total(self) -> int:
         """Multiply-accumulates counted so far."""
         return self._flops // 2
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """Multiply-accumulates of the operations that have the named tensors as arguments."""
+        return {name: flops / 2 for name, flops in self._by_name.items()}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -71,7 +80,7 @@ class MacCounter(OperatorInterceptor):
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         if formula is not None:
-            self._flops += formula(*args, **kwargs, out_val=result)
+            self._add(formula(*args, **kwargs, out_val=result), args)
         elif _multiplies(func):
             self._uncounted[func.name().partition(".")[0]] = None
         return result
@@ -84,8 +93,19 @@ class MacCounter(OperatorInterceptor):
         x, weight = args[:2]
         zeros = x.new_zeros(shape)
         if func is not torch.ops.aten.batch_norm.default:
-            self._flops += 2 * layer_macs(zeros, weight[0].numel())
+            self._add(2 * layer_macs(zeros, weight[0].numel()), args)
         return zeros
+
+    def _add(self, flops: int, args: tuple[Any, ...]) -> None:
+        self._flops += flops
+        if not self._names:
+            return
+        tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+        weights = {
+            self._names[key]: t.numel() for t in tensors if (key := t.untyped_storage().data_ptr()) in self._names
+        }
+        for name, size in weights.items():
+            self._by_name[name] += flops * size / sum(weights.values())
 
 
 def _rows(x: Tensor) -> int:
@@ -235,19 +255,9 @@ def macs_by_parameter(model: nn.Module, inputs: ExampleInputs, total: int) -> di
         total: the network's multiply-accumulates. Those without a weight, such as of attention scores, are listed
             under the name "".
     """
-    costs: dict[str, float] = defaultdict(float)
-    parameters = dict(model.named_parameters())
-
-    def on_consumer(call: ConsumerCall) -> None:
-        weight = parameters.get(call.weight)
-        if weight is not None:
-            products = call.x.shape[-1] if call.op == "linear" else weight[0].numel()
-            costs[call.weight] += layer_macs(call.out, products)
-
-    with undisturbed(model), torch.no_grad():
-        run_intercepted(model, inputs, on_consumer=on_consumer, everywhere=True)
-    costs[""] = max(0.0, total - sum(costs.values()))
-    return dict(costs)
+    with undisturbed(model):
+        counter = _counted(model, inputs, dict(model.named_parameters()))
+    return {**counter.by_name, "": max(0.0, total - sum(counter.by_name.values()))}
 
 
 def count_macs(model: nn.Module, inputs: ExampleInputs) -> int:
@@ -263,9 +273,14 @@ def macs_by_shapes(model: nn.Module, inputs: ExampleInputs) -> int:
     Raises:
         InputError: the model does not run on inputs of these shapes.
     """
+    return _counted(model, inputs).total
+
+
+def _counted(model: nn.Module, inputs: ExampleInputs, named: Mapping[str, Tensor] | None = None) -> MacCounter:
     try:
-        with torch.no_grad(), plain_attention(), undivided(), MacCounter(spare=True) as counter:
+        with torch.no_grad(), plain_attention(), undivided(), MacCounter(spare=True, named=named) as counter:
             outputs(model, inputs)
-        return counter.total
-    except InputError:
-        return count_macs(model, inputs)
+    except InputError:  # the model fails on zeros
+        with torch.no_grad(), plain_attention(), MacCounter(named=named) as counter:
+            outputs(model, inputs)
+    return counter

@@ -123,6 +123,8 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     x, weight, bias = args[0], args[1], _argument(args, kwargs, 2, "bias")
     blocks = _argument(args, kwargs, 6, "groups", 1)
     op = str(node.target).split(".")[1]
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and 1 < blocks == weight.shape[0] and bias is None:
+        return _computed_depthwise(builder, node, x, weight)
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
         builder.computed.append(layer_name(node))
         return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a weight that the model computes")
@@ -148,3 +150,22 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     if blocks > 1:
         builder.equal += [(ids, blocks), (out, blocks)]
     return builder.spread(out, axis, shape)
+
+
+def _computed_depthwise(builder: Builder, node: fx.Node, x: Tensor, weight: Tensor) -> Any:
+    """A depthwise convolution with a kernel that forward makes, such as a blur: as wide as its input after a cut, too.
+
+    Code that spells out the number of channels does not run after a cut, and verification leaves such groups whole.
+    """
+    layer, axis = layer_name(node), x.dim() - weight.dim() + 1
+    ids = builder.gather(x, axis)
+    kernel = builder.join(builder.ids.find(weight), range(1, weight.dim()))
+    own = builder.gather(kernel, 0) if varies(compact(kernel), 0) else None
+    if ids is None:
+        return builder.barrier(node, [x, weight], f"convolution in {layer!r} on mixed axes")
+    if own is not None:
+        builder.ids.union(own, ids)
+    builder.step(ids, "depthwise convolution", layer, parametric=True)
+    out = builder.spread(ids, axis, output_shape(node))
+    builder.shaped(out, node)
+    return out
