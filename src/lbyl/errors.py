@@ -23,8 +23,8 @@ class BudgetError(InputError):
     """A budget that can't be met.
 
     Attributes:
-        reached: the share of the cost that was reached and comes nearest, or the smallest share that there is; None where
-            neither is known.
+        reached: the share of the cost that was reached and comes nearest, or the smallest share that there is; None
+            where neither is known.
     """
 
     def __init__(self, message: object = "", reached: float | None = None) -> None:
