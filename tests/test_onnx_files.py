@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,6 +47,40 @@ def test_same_file_smaller(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, result.model(other), rtol=1e-4, atol=1e-6)
     assert (folder / "model.onnx").stat().st_size < file.stat().st_size
     assert any("onnxruntime" in note for note in json.loads((folder / "report.json").read_text())["report"]["notes"])
+
+
+class Reader(torch.nn.Module):
+    """A reader of lines of text: convolutions, a recurrent layer over the columns, and classes for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.Conv2d(16, 12, 3, 2, 1)
+        self.over, self.out = torch.nn.LSTM(12, 8, bidirectional=True), torch.nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        columns = self.b(self.a(x).relu()).relu().mean(2)
+        return self.out(self.over(columns.permute(2, 0, 1))[0])
+
+
+def test_layers_around_a_recurrent_one_are_cut(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Reader().eval(), torch.randn(2, 3, 16, 32)
+    torch.onnx.export(net, (x,), tmp_path / "net.onnx", dynamo=False, opset_version=17)
+    network = lbyl.load_source(str(tmp_path / "net.onnx"))
+    result = lbyl.compress(network, x, ratio=0.5, restore="prune", forecast=False)
+    assert [(row.before, row.after) for row in result.report.rows if row.after < row.before] == [(16, 8)]
+    assert any("computed weights" in why for _, why in result.report.left)
+    folder = result.save(tmp_path / "smaller")
+    with torch.no_grad():
+        np.testing.assert_allclose(run(folder / "model.onnx", x.numpy())[0], result.model(x), rtol=1e-4, atol=1e-5)
+
+
+def recurrent(operator: str = "LSTM", operands: str = "x w r", **attributes: Any) -> onnx.ModelProto:
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[operator]
+    stored = {"w": real(0, 1, 4 * gates, 3), "r": real(1, 1, 4 * gates, 4), "p": real(2, 1, 12)}
+    lengths = {"n": np.array([5, 4], dtype=np.int32)}
+    nodes = [node(operator, operands, "y", hidden_size=4, **attributes)]
+    return model(nodes, {**stored, **lengths}, {"x": (5, 2, 3)}, {"y": (5, 1, 2, 4)})
 
 
 def test_network_equals_its_file(tmp_path: Path) -> None:
@@ -290,6 +325,11 @@ def outside(location: str) -> onnx.ModelProto:
         (branching, "'make y' .If. is control flow"),
         (foreign, "'make y' .Mystery. has the domain 'com.example'"),
         (unknown, "'make y' .Det. is an operator that lbyl can't read"),
+        (lambda: recurrent("GRU"), "linear_before_reset"),
+        (lambda: recurrent(activations=["Sigmoid", "Relu", "Tanh"]), "its activations are Sigmoid, Relu, Tanh"),
+        (lambda: recurrent(clip=1.0), "clips its gates"),
+        (lambda: recurrent(operands="x w r _ n"), "lengths of their own"),
+        (lambda: recurrent(operands="x w r _ _ _ _ p"), "peepholes"),
         (lambda: outside("../weights"), "outside the file's folder"),
         (lambda: outside("/etc/passwd"), "outside the file's folder"),
         (lambda: outside("weights/../../w"), "outside the file's folder"),
