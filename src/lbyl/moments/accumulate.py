@@ -51,13 +51,15 @@ class Moments:
         )
 
     def add(self, p: Float[Tensor, "positions regressors"], r: Float[Tensor, "positions targets"]) -> None:
-        """Add positions. Products are taken in the inputs' precision, sums kept in float64."""
+        """Add positions. Products, and sums of these positions, are in the inputs' precision, at least float32."""
         self.count += len(p)
-        self.p += p.sum(0, dtype=torch.float64)
-        self.r += r.sum(0, dtype=torch.float64)
+        if p.dtype in (torch.float16, torch.bfloat16):
+            p, r = p.float(), r.float()
+        self.p += p.sum(0)
+        self.r += r.sum(0)
         self.pp += p.T @ p
         self.pr += p.T @ r
-        self.rr += r.square().sum(0, dtype=torch.float64)
+        self.rr += r.square().sum(0)
 
 
 @dataclass(frozen=True)
@@ -218,27 +220,57 @@ def _positions(
     taps = kernel.shape[2:]
     pixels = call.out[0, 0].numel()
     chosen = sample_positions(pixels, max(1, positions // len(x)), generator)
-    size = max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * pixels * 4))
+    at = None if chosen is None else chosen.to(x.device)
+    read_at = _Window((taps[0], taps[1]), stride, padding, dilation, call.out.shape[-1], at)
+    size = max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * (pixels if at is None else len(at)) * 4))
     pieces = zip(x.split(size), _split_like(fed, x, size), _split_like(wanted, x, size), strict=True)
     for part, ahead, share in pieces:
-        read = part if ahead is None else ahead
-        if taps.numel() == 1 and not any(padding):
-            p = read[:, keep, :: stride[0], :: stride[1]].flatten(2)
-        else:
-            p = functional.unfold(read[:, keep], tuple(taps), dilation, padding, stride)
+        p = read_at((part if ahead is None else ahead)[:, keep])
         if share is not None:
-            p, r = (t if chosen is None else t[:, :, chosen.to(t.device)] for t in (p, share.flatten(2)))
-            p, r = p.transpose(1, 2).flatten(0, 1), r.transpose(1, 2).flatten(0, 1)
-            yield p, r - p @ kernel.flatten(1).T
-            continue
-        if len(drop):
-            lost = _lost(part, ahead, keep, drop)
-            r = functional.conv2d(lost, kernel, None, stride, padding, dilation).flatten(2)
+            asked = share.flatten(2).transpose(1, 2)
+            yield p, (asked if at is None else asked[:, at]).flatten(0, 1) - p @ kernel.flatten(1).T
+        elif not len(drop):
+            yield p, p[:, :0]
+        elif at is None:
+            lost = functional.conv2d(_lost(part, ahead, keep, drop), kernel, None, stride, padding, dilation)
+            yield p, lost.flatten(2).transpose(1, 2).flatten(0, 1)
         else:
-            r = p[:, :0]
-        if chosen is not None:
-            p, r = p[:, :, chosen.to(p.device)], r[:, :, chosen.to(r.device)]
-        yield p.transpose(1, 2).flatten(0, 1), r.transpose(1, 2).flatten(0, 1)
+            yield p, read_at(_lost(part, ahead, keep, drop)) @ kernel.flatten(1).T
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What a convolution reads for its outputs: all of them, or those at the given places of the flattened output."""
+
+    taps: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    width: int  # of the output
+    places: Int[Tensor, " places"] | None
+
+    def __call__(self, x: Float[Tensor, "images channels height width"]) -> Float[Tensor, "positions patch"]:
+        """The patches, image by image."""
+        if self.places is None and (self.taps != (1, 1) or any(self.padding)):
+            patches = functional.unfold(x, self.taps, self.dilation, self.padding, self.stride)
+            return patches.transpose(1, 2).flatten(0, 1)
+        if self.places is None:
+            return _pixels(x[:, :, :: self.stride[0], :: self.stride[1]])
+        # Patches at all places would take several times the memory and time. Pixels are gathered with all channels.
+        x = functional.pad(x, (self.padding[1], self.padding[1], self.padding[0], self.padding[0]))
+        starts = self.places // self.width * self.stride[0] * x.shape[3] + self.places % self.width * self.stride[1]
+        down, across = (
+            torch.arange(count, device=x.device) * far for count, far in zip(self.taps, self.dilation, strict=True)
+        )
+        images = torch.arange(len(x), device=x.device) * (x.shape[2] * x.shape[3])
+        at = images[:, None, None] + starts[:, None] + (down[:, None] * x.shape[3] + across).flatten()
+        seen = _pixels(x).index_select(0, at.flatten())
+        return seen.reshape(-1, at.shape[2], x.shape[1]).transpose(1, 2).flatten(1)
+
+
+def _pixels(x: Float[Tensor, "images channels height width"]) -> Float[Tensor, "pixels channels"]:
+    """The channels of each pixel, image by image."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _split_like(other: Tensor | None, x: Tensor, size: int) -> Sequence[Tensor | None]:
