@@ -1,13 +1,14 @@
 """Pruning, and int8 after it: accuracy, time and size of pruned + int8 against int8 alone.
 
-    python benchmarks/quantization.py --data DIR [--network resnet56] [--images 1000] [--keep FOLDER] [--fresh]
+    python benchmarks/quantization.py --data DIR [--network resnet56] [--runtime torch] [--images 1000] [--keep DIR]
+        [--fresh]
 
 Each network is cut by default to 70 % of its multiply-accumulates, with widths in multiples of 8. Then the unpruned
 network and the smaller one are quantized in the same ways: by onnxruntime (static, 8-bit weights of each channel and
 8-bit activations), calibrated with `lbyl.calibration_batches` of the network, and for comparison with as many test
 images that accuracy is not measured on; and by torchao, whose int8 configurations for CPUs, weight-only and dynamic,
 take linear layers and no convolutions. Accuracy is that of the file or module that is timed. All forms of one runtime
-are timed in turns, at batch 1.
+are timed in turns, at batch 1 on one thread, by the processor's time, which other programs disturb less.
 
 DIR (or LBYL_DATA) is what accuracy.py describes. Evenly spaced test images are used, at most --images of them. Results
 are written network by network and not measured again. --keep stores the smaller networks, or uses those stored there.
@@ -20,7 +21,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,8 +39,7 @@ from torch import Tensor, nn
 
 import lbyl
 from lbyl.io.artifact import read_manifest
-from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.latency import Runs, interleaved, measure_whole
+from lbyl.runtime.latency import Runs, interleaved
 
 SHARE = 0.7
 RUNS, SECONDS = (20, 200), 20.0
@@ -50,7 +52,7 @@ FORMS = {
     "weights": "torchao, int8 weights",
     "dynamic": "torchao, int8 dynamic",
 }
-IN_ONNXRUNTIME = ("float32", "static", "static, real")
+RUNTIMES = {"onnxruntime": ("float32", "static", "static, real"), "torch": ("eager", "weights", "dynamic")}
 
 
 def portion(images: Images, most: int) -> tuple[Images, Tensor]:
@@ -141,36 +143,36 @@ def with_onnxruntime(net: nn.Module, x: Tensor, real: Tensor, place: Path) -> di
     }
 
 
-def cells_of(name: str, nets: dict[float, nn.Module], images: Images, real: Tensor, batch: int) -> list[dict[str, Any]]:
-    """Both networks in all forms: accuracy, size, and time in turns."""
+def in_onnxruntime(nets: dict[float, nn.Module], images: Images, real: Tensor, batch: int) -> list[dict[str, Any]]:
+    """Both networks as files: accuracy, size, and time in turns."""
     x, found = images.pixels[:1], list[dict[str, Any]]()
-    with tempfile.TemporaryDirectory() as place, torch.no_grad():
-        files, modules = dict[tuple[float, str], Path](), dict[tuple[float, str], nn.Module]()
+    with tempfile.TemporaryDirectory() as place:
+        files = dict[tuple[float, str], Path]()
         for share, net in nets.items():
             folder = Path(place) / str(share)
             folder.mkdir()
             files |= {(share, form): file for form, file in with_onnxruntime(net, x, real, folder).items()}
-            modules |= {(share, form): module for form, module in with_torchao(net).items()}
         sessions = {key: session(file) for key, file in files.items()}
-        feed = {next(iter(sessions.values())).get_inputs()[0].name: x.numpy()}
-        calls = [lambda s=s: s.run(None, feed) for s in sessions.values()]
-        times = dict(
-            zip(
-                sessions, in_turns(lambda n, w: interleaved(calls, [time.perf_counter] * len(calls), n, w)), strict=True
-            )
-        )
-        inputs, eager = ExampleInputs.of(x), list(modules.values())
-        taken = in_turns(lambda n, w: measure_whole(eager, inputs, runs=n, warm_up=w))
-        times |= dict(zip(modules, taken, strict=True))
-        for (share, form), runs in times.items():
-            key = share, form
-            if key in sessions:
-                run, (given,) = sessions[key].run, feed
-                right = accuracy(lambda p, r=run, g=given: torch.from_numpy(r(None, {g: p.numpy()})[0]), images, batch)
-            else:
-                right = accuracy(modules[key], images, batch)
-            cell = {"network": name, "share": share, "form": form, "accuracy": right, "seconds": runs.to_dict()}
-            found.append({**cell, "bytes": files[key].stat().st_size if key in files else None})
+        name = next(iter(sessions.values())).get_inputs()[0].name
+        calls = [lambda s=s: s.run(None, {name: x.numpy()}) for s in sessions.values()]
+        times = in_turns(lambda n, w: interleaved(calls, [time.process_time] * len(calls), n, w))
+        for ((share, form), each), runs in zip(sessions.items(), times, strict=True):
+            right = accuracy(lambda p, s=each: torch.from_numpy(s.run(None, {name: p.numpy()})[0]), images, batch)
+            size = files[share, form].stat().st_size
+            found.append({"share": share, "form": form, "accuracy": right, "seconds": runs.to_dict(), "bytes": size})
+    return found
+
+
+def in_torch(nets: dict[float, nn.Module], images: Images, real: Tensor, batch: int) -> list[dict[str, Any]]:
+    """Both networks in PyTorch and torchao: accuracy, and time in turns."""
+    modules = {(share, form): each for share, net in nets.items() for form, each in with_torchao(net).items()}
+    x, found = images.pixels[:1], list[dict[str, Any]]()
+    with torch.no_grad():
+        calls = [partial(each, x) for each in modules.values()]
+        times = in_turns(lambda n, w: interleaved(calls, [time.process_time] * len(calls), n, w))
+        for ((share, form), each), runs in zip(modules.items(), times, strict=True):
+            right = accuracy(each, images, batch)
+            found.append({"share": share, "form": form, "accuracy": right, "seconds": runs.to_dict(), "bytes": None})
     return found
 
 
@@ -183,6 +185,8 @@ def tabulate(run: Run) -> None:
             continue
         rows = []
         for form, title in FORMS.items():
+            if (1.0, form) not in cells:
+                continue
             whole, cut = cells[1.0, form], cells[SHARE, form]
             row: list[Any] = [title, whole["accuracy"], cut["accuracy"]]
             row += [f"{1000 * each['seconds']['median']:,.2f}" for each in (whole, cut)]
@@ -192,9 +196,9 @@ def tabulate(run: Run) -> None:
         columns += ["MiB, unpruned", "MiB, pruned"]
         first = next(iter(cells.values()))
         note = (
-            f"Top-1 in percent of {first['images']:,} test images; milliseconds at batch 1, medians of runs in turns, "
-            f"{first['threads']} thread; {first['macs']:.0%} of the multiply-accumulates are left. Made-up inputs are "
-            "those of `lbyl.calibration_batches`. torchao takes linear layers only."
+            f"Top-1 in percent of {first['images']:,} test images; milliseconds of one thread at batch 1, medians of "
+            f"runs in turns; {first['macs']:.0%} of the multiply-accumulates are left. Made-up inputs are those of "
+            "`lbyl.calibration_batches`. torchao takes linear layers only."
         )
         run.tables.append(Table(NETWORKS[name].title, columns, rows, note))
 
@@ -202,18 +206,22 @@ def tabulate(run: Run) -> None:
 def main(
     data: Annotated[Path, typer.Option(envvar="LBYL_DATA", help="Folder with weights/ and data/.")],
     network: Annotated[list[str] | None, typer.Option(help="resnet56, efficientnet_lite0; both.")] = None,
+    runtime: Annotated[list[str] | None, typer.Option(help=f"{', '.join(RUNTIMES)}; both.")] = None,
     images: Annotated[int, typer.Option(min=10, help="Largest number of test images.")] = 1000,
     keep: Annotated[Path | None, typer.Option(help="Folder for the smaller networks.")] = None,
     fresh: Annotated[bool, typer.Option(help="Measure again what is known, for these networks.")] = False,
 ) -> None:
     """Fill the tables network by network."""
+    torch.set_num_threads(1)
     console, names = Console(), network or ["resnet56", "efficientnet_lite0"]
     run = Run("quantization", "Pruning and int8", "python benchmarks/quantization.py --data DIR", pieced=True)
     run.rooms = (*ROOMS, "budget")
     run.settings = {"networks": {name: NETWORKS[name].title for name in ("resnet56", "efficientnet_lite0")}}
     run.measurements = [c for c in known_cells("quantization") if not (fresh and c["network"] in names)]
     for name in names:
-        if any(cell["network"] == name for cell in run.measurements):
+        known = {cell["form"] for cell in run.measurements if cell["network"] == name}
+        missing = [each for each in runtime or RUNTIMES if not known & set(RUNTIMES[each])]
+        if not missing:
             continue
         spec = NETWORKS[name]
         net, (chosen, real) = spec.build(data), portion(spec.images(data), images)
@@ -227,8 +235,10 @@ def main(
             "onnxruntime": version("onnxruntime"),
             "torchao": version("torchao"),
         }
-        for cell in cells_of(name, {1.0: net, SHARE: cut}, chosen, real, spec.batch):
-            run.measurements.append({**cell, **about})
+        measures = {"onnxruntime": in_onnxruntime, "torch": in_torch}
+        found = [measures[each]({1.0: net, SHARE: cut}, chosen, real, spec.batch) for each in missing]
+        for cell in chain.from_iterable(found):
+            run.measurements.append({"network": name, **cell, **about})
             seconds = cell["seconds"]["median"]
             console.print(f"{name} {cell['share']} {cell['form']}: {cell['accuracy']:.2f} %, {1000 * seconds:.2f} ms")
         tabulate(run)
