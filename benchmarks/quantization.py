@@ -11,7 +11,8 @@ take linear layers and no convolutions. Accuracy is that of the file or module t
 are timed in turns, at batch 1 on one thread, by the processor's time, which other programs disturb less.
 
 DIR (or LBYL_DATA) is what accuracy.py describes. Evenly spaced test images are used, at most --images of them. Results
-are written network by network and not measured again. --keep stores the smaller networks, or uses those stored there.
+are written network by network and not measured again. --keep stores what takes long, the smaller
+networks and the inputs made up for both, or uses what is stored there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from networks import Images
 from output import Run, Table, known_cells
 from provenance import ROOMS
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lbyl
@@ -129,11 +131,21 @@ def with_torchao(net: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def with_onnxruntime(net: nn.Module, x: Tensor, real: Tensor, place: Path) -> dict[str, Path]:
+def made_up(net: nn.Module, x: Tensor, kept: Path | None) -> list[Tensor]:
+    """Inputs for calibration, or those that were kept."""
+    if kept is None or not kept.is_file():
+        made = lbyl.calibration_batches(net, x, batch_size=8)
+        if kept is None:
+            return made
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"inputs": torch.cat(made)}, kept)
+    return list(load_file(kept)["inputs"].split(8))
+
+
+def with_onnxruntime(net: nn.Module, x: Tensor, real: Tensor, made: list[Tensor], place: Path) -> dict[str, Path]:
     """The network as files: float32, and int8 by made-up inputs and by real ones."""
     file = lbyl.export(net, to=place / "float32.onnx", inputs=x).file
     name = session(file).get_inputs()[0].name
-    made = lbyl.calibration_batches(net, x, batch_size=8)
     count = 8 * len(made)
     images = real[torch.arange(min(count, len(real))) * len(real) // min(count, len(real))]
     return {
@@ -143,7 +155,9 @@ def with_onnxruntime(net: nn.Module, x: Tensor, real: Tensor, place: Path) -> di
     }
 
 
-def in_onnxruntime(nets: dict[float, nn.Module], images: Images, real: Tensor, batch: int) -> list[dict[str, Any]]:
+def in_onnxruntime(
+    nets: dict[float, nn.Module], images: Images, real: Tensor, batch: int, kept: Path | None
+) -> list[dict[str, Any]]:
     """Both networks as files: accuracy, size, and time in turns."""
     x, found = images.pixels[:1], list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as place:
@@ -151,7 +165,8 @@ def in_onnxruntime(nets: dict[float, nn.Module], images: Images, real: Tensor, b
         for share, net in nets.items():
             folder = Path(place) / str(share)
             folder.mkdir()
-            files |= {(share, form): file for form, file in with_onnxruntime(net, x, real, folder).items()}
+            made = made_up(net, x, kept and kept.with_name(f"{kept.name}-{share}.safetensors"))
+            files |= {(share, form): file for form, file in with_onnxruntime(net, x, real, made, folder).items()}
         sessions = {key: session(file) for key, file in files.items()}
         name = next(iter(sessions.values())).get_inputs()[0].name
         calls = [lambda s=s: s.run(None, {name: x.numpy()}) for s in sessions.values()]
@@ -163,7 +178,7 @@ def in_onnxruntime(nets: dict[float, nn.Module], images: Images, real: Tensor, b
     return found
 
 
-def in_torch(nets: dict[float, nn.Module], images: Images, real: Tensor, batch: int) -> list[dict[str, Any]]:
+def in_torch(nets: dict[float, nn.Module], images: Images, batch: int) -> list[dict[str, Any]]:
     """Both networks in PyTorch and torchao: accuracy, and time in turns."""
     modules = {(share, form): each for share, net in nets.items() for form, each in with_torchao(net).items()}
     x, found = images.pixels[:1], list[dict[str, Any]]()
@@ -235,8 +250,12 @@ def main(
             "onnxruntime": version("onnxruntime"),
             "torchao": version("torchao"),
         }
-        measures = {"onnxruntime": in_onnxruntime, "torch": in_torch}
-        found = [measures[each]({1.0: net, SHARE: cut}, chosen, real, spec.batch) for each in missing]
+        nets, kept = {1.0: net, SHARE: cut}, keep and keep / name
+        found = []
+        if "onnxruntime" in missing:
+            found.append(in_onnxruntime(nets, chosen, real, spec.batch, kept))
+        if "torch" in missing:
+            found.append(in_torch(nets, chosen, spec.batch))
         for cell in chain.from_iterable(found):
             run.measurements.append({"network": name, **cell, **about})
             seconds = cell["seconds"]["median"]

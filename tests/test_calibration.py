@@ -37,6 +37,7 @@ def test_batches_have_the_form_of_the_example() -> None:
         assert all(isinstance(batch, kind) for batch in batches)
     for tensor, single, named in zip(*found.values(), strict=True):
         assert tensor.shape == (4, 3, 8, 8)
+        assert tensor.is_contiguous()
         assert torch.equal(tensor, single[0])
         assert torch.equal(tensor, named["image"])
 

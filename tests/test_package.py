@@ -68,7 +68,7 @@ def fresh(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
     python = programs / "python"
     (wheel,) = built.glob("*.whl")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    run(sys.executable, "-m", "pip", "--python", folder, "install", "--quiet", "--no-deps", "--no-index", wheel)
     place = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", env=clean()).strip()
     # A folder named in a .pth file is only a place to look in: editable installations in it do not count.
     outer = "\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+import lbyl
+from lbyl.surgery.versions import VERSION
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -77,6 +80,15 @@ def test_the_citation_is_valid_and_of_this_version() -> None:
     readme = read("README.md")
     for text in (names, paper["title"], paper["journal"], str(paper["year"])):
         assert f"= {{{text}}}" in readme
+
+
+def test_what_is_stable_names_the_versions_that_there_are() -> None:
+    page = read("docs/stability.md")
+    assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == [str(number + 1) for number in range(VERSION)]
+    assert f"Python {pythons()[0]} to {pythons()[-1]}" in page
+    with pytest.raises(lbyl.ArtifactError) as caught:
+        lbyl.Plan.from_dict({"version": VERSION + 1})
+    assert f"```text\n{caught.value}\n```" in page
 
 
 def test_every_workflow_is_valid() -> None:

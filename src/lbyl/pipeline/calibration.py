@@ -71,7 +71,8 @@ def calibration_batches(
         made = _probes(inner, inputs, int(seed), progress)
     size = batch_size or inputs.rows
     batches = _mixed(made.batches, size, generator_for(int(seed), "calibration"))
-    return [_plain(batch, example_inputs) for batch in batches]
+    # Probes are channels-last images, and other tools may want the values in the order of the axes.
+    return [_plain(batch.map(torch.Tensor.contiguous), example_inputs) for batch in batches]
 
 
 def _probes(model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None) -> Probes:
