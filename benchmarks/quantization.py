@@ -102,8 +102,8 @@ def quantized(file: Path, name: str, batches: Sequence[Tensor], to: Path) -> Pat
     plain = to.with_suffix(".plain.onnx")
     quant_pre_process(file, plain, skip_symbolic_shape=True)
     settings: dict[str, Any] = {"quant_format": QuantFormat.QDQ, "per_channel": True}
-    kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(plain, to, Batches(), **settings, **kinds)
+    settings |= {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(plain, to, Batches(), **settings)
     return to
 
 
@@ -122,7 +122,11 @@ def in_turns(measure: Callable[[int, int], tuple[Runs, ...]]) -> tuple[Runs, ...
 
 def with_torchao(net: nn.Module) -> dict[str, nn.Module]:
     """The network in PyTorch, as it is and in both ways of torchao."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import (  # pyright: ignore[reportMissingImports]  # it is only installed on Linux
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
 
     found = {"eager": net}
     for form, config in (("weights", Int8WeightOnlyConfig()), ("dynamic", Int8DynamicActivationInt8WeightConfig())):
