@@ -1,13 +1,18 @@
 # make demo   compress a real ImageNet network without data, and see what it says about photographs
 # make docs   build the documentation; open build/site/index.html
-# make test   style, types, documentation, tests
+# make test   style, types, documentation, tests, and the files of a release
 # make clean  remove the environment and what the demo wrote
 #
 # PYTHON=python3.12 make demo picks another interpreter; everything is installed into .venv.
 
 PYTHON ?= python3
 VENV := .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+EXE := .exe
+else
 BIN := $(VENV)/bin
+endif
 # Whatever is missing or stale fails: a page outside the navigation, a dead link, a name that is no more.
 # Not --quiet: warnings that are not shown do not count as errors.
 MAKE_SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -24,7 +29,8 @@ docs: $(VENV)/.docs
 test: $(VENV)/.dev browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python$(EXE)
+	$(BIN)/pyright --pythonpath $(BIN)/python$(EXE) --pythonplatform Windows src
 	$(BIN)/lint-imports
 	$(MAKE_SITE)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
@@ -40,12 +46,12 @@ clean:
 	rm -rf $(VENV)
 	if [ -f demo-out/lbyl.json ]; then rm -rf demo-out; fi
 
-$(BIN)/python:
+$(BIN)/python$(EXE):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: lbyl needs Python 3.10 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
 # torch and torchvision are named so that the resolver takes a pair that was built together.
 # The stamp is written last: an interrupted installation is taken up again.
-$(VENV)/.%: pyproject.toml | $(BIN)/python
+$(VENV)/.%: pyproject.toml | $(BIN)/python$(EXE)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet torch torchvision --editable '.[$*]'
 	touch $@

@@ -2,10 +2,10 @@
 
     python benchmarks/tables.py
 
-docs/results.md and docs/coverage.md get all tables. README.md and docs/files.md get small ones, lists and some
-sentences, each between ``<!-- results:NAME -->`` and ``<!-- /results -->``; the NAMEs are the keys of `BLOCKS`. A
-dagger marks tables and rows that were measured with other code than that of src/lbyl, and the line below them says with
-which.
+docs/results.md and docs/coverage.md get all tables. README.md, docs/files.md and docs/quantization.md get small ones,
+lists and some sentences, each between ``<!-- results:NAME -->`` and ``<!-- /results -->``; the NAMEs are the keys of
+`BLOCKS`. A dagger marks tables and rows that were measured with other code than that of src/lbyl, and the line below
+them says with which.
 """
 
 from __future__ import annotations
@@ -205,11 +205,17 @@ def files_read(results: dict[str, dict[str, Any]]) -> str:
     return benchmark(results["onnx_files"]) if "onnx_files" in results else ""
 
 
+def quantized(results: dict[str, dict[str, Any]]) -> str:
+    """Pruning and int8."""
+    return benchmark(results["quantization"]) if "quantization" in results else ""
+
+
 BLOCKS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
     "summary": summary,
     "facts": facts,
     "operators": operators,
     "onnx_files": files_read,
+    "quantization": quantized,
 }
 
 
@@ -230,10 +236,9 @@ def main() -> None:
     accuracy = results["accuracy"]
     draw(accuracy["measurements"], accuracy["settings"]["networks"], ROOT / "docs")
     accuracy["plots"] = CAPTIONS
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
-    files_page = ROOT / "docs" / "files.md"
-    files_page.write_text(fill(files_page.read_text(encoding="utf-8"), results), encoding="utf-8")
+    for page_with_blocks in ("README.md", "docs/files.md", "docs/quantization.md"):
+        file = ROOT / page_with_blocks
+        file.write_text(fill(file.read_text(encoding="utf-8"), results), encoding="utf-8")
     (ROOT / "docs" / "coverage.md").write_text(coverage(results.pop("coverage")), encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(page(results), encoding="utf-8")
 

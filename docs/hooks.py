@@ -19,8 +19,10 @@ _MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>',
 _ROLE = re.compile(r":(?:class|func|meth):<code>([\w.]+)</code>")
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Insert the command line's reference; turn links that leave the pages into ones to the API, or into text."""
+    if "/" in page.file.src_uri:  # from a tutorial, ../ leads to the pages
+        return markdown
     return _OUTSIDE.sub(_inside, markdown.replace(_CLI, _commands()) if _CLI in markdown else markdown)
 
 

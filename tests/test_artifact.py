@@ -17,7 +17,8 @@ from torch import nn
 import lbyl
 from lbyl.io import artifact
 from lbyl.io.artifact import MANIFEST, WEIGHTS
-from lbyl.surgery.plan import VERSION, Plan
+from lbyl.surgery.plan import Plan
+from lbyl.surgery.versions import VERSION
 
 X = images(2, 3, 8, 8)
 

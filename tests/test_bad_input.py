@@ -8,7 +8,6 @@ import io
 import json
 import os
 import pickle
-import resource
 import shlex
 import shutil
 import signal
@@ -520,6 +519,8 @@ def test_python(row: Call, place: Path) -> None:
 @contextmanager
 def small_files(size: int) -> Iterator[None]:
     """No file may grow beyond a size: what a full disk or a quota looks like."""
+    import resource  # there is none on Windows
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -533,6 +534,7 @@ def result() -> lbyl.Result:
     return lbyl.compress(flat_convnet(), images(1, 3, 4, 4), restore="prune", ratio=0.5)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("size", [0, 100, 3000])
 def test_no_room_for_the_weights(size: int, result: lbyl.Result, tmp_path: Path) -> None:
     with small_files(size), pytest.raises(lbyl.InputError, match=r"can't write .*small"):
@@ -593,7 +595,7 @@ def test_an_interruption_leaves_nothing(
     save_interrupted()
     hook.remove()
     stopped: list[str] = []
-    while not stopped or not stopped[-1].startswith(".small-"):  # the folder itself
+    while not stopped or stopped[-1] != "content":  # the folder itself
         files = Files(tmp_path, len(stopped) + 1, stop)
         with monkeypatch.context() as patch:
             files.watch(patch)
@@ -603,6 +605,7 @@ def test_an_interruption_leaves_nothing(
     assert result.save(tmp_path / "small").is_dir()
 
 
+@pytest.mark.posix
 def test_a_killed_write_leaves_no_folder_of_that_name(
     result: lbyl.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,6 +621,7 @@ def test_a_killed_write_leaves_no_folder_of_that_name(
     assert lbyl.load(tmp_path / "small", flat_convnet())
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
 def test_an_export_without_room_leaves_the_folder_as_it_was(format: str, place: Path) -> None:
     before = tree(place)

@@ -37,6 +37,7 @@ def umask(mask: int) -> Iterator[None]:
         os.umask(before)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize(
     ("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775)]
 )
@@ -95,6 +96,7 @@ def test_a_link_for_an_export_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "dear"
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("name", [MANIFEST, WEIGHTS])
 def test_a_file_that_can_t_be_read(name: str, tmp_path: Path) -> None:
     small = save(tmp_path / "small")
@@ -127,6 +129,7 @@ RUNS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("run", RUNS)
 def test_the_next_run_removes_what_a_killed_one_left(run: str, tmp_path: Path) -> None:
     call, target = RUNS[run]
@@ -179,6 +182,7 @@ def test_json_for_programs_holds_no_nan() -> None:
     assert to_json({"a": (1.5, float("nan"), [float("-inf")]), "b": 1}) == '{"a": [1.5, null, [null]], "b": 1}'
 
 
+@pytest.mark.posix
 def test_an_endless_file_is_read_to_the_bound_only() -> None:
     with pytest.raises(lbyl.ArtifactError, match="larger than"):
         read_json(Path("/dev/zero"))

@@ -340,6 +340,7 @@ print((peak() - before) / model)
 """
 
 
+@pytest.mark.posix
 def test_large_weights_are_not_copied_more_often_than_needed() -> None:
     """The model, its new weights, and plain pruning to compare with; and a little for what libraries need."""
     done = subprocess.run([sys.executable, "-c", _WEIGHED], check=True, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 What was in them then is in `saved_0_1_0.json`. `own` is the network of `saved_network.py` beside it, by least squares:
 a plan with all that a plan can speak of. `squeezenet` is torchvision's, with random weights and by the weights alone.
+`saved_first/` is of the very first plans, which had cuts and nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import lbyl
+from lbyl.surgery.versions import VERSION, upgraded
 
 FOLDERS = Path(__file__).with_name("saved_0_1_0")
 KNOWN: dict[str, Any] = json.loads(FOLDERS.with_suffix(".json").read_text(encoding="utf-8"))
@@ -82,8 +84,8 @@ def test_the_code_of_the_card_makes_such_a_network_again(monkeypatch: pytest.Mon
     assert shapes == KNOWN["own"]["shapes"]
 
 
-LATER = {"trained": False, "network": ""}
-"""What later versions write into plans as well."""
+LATER = {"trained": False, "network": "", "version": VERSION}
+"""What later versions write into plans as well, or in its place."""
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -95,7 +97,7 @@ def test_a_folder_is_shown(name: str) -> None:
     saved["report"] = {**later, **saved["report"]}
     if saved["report"]["assessment"]:
         saved["report"]["assessment"] |= {"held_out": True, "real": False}
-    saved["plan"] = {**LATER, **saved["plan"]}
+    saved["plan"] = {**saved["plan"], **LATER}
     assert without_load(shown) == without_load(saved)
 
 
@@ -103,3 +105,46 @@ def test_a_plan_comes_back_as_it_was() -> None:
     for name in KNOWN:
         plan = json.loads((FOLDERS / name / "lbyl.json").read_text(encoding="utf-8"))["plan"]
         assert json.loads(lbyl.Plan.from_dict(plan).to_json()) == {**plan, **LATER}
+
+
+FIRST = FOLDERS.with_name("saved_first")
+FIRST_OUTPUT = [
+    *(-0.18051419, -0.18754020, -0.03195540, -0.01319597, 0.03120818, 0.05975968),
+    *(-0.15552121, -0.16541024, 0.04201046, 0.05665556, -0.16136624, -0.15648688),
+]
+"""What the network gave for ``image(1, 2, 6, 6)`` when the folder was saved."""
+
+
+def test_the_first_form_of_plans_is_loaded() -> None:
+    """It knew no scales, no numbers of modules and no layers that were replaced."""
+    data = json.loads((FIRST / "lbyl.json").read_text(encoding="utf-8"))["plan"]
+    assert data["version"] == 1
+    assert not {"attributes", "folds", "trained", "network"} & data.keys()
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 3))
+    smaller = lbyl.load(FIRST, net)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(image(1, 2, 6, 6)).flatten(), torch.tensor(FIRST_OUTPUT))
+    plan = lbyl.Plan.from_dict(data)
+    assert (plan.version, plan.attributes, plan.folds, plan.trained) == (VERSION, (), (), False)
+    assert all(cut.scale == 1 for cut in plan.cuts)
+
+
+def test_a_folder_of_an_earlier_version_is_saved_in_the_present_one(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 3))
+    lbyl.save(lbyl.load(FIRST, net), tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "lbyl.json").read_text(encoding="utf-8"))["plan"]
+    assert again["version"] == VERSION
+    assert lbyl.load(tmp_path / "again", net)
+
+
+@pytest.mark.parametrize("version", [0, VERSION + 1, True, "2", None, [2]])
+def test_an_unknown_version_is_one_clear_line(version: object) -> None:
+    with pytest.raises(lbyl.ArtifactError) as caught:
+        upgraded({"version": version})
+    assert str(caught.value) == f"plan version {version!r} is unknown (this lbyl reads versions 1 to 2); update lbyl"
+
+
+def test_a_plan_is_not_changed_by_being_read() -> None:
+    data = {"version": 1, "groups": []}
+    assert upgraded(data)["version"] == VERSION
+    assert data == {"version": 1, "groups": []}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
@@ -328,7 +327,7 @@ def test_a_killed_process_is_gone_on_with(source: str, tmp_path: Path) -> None:
         while not (tmp_path / "waiting").exists():
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     done = {name: stat for name, stat in snapshot(out).items() if re.match(rf"macs-|{ANALYSIS}", name)}
     assert {name.partition("/")[0] for name in done} == {"macs-0.8", "macs-0.6", ANALYSIS}
     judged = lines(log)

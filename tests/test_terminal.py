@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.posix
+
 LBYL = f"{shlex.quote(sys.executable)} -m lbyl"
 SAVED = Path(__file__).with_name("saved_0_1_0") / "own"
 SHOW = f"{LBYL} show {shlex.quote(str(SAVED))}"

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lbyl.moments.photographs import Photographs as Photographs
     from lbyl.moments.sentences import Sentences as Sentences
     from lbyl.moments.weights import Weights as Weights
+    from lbyl.pipeline.calibration import calibration_batches as calibration_batches
     from lbyl.pipeline.compare import Comparison as Comparison
     from lbyl.pipeline.compare import compare as compare
     from lbyl.pipeline.compress import compress as compress

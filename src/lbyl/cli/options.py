@@ -92,7 +92,7 @@ class Runtime(str, Enum):
 Timed = Annotated[
     Runtime,
     typer.Option(
-        "--runtime", help="What networks are timed in. onnxruntime takes pip install 'lbyl[export]', and the CPU."
+        "--runtime", help="What networks are timed in. onnxruntime takes the extra 'export' of lbyl, and the CPU."
     ),
 ]
 Quiet = Annotated[

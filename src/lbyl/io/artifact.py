@@ -78,10 +78,12 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
                 note = write_config(folder, model, plan.architecture)
                 report = replace(report, notes=(*report.notes, note))
             manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": digest(weights)}
-            (folder / MANIFEST).write_text(document_text(manifest, f"the plan of {target}"), encoding="utf-8")
-            (folder / CARD).write_text(card(plan, report), encoding="utf-8")
-            (folder / PAGE).write_text(page(plan, report), encoding="utf-8")
-            (folder / DOCUMENT).write_text(to_json(document(".", plan, report)), encoding="utf-8")
+            (folder / MANIFEST).write_text(
+                document_text(manifest, f"the plan of {target}"), encoding="utf-8", newline="\n"
+            )
+            (folder / CARD).write_text(card(plan, report), encoding="utf-8", newline="\n")
+            (folder / PAGE).write_text(page(plan, report), encoding="utf-8", newline="\n")
+            (folder / DOCUMENT).write_text(to_json(document(".", plan, report)), encoding="utf-8", newline="\n")
             finish(folder)
             folder.rename(target)
     except SafetensorError as error:  # its writer raises this where the disk is full

@@ -11,25 +11,23 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
 from lbyl.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # on Windows, leftovers of killed processes are not removed
-    fcntl = None
 
 TEMPORARY = ".tmp-"
 """Prefix of the names of unfinished files."""
 
 _UNFINISHED = ".lbyl"
 """Suffix of the names of unfinished folders."""
+_LOCK = "lock"
+"""Name of the file in an unfinished folder that is locked while its process is alive."""
 
 
 @contextmanager
@@ -43,24 +41,28 @@ def writing(target: Path) -> Iterator[None]:
 
 @contextmanager
 def stage(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, for files that are written there and then renamed.
+    """A temporary folder near the target, for files that are written there and then renamed.
 
-    At the end, also after an error, the folder and all files left in it are removed. At the beginning, temporary
-    folders of killed processes are removed, which no longer hold the lock of their folder. Call :func:`finish` before
-    renaming, to flush files to the disk and give them their modes.
+    It lies in a folder beside the target that also holds a lock. At the end, also after an error, both folders and all
+    files left in them are removed. At the beginning, temporary folders of killed processes are removed, whose locks the
+    operating system has released. Call :func:`finish` before renaming, to flush files to the disk and give them their
+    modes.
 
     Raises:
         InputError: the folder can't be made, or something in it can't be written.
     """
     with writing(target):
         clear_unfinished(target.parent)
-        folder, lock = _new_folder(target)
+        place, lock = _new_place(target)
         try:
+            # The lock stays outside of the folder, because Windows does not rename folders with open files.
+            folder = place / "content"
+            folder.mkdir()
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
             if lock is not None:
-                os.close(lock)
+                lock.release()
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def digest(file: Path) -> str:
@@ -75,35 +77,33 @@ def digest(file: Path) -> str:
 def clear_unfinished(place: Path) -> None:
     """Remove unfinished folders of processes that are no longer alive."""
     for folder in place.glob(f".*{_UNFINISHED}"):
-        lock = _locked(folder) if re.search(r"-\w{8}\.lbyl$", folder.name) else None
+        if not re.search(r"-\w{8}\.lbyl$", folder.name) or folder.is_symlink() or not folder.is_dir():
+            continue
+        lock = _locked(folder, wait=False)
         if lock is not None:
+            # Windows removes no open file, so the lock is released first. It is held by nobody who is alive.
+            lock.release()
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
 
 
-def _new_folder(target: Path) -> tuple[Path, int | None]:
-    """A temporary folder beside the target, and its open lock."""
+def _new_place(target: Path) -> tuple[Path, BaseFileLock | None]:
+    """A temporary folder beside the target, and its lock; None where the file system knows no locks."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=_UNFINISHED, dir=target.parent))
-        lock = _locked(folder, wait=True)
-        if folder.is_dir():  # another process may have removed it before it was locked
-            return folder, lock
-        if lock is not None:
-            os.close(lock)
+        place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=_UNFINISHED, dir=target.parent))
+        lock = _locked(place, wait=True)
+        if lock is None or (place / _LOCK).exists():  # another process may have removed it before it was locked
+            return place, lock
+        lock.release()
 
 
-def _locked(folder: Path, wait: bool = False) -> int | None:
-    """The open lock of a folder, which is released when the process ends; None if another process holds it."""
-    if fcntl is None:
+def _locked(place: Path, wait: bool) -> BaseFileLock | None:
+    """The lock of a temporary folder, which ends with its process; None if another process holds it, or without one."""
+    lock = FileLock(place / _LOCK)
+    try:
+        lock.acquire(blocking=wait)
+    except (Timeout, OSError, NotImplementedError):  # the last one where the file system knows no locks
         return None
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            return handle
-        except OSError:
-            os.close(handle)
-    return None
+    return lock
 
 
 def finish(folder: Path) -> None:
@@ -111,7 +111,7 @@ def finish(folder: Path) -> None:
     mode = _usual_mode(folder)
     for file in folder.iterdir():
         file.chmod(mode)
-        with file.open("rb") as stream:
+        with file.open("r+b") as stream:  # Windows only flushes files that are open for writing
             os.fsync(stream.fileno())
     folder.chmod(mode | (mode & 0o444) >> 2)
 

@@ -90,7 +90,7 @@ def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[i
     try:
         with quiet():
             config = _fitting(model, {parameter: tuple(shape) for parameter, shape in before.items()})
-            file.write_text(config.to_json_string(), encoding="utf-8")
+            file.write_text(config.to_json_string(), encoding="utf-8", newline="\n")
             _check_loaded(folder, model)
     except _Unsayable as error:
         file.unlink(missing_ok=True)

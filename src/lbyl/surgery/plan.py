@@ -22,8 +22,7 @@ from lbyl.runtime.copying import imprint, tensors_of
 from lbyl.runtime.documents import check_no_faults, read_as
 from lbyl.surgery.attributes import Attribute
 from lbyl.surgery.cuts import Cut
-
-VERSION = 1
+from lbyl.surgery.versions import VERSION, upgraded
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,8 @@ class Plan:
 
     @staticmethod
     def from_dict(data: Any) -> Plan:
-        """Read a plan from plain data; see :meth:`from_json`."""
-        if not isinstance(data, dict) or "version" not in data:
-            raise ArtifactError("this is not a plan of lbyl: it has no version")
-        if data["version"] != VERSION:
-            raise ArtifactError(
-                f"plan version {data['version']!r} is unknown (this lbyl reads version {VERSION}); update lbyl"
-            )
-        plan = read_as(Plan, data, "the plan")
+        """Read a plan from plain data, also of an earlier version; see :meth:`from_json`."""
+        plan = read_as(Plan, upgraded(data), "the plan")
         check_no_faults(_faults(plan), "the plan")
         return plan
 
