@@ -18,6 +18,7 @@ from lbyl.budget.latency import timed
 from lbyl.errors import BudgetError
 from lbyl.graph import Graph
 from lbyl.io.huggingface import is_language_model, is_pretrained_model
+from lbyl.io.onnx.network import OnnxNetwork
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.selection.select import KeptCounts
 
@@ -168,9 +169,11 @@ def choose_widths(
         BudgetError: the budget can't be reached within 2%; or for a latency, no network is below it or within its
             margin of error.
     """
-    if budget.round_to is None and is_language_model(model):
+    # Files are run by onnxruntime, which pads channels to whole vectors: a little below one costs more than the vector.
+    coarse = replace(budget, round_to="auto") if isinstance(model, OnnxNetwork) else budget
+    if budget.round_to is None and (coarse is not budget or is_language_model(model)):
         try:
-            return _chosen(model, inputs, graph, measured, budget, cut)
+            return _chosen(model, inputs, graph, measured, coarse, cut)
         except BudgetError:  # of finer widths, some may meet it
             pass
     fine = replace(budget, round_to=1) if budget.round_to is None else budget

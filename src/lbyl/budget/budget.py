@@ -39,8 +39,8 @@ class Budget:
         minimize: with ``agreement`` or ``accuracy_drop``, the cost to minimize: "macs", "params" or "latency".
         round_to: kept channels are multiples of this number in groups that are wide enough. "auto" chooses what suits
             the device: on a CPU the number of floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8.
-            None chooses 1, and in language models of transformers the largest of 128, 64, 32, ... that is at most a
-            48th of the group, if the budget can be met with it.
+            None chooses 1. For ONNX files it chooses the same as "auto", and in language models of transformers the
+            largest of 128, 64, 32, ... that is at most a 48th of the group, if the budget can be met with it.
         min_keep: smallest number of channels that a group keeps.
         max_ratio: largest share of its channels that a group loses.
         exclude: globs of groups and layers that are not pruned.

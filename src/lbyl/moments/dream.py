@@ -28,9 +28,9 @@ from lbyl.runtime.progress import Progress
 
 _TINY = 1e-6
 """Added to variances, so that a channel that never varied in training does not dominate the loss."""
-_STEPS, _FEWEST = 20, 5
-_MOST = 1e13
-"""Multiply-accumulates that all steps together may take: a few minutes on a few cores."""
+_STEPS, _ENOUGH, _FEWEST = 20, 10, 5
+_CHEAP, _MOST = 2e11, 1e13
+"""Multiply-accumulates that all steps together may take: a few seconds for more than enough steps, or a few minutes."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,14 @@ class Dream:
 
     Attributes:
         images: number of dreams on which moments are collected, and of scenes or crops of photographs. As many other
-            crops are held out, or a quarter more dreams, at least 4. None chooses as many as 2.4e10
-            multiply-accumulates (MACs) allow, between 24 dreams (48 other images) and 192. For networks with more than
-            4e9 MACs for each image, it chooses as many dreams as 1e11 MACs and as many other images as 4e11 MACs
-            allow, at least 4 of each. A batch of dreams has as many as 1.6e10 MACs allow, between 24 and 96, and fewer
-            if ``memory`` requires it. Held-out images have batches of their own.
-        steps: number of Adam steps, with a cosine schedule. None makes 20, and fewer if these would take more than
-            1e13 MACs; if fewer than 5 are possible, none.
+            crops are held out, or a quarter more dreams, at least 4. None chooses as many dreams as 1.2e10
+            multiply-accumulates (MACs) allow, between 24 and 192, and as many other images as 2.4e10 MACs allow,
+            between 48 and 192. For networks with more than 4e9 MACs for each image, it chooses as many dreams as 1e11
+            MACs and as many other images as 4e11 MACs allow, at least 4 of each. A batch of dreams has as many as
+            1.6e10 MACs allow, between 24 and 96, and fewer if ``memory`` requires it. Held-out images have batches of
+            their own.
+        steps: number of Adam steps, with a cosine schedule. None makes 20 if these take at most 2e11 MACs, else at
+            least 10, and fewer if those would take more than 1e13 MACs; if fewer than 5 are possible, none.
         lr: step size, in units of the inputs (which start with unit variance).
         photographs: whether to use photographs for inputs that look like color images. With False, all probes are made
             from the network and a random seed: dreams and scenes, with dreams held out.
@@ -99,7 +100,7 @@ class Dream:
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
         each = macs_per_input(model, inputs)
-        count = self.images or affordable(each, 2.4e10, 24, 192, ceiling=1e11)
+        count = self.images or affordable(each, 1.2e10, 24, 192, ceiling=1e11)
         others = self.images or affordable(each, 2.4e10, 48, 192, ceiling=4e11)
         shown = self.photographs and takes_photographs(inputs)
         # Crops cost nothing, and many held-out images are needed to compare solutions that are almost equally good.
@@ -108,9 +109,10 @@ class Dream:
         steps, notes = self.steps, list[str]()
         if steps is None:
             # A step is a forward pass and a backward pass to the inputs, which takes about twice as long.
-            steps = min(_STEPS, int(_MOST / (3 * each * dreams)))
+            step = 3 * each * dreams
+            steps = min(max(_ENOUGH, min(_STEPS, int(_CHEAP / step))), int(_MOST / step))
             steps = steps if steps >= _FEWEST else 0
-            if steps < _STEPS:
+            if steps < _ENOUGH:
                 what = f"only {steps} steps of dreaming" if steps else "pink noise in place of dreams"
                 notes.append(f"{what}: an input takes {each:.1e} multiply-accumulates; Dream(steps=...) makes more")
         # The memory that dreaming takes grows with the batch, so there are several batches.

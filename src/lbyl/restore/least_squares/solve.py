@@ -125,6 +125,9 @@ def merged(findings: Findings, later: Findings) -> Findings:
     return Findings(findings.state, later.values, defaultdict(_Powers, errors), defaultdict(list, notes))
 
 
+_LONG, _MANY = 32, 2048
+"""Kernels with more taps are solved by "mix" if their patches have more entries, which would take minutes."""
+
 Sums = PatchSums | list[tuple[int, Slot, ChannelSums]]
 """The sums for one consumer: of patches, or of channels for each group, with the selection's index and the slot."""
 
@@ -143,11 +146,14 @@ def empty_sums(
     size = sum(len(k) * taps * (len(k) * taps + rows) * 8 for k in keep)
     note = ""
     if settings.solve == "patch" and consumer.op != "conv3d":
-        if size <= settings.budget:
+        widest = max(len(k) for k in keep) * taps
+        long = taps > _LONG and widest > _MANY
+        if size <= settings.budget and not long:
             device = weight.device
             columns = Columns(tuple(k.to(device) for k in keep), tuple(d.to(device) for d in drop))
             return PatchSums(columns, settings.positions, generator), size, ""
-        note = f"{consumer.layer}: solved by mix, because patch moments would take {size / 2**20:.0f} MiB"
+        why = f"its kernels are long ({taps} taps)" if long else f"patch moments would take {size / 2**20:.0f} MiB"
+        note = f"{consumer.layer}: solved by mix, because {why}"
     entries = []
     for number in target.choices:
         choice = selection.choices[number]
