@@ -44,6 +44,14 @@ class Scope(str, Enum):
     all = "all"
 
 
+class Effort(str, Enum):
+    """How much time the library's choice of a restorer may take."""
+
+    low = "low"
+    default = "default"
+    high = "high"
+
+
 class Solve(str, Enum):
     """What least squares solves for."""
 
@@ -97,6 +105,13 @@ class Settings:
         str,
         name_option("restorer", "How kept channels compensate for dropped ones. auto: the best method for this model."),
     ] = "auto"
+    effort: Annotated[
+        Effort,
+        typer.Option(
+            help="Time that --restore auto may take. low: a few seconds, nothing dreamed; high: more probes and steps of "
+            "dreaming."
+        ),
+    ] = Effort.default
     plugin: Annotated[
         list[str] | None,
         typer.Option(
@@ -208,6 +223,8 @@ class Settings:
         if self.task is not None and not source.startswith("hf:"):
             raise typer.BadParameter(f"--task is only for hf:DIR, and not for {source}; leave it out")
         given = self._of_least_squares()
+        if self.effort is not Effort.default and (self.restore != "auto" or self.data or self.moments):
+            raise typer.BadParameter("--effort is for --restore auto without --data or --moments; leave out either")
         if given and self.restore != "auto":
             raise typer.BadParameter(
                 f"{given[0]} is for least squares; leave out either it or --restore {self.restore}"
@@ -304,7 +321,7 @@ class Settings:
             changes["memory"] = round(self.memory * 2**30)
         if not changes:
             return None
-        restorer = replace(choose_restorer(model, ExampleInputs.of(inputs))[0], **changes)
+        restorer = replace(choose_restorer(model, ExampleInputs.of(inputs), self.effort.value)[0], **changes)
         if isinstance(restorer.moments, Dream):
             return replace(restorer, moments=replace(restorer.moments, memory=restorer.memory))
         return restorer

@@ -145,7 +145,9 @@ def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
         "source": None if kept else source,
         "progress": stage.follow,
     }
-    if restorer is not None:
+    if restorer is None:
+        arguments["effort"] = settings.effort.value
+    else:
         arguments["restore"] = restorer
     return Prepared(model, inputs, arguments, notes)
 

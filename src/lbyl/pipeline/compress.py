@@ -41,6 +41,7 @@ def compress(
     progress: Progress | None = None,
     evaluate: Evaluate | None = None,
     forecast: bool = True,
+    effort: str = "default",
 ) -> Result:
     """Remove channels from a network, and restore it by the kept ones.
 
@@ -72,6 +73,8 @@ def compress(
         evaluate: called with a copy of the network and with each smaller network, all in evaluation mode; returns a
             number that is larger for better networks. The report shows it before and after.
         forecast: whether to forecast the agreement on real inputs (``report.forecast``), which takes time.
+        effort: how much time ``restore="auto"`` may take: "low" takes few probes, dreams nothing, and solves all
+            consumers at once; "high" makes more probes and steps of dreaming than "default".
 
     Raises:
         InputError: a setting or an input can't be used, or weights are not finite.
@@ -94,7 +97,7 @@ def compress(
     judge = Judge(evaluate)
     scoring, restorer = named_criterion(criterion), named_restorer(restore)
     request = CompressionRequest(
-        ratio, budget, scope, scoring, restorer, seed, verify, strict, source, progress, forecast
+        ratio, budget, scope, scoring, restorer, seed, verify, strict, source, progress, forecast, effort
     )
     clock = Clock()
     # Garbage collection is only needed while probes run.

@@ -10,7 +10,7 @@ from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
 from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivers
-from lbyl.restore.registry import choose_restorer, resolve_restorer
+from lbyl.restore.registry import DEFAULT, check_effort, choose_restorer, resolve_restorer
 from lbyl.runtime.checks import check_seed, check_switch, named_kind
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import check_runtime
@@ -56,6 +56,7 @@ class CompressionRequest:
     source: str | None
     progress: Progress | None
     forecast: bool = True
+    effort: str = DEFAULT
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, float):
@@ -73,6 +74,9 @@ class CompressionRequest:
         check_switch("verify={}", self.verify)
         check_switch("strict={}", self.strict)
         check_switch("forecast={}", self.forecast)
+        check_effort(self.effort)
+        if self.effort != DEFAULT and self.restore is not None:
+            raise InputError(f"effort={self.effort!r} is for restore='auto'; leave out either of them")
         if self.source is not None and not isinstance(self.source, str):
             raise InputError(f"source is {named_kind(self.source)}; write a text such as timm:resnet18, or None")
         if self.progress is not None and not callable(self.progress):
@@ -80,7 +84,7 @@ class CompressionRequest:
 
     def restorer(self, model: nn.Module, inputs: ExampleInputs) -> tuple[Restorer, str]:
         """The restorer for a model, and a note that says why "auto" chose it."""
-        return choose_restorer(model, inputs) if self.restore is None else (self.restore, "")
+        return choose_restorer(model, inputs, self.effort) if self.restore is None else (self.restore, "")
 
     def scoring(
         self, model: nn.Module, inputs: ExampleInputs, restorer: Restorer

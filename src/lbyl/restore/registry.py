@@ -27,6 +27,7 @@ from lbyl.restore.closed_form import Delivering, Delivers
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.prune import Prune
 from lbyl.runtime.batch_norms import batch_norms, norms_cover
+from lbyl.runtime.batches import macs_per_input
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.registry import make
 
@@ -51,8 +52,59 @@ def resolve_restorer(restore: str | Restorer | Delivers) -> Restorer:
     return Delivering(restore)
 
 
-def choose_restorer(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquares, str]:
-    """The restorer for ``restore="auto"``, which is the best one without the user's data, and a note that says why."""
+LOW, DEFAULT, HIGH = "low", "default", "high"
+EFFORTS = (LOW, DEFAULT, HIGH)
+"""How much time ``restore="auto"`` may take."""
+
+_LARGE = 1e9
+"""Networks with more multiply-accumulates for each image make no more dreams with high effort, only more steps."""
+
+
+def check_effort(effort: object) -> None:
+    """Raise InputError for an unknown effort."""
+    if effort not in EFFORTS:
+        raise InputError(f"effort={effort!r}: choose {', '.join(map(repr, EFFORTS))}")
+
+
+def choose_restorer(model: nn.Module, inputs: ExampleInputs, effort: str = DEFAULT) -> tuple[LeastSquares, str]:
+    """The restorer for ``restore="auto"`` and an effort, without the user's data, and a note that says why."""
+    restorer, why = _best(model, inputs)
+    if effort == LOW:
+        restorer, what = _quick(restorer, inputs), "low effort: fewer probes, nothing dreamed, one pass"
+    elif effort == HIGH:
+        restorer, what = _thorough(restorer, model, inputs), "high effort: more probes and steps"
+    else:
+        return restorer, why
+    return restorer, f"{why}; {what}"
+
+
+def _quick(restorer: LeastSquares, inputs: ExampleInputs) -> LeastSquares:
+    """The same for a few seconds: few probes, none of which is dreamed, and consumers solved all at once."""
+    source = restorer.moments
+    if isinstance(source, Dream):
+        source = Photographs(images=64) if takes_photographs(inputs) else replace(source, images=64, steps=0)
+    elif isinstance(source, Photographs):
+        source = replace(source, images=64)
+    elif isinstance(source, Generated):
+        source = replace(source, sequences=16)
+    elif isinstance(source, Sentences):
+        source = replace(source, sequences=64)
+    return replace(restorer, moments=source, sequential=False)
+
+
+def _thorough(restorer: LeastSquares, model: nn.Module, inputs: ExampleInputs) -> LeastSquares:
+    """The same with more probes, and dreams with more steps."""
+    source = restorer.moments
+    if isinstance(source, Dream):
+        source = replace(source, steps=20, images=192 if macs_per_input(model, inputs) < _LARGE else None)
+    elif isinstance(source, Photographs):
+        source = replace(source, images=384)
+    elif isinstance(source, Generated | Sentences):
+        source = replace(source, sequences=512)
+    return replace(restorer, moments=source)
+
+
+def _best(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquares, str]:
     norms = batch_norms(model)
     if norms_cover(model):
         why = f"auto: dreamed probes, because batch norms ({len(norms)}) describe the training data"

@@ -114,6 +114,7 @@ def sweep(
     source: str | None = None,
     progress: Progress | None = None,
     forecast: bool = True,
+    effort: str = "default",
 ) -> Sweep:
     """Compress a network to several budgets; probes, error curves and moments are made once for all of them.
 
@@ -139,6 +140,8 @@ def sweep(
         source: the source of the model.
         progress: called as ``progress(stage, done, total)``.
         forecast: whether to forecast the agreement of each smaller network on real inputs.
+        effort: how much time ``restore="auto"`` may take: "low" takes few probes, dreams nothing, and solves all
+            consumers at once; "high" makes more probes and steps of dreaming than "default".
 
     Returns:
         All points, including those that could not be made, with the reasons.
@@ -161,6 +164,7 @@ def sweep(
         source,
         progress,
         forecast,
+        effort,
     )
     _check(budgets)
     judge = Judge(evaluate)
