@@ -108,8 +108,8 @@ class Settings:
     effort: Annotated[
         Effort,
         typer.Option(
-            help="Time that --restore auto may take. low: a few seconds, nothing dreamed; high: more probes and steps of "
-            "dreaming."
+            help="Time that --restore auto may take. low: a few seconds, nothing dreamed; high: more probes and more "
+            "steps of dreaming."
         ),
     ] = Effort.default
     plugin: Annotated[

@@ -47,10 +47,10 @@ class Dream:
     Attributes:
         images: number of dreams on which moments are collected, and of scenes or crops of photographs. As many other
             crops are held out, or a quarter more dreams, at least 4. None chooses as many as 2.4e10
-            multiply-accumulates (MACs) allow, between 24 dreams (48 other images) and 192. For networks with more than 4e9 MACs for each image, it chooses as many dreams as 1e11
-            MACs and as many other images as 4e11 MACs allow, at least 4 of each. A batch of dreams has as many as
-            1.6e10 MACs allow, between 24 and 96, and fewer if ``memory`` requires it. Held-out images have batches of
-            their own.
+            multiply-accumulates (MACs) allow, between 24 dreams (48 other images) and 192. For networks with more than
+            4e9 MACs for each image, it chooses as many dreams as 1e11 MACs and as many other images as 4e11 MACs
+            allow, at least 4 of each. A batch of dreams has as many as 1.6e10 MACs allow, between 24 and 96, and fewer
+            if ``memory`` requires it. Held-out images have batches of their own.
         steps: number of Adam steps, with a cosine schedule. None makes 20 if these take at most 2e11 MACs, else at
             least 10, and fewer if those would take more than 1e13 MACs; if fewer than 5 are possible, none.
         lr: step size, in units of the inputs (which start with unit variance).

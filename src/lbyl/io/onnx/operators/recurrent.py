@@ -78,7 +78,7 @@ def _recurrent(
         gates: the place of each of its gates.
         direction: "forward", "reverse" or "bidirectional".
     """
-    x, from_input, from_state, bias, *states = tensors(x, from_input, from_state, bias, *states)
+    x, from_input, from_state, bias, *first_states = tensors(x, from_input, from_state, bias, *states)
     directions, _, units = from_state.shape
     x = x.flip(0) if direction == "reverse" else x
     order = torch.as_tensor(np.concatenate([np.arange(gate * units, (gate + 1) * units) for gate in gates]))
@@ -90,7 +90,7 @@ def _recurrent(
             first, second = bias[one].chunk(2)
             parts += [first[order], second[order]]
     zeros = x.new_zeros(directions, x.shape[1], units)
-    start = [zeros if state is None else state for state in states]
+    start = [zeros if state is None else state for state in first_states]
     hidden = start if call is torch.lstm else start[0]
     each, *last = call(x, hidden, parts, bias is not None, 1, 0.0, False, directions == 2, False)
     each = each.flip(0) if direction == "reverse" else each
