@@ -172,7 +172,10 @@ def _sum(block: nn.Module, call: Call) -> Sum:
 
 @contextmanager
 def _added(module: nn.Module, noise: Tensor) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda module, args, output: output + noise)
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        return output + noise
+
+    handle = module.register_forward_hook(add)
     try:
         yield
     finally:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lbyl.errors import SurgeryError, VerificationError, first_line
 from lbyl.graph.blocks import Block, child_path, first_float
 from lbyl.runtime.contexts import undisturbed
-from lbyl.runtime.copying import copy_model, sharing_copy
+from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
 
@@ -69,20 +68,42 @@ def renamed(name: str, cuts: Sequence[BlockCut]) -> str | None:
     >>> renamed("layers.3.weight", [BlockCut("layers", ("0", "1", "2", "3"), (0, 3))])
     'layers.1.weight'
     """
-    # All paths are those before the cuts, and the outermost list comes first.
-    changes: dict[int, str] = {}
-    for cut in cuts:
-        prefix = f"{cut.stack}." if cut.stack else ""
-        if not name.startswith(prefix):
-            continue
-        child = name[len(prefix) :].partition(".")[0]
-        if child not in cut.children:
-            continue
-        if child not in cut.names:
-            return None
-        changes[prefix.count(".")] = cut.names[child]
+    stacks = {cut.stack: cut for cut in cuts}
     parts = name.split(".")
-    return ".".join(changes.get(place, part) for place, part in enumerate(parts))
+    changed = []
+    for place, part in enumerate(parts):
+        cut = stacks.get(".".join(parts[:place]))
+        if cut is not None and part in cut.children:
+            if part not in cut.names:
+                return None
+            part = cut.names[part]
+        changed.append(part)
+    return ".".join(changed)
+
+
+def original_name(name: str, cuts: Sequence[BlockCut]) -> str:
+    """The inverse of :func:`renamed`.
+
+    >>> original_name("layers.1.weight", [BlockCut("layers", ("0", "1", "2", "3"), (0, 3))])
+    'layers.3.weight'
+    """
+    stacks = {cut.stack: {new: old for old, new in cut.names.items()} for cut in cuts}
+    found: list[str] = []
+    for part in name.split("."):
+        found.append(stacks.get(".".join(found), {}).get(part, part))
+    return ".".join(found)
+
+
+def composed(first: Sequence[BlockCut], then: Sequence[BlockCut]) -> tuple[BlockCut, ...]:
+    """The cuts with the effect of ``first`` followed by ``then``, whose paths are those after ``first``."""
+    found = {cut.stack: cut for cut in first}
+    for cut in then:
+        stack = original_name(cut.stack, first)
+        before = found.get(stack)
+        if before is not None:
+            cut = BlockCut(stack, before.children, tuple(before.keep[index] for index in cut.keep))
+        found[stack] = replace(cut, stack=stack)
+    return tuple(found.values())
 
 
 def without_blocks(model: nn.Module, cuts: Sequence[BlockCut]) -> nn.Module:
@@ -95,13 +116,6 @@ def without_blocks(model: nn.Module, cuts: Sequence[BlockCut]) -> nn.Module:
         SurgeryError: the model lacks the lists or their children.
     """
     return drop_blocks(sharing_copy(model), cuts)
-
-
-def dropped_copy(model: nn.Module, cuts: Sequence[BlockCut]) -> nn.Module:
-    """As :func:`without_blocks`, with parameters of its own."""
-    if not cuts:
-        return model
-    return copy_model(without_blocks(model, cuts))
 
 
 def drop_blocks(model: nn.Module, cuts: Sequence[BlockCut]) -> nn.Module:
@@ -204,7 +218,9 @@ def verify_blocks(whole: nn.Module, smaller: nn.Module, inputs: ExampleInputs, d
         try:
             found = output_tensors(inputs.cloned().call(smaller))
         except Exception as error:
-            raise VerificationError(f"without {_named(dropped)} the network does not run: {first_line(error)}") from error
+            raise VerificationError(
+                f"without {_named(dropped)} the network does not run: {first_line(error)}"
+            ) from error
     worst = 0.0
     for a, b in zip(expected, found, strict=False):
         if a.shape != b.shape:
@@ -224,14 +240,3 @@ def verify_blocks(whole: nn.Module, smaller: nn.Module, inputs: ExampleInputs, d
 def _named(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def configured_alone(model: nn.Module) -> nn.Module:
-    """The model with a copy of its configuration, which others may share."""
-    config = getattr(model, "config", None)
-    if config is not None:
-        own = copy.deepcopy(config)
-        for module in model.modules():
-            if getattr(module, "config", None) is config:
-                module.config = own  # pyright: ignore[reportAttributeAccessIssue]
-    return model

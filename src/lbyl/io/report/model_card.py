@@ -87,6 +87,14 @@ def _exporting(plan: Plan) -> Iterator[str]:
 
 def _groups(report: Report) -> Iterator[str]:
     yield from ("[report.html](report.html) shows this in pictures.", "")
+    for number, block in enumerate(report.blocks):
+        if not number:
+            yield from ("| dropped block | effect alone |", "|---|--:|")
+        yield f"| {code_span(block.block, cell=True)} | {block.alone:.3g} |"
+    if report.blocks:
+        yield ""
+    if report.blocks and not report.rows:
+        return
     yield "| group | channels |"
     yield "|---|--:|"
     for row in report.rows:
