@@ -67,6 +67,7 @@ class SumInterceptor(FunctionInterceptor):
         self._last: tuple[Any, Sum] | None = None
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the call, and remember it if a block may end with it."""
         if not self.active or (func not in _RELUS and func is not functional.layer_norm):
             return func(*args, **kwargs)
         given = args[0] if args else kwargs["input"]
@@ -93,6 +94,7 @@ _EXACT = 1e-2
 """Largest relative deviation of a change of the sum from the change of the layer's output."""
 
 
+@torch.no_grad()
 def find_writer(block: nn.Module, call: Call) -> Writer | None:
     """The layer whose output is added to the stream as it is, found by adding noise to the output of one layer.
 
@@ -183,4 +185,4 @@ def _added(module: nn.Module, noise: Tensor) -> Iterator[None]:
 
 
 def _close(change: Tensor, noise: Tensor) -> bool:
-    return float((change - noise).norm()) <= _EXACT * float(noise.norm())
+    return float((change - noise).detach().norm()) <= _EXACT * float(noise.norm())

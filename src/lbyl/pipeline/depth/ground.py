@@ -11,7 +11,7 @@ from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.budget.costs import counter
-from lbyl.errors import InputError, VerificationError
+from lbyl.errors import InputError, RestorationError, VerificationError
 from lbyl.graph.blocks import Block, Blocks, find_blocks
 from lbyl.moments import Probes
 from lbyl.pipeline.prepare import Prepared, restoring
@@ -195,14 +195,24 @@ def _probed(prepared: Prepared, request: CompressionRequest) -> tuple[Restorer, 
     tries = (
         (wanted, *(each for each in fallbacks(wanted) if each.takes_probes)) if request.restore is None else (wanted,)
     )
-    for number, restorer in enumerate(tries):
-        try:
-            with undisturbed(model), restoring(restorer):
-                return restorer, restorer.make_probes(model, inputs, request.seed, request.progress)
-        except Exception:
-            if number + 1 == len(tries):
-                raise
-    raise AssertionError
+    for restorer in tries[:-1]:
+        made = _unless_unrestorable(lambda restorer=restorer: _made(prepared, request, restorer))
+        if made is not None:
+            return restorer, made
+    return tries[-1], _made(prepared, request, tries[-1])
+
+
+def _made(prepared: Prepared, request: CompressionRequest, restorer: Restorer) -> Probes:
+    with undisturbed(prepared.model), restoring(restorer):
+        return restorer.make_probes(prepared.model, prepared.inputs, request.seed, request.progress)
+
+
+def _unless_unrestorable(work: Callable[[], Probes]) -> Probes | None:
+    """The result of some work; None if a restorer can't do it for this network."""
+    try:
+        return work()
+    except RestorationError:
+        return None
 
 
 def judged_copy(model: nn.Module, probes: Probes) -> nn.Module:

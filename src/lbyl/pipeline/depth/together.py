@@ -78,10 +78,11 @@ def compress_with_depth(prepared: Prepared, request: CompressionRequest, clock: 
     attempts: list[Attempt] = []
     refused: list[tuple[int, LbylError]] = []
     for count in sorted({0, len(chosen.blocks) // 2, len(chosen.blocks)}, reverse=True):
-        try:
-            attempts.append(_attempt(ground, chosen.first(count), Clock(dict(clock.seconds))))
-        except LbylError as error:
-            refused.append((count, error))
+        made = _tried(ground, chosen.first(count), clock)
+        if isinstance(made, Attempt):
+            attempts.append(made)
+        else:
+            refused.append((count, made))
     if not attempts:
         raise refused[0][1]
     best = min(attempts, key=lambda attempt: attempt.effect)
@@ -96,6 +97,14 @@ def _told(ground: DepthGround, attempts: list[Attempt], refused: list[tuple[int,
     ways = ", ".join(each.told for each in sorted(attempts, key=lambda each: each.effect))
     notes = [f"depth against width: {measure} on held-out probes {ways}"]
     return notes + [f"without {count} blocks the budget can't be met: {error}" for count, error in refused]
+
+
+def _tried(ground: DepthGround, chosen: Chosen, clock: Clock) -> Attempt | LbylError:
+    """The attempt, or the error if it fails."""
+    try:
+        return _attempt(ground, chosen, Clock(dict(clock.seconds)))
+    except LbylError as error:
+        return error
 
 
 def _attempt(ground: DepthGround, chosen: Chosen, clock: Clock) -> Attempt:

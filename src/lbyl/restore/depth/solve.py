@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -17,9 +18,19 @@ from lbyl.restore.ridge import Solution, solve
 def solve_stream(moments: Moments, ridge: float, has_bias: bool) -> Solution:
     """``B`` and the shift of ``r ~ B^T m + shift``, with a ridge on B: an infinite one drops the blocks plainly.
 
-    Without a bias the shift is zero, because there is no place for it.
+    Minimizes ``E |r - B^T m - shift|^2 + ridge sum_c Var(m_c) |B_c|^2``. The ridge is in proportion to each channel's
+    variance, because a few channels of language models are a thousand times as large as the others, and one ridge for
+    all would suit none. Without a bias the shift is zero, because there is no place for it, and the variance is the
+    mean square.
     """
-    return solve(moments, ridge, centered=has_bias)
+    n = max(moments.count, 1)
+    power = moments.pp.diagonal() / n - (moments.p / n).square() * has_bias
+    scale = power.clamp_min(1e-12 * power.max().clamp_min(1e-300)).sqrt()
+    standard = replace(
+        moments, p=moments.p / scale, pp=moments.pp / torch.outer(scale, scale), pr=moments.pr / scale[:, None]
+    )
+    found = solve(standard, ridge, centered=has_bias)
+    return replace(found, coefficients=found.coefficients / scale[:, None])
 
 
 def folded(
@@ -71,8 +82,9 @@ def folded(
     return values
 
 
-def _fold_norm(norm: _BatchNorm, writer: Writer, t: Tensor, shift: Tensor, moments: Moments, put: object) -> None:
-    assert callable(put)
+def _fold_norm(
+    norm: _BatchNorm, writer: Writer, t: Tensor, shift: Tensor, moments: Moments, put: Callable[..., None]
+) -> None:
     mean, var = _buffer(norm, "running_mean"), _buffer(norm, "running_var")
     weight, bias = norm.weight.detach(), norm.bias.detach()
     count = max(moments.count, 1)
@@ -93,8 +105,3 @@ def _buffer(norm: _BatchNorm, name: str) -> Tensor:
 def has_bias(host: nn.Module, writer: Writer) -> bool:
     """Whether the writer can add a constant: by its bias, or by that of its batch norm."""
     return bool(writer.norm) or getattr(host.get_submodule(writer.layer), "bias", None) is not None
-
-
-def merged(values: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Both sets of values; the second ones count where both have some."""
-    return {**values, **more}
