@@ -26,6 +26,7 @@ from lbyl.graph.blocks import find_blocks
 from lbyl.graph.writers import find_writer
 from lbyl.io.artifact import MANIFEST
 from lbyl.moments.accumulate import Moments
+from lbyl.moments.stream import add_weighted
 from lbyl.restore.depth.effect import Effect, divergence
 from lbyl.restore.depth.fit import RunProblem, restore_runs
 from lbyl.restore.depth.solve import folded, solve_stream
@@ -319,6 +320,18 @@ def test_a_network_that_lost_blocks_can_be_compressed_again(tmp_path: Path) -> N
         assert all(map(torch.equal, outputs(result.model, "llama"), outputs(loaded, "llama")))
     assert len(again.plan.blocks[0].keep) < len(more.plan.blocks[0].keep) < LAYERS
     assert Plan.from_json(again.plan.to_json()).blocks == again.plan.blocks
+
+
+def test_weighted_moments_are_those_of_repeated_positions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, r = (torch.randn(6, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    times = torch.tensor([1, 2, 3, 1, 1, 4])
+    weighted, repeated = (Moments.zeros(3, 3, p.device) for _ in range(2))
+    add_weighted(weighted, p, r, times.double())
+    repeated.add(p.repeat_interleave(times, 0), r.repeat_interleave(times, 0))
+    first, second = (solve_stream(moments, 0.1, has_bias=True) for moments in (weighted, repeated))
+    torch.testing.assert_close(first.coefficients, second.coefficients)
+    torch.testing.assert_close(first.shift, second.shift)
 
 
 def test_names_before_and_after_are_inverse() -> None:

@@ -65,31 +65,42 @@ def stream_moments(
         attended = attended_positions(whole, batch)
         wanted = _output_of(whole, run.last, batch)
         m, total = _host_of(current, host, run.writer, batch)
-        rows = [
-            _rows(at_attended(attended, each), linear=each.dim() == 3 or each.dim() == 2)
-            for each in (m, total.value, wanted)
-        ]
+        tokens = m.dim() < 4
+        rows = [_rows(at_attended(attended, each), tokens) for each in (m, total.value, wanted)]
         chosen = sample_positions(len(rows[0]), positions, generator)
         if chosen is not None:
             rows = [each[chosen.to(each.device)] for each in rows]
         p, s, stream = rows
-        target, weights = missing(s, stream, total)
+        target, weights = missing(s, stream, total, by_length=m.dim() == 3)
         if moments is None:
             moments = Moments.zeros(p.shape[1], p.shape[1], p.device)
-        root = weights.sqrt()[:, None]
-        moments.add(p * root, target * root)
+        add_weighted(moments, p, target, weights)
         give_back()
     assert moments is not None
     return moments
 
 
+def add_weighted(
+    moments: Moments,
+    p: Float[Tensor, "positions regressors"],
+    r: Float[Tensor, "positions targets"],
+    weights: Float[Tensor, " positions"],
+) -> None:
+    """Add weighted positions: the sums of ``w p``, ``w r``, ``w p p^T``, ``w p r^T``, ``w r^2``; the mean of w is 1."""
+    w = (weights / weights.mean())[:, None]
+    root = w.sqrt()
+    moments.add(p * root, r * root)
+    moments.p += ((w - root) * p).sum(0, dtype=torch.float64)
+    moments.r += ((w - root) * r).sum(0, dtype=torch.float64)
+
+
 def missing(
-    s: Float[Tensor, "positions channels"], stream: Float[Tensor, "positions channels"], total: Sum
+    s: Float[Tensor, "positions channels"], stream: Float[Tensor, "positions channels"], total: Sum, by_length: bool
 ) -> tuple[Float[Tensor, "positions channels"], Float[Tensor, " positions"]]:
     """What is missing in a sum ``s``, such that the stream after its tail is as wanted, and the positions' weights.
 
-    Nothing follows the sum: ``stream - s``. Layers after it see the stream through a norm, which divides each position
-    by its length. So positions are weighted by ``1 / |stream|^2``, or a few large ones would decide alone.
+    Nothing follows the sum: ``stream - s``. Layers after it see tokens through a norm, which divides each position by
+    its length. So positions are weighted ``by_length``, ``1 / |stream|^2``, or a few large ones would decide alone.
 
     A ReLU follows: the sum is wanted where the stream is positive, and any sum below zero elsewhere.
 
@@ -107,14 +118,16 @@ def missing(
             )
         deviation, mean = torch.std_mean(s, 1, unbiased=False, keepdim=True)
         return plain * deviation + mean - s, ones
+    if not by_length:
+        return stream - s, ones
     power = stream.square().mean(1)
-    return stream - s, 1 / power.clamp_min(1e-12 * power.mean().clamp_min(1e-30)) if s.shape[1] > 1 else ones
+    return stream - s, 1 / power.clamp_min(1e-12 * power.mean().clamp_min(1e-30))
 
 
-def _rows(tensor: Tensor, linear: bool) -> Float[Tensor, "positions channels"]:
+def _rows(tensor: Tensor, tokens: bool) -> Float[Tensor, "positions channels"]:
     """Channels last, positions flattened: images have channels on their second axis."""
     tensor = tensor.detach()
-    return (tensor if linear else tensor.movedim(1, -1)).reshape(-1, tensor.shape[-1 if linear else 1])
+    return (tensor if tokens else tensor.movedim(1, -1)).reshape(-1, tensor.shape[-1 if tokens else 1])
 
 
 class _Enough(Exception):

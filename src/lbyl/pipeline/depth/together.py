@@ -102,12 +102,12 @@ def _told(ground: DepthGround, attempts: list[Attempt], refused: list[tuple[int,
 def _tried(ground: DepthGround, chosen: Chosen, clock: Clock) -> Attempt | LbylError:
     """The attempt, or the error if it fails."""
     try:
-        return _attempt(ground, chosen, Clock(dict(clock.seconds)))
+        return attempt(ground, chosen, Clock(dict(clock.seconds)))
     except LbylError as error:
         return error
 
 
-def _attempt(ground: DepthGround, chosen: Chosen, clock: Clock) -> Attempt:
+def attempt(ground: DepthGround, chosen: Chosen, clock: Clock) -> Attempt:
     """The network without these blocks, and narrower as far as the budget asks for it."""
     done = shallower(ground, chosen, clock) if chosen.blocks else None
     model = done.model if done else ground.model
