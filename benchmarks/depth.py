@@ -49,7 +49,7 @@ WAYS = {"Restored": "depth", "Both": "both", "Width": "width"}
 NAMES = {"resnet56": "ResNet-56", "vit": "ViT on digits", "smollm2": "SmolLM2-135M"}
 
 
-def digits_vit(epochs: int = 40) -> nn.Module:
+def digits_vit(epochs: int = 25) -> nn.Module:
     """A ViT of eight blocks, trained on scikit-learn's digits but those that the examples hold out."""
     images = digits()
     with torch.random.fork_rng(devices=[]):
