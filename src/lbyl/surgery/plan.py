@@ -110,10 +110,11 @@ class Plan:
 
         None if there is none, because this plan replaces layers by plain ones that ``first`` has already made smaller.
         """
-        known = {item.module for item in first.folds}
-        if any(item.module not in known for item in self.folds):
-            return None
         first = first.without(self.blocks)
+        known = {item.module for item in first.folds}
+        new = tuple(item for item in self.folds if item.module not in known)
+        if new and first.cuts:
+            return None
         return dataclasses.replace(
             self,
             blocks=composed(first.blocks, self.blocks),
@@ -123,7 +124,7 @@ class Plan:
             settings={**self.settings, "after": dict(first.settings)},
             architecture=first.architecture,
             source=self.source or first.source,
-            folds=first.folds,
+            folds=(*first.folds, *new),
             trained=self.trained or first.trained,
         )
 

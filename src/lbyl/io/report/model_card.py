@@ -48,10 +48,11 @@ def _summary(plan: Plan, report: Report) -> Iterator[str]:
     if plan.trained:
         when = "between the cuts or after them" if "after" in plan.settings else "after that"
         trained = f"Its weights were trained {when}, which the settings do not say."
+    what = " and ".join(["blocks"] * bool(plan.blocks) + ["channels"] * (bool(plan.groups) or not plan.blocks))
     yield f"# {plain_words(title_of(plan))}"
     yield ""
     yield (
-        f"Whole channels were removed{made} by lbyl {plain_words(plan.library)}, with "
+        f"Whole {what} were removed{made} by lbyl {plain_words(plan.library)}, with "
         f"[this method](https://arxiv.org/abs/2502.08474) and the settings below. {trained} "
         "The result is an ordinary, smaller network."
     )
