@@ -84,7 +84,7 @@ def test_the_code_of_the_card_makes_such_a_network_again(monkeypatch: pytest.Mon
     assert shapes == KNOWN["own"]["shapes"]
 
 
-LATER = {"trained": False, "network": "", "version": VERSION}
+LATER = {"trained": False, "network": "", "blocks": [], "version": VERSION}
 """What later versions write into plans as well, or in its place."""
 
 
@@ -93,7 +93,8 @@ def test_a_folder_is_shown(name: str) -> None:
     command = [sys.executable, "-m", "lbyl", "show", str(FOLDERS / name), "--json"]
     shown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     saved = json.loads((FOLDERS / name / "report.json").read_text(encoding="utf-8"))
-    later = {"held_out_errors": {}, "forecast": None, "evaluation": None}  # later versions write these as well
+    # Later versions write these as well.
+    later = {"held_out_errors": {}, "forecast": None, "evaluation": None, "blocks": []}
     saved["report"] = {**later, **saved["report"]}
     if saved["report"]["assessment"]:
         saved["report"]["assessment"] |= {"held_out": True, "real": False}

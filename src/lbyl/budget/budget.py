@@ -48,6 +48,9 @@ class Budget:
             width, as configurations of transformers require. None does so for models that have a configuration. With
             False each layer gets its own width, which costs less accuracy, but then only ``lbyl.load`` can load the
             saved network.
+        depth: whether whole residual blocks may be dropped as well (a budget of macs, params or size_mb). What they did
+            is left to the layer before them. Of depth alone, width alone and both together, the one is kept that
+            changes the outputs on held-out probes least.
         runtime: how a latency is measured: "torch", or "onnxruntime", in which many networks are deployed, and in which
             odd widths cost more time (``round_to=8`` avoids them).
     """
@@ -66,6 +69,7 @@ class Budget:
     exclude: tuple[str, ...] = ()
     uniform_layers: bool | None = None
     runtime: str = TORCH
+    depth: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in (*_UNITS, *_QUALITIES) if getattr(self, name) is not None]
@@ -96,6 +100,9 @@ class Budget:
             check_number('Budget(round_to={}) is not "auto"', self.round_to, whole=True, least=1)
         check_number("Budget(min_keep={})", self.min_keep, whole=True, least=1)
         check_number("Budget(max_ratio={}), the largest ratio", self.max_ratio, least=0, below=1)
+        check_switch("Budget(depth={})", self.depth)
+        if self.depth and name not in ("macs", "params", "size_mb"):
+            raise InputError(f"Budget(depth=True) needs macs, params or size_mb, and not {name}")
         check_switch("Budget(uniform_layers={})", self.uniform_layers, optional=True)
         exclude = self.exclude
         if isinstance(exclude, str) or not isinstance(exclude, Iterable):

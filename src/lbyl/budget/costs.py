@@ -163,22 +163,32 @@ def counted(model: nn.Module, inputs: ExampleInputs, graph: Graph, budget: Budge
         budget: the budget.
     """
     named: dict[str, Tensor] = dict(model.named_parameters())
+    count = counter(inputs, budget)
+    if budget.macs is not None:
+        total = count(model)
+        costs = macs_by_parameter(model, inputs, total)
+        return Counted(tuple(cost_terms(graph, costs)), budget.macs * total, count)
+    if budget.params is not None:
+        costs = {name: float(p.numel()) for name, p in named.items()}
+        return Counted(tuple(cost_terms(graph, costs)), budget.params * count(model), count)
+    assert budget.size_mb is not None
+    costs = {name: float(_bytes([t])) for name, t in {**named, **dict(model.named_buffers())}.items()}
+    terms = tuple(cost_terms(graph, costs))
+    return Counted(terms, budget.size_mb * 1e6, count)
+
+
+def counter(inputs: ExampleInputs, budget: Budget) -> Callable[[nn.Module], int]:
+    """The function that counts what a budget of MACs, parameters or bytes limits; MACs on these inputs."""
     if budget.macs is not None:
 
         def macs(network: nn.Module) -> int:
             with undisturbed(network):
                 return macs_by_shapes(network, inputs)
 
-        total = macs(model)
-        costs = macs_by_parameter(model, inputs, total)
-        return Counted(tuple(cost_terms(graph, costs)), budget.macs * total, macs)
+        return macs
     if budget.params is not None:
-        costs = {name: float(p.numel()) for name, p in named.items()}
-        return Counted(tuple(cost_terms(graph, costs)), budget.params * count_parameters(model), count_parameters)
-    assert budget.size_mb is not None
-    costs = {name: float(_bytes([t])) for name, t in {**named, **dict(model.named_buffers())}.items()}
-    terms = tuple(cost_terms(graph, costs))
-    return Counted(terms, budget.size_mb * 1e6, lambda network: _bytes(tensors_of(network).values()))
+        return count_parameters
+    return lambda network: _bytes(tensors_of(network).values())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -63,6 +63,15 @@ Minimize = Annotated[
         rich_help_panel=BUDGET,
     ),
 ]
+Depth = Annotated[
+    bool,
+    typer.Option(
+        "--depth",
+        help="Whole residual blocks may be dropped as well, with --budget macs=R, params=R or size_mb=X. What they did "
+        "is left to the layer before them.",
+        rich_help_panel=BUDGET,
+    ),
+]
 NoLatency = Annotated[
     bool, typer.Option("--no-latency", help="Do not measure how long both networks take on this machine.")
 ]
@@ -77,6 +86,7 @@ def compress(
     ratio: Ratio = None,
     budget: OneBudget = None,
     minimize: Minimize = Cost.macs,
+    depth: Depth = False,
     evaluate: Evaluate = None,
     no_forecast: NoForecast = False,
     settings: Settings,
@@ -87,6 +97,7 @@ def compress(
     """Drop channels, restore the network by the kept ones, and save the smaller network."""
     settings.check(source)
     _check(ratio, budget, evaluate, minimize, settings)
+    _check_depth(depth, ratio, budget, settings)
     with working(f"loading {source}", quiet) as stage:
         check_output(output)
         import lbyl
@@ -95,6 +106,7 @@ def compress(
 
         check_images(settings)
         limit = None if ratio else settings.budget(*parse_budget(budget or _DEFAULT), minimize.value, not budget)
+        limit = replace(limit, depth=depth) if limit else None
         judge = load_function(evaluate) if evaluate else None
         prepared = prepare(source, settings, stage)
         result = lbyl.compress(
@@ -155,3 +167,13 @@ def _check(
         raise typer.BadParameter("--budget accuracy_drop=X needs --eval, a function that measures accuracy")
     if minimize is not Cost.macs and name not in ("agreement", "accuracy_drop"):
         raise typer.BadParameter("--minimize is for --budget agreement=R or accuracy_drop=X")
+
+
+def _check_depth(depth: bool, ratio: list[str] | None, budget: str | None, settings: Settings) -> None:
+    if not depth:
+        return
+    name = None if ratio else parse_budget(budget or _DEFAULT)[0]
+    if name not in ("macs", "params", "size_mb"):
+        raise typer.BadParameter("--depth needs a budget of cost: --budget macs=R, params=R or size_mb=X")
+    if settings.submodule is not None:
+        raise typer.BadParameter("--depth and --submodule: blocks are dropped from whole networks; give only one")

@@ -30,6 +30,7 @@ from lbyl.runtime.checks import as_path, check_module
 from lbyl.runtime.copying import shape_and_dtype, tensors_of
 from lbyl.runtime.documents import document_text, read_json, to_json
 from lbyl.runtime.recursion import deep_calls
+from lbyl.surgery.blocks import without_blocks
 from lbyl.surgery.cuts import cut_copy
 from lbyl.surgery.plan import Plan, is_rebuildable, remember
 
@@ -75,7 +76,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
             if weights.name == WEIGHTS:
                 save_model(model, str(weights), metadata={"format": "pt"})
             if is_pretrained_model(model):
-                note = write_config(folder, model, plan.architecture)
+                note = write_config(folder, model, plan.widths_before)
                 report = replace(report, notes=(*report.notes, note))
             manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": digest(weights)}
             (folder / MANIFEST).write_text(
@@ -179,9 +180,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
     try:
         with deep_calls(model):
-            smaller = cut_copy(apply_folds(model, plan.folds), plan.cuts, plan.attributes)
+            fresh = without_blocks(model, plan.blocks) if plan.blocks else model
+            smaller = cut_copy(apply_folds(fresh, plan.folds), plan.cuts, plan.attributes)
             _check_shapes(smaller, weights)
-            fill_folds(smaller, model, plan.folds)
+            fill_folds(smaller, fresh, plan.folds)
             load_model(smaller, str(weights))
     except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error

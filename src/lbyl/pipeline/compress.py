@@ -9,6 +9,7 @@ from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
+from lbyl.pipeline.depth.together import compress_with_depth
 from lbyl.pipeline.evaluate import Evaluate, Judge
 from lbyl.pipeline.prepare import plain_module, prepare
 from lbyl.pipeline.quality import DEFAULT, evaluated, meet
@@ -94,6 +95,8 @@ def compress(
         budget = DEFAULT
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
+    if budget is not None and getattr(budget, "depth", False) and submodule is not None:
+        raise InputError("submodule and depth: blocks are dropped from whole networks; give only one of them")
     judge = Judge(evaluate)
     scoring, restorer = named_criterion(criterion), named_restorer(restore)
     request = CompressionRequest(
@@ -106,7 +109,10 @@ def compress(
     with deep_calls(inner), alone(inner), nullcontext() if probing else uncollected():
         before = judge(copy_model(inner), "the unpruned network")
         prepared = prepare(inner, example_inputs, request, submodule, clock)
-        result = meet(prepared, request, clock, judge=judge, before=before)
+        if budget is not None and budget.depth:
+            result = compress_with_depth(prepared, request, clock)
+        else:
+            result = meet(prepared, request, clock, judge=judge, before=before)
         result = evaluated(result, judge, before)
     if inner is not model:
         note = f"the network was taken out of its {type(model).__name__}"

@@ -21,6 +21,7 @@ from lbyl.graph.computed_weights import Fold
 from lbyl.runtime.copying import imprint, tensors_of
 from lbyl.runtime.documents import check_no_faults, read_as
 from lbyl.surgery.attributes import Attribute
+from lbyl.surgery.blocks import BlockCut, composed, renamed
 from lbyl.surgery.cuts import Cut
 from lbyl.surgery.versions import VERSION, upgraded
 
@@ -46,6 +47,7 @@ class Plan:
         architecture: shape of every parameter and buffer of the unpruned model.
         source: where the unpruned model comes from ("timm:...", "torchvision:..."), or None.
         inputs: dtype and shape of the example inputs.
+        blocks: dropped blocks. Groups, cuts, attributes and folds have the names that are valid after that.
         folds: layers that computed their weight on the fly and were replaced by plain layers.
         library: the version of lbyl that made the plan.
         trained: whether the weights were changed after a cut by something else, training say: the settings alone do
@@ -66,6 +68,7 @@ class Plan:
     version: int = VERSION
     trained: bool = False
     network: str = ""
+    blocks: tuple[BlockCut, ...] = ()
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -100,20 +103,50 @@ class Plan:
 
         None if there is none, because this plan replaces layers by plain ones that ``first`` has already made smaller.
         """
+        first = first.without(self.blocks)
         known = {item.module for item in first.folds}
-        if any(item.module not in known for item in self.folds):
+        new = tuple(item for item in self.folds if item.module not in known)
+        if new and first.cuts:
             return None
         return dataclasses.replace(
             self,
+            blocks=composed(first.blocks, self.blocks),
             groups=_composed_groups(first.groups, self.groups),
             cuts=_composed_cuts(first.cuts, self.cuts),
             attributes=_composed_attributes(first.attributes, self.attributes),
             settings={**self.settings, "after": dict(first.settings)},
             architecture=first.architecture,
             source=self.source or first.source,
-            folds=first.folds,
+            folds=(*first.folds, *new),
             trained=self.trained or first.trained,
         )
+
+    def without(self, blocks: Sequence[BlockCut]) -> Plan:
+        """The plan with the names that are valid after more blocks were dropped; what is in these is left out."""
+        if not blocks:
+            return self
+        names = {
+            name: renamed(name, blocks)
+            for name in (
+                *(group.name for group in self.groups),
+                *(cut.parameter for cut in self.cuts),
+                *(item.module for item in self.attributes),
+                *(fold.module for fold in self.folds),
+            )
+        }
+        groups = [dataclasses.replace(g, name=new) for g in self.groups if (new := names[g.name]) is not None]
+        cuts = [dataclasses.replace(c, parameter=new) for c in self.cuts if (new := names[c.parameter]) is not None]
+        items = [dataclasses.replace(i, module=new) for i in self.attributes if (new := names[i.module]) is not None]
+        folds = [dataclasses.replace(f, module=new) for f in self.folds if (new := names[f.module]) is not None]
+        return dataclasses.replace(
+            self, groups=tuple(groups), cuts=tuple(cuts), attributes=tuple(items), folds=tuple(folds)
+        )
+
+    @property
+    def widths_before(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every parameter and buffer after blocks were dropped, and before anything else was cut."""
+        found = ((renamed(name, self.blocks), shape) for name, shape in self.architecture.items())
+        return {name: shape for name, shape in found if name is not None}
 
     def prefixed(self, path: str) -> Plan:
         """The plan for a network that contains this plan's network as the submodule ``path``."""
@@ -127,6 +160,7 @@ class Plan:
             cuts=tuple(dataclasses.replace(cut, parameter=inner(cut.parameter)) for cut in self.cuts),
             attributes=tuple(dataclasses.replace(item, module=inner(item.module)) for item in self.attributes),
             folds=tuple(dataclasses.replace(fold, module=inner(fold.module)) for fold in self.folds),
+            blocks=tuple(dataclasses.replace(cut, stack=inner(cut.stack)) for cut in self.blocks),
             architecture={inner(name): shape for name, shape in self.architecture.items()},
         )
 
@@ -244,6 +278,10 @@ def _faults(plan: Plan) -> Iterator[tuple[str, str]]:
         if not rising or not group.keep:
             fault = f"{group.name} keeps {list(group.keep[:3])} ... of {group.width} channels"
             yield fault, f"$.groups[{index}].keep"
+    for index, block in enumerate(plan.blocks):
+        if not all(a < b for a, b in pairwise((-1, *block.keep, len(block.children)))) or not block.keep:
+            fault = f"{block.stack} keeps {list(block.keep[:3])} ... of {len(block.children)} blocks"
+            yield fault, f"$.blocks[{index}].keep"
     for index, cut in enumerate(plan.cuts):
         if not 0 < cut.scale < math.inf:
             yield f"expected a positive number, found {cut.scale!r}", f"$.cuts[{index}].scale"

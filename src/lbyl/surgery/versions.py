@@ -6,7 +6,7 @@ older releases may ignore it. Everything else does: raise `VERSION`, and add the
 - Version 1 is that of 0.1: groups, cuts, settings, architecture, source and inputs, and later scales of cuts, numbers
   of modules and layers that were replaced.
 - Version 2 is that of 0.2. Numbers may also be in an object of a module (``config.num_attention_heads``), which 0.1
-  can't set. `trained` and `network` are new.
+  can't set. `trained`, `network` and `blocks` (dropped ones) are new.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VERSION = 2
 
 def _from_1(plan: dict[str, Any]) -> dict[str, Any]:
     """A plan of 0.1 in version 2. The first ones changed no numbers of modules and replaced no layers."""
-    return {"attributes": [], "folds": [], "trained": False, "network": "", **plan}
+    return {"attributes": [], "folds": [], "trained": False, "network": "", "blocks": [], **plan}
 
 
 _STEPS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}

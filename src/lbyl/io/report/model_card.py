@@ -48,10 +48,11 @@ def _summary(plan: Plan, report: Report) -> Iterator[str]:
     if plan.trained:
         when = "between the cuts or after them" if "after" in plan.settings else "after that"
         trained = f"Its weights were trained {when}, which the settings do not say."
+    what = " and ".join(["blocks"] * bool(plan.blocks) + ["channels"] * (bool(plan.groups) or not plan.blocks))
     yield f"# {plain_words(title_of(plan))}"
     yield ""
     yield (
-        f"Whole channels were removed{made} by lbyl {plain_words(plan.library)}, with "
+        f"Whole {what} were removed{made} by lbyl {plain_words(plan.library)}, with "
         f"[this method](https://arxiv.org/abs/2502.08474) and the settings below. {trained} "
         "The result is an ordinary, smaller network."
     )
@@ -87,6 +88,14 @@ def _exporting(plan: Plan) -> Iterator[str]:
 
 def _groups(report: Report) -> Iterator[str]:
     yield from ("[report.html](report.html) shows this in pictures.", "")
+    for number, block in enumerate(report.blocks):
+        if not number:
+            yield from ("| dropped block | effect alone |", "|---|--:|")
+        yield f"| {code_span(block.block, cell=True)} | {block.alone:.3g} |"
+    if report.blocks:
+        yield ""
+    if report.blocks and not report.rows:
+        return
     yield "| group | channels |"
     yield "|---|--:|"
     for row in report.rows:

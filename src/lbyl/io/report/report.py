@@ -37,6 +37,7 @@ class Report(ReportData):
         forecast: how well the smaller network is expected to agree with the original on real inputs; None if switched
             off.
         evaluation: the results of the user's own function before and after; None without one.
+        blocks: one for each dropped block, in the order in which they were chosen.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,15 +62,10 @@ class Report(ReportData):
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(box=box.SIMPLE_HEAD, title="Pruned groups", title_justify="left")
-        names = () if self.probed else ("RE", "BE", "AE", "s")
-        for name in ("group", "channels", *names, "note"):
-            table.add_column(name, justify="left" if name in ("group", "note") else "right")
-        for row in self.rows:
-            terms = [number(row.re), number(row.be), number(row.ae), f"{row.seconds:.2f}"]
-            numbers = () if self.probed else terms
-            table.add_row(shown(row.group), f"{row.before} → {row.after}", *numbers, shown(row.note))
-        yield table
+        if self.blocks:
+            yield self._dropped()
+        if not self.blocks or self.rows:
+            yield self._pruned()
         if self.left:
             kept = Table(box=box.SIMPLE_HEAD, title="Left whole", title_justify="left")
             kept.add_column("group")
@@ -78,6 +74,25 @@ class Report(ReportData):
                 kept.add_row(shown(name), shown(why))
             yield kept
         yield Group(*map(shown, self.summary()))
+
+    def _dropped(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, title="Dropped blocks, in the order of choice", title_justify="left")
+        for name in ("block", "effect alone", "with those above", "note"):
+            table.add_column(name, justify="left" if name in ("block", "note") else "right")
+        for row in self.blocks:
+            table.add_row(shown(row.block), f"{row.alone:.3g}", f"{row.together:.3g}", shown(row.note))
+        return table
+
+    def _pruned(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, title="Pruned groups", title_justify="left")
+        names = () if self.probed else ("RE", "BE", "AE", "s")
+        for name in ("group", "channels", *names, "note"):
+            table.add_column(name, justify="left" if name in ("group", "note") else "right")
+        for row in self.rows:
+            terms = [number(row.re), number(row.be), number(row.ae), f"{row.seconds:.2f}"]
+            numbers = () if self.probed else terms
+            table.add_row(shown(row.group), f"{row.before} → {row.after}", *numbers, shown(row.note))
+        return table
 
     def _repr_html_(self) -> str:
         from lbyl.io.report.page import report_html

@@ -32,6 +32,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """One dropped block.
+
+    ``alone`` is the effect on the network's outputs when this block alone is skipped, ``together`` that of this block
+    and all that were chosen before it, both before restoration. The note says what makes up for it.
+    """
+
+    block: str
+    alone: float
+    together: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The results of the user's own function, called ``name``, for the network before and after compression."""
 
@@ -57,6 +71,7 @@ class ReportData:
     held_out_errors: Mapping[str, float] = field(default_factory=dict)
     forecast: Forecast | None = None
     evaluation: Evaluation | None = None
+    blocks: tuple[Dropped, ...] = ()
 
     @property
     def probed(self) -> bool:

@@ -299,6 +299,8 @@ def _check(budgets: Sequence[Budget]) -> None:
             raise InputError(f"budgets[{number}] is {named_kind(budget)}; write lbyl.Budget(macs=0.5)")
         if budget in budgets[:number]:
             raise InputError(f"{budget} is given twice")
+        if budget.depth:
+            raise InputError(f"budgets[{number}]: a sweep drops no blocks; call lbyl.compress for depth=True")
         check_runtime(budget.runtime)
 
 

@@ -1,0 +1,236 @@
+"""What is known of a network before blocks are dropped: which ones can be, what they cost, and probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from lbyl.budget.budget import Budget
+from lbyl.budget.costs import counter
+from lbyl.errors import InputError, RestorationError, VerificationError
+from lbyl.graph.blocks import Block, Blocks, find_blocks
+from lbyl.moments import Probes
+from lbyl.pipeline.prepare import Prepared, restoring
+from lbyl.pipeline.request import CompressionRequest
+from lbyl.restore.base import Restorer
+from lbyl.restore.depth.effect import Effect
+from lbyl.restore.least_squares.recalibrate import Statistics, averaged, look, transplant
+from lbyl.restore.registry import choose_restorer, fallbacks
+from lbyl.runtime.batches import first_rows, in_parts, macs_per_input, split
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.copying import sharing_copy, tensors_of
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.memory import ROOM, held_at_once, held_bytes
+from lbyl.runtime.progress import Clock
+from lbyl.selection.blocks import Chosen, choose_blocks
+from lbyl.surgery.blocks import BlockCut, plan_blocks, verify_blocks, without_blocks
+
+_CALLS = 4e12
+"""So many multiply-accumulates may all trials together take while blocks are chosen."""
+_FEWEST, _MOST = 2, 64
+"""Smallest and largest number of probes for such a trial."""
+
+
+_OUTPUTS = 2**29
+"""Bytes that the outputs for all held-out probes may take."""
+
+
+@dataclass(frozen=True)
+class DepthGround:
+    """What is known of a network before blocks are chosen.
+
+    Attributes:
+        prepared: the network.
+        request: the arguments of the compression.
+        budget: the budget.
+        blocks: the residual blocks, with their calls on the example inputs.
+        good: the blocks without which, one by one, the network computes what it computes with the block skipped.
+        bad: why each other block can't be dropped.
+        restorer: the restorer whose probes are used.
+        probes: the probes.
+        judged: the network on which effects are measured: batch norms have the probes' statistics in it, if probes
+            do not resemble what it was trained on.
+    """
+
+    prepared: Prepared
+    request: CompressionRequest
+    budget: Budget
+    blocks: Blocks
+    good: tuple[Block, ...]
+    bad: Mapping[str, str]
+    restorer: Restorer
+    probes: Probes
+    judged: nn.Module = field(repr=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network with all blocks."""
+        return self.prepared.model
+
+    @cached_property
+    def count(self) -> Callable[[nn.Module], int]:
+        """Counts the budget's cost of a network."""
+        return counter(self.prepared.inputs, self.budget)
+
+    @cached_property
+    def whole(self) -> int:
+        """The cost of the whole network."""
+        return self.count(self.model)
+
+    @cached_property
+    def limit(self) -> float:
+        """The cost that is allowed."""
+        name, amount = self.budget.limited
+        return amount * 1e6 if name == "size_mb" else amount * self.whole
+
+    @cached_property
+    def costs(self) -> dict[str, int]:
+        """The cost of each block that can be dropped."""
+        return {
+            each.name: self.whole - self.count(without_blocks(self.model, self.cuts((each.name,))))
+            for each in self.good
+        }
+
+    @cached_property
+    def effect(self) -> Effect:
+        """The effect on held-out probes, at most as many as there is memory for their outputs."""
+        held_out = self.probes.held_out
+        rows = held_at_once(_OUTPUTS, Effect.bytes_of(self.judged, first_rows(held_out)))
+        return self._effect(_rows(held_out, rows))
+
+    def cuts(self, names: Sequence[str]) -> tuple[BlockCut, ...]:
+        """The cuts that drop these blocks."""
+        return plan_blocks(self.model, [each for each in self.blocks.blocks if each.name in names])
+
+    def judged_as(self, network: nn.Module) -> nn.Module:
+        """A copy of a smaller network with the probes' statistics, as ``judged`` is one of the whole network."""
+        return judged_copy(network, self.probes)
+
+    def _effect(self, held_out: ExampleInputs) -> Effect:
+        most = held_at_once(ROOM, 2 * held_bytes(self.judged, first_rows(held_out)))
+        return Effect.of(self.judged, self.prepared.inputs, tuple(in_parts(held_out, most)))
+
+    def scored(self) -> Effect:
+        """The effect on so many held-out probes as all trials may take."""
+        held_out = self.probes.held_out
+        trials = len(self.good) * 3
+        rows = int(_CALLS / trials / macs_per_input(self.model, held_out))
+        return self._effect(_rows(held_out, max(_FEWEST, min(_MOST, rows))))
+
+    def choose(self) -> Chosen:
+        """Choose blocks until the rest meets the budget, or none is left that may go."""
+        effect = self.scored()
+        done = 0
+
+        def measure(names: tuple[str, ...]) -> float:
+            nonlocal done
+            done += 1
+            if self.request.progress:
+                self.request.progress("choosing blocks", done, max(done, 3 * len(self.good)))
+            return effect(without_blocks(self.judged, self.cuts(names)))
+
+        def enough(names: tuple[str, ...]) -> bool:
+            return self.whole - sum(self.costs[name] for name in names) <= self.limit * (1 + 1e-9)
+
+        def allowed(names: tuple[str, ...]) -> bool:
+            return all(cut.keep for cut in self.cuts(names))
+
+        return choose_blocks([each.name for each in self.good if self.costs[each.name] > 0], allowed, enough, measure)
+
+
+def ground_for_depth(prepared: Prepared, request: CompressionRequest, clock: Clock) -> DepthGround:
+    """Find the blocks of a network that can be dropped, and make probes.
+
+    Raises:
+        InputError: there is no such block.
+        RestorationError: the network does not run on the probes.
+    """
+    assert request.budget is not None
+    model, inputs = prepared.model, prepared.inputs
+    with clock("trace"):
+        blocks = find_blocks(model, inputs)
+    if not blocks.blocks:
+        raise InputError(
+            f"{type(model).__name__} has no residual blocks that could be dropped: children of an nn.ModuleList or "
+            "nn.Sequential whose output has the shape of their input; leave out depth (--depth)"
+        )
+    with clock("verify"):
+        good, bad = _droppable(model, inputs, blocks)
+    if not good:
+        name, why = next(iter(bad.items()))
+        raise InputError(f"no block can be dropped: {name}: {why}; leave out depth (--depth)")
+    with clock("probe"):
+        restorer, probes = _probed(prepared, request)
+    judged = judged_copy(model, probes)
+    return DepthGround(prepared, request, request.budget, blocks, good, bad, restorer, probes, judged)
+
+
+def _droppable(model: nn.Module, inputs: ExampleInputs, blocks: Blocks) -> tuple[tuple[Block, ...], dict[str, str]]:
+    good: list[Block] = []
+    bad: dict[str, str] = {}
+    for block in blocks.blocks:
+        cuts = plan_blocks(model, [block])
+        if not cuts[0].keep:
+            bad[block.name] = "it is the only one of its list"
+            continue
+        try:
+            verify_blocks(model, without_blocks(model, cuts), inputs, [block.name])
+        except VerificationError as error:
+            bad[block.name] = str(error)
+        else:
+            good.append(block)
+    return tuple(good), bad
+
+
+def _probed(prepared: Prepared, request: CompressionRequest) -> tuple[Restorer, Probes]:
+    """Probes of the requested restorer, or of the default one if that makes none or fails."""
+    model, inputs = prepared.model, prepared.inputs
+    wanted = request.restore
+    if wanted is None or not wanted.takes_probes:
+        wanted = choose_restorer(model, inputs)[0]
+    tries = (
+        (wanted, *(each for each in fallbacks(wanted) if each.takes_probes)) if request.restore is None else (wanted,)
+    )
+    for restorer in tries[:-1]:
+        made = _unless_unrestorable(lambda restorer=restorer: _made(prepared, request, restorer))
+        if made is not None:
+            return restorer, made
+    return tries[-1], _made(prepared, request, tries[-1])
+
+
+def _made(prepared: Prepared, request: CompressionRequest, restorer: Restorer) -> Probes:
+    with undisturbed(prepared.model), restoring(restorer):
+        return restorer.make_probes(prepared.model, prepared.inputs, request.seed, request.progress)
+
+
+def _unless_unrestorable(work: Callable[[], Probes]) -> Probes | None:
+    """The result of some work; None if a restorer can't do it for this network."""
+    try:
+        return work()
+    except RestorationError:
+        return None
+
+
+def judged_copy(model: nn.Module, probes: Probes) -> nn.Module:
+    """A copy of a network in which batch norms have the statistics of the probes that resemble the held-out ones."""
+    statistics = probe_statistics(model, probes)
+    return sharing_copy(model, transplant({}, tensors_of(model), statistics))
+
+
+def probe_statistics(model: nn.Module, probes: Probes) -> Statistics:
+    """The statistics of batch norms on these probes; {} if batch norms keep their running statistics on them."""
+    if not probes.batch_statistics:
+        return {}
+    indices = probes.evaluation_batches or range(len(probes.batches))
+    with undisturbed(model), torch.no_grad():
+        return averaged([look(model, {}, probes.batches[index]) for index in indices])
+
+
+def _rows(inputs: ExampleInputs, count: int) -> ExampleInputs:
+    """The first rows of a batch."""
+    size = inputs.size
+    return split(inputs, [count, size - count])[0] if count < size else inputs

@@ -1,0 +1,1 @@
+"""Restoration of dropped blocks by the layer before them."""
