@@ -139,7 +139,7 @@ class Subject:
     @cached_property
     def chosen(self) -> Chosen:
         """The blocks of the largest share; smaller shares lose the first ones of them."""
-        return self.ground.choose()
+        return self.ground.choose()[0]
 
     def at(self, share: float) -> DepthGround:
         """The same for another share."""

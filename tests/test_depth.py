@@ -32,7 +32,7 @@ from lbyl.restore.depth.fit import RunProblem, restore_runs
 from lbyl.restore.depth.solve import folded, solve_stream
 from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
-from lbyl.selection.blocks import choose_blocks, influence
+from lbyl.selection.blocks import Chosen, choose_blocks, choose_run, influence
 from lbyl.surgery.blocks import BlockCut, composed, original_name, plan_blocks, renamed, skipped, without_blocks
 from lbyl.surgery.plan import Plan
 
@@ -368,6 +368,22 @@ def test_the_choice_counts_what_blocks_do_together() -> None:
     assert chosen.together == (1.0, 3.0)
     none = choose_blocks(list(alone), lambda names: False, lambda names: len(names) == 2, effect)
     assert none.blocks == ()
+
+
+def test_a_run_is_of_neighbors_in_one_list() -> None:
+    names = ["a.0", "a.1", "a.3", "a.4", "b.0", "b.1"]
+    costs = dict(zip(names, (1.0, 9.0, 2.0, 3.0, 4.0, 0.5), strict=True))
+    tried: list[tuple[str, ...]] = []
+
+    def effect(blocks: tuple[str, ...]) -> float:
+        tried.append(blocks)
+        return sum(costs[name] for name in blocks)
+
+    found = choose_run(Chosen(), names, lambda blocks: True, lambda blocks: len(blocks) == 2, effect)
+    assert found.blocks == ("b.0", "b.1")
+    assert found.together == (4.0, 4.5)
+    assert [blocks for blocks in tried if len(blocks) == 2] == [("a.0", "a.1"), ("a.3", "a.4"), ("b.0", "b.1")]
+    assert choose_run(Chosen(), names, lambda blocks: True, lambda blocks: len(blocks) == 3, effect).blocks == ()
 
 
 @pytest.mark.parametrize("wrong", [{"latency": 0.5}, {"agreement": 0.9}])

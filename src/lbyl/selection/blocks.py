@@ -74,3 +74,44 @@ def choose_blocks(
         best = min(found, key=lambda name: found[name])
         chosen, together = (*chosen, best), [*together, found[best]]
     return Chosen(chosen, alone, tuple(together))
+
+
+def choose_run(
+    chosen: Chosen,
+    candidates: Sequence[str],
+    allowed: Callable[[tuple[str, ...]], bool],
+    enough: Callable[[tuple[str, ...]], bool],
+    effect: Effects,
+) -> Chosen:
+    """Choose one run of neighbors, the shortest from each first block that is enough, with the least effect.
+
+    A single least-squares problem replaces a run (ReplaceMe, arXiv 2505.02819), so a run may be restored better than
+    blocks that have less effect before restoration. There is no such run if ``blocks`` of the result is empty.
+
+    Args:
+        chosen: the result of :func:`choose_blocks`, whose effects of single blocks are taken over.
+        candidates: the paths of the blocks in execution order.
+        allowed: whether some blocks may be dropped together.
+        enough: whether some blocks are enough.
+        effect: measures the effect of dropping blocks.
+    """
+    found: dict[tuple[str, ...], float] = {}
+    for start in range(len(candidates)):
+        run = candidates[start : start + 1]
+        for name in candidates[start + 1 :]:
+            if enough(tuple(run)) or not _follows(run[-1], name):
+                break
+            run = [*run, name]
+        if len(run) > 1 and enough(tuple(run)) and allowed(tuple(run)):
+            found[tuple(run)] = effect(tuple(run))
+    if not found:
+        return Chosen((), chosen.alone)
+    best = min(found, key=lambda run: found[run])
+    together = [effect(best[:count]) for count in range(1, len(best))]
+    return Chosen(best, chosen.alone, (*together, found[best]))
+
+
+def _follows(first: str, second: str) -> bool:
+    """Whether a block is the next one in the same list."""
+    (stack, _, one), (other, _, two) = first.rpartition("."), second.rpartition(".")
+    return stack == other and one.isdecimal() and two.isdecimal() and int(two) == int(one) + 1

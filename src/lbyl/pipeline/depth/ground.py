@@ -26,7 +26,7 @@ from lbyl.runtime.copying import sharing_copy, tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import ROOM, held_at_once, held_bytes
 from lbyl.runtime.progress import Clock
-from lbyl.selection.blocks import Chosen, choose_blocks
+from lbyl.selection.blocks import Chosen, choose_blocks, choose_run
 from lbyl.surgery.blocks import BlockCut, plan_blocks, verify_blocks, without_blocks
 
 _CALLS = 4e12
@@ -117,12 +117,12 @@ class DepthGround:
     def scored(self) -> Effect:
         """The effect on so many held-out probes as all trials may take."""
         held_out = self.probes.held_out
-        trials = len(self.good) * 3
+        trials = len(self.good) * 4
         rows = int(_CALLS / trials / macs_per_input(self.model, held_out))
         return self._effect(_rows(held_out, max(_FEWEST, min(_MOST, rows))))
 
-    def choose(self) -> Chosen:
-        """Choose blocks until the rest meets the budget, or none is left that may go."""
+    def choose(self) -> tuple[Chosen, Chosen]:
+        """Choose blocks until the rest meets the budget, or none is left that may go; and one run that meets it."""
         effect = self.scored()
         done = 0
 
@@ -130,7 +130,7 @@ class DepthGround:
             nonlocal done
             done += 1
             if self.request.progress:
-                self.request.progress("choosing blocks", done, max(done, 3 * len(self.good)))
+                self.request.progress("choosing blocks", done, max(done, 4 * len(self.good)))
             return effect(without_blocks(self.judged, self.cuts(names)))
 
         def enough(names: tuple[str, ...]) -> bool:
@@ -139,7 +139,9 @@ class DepthGround:
         def allowed(names: tuple[str, ...]) -> bool:
             return all(cut.keep for cut in self.cuts(names))
 
-        return choose_blocks([each.name for each in self.good if self.costs[each.name] > 0], allowed, enough, measure)
+        names = [each.name for each in self.good if self.costs[each.name] > 0]
+        chosen = choose_blocks(names, allowed, enough, measure)
+        return chosen, choose_run(chosen, names, allowed, enough, measure)
 
 
 def ground_for_depth(prepared: Prepared, request: CompressionRequest, clock: Clock) -> DepthGround:
@@ -191,7 +193,7 @@ def _probed(prepared: Prepared, request: CompressionRequest) -> tuple[Restorer, 
     model, inputs = prepared.model, prepared.inputs
     wanted = request.restore
     if wanted is None or not wanted.takes_probes:
-        wanted = choose_restorer(model, inputs)[0]
+        wanted = choose_restorer(model, inputs, request.effort)[0]
     tries = (
         (wanted, *(each for each in fallbacks(wanted) if each.takes_probes)) if request.restore is None else (wanted,)
     )

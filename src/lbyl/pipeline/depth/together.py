@@ -48,25 +48,27 @@ class Attempt:
         cut: whether channels were cut as well.
         result: the network, with plan and report.
         effect: the effect on held-out probes.
+        run: whether the blocks were chosen as one run.
     """
 
     blocks: int
     cut: bool
     result: Result
     effect: float
+    run: bool = False
 
     @property
     def told(self) -> str:
         """The attempt and its effect in words."""
-        blocks = f"{self.blocks} block" + "s" * (self.blocks != 1)
+        blocks = f"{'a run of ' * self.run}{self.blocks} block" + "s" * (self.blocks != 1)
         return f"{self.effect:.3g} without {blocks}" + " and with narrower layers" * self.cut
 
 
 def compress_with_depth(prepared: Prepared, request: CompressionRequest, clock: Clock) -> Result:
     """Meet a budget by dropping blocks, by cutting channels, or by both, whichever changes the outputs least.
 
-    Blocks are chosen until they meet the budget alone. Then all of them are dropped, half of them, and none; channels
-    are cut for what is left of the budget.
+    Blocks are chosen until they meet the budget alone, one by one and as one run. Then the run is dropped, all of the
+    single ones, half of them, and none; channels are cut for what is left of the budget.
 
     Raises:
         InputError: there is no block that can be dropped.
@@ -74,13 +76,17 @@ def compress_with_depth(prepared: Prepared, request: CompressionRequest, clock: 
     """
     ground = ground_for_depth(prepared, request, clock)
     with clock("choose blocks"):
-        chosen = ground.choose()
+        chosen, run = ground.choose()
     attempts: list[Attempt] = []
     refused: list[tuple[int, LbylError]] = []
-    for count in sorted({0, len(chosen.blocks) // 2, len(chosen.blocks)}, reverse=True):
-        made = _tried(ground, chosen.first(count), clock)
+    counts = sorted({0, len(chosen.blocks) // 2, len(chosen.blocks)}, reverse=True)
+    ways = [chosen.first(count) for count in counts]
+    if run.blocks and {*run.blocks} != {*chosen.blocks}:
+        ways.append(run)
+    for way in ways:
+        count, made = len(way.blocks), _tried(ground, way, clock)
         if isinstance(made, Attempt):
-            attempts.append(made)
+            attempts.append(replace(made, run=way is run))
         else:
             refused.append((count, made))
     if not attempts:
