@@ -392,8 +392,7 @@ def tabulate(run: Run) -> None:
 def save(run: Run, names: Sequence[str]) -> None:
     """Write the file, with what another process may have found about other networks meanwhile."""
     run.join(names)
-    tabulate(run)
-    run.write()
+    run.save(tabulate)
 
 
 def order(ratios: Sequence[float], seeds: int) -> list[tuple[str, int, float]]:

@@ -91,8 +91,7 @@ def main(
             tabulate(run)
             run.join([name])
             run.write()
-    tabulate(run)
-    run.write()
+    run.save(tabulate)
 
 
 if __name__ == "__main__":

@@ -125,10 +125,8 @@ def main(
                 }
                 run.measurements.append(cell)
                 console.print(f"{name} {share:.0%} {how:8} {cell['accuracy']:6.2f} % at {cell['macs']:.3f} of the MACs")
-                tabulate(run)
-                run.write()
-    tabulate(run)
-    run.write()
+                run.save(tabulate)
+    run.save(tabulate)
 
 
 if __name__ == "__main__":

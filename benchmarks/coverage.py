@@ -443,10 +443,8 @@ def main(
             text = percent(share_removed(found)) if "parameters" in found else found.get("errors")
             verdict = f"{text} in {found.get('seconds')} s" if found["passed"] else f"FAILED {found['why']}"
             console.print(f"{name:40} {cell:9} {verdict}", soft_wrap=True)
-            tabulate(run)
-            run.write()
-    tabulate(run)
-    run.write()
+            run.save(tabulate)
+    run.save(tabulate)
 
 
 if __name__ == "__main__":

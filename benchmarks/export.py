@@ -169,10 +169,8 @@ def main(
             continue
         for cell in round_trips(name, formats, console):
             run.measurements.append(cell)
-            tabulate(run)
-            run.write()
-    tabulate(run)
-    run.write()
+            run.save(tabulate)
+    run.save(tabulate)
 
 
 if __name__ == "__main__":

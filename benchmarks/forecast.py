@@ -316,8 +316,7 @@ def main(
     if fit:
         for kind in MAPS:
             console.print(f"{kind!r}: {fitted(run.measurements, kind)},")
-    tabulate(run)
-    run.write()
+    run.save(tabulate)
     for table in run.tables:
         console.print(table)
 

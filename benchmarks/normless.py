@@ -237,8 +237,7 @@ def main(
                 told.append(f"{method} {found:.2f}")
             console.print(f"{name:12} seed {seed}  {', '.join(told)}")
             run.join(names)
-            tabulate(run)
-            run.write()
+            run.save(tabulate)
 
 
 if __name__ == "__main__":

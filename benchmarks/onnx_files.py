@@ -249,10 +249,8 @@ def main(
                 }
             run.measurements.append(cell)
             console.print(f"{name}: {cell['alike']:.1%} of the characters, {cell['directions']:.1%} of the directions")
-            tabulate(run)
-            run.write()
-    tabulate(run)
-    run.write()
+            run.save(tabulate)
+    run.save(tabulate)
 
 
 if __name__ == "__main__":

@@ -153,10 +153,8 @@ def main(
                     found = {"written": True, "why": f"{type(error).__name__}: {error}"[:300]}
             run.measurements.append({"network": name, "exporter": kind, "lbyl": version("lbyl"), **found})
             console.print(f"{name} {kind}: {found}", markup=False, soft_wrap=True)
-            tabulate(run)
-            run.write()
-    tabulate(run)
-    run.write()
+            run.save(tabulate)
+    run.save(tabulate)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +56,11 @@ class Run:
         """Keep what was measured of these networks, beside what the file holds of others by now."""
         others = [cell for cell in known_cells(self.name) if cell["network"] not in networks]
         self.measurements = [*others, *(cell for cell in self.measurements if cell["network"] in networks)]
+
+    def save(self, tabulate: Callable[[Run], None]) -> Path:
+        """Make the tables anew, and write the file."""
+        tabulate(self)
+        return self.write()
 
     def write(self) -> Path:
         """Write ``benchmarks/results/NAME.json``. What has no stamp yet was measured by this process."""

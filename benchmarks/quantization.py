@@ -264,10 +264,8 @@ def main(
             run.measurements.append({"network": name, **cell, **about})
             seconds = cell["seconds"]["median"]
             console.print(f"{name} {cell['share']} {cell['form']}: {cell['accuracy']:.2f} %, {1000 * seconds:.2f} ms")
-        tabulate(run)
-        run.write()
-    tabulate(run)
-    run.write()
+        run.save(tabulate)
+    run.save(tabulate)
 
 
 if __name__ == "__main__":

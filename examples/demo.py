@@ -79,7 +79,7 @@ def main(files: Sequence[str]) -> None:
     console.print("See what was cut:\n")
     console.print(f"    {command('lbyl')} show {OUTPUT}\n", style="bold")
     console.print("Load it in Python, from this folder:\n")
-    console.print("    import lbyl, lbyl.surgery.plan", style="bold")
+    console.print("    import lbyl", style="bold")
     console.print(f'    full = lbyl.load_source("{SOURCE}")', style="bold")
     console.print(f'    net = lbyl.load("{OUTPUT}", full)\n', style="bold")
 

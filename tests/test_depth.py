@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 
 import lbyl
 from lbyl.cli.app import app
-from lbyl.errors import ArtifactError, InputError
+from lbyl.errors import ArtifactError, InputError, VerificationError
 from lbyl.graph.blocks import find_blocks
 from lbyl.graph.writers import find_writer
 from lbyl.io.artifact import MANIFEST
@@ -33,7 +34,16 @@ from lbyl.restore.depth.solve import folded, solve_stream
 from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.selection.blocks import Chosen, choose_blocks, choose_run, influence
-from lbyl.surgery.blocks import BlockCut, composed, original_name, plan_blocks, renamed, skipped, without_blocks
+from lbyl.surgery.blocks import (
+    BlockCut,
+    composed,
+    original_name,
+    plan_blocks,
+    renamed,
+    skipped,
+    verify_blocks,
+    without_blocks,
+)
 from lbyl.surgery.plan import Plan
 
 LAYERS = 4
@@ -354,6 +364,19 @@ def test_scores_of_blocks() -> None:
     other = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     expected = torch.nn.functional.kl_div(other.log_softmax(1), x.log_softmax(1), log_target=True, reduction="none")
     torch.testing.assert_close(divergence(x, other), expected.sum(1))
+
+
+@pytest.mark.parametrize("outputs", [math.nan, math.inf, 3.0])
+def test_a_network_that_computes_something_else_is_not_verified(outputs: float) -> None:
+    model, x = build("cnn"), ExampleInputs.of(images(2, 3, 8, 8))
+    block = find_blocks(model, x).blocks[1]
+    smaller = without_blocks(model, plan_blocks(model, [block]))
+    assert verify_blocks(model, smaller, x, [block.name]) < 1e-6
+    with (
+        smaller.register_forward_hook(lambda module, args, output: torch.full_like(output, outputs)),
+        pytest.raises(VerificationError, match="computes something else"),
+    ):
+        verify_blocks(model, smaller, x, [block.name])
 
 
 def test_the_choice_counts_what_blocks_do_together() -> None:

@@ -377,6 +377,18 @@ def test_bad_settings_are_refused(wrong) -> None:
         wrong()
 
 
+def test_long_kernels_with_many_channels_are_solved_by_mix() -> None:
+    """Their patches have thousands of entries, and so have the systems to solve."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 1, 256)
+    for taps, solved_by_mix in ((64, True), (25, False)):
+        net = settle(nn.Sequential(nn.Conv1d(1, 88, 3), nn.ReLU(), nn.Conv1d(88, 2, taps)))
+        result = lbyl.compress(net, x, ratio=0.25, restore=lbyl.LeastSquares(moments=lbyl.Noise()), forecast=False)
+        assert any(f"kernels are long ({taps} taps)" in row.note for row in result.report.rows) == solved_by_mix
+        assert result.report.assessment
+        assert result.report.assessment.restored < result.report.assessment.pruned
+
+
 def test_a_restoration_that_raises_the_held_out_error_is_taken_back() -> None:
     """Three probes can't tell 48 x 64 numbers: what fits them does harm elsewhere."""
     net = settle(nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)))

@@ -49,6 +49,23 @@ def test_same_file_smaller(tmp_path: Path) -> None:
     assert any("onnxruntime" in note for note in json.loads((folder / "report.json").read_text())["report"]["notes"])
 
 
+def test_a_budget_keeps_whole_vectors_of_channels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 96, 3), torch.nn.ReLU(), torch.nn.Conv2d(96, 80, 3), torch.nn.ReLU()]
+    net, x = torch.nn.Sequential(*layers, torch.nn.Conv2d(80, 4, 1)).eval(), torch.randn(1, 3, 12, 12)
+    torch.onnx.export(net, (x,), tmp_path / "net.onnx", dynamo=False, opset_version=17)
+    network = lbyl.load_source(str(tmp_path / "net.onnx"))
+
+    def widths(**settings: Any) -> list[int]:
+        budget = lbyl.Budget(macs=0.66, **settings)
+        result = lbyl.compress(network, x, budget=budget, restore="prune", forecast=False)
+        return [row.after for row in result.report.rows]
+
+    assert widths() == widths(round_to="auto")
+    assert any(width % 4 for width in widths(round_to=1))  # four is the narrowest vector
+    assert not any(width % 4 for width in widths())
+
+
 class Reader(torch.nn.Module):
     """A reader of lines of text: convolutions, a recurrent layer over the columns, and classes for each."""
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -169,15 +170,22 @@ def choose_widths(
         BudgetError: the budget can't be reached within 2%; or for a latency, no network is below it or within its
             margin of error.
     """
-    # Files are run by onnxruntime, which pads channels to whole vectors: a little below one costs more than the vector.
-    coarse = replace(budget, round_to="auto") if isinstance(model, OnnxNetwork) else budget
-    if budget.round_to is None and (coarse is not budget or is_language_model(model)):
-        try:
-            return _chosen(model, inputs, graph, measured, coarse, cut)
-        except BudgetError:  # of finer widths, some may meet it
-            pass
-    fine = replace(budget, round_to=1) if budget.round_to is None else budget
+    *coarse, fine = _ways_to_round(model, budget)
+    for rounded in coarse:
+        with suppress(BudgetError):  # of finer widths, some may meet it
+            return _chosen(model, inputs, graph, measured, rounded, cut)
     return _chosen(model, inputs, graph, measured, fine, cut)
+
+
+def _ways_to_round(model: nn.Module, budget: Budget) -> list[Budget]:
+    """The budget with the multiples to try in turn where it names none, the coarse ones first."""
+    if budget.round_to is not None:
+        return [budget]
+    fine = replace(budget, round_to=1)
+    if isinstance(model, OnnxNetwork):
+        # Files are run by onnxruntime, which pads channels to whole vectors.
+        return [replace(budget, round_to="auto"), fine]
+    return [budget, fine] if is_language_model(model) else [fine]
 
 
 def _chosen(

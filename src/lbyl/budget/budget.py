@@ -34,8 +34,6 @@ class Budget:
         agreement: smallest share of real inputs for which the network must give the same top class as the original,
             according to the forecast (:class:`lbyl.Report`, ``forecast``). The smallest such network is searched.
         accuracy_drop: largest decrease of the value that ``evaluate`` returns. The smallest such network is searched.
-        best_effort: with ``agreement`` or ``accuracy_drop``, return the tried network that loses least, with a note, if
-            none keeps enough. Otherwise this is an error.
         minimize: with ``agreement`` or ``accuracy_drop``, the cost to minimize: "macs", "params" or "latency".
         round_to: kept channels are multiples of this number in groups that are wide enough. "auto" chooses what suits
             the device: on a CPU the number of floats in a vector (16 with AVX-512, 8 with AVX2, else 4), elsewhere 8.
@@ -53,6 +51,8 @@ class Budget:
             changes the outputs on held-out probes least.
         runtime: how a latency is measured: "torch", or "onnxruntime", in which many networks are deployed, and in which
             odd widths cost more time (``round_to=8`` avoids them).
+        best_effort: with ``agreement`` or ``accuracy_drop``, return the tried network that loses least, with a note, if
+            none keeps enough. Otherwise this is an error.
     """
 
     macs: float | None = None
@@ -61,7 +61,6 @@ class Budget:
     latency: float | None = None
     agreement: float | None = None
     accuracy_drop: float | None = None
-    best_effort: bool = False
     minimize: str = "macs"
     round_to: int | str | None = None
     min_keep: int = 1
@@ -70,6 +69,7 @@ class Budget:
     uniform_layers: bool | None = None
     runtime: str = TORCH
     depth: bool = False
+    best_effort: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in (*_UNITS, *_QUALITIES) if getattr(self, name) is not None]

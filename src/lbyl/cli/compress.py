@@ -105,8 +105,8 @@ def compress(
         from lbyl.io.sources import load_function
 
         check_images(settings)
-        limit = None if ratio else settings.budget(*parse_budget(budget or _DEFAULT), minimize.value, not budget)
-        limit = replace(limit, depth=depth) if limit else None
+        asked = {"best_effort": budget is None, "depth": depth}
+        limit = None if ratio else settings.budget(*parse_budget(budget or _DEFAULT), minimize.value, **asked)
         judge = load_function(evaluate) if evaluate else None
         prepared = prepare(source, settings, stage)
         result = lbyl.compress(

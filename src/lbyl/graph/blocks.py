@@ -159,7 +159,7 @@ def silent(modules: list[nn.Module]) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for module in modules:
-            hooks.callback(module.register_forward_hook(zeros).remove)
+            hooks.enter_context(module.register_forward_hook(zeros))
         yield
 
 

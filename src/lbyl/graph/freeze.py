@@ -251,7 +251,7 @@ def _fill_rectangles(builder: Builder) -> None:
         changed = False
         for shadow, _ in builder.shapes:
             final = compact(builder.ids.find(shadow))
-            moving = [dim for dim in range(final.dim()) if varies(final, dim)]
+            moving = _moving(final)
             if len(moving) < 2 or not bool(builder.ids.issued(small(final)).any()):
                 continue
             free = max(moving, key=lambda dim: final.shape[dim])
@@ -265,7 +265,7 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
     broken = []
     for shadow, module in builder.shapes:
         final = compact(channels.find(shadow))
-        moving = [dim for dim in range(final.dim()) if varies(final, dim)]
+        moving = _moving(final)
         if len(moving) > 1:
             layout = f"a view in {module!r} arranges its channels in rows and columns"
             broken.append((small(final).reshape(-1), f"{layout}; a cut would leave gaps"))
@@ -273,6 +273,11 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
             columns = channels.columns(small(final).reshape(-1))
             sizes[Size(module, final.shape[moving[0]], columns, moving[0], final.dim())] = None
     return tuple(sizes), broken
+
+
+def _moving(shadow: Tensor) -> list[int]:
+    """The dimensions along which a compact shadow changes."""
+    return [dim for dim in range(shadow.dim()) if varies(shadow, dim)]
 
 
 def _evenly(channels: _Channels, ids: Tensor, width: int) -> bool:

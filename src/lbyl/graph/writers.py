@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +114,7 @@ def find_writer(block: nn.Module, call: Call) -> Writer | None:
             continue
         noise = torch.randn(whole.value.shape, generator=generator_for(0, path)).to(whole.value)
         noise = noise * whole.value.std()
-        with _added(block.get_submodule(path), noise):
+        with block.get_submodule(path).register_forward_hook(lambda _, args, output, noise=noise: output + noise):
             moved = _sum(block, call).value
         if moved.shape == whole.value.shape and _close(moved - whole.value, noise):
             found.append((float(outputs[path][1].double().var()), writer))
@@ -170,18 +168,6 @@ def _sum(block: nn.Module, call: Call) -> Sum:
         output = first_float(call.inputs.cloned().call(block))
         assert output is not None
         return watch.sum_of(output)
-
-
-@contextmanager
-def _added(module: nn.Module, noise: Tensor) -> Iterator[None]:
-    def add(module: nn.Module, args: Any, output: Any) -> Any:
-        return output + noise
-
-    handle = module.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _close(change: Tensor, noise: Tensor) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +143,7 @@ def _output_of(model: nn.Module, path: str, batch: ExampleInputs) -> Tensor:
         found.append(tensor)
         raise _Enough
 
-    with _hooked(model.get_submodule(path), leave), torch.no_grad():
+    with model.get_submodule(path).register_forward_hook(leave), torch.no_grad():
         _call(model, batch)
     return found[0]
 
@@ -168,23 +167,15 @@ def _host_of(model: nn.Module, host: str, writer: Writer, batch: ExampleInputs) 
         found.append(watch.sum_of(tensor))
         raise _Enough
 
-    with ExitStack() as stack:
-        stack.callback(block.register_forward_pre_hook(enter).remove)
-        stack.enter_context(_hooked(block.get_submodule(writer.output), wrote))
-        stack.enter_context(_hooked(block, leave))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(watch)
+    with (
+        block.register_forward_pre_hook(enter),
+        block.get_submodule(writer.output).register_forward_hook(wrote),
+        block.register_forward_hook(leave),
+        torch.no_grad(),
+        watch,
+    ):
         _call(model, batch)
     return made[0], found[0]
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _call(model: nn.Module, batch: ExampleInputs) -> None:

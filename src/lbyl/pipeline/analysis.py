@@ -179,7 +179,7 @@ def look(
     if not needed and not always:
         return Seen()
     restorer, cache = subject.restorer, cache or NoCache()
-    restorer = restorer if restorer.takes_probes else choose_restorer(subject.model, subject.inputs)[0]
+    restorer = restorer if restorer.takes_probes else choose_restorer(subject.model, subject.inputs, request.effort)[0]
     work = sharing_copy(subject.model)
     with clock("probe"), restoring(restorer):
         probes = cache.probes(lambda: restorer.make_probes(work, subject.inputs, request.seed, request.progress))

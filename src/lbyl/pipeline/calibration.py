@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from lbyl.errors import InputError, RestorationError
-from lbyl.moments.base import Probes
-from lbyl.pipeline.prepare import check_values, check_weights, plain_module, restoring
+from lbyl.errors import InputError
+from lbyl.pipeline.prepare import check_values, check_weights, first_probes, plain_module
 from lbyl.pipeline.result import Inputs
-from lbyl.restore.base import Restorer
 from lbyl.restore.registry import choose_restorer, fallbacks
 from lbyl.runtime.batches import batch_size, join_all, split
 from lbyl.runtime.checks import check_number, check_seed
@@ -68,29 +65,12 @@ def calibration_batches(
     check_values(inputs)
     with deep_calls(inner), alone(inner), undisturbed(inner):
         inputs = inputs.with_rows(inner)
-        made = _probes(inner, inputs, int(seed), progress)
+        first = choose_restorer(inner, inputs)[0]
+        _, made = first_probes(inner, inputs, (first, *fallbacks(first)), int(seed), progress)
     size = batch_size or inputs.rows
     batches = _mixed(made.batches, size, generator_for(int(seed), "calibration"))
     # Probes are channels-last images, and other tools may want the values in the order of the axes.
     return [_plain(batch.map(torch.Tensor.contiguous), example_inputs) for batch in batches]
-
-
-def _probes(model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None) -> Probes:
-    """The probes of the default restorer, or of the first fallback for which the network runs on its probes."""
-    first = choose_restorer(model, inputs)[0]
-
-    def made_by(restorer: Restorer) -> Probes:
-        with restoring(restorer):
-            return restorer.make_probes(model, inputs, seed, progress)
-
-    try:
-        return made_by(first)
-    except RestorationError:
-        for restorer in fallbacks(first):
-            if restorer.takes_probes:
-                with suppress(RestorationError):
-                    return made_by(restorer)
-        raise
 
 
 def _mixed(batches: tuple[ExampleInputs, ...], size: int | None, generator: torch.Generator) -> list[ExampleInputs]:

@@ -95,13 +95,13 @@ def compress(
         budget = DEFAULT
     ratio = 0.5 if ratio is None else ratio
     check_ratio(ratio)
-    if budget is not None and getattr(budget, "depth", False) and submodule is not None:
-        raise InputError("submodule and depth: blocks are dropped from whole networks; give only one of them")
     judge = Judge(evaluate)
     scoring, restorer = named_criterion(criterion), named_restorer(restore)
     request = CompressionRequest(
         ratio, budget, scope, scoring, restorer, seed, verify, strict, source, progress, forecast, effort
     )
+    if budget is not None and budget.depth and submodule is not None:
+        raise InputError("submodule and depth: blocks are dropped from whole networks; give only one of them")
     clock = Clock()
     # Garbage collection is only needed while probes run.
     probing = restorer is None or restorer.runs_network

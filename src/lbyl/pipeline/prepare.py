@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -26,6 +26,7 @@ from lbyl.graph import Graph, trace
 from lbyl.graph.computed_weights import Fold, fold_computed
 from lbyl.graph.submodules import Submodule, submodule_of, traceable_submodules
 from lbyl.io.network_files import check_network
+from lbyl.moments.base import Probes
 from lbyl.pipeline.forecast import Forecaster
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs
@@ -35,7 +36,7 @@ from lbyl.runtime.checks import check_module
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import shape_and_dtype, tensors_of, unwrapped
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.progress import Clock
+from lbyl.runtime.progress import Clock, Progress
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion, needs_probes
 
 Made = TypeVar("Made")
@@ -160,6 +161,30 @@ def first_that_restores(
                 raise
             failed.append(str(error))
     raise RestorationError(failed[-1])
+
+
+def first_probes(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    restorers: Iterable[Restorer],
+    seed: int,
+    progress: Progress | None,
+) -> tuple[Restorer, Probes]:
+    """The first of these restorers on whose probes the network runs, and its probes.
+
+    Raises:
+        RestorationError: it runs on none; the error of the first restorer.
+    """
+    failed: list[RestorationError] = []
+    for restorer in restorers:
+        if not restorer.takes_probes:
+            continue
+        try:
+            with restoring(restorer):
+                return restorer, restorer.make_probes(model, inputs, seed, progress)
+        except RestorationError as error:
+            failed.append(error)
+    raise failed[0]
 
 
 def unless_refused(work: Callable[[], Made]) -> Made | LbylError:

@@ -277,10 +277,13 @@ def macs_by_shapes(model: nn.Module, inputs: ExampleInputs) -> int:
 
 
 def _counted(model: nn.Module, inputs: ExampleInputs, named: Mapping[str, Tensor] | None = None) -> MacCounter:
-    try:
-        with torch.no_grad(), plain_attention(), undivided(), MacCounter(spare=True, named=named) as counter:
-            outputs(model, inputs)
-    except InputError:  # the model fails on zeros
-        with torch.no_grad(), plain_attention(), MacCounter(named=named) as counter:
-            outputs(model, inputs)
+    counter = MacCounter(spare=True, named=named)
+    with torch.no_grad(), plain_attention():
+        try:
+            with undivided(), counter:
+                outputs(model, inputs)
+        except InputError:  # the model fails on zeros
+            counter = MacCounter(named=named)
+            with counter:
+                outputs(model, inputs)
     return counter

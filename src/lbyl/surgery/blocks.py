@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lbyl.graph.blocks import Block, child_path, first_float
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.surgery.verification import difference
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class BlockCut:
     def numbered(self) -> bool:
         """Whether the children are named by their positions."""
         return self.children == tuple(map(str, range(len(self.children))))
+
+    @property
+    def rises(self) -> bool:
+        """Whether the kept positions rise within the list, and there are some."""
+        return bool(self.keep) and all(a < b for a, b in pairwise((-1, *self.keep, len(self.children))))
 
     @property
     def names(self) -> dict[str, str]:
@@ -115,15 +122,7 @@ def without_blocks(model: nn.Module, cuts: Sequence[BlockCut]) -> nn.Module:
     Raises:
         SurgeryError: the model lacks the lists or their children.
     """
-    return drop_blocks(sharing_copy(model), cuts)
-
-
-def drop_blocks(model: nn.Module, cuts: Sequence[BlockCut]) -> nn.Module:
-    """Drop blocks from ``model`` in place.
-
-    Raises:
-        SurgeryError: the model lacks the lists or their children; nothing has been changed then.
-    """
+    model = sharing_copy(model)
     modules = dict(model.named_modules())
     for cut in cuts:
         _check(cut, modules)
@@ -148,8 +147,7 @@ def _check(cut: BlockCut, modules: Mapping[str, nn.Module]) -> None:
             f"{cut.stack}: the plan drops blocks of {len(cut.children)}, the model has {len(found)}: another "
             "architecture, or blocks dropped already?"
         )
-    inside = all(a < b for a, b in zip((-1, *cut.keep), (*cut.keep, len(found)), strict=True))
-    if not cut.keep or not inside:
+    if not cut.rises:
         raise SurgeryError(f"{cut.stack}: kept positions must rise within 0..{len(found) - 1}, and not be empty")
 
 
@@ -188,8 +186,7 @@ def skipped(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for name in names:
-            handle = model.get_submodule(name).register_forward_hook(skip, with_kwargs=True)
-            hooks.callback(handle.remove)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(skip, with_kwargs=True))
         yield
 
 
@@ -226,8 +223,8 @@ def verify_blocks(whole: nn.Module, smaller: nn.Module, inputs: ExampleInputs, d
         if a.shape != b.shape:
             raise VerificationError(f"without {_named(dropped)} an output has another shape")
         here = torch.isfinite(a)
-        scale = float(a[here].abs().max()) if bool(here.any()) else 1.0
-        worst = max(worst, float((a.double() - b.double())[here].abs().max()) / max(scale, 1e-12) if here.any() else 0)
+        wide = [t[here] if t.is_complex() else t[here].double() for t in (a, b)]
+        worst = max(worst, difference(wide[:1], wide[1:]))
     half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in expected)
     if worst > _CLOSE * (100 if half else 1) or len(expected) != len(found):
         raise VerificationError(

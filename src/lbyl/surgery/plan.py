@@ -279,7 +279,7 @@ def _faults(plan: Plan) -> Iterator[tuple[str, str]]:
             fault = f"{group.name} keeps {list(group.keep[:3])} ... of {group.width} channels"
             yield fault, f"$.groups[{index}].keep"
     for index, block in enumerate(plan.blocks):
-        if not all(a < b for a, b in pairwise((-1, *block.keep, len(block.children)))) or not block.keep:
+        if not block.rises:
             fault = f"{block.stack} keeps {list(block.keep[:3])} ... of {len(block.children)} blocks"
             yield fault, f"$.blocks[{index}].keep"
     for index, cut in enumerate(plan.cuts):

@@ -11,10 +11,10 @@ from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.budget.costs import counter
-from lbyl.errors import InputError, RestorationError, VerificationError
+from lbyl.errors import InputError, VerificationError
 from lbyl.graph.blocks import Block, Blocks, find_blocks
 from lbyl.moments import Probes
-from lbyl.pipeline.prepare import Prepared, restoring
+from lbyl.pipeline.prepare import Prepared, first_probes
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.restore.base import Restorer
 from lbyl.restore.depth.effect import Effect
@@ -194,27 +194,9 @@ def _probed(prepared: Prepared, request: CompressionRequest) -> tuple[Restorer, 
     wanted = request.restore
     if wanted is None or not wanted.takes_probes:
         wanted = choose_restorer(model, inputs, request.effort)[0]
-    tries = (
-        (wanted, *(each for each in fallbacks(wanted) if each.takes_probes)) if request.restore is None else (wanted,)
-    )
-    for restorer in tries[:-1]:
-        made = _unless_unrestorable(lambda restorer=restorer: _made(prepared, request, restorer))
-        if made is not None:
-            return restorer, made
-    return tries[-1], _made(prepared, request, tries[-1])
-
-
-def _made(prepared: Prepared, request: CompressionRequest, restorer: Restorer) -> Probes:
-    with undisturbed(prepared.model), restoring(restorer):
-        return restorer.make_probes(prepared.model, prepared.inputs, request.seed, request.progress)
-
-
-def _unless_unrestorable(work: Callable[[], Probes]) -> Probes | None:
-    """The result of some work; None if a restorer can't do it for this network."""
-    try:
-        return work()
-    except RestorationError:
-        return None
+    restorers = (wanted, *fallbacks(wanted)) if request.restore is None else (wanted,)
+    with undisturbed(model):
+        return first_probes(model, inputs, restorers, request.seed, request.progress)
 
 
 def judged_copy(model: nn.Module, probes: Probes) -> nn.Module:

@@ -49,7 +49,7 @@ class LeastSquares(Settings, Restorer):
             the solution for all consumers at once, or their average, whichever has the lowest error on held-out probes;
             the report says which. True always keeps the sequential solution, and False never tries it.
         budget: bytes that one consumer's patch moments may take. Larger consumers are solved by "mix", and the report
-            says so.
+            says so. So are those whose kernels have more than 32 taps and patches of more than 2,048 entries.
         memory: bytes that activations may take while moments are collected, consumers are solved sequentially, and
             errors are measured. Copies of the model, moments and probes are extra, and :class:`lbyl.Dream` has its own
             setting.
