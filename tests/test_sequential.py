@@ -275,10 +275,90 @@ class Sideways(Residual):
         return super().forward(torch.cat([x, x[:1]]))
 
 
-@pytest.mark.parametrize(("kind", "says"), [(Spoiled, "changed in place"), (Sideways, "rows of 8 probes")])
+class Flattened(Residual):
+    """Each image gives several rows: its columns of pixels, as tokens or windows that are flattened into the batch."""
+
+    def __init__(self, mixed: bool = False) -> None:
+        super().__init__()
+        self.mixed = mixed
+        self.inside = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.blocks(self.stem(x)).mean(2).transpose(1, 2)
+        rows = tokens.transpose(0, 1) if self.mixed else tokens
+        flat = rows.reshape(-1, 12)
+        flat = flat + self.inside(flat)
+        tokens = flat.reshape(rows.shape)
+        return self.fc(tokens.mean(0 if self.mixed else 1))
+
+
+def test_layers_that_see_several_rows_of_each_input_are_solved_as_well() -> None:
+    net, names = settle(Flattened()), ["inside.0.weight", "inside.2.weight"]
+    turns: list[ConsumerDue] = []
+    walked = walk(net, [images(6), images(5, seed=2)], conv1_scaled(net), turns.append, names)
+    assert [turn.calls[0].weight for turn in turns] == names
+    assert walked.made_up == (names[1],)
+    for turn in turns:
+        rows = [len(call.x) for call in turn.calls]
+        assert rows == [len(wanted) for wanted in turn.wanted]
+        assert rows[0] / rows[1] == 6 / 5 < rows[0]
+    # Each network's rows are its own: those of the original are what it gives by itself.
+    alone: list[ConsumerCall] = []
+    with torch.no_grad():
+        run_intercepted(net, ExampleInputs.of(images(6)), on_consumer=alone.append)
+    (expected,) = (call.out for call in alone if call.weight == names[0])
+    torch.testing.assert_close(turns[0].calls[0].out, expected)
+
+
+def test_rows_of_which_the_inputs_are_no_neighbors_are_told() -> None:
+    with pytest.raises(NotPairable, match="rows of 12 probes"):
+        walk(settle(Flattened(mixed=True)), [images(6)], {}, lambda turn: None, ["inside.0.weight"])
+
+
+class Upsampled(Residual):
+    """A transposed convolution reads the stream: it is solved, but not in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(12, 12, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.up(self.blocks(self.stem(x))).mean((2, 3)))
+
+
+def test_what_has_changed_in_another_kind_of_layer_runs_once_for_each_network() -> None:
+    net, batch = settle(Upsampled()), images(6)
+    values = {"up.weight": 2 * net.up.weight.detach()}
+    turns: list[ConsumerDue] = []
+    walk(net, [batch], values, turns.append, ["fc.weight"])
+    (call,) = turns[0].calls
+    with torch.no_grad():
+        stream = net.blocks(net.stem(batch))
+        original, cut = (
+            F.conv_transpose2d(stream, weight, net.up.bias, stride=2).mean((2, 3))
+            for weight in (net.up.weight, values["up.weight"])
+        )
+        torch.testing.assert_close(call.x, cut)
+        torch.testing.assert_close(call.out, net.fc(original))
+    result = restored(net, images(24), None)
+    assert any("consumers solved" in note for note in result.report.notes)
+
+
+class Derived(Residual):
+    """A weight that another one is computed from: there is no row of a probe in that call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.fc.weight.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [(Derived, "fc.weight is also used by"), (Spoiled, "changed in place"), (Sideways, "rows of 8 probes")],
+)
 def test_a_network_that_can_not_be_run_twice_at_once_is_told(kind: type[Residual], says: str) -> None:
     with pytest.raises(NotPairable, match=says):
-        walk(settle(kind()), [images(4)], {}, lambda turn: None)
+        net = settle(kind())
+        walk(net, [images(4)], {"fc.weight": 2 * net.fc.weight.detach()}, lambda turn: None)
 
 
 def test_probes_of_different_shapes_are_told() -> None:

@@ -12,7 +12,7 @@ from lbyl.errors import first_line
 from lbyl.moments.class_dream import Scores, count_classes, dream_classes
 from lbyl.moments.dream import Dream
 from lbyl.moments.input_scales import input_scales
-from lbyl.moments.photographs import photographs, takes_photographs
+from lbyl.moments.photographs import photographs, pictures, share_of_text, takes_photographs
 from lbyl.moments.scale import InputScales
 from lbyl.moments.synthesis import Maker, dead_leaves, synthesize, varied_pink
 from lbyl.runtime.batch_norms import norms_cover
@@ -117,7 +117,8 @@ class _Task:
         return ForecastProbes(DREAMED, (self._matched(start),))
 
     def photographs(self) -> ForecastProbes:
-        return ForecastProbes(PHOTOGRAPHS, (self._run(self._synthesized(self._plainly(), photographs)),))
+        make = pictures(share_of_text(self.model, self.inputs, self.scales)[0])
+        return ForecastProbes(PHOTOGRAPHS, (self._run(self._synthesized(self._plainly(), make)),))
 
     def plain(self) -> ForecastProbes:
         count = self._plainly()

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from lbyl.moments.base import Probes
 from lbyl.moments.input_scales import input_scales
 from lbyl.moments.noise import Noise
-from lbyl.moments.synthesis import dead_leaves, synthesize
+from lbyl.moments.scale import InputScales
+from lbyl.moments.synthesis import Maker, dead_leaves, synthesize
+from lbyl.moments.text_lines import text_lines
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input, split
 from lbyl.runtime.checks import check_number
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.progress import Progress
+from lbyl.runtime.seeding import generator_for
 
 _SMALLEST = 16
 """Smallest side of an input for which crops of photographs are used."""
@@ -36,15 +40,23 @@ class Photographs:
     They also suit networks without batch norms, because nothing is dreamed. Inputs that do not look like color images
     get :class:`lbyl.Noise`.
 
+    Networks that read or find text say next to nothing on photographs. Where the outputs vary far more on images of
+    text, most probes are such images.
+
     Attributes:
         images: number of crops on which moments are collected; a quarter more is held out. None chooses as many as
             3.2e10 multiply-accumulates allow, between 48 and 192; fewer than 48 only if one takes more than 8e9.
+        text: share of the images that hold lines of text in place of a photograph, from 0 to 1. None takes three
+            quarters if the variance of the network's outputs is at least 4 times as large on text as on photographs,
+            and otherwise 0.
     """
 
     images: int | None = None
+    text: float | None = None
 
     def __post_init__(self) -> None:
         check_number("Photographs(images={})", self.images, whole=True, least=2, optional=True)
+        check_number("Photographs(text={})", self.text, least=0, most=1, optional=True)
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""
@@ -61,14 +73,67 @@ class Photographs:
         count = self.images or affordable(macs_per_input(model, inputs), 3.2e10, 48, 192, ceiling=4e11)
         held = held_out_size(count)
         scales = input_scales(model, inputs)
-        made = synthesize(model, inputs, count + held, photographs, generator, scales)
+        share, told = share_of_text(model, inputs, scales) if self.text is None else (self.text, "")
+        made = synthesize(model, inputs, count + held, pictures(share), generator, scales)
         train, test = split(made, [count, held])
-        return Probes((train,), test, batch_statistics=True, note=scales.note)
+        note = "; ".join(filter(None, [scales.note, told]))
+        return Probes((train,), test, batch_statistics=True, note=note)
 
 
 def takes_photographs(inputs: ExampleInputs) -> bool:
     """Whether an input looks like color images."""
     return any(t.is_floating_point() and _is_color(t.shape) for t in inputs.tensors())
+
+
+_FAR_MORE, _MOSTLY, _TRIED = 4.0, 0.75, 16
+
+
+def share_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -> tuple[float, str]:
+    """The share of probes that should be lines of text, and a note that says why ("" if none should)."""
+    gain = _gain_of_text(model, inputs, scales)
+    if gain < _FAR_MORE:
+        return 0.0, ""
+    told = f"{_MOSTLY:.0%} of the probes are lines of text, on which the outputs vary {gain:.2g} times as much"
+    return _MOSTLY, f"{told} as on photographs"
+
+
+def _gain_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -> float:
+    """How much larger the variance of the outputs is on text than on photographs; 1 if that can't be said.
+
+    It is the geometric mean over all outputs of the ratio of their variances, each summed over all elements.
+    """
+
+    def variances(share: float) -> list[float]:
+        generator = generator_for(0, "text or photographs")
+        made = synthesize(model, inputs, _TRIED, pictures(share), generator, scales)
+        with torch.no_grad(), undisturbed(model):
+            outputs = [out for out in output_tensors(made.call(model)) if out.is_floating_point() and out.numel() > 1]
+        batched = (out.double() if len(out) == _TRIED else out.double().reshape(-1, 1) for out in outputs if out.dim())
+        return [float(out.var(0).sum()) for out in batched]
+
+    try:
+        seen, read = variances(0.0), variances(1.0)
+    except Exception:  # a user's model may raise anything on inputs that it was not made for
+        return 1.0
+    pairs = [(a, b) for a, b in zip(seen, read, strict=False) if a > 0 and b > 0 and math.isfinite(a + b)]
+    return math.exp(sum(math.log(b / a) for a, b in pairs) / len(pairs)) if pairs else 1.0
+
+
+def pictures(text: float) -> Maker:
+    """Makes crops of photographs, and lines of text in place of this share of them; see :func:`photographs`."""
+
+    def make(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
+        images, last = photographs(shape, generator), shape[-1] == 3 != shape[1]
+        count = round(text * shape[0])
+        if not count or not _is_color(shape):
+            return images
+        rows = torch.randperm(shape[0], generator=generator)[:count]
+        _, channels, *sides = images.shape if not last else images.permute(0, 3, 1, 2).shape
+        lines = text_lines((count, channels, *sides), generator)
+        images[rows] = lines.permute(0, 2, 3, 1) if last else lines
+        return images
+
+    return make
 
 
 def photographs(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:

@@ -186,6 +186,10 @@ class ExampleInputs:
         first = self.tensors()[0]
         return first.shape[0] if first.dim() else 1
 
+    def taking(self, rows: Sequence[int]) -> ExampleInputs:
+        """Some rows of the batch, in this order."""
+        return self._rows(torch.tensor(rows))
+
     def _rows(self, index: Int[Tensor, " rows"]) -> ExampleInputs:
         """Some rows of the batch, in an order."""
         size = self.size

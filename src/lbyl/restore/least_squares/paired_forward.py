@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from lbyl.restore.least_squares.recalibrate import Statistics, expected_shift, variance_change
+from lbyl.runtime.batch_axis import rows_per_input
 from lbyl.runtime.batches import join, layout
 from lbyl.runtime.forward import BATCH_NORM, CONVOLUTIONS, ConsumerCall, consumer_call
 from lbyl.runtime.inputs import ExampleInputs
@@ -224,6 +225,7 @@ class _PairedForward(FunctionInterceptor):
         super().__init__(names_by_id(model))
         self.sizes = [len(batch.tensors()[0]) for batch in batches]
         self.half = sum(self.sizes)
+        self.multiples = rows_per_input(model, batches[0])
         self.consumers, self.values, self.solve = set(consumers), values, solve
         self.batch_statistics, self.renorm = batch_statistics, renorm
         self.pending: dict[int, _Pending] = {}
@@ -246,28 +248,54 @@ class _PairedForward(FunctionInterceptor):
             self._settle(tensor)
         if func is functional.linear or func in CONVOLUTIONS:
             return self._read(func, *args, **kwargs)
-        for tensor in tensors:
-            name = self.name_of(tensor)
-            if name in self.values:
-                raise NotPairable(f"{name} is also used by {getattr(func, '__name__', func)}, outside of its layer")
-        return func(*args, **kwargs)
+        changed = [name for tensor in tensors if (name := self.name_of(tensor)) in self.values]
+        return self._one_by_one(func, args, kwargs, changed[0]) if changed else func(*args, **kwargs)
+
+    def _one_by_one(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+        """Make the call once for each network, because the tensor of this name differs between them."""
+        what = f"{name} is also used by {getattr(func, '__name__', func)}, outside of its layer"
+
+        def of(number: int, leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if self.name_of(leaf) is not None:
+                return self._now(leaf) if number else leaf
+            return self._halves(leaf)[number] if leaf.dim() and len(leaf) == 2 * self.half else leaf
+
+        given = [pytree.tree_map(partial(of, number), (args, kwargs)) for number in range(2)]
+        found = [func(*own, **named) for own, named in given]
+        if not all(isinstance(out, Tensor) and out.dim() and len(out) == self.half for out in found):
+            raise NotPairable(what)
+        return torch.cat(found)
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of both networks."""
-        if len(x) != 2 * self.half:
+        half = self._rows_of(x) * self.half
+        return x[:half], x[half:]
+
+    def _rows_of(self, x: Tensor) -> int:
+        """How many rows the tensor has for each probe."""
+        rows, rest = divmod(len(x), 2 * self.half) if x.dim() else (0, 0)
+        if rest or rows not in self.multiples:
             raise NotPairable(
-                f"a layer sees {len(x)} rows of {2 * self.half} probes: the batch is not its first dimension"
+                f"a layer sees {len(x) if x.dim() else 0} rows of {2 * self.half} probes: the batch is not its first "
+                "dimension"
             )
-        return x[: self.half], x[self.half :]
+        return rows
+
+    def _split(self, half: Tensor) -> tuple[Tensor, ...]:
+        """One network's rows, batch by batch."""
+        rows = len(half) // self.half
+        return half.split([rows * size for size in self.sizes])
 
     def _twice(self, original: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """The output of a layer for the original network, followed by as many rows that are not filled in yet."""
         # Batch by batch, because a whole output and its copy would be the largest tensors in memory.
-        parts = original.split(self.sizes)
+        parts = self._split(original)
         first = run(parts[0])
-        shape = (2 * self.half, *first.shape[1:])
+        shape = (2 * len(original), *first.shape[1:])
         out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout(first))
-        places = out[: self.half].split(self.sizes)
+        places = self._split(out[: len(original)])
         places[0].copy_(first)
         for part, place in zip(parts[1:], places[1:], strict=True):
             place.copy_(run(part))
@@ -275,7 +303,7 @@ class _PairedForward(FunctionInterceptor):
 
     def _fill(self, out: Tensor, cut: Tensor, run: Callable[[Tensor], Tensor]) -> None:
         """Fill in the cut network's half of a layer's output."""
-        for part, place in zip(cut.split(self.sizes), out[self.half :].split(self.sizes), strict=True):
+        for part, place in zip(self._split(cut), self._split(out[len(cut) :]), strict=True):
             place.copy_(run(part))
 
     def _now(self, tensor: Tensor | None) -> Tensor | None:
@@ -319,13 +347,13 @@ class _PairedForward(FunctionInterceptor):
         x, weight, bias = item.tensors
         if x._version != item.version:
             raise NotPairable(f"the input of {item.name} was changed in place before its output was used")
-        outs = self._halves(item.out)[0].split(self.sizes)
+        outs = self._split(self._halves(item.out)[0])
         wanted = list(outs)
         if other is not None and tensor is item.last:
             # Part by part into one tensor, because these are as large as any tensor of the network.
             item.wanted = torch.empty_like(self._halves(item.out)[0])
-            wanted = list(item.wanted.split(self.sizes))
-            lost = zip(*(half.split(self.sizes) for half in self._halves(other)), strict=True)
+            wanted = list(self._split(item.wanted))
+            lost = zip(*(self._split(half) for half in self._halves(other)), strict=True)
             for place, out, (a, b), gain in zip(wanted, outs, lost, item.gains or [None] * len(outs), strict=True):
                 torch.sub(a, b, out=place)
                 if gain is not None:
@@ -334,7 +362,7 @@ class _PairedForward(FunctionInterceptor):
                 place += out
             self.made_up.append(item.name)
         cut = self._halves(x)[1]
-        calls = [item.call(part, out) for part, out in zip(cut.split(self.sizes), outs, strict=True)]
+        calls = [item.call(part, out) for part, out in zip(self._split(cut), outs, strict=True)]
         self.solve(ConsumerDue(tuple(calls), tuple(wanted)))
         self.pending = {key: each for key, each in self.pending.items() if each is not item}
         new_weight = self._now(weight)
@@ -402,9 +430,10 @@ class _PairedForward(FunctionInterceptor):
     def _normalize_original(self, call: _NormCall, original: Tensor, item: _Pending | None) -> _Normed:
         """Normalize the original network's half; the other one is not yet filled in."""
         # Running statistics apply to all probes, batch statistics to one batch.
-        sizes = self.sizes if self.batch_statistics else [self.half]
+        rows = self._rows_of(call.x)
+        sizes = [rows * size for size in (self.sizes if self.batch_statistics else [self.half])]
         out, measured = torch.empty_like(call.x), []
-        for part, into in zip(original.split(sizes), out[: self.half].split(sizes), strict=True):
+        for part, into in zip(original.split(sizes), out[: len(original)].split(sizes), strict=True):
             if not self.batch_statistics:
                 call.normalize(part, *call.running, into)
             if self.batch_statistics or self.renorm:
@@ -427,7 +456,7 @@ class _PairedForward(FunctionInterceptor):
         used = []
         for part, place, (mean, var), (own_mean, own_var) in zip(
             cut.split(normed.sizes),
-            normed.out[self.half :].split(normed.sizes),
+            normed.out[len(cut) :].split(normed.sizes),
             normed.used,
             normed.measured,
             strict=True,
