@@ -356,8 +356,8 @@ class Derived(Residual):
     [(Derived, "fc.weight is also used by"), (Spoiled, "changed in place"), (Sideways, "rows of 8 probes")],
 )
 def test_a_network_that_can_not_be_run_twice_at_once_is_told(kind: type[Residual], says: str) -> None:
+    net = settle(kind())
     with pytest.raises(NotPairable, match=says):
-        net = settle(kind())
         walk(net, [images(4)], {"fc.weight": 2 * net.fc.weight.detach()}, lambda turn: None)
 
 
