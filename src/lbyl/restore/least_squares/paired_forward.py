@@ -248,8 +248,11 @@ class _PairedForward(FunctionInterceptor):
             self._settle(tensor)
         if func is functional.linear or func in CONVOLUTIONS:
             return self._read(func, *args, **kwargs)
-        changed = [name for tensor in tensors if (name := self.name_of(tensor)) in self.values]
-        return self._one_by_one(func, args, kwargs, changed[0]) if changed else func(*args, **kwargs)
+        for tensor in tensors:
+            name = self.name_of(tensor)
+            if name is not None and name in self.values:
+                return self._one_by_one(func, args, kwargs, name)
+        return func(*args, **kwargs)
 
     def _one_by_one(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
         """Make the call once for each network, because the tensor of this name differs between them."""
