@@ -471,7 +471,7 @@ def measure(
             continue
         limit -= size
         generator = generator_for(seed, f"{consumer.weight}#positions")
-        sums[consumer.weight] = WholeSums(consumer.blocks, settings.positions, generator)
+        sums[consumer.weight] = WholeSums(consumer.blocks, settings.most_positions(weight[0].numel()), generator)
         weights[consumer.weight] = weight
 
     def on_consumer(call: ConsumerCall) -> None:

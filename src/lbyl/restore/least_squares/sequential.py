@@ -133,8 +133,6 @@ def solve_sequentially(
         )
     except (NotPairable, RuntimeError) as error:
         return NotApplicable(first_line(error))
-    if not walked.made_up:
-        return NotApplicable("no consumer's output was added to another value")
     values = problem.stored(findings.values, state)
     if renorm:
         values = renormalize(state, values, walked.original, walked.cut)
