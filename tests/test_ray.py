@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from typer.testing import CliRunner
 import lbyl
 from lbyl.cli.app import app
 from lbyl.io.sources import load_function, load_source
+from lbyl.moments import Probes
+from lbyl.runtime.inputs import ExampleInputs
 
 FACTORY = """
     import pathlib, time, torch
@@ -174,6 +177,54 @@ def test_an_error_of_the_judge_is_told_after_the_point_is_written(cluster: Any, 
             model, x, [lbyl.Budget(params=0.6)], tmp_path / "out", restore="lbyl", evaluate=judge, ray=cluster.address
         )
     assert lbyl.load(tmp_path / "out" / "params-0.6", model)(x).shape == model(x).shape
+
+
+@dataclass(frozen=True)
+class Given:
+    """These probes."""
+
+    made: Probes
+
+    def probes(self, model: nn.Module, inputs: Any, generator: torch.Generator, progress: Any) -> Probes:
+        return self.made
+
+
+def test_sums_over_data_in_a_cluster_are_those_of_one_machine(cluster: Any) -> None:
+    """Of 45 batches four are kept, one of these is held out, and tasks sum over the others, by reference or not."""
+    import ray
+
+    model, batches = mlp(6, 32, 32), [images(4 + number % 3, 6) + number / 45 for number in range(45)]
+    inputs, graph = ExampleInputs.of(batches[0]), lbyl.inspect(model, batches[0]).graph
+    groups = [number for number, group in enumerate(graph.groups) if group.prunable]
+    few = lbyl.LeastSquares(moments=lbyl.Data(batches, batches=4), sequential=False, attach_norms=False)
+    many = replace(few, moments=lbyl.Data((ray.put(b) if i % 2 else b for i, b in enumerate(batches)), ray="auto"))
+    probes = many.make_probes(model, inputs, 0, None)
+    whole = replace(probes, batches=(*probes.batches, *map(ExampleInputs.of, batches[4:])), beyond=None)
+    assert "4 batches" in probes.note
+    ours, theirs = (many.measure(model, graph, groups, each, 0, 2**30, None) for each in (probes, whole))
+    assert ours.keys() == theirs.keys() != set()
+    for name, found in ours.items():
+        for a, b in zip(found.blocks, theirs[name].blocks, strict=True):
+            assert a.count == b.count == sum(map(len, batches)) - len(batches[3])
+            torch.testing.assert_close((a.p, a.pp), (b.p, b.pp), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found.output, theirs[name].output, rtol=1e-6, atol=1e-6)
+
+    def weights(restore: lbyl.LeastSquares, **limit: Any) -> dict[str, torch.Tensor]:
+        settings = {"restore": restore, "criterion": "l2", "forecast": False, **limit}
+        return dict(lbyl.compress(model, batches[0], **settings).model.state_dict())
+
+    for limit in ({"ratio": 0.5}, {"budget": lbyl.Budget(params=0.5)}):
+        sent = weights(replace(many, moments=lbyl.Data(batches, ray="auto")), **limit)
+        torch.testing.assert_close(sent, weights(replace(many, moments=Given(whole)), **limit), rtol=1e-6, atol=1e-6)
+        kept_only = weights(few, **limit)
+        assert any(t.shape != sent[n].shape or not torch.allclose(t, sent[n]) for n, t in kept_only.items())
+    broken = [*batches[:20], torch.full((4, 6), torch.nan)]
+    with pytest.raises(lbyl.InputError, match="batch 20 holds NaN"):
+        weights(replace(many, moments=lbyl.Data(broken, ray="auto")), ratio=0.5)
+    result = lbyl.compress(model, batches[0], ratio=0.5, restore=replace(many, moments=lbyl.Data(batches, ray="auto")))
+    assert "2 of 2 layers are solved with sums over all batches" in result.report.notes
+    limited = replace(many, moments=lbyl.Data(broken, batches=20, ray="auto"))
+    assert weights(limited, ratio=0.5)
 
 
 def test_what_can_not_be_sent_is_named_before_anything_is_done(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ Ray = Annotated[
     typer.Option(
         "--ray",
         metavar="auto|ADDRESS",
-        help="Make the networks on the machines of this Ray cluster. auto: the cluster that runs here, or else the cores "
-        "of this machine. It takes the extra 'ray' of lbyl, on all machines.",
+        help="Make the networks on the machines of this Ray cluster. auto: the cluster that runs here, or else the "
+        "cores of this machine. It takes the extra 'ray' of lbyl, on all machines.",
         show_default=False,
     ),
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from uuid import uuid4
 
@@ -33,7 +34,7 @@ class Cluster:
     ray: Any
 
     def each(
-        self, function: Callable[[Any, Any], Any], shared: bytes, items: Sequence[Any], gpus: int = 0
+        self, function: Callable[[Any, Any], Any], shared: bytes, items: Iterable[Any], gpus: int = 0
     ) -> Iterator[tuple[int, Any]]:
         """Call ``function(shared, item)`` for every item somewhere in the cluster, with one CPU each.
 
@@ -43,7 +44,7 @@ class Cluster:
         Args:
             function: a function of a module of lbyl, which the machines of the cluster import by name.
             shared: the result of :func:`packed`. It is put into the object store once, and unpacked once a process.
-            items: what differs from task to task.
+            items: what differs from task to task. At most twice as many as the cluster has cores are taken at once.
             gpus: number of GPUs that a task needs.
 
         Raises:
@@ -60,9 +61,14 @@ class Cluster:
         # In a list, so that a process that has unpacked it before does not fetch it again.
         place, key = [ray.put(shared)], uuid4().hex
         version = library_version()
-        waiting = {task.remote(version, function, key, place, item): index for index, item in enumerate(items)}
+        numbered, waiting = enumerate(items), dict[Any, int]()
         try:
-            while waiting:
+            while True:
+                room = max(2, 2 * int(ray.cluster_resources().get("CPU", 0))) - len(waiting)
+                for index, item in islice(numbered, max(0, room)):
+                    waiting[task.remote(version, function, key, place, item)] = index
+                if not waiting:
+                    break
                 (done,), _ = ray.wait(list(waiting), num_returns=1)
                 yield waiting.pop(done), self._result(done)
         finally:
@@ -93,6 +99,12 @@ class Cluster:
         if isinstance(found, LbylError):
             raise found
         return found
+
+
+def fetched(item: Any) -> Any:
+    """What a reference of Ray's object store stands for; anything else as it is."""
+    ray = sys.modules.get("ray")
+    return ray.get(item) if ray is not None and isinstance(item, ray.ObjectRef) else item
 
 
 _unpacked: dict[str, Any] = {}

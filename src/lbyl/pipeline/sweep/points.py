@@ -105,10 +105,15 @@ def _sent(work: Work) -> Work:
     return replace(
         work,
         prepared=replace(prepared, subjects=subjects, forecaster=forecaster),
-        ground={path: replace(found, restorer=_without_data(found.restorer)) for path, found in work.ground.items()},
+        ground={path: _sent_analysis(found) for path, found in work.ground.items()},
         request=replace(work.request, progress=None, restore=_without_data(work.request.restore)),
         known=recalled(prepared.model),
     )
+
+
+def _sent_analysis(found: Analysis) -> Analysis:
+    probes = found.seen.probes and replace(found.seen.probes, beyond=None)
+    return replace(found, restorer=_without_data(found.restorer), seen=replace(found.seen, probes=probes))
 
 
 def _without_data(restorer: _Any) -> _Any:
