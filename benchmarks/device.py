@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,15 +93,22 @@ def described(device: torch.device) -> str:
     return {"mps": "Apple GPU (mps)", "cpu": f"CPU, {torch.get_num_threads()} threads"}.get(device.type, str(device))
 
 
+def at_work(device: torch.device) -> torch.device:
+    """Where a network for this device is cut: Apple's GPUs have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def cut(network: str, method: str, device: torch.device) -> tuple[lbyl.Result, float]:
     """One compression on a device, and its seconds."""
     torch.manual_seed(0)
-    model, x = NETWORKS[network]().to(device), torch.randn(2, 3, 32, 32).to(device)
+    place = at_work(device)
+    model, x = NETWORKS[network]().to(place), torch.randn(2, 3, 32, 32).to(place)
     started = time.perf_counter()
     result = lbyl.compress(model, x, ratio=RATIO, restore=METHODS[method], forecast=method == "default")
     for wait in waits(device):
         wait()
-    return result, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return replace(result, model=result.model.to(device)), seconds
 
 
 def kept(result: lbyl.Result) -> dict[str, tuple[int, ...]]:
@@ -148,7 +156,7 @@ def measure(network: str, method: str, device: torch.device) -> dict[str, Any]:
 def rest(device: torch.device) -> dict[str, Any]:
     """What follows a cut: a budget, a folder that is written and read, and latencies."""
     torch.manual_seed(0)
-    model, x = residual().to(device), torch.randn(2, 3, 32, 32).to(device)
+    model, x = residual(), torch.randn(2, 3, 32, 32)
     cell: dict[str, Any] = {
         "network": "residual network",
         "method": "budget, folder, latency",
@@ -158,7 +166,10 @@ def rest(device: torch.device) -> dict[str, Any]:
     }
     started = time.perf_counter()
     try:
-        result = lbyl.compress(model, x, budget=lbyl.Budget(macs=0.6), scope="all")
+        place = at_work(device)
+        result = lbyl.compress(model.to(place), x.to(place), budget=lbyl.Budget(macs=0.6), scope="all")
+        model, x = model.to(device), x.to(device)
+        result = replace(result, model=result.model.to(device))
         with tempfile.TemporaryDirectory() as place:
             loaded = lbyl.load(result.save(Path(place) / "net"), residual()).to(device)
         with torch.no_grad():

@@ -97,8 +97,7 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
     with torch.no_grad():
         known = _known(task, probes, settings)
         looks = _measured(problem, probes, findings, known)
-        notes = tuple(filter(None, (probes.note, _in_cluster(problem, probes, known))))
-        found = _Found(problem.stored(findings.values, state), findings, notes)
+        found = _Found(problem.stored(findings.values, state), findings, _told(problem, probes, known))
         seconds["solve"] = time.perf_counter() - started
         started = time.perf_counter()
         norms = {target.consumer.weight: target.norm for target in problem.found if target.norm}
@@ -133,13 +132,15 @@ def _known(task: RestorationProblem, probes: Probes, settings: Settings) -> Mapp
     return measure(task.model, task.graph, groups, probes, settings, task.seed, settings.budget, task.progress)
 
 
-def _in_cluster(problem: LeastSquaresProblem, probes: Probes, known: Mapping[str, ConsumerMoments]) -> str:
-    """A note on how many layers are solved with sums over all batches, if a cluster took some; otherwise ""."""
+def _told(problem: LeastSquaresProblem, probes: Probes, known: Mapping[str, ConsumerMoments]) -> tuple[str, ...]:
+    """The probes' note, and how many layers are solved with sums over all batches if a cluster took some."""
+    notes = (probes.note,) if probes.note else ()
     if probes.beyond is None:
-        return ""
+        return notes
     summed = sum(target.consumer.weight in known for target in problem.found)
     told = f"{summed} of {len(problem.found)} layers are solved with sums over all batches"
-    return told if summed == len(problem.found) else f"{told}, and the others with those in memory"
+    others = "" if summed == len(problem.found) else ", and the others with those in memory"
+    return (*notes, told + others)
 
 
 def _targets(model: nn.Module, graph: Graph, task: RestorationProblem, settings: Settings) -> tuple[Target, ...]:
