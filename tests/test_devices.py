@@ -40,5 +40,5 @@ def test_models_with_hooks_of_accelerate_are_cut_like_others(restore: lbyl.Least
 
 def test_offloaded_weights_are_named_with_the_way_out() -> None:
     hooked = dispatched(residual(), offload=True)
-    with pytest.raises(lbyl.InputError, match="meta device.*accelerate has offloaded it"):
+    with pytest.raises(lbyl.InputError, match=r"meta device.*accelerate has offloaded it"):
         lbyl.compress(hooked, images(2, 3, 6, 6), ratio=0.5)

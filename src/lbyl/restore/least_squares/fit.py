@@ -95,8 +95,7 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
             seconds["solve"] = time.perf_counter() - started
             return restoration(_Found(problem.stored(findings.values, state), findings), None)
     with torch.no_grad():
-        known = _known(task, probes, settings)
-        looks = _measured(problem, probes, findings, known)
+        looks = _measured(problem, probes, findings, known := _known(task, probes, settings))
         found = _Found(problem.stored(findings.values, state), findings, _told(problem, probes, known))
         seconds["solve"] = time.perf_counter() - started
         started = time.perf_counter()
