@@ -57,7 +57,9 @@ def residual() -> nn.Module:
 def transformer() -> nn.Module:
     """Two layers of width 64 for images of 32 x 32 pixels."""
     made = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10)
-    nn.init.normal_(made.heads.head.weight, 0, 0.3)  # it begins with zeros, from which nothing can be dreamed
+    nn.init.normal_(
+        made.get_parameter("heads.head.weight"), 0, 0.3
+    )  # it begins with zeros, from which nothing can be dreamed
     return made.eval()
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -113,8 +114,7 @@ _unpacked: dict[str, Any] = {}
 
 def _called(version: str, function: Callable[[Any, Any], Any], key: str, place: list[Any], item: Any) -> Any:
     """Runs in a process of the cluster: the function's result, or the LbylError that it raised."""
-    import ray
-
+    ray = _ray()
     try:
         if version != library_version():
             raise ClusterError(
@@ -148,8 +148,7 @@ def packed(parts: Mapping[str, Any]) -> bytes:
     Raises:
         InputError: one of them can't be pickled.
     """
-    from ray import cloudpickle
-
+    cloudpickle = import_module("ray.cloudpickle")
     own = [module for name, module in sys.modules.items() if name.startswith(OWN_FILES)]
     for module in own:
         cloudpickle.register_pickle_by_value(module)
@@ -222,7 +221,6 @@ def connected(address: str) -> Iterator[Cluster]:
 
 def _ray() -> Any:
     try:
-        import ray
+        return import_module("ray")
     except ImportError as error:
         raise ClusterError(f"Ray can't be imported ({error}); install lbyl[ray]") from error
-    return ray
