@@ -2,10 +2,10 @@
 
     python benchmarks/tables.py
 
-docs/results.md and docs/coverage.md get all tables. README.md, docs/files.md and docs/quantization.md get small ones,
-lists and some sentences, each between ``<!-- results:NAME -->`` and ``<!-- /results -->``; the NAMEs are the keys of
-`BLOCKS`. A dagger marks tables and rows that were measured with other code than that of src/lbyl, and the line below
-them says with which.
+docs/results.md and docs/coverage.md get all tables. README.md and the pages in `PAGES` get small ones, lists and some
+sentences, each between ``<!-- results:NAME -->`` and ``<!-- /results -->``; the NAMEs are the keys of `BLOCKS`. A
+dagger marks tables and rows that were measured with other code than that of src/lbyl, and the line below them says with
+which.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from provenance import ROOMS, Stamp, age, changed, current, named
 
 ROOT = Path(__file__).parent.parent
 OLD = "†"
+PAGES = ("README.md", "docs/files.md", "docs/quantization.md", "docs/scale.md")
 # The paper's story first; whatever else there is follows by name.
 ORDER = ("paper", "accuracy", "speed")
 SHOWN = """\
@@ -210,12 +211,24 @@ def quantized(results: dict[str, dict[str, Any]]) -> str:
     return benchmark(results["quantization"]) if "quantization" in results else ""
 
 
+def scale(results: dict[str, dict[str, Any]]) -> str:
+    """How cost grows, and what a large network would take."""
+    return benchmark(results["scale"]) if "scale" in results else ""
+
+
+def devices(results: dict[str, dict[str, Any]]) -> str:
+    """The whole path on the devices that were measured."""
+    return benchmark(results["device"]) if "device" in results else ""
+
+
 BLOCKS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
     "summary": summary,
     "facts": facts,
     "operators": operators,
     "onnx_files": files_read,
     "quantization": quantized,
+    "scale": scale,
+    "device": devices,
 }
 
 
@@ -236,7 +249,7 @@ def main() -> None:
     accuracy = results["accuracy"]
     draw(accuracy["measurements"], accuracy["settings"]["networks"], ROOT / "docs")
     accuracy["plots"] = CAPTIONS
-    for page_with_blocks in ("README.md", "docs/files.md", "docs/quantization.md"):
+    for page_with_blocks in PAGES:
         file = ROOT / page_with_blocks
         file.write_text(fill(file.read_text(encoding="utf-8"), results), encoding="utf-8")
     (ROOT / "docs" / "coverage.md").write_text(coverage(results.pop("coverage")), encoding="utf-8")

@@ -15,7 +15,7 @@ __all__ = sorted(HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from lbyl.surgery.plan import library_version
+        from lbyl.runtime.version import library_version
 
         return library_version()
     if name not in HOME:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lbyl.budget.budget import Budget as Budget
     from lbyl.errors import ArtifactError as ArtifactError
     from lbyl.errors import BudgetError as BudgetError
+    from lbyl.errors import ClusterError as ClusterError
     from lbyl.errors import ExportError as ExportError
     from lbyl.errors import InputError as InputError
     from lbyl.errors import LbylError as LbylError

@@ -56,6 +56,10 @@ class ExportError(LbylError):
     """A network can't be exported, or the exported file computes something else."""
 
 
+class ClusterError(LbylError):
+    """Other machines can't do the work: Ray is not installed or not reached, or they lack what they need."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the error's class where it has none.
 

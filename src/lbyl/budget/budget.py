@@ -122,6 +122,11 @@ class Budget:
         """Whether it limits a loss of quality, and not a cost."""
         return self.limited[0] in _QUALITIES
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether networks are timed for it, which must be done on one machine that does nothing else."""
+        return "latency" in (self.limited[0], self.minimize)
+
     def costing(self, share: float) -> Budget:
         """The budget that limits the cost to minimize to a share, in place of the quality."""
         limits: dict[str, float | None] = {name: None for name in _QUALITIES}

@@ -29,6 +29,17 @@ Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="New folder, or the folder of a sweep to continue.")
 ]
 
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="auto|ADDRESS",
+        help="Make the networks on the machines of this Ray cluster. auto: the cluster that runs here, or else the "
+        "cores of this machine. It takes the extra 'ray' of lbyl, on all machines.",
+        show_default=False,
+    ),
+]
+
 
 @app.command(cls=WithExamples)
 @with_settings
@@ -38,6 +49,7 @@ def sweep(
     budget: Budgets,
     output: Output,
     evaluate: Evaluate = None,
+    ray: Ray = None,
     settings: Settings,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -54,13 +66,18 @@ def sweep(
         from lbyl.io.report.format import shown
         from lbyl.io.sources import load_function
         from lbyl.pipeline.sweep.state import exists
+        from lbyl.runtime.cluster import check_address
 
         exists(output)  # like all checks, before any time is spent
+        if ray is not None:
+            check_address(ray)
         check_images(settings)
         budgets = [settings.budget(name, amount) for name, amount in parse_budgets(budget)]
         judge = load_function(evaluate) if evaluate else None
         prepared = prepare(source, settings, stage)
-        swept = lbyl.sweep(prepared.model, prepared.inputs, budgets, output, evaluate=judge, **prepared.arguments)
+        swept = lbyl.sweep(
+            prepared.model, prepared.inputs, budgets, output, evaluate=judge, ray=ray, **prepared.arguments
+        )
         if not swept.made:
             reasons = "; ".join(f"{point.asked}: {point.reason}" for point in swept.points)
             raise lbyl.InputError(f"no point could be made ({reasons})")

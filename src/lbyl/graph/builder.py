@@ -173,7 +173,9 @@ class Builder:
     def follow(self, node: fx.Node) -> ProducerRecord | None:
         """The producer whose output is this node's first argument; None when other nodes use that value too."""
         source = node.args[0]
-        return self.pure.get(source) if isinstance(source, fx.Node) and len(source.users) == 1 else None
+        while isinstance(source, fx.Node) and _is_same_value(source) and _read_once(source):
+            source = source.args[0]
+        return self.pure.get(source) if isinstance(source, fx.Node) and _read_once(source) else None
 
     def reduction(self, node: fx.Node, dim: int) -> Reduction:
         """The reduction along an axis that this node is."""
@@ -352,3 +354,21 @@ def layer_name(node: fx.Node) -> str:
         return ""
     path = list(stack.values())[-1][0]
     return path.split("@")[0]
+
+
+_SAME = ("to", "_to_copy", "alias", "detach", "clone", "contiguous")
+
+
+def _is_same_value(node: fx.Node) -> bool:
+    """Whether a node returns its argument in the same precision, as hooks do that move values to a device."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    if not isinstance(source, fx.Node) or aten_name(node.target) not in _SAME:
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+
+
+def _read_once(node: fx.Node) -> bool:
+    """Whether one other node reads a value; checks that exported programs make of it do not count."""
+    readers = [user for user in node.users if not str(user.target).startswith("aten._assert_tensor_metadata")]
+    return len(readers) == 1

@@ -136,6 +136,19 @@ def write_whole(file: Path, content: str | bytes) -> None:
             raise
 
 
+def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder with these files, whole or not at all.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    with stage(target) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        finish(folder)
+        folder.rename(target)
+
+
 def _usual_mode(folder: Path) -> int:
     """The mode that a new file in a folder gets, found by making one: reading the umask would affect other threads."""
     name = folder / f"{TEMPORARY}{token_hex(8)}"

@@ -61,6 +61,12 @@ class Moments:
         self.pr += p.T @ r
         self.rr += r.square().sum(0)
 
+    def plus(self, other: Moments) -> Moments:
+        """The sums over both sets of positions."""
+        names = ("p", "r", "pp", "pr", "rr")
+        sums = {name: getattr(self, name) + getattr(other, name).to(self.p.device) for name in names}
+        return Moments(self.count + other.count, **sums)
+
 
 @dataclass(frozen=True)
 class ConsumerMoments:
@@ -73,6 +79,12 @@ class ConsumerMoments:
 
     blocks: tuple[Moments, ...]
     output: tuple[Tensor, Tensor, Tensor]
+
+    def plus(self, other: ConsumerMoments) -> ConsumerMoments:
+        """The moments over both sets of positions."""
+        blocks = tuple(a.plus(b) for a, b in zip(self.blocks, other.blocks, strict=True))
+        count, first, second = (a + b.to(a.device) for a, b in zip(self.output, other.output, strict=True))
+        return ConsumerMoments(blocks, (count, first, second))
 
     def part(self, number: int, kernel: Float[Tensor, "rows columns *taps"], keep: Tensor, drop: Tensor) -> Moments:
         """The moments of one block with some columns dropped, equal to those that :class:`PatchSums` measures."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,23 @@ from lbyl.moments.attached_norms import LayerStatistics
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 from lbyl.selection.filters import Filters
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """Batches that only sums are taken over, on the machines of a cluster; they are never all in memory.
+
+    Attributes:
+        batches: the user's batches, or references to them in Ray's object store. They can be read once.
+        cluster: the address of the cluster.
+        inputs: the example inputs, which each batch must be like.
+        first: the number of the first of these batches in the user's data.
+    """
+
+    batches: Iterator[Any]
+    cluster: str
+    inputs: ExampleInputs
+    first: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,7 @@ class Probes:
         statistics: mean and variance of the outputs of layers without a batch norm, by layer name, as measured on
             the probes.
         holds_out: False if there were too few inputs, so that ``held_out`` is used for solving as well.
+        beyond: more batches for sums over the inputs of consumers; None for none.
     """
 
     batches: tuple[ExampleInputs, ...]
@@ -45,6 +64,7 @@ class Probes:
     evaluation_batches: tuple[int, ...] = ()
     statistics: LayerStatistics = field(default_factory=dict)
     holds_out: bool = True
+    beyond: Beyond | None = None
 
     def __post_init__(self) -> None:
         if any(batch is self.held_out for batch in self.batches):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from lbyl.errors import InputError, first_line
-from lbyl.moments.base import Probes
+from lbyl.moments.base import Beyond, Probes
 from lbyl.runtime.batches import FEWEST, affordable, alike, batch_size, held_out_size, join_all, macs_per_input, split
 from lbyl.runtime.checks import check_number, named_kind
+from lbyl.runtime.cluster import check_address, connected, fetched
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 
@@ -28,19 +30,27 @@ class Data:
             are small: up to 128 inputs, if 4e11 multiply-accumulates allow. Batches of fewer than 4 inputs are joined
             if they have the same shape and the model runs on larger batches. The report says how many batches were
             read and how many were not.
+        ray: the address of a Ray cluster, or "auto". The first batches are then read as without it, and second moments
+            are sums over all further ones as well (up to ``batches`` in all), which the machines of the cluster take,
+            batch by batch. The source may also be a ``ray.data.Dataset`` or give references to batches in Ray's object
+            store (``ray.put``). docs/moments.md says which sums these are.
     """
 
     source: Iterable[Any] = field(repr=False)
     batches: int | None = None
+    ray: str | None = None
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""
         return True
 
     def __post_init__(self) -> None:
-        if isinstance(self.source, (str, type)) or not isinstance(self.source, Iterable):
+        usable = isinstance(self.source, Iterable) or hasattr(self.source, _OF_DATASETS)
+        if isinstance(self.source, (str, type)) or not usable:
             raise InputError(f"Data: the source is {named_kind(self.source)}; pass a list of batches or a DataLoader")
         check_number("Data(batches={})", self.batches, whole=True, optional=True, least=1)
+        if self.ray is not None:
+            check_address(self.ray)
 
     def probes(
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
@@ -48,7 +58,10 @@ class Data:
         """The first batches of the source, moved to the model's device."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         rows = affordable(macs_per_input(model, inputs), _MOST_MACS, _BATCHES, _ROWS, ceiling=_MOST_MACS)
-        read, note = self._read(inputs, device, rows)
+        if self.ray is None:
+            (read, note), beyond = self._read(inputs, device, rows), None
+        else:
+            read, note, beyond = self._begun(self.ray, inputs, device, rows)
         for batch in {batch.describe(): batch for batch in read}.values():
             _check(model, batch, inputs)
         small = len(read) > 1 and min(batch_size(batch) for batch in read) < FEWEST
@@ -59,7 +72,21 @@ class Data:
             read, how = _parted(model, read[0])
             note = f"{note}; {how}"
         batches = tuple(read[:-1] if len(read) > 1 else read)
-        return Probes(batches, read[-1], batch_statistics=False, note=note, matches_training_statistics=True)
+        return Probes(
+            batches, read[-1], batch_statistics=False, note=note, matches_training_statistics=True, beyond=beyond
+        )
+
+    def _begun(
+        self, address: str, inputs: ExampleInputs, device: torch.device, rows: int
+    ) -> tuple[list[ExampleInputs], str, Beyond]:
+        """The batches that are kept in memory, a note about them, and the others, which a cluster will read."""
+        with connected(address):  # references belong to a connection
+            source = _batches_of(self.source)
+            first = replace(self, source=map(fetched, islice(source, _BATCHES)), batches=None, ray=None)
+            read, _ = first._read(inputs, device, rows)
+        others = None if self.batches is None else max(0, self.batches - len(read))
+        note = f"Data: {_counted(read)} were kept in memory, and the others were read in the Ray cluster"
+        return read, note, Beyond(islice(source, others), address, inputs, len(read))
 
     def _read(self, inputs: ExampleInputs, device: torch.device, rows: int) -> tuple[list[ExampleInputs], str]:
         """The batches, and a note about how many were read."""
@@ -68,8 +95,7 @@ class Data:
             batch = next(source, None)
             if batch is None:
                 break
-            read.append(ExampleInputs.of(batch).to(device).in_the_form_of(inputs))
-            _check_like(read[-1], len(read) - 1, inputs)
+            read.append(usable_batch(batch, len(read), inputs, device))
             count += batch_size(read[-1])
         else:
             total = len(self.source) if isinstance(self.source, Sized) else None
@@ -89,6 +115,28 @@ _BATCHES, _ROWS, _MOST_MACS = 4, 128, 4e11
 
 def _counted(read: Sequence[ExampleInputs]) -> str:
     return f"{len(read):,} batches ({sum(batch_size(batch) for batch in read):,} inputs)"
+
+
+def usable_batch(batch: Any, number: int, inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
+    """One batch of a user's data on a device, in the form of the example inputs.
+
+    Raises:
+        InputError: it differs in kind from the example inputs, or is not finite.
+    """
+    if isinstance(batch, Mapping) and len(batch) == 1 and not inputs.kwargs:
+        batch = next(iter(batch.values()))  # the only column of a dataset
+    made = ExampleInputs.of(batch).to(device).in_the_form_of(inputs)
+    _check_like(made, number, inputs)
+    return made
+
+
+_OF_DATASETS = "iter_torch_batches"
+_TABLE_ROWS = 32
+"""So many rows of a ``ray.data.Dataset`` are one batch."""
+
+
+def _batches_of(source: Any) -> Iterator[Any]:
+    return iter(source.iter_torch_batches(batch_size=_TABLE_ROWS) if hasattr(source, _OF_DATASETS) else source)
 
 
 def _check_like(batch: ExampleInputs, number: int, inputs: ExampleInputs) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -75,6 +77,18 @@ class Forecaster:
                 return self._foretold(smaller, _held_out(probes))
         except Exception as error:  # a user's model may raise anything on inputs that it was not made for
             return Forecast(why=f"the networks could not be compared on probes: {first_line(error)}")
+
+    def make_probes(self, restorers: Sequence[Restorer]) -> None:
+        """Make now what all forecasts share, so that other processes need not, which get this forecaster.
+
+        Args:
+            restorers: the restorer whose probes :meth:`__call__` will get; none if it gets no probes.
+        """
+        if any(map(self.asks_for_probes, restorers)):
+            return
+        # Whatever fails here fails in each forecast, too, which says why.
+        with suppress(Exception), undisturbed(self.model), torch.no_grad():
+            self._texts if self.measure == PERPLEXITY else self._original  # noqa: B018
 
     def asks_for_probes(self, restorer: Restorer) -> bool:
         """Whether held-out probes of a restorer can be used: the user's inputs, or text that the model generated."""

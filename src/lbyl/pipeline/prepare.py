@@ -213,6 +213,7 @@ def prepare(
     model = plain_module(model)
     inputs = ExampleInputs.of(example_inputs)
     check_weights(model)
+    check_device(model, inputs)
     check_values(inputs)
     check_network(model, inputs)
     told: tuple[str, ...] = ()
@@ -279,7 +280,7 @@ def check_weights(model: nn.Module) -> None:
         if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and not tensor.numel():
             raise InputError(f"{name} is {shape_and_dtype(tensor)}: there is nothing to cut in a width of zero")
         if tensor.is_meta:
-            raise InputError(f"{name} is on the meta device, where it has no values; load the weights first")
+            raise InputError(f"{name} is on the meta device, where it has no values; {_how_to_load(model)}")
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         values = tensor.detach()
@@ -295,6 +296,27 @@ def check_weights(model: nn.Module) -> None:
                 f"{name} holds values as large as {max(-low, high):.1e}, whose squares are infinite in float32; "
                 "lbyl can't restore from such weights"
             )
+
+
+def _how_to_load(model: nn.Module) -> str:
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "accelerate has offloaded it: load the model with a device_map that offloads nothing, such as 'cpu'"
+    return "load the weights first"
+
+
+_WITHOUT_FLOAT64 = ("mps",)
+"""Types of devices that can't compute in float64, in which sums, solutions and verification are."""
+
+
+def check_device(model: nn.Module, inputs: ExampleInputs) -> None:
+    """Raise InputError for a network or inputs on a device without float64."""
+    tensors = (*tensors_of(model).values(), *inputs.tensors())
+    found = next((tensor.device for tensor in tensors if tensor.device.type in _WITHOUT_FLOAT64), None)
+    if found is not None:
+        raise InputError(
+            f"the network or its inputs are on {found}, which has no float64; move both to the CPU first "
+            f"(model.cpu()), and then the smaller network back (result.model.to({str(found)!r}))"
+        )
 
 
 def check_values(inputs: ExampleInputs) -> None:

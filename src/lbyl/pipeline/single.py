@@ -25,6 +25,7 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_parameters, macs_by_shapes
 from lbyl.runtime.progress import Clock
 from lbyl.runtime.settings import described
+from lbyl.runtime.version import library_version
 from lbyl.selection.select import (
     ByCriterion,
     KeptCounts,
@@ -38,7 +39,7 @@ from lbyl.selection.select import (
 from lbyl.surgery.attributes import Attribute, plan_attributes
 from lbyl.surgery.cuts import Cut, cut_copy, plan_cuts
 from lbyl.surgery.masking import Masks, norm_masks
-from lbyl.surgery.plan import GroupPlan, Plan, architecture_of, library_version
+from lbyl.surgery.plan import GroupPlan, Plan, architecture_of
 from lbyl.surgery.verification import follower, said, without_trouble
 from lbyl.surgery.verification import verify as check
 

@@ -19,8 +19,9 @@ from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.macs import count_macs, count_parameters
 from lbyl.runtime.progress import Clock
+from lbyl.runtime.version import library_version
 from lbyl.selection.select import check_patterns
-from lbyl.surgery.plan import Plan, architecture_of, library_version
+from lbyl.surgery.plan import Plan, architecture_of
 
 _Item = TypeVar("_Item")
 

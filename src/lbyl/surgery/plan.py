@@ -8,7 +8,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from keyword import iskeyword
 from typing import Any
@@ -252,6 +251,12 @@ def remember(model: nn.Module, plan: Plan, report: Any) -> None:
         _remembered.popitem(last=False)
 
 
+def remember_as(model: nn.Module, known: Remembered | None) -> None:
+    """Store what another process knew of a network that it sent here (:func:`recalled`)."""
+    if known is not None:
+        _remembered[vars(model)["_lbyl_plan"]] = known
+
+
 def recalled(model: nn.Module) -> Remembered | None:
     """What is known of how this network was cut; its shapes may have changed since."""
     return _remembered.get(vars(model).get("_lbyl_plan", ""))
@@ -315,14 +320,6 @@ def _attribute_fault(attribute: Attribute) -> str:
     if shrinks and (place is None or place >= 0) and not attribute.name.startswith("__"):
         return ""
     return f"from {old} to {new} is not a width that shrinks"
-
-
-def library_version() -> str:
-    """The version of this library."""
-    try:
-        return version("lbyl")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def is_rebuildable(source: str) -> bool:

@@ -22,9 +22,10 @@ from lbyl.runtime.macs import count_macs, count_parameters
 from lbyl.runtime.output_error import Assessment
 from lbyl.runtime.progress import Clock
 from lbyl.runtime.settings import described
+from lbyl.runtime.version import library_version
 from lbyl.selection.blocks import Chosen
 from lbyl.surgery.blocks import BlockCut, renamed, verify_blocks, without_blocks
-from lbyl.surgery.plan import Plan, architecture_of, library_version
+from lbyl.surgery.plan import Plan, architecture_of
 
 
 @dataclass(frozen=True)

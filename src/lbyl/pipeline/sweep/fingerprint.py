@@ -15,7 +15,7 @@ from lbyl.pipeline.sweep.cache import digest
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.settings import described, printed
-from lbyl.surgery.plan import library_version
+from lbyl.runtime.version import library_version
 
 
 def fingerprint(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,24 +16,23 @@ from torch import nn
 from lbyl.budget.budget import Budget
 from lbyl.errors import ArtifactError, InputError, LbylError
 from lbyl.io import artifact
-from lbyl.io.files import write_whole
+from lbyl.io.files import write_folder, write_whole
 from lbyl.io.report.format import shown
-from lbyl.io.report.report import Report
 from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.evaluate import Evaluate, Judge
 from lbyl.pipeline.prepare import Prepared, check_weights, first_that_restores, plain_module, prepare, unless_refused
-from lbyl.pipeline.quality import meet
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep import pareto
 from lbyl.pipeline.sweep.cache import FolderCache
 from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
 from lbyl.pipeline.sweep.pareto import Point
+from lbyl.pipeline.sweep.points import Made, Work, check_sendable, filled, made_in
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
 from lbyl.runtime.checks import as_path, named_kind
+from lbyl.runtime.cluster import check_address, connected
 from lbyl.runtime.contexts import own_device
 from lbyl.runtime.copying import copy_model
-from lbyl.runtime.forecast import Forecast
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import check_runtime
 from lbyl.runtime.progress import Clock, Progress
@@ -115,6 +114,7 @@ def sweep(
     progress: Progress | None = None,
     forecast: bool = True,
     effort: str = "default",
+    ray: str | None = None,
 ) -> Sweep:
     """Compress a network to several budgets; probes, error curves and moments are made once for all of them.
 
@@ -142,6 +142,9 @@ def sweep(
         forecast: whether to forecast the agreement of each smaller network on real inputs.
         effort: how much time ``restore="auto"`` may take: "low" takes few probes, dreams nothing, and solves all
             consumers at once; "high" makes more probes and steps of dreaming than "default".
+        ray: the address of a Ray cluster whose machines make and evaluate the points, or "auto" for the cluster that
+            runs here, or else for the cores of this machine. The analysis is made here and sent to them; files are
+            written here alone. Budgets of latency are met here, after the others.
 
     Returns:
         All points, including those that could not be made, with the reasons.
@@ -151,6 +154,7 @@ def sweep(
             or another sweep, or ``evaluate`` failed.
         TraceError: ``torch.export`` can't trace the model.
         ArtifactError: a file of the sweep is damaged.
+        ClusterError: Ray is not installed or not reached, or its machines can't do the work.
     """
     request = CompressionRequest(
         0.5,
@@ -168,9 +172,13 @@ def sweep(
     )
     _check(budgets)
     judge = Judge(evaluate)
+    if ray is not None:
+        check_address(ray)
     model = plain_module(model)
     check_weights(model)
     folder, inputs = as_path(path), ExampleInputs.of(example_inputs)
+    if ray is not None:
+        check_sendable(model, inputs, request, evaluate)
     now = fingerprint(model, inputs, request, submodule)
     network = _Network(model, inputs, request, submodule)
     # Errors of the network or of the user's function are raised before the folder is made.
@@ -185,7 +193,7 @@ def sweep(
             state = replace(state, unpruned=judge(copy_model(model), "the unpruned network"))
         if state != before:
             state.write(folder)
-        state = _compressed(network, _judged(state, folder, judge, model), folder, judge)
+        state = _compressed(network, _judged(state, folder, judge, model), folder, judge, ray)
         _show(state, folder, anew=state != before)
     return Sweep(folder, state.points, state.source, state.unpruned, dict(state.seconds))
 
@@ -243,7 +251,7 @@ class _Network:
         return ground
 
 
-def _compressed(network: _Network, state: SweepState, folder: Path, judge: Judge) -> SweepState:
+def _compressed(network: _Network, state: SweepState, folder: Path, judge: Judge, ray: str | None) -> SweepState:
     """Make the missing points. If one can't be made, the reason is stored, and the next one is made."""
     waiting = [point for point in state.points if not point.made and not point.reason]
     if not waiting:
@@ -251,17 +259,45 @@ def _compressed(network: _Network, state: SweepState, folder: Path, judge: Judge
     ground = network.ground(folder)
     spent = {stage: state.seconds.get(stage, 0.0) + value for stage, value in network.clock.seconds.items()}
     state = replace(state, seconds={**state.seconds, **spent})
+    work = Work(network.prepared, ground, network.request, judge.evaluate, state.unpruned)
+    if ray is not None:
+        elsewhere = [point for point in waiting if not point.limit.is_timed]
+        waiting = [point for point in waiting if point.limit.is_timed]
+        with connected(ray) as cluster:
+            state = _collected(made_in(cluster, work, elsewhere), state, folder, len(elsewhere), work.request.progress)
+    return _made_here(work, waiting, state, folder, judge)
+
+
+def _collected(
+    tasks: Iterator[Made], state: SweepState, folder: Path, total: int, progress: Progress | None
+) -> SweepState:
+    """Write the folders of points that were made elsewhere, as they come in.
+
+    Raises:
+        LbylError: the first error of the user's function, after the point that it failed on was written.
+    """
+    for done, made in enumerate(tasks, 1):
+        if made.files:
+            write_folder(folder / made.point.name, made.files)
+        state = state.having(made.point).write(folder)
+        if made.fault is not None:
+            raise made.fault
+        if progress is not None:
+            progress("points", done, total)
+    return state
+
+
+def _made_here(work: Work, waiting: Sequence[Point], state: SweepState, folder: Path, judge: Judge) -> SweepState:
+    """Make points in this process, one after the other."""
     for number, point in enumerate(waiting):
-        progress = _labelled(network.request.progress, f"{point.asked} ({number + 1} of {len(waiting)})")
-        request = replace(network.request, budget=point.limit, progress=progress)
+        progress = _labelled(work.request.progress, f"{point.asked} ({number + 1} of {len(waiting)})")
         started = perf_counter()
-        work = partial(meet, judge=judge, before=state.unpruned)
-        result = unless_refused(lambda request=request, work=work: work(network.prepared, request, Clock(), ground))
+        result = work(point, judge, replace(work.request, progress=progress))
         if isinstance(result, LbylError):
             state = state.having(replace(point, reason=str(result))).write(folder)
             continue
         result.save(folder / point.name)
-        point = _filled(point, result.report, perf_counter() - started)
+        point = filled(point, result.report, perf_counter() - started)
         state = state.having(point).write(folder)
         if judge.evaluate:
             state = state.having(replace(point, accuracy=judge(result.model, point.asked))).write(folder)
@@ -325,27 +361,10 @@ def _listed(state: SweepState, budgets: Sequence[Budget], folder: Path) -> Sweep
             told = manifest.plan.settings.get("budget")
             if told is None or replace(point, budget=told).limit != point.limit:
                 raise ArtifactError(f"{folder / point.name} has another budget; remove it, and it will be made again")
-            state = state.having(_filled(point, manifest.report, None))
+            state = state.having(filled(point, manifest.report, None))
         elif point.made and not there:
             state = state.having(Point(point.name, point.budget))
     return state
-
-
-def _filled(point: Point, report: Report, seconds: float | None) -> Point:
-    """A point with the values from its report."""
-    seen, told = report.assessment, report.forecast or Forecast()
-    bounds = {} if told.agreement is None else {"agreement": told.agreement, "low": told.low, "high": told.high}
-    return replace(
-        point,
-        made=True,
-        reason="",
-        parameters=report.parameters,
-        macs=report.macs,
-        pruned=seen.pruned if seen else None,
-        error=seen.restored if seen else None,
-        seconds=seconds,
-        **bounds,
-    )
 
 
 def _show(state: SweepState, folder: Path, anew: bool) -> None:

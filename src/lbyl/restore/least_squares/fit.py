@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lbyl.graph import Graph
 from lbyl.graph.types import last_to_run
 from lbyl.moments import ClosedFormSource, Probes, ProbeSource
-from lbyl.moments.accumulate import ConsumerMoments, PatchSums, WholeSums
+from lbyl.moments.accumulate import ConsumerMoments, PatchSums
 from lbyl.moments.attached_norms import folded, measure_statistics, normed_graph, with_norms
 from lbyl.moments.base import is_lifelike
 from lbyl.moments.data import Data
@@ -42,7 +42,8 @@ from lbyl.restore.least_squares.solve import (
     solve_closed_form,
     solve_patches,
 )
-from lbyl.restore.targets import Target, find_targets, knowing_taps, masked, output_first
+from lbyl.restore.least_squares.whole_sums import planned_sums, with_cluster
+from lbyl.restore.targets import Target, find_targets, knowing_taps, masked
 from lbyl.runtime.attended import at_attended, attended_positions
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.batches import FEWEST, first_rows, in_parts
@@ -94,8 +95,8 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
             seconds["solve"] = time.perf_counter() - started
             return restoration(_Found(problem.stored(findings.values, state), findings), None)
     with torch.no_grad():
-        looks = _measured(problem, probes, findings, task.consumer_moments)
-        found = _Found(problem.stored(findings.values, state), findings, (probes.note,) if probes.note else ())
+        looks = _measured(problem, probes, findings, known := _known(task, probes, settings))
+        found = _Found(problem.stored(findings.values, state), findings, _told(problem, probes, known))
         seconds["solve"] = time.perf_counter() - started
         started = time.perf_counter()
         norms = {target.consumer.weight: target.norm for target in problem.found if target.norm}
@@ -119,6 +120,26 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
             found = _less(found, _pruned(problem, state), state, before, judge)
     real = isinstance(settings.moments, Data)
     return restoration(found, Assessment(before, found.error, probes.holds_out, real))
+
+
+def _known(task: RestorationProblem, probes: Probes, settings: Settings) -> Mapping[str, ConsumerMoments]:
+    """The moments that are known, which are measured now if a cluster has to take some of the sums."""
+    if probes.beyond is None or task.consumer_moments:
+        return task.consumer_moments
+    dropped = {choice.group.name for choice in task.selection.choices}
+    groups = [number for number, group in enumerate(task.graph.groups) if group.name in dropped]
+    return measure(task.model, task.graph, groups, probes, settings, task.seed, settings.budget, task.progress)
+
+
+def _told(problem: LeastSquaresProblem, probes: Probes, known: Mapping[str, ConsumerMoments]) -> tuple[str, ...]:
+    """The probes' note, and how many layers are solved with sums over all batches if a cluster took some."""
+    notes = (probes.note,) if probes.note else ()
+    if probes.beyond is None:
+        return notes
+    summed = sum(target.consumer.weight in known for target in problem.found)
+    told = f"{summed} of {len(problem.found)} layers are solved with sums over all batches"
+    others = "" if summed == len(problem.found) else ", and the others with those in memory"
+    return (*notes, told + others)
 
 
 def _targets(model: nn.Module, graph: Graph, task: RestorationProblem, settings: Settings) -> tuple[Target, ...]:
@@ -457,31 +478,8 @@ def measure(
             of channels that a layer norm is taken over.
         progress: called as ``progress(stage, done, total)``.
     """
-    state = tensors_of(model)
-    sums: dict[str, WholeSums] = {}
-    weights: dict[str, Tensor] = {}
-    for consumer in graph.consumers if settings.solve == "patch" else ():
-        read_groups = {group for group, _ in consumer.columns if group in groups}
-        # After a layer norm, the inputs depend on which channels are kept.
-        if consumer.op == "conv3d" or not read_groups or any(graph.groups[index].layer_norms for index in read_groups):
-            continue
-        weight = output_first(consumer, state)
-        size = consumer.blocks * (weight[0].numel()) ** 2 * 8
-        if size > min(limit, settings.budget):
-            continue
-        limit -= size
-        generator = generator_for(seed, f"{consumer.weight}#positions")
-        sums[consumer.weight] = WholeSums(consumer.blocks, settings.most_positions(weight[0].numel()), generator)
-        weights[consumer.weight] = weight
-
-    def on_consumer(call: ConsumerCall) -> None:
-        if call.weight in sums:
-            sums[call.weight].add(call, weights[call.weight])
-
-    with torch.no_grad():
-        last = last_to_run([consumer for consumer in graph.consumers if consumer.weight in sums])
-        for batch in counted(probes.batches, progress, "measuring") if sums else ():
-            run_intercepted(
-                model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics, stop_after=last
-            )
-    return {name: reading for name, item in sums.items() if (reading := item.reading())}
+    plan = planned_sums(model, graph, groups, settings, seed, limit)
+    found = plan.over(model, counted(probes.batches, progress, "measuring") if plan.consumers else (), probes)
+    if probes.beyond is not None and plan.consumers:
+        return with_cluster(found, plan, model, probes, probes.beyond, progress)
+    return found
