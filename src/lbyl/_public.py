@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from lbyl.pipeline.compare import Comparison as Comparison
     from lbyl.pipeline.compare import compare as compare
     from lbyl.pipeline.compress import compress as compress
+    from lbyl.pipeline.folder.folder import CompressedFolder as CompressedFolder
+    from lbyl.pipeline.folder.folder import compress_folder as compress_folder
     from lbyl.pipeline.inspection import Inspection as Inspection
     from lbyl.pipeline.inspection import inspect as inspect
     from lbyl.pipeline.result import Result as Result

@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from lbyl.cli.app import WithExamples, app, out, print_json, working
+from lbyl.cli.folder import LowMemory, check_low_memory, compress_low_memory
 from lbyl.cli.options import Evaluate, Json, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, check_output, prepare
@@ -87,6 +88,7 @@ def compress(
     budget: OneBudget = None,
     minimize: Minimize = Cost.macs,
     depth: Depth = False,
+    low_memory: LowMemory = False,
     evaluate: Evaluate = None,
     no_forecast: NoForecast = False,
     settings: Settings,
@@ -98,6 +100,14 @@ def compress(
     settings.check(source)
     _check(ratio, budget, evaluate, minimize, settings)
     _check_depth(depth, ratio, budget, settings)
+    if low_memory:
+        given = {"--eval": evaluate is not None, "--depth": depth}
+        check_low_memory(source, ratio, budget, settings, [name for name, is_given in given.items() if is_given])
+        with working(f"reading {source}", quiet) as stage:
+            check_output(output)
+            compress_low_memory(source, output, ratio, budget, settings, stage)
+        _show(output, as_json, source)
+        return
     with working(f"loading {source}", quiet) as stage:
         check_output(output)
         import lbyl

@@ -1,0 +1,144 @@
+"""Reads the weights of a folder of transformers tensor by tensor, and writes them in several files with an index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lbyl.errors import InputError
+from lbyl.io.files import TEMPORARY, write_whole, writing
+from lbyl.runtime.documents import read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The weights of a folder, in one safetensors file or several; nothing is read until it is asked for.
+
+    Attributes:
+        folder: the folder.
+        files: the file of each tensor, by the tensor's name.
+    """
+
+    folder: Path
+    files: Mapping[str, str]
+
+    @staticmethod
+    def of(folder: Path) -> Shards:
+        """The weights of a folder.
+
+        Raises:
+            InputError: it has no weights as safetensors, or a file is missing or damaged.
+        """
+        if (folder / WEIGHTS).is_file():
+            return Shards(folder, dict.fromkeys(_names(folder / WEIGHTS), WEIGHTS))
+        if not (folder / INDEX).is_file():
+            raise InputError(
+                f"{folder} has neither {WEIGHTS} nor {INDEX}; save the model there with save_pretrained, which writes "
+                "its weights as safetensors"
+            )
+        index: Any = read_json(folder / INDEX)
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise InputError(f"{folder / INDEX} is damaged: it has no weight_map")
+        for file in sorted(set(files.values())):
+            if Path(file).name != file or not (folder / file).is_file():
+                raise InputError(f"{folder / INDEX} names {file}, but there is no such file in the folder")
+        return Shards(folder, files)
+
+    def paths(self) -> list[Path]:
+        """The files, sorted by name."""
+        return [self.folder / file for file in sorted(set(self.files.values()))]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some tensors, as copies in memory, so that no file stays mapped.
+
+        Raises:
+            InputError: a tensor is missing, or a file is damaged.
+        """
+        found: dict[str, Tensor] = {}
+        for file, wanted in self._by_file(names).items():
+            try:
+                with safe_open(self.folder / file, framework="pt") as content:
+                    for name in wanted:
+                        found[name] = content.get_tensor(name).clone()
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{self.folder / file} can't be read: {error}") from error
+        return found
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, from the files' headers."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file, names in self._by_file(self.files).items():
+            try:
+                with safe_open(self.folder / file, framework="pt") as content:
+                    found |= {name: tuple(content.get_slice(name).get_shape()) for name in names}
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{self.folder / file} can't be read: {error}") from error
+        return found
+
+    def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Names by the file that holds the tensor."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.files:
+                raise InputError(f"{self.folder}: the weights hold no {name}, which its config.json asks for")
+            found.setdefault(self.files[name], []).append(name)
+        return found
+
+
+def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a safetensors file, completely or not at all.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    made = file.with_name(f"{TEMPORARY}{file.name}")
+    with writing(file):
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made, {"format": "pt"})
+            with made.open("r+b") as stream:
+                os.fsync(stream.fileno())
+            made.replace(file)
+        except SafetensorError as error:  # its writer raises this where the disk is full
+            raise InputError(f"can't write {file}: {error}") from error
+        finally:
+            made.unlink(missing_ok=True)
+
+
+def write_index(folder: Path, files: Iterable[str]) -> Shards:
+    """Write the index of some files in a folder, from which ``from_pretrained`` loads them, and return them.
+
+    Raises:
+        InputError: a file is damaged, or the index can't be written.
+    """
+    found = {name: file for file in files for name in _names(folder / file)}
+    size = sum((folder / file).stat().st_size for file in set(found.values()))
+    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(found.items()))}
+    write_whole(folder / INDEX, json.dumps(content, indent=2) + "\n")
+    return Shards(folder, found)
+
+
+def _names(file: Path) -> list[str]:
+    """The names of the tensors in a file."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            return list(content.keys())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} can't be read as safetensors: {error}") from error
+
+
+def floating_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of the first floating-point tensor."""
+    return next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
