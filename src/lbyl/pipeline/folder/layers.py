@@ -61,13 +61,16 @@ class Skeleton:
         with torch.device("meta"), quiet():
             model: Any = load_source(f"hf:{folder}", pretrained=False, task="causal-lm")
         prefix = str(getattr(model, "base_model_prefix", ""))
-        base = getattr(model, prefix, None)
+        base: Any = getattr(model, prefix, None)
         name = type(model).__name__
         parts = (_EMBEDDING, _NORM, _ROTARY)
         if not isinstance(base, nn.Module) or not all(isinstance(getattr(base, p, None), nn.Module) for p in parts):
             raise InputError(f"{name} {_OTHERWISE}")
         if not isinstance(getattr(base, _STACK, None), nn.ModuleList):
             raise InputError(f"{name} {_OTHERWISE}")
+        for part in (base.embed_tokens, base.norm, *base.layers[:1]):
+            if any(key not in part.state_dict() for key, _ in part.named_buffers()):
+                raise InputError(f"{name} {_OTHERWISE}")  # it computes with numbers that are not stored
         found = Skeleton(model, prefix)
         found._check()
         return found

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.io.texts import example_tokens, read_texts
-from lbyl.moments.sentences import Sentences
-from lbyl.moments.token_inputs import token_ids
+from lbyl.moments.sentences import LENGTH, Sentences, affordable_sequences
+from lbyl.moments.token_inputs import longest_text, token_ids
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.output_error import error_of_parts
 from lbyl.runtime.seeding import generator_for
 
@@ -50,7 +51,10 @@ class Text:
             raise InputError(f"{folder} has no tokenizer, so texts can't be tokenized; copy it there, or pass batches")
         inputs = ExampleInputs.of(tokens)
         if data is None:
-            probes = Sentences(tokenizer=folder).probes(model, inputs, generator_for(seed, "probes"), None)
+            # A model without weights does not run, but nearly every parameter is used once for each token.
+            length = longest_text(model, LENGTH)
+            source = Sentences(affordable_sequences(count_parameters(model) * length), length, folder)
+            probes = source.probes(model, inputs, generator_for(seed, "probes"), None)
             return _checked([*probes.batches, probes.held_out], probes.note)
         read, left = read_texts(Path(data), model, inputs, seed)
         rows = sum(batch.size for batch in read)

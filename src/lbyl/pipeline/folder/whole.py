@@ -36,7 +36,9 @@ def within(ratio: Ratio, layer: nn.Module) -> Ratio | None:
         return ratio or None
     names = pattern_names(layer)
     own = {glob: share for glob, share in ratio.items() if any(fnmatchcase(name, glob) for name in names)}
-    return own if any(own.values()) else None
+    # The last pattern that matches a name counts.
+    lost = ([share for glob, share in own.items() if fnmatchcase(name, glob)] for name in names)
+    return own if any(shares and shares[-1] for shares in lost) else None
 
 
 def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[str, ...]]:

@@ -102,8 +102,12 @@ def working_folder(target: Path, count: int, fingerprint: Mapping[str, Any]) -> 
         for file in (*place.glob(f"{TEMPORARY}*"), *work.content.glob(f"{TEMPORARY}*")):
             file.unlink(missing_ok=True)
         yield work
-    finally:
+    except BaseException:
         lock.release()
+        if not any(place.glob("layer-*")):  # there is nothing to go on with
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+    lock.release()
     shutil.rmtree(place, ignore_errors=True)
 
 
