@@ -101,13 +101,11 @@ def compress(
     _check(ratio, budget, evaluate, minimize, settings)
     _check_depth(depth, ratio, budget, settings)
     if low_memory:
-        given = {"--eval": evaluate is not None, "--depth": depth}
-        check_low_memory(source, ratio, budget, settings, [name for name, is_given in given.items() if is_given])
+        check_low_memory(source, ratio, budget, settings, {"--eval": evaluate is not None, "--depth": depth})
         with working(f"reading {source}", quiet) as stage:
             check_output(output)
             compress_low_memory(source, output, ratio, budget, settings, stage)
-        _show(output, as_json, source)
-        return
+        return _show(output, as_json, source)
     with working(f"loading {source}", quiet) as stage:
         check_output(output)
         import lbyl

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lbyl.cli.app import Stage
-from lbyl.cli.settings import BUDGET, Effort, Scope, Settings
+from lbyl.cli.settings import BUDGET, Settings
 from lbyl.cli.texts import parse_budget, parse_ratio
 
 LowMemory = Annotated[
@@ -27,7 +28,9 @@ _TAKEN += ("uniform_layers", "plugin")
 """The settings that apply."""
 
 
-def check_low_memory(source: str, ratio: list[str] | None, budget: str | None, settings: Settings, given: Any) -> None:
+def check_low_memory(
+    source: str, ratio: list[str] | None, budget: str | None, settings: Settings, given: Mapping[str, bool]
+) -> None:
     """Raise a usage error for options that need the whole model.
 
     Args:
@@ -35,7 +38,7 @@ def check_low_memory(source: str, ratio: list[str] | None, budget: str | None, s
         ratio: ratios as given.
         budget: a budget as given.
         settings: the other settings.
-        given: the names of other options that were given, such as "--eval".
+        given: whether other options were given, such as "--eval".
     """
     if not source.startswith("hf:"):
         raise typer.BadParameter(f"--low-memory is for hf:DIR, a folder with a language model, and not for {source}")
@@ -43,8 +46,9 @@ def check_low_memory(source: str, ratio: list[str] | None, budget: str | None, s
         raise typer.BadParameter("--low-memory needs --ratio R, --budget params=R or --budget size_mb=X")
     default = Settings()
     changed = [name for name in vars(default) if getattr(settings, name) != getattr(default, name)]
-    others = [f"--{name.replace('_', '-')}" for name in changed if name not in _TAKEN] + list(given)
-    if settings.scope is not Scope.inner or settings.effort is not Effort.default or others:
+    others = [f"--{name.replace('_', '-')}" for name in changed if name not in _TAKEN]
+    others += [option for option, is_given in given.items() if is_given]
+    if others:
         raise typer.BadParameter(
             f"{' and '.join(others)}: this needs the whole model in memory; leave out either it or --low-memory"
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,23 +70,17 @@ class Shards:
         """
         found: dict[str, Tensor] = {}
         for file, wanted in self._by_file(names).items():
-            try:
-                with safe_open(self.folder / file, framework="pt") as content:
-                    for name in wanted:
-                        found[name] = content.get_tensor(name).clone()
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{self.folder / file} can't be read: {error}") from error
+            with _opened(self.folder / file) as content:
+                for name in wanted:
+                    found[name] = content.get_tensor(name).clone()
         return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, from the files' headers."""
         found: dict[str, tuple[int, ...]] = {}
         for file, names in self._by_file(self.files).items():
-            try:
-                with safe_open(self.folder / file, framework="pt") as content:
-                    found |= {name: tuple(content.get_slice(name).get_shape()) for name in names}
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{self.folder / file} can't be read: {error}") from error
+            with _opened(self.folder / file) as content:
+                found |= {name: tuple(content.get_slice(name).get_shape()) for name in names}
         return found
 
     def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
@@ -132,9 +127,16 @@ def write_index(folder: Path, files: Iterable[str]) -> Shards:
 
 def _names(file: Path) -> list[str]:
     """The names of the tensors in a file."""
+    with _opened(file) as content:
+        return list(content.keys())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; errors name it."""
     try:
         with safe_open(file, framework="pt") as content:
-            return list(content.keys())
+            yield content
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} can't be read as safetensors: {error}") from error
 

@@ -69,8 +69,8 @@ def compress_folder(
 
     Decoder layers are read, cut, restored and written one after the other. Besides a layer, memory holds the residual
     streams of all sequences, and at the beginning and the end the embedding. Weights and solutions are those of
-    :func:`lbyl.compress` on the same text, with one difference: restoration is given up where it raises the error on
-    held-out text, and this is judged at the output of each layer, and not at that of the model.
+    :func:`lbyl.compress` on the same text, with one difference: whether restoration, and for layers with a bias
+    recalibration, lowers the error on held-out text is judged at the output of each layer, and not at the model's.
 
     A killed run leaves a hidden folder beside the target. The same call then goes on with the layer that was not
     finished. The target gets its name when everything is written.
@@ -262,4 +262,3 @@ def _written(
         artifact.check_free(target)
         content.rename(target)
     return CompressedFolder(target, plan, report)
-

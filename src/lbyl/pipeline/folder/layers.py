@@ -68,10 +68,10 @@ class Skeleton:
             raise InputError(f"{name} {_OTHERWISE}")
         if not isinstance(getattr(base, _STACK, None), nn.ModuleList):
             raise InputError(f"{name} {_OTHERWISE}")
-        for part in (base.embed_tokens, base.norm, *base.layers[:1]):
+        found = Skeleton(model, prefix)
+        for part in (found.base.embed_tokens, found.base.norm, found.base.layers[0]):
             if any(key not in part.state_dict() for key, _ in part.named_buffers()):
                 raise InputError(f"{name} {_OTHERWISE}")  # it computes with numbers that are not stored
-        found = Skeleton(model, prefix)
         found._check()
         return found
 

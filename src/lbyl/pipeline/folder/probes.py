@@ -58,7 +58,9 @@ class Text:
             return _checked([*probes.batches, probes.held_out], probes.note)
         read, left = read_texts(Path(data), model, inputs, seed)
         rows = sum(batch.size for batch in read)
-        note = f"{rows} sequences of the texts in {Path(data).name}" + (f"; left out: {'; '.join(left)}" if left else "")
+        note = f"{rows} sequences of the texts in {Path(data).name}" + (
+            f"; left out: {'; '.join(left)}" if left else ""
+        )
         return _checked(read, note)
 
 

@@ -133,4 +133,3 @@ def _summed(reports: Sequence[Report], before: int, after: int, note: str) -> Re
         seconds=seconds,
         notes=(*notes, note),
     )
-
