@@ -104,7 +104,11 @@ FAMILIES: dict[str, dict[str, str]] = {
         "sentences": "Sentences",
         "data": "Data",
     },
-    "format": {"onnx": "lbyl.io.export.onnx:OnnxFormat", "pt2": "lbyl.io.export.pt2:Pt2Format"},
+    "format": {
+        "onnx": "lbyl.io.export.onnx:OnnxFormat",
+        "pt2": "lbyl.io.export.pt2:Pt2Format",
+        "gguf": "lbyl.io.export.gguf:GgufFormat",
+    },
 }
 """The short names of the members of each family, for arguments and the command line.
 

@@ -74,7 +74,8 @@ def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[i
     """Write ``config.json`` beside saved weights, if ``from_pretrained`` then gives the same model.
 
     This is checked, first by the shapes of a model that is built from the configuration, and then by loading the
-    folder, unless the model is on the meta device because memory does not hold it. Other files beside the original weights, such as the tokenizer, are copied.
+    folder, unless the model is on the meta device because memory does not hold it. Other files beside the original
+    weights, such as the tokenizer, are copied.
 
     Args:
         folder: a folder that already has the weights of the pruned model.
