@@ -1,6 +1,6 @@
 """Memory of `lbyl compress --low-memory`: peaks for random bfloat16 models of the sizes of Llama 3.2.
 
-    python benchmarks/memory.py [--sizes 1B,3B] [--place DIR] [--sequences 16] [--length 64] [--keep]
+    python benchmarks/memory.py [--sizes 1B,3B] [--place DIR] [--sequences 16] [--length 64]
 
 Each model is written layer by layer, so that it is never in memory, and compressed in a process of its own, whose peak
 of resident memory is measured from after the imports. The bound is 1.3 times the needs of one layer (the same
@@ -14,6 +14,7 @@ import json
 import shutil
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,6 @@ import torch
 import typer
 from output import Run, Table, known_cells
 from peak import PeakMemory, alone
-from rich.console import Console
 
 import lbyl
 
@@ -40,8 +40,9 @@ def write(folder: Path, size: str, layers: int | None, vocabulary: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     more = {"num_hidden_layers": layers} if layers else {}
-    settings = {**SIZES[size], **more, "vocab_size": vocabulary, "num_key_value_heads": 8, "max_position_embeddings": 512}
-    config = LlamaConfig(**settings, tie_word_embeddings=True, dtype="bfloat16", architectures=["LlamaForCausalLM"])  # type: ignore[arg-type]
+    common = {"num_key_value_heads": 8, "max_position_embeddings": 512, "tie_word_embeddings": True}
+    settings: dict[str, Any] = {**SIZES[size], **more, **common, "vocab_size": vocabulary}
+    config = LlamaConfig(**settings, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     folder.mkdir()
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -70,12 +71,18 @@ def measure(folder: Path, target: Path, sequences: int, length: int, vocabulary:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, vocabulary, (sequences, length), generator=generator)
     torch.set_num_threads(1)
-    from lbyl.pipeline.folder.folder import compress_folder
-
+    tiny = folder.with_name("warm")  # libraries that are loaded once are no data
+    write(tiny, "tiny", None, SMALL)
+    lbyl.compress_folder(tiny, tiny.with_name("warm-cut"), ratio=RATIO, data=[{"input_ids": tokens[:4] % SMALL}] * 2)
+    for used in (tiny, tiny.with_name("warm-cut")):
+        shutil.rmtree(used)
     peak, started = PeakMemory(), time.perf_counter()
     peak.start()
     batches = [{"input_ids": part} for part in tokens.split(4)]
-    made = compress_folder(folder, target, ratio={"*.mlp.*": RATIO}, data=batches, progress=lambda *a: print(*a, flush=True))
+    ratio = {"*.mlp.*": RATIO}
+    made = lbyl.compress_folder(
+        folder, target, ratio=ratio, data=batches, progress=lambda *told: print(*told, flush=True)
+    )
     return {
         "peak_mib": peak.mebibytes(),
         "seconds": round(time.perf_counter() - started, 1),
@@ -84,12 +91,27 @@ def measure(folder: Path, target: Path, sequences: int, length: int, vocabulary:
     }
 
 
+def tabulate(run: Run) -> None:
+    """One row for each model, with the bound that follows from its layer alone."""
+    known = {cell["network"]: cell for cell in run.measurements}
+    rows = []
+    for name, cell in known.items():
+        layer = known.get(f"{name}-layer")
+        if layer is None:
+            continue
+        bound = 1.3 * layer["peak_mib"] + cell["embedding_mib"] + cell["streams_mib"]
+        sizes = [cell["model_mib"], layer["peak_mib"], cell["embedding_mib"], cell["streams_mib"], bound]
+        rows.append([name, *map(round, sizes), round(cell["peak_mib"]), f"{cell['seconds'] / 60:.0f}"])
+    columns = ("Model", "Weights", "One layer", "Embedding", "Streams", "Bound", "Peak", "Minutes")
+    note = "MiB, above what the process had after its imports. Random weights in bfloat16, one thread."
+    run.tables = [Table("From folder to folder, layer by layer", columns, rows, note)]
+
+
 def main(
     sizes: Annotated[str, typer.Option(help="Which models.")] = "1B,3B",
     place: Annotated[Path | None, typer.Option(help="Where models are written.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences of random tokens.")] = 16,
     length: Annotated[int, typer.Option(help="Their length.")] = 64,
-    keep: Annotated[bool, typer.Option("--keep", help="Do not remove the folders.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
     inner: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -99,17 +121,33 @@ def main(
         source, vocabulary = inner.split(":")
         print(json.dumps(measure(where / source, where / f"{source}-cut", sequences, length, int(vocabulary))))
         return
-    settings = {"sequences": sequences, "length": length, "ratio": RATIO}
-    cells = {} if fresh else known_cells("memory", settings)
-    run = Run("memory", settings)
+    run = Run(
+        "memory",
+        "Memory from folder to folder",
+        "python benchmarks/memory.py",
+        {"sequences": sequences, "length": length, "ratio": RATIO},
+    )
+    run.measurements = [] if fresh else known_cells("memory")
     for size in sizes.split(","):
         for name, layers, vocabulary in ((f"{size}-layer", 1, SMALL), (size, None, VOCABULARY)):
-            if name in cells:
+            if any(cell["network"] == name for cell in run.measurements):
                 continue
-            if not (where / name).exists():
-                write(where / name, size, layers, vocabulary)
+            source = where / name
+            if not source.exists():
+                write(source, size, layers, vocabulary)
             given = ["--sequences", str(sequences), "--length", str(length), "--inner", f"{name}:{vocabulary}"]
-            cells[name] = alone(__file__, "--place", str(where), *given)
-            run.write(cells)
-            for made in (where / name, where / f"{name}-cut") if not keep else ():
-                shutil.rmtree(made)
+            found = alone(__file__, "--place", str(where), *given)
+            width = SIZES[size]["hidden_size"] * 2 / 2**20
+            found["model_mib"] = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 2**20
+            found |= {"embedding_mib": vocabulary * width, "streams_mib": sequences * length * width}
+            run.measurements.append({"network": name, "lbyl": version("lbyl"), **found})
+            run.pieced = len(run.measurements) > 1
+            run.save(tabulate)
+            shutil.rmtree(source)
+            shutil.rmtree(where / f"{name}-cut")
+    for table in run.tables:
+        print(table.columns, *table.rows, sep="\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -17,7 +17,9 @@ from lbyl.cli.texts import check_source
 @app.command(cls=WithExamples)
 def export(
     folder: Folder,
-    format: Annotated[str, name_option("format", "onnx: for most runtimes; pt2: for torch.export.load; gguf: for llama.cpp.")] = "onnx",
+    format: Annotated[
+        str, name_option("format", "onnx: for most runtimes; pt2: for torch.export.load; gguf: for llama.cpp.")
+    ] = "onnx",
     model: Annotated[
         str | None,
         typer.Option(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lbyl.errors import InputError
@@ -63,7 +62,7 @@ class Shards:
         return [self.folder / file for file in sorted(set(self.files.values()))]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some tensors, as copies in memory, so that no file stays mapped.
+        """Some tensors. Their memory is that of the file, of which the system reads the parts that are used.
 
         Raises:
             InputError: a tensor is missing, or a file is damaged.
@@ -72,7 +71,7 @@ class Shards:
         for file, wanted in self._by_file(names).items():
             with _opened(self.folder / file) as content:
                 for name in wanted:
-                    found[name] = content.get_tensor(name).clone()
+                    found[name] = content.get_tensor(name)
         return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -96,20 +95,47 @@ class Shards:
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as a safetensors file, completely or not at all.
 
+    The bytes are written from where they are: ``safetensors.torch.save_file`` would copy all of them, and an embedding
+    may be most of what memory holds. (Format: 8 bytes with the length of a header in JSON, the header, the content.)
+
     Raises:
-        InputError: it can't be written.
+        InputError: it can't be written, or a tensor's type is not one of the format's.
     """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _TYPES:
+            raise InputError(f"{name} is of type {tensor.dtype}, which is not written layer by layer")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     made = file.with_name(f"{TEMPORARY}{file.name}")
     with writing(file):
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made, {"format": "pt"})
-            with made.open("r+b") as stream:
+            with made.open("wb") as stream:
+                stream.write(len(text).to_bytes(8, "little") + text)
+                for _, tensor in ordered:
+                    stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                stream.flush()
                 os.fsync(stream.fileno())
             made.replace(file)
-        except SafetensorError as error:  # its writer raises this where the disk is full
-            raise InputError(f"can't write {file}: {error}") from error
         finally:
             made.unlink(missing_ok=True)
+
+
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write_index(folder: Path, files: Iterable[str]) -> Shards:

@@ -53,9 +53,7 @@ def add_vocabulary(writer: Any, gguf: Any, folder: Path, size: int) -> None:
     special.add_to_gguf(writer, quiet=True)
 
 
-def _tokens(
-    tokenizer: Mapping[str, Any], types: Any, size: int, pieces: bool
-) -> tuple[list[str | bytes], list[int]]:
+def _tokens(tokenizer: Mapping[str, Any], types: Any, size: int, pieces: bool) -> tuple[list[str | bytes], list[int]]:
     """The text and the type of each token."""
     texts = {number: text for text, number in tokenizer["model"]["vocab"].items()}
     added = {item["id"]: item for item in tokenizer.get("added_tokens", ())}
