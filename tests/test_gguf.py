@@ -1,4 +1,4 @@
-"""GGUF files: the same network again where transformers reads them, and all that a runtime has to know beside weights."""
+"""GGUF files: transformers reads the same network from them, and they hold all that a runtime has to know."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def fields(file: Path) -> dict[str, Any]:
         ("Llama", {"tie_word_embeddings": True}),
         ("Mistral", {"sliding_window": None}),
         ("Qwen2", {}),
-        ("Qwen3", {"head_dim": 8}),  # transformers reads no other size of heads from GGUF here
+        ("Qwen3", {"head_dim": 128}),  # transformers reads no other size of heads from such files
     ],
 )
 def test_transformers_reads_the_same_network(kind: str, more: dict[str, Any], tmp_path: Path) -> None:

@@ -102,9 +102,7 @@ def compress(
     _check_depth(depth, ratio, budget, settings)
     if low_memory:
         check_low_memory(source, ratio, budget, settings, {"--eval": evaluate is not None, "--depth": depth})
-        with working(f"reading {source}", quiet) as stage:
-            check_output(output)
-            compress_low_memory(source, output, ratio, budget, settings, stage)
+        compress_low_memory(source, output, ratio, budget, settings, quiet)
         return _show(output, as_json, source)
     with working(f"loading {source}", quiet) as stage:
         check_output(output)

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lbyl.cli.app import Stage
+from lbyl.cli.app import working
+from lbyl.cli.names import import_plugins
 from lbyl.cli.settings import BUDGET, Settings
+from lbyl.cli.sources import check_output
 from lbyl.cli.texts import parse_budget, parse_ratio
 
 LowMemory = Annotated[
@@ -55,28 +57,29 @@ def check_low_memory(
 
 
 def compress_low_memory(
-    source: str, output: Path, ratio: list[str] | None, budget: str | None, settings: Settings, stage: Stage
+    source: str, output: Path, ratio: list[str] | None, budget: str | None, settings: Settings, quiet: bool
 ) -> None:
     """Compress from folder to folder, and write the output."""
-    import lbyl
-    from lbyl.cli.names import import_plugins
+    with working(f"reading {source}", quiet) as stage:
+        check_output(output)
+        import lbyl
 
-    import_plugins(settings.plugin)
-    settings.check_names()
-    changes: dict[str, Any] = {"ridge": settings.ridge}
-    if settings.solve:
-        changes["solve"] = settings.solve.value
-    if settings.memory is not None:
-        changes["memory"] = round(settings.memory * 2**30)
-    lbyl.compress_folder(
-        source.removeprefix("hf:"),
-        output,
-        ratio=parse_ratio(ratio) if ratio else None,
-        budget=None if ratio else settings.budget(*parse_budget(budget or "")),
-        data=settings.data,
-        criterion=settings.criterion,
-        restore=lbyl.LeastSquares(**changes),
-        seed=settings.seed,
-        verify=not settings.no_verify,
-        progress=stage,
-    )
+        import_plugins(settings.plugin)
+        settings.check_names()
+        changes: dict[str, Any] = {"ridge": settings.ridge}
+        if settings.solve:
+            changes["solve"] = settings.solve.value
+        if settings.memory is not None:
+            changes["memory"] = round(settings.memory * 2**30)
+        lbyl.compress_folder(
+            source.removeprefix("hf:"),
+            output,
+            ratio=parse_ratio(ratio) if ratio else None,
+            budget=None if ratio else settings.budget(*parse_budget(budget or "")),
+            data=settings.data,
+            criterion=settings.criterion,
+            restore=lbyl.LeastSquares(**changes),
+            seed=settings.seed,
+            verify=not settings.no_verify,
+            progress=stage,
+        )
