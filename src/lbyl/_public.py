@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from lbyl.pipeline.compare import Comparison as Comparison
     from lbyl.pipeline.compare import compare as compare
     from lbyl.pipeline.compress import compress as compress
+    from lbyl.pipeline.folder.folder import CompressedFolder as CompressedFolder
+    from lbyl.pipeline.folder.folder import compress_folder as compress_folder
     from lbyl.pipeline.inspection import Inspection as Inspection
     from lbyl.pipeline.inspection import inspect as inspect
     from lbyl.pipeline.result import Result as Result
@@ -103,7 +105,11 @@ FAMILIES: dict[str, dict[str, str]] = {
         "sentences": "Sentences",
         "data": "Data",
     },
-    "format": {"onnx": "lbyl.io.export.onnx:OnnxFormat", "pt2": "lbyl.io.export.pt2:Pt2Format"},
+    "format": {
+        "onnx": "lbyl.io.export.onnx:OnnxFormat",
+        "pt2": "lbyl.io.export.pt2:Pt2Format",
+        "gguf": "lbyl.io.export.gguf:GgufFormat",
+    },
 }
 """The short names of the members of each family, for arguments and the command line.
 

@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from lbyl.cli.app import WithExamples, app, out, print_json, working
+from lbyl.cli.folder import LowMemory, check_low_memory, compress_low_memory
 from lbyl.cli.options import Evaluate, Json, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, check_output, prepare
@@ -87,6 +88,7 @@ def compress(
     budget: OneBudget = None,
     minimize: Minimize = Cost.macs,
     depth: Depth = False,
+    low_memory: LowMemory = False,
     evaluate: Evaluate = None,
     no_forecast: NoForecast = False,
     settings: Settings,
@@ -98,6 +100,10 @@ def compress(
     settings.check(source)
     _check(ratio, budget, evaluate, minimize, settings)
     _check_depth(depth, ratio, budget, settings)
+    if low_memory:
+        check_low_memory(source, ratio, budget, settings, {"--eval": evaluate is not None, "--depth": depth})
+        compress_low_memory(source, output, ratio, budget, settings, quiet)
+        return _show(output, as_json, source)
     with working(f"loading {source}", quiet) as stage:
         check_output(output)
         import lbyl

@@ -17,7 +17,9 @@ from lbyl.cli.texts import check_source
 @app.command(cls=WithExamples)
 def export(
     folder: Folder,
-    format: Annotated[str, name_option("format", "onnx: for most runtimes; pt2: for torch.export.load.")] = "onnx",
+    format: Annotated[
+        str, name_option("format", "onnx: for most runtimes; pt2: for torch.export.load; gguf: for llama.cpp.")
+    ] = "onnx",
     model: Annotated[
         str | None,
         typer.Option(
@@ -43,7 +45,8 @@ def export(
     with working(f"reading {folder}", quiet) as stage:
         from lbyl.io.artifact import read_manifest
 
-        read_manifest(folder)  # before the user's code runs
+        if format != "gguf":  # which takes any folder of a language model
+            read_manifest(folder)  # before the user's code runs
         import lbyl
         from lbyl.io.report.format import shown
         from lbyl.io.sources import load_source

@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 
 from lbyl.errors import ArtifactError, InputError, SurgeryError, first_line
@@ -25,6 +25,7 @@ from lbyl.io.network_files import ONNX, with_source, write_network
 from lbyl.io.report.model_card import card
 from lbyl.io.report.report import Report
 from lbyl.io.report.snippets import load_line
+from lbyl.io.shards import INDEX, WEIGHTS, Shards
 from lbyl.io.sources import load_source
 from lbyl.runtime.checks import as_path, check_module
 from lbyl.runtime.copying import shape_and_dtype, tensors_of
@@ -34,7 +35,6 @@ from lbyl.surgery.blocks import without_blocks
 from lbyl.surgery.cuts import cut_copy
 from lbyl.surgery.plan import Plan, is_rebuildable, remember
 
-WEIGHTS = "model.safetensors"
 MANIFEST = "lbyl.json"
 CARD = "README.md"
 PAGE = "report.html"
@@ -62,8 +62,6 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
         InputError: the path exists, or its parent does not.
         ArtifactError: the network's file can't be written, or computes something else than the network.
     """
-    from lbyl.io.report.page import page  # Matplotlib and Jinja take long to import
-
     target = as_path(path)
     check_free(target)
     try:
@@ -78,18 +76,23 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
             if is_pretrained_model(model):
                 note = write_config(folder, model, plan.widths_before)
                 report = replace(report, notes=(*report.notes, note))
-            manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": digest(weights)}
-            (folder / MANIFEST).write_text(
-                document_text(manifest, f"the plan of {target}"), encoding="utf-8", newline="\n"
-            )
-            (folder / CARD).write_text(card(plan, report), encoding="utf-8", newline="\n")
-            (folder / PAGE).write_text(page(plan, report), encoding="utf-8", newline="\n")
-            (folder / DOCUMENT).write_text(to_json(document(".", plan, report)), encoding="utf-8", newline="\n")
+            write_documents(folder, target, plan, report)
             finish(folder)
             folder.rename(target)
     except SafetensorError as error:  # its writer raises this where the disk is full
         raise InputError(f"can't write {target}: {error}") from error
     return target
+
+
+def write_documents(folder: Path, target: Path, plan: Plan, report: Report) -> None:
+    """Write ``lbyl.json``, model card and reports beside weights; ``target`` is the folder's later name."""
+    from lbyl.io.report.page import page  # Matplotlib and Jinja take long to import
+
+    manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": digest(*weight_files(folder))}
+    (folder / MANIFEST).write_text(document_text(manifest, f"the plan of {target}"), encoding="utf-8", newline="\n")
+    (folder / CARD).write_text(card(plan, report), encoding="utf-8", newline="\n")
+    (folder / PAGE).write_text(page(plan, report), encoding="utf-8", newline="\n")
+    (folder / DOCUMENT).write_text(to_json(document(".", plan, report)), encoding="utf-8", newline="\n")
 
 
 def check_free(target: Path) -> None:
@@ -172,19 +175,21 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     if any(tensor.is_meta for tensor in tensors_of(model).values()):
         raise InputError(f"{type(model).__name__} is on the meta device; pass a fresh instance on the CPU, say")
     plan.check_model(model)
-    weights = Path(path) / WEIGHTS
+    files = weight_files(path)
+    weights = files[0] if len(files) == 1 else Path(path) / INDEX
     with _reading(weights):
-        if not weights.is_file():
-            raise ArtifactError(f"{weights} is missing")
-        if digest(weights) != manifest.sha256:
+        for file in files:
+            if not file.is_file():
+                raise ArtifactError(f"{file} is missing")
+        if digest(*files) != manifest.sha256:
             raise ArtifactError(f"{weights} is not the file that was saved (its SHA-256 differs): truncated or changed")
     try:
         with deep_calls(model):
             fresh = without_blocks(model, plan.blocks) if plan.blocks else model
             smaller = cut_copy(apply_folds(fresh, plan.folds), plan.cuts, plan.attributes)
-            _check_shapes(smaller, weights)
+            _check_shapes(smaller, files)
             fill_folds(smaller, fresh, plan.folds)
-            load_model(smaller, str(weights))
+            _load_weights(smaller, files)
     except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
     remember(smaller, plan, manifest.report)
@@ -203,6 +208,42 @@ def weights_file(path: str | os.PathLike[str]) -> Path:
     """The file of a saved folder that holds its weights: ``model.onnx``, if the network was read from such a file."""
     file = Path(path) / ONNX
     return file if file.is_file() and not (Path(path) / WEIGHTS).exists() else Path(path) / WEIGHTS
+
+
+def weight_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of a saved folder that hold its weights: one, or several with an index.
+
+    Raises:
+        ArtifactError: the index is damaged, or a file that it names is missing.
+    """
+    folder = Path(path)
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).exists():
+        try:
+            return Shards.of(folder).paths()
+        except InputError as error:
+            raise ArtifactError(str(error)) from error
+    return [weights_file(path)]
+
+
+def _load_weights(model: nn.Module, files: Sequence[Path]) -> None:
+    """Load the weights of a folder; of several files, one after the other.
+
+    Raises:
+        RuntimeError: they are not all of the model's tensors, or more.
+    """
+    if len(files) == 1:
+        load_model(model, str(files[0]))
+        return
+    found: set[str] = set()
+    for file in files:
+        part = load_file(file)
+        if others := model.load_state_dict(part, strict=False).unexpected_keys:
+            raise RuntimeError(f"the model has no {others[0]}")
+        found |= part.keys()
+    state = model.state_dict(keep_vars=True)
+    known = {id(state[name]) for name in found}  # tied weights are stored once
+    if missing := [name for name, tensor in state.items() if id(tensor) not in known]:
+        raise RuntimeError(f"there is no {missing[0]}")
 
 
 def _load_onnx(file: Path, manifest: Manifest) -> nn.Module:
@@ -227,10 +268,12 @@ def _reading(file: Path) -> Iterator[None]:
         raise ArtifactError(f"{file} can't be read: {error.strerror or error}") from error
 
 
-def _check_shapes(model: nn.Module, weights: Path) -> None:
-    """Raise SurgeryError unless the tensors of a file have the shapes of the model's, without reading the tensors."""
-    with safe_open(weights, framework="pt") as content:
-        found = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+def _check_shapes(model: nn.Module, files: Sequence[Path]) -> None:
+    """Raise SurgeryError unless the tensors of files have the shapes of the model's, without reading the tensors."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            found |= {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
     for name, tensor in tensors_of(model).items():
         if found.get(name, () if tensor.is_meta else tuple(tensor.shape)) != tuple(tensor.shape):
             shape = "x".join(map(str, found[name])) if name in found else "missing"

@@ -65,12 +65,13 @@ def stage(target: Path) -> Iterator[Path]:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def digest(file: Path) -> str:
-    """The SHA-256 of a file."""
+def digest(*files: Path) -> str:
+    """The SHA-256 of a file, or of several files one after the other."""
     found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            found.update(chunk)
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                found.update(chunk)
     return found.hexdigest()
 
 

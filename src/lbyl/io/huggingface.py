@@ -74,10 +74,11 @@ def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[i
     """Write ``config.json`` beside saved weights, if ``from_pretrained`` then gives the same model.
 
     This is checked, first by the shapes of a model that is built from the configuration, and then by loading the
-    folder. Other files beside the original weights, such as the tokenizer, are copied.
+    folder, unless the model is on the meta device because memory does not hold it. Other files beside the original
+    weights, such as the tokenizer, are copied.
 
     Args:
-        folder: a folder that already has the ``model.safetensors`` of the pruned model.
+        folder: a folder that already has the weights of the pruned model.
         model: the pruned model; it is not changed. Its own configuration may still have the old widths.
         before: shapes of the parameters and buffers of the unpruned model.
 
@@ -91,7 +92,8 @@ def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[i
         with quiet():
             config = _fitting(model, {parameter: tuple(shape) for parameter, shape in before.items()})
             file.write_text(config.to_json_string(), encoding="utf-8", newline="\n")
-            _check_loaded(folder, model)
+            if not any(parameter.is_meta for parameter in model.parameters()):
+                _check_loaded(folder, model)
     except _Unsayable as error:
         file.unlink(missing_ok=True)
         return f"{name}.from_pretrained can't load this folder ({error}); lbyl.load can"

@@ -62,9 +62,10 @@ class Sentences:
         if ids is None:
             raise InputError("Sentences: no example input holds tokens; use lbyl.Noise or lbyl.Data")
         tokenizer = self._tokenizer(model)
-        length = self.length or longest_text(model, _LENGTH)
-        each = macs_per_input(model, inputs) * length / ids.shape[1]
-        count = self.sequences or affordable(each, 4e12, 64, 384, ceiling=4e13)
+        length = self.length or longest_text(model, LENGTH)
+        count = self.sequences
+        if count is None:
+            count = affordable_sequences(macs_per_input(model, inputs) * length / ids.shape[1])
         lines = sentences()
         order = torch.randperm(len(lines), generator=generator).tolist()
         found = packed_tokens(tokenizer, (lines[index] for index in order), count + held_out_size(count), length)
@@ -84,7 +85,13 @@ class Sentences:
         return tokenizer
 
 
-_LENGTH = 64
+LENGTH = 64
+"""The number of tokens of a sequence by default."""
+
+
+def affordable_sequences(macs: float) -> int:
+    """The number of sequences by default, if one takes so many multiply-accumulates."""
+    return affordable(macs, 4e12, 64, 384, ceiling=4e13)
 
 
 def takes_sentences(model: nn.Module, inputs: ExampleInputs) -> bool:

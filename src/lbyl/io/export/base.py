@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,27 @@ class Format(Protocol):
 
     def open(self, file: Path) -> Run:
         """Load a written file, and return a function that runs it."""
+        ...
+
+
+@runtime_checkable
+class FolderFormat(Protocol):
+    """An export format that is written from the files of a folder, without building or running the network.
+
+    Attributes:
+        name: its short name, which is also the suffix of its files.
+        runtime: the name of what reads the written file to check it.
+    """
+
+    name: str
+    runtime: str
+
+    def check_available(self) -> None:
+        """Raise InputError if a package is missing."""
+        ...
+
+    def write_folder(self, folder: Path, file: Path) -> str:
+        """Write a folder's model into a file and compare their tensors; returns a note for the user, or ""."""
         ...
 
 

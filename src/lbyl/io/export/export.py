@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lbyl.errors import ExportError, InputError
 from lbyl.io import artifact
 from lbyl.io.comparison import described_inputs
-from lbyl.io.export.base import Format, Refused, trace, write
+from lbyl.io.export.base import FolderFormat, Format, Refused, trace, write
 from lbyl.io.export.check import TOLERANCE, Case, largest_differences
 from lbyl.io.export.inputs import batch_size, has_batch, with_batch
 from lbyl.io.files import finish, stage
@@ -34,7 +34,8 @@ class Exported:
         difference: largest absolute difference between the file's outputs and the model's.
         relative: that difference relative to the largest magnitude of the output.
         dynamic: whether the file takes any batch size; otherwise it takes only ``batches[0]``.
-        batches: the batch sizes on which it was checked; the example's is the first.
+        batches: the batch sizes on which it was checked; the example's is the first. None for GGUF, of which all
+            tensors are compared instead.
         note: what the user should know, such as why the batch size is fixed.
     """
 
@@ -54,6 +55,12 @@ class Exported:
         """The outcome as lines of text."""
         axis = "any batch size" if self.dynamic else f"batch size fixed to {self.batches[0]}"
         batches = " and ".join(map(str, self.batches))
+        if not self.batches:
+            lines = [
+                f"{self.file}: {self.format}, {self.file.stat().st_size / 1e6:,.1f} MB",
+                f"checked with {find('format', self.format).runtime}: all tensors are those of the folder",
+            ]
+            return lines + ([f"note: {self.note}"] if self.note else [])
         lines = [
             f"{self.file}: {self.format}, {self.file.stat().st_size / 1e6:,.1f} MB, {axis}",
             f"checked with {find('format', self.format).runtime} on batches of {batches}: "
@@ -84,7 +91,10 @@ def export(
         source: the folder that ``result.save`` wrote, or a network in memory, with its present weights.
         model: a fresh, unpruned instance of the architecture, as for :func:`lbyl.load`; for folders only.
         to: the file. For a folder, None writes ``model.onnx`` or ``model.pt2`` into it.
-        format: "onnx", or "pt2" for ``torch.export.load``. None takes the suffix of the file's name, or "onnx".
+        format: "onnx", "pt2" for ``torch.export.load``, or "gguf" for llama.cpp. None takes the suffix of the file's
+            name, or "onnx". GGUF is written from the files of a folder of a language model, which may also be one that
+            ``save_pretrained`` wrote, with the precision of its weights; ``model``, ``inputs``, ``dynamic``,
+            ``tolerance`` and ``seed`` are for the other formats.
         inputs: the model's inputs: a tensor, a tuple, or a dict of keyword inputs. They may be left out if the network
             was compressed on positional floating-point tensors.
         dynamic: whether the file should take any batch size; False fixes it to that of the inputs.
@@ -98,10 +108,12 @@ def export(
         ExportError: the model can't be exported, or the file computes something else; no file is kept.
     """
     format = _named_format(format, to)
-    kind: Format = make("format", format)
+    kind: Format | FolderFormat = make("format", format)
     check_number("tolerance={}", tolerance, least=0)
     check_seed(seed)
     kind.check_available()
+    if isinstance(kind, FolderFormat):
+        return _from_files(kind, source, to)
     if isinstance(source, nn.Module):
         target, plan = _target_of_network(source, model, to), remembered(unwrapped(source))
     else:
@@ -122,6 +134,21 @@ def export(
         for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
             file.replace(target.with_name(file.name))
     return exported
+
+
+def _from_files(kind: FolderFormat, source: Any, to: str | os.PathLike[str] | None) -> Exported:
+    """Write a file from the files of a folder, which need not be one that lbyl saved."""
+    if isinstance(source, nn.Module):
+        raise InputError(f"{kind.name} is written from a folder: save the {type(source).__name__} with save_pretrained")
+    folder = as_path(source, "source")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    target = folder / f"model.{kind.name}" if to is None else _file(to)
+    with stage(target) as place:
+        note = kind.write_folder(folder, place / target.name)
+        finish(place)
+        (place / target.name).replace(target)
+    return Exported(target, kind.name, 0.0, 0.0, True, (), note)
 
 
 def _named_format(format: str | None, to: str | os.PathLike[str] | None) -> str:

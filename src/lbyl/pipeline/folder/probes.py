@@ -1,0 +1,134 @@
+"""The text on which a folder is compressed, as tokens, and the residual streams that it leads to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.errors import InputError
+from lbyl.io.texts import example_tokens, read_texts
+from lbyl.moments.sentences import LENGTH, Sentences, affordable_sequences
+from lbyl.moments.token_inputs import longest_text, token_ids
+from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.macs import count_parameters
+from lbyl.runtime.output_error import error_of_parts
+from lbyl.runtime.seeding import generator_for
+
+Batches = str | os.PathLike[str] | Sequence[Any] | None
+"""A folder of texts, or batches of tokens, or None for the sentences that come with lbyl."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Batches of tokens; the last one is held out.
+
+    Attributes:
+        batches: the batches, each with ``input_ids`` and an ``attention_mask``.
+        note: what they are, for the report.
+    """
+
+    batches: tuple[ExampleInputs, ...]
+    note: str
+
+    @staticmethod
+    def of(data: Batches, model: nn.Module, folder: Path, seed: int) -> Text:
+        """The batches of a folder of texts, the given batches, or sentences that come with the package.
+
+        Raises:
+            InputError: there are fewer than two batches, they hold no tokens, or there is no tokenizer in the folder.
+        """
+        if isinstance(data, Sequence) and not isinstance(data, str):
+            given = [_named(batch, number, model) for number, batch in enumerate(data)]
+            return _checked(given, f"{len(given)} batches of yours")
+        tokens = example_tokens(model)
+        if tokens is None:
+            raise InputError(f"{folder} has no tokenizer, so texts can't be tokenized; copy it there, or pass batches")
+        inputs = ExampleInputs.of(tokens)
+        if data is None:
+            # A model without weights does not run, but nearly every parameter is used once for each token.
+            length = longest_text(model, LENGTH)
+            source = Sentences(affordable_sequences(count_parameters(model) * length), length, folder)
+            probes = source.probes(model, inputs, generator_for(seed, "probes"), None)
+            return _checked([*probes.batches, probes.held_out], probes.note)
+        read, left = read_texts(Path(data), model, inputs, seed)
+        rows = sum(batch.size for batch in read)
+        note = f"{rows} sequences of the texts in {Path(data).name}" + (
+            f"; left out: {'; '.join(left)}" if left else ""
+        )
+        return _checked(read, note)
+
+
+def _named(batch: Any, number: int, model: nn.Module) -> ExampleInputs:
+    """A batch of the user with its tokens by name."""
+    inputs = ExampleInputs.of(batch)
+    ids = token_ids(inputs)
+    if ids is None:
+        raise InputError(f"data: batch {number} holds {inputs.describe()}, and no input_ids")
+    size = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    if int(ids.min()) < 0 or int(ids.max()) >= size:
+        raise InputError(f"data: batch {number} holds token {int(ids.max())}, but the model knows {size} tokens")
+    mask = inputs.kwargs.get("attention_mask")
+    return ExampleInputs((), {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask})
+
+
+def _checked(batches: list[ExampleInputs], note: str) -> Text:
+    if len(batches) < 2:
+        raise InputError("data: give at least two batches of tokens; the last one is held out")
+    return Text(tuple(batches), note)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual streams of all sequences between two layers.
+
+    Attributes:
+        original: the stream of the original model, batch by batch; the last batch is held out.
+        cut: the stream of the smaller model for the held-out batch.
+    """
+
+    original: tuple[ExampleInputs, ...]
+    cut: ExampleInputs
+
+    @staticmethod
+    def start(batches: Sequence[ExampleInputs]) -> Streams:
+        """The streams before the first layer, which are equal in both models."""
+        return Streams(tuple(batches), batches[-1])
+
+    def after(self, original: nn.Module, cut: nn.Module) -> Streams:
+        """The streams after a layer, of which the networks before and after compression are given."""
+        return Streams(tuple(_after(original, batch) for batch in self.original), _after(cut, self.cut))
+
+    def compared(self, head: nn.Module) -> tuple[float, float]:
+        """How the smaller model differs on the held-out batch.
+
+        Returns:
+            The relative error of the stream after the last norm, as :func:`lbyl.runtime.output_error.outputs_error`
+            defines it, and the share of positions with the same most likely next token.
+        """
+        norm, output = head.children()
+        same = count = 0
+        parts: list[list[Tensor]] = [[], []]
+        with torch.no_grad():
+            pairs = zip(_stream(self.original[-1]).split(1), _stream(self.cut).split(1), strict=True)
+            for before, after in pairs:  # one sequence at a time, because of the size of the vocabulary
+                normed = [norm(before), norm(after)]
+                first, second = (output(each).argmax(-1) for each in normed)
+                same, count = same + int((first == second).sum()), count + first.numel()
+                for part, each in zip(parts, normed, strict=True):
+                    part.append(each)
+        return error_of_parts([[t] for t in parts[0]], [[t] for t in parts[1]]), same / count
+
+
+def _stream(inputs: ExampleInputs) -> Tensor:
+    return inputs.kwargs["inputs_embeds"]
+
+
+def _after(network: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
+    with torch.no_grad():
+        return replace(inputs, kwargs={**inputs.kwargs, "inputs_embeds": inputs.call(network)})

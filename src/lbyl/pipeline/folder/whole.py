@@ -1,0 +1,135 @@
+"""What concerns all layers together: which ratio each one has, and the plan, report and configuration of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import nn
+
+from lbyl.budget.budget import Budget
+from lbyl.errors import BudgetError, InputError
+from lbyl.io.huggingface import write_config
+from lbyl.io.report.report import Report
+from lbyl.io.shards import write_index
+from lbyl.pipeline.folder.layers import Skeleton
+from lbyl.pipeline.folder.work import Done
+from lbyl.runtime.macs import count_parameters
+from lbyl.selection.select import Ratio, kept_count
+from lbyl.surgery.cuts import cut_copy
+from lbyl.surgery.plan import Plan, architecture_of
+
+_NEURONS = "*.mlp.*"
+"""The groups of hidden neurons of feed-forward layers."""
+
+
+def pattern_names(model: nn.Module) -> list[str]:
+    """The names that patterns of a ratio may match."""
+    return [name for name, module in model.named_modules() if "weight" in module._parameters]
+
+
+def within(ratio: Ratio, layer: nn.Module) -> Ratio | None:
+    """The part of a ratio that concerns a layer; None if the layer loses nothing."""
+    if not isinstance(ratio, Mapping):
+        return ratio or None
+    names = pattern_names(layer)
+    own = {glob: share for glob, share in ratio.items() if any(fnmatchcase(name, glob) for name in names)}
+    # The last pattern that matches a name counts.
+    lost = ([share for glob, share in own.items() if fnmatchcase(name, glob)] for name in names)
+    return own if any(shares and shares[-1] for shares in lost) else None
+
+
+def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[str, ...]]:
+    """The ratio of the feed-forward layers that keeps a budget of parameters or bytes, and a note about it.
+
+    Raises:
+        InputError: the budget limits something else, or has settings that need all layers at once.
+        BudgetError: the feed-forward layers can't be narrow enough.
+    """
+    name, amount = budget.limited
+    if name not in ("params", "size_mb") or budget.depth or budget.exclude or budget.uniform_layers is False:
+        raise InputError(
+            "layer by layer, a budget is Budget(params=...) or Budget(size_mb=...), with one width for all layers and "
+            "without depth or exclude; give a ratio, or use lbyl.compress"
+        )
+    model, layers = skeleton.model, skeleton.base.layers
+    size = next(p.element_size() for p in model.parameters())
+    whole = count_parameters(model)
+    most = whole * amount if name == "params" else amount * 1e6 / size
+    parts = [p for n, p in layers[0].named_parameters() if ".mlp." in f".{n}"]
+    width = next(p.shape[0] for n, p in layers[0].named_parameters() if ".mlp." in f".{n}" and p.dim() == 2)
+    each = len(layers) * sum(p.numel() // width for p in parts if width in p.shape)
+    multiple = budget.multiple(width)
+    kept = int((most - (whole - width * each)) // each) // multiple * multiple
+    least = max(budget.min_keep, kept_count(width, budget.max_ratio))
+    if kept < least:
+        reached = (whole - (width - least) * each) / whole
+        raise BudgetError(
+            f"Budget({name}={amount:g}): with {least} of {width} hidden neurons in each layer, {reached:.1%} of the "
+            "parameters are left; give a ratio, which takes heads as well, or a larger budget",
+            reached,
+        )
+    kept = min(kept, width)
+    told = f"{kept} of {width} hidden neurons in each layer keep the budget; heads are left whole"
+    return {_NEURONS: 1 - kept / width}, (told,)
+
+
+def assembled(
+    model: nn.Module, done: Sequence[Done], folder: Path, files: Sequence[str], source: str, inputs: str
+) -> tuple[Plan, Report]:
+    """The plan and the report of all layers together. Index and configuration are written into the folder.
+
+    Args:
+        model: the unpruned model, on the meta device.
+        done: what was done to each layer.
+        folder: the folder of the weights.
+        files: the names of their files.
+        source: the source of the unpruned model.
+        inputs: dtype and shape of the model's inputs.
+
+    Raises:
+        InputError: the stored weights do not have the shapes of the smaller model.
+    """
+    plans = [each.plan for each in done if each.plan is not None]
+    reports = [each.report for each in done if each.report is not None]
+    cuts = tuple(cut for plan in plans for cut in plan.cuts)
+    attributes = tuple(attribute for plan in plans for attribute in plan.attributes)
+    smaller = cut_copy(model, cuts, attributes)
+    stored, expected = write_index(folder, files).shapes(), {n: tuple(t.shape) for n, t in smaller.state_dict().items()}
+    for name in stored:
+        if stored[name] != expected.get(name):
+            raise InputError(f"{name} was written as {stored[name]}, but the smaller model has {expected.get(name)}")
+    plan = replace(
+        plans[0],
+        groups=tuple(group for each in plans for group in each.groups),
+        cuts=cuts,
+        attributes=attributes,
+        architecture=architecture_of(model),
+        source=source,
+        inputs=inputs,
+        network=type(model).__name__,
+    )
+    note = write_config(folder, smaller, plan.widths_before)
+    return plan, _summed(reports, count_parameters(model), count_parameters(smaller), note)
+
+
+def _summed(reports: Sequence[Report], before: int, after: int, note: str) -> Report:
+    """The reports of all layers as one."""
+    verified = [each.verified for each in reports if each.verified is not None]
+    seconds: dict[str, float] = {}
+    for each in reports:
+        for stage, time in each.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + time
+    notes = dict.fromkeys(text for each in reports for text in each.notes if not text.startswith("Data: "))
+    return Report(
+        rows=tuple(row for each in reports for row in each.rows),
+        left=tuple(pair for each in reports for pair in each.left),
+        barriers=tuple(dict.fromkeys(barrier for each in reports for barrier in each.barriers)),
+        parameters=(before, after),
+        macs=None,
+        verified=max(verified) if verified else None,
+        seconds=seconds,
+        notes=(*notes, note),
+    )

@@ -1,0 +1,125 @@
+"""The working folder of a compression from folder to folder: finished layers are in it until all of them are done.
+
+It lies beside the folder that is to be written, with a hidden name. A killed run leaves it there, and the same call
+goes on with the first layer that is not finished.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lbyl.errors import InputError
+from lbyl.io.files import TEMPORARY, write_whole, writing
+from lbyl.io.report.report import Report
+from lbyl.runtime.documents import document_text, read_json
+from lbyl.surgery.plan import Plan
+
+_STATE, _CONTENT, _LOCK = "state.json", "content", "lock"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was done to a layer: its plan and its report; None where the layer was left whole."""
+
+    plan: Plan | None
+    report: Report | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A working folder.
+
+    Attributes:
+        place: the folder.
+        count: the number of decoder layers.
+    """
+
+    place: Path
+    count: int
+
+    @property
+    def content(self) -> Path:
+        """The folder that gets the final name at the end."""
+        return self.place / _CONTENT
+
+    def shard(self, number: int) -> Path:
+        """The file of some weights: 0 for the embedding, then the layers, then the rest."""
+        return self.content / f"model-{number + 1:05d}-of-{self.count + 2:05d}.safetensors"
+
+    def shards(self) -> list[str]:
+        """The names of all files of weights."""
+        return [self.shard(number).name for number in range(self.count + 2)]
+
+    def done(self, index: int) -> Done | None:
+        """What was done to a layer; None if it is not finished."""
+        file = self._record(index)
+        if not file.is_file() or not self.shard(index + 1).is_file():
+            return None
+        data: Any = read_json(file)
+        if data["plan"] is None:
+            return Done(None, None)
+        return Done(Plan.from_dict(data["plan"]), Report.from_dict(data["report"]))
+
+    def finish(self, index: int, done: Done) -> None:
+        """Say that a layer, whose weights are written, is finished."""
+        plan, report = done.plan, done.report
+        data = {"plan": plan and plan.to_dict(), "report": report and report.to_dict()}
+        write_whole(self._record(index), document_text(data, f"layer {index}"))
+
+    def _record(self, index: int) -> Path:
+        return self.place / f"layer-{index:05d}.json"
+
+
+@contextmanager
+def working_folder(target: Path, count: int, fingerprint: Mapping[str, Any]) -> Iterator[Work]:
+    """The working folder for a target, alone; it stays if the work is not brought to its end.
+
+    Raises:
+        InputError: another process works in it, it was begun with other settings, or it can't be written.
+    """
+    place = target.with_name(f".{target.name}.layers")
+    work = Work(place, count)
+    with writing(place):
+        if place.is_symlink():
+            raise InputError(f"{place} is a link; remove it, or choose another name than {target.name}")
+        work.content.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"another process is writing {target}; wait for it, or choose another name") from error
+    except (OSError, NotImplementedError) as error:  # the latter where the file system knows no locks
+        raise InputError(f"can't write {place}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        _check_begun(place / _STATE, fingerprint, target)
+        for file in (*place.glob(f"{TEMPORARY}*"), *work.content.glob(f"{TEMPORARY}*")):
+            file.unlink(missing_ok=True)
+        yield work
+    except BaseException:
+        lock.release()
+        if not any(place.glob("layer-*")):  # there is nothing to go on with
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+    lock.release()
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _check_begun(state: Path, fingerprint: Mapping[str, Any], target: Path) -> None:
+    """Raise InputError if the work was begun with other settings; otherwise note the settings."""
+    if not state.is_file():
+        write_whole(state, document_text(dict(fingerprint), str(state)))
+        return
+    then: Any = read_json(state)
+    differing = [name for name in fingerprint if not isinstance(then, dict) or then.get(name) != fingerprint[name]]
+    if differing:
+        raise InputError(
+            f"{state.parent} holds the beginning of {target} with another {' and '.join(differing)}: repeat the same "
+            "command to go on with it, or remove that folder to start anew"
+        )

@@ -1,0 +1,202 @@
+"""GGUF files: transformers reads the same network from them, and they hold all that a runtime has to know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import lbyl
+from lbyl.cli.app import app
+from lbyl.io.export.gguf import _rope_factors
+from lbyl.moments.sentences import sentences
+
+HF: Any = transformers
+SIZES: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+SPECIAL = ["<s>", "</s>", "<unk>"]
+
+
+def tokenizer(split: Any) -> Any:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
+    made.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=SPECIAL, initial_alphabet=alphabet)  # pyright: ignore[reportCallIssue]
+    made.train_from_iterator(sentences()[:500], trainer)
+    return HF.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def bytelevel() -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def smollm() -> Any:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytelevel()])  # pyright: ignore[reportArgumentType]
+
+
+def write(place: Path, kind: str = "Llama", split: Any = None, **sizes: Any) -> Any:
+    torch.manual_seed(0)
+    net = getattr(HF, f"{kind}ForCausalLM")(getattr(HF, f"{kind}Config")(**{**SIZES, **sizes})).eval()
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    net.save_pretrained(place)
+    made = tokenizer(split or bytelevel())
+    made.chat_template = "{{ messages }}"
+    made.save_pretrained(place)
+    return net
+
+
+def tokens() -> Tensor:
+    return torch.arange(3, 23).reshape(2, 10)
+
+
+def again(file: Path) -> Any:
+    return HF.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).eval()
+
+
+def fields(file: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("Llama", {"tie_word_embeddings": True}),
+        ("Mistral", {"sliding_window": None}),
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 128}),  # transformers reads no other size of heads from such files
+    ],
+)
+def test_transformers_reads_the_same_network(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
+    net = write(tmp_path / "net", kind, **more)
+    exported = lbyl.export(tmp_path / "net", format="gguf")
+    assert exported.file == tmp_path / "net" / "model.gguf"
+    with torch.no_grad():
+        torch.testing.assert_close(again(exported.file)(tokens()).logits, net(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compressed_folder(tmp_path: Path) -> None:
+    net = write(tmp_path / "net")
+    inputs = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}
+    result = lbyl.compress(net, inputs, ratio=0.5, restore="prune", forecast=False)
+    result.save(tmp_path / "smaller")
+    HF.AutoTokenizer.from_pretrained(tmp_path / "net").save_pretrained(tmp_path / "smaller")
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "smaller"), "--format", "gguf"])
+    assert done.exit_code == 0, done.output
+    assert "all tensors are those of the folder" in " ".join(done.stdout.split())
+    file = tmp_path / "smaller" / "model.gguf"
+    with torch.no_grad():
+        expected = result.model(tokens()).logits
+        torch.testing.assert_close(again(file)(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
+    assert fields(file)["llama.feed_forward_length"] == 24
+    assert fields(file)["llama.attention.head_count"] == 2
+    batches = [{"input_ids": tokens()}] * 2
+    lbyl.compress_folder(tmp_path / "net", tmp_path / "other", ratio=0.5, data=batches)
+    lbyl.export(tmp_path / "other", format="gguf", to=tmp_path / "other.gguf")
+    assert fields(tmp_path / "other.gguf")["llama.feed_forward_length"] == 24
+
+
+def test_layers_that_differ_in_width(tmp_path: Path) -> None:
+    net = write(tmp_path / "net")
+    batches = [{"input_ids": tokens()}] * 2
+    ratio = {"model.layers.0.mlp.*": 0.5, "model.layers.1.self_attn.*": 0.5}
+    lbyl.compress_folder(tmp_path / "net", tmp_path / "smaller", ratio=ratio, data=batches)
+    found = fields(lbyl.export(tmp_path / "smaller", format="gguf").file)
+    assert found["general.architecture"] == "deci"
+    assert found["deci.feed_forward_length"] == [24, 48]
+    assert found["deci.attention.head_count"] == [4, 2]
+    assert found["deci.attention.head_count_kv"] == [2, 1]
+    assert net.config.intermediate_size == 48
+    write(tmp_path / "qwen", "Qwen2")
+    lbyl.compress_folder(tmp_path / "qwen", tmp_path / "uneven", ratio={"model.layers.0.mlp.*": 0.5}, data=batches)
+    with pytest.raises(lbyl.ExportError, match="one width for all layers"):
+        lbyl.export(tmp_path / "uneven", format="gguf")
+    assert not list(tmp_path.rglob("*.gguf.*"))
+    assert not (tmp_path / "uneven" / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(("split", "name"), [(bytelevel, "gpt-2"), (smollm, "smollm")])
+def test_the_vocabulary(split: Any, name: str, tmp_path: Path) -> None:
+    write(tmp_path, split=split())
+    found = fields(lbyl.export(tmp_path, format="gguf").file)
+    assert found["tokenizer.ggml.model"] == "gpt2"
+    assert found["tokenizer.ggml.pre"] == name
+    assert found["tokenizer.chat_template"] == "{{ messages }}"
+    assert found["tokenizer.ggml.bos_token_id"] == 0
+    assert found["tokenizer.ggml.eos_token_id"] == 1
+    assert len(found["tokenizer.ggml.tokens"]) == 400
+    content = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in content["merges"]]
+    texts = found["tokenizer.ggml.tokens"]
+    assert all(texts[number] == text for text, number in content["vocab"].items())
+    kinds = found["tokenizer.ggml.token_type"]
+    assert kinds[:3] == [3, 3, 3]
+    assert kinds[10] == 1
+    assert kinds[-1] == 5
+
+
+def test_pieces_with_bytes(tmp_path: Path) -> None:
+    write(tmp_path)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x41>": 3, "▁": 4, "a": 5, "b": 6, "ab": 7, "▁ab": 8}
+    merges = [("a", "b"), ("▁", "ab")]
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # pyright: ignore
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = fields(lbyl.export(tmp_path, format="gguf").file)
+    assert found["tokenizer.ggml.model"] == "llama"
+    assert found["tokenizer.ggml.add_space_prefix"] is True
+    assert found["tokenizer.ggml.token_type"][:6] == [2, 3, 3, 6, 1, 1]
+    scores = found["tokenizer.ggml.scores"]
+    assert scores[7] > scores[8] > scores[5]
+
+
+def test_frequencies_of_llama_3() -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = HF.LlamaConfig(**{**SIZES, "max_position_embeddings": 512, "hidden_size": 256}, rope_parameters=rope)
+    rotary = HF.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    plain = 1 / 500000.0 ** (torch.arange(0, 64, 2) / 64)
+    factors = _rope_factors(rope, 64)
+    assert factors is not None
+    assert float(factors.max()) == pytest.approx(8)
+    torch.testing.assert_close(plain / factors, rotary.inv_freq)
+
+
+def test_what_llama_cpp_has_no_place_for(tmp_path: Path) -> None:
+    gpt = HF.GPT2LMHeadModel(HF.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50))
+    gpt.save_pretrained(tmp_path / "gpt")
+    with pytest.raises(lbyl.ExportError, match="'gpt2' are not supported"):
+        lbyl.export(tmp_path / "gpt", format="gguf")
+    write(tmp_path / "split", split=pre_tokenizers.ByteLevel(add_prefix_space=True))
+    with pytest.raises(lbyl.ExportError, match="splits text"):
+        lbyl.export(tmp_path / "split", format="gguf")
+    write(tmp_path / "gelu", hidden_act="gelu")
+    with pytest.raises(lbyl.ExportError, match="'gelu'"):
+        lbyl.export(tmp_path / "gelu", format="gguf")
+    write(tmp_path / "mute")
+    (tmp_path / "mute" / "tokenizer.json").unlink()
+    with pytest.raises(lbyl.InputError, match=r"no tokenizer\.json"):
+        lbyl.export(tmp_path / "mute", format="gguf")
+    with pytest.raises(lbyl.InputError, match="from a folder"):
+        lbyl.export(gpt, format="gguf", to=tmp_path / "x.gguf")
+    assert not list(tmp_path.rglob("*.gguf"))
