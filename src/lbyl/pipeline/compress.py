@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
 from lbyl.pipeline.depth.together import compress_with_depth
 from lbyl.pipeline.evaluate import Evaluate, Judge
+from lbyl.pipeline.kept import kept_analysis
 from lbyl.pipeline.prepare import plain_module, prepare
 from lbyl.pipeline.quality import DEFAULT, evaluated, meet
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
@@ -43,6 +45,7 @@ def compress(
     evaluate: Evaluate | None = None,
     forecast: bool = True,
     effort: str = "default",
+    analysis: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Remove channels from a network, and restore it by the kept ones.
 
@@ -76,9 +79,13 @@ def compress(
         forecast: whether to forecast the agreement on real inputs (``report.forecast``), which takes time.
         effort: how much time ``restore="auto"`` may take: "low" takes few probes, dreams nothing, and solves all
             consumers at once; "high" makes more probes and steps of dreaming than "default".
+        analysis: a folder that keeps what does not depend on the size: probes, error curves and moments. If it holds
+            those of this network and these settings, they are used, and the network is cut to another size in a part
+            of the time.
 
     Raises:
         InputError: a setting or an input can't be used, or weights are not finite.
+        ArtifactError: a file of the analysis is damaged.
         TraceError: ``torch.export`` can't trace the model.
         VerificationError: the cut network does not compute what the masked one computes.
 
@@ -102,17 +109,23 @@ def compress(
     )
     if budget is not None and budget.depth and submodule is not None:
         raise InputError("submodule and depth: blocks are dropped from whole networks; give only one of them")
+    if budget is not None and budget.depth and analysis is not None:
+        raise InputError("analysis and depth: what is known about blocks is not kept; leave out analysis")
     clock = Clock()
     # Garbage collection is only needed while probes run.
     probing = restorer is None or restorer.runs_network
     inner = plain_module(model)
     with deep_calls(inner), alone(inner), nullcontext() if probing else uncollected():
         before = judge(copy_model(inner), "the unpruned network")
-        prepared = prepare(inner, example_inputs, request, submodule, clock)
-        if budget is not None and budget.depth:
-            result = compress_with_depth(prepared, request, clock)
+        if analysis is not None:
+            with kept_analysis(inner, example_inputs, request, submodule, analysis, clock) as (prepared, ground):
+                result = meet(prepared, request, clock, ground, judge=judge, before=before)
         else:
-            result = meet(prepared, request, clock, judge=judge, before=before)
+            prepared = prepare(inner, example_inputs, request, submodule, clock)
+            if budget is not None and budget.depth:
+                result = compress_with_depth(prepared, request, clock)
+            else:
+                result = meet(prepared, request, clock, judge=judge, before=before)
         result = evaluated(result, judge, before)
     if inner is not model:
         note = f"the network was taken out of its {type(model).__name__}"

@@ -39,7 +39,7 @@ def fingerprint(
     }
 
 
-def check_same(then: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
+def check_same(then: Mapping[str, Any], now: Mapping[str, Any], place: str, what: str = "another sweep") -> None:
     """Raise InputError, saying what differs, unless the fingerprints are equal."""
     differing = [name for name in now if then.get(name) != now[name]]
     if not differing:
@@ -48,9 +48,7 @@ def check_same(then: Mapping[str, Any], now: Mapping[str, Any], place: str) -> N
         f"{name} differ" if len(str(now[name])) == 64 else f"{name} was {then.get(name)}, now it is {now[name]}"
         for name in differing
     )
-    raise InputError(
-        f"{place} holds another sweep: {told}. Use the same network and settings, or write to another folder"
-    )
+    raise InputError(f"{place} holds {what}: {told}. Use the same network and settings, or write to another folder")
 
 
 def _printed(setting: Any) -> str:

@@ -147,7 +147,7 @@ def occupied(folder: Path) -> Iterator[None]:
         _check_own(folder)
         lock.acquire()
     except Timeout as error:
-        raise InputError(f"another process is sweeping in {folder}; wait for it, or choose another folder") from error
+        raise InputError(f"another process is working in {folder}; wait for it, or choose another folder") from error
     except (OSError, NotImplementedError) as error:  # the latter where the file system knows no locks
         raise InputError(f"can't write {folder}: {getattr(error, 'strerror', None) or error}") from error
     try:

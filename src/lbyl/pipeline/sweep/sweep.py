@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,13 @@ from lbyl.errors import ArtifactError, InputError, LbylError
 from lbyl.io import artifact
 from lbyl.io.files import write_folder, write_whole
 from lbyl.io.report.format import shown
-from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.evaluate import Evaluate, Judge
-from lbyl.pipeline.prepare import Prepared, check_weights, first_that_restores, plain_module, prepare, unless_refused
+from lbyl.pipeline.prepare import check_weights, plain_module
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep import pareto
-from lbyl.pipeline.sweep.cache import FolderCache
 from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
+from lbyl.pipeline.sweep.ground import Network
 from lbyl.pipeline.sweep.pareto import Point
 from lbyl.pipeline.sweep.points import Made, Work, check_sendable, filled, made_in
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
@@ -35,7 +33,7 @@ from lbyl.runtime.contexts import own_device
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import check_runtime
-from lbyl.runtime.progress import Clock, Progress
+from lbyl.runtime.progress import Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.runtime.settings import described
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
@@ -180,10 +178,10 @@ def sweep(
     if ray is not None:
         check_sendable(model, inputs, request, evaluate)
     now = fingerprint(model, inputs, request, submodule)
-    network = _Network(model, inputs, request, submodule)
+    network = Network(model, inputs, request, submodule)
     # Errors of the network or of the user's function are raised before the folder is made.
     with deep_calls(model):
-        first = None if exists(folder) else network.first(now, judge)
+        first = None if exists(folder) else _first(network, now, judge)
     with deep_calls(model), occupied(folder):
         before = first.write(folder) if first and not exists(folder) else SweepState.read(folder)
         check_same(before.fingerprint, now, str(folder))
@@ -198,65 +196,20 @@ def sweep(
     return Sweep(folder, state.points, state.source, state.unpruned, dict(state.seconds))
 
 
-@dataclass
-class _Network:
-    """The network, which is traced and analyzed at first use; a finished sweep needs neither."""
-
-    model: nn.Module
-    inputs: ExampleInputs
-    request: CompressionRequest
-    submodule: str | None
-    clock: Clock = field(default_factory=Clock)
-
-    @cached_property
-    def prepared(self) -> Prepared:
-        """The checked and traced network."""
-        return prepare(self.model, self.inputs, self.request, self.submodule, self.clock)
-
-    @cached_property
-    def cuttable(self) -> dict[str, Cuttable]:
-        """The groups that can be cut, for each part; parts without such groups are left out if others have some."""
-        found: dict[str, Cuttable] = {}
-        refusals: list[LbylError] = []
-        with self.clock("verify"):
-            for subject in self.prepared.subjects:
-                cuttable = unless_refused(lambda subject=subject: find_cuttable(subject, self.request))
-                if isinstance(cuttable, Cuttable):
-                    found[subject.path] = cuttable
-                else:
-                    refusals.append(cuttable)
-        if refusals and (self.request.strict or not found):
-            raise refusals[0]
-        return found
-
-    def first(self, now: Mapping[str, Any], judge: Judge) -> SweepState:
-        """The state of a new sweep."""
-        if not self.cuttable:
-            raise InputError("the model has no part with groups that can be cut; lbyl.inspect lists them")
-        unpruned = judge(copy_model(self.model), "the unpruned network")
-        return SweepState(now, (), self.request.source, judge.name, unpruned)
-
-    def ground(self, folder: Path) -> dict[str, Analysis]:
-        """The analysis of each part, from the folder if it is stored there."""
-        ground: dict[str, Analysis] = {}
-        for number, subject in enumerate(self.prepared.subjects):
-            place, private = folder / ANALYSIS / str(number), subject.restorer.keeps_inputs_private
-            cache = FolderCache(place, subject.graph, subject.inputs, private)
-            if not cache.begun and subject.path not in self.cuttable:
-                continue
-            cache.cuttable(lambda path=subject.path: self.cuttable[path])
-            ground[subject.path] = first_that_restores(
-                subject, self.request, lambda s, c=cache: analyze(s, self.request, None, self.clock, c)
-            )[1]
-        return ground
+def _first(network: Network, now: Mapping[str, Any], judge: Judge) -> SweepState:
+    """The state of a new sweep."""
+    if not network.cuttable:
+        raise InputError("the model has no part with groups that can be cut; lbyl.inspect lists them")
+    unpruned = judge(copy_model(network.model), "the unpruned network")
+    return SweepState(now, (), network.request.source, judge.name, unpruned)
 
 
-def _compressed(network: _Network, state: SweepState, folder: Path, judge: Judge, ray: str | None) -> SweepState:
+def _compressed(network: Network, state: SweepState, folder: Path, judge: Judge, ray: str | None) -> SweepState:
     """Make the missing points. If one can't be made, the reason is stored, and the next one is made."""
     waiting = [point for point in state.points if not point.made and not point.reason]
     if not waiting:
         return state
-    ground = network.ground(folder)
+    ground = network.ground(folder / ANALYSIS)
     spent = {stage: state.seconds.get(stage, 0.0) + value for stage, value in network.clock.seconds.items()}
     state = replace(state, seconds={**state.seconds, **spent})
     work = Work(network.prepared, ground, network.request, judge.evaluate, state.unpruned)
