@@ -30,7 +30,7 @@ from lbyl.pipeline.sweep.pareto import Point
 from lbyl.pipeline.sweep.points import Made, Work, check_sendable, filled, made_in
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
 from lbyl.runtime.checks import as_path, named_kind
-from lbyl.runtime.cluster import check_address, connected
+from lbyl.runtime.cluster import check_address, check_reachable, connected
 from lbyl.runtime.contexts import own_device
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
@@ -174,6 +174,7 @@ def sweep(
     judge = Judge(evaluate)
     if ray is not None:
         check_address(ray)
+        check_reachable(ray)
     model = plain_module(model)
     check_weights(model)
     folder, inputs = as_path(path), ExampleInputs.of(example_inputs)
