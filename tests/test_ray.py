@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import textwrap
@@ -248,6 +249,16 @@ def test_without_ray_one_line_says_what_to_install(tmp_path: Path, monkeypatch: 
         lbyl.sweep(mlp(), torch.zeros(1, 6), [lbyl.Budget(macs=0.5)], tmp_path / "out", ray="auto")
     with pytest.raises(lbyl.InputError, match="ray is an int"):
         lbyl.sweep(mlp(), torch.zeros(1, 6), [lbyl.Budget(macs=0.5)], tmp_path / "out", ray=1)  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_that_is_not_there_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(lbyl.ClusterError, match=f"^the Ray cluster {address} can't be reached"):
+            lbyl.sweep(mlp(), torch.zeros(1, 6), [lbyl.Budget(macs=0.5)], tmp_path / "out", ray=address)
     assert not (tmp_path / "out").exists()
 
 

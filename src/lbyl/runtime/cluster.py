@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -183,6 +184,23 @@ def check_address(address: object) -> None:
     _ray()
 
 
+def check_reachable(address: str) -> None:
+    """Raise ClusterError if nothing listens at an address, for which Ray itself would wait for minutes."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if not separator or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"the Ray cluster {address} can't be reached ({first_line(error)}); 'ray start --head' starts one"
+        ) from error
+
+
+_PATIENCE = 10.0
+"""Seconds to wait for an answer of a cluster."""
+
+
 @contextmanager
 def connected(address: str) -> Iterator[Cluster]:
     """A connection to a cluster. A connection that this process has already is used and left open.
@@ -202,6 +220,7 @@ def connected(address: str) -> Iterator[Cluster]:
             raise ClusterError(f"this process uses the Ray cluster at {known} already; pass ray='auto' to use that one")
         yield Cluster(ray)
         return
+    check_reachable(address)
     # Output of tasks must not get into the documents that the command line prints.
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from torch import nn
 
 from lbyl.errors import LbylError
 from lbyl.io.report.report import Report
@@ -19,10 +21,11 @@ from lbyl.pipeline.quality import meet
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.pipeline.sweep.pareto import Point
-from lbyl.runtime.cluster import Cluster, packed
+from lbyl.runtime.cluster import Cluster, check_address, check_reachable, packed
 from lbyl.runtime.contexts import own_device
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forecast import Forecast
+from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
 from lbyl.runtime.recursion import deep_calls
 from lbyl.surgery.plan import Remembered, recalled, remember_as
@@ -86,8 +89,17 @@ def made_in(cluster: Cluster, work: Work, points: Sequence[Point]) -> Iterator[M
         yield made
 
 
-def check_sendable(model: Any, inputs: Any, request: CompressionRequest, evaluate: Evaluate | None) -> None:
-    """Raise InputError for what can't be pickled, before any time is spent."""
+def check_cluster(
+    address: str, model: nn.Module, inputs: ExampleInputs, request: CompressionRequest, evaluate: Evaluate | None
+) -> None:
+    """Check before any time is spent that a cluster is there, and that all it needs can be sent.
+
+    Raises:
+        InputError: something can't be pickled.
+        ClusterError: Ray is not installed, or there is no cluster at this address.
+    """
+    check_address(address)
+    check_reachable(address)
     settings = replace(request, progress=None, restore=_without_data(request.restore))
     with deep_calls(model):
         packed({"the network": model, "example_inputs": inputs, "a setting": settings, "evaluate": evaluate})

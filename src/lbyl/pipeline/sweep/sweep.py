@@ -25,10 +25,10 @@ from lbyl.pipeline.sweep import pareto
 from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
 from lbyl.pipeline.sweep.ground import Network
 from lbyl.pipeline.sweep.pareto import Point
-from lbyl.pipeline.sweep.points import Made, Work, check_sendable, filled, made_in
+from lbyl.pipeline.sweep.points import Made, Work, check_cluster, filled, made_in
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
 from lbyl.runtime.checks import as_path, named_kind
-from lbyl.runtime.cluster import check_address, connected
+from lbyl.runtime.cluster import connected
 from lbyl.runtime.contexts import own_device
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
@@ -170,13 +170,11 @@ def sweep(
     )
     _check(budgets)
     judge = Judge(evaluate)
-    if ray is not None:
-        check_address(ray)
     model = plain_module(model)
     check_weights(model)
     folder, inputs = as_path(path), ExampleInputs.of(example_inputs)
     if ray is not None:
-        check_sendable(model, inputs, request, evaluate)
+        check_cluster(ray, model, inputs, request, evaluate)
     now = fingerprint(model, inputs, request, submodule)
     network = Network(model, inputs, request, submodule)
     # Errors of the network or of the user's function are raised before the folder is made.
