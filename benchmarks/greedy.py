@@ -52,7 +52,7 @@ def in_transformers(folder: Path, words: int) -> list[str]:
 
     hf: Any = transformers
     whole = (folder / "config.json").exists()
-    model = hf.AutoModelForCausalLM.from_pretrained(folder) if whole else lbyl.load(folder)
+    model: Any = hf.AutoModelForCausalLM.from_pretrained(folder) if whole else lbyl.load(folder)
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     found = []
     for prompt in PROMPTS:

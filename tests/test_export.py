@@ -226,7 +226,7 @@ def test_a_format_of_the_user_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     exported = lbyl.export(folder, mlp(6, 8), format="mine")
     assert exported.file.name == "model.mine"
     assert "checked with nothing" in exported.summary()[1]
-    with pytest.raises(lbyl.InputError, match=r"choose 'onnx' or 'pt2' or 'mine'"):
+    with pytest.raises(lbyl.InputError, match=r"choose 'onnx' or 'pt2' or 'gguf' or 'mine'"):
         lbyl.export(folder, mlp(6, 8), format="other")
 
 

@@ -34,7 +34,7 @@ class Exported:
         difference: largest absolute difference between the file's outputs and the model's.
         relative: that difference relative to the largest magnitude of the output.
         dynamic: whether the file takes any batch size; otherwise it takes only ``batches[0]``.
-        batches: the batch sizes on which it was checked; the example's is the first. None for GGUF, of which all
+        batches: the batch sizes on which it was checked; the example's is the first. Empty for GGUF, of which all
             tensors are compared instead.
         note: what the user should know, such as why the batch size is fixed.
     """
