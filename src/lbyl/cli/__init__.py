@@ -12,7 +12,7 @@ import sys
 from lbyl.cli.app import app
 from lbyl.cli.terminal import run
 
-COMMANDS = ("inspect", "compress", "sweep", "show", "export", "bench")
+COMMANDS = ("inspect", "compress", "sweep", "resize", "show", "export", "bench")
 """Modules of this package, in the order of the help. Each adds its command to `app`."""
 
 for _name in COMMANDS:

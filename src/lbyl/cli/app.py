@@ -123,6 +123,7 @@ EXAMPLES = {
         "lbyl compress model.onnx --budget latency=0.7 -o smaller",
     ),
     "sweep": ("lbyl sweep timm:resnet50 --budget macs=0.9,0.8,0.7 --eval judge.py:accuracy -o points",),
+    "resize": ("lbyl resize smaller --budget macs=0.6 -o smallest",),
     "show": ("lbyl show smaller",),
     "export": ("lbyl export smaller --format onnx", "lbyl export smaller --model model.py:build --format pt2"),
     "bench": ("lbyl bench smaller --against torchvision:resnet50 --batch 16",),

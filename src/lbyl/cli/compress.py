@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from lbyl.cli.app import WithExamples, app, out, print_json, working
+from lbyl.cli.app import Stage, WithExamples, app, out, print_json, working
 from lbyl.cli.folder import LowMemory, check_low_memory, compress_low_memory
+from lbyl.cli.kept import KeepAnalysis, check_keep, keeping
 from lbyl.cli.options import Evaluate, Json, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, check_output, prepare
@@ -89,6 +90,7 @@ def compress(
     minimize: Minimize = Cost.macs,
     depth: Depth = False,
     low_memory: LowMemory = False,
+    keep_analysis: KeepAnalysis = False,
     evaluate: Evaluate = None,
     no_forecast: NoForecast = False,
     settings: Settings,
@@ -103,46 +105,79 @@ def compress(
     if low_memory:
         check_low_memory(source, ratio, budget, settings, {"--eval": evaluate is not None, "--depth": depth})
         compress_low_memory(source, output, ratio, budget, settings, quiet)
-        return _show(output, as_json, source)
+        return show(output, as_json, source)
+    if keep_analysis:
+        check_keep(source, settings, depth, low_memory)
     with working(f"loading {source}", quiet) as stage:
         check_output(output)
-        import lbyl
         from lbyl.io.artifact import is_saved
-        from lbyl.io.sources import load_function
 
         check_images(settings)
         asked = {"best_effort": budget is None, "depth": depth}
         limit = None if ratio else settings.budget(*parse_budget(budget or _DEFAULT), minimize.value, **asked)
-        judge = load_function(evaluate) if evaluate else None
-        prepared = prepare(source, settings, stage)
-        result = lbyl.compress(
-            prepared.model,
-            prepared.inputs,
-            ratio=parse_ratio(ratio) if ratio else None,
-            budget=limit,
-            evaluate=judge,
-            forecast=not no_forecast,
-            **prepared.arguments,
-        )
-        if prepared.notes:
-            notes = (*result.report.notes, *prepared.notes)
-            result = replace(result, report=replace(result.report, notes=notes))
-        if not no_latency:
-            timed = lbyl.bench(
-                result.model,
-                prepared.inputs,
-                against=prepared.model,
-                runs=_RUNS,
-                runtime=settings.runtime.value,
-                progress=stage,
+        with keeping(output, settings, keep_analysis) as place:
+            make(
+                source,
+                settings,
+                output,
+                stage,
+                ratio=parse_ratio(ratio) if ratio else None,
+                budget=limit,
+                evaluate=evaluate,
+                forecast=not no_forecast,
+                latency=not no_latency,
+                analysis=place,
             )
-            result = result.timed(timed)
-        stage(f"writing {output}")
-        result.save(output)
-    _show(output, as_json, settings.builder if is_saved(source) else source)
+    show(output, as_json, settings.builder if is_saved(source) else source)
 
 
-def _show(output: Path, as_json: bool, origin: str | None) -> None:
+def make(
+    source: str,
+    settings: Settings,
+    output: Path,
+    stage: Stage,
+    *,
+    ratio: Any = None,
+    budget: Any = None,
+    evaluate: str | None = None,
+    forecast: bool = True,
+    latency: bool = True,
+    analysis: Path | None = None,
+) -> None:
+    """Load a network, compress it, measure its latency and save it."""
+    import lbyl
+    from lbyl.io.sources import load_function
+
+    judge = load_function(evaluate) if evaluate else None
+    prepared = prepare(source, settings, stage)
+    result = lbyl.compress(
+        prepared.model,
+        prepared.inputs,
+        ratio=ratio,
+        budget=budget,
+        evaluate=judge,
+        forecast=forecast,
+        analysis=analysis,
+        **prepared.arguments,
+    )
+    if prepared.notes:
+        notes = (*result.report.notes, *prepared.notes)
+        result = replace(result, report=replace(result.report, notes=notes))
+    if latency:
+        timed = lbyl.bench(
+            result.model,
+            prepared.inputs,
+            against=prepared.model,
+            runs=_RUNS,
+            runtime=settings.runtime.value,
+            progress=stage,
+        )
+        result = result.timed(timed)
+    stage(f"writing {output}")
+    result.save(output)
+
+
+def show(output: Path, as_json: bool, origin: str | None) -> None:
     """Print the saved report. It has more notes than the result's, such as whether a config.json could be written."""
     from lbyl.io.artifact import PAGE, document, read_manifest
     from lbyl.io.report.format import shown
@@ -168,7 +203,12 @@ def _check(
     names = ("round_to", "min_keep", "max_ratio", "exclude", "uniform_layers")
     if ratio and any(getattr(settings, name) != getattr(Settings, name) for name in names):
         raise typer.BadParameter("--round-to, --min-keep, --max-ratio, --exclude and --uniform-layers need --budget")
-    name = None if ratio else parse_budget(budget or _DEFAULT)[0]
+    check_budget_kind(None if ratio else budget or _DEFAULT, evaluate, minimize)
+
+
+def check_budget_kind(budget: str | None, evaluate: str | None, minimize: Cost) -> None:
+    """Raise a usage error for options that do not go with this kind of budget; None for a ratio."""
+    name = None if budget is None else parse_budget(budget)[0]
     if name == "accuracy_drop" and evaluate is None:
         raise typer.BadParameter("--budget accuracy_drop=X needs --eval, a function that measures accuracy")
     if minimize is not Cost.macs and name not in ("agreement", "accuracy_drop"):

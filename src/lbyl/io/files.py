@@ -108,9 +108,12 @@ def _locked(place: Path, wait: bool) -> BaseFileLock | None:
 
 
 def finish(folder: Path) -> None:
-    """Wait until all files in a folder are on the disk, and give them the modes of new files."""
+    """Wait until all files in a folder and its subfolders are on the disk, and give them the modes of new files."""
     mode = _usual_mode(folder)
     for file in folder.iterdir():
+        if file.is_dir():
+            finish(file)
+            continue
         file.chmod(mode)
         with file.open("r+b") as stream:  # Windows only flushes files that are open for writing
             os.fsync(stream.fileno())
