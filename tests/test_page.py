@@ -7,7 +7,6 @@ import html
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 import torch
+from browser import SCHEMES, WIDTHS, browse, channels, contrast, in_browser
 from matplotlib.figure import Figure
 from nets import HardCoded, compress, images, mlp, residual
 from PIL import Image
@@ -340,21 +340,6 @@ def test_plot_gives_a_figure_without_touching_pyplot(fitted: lbyl.Result, tmp_pa
 
 # -- in a real browser --------------------------------------------------------------------------------------
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium; `make browser` installs it where it may")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-)
-SCHEMES = {"dark": 0, "light": 1}
-WIDTHS = {"phone": 390, "desktop": 1200}
 MEASURE = """
 const seen = [...document.querySelectorAll("iframe")].map(frame => {
   const page = frame.contentDocument, root = page.documentElement;
@@ -372,30 +357,6 @@ const seen = [...document.querySelectorAll("iframe")].map(frame => {
 });
 document.getElementById("seen").textContent = JSON.stringify(seen);
 """
-
-
-def browse(folder: Path, address: Path, scheme: str, *arguments: str) -> str:
-    """Run the browser once, on a file, with a profile of its own."""
-    assert BROWSER
-    command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}"]
-    command += [f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}", *arguments, address.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-
-
-def channels(color: str) -> list[float]:
-    return [float(value) for value in re.findall(r"[\d.]+", color)[:3]]
-
-
-def contrast(one: str, other: str) -> float:
-    """The contrast ratio of two colors, as WCAG defines it."""
-
-    def luminance(color: str) -> float:
-        shares = (value / 255 for value in channels(color))
-        red, green, blue = (s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares)
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    low, high = sorted(map(luminance, (one, other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.fixture(scope="module")
