@@ -30,7 +30,6 @@ test: $(VENV)/.dev browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python$(EXE)
-	$(BIN)/pyright --pythonpath $(BIN)/python$(EXE) --pythonplatform Windows src
 	$(BIN)/lint-imports
 	$(MAKE_SITE)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal

@@ -1,6 +1,6 @@
 """The package runs on Linux, macOS and Windows: it names no POSIX call or place, and writes the same text everywhere.
 
-Pyright checks the same for the functions of modules, with ``--pythonplatform Windows``.
+Where `make test` runs on Windows, Pyright checks the same for the functions of modules.
 """
 
 from __future__ import annotations
