@@ -38,7 +38,7 @@ class Data:
 
     source: Iterable[Any] = field(repr=False)
     batches: int | None = None
-    ray: str | None = None
+    ray: str | None = field(default=None, repr=False)
 
     def lifelike(self, inputs: ExampleInputs) -> bool:
         """Whether its probes are like real inputs."""

@@ -14,8 +14,8 @@ from lbyl.errors import ArtifactError, InputError
 
 Kind = TypeVar("Kind")
 
-_LARGEST = 64 * 2**20
-_MOST_VALUES = 8_000_000
+_LARGEST = 8 * 2**20
+_MOST_VALUES = 1_000_000
 """Larger than the plan of any real network, and small enough to fit into memory."""
 _DEEPEST = 32
 _LARGEST_INTEGER = 2**63

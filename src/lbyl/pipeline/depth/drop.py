@@ -73,15 +73,11 @@ def shallower(ground: DepthGround, chosen: Chosen, clock: Clock) -> Shallower:
     return Shallower(chosen, cuts, runs, smaller, verified, effect)
 
 
-_POSITIONS = 20_000
-"""At so many positions of each batch the stream is measured."""
-
-
 def _problem(ground: DepthGround, cuts: tuple[BlockCut, ...]) -> RunProblem:
     wanted, own = ground.request.restore, ground.restorer
-    ridges, positions = RIDGES, _POSITIONS
+    ridges, positions = RIDGES, 20_000
     if isinstance(own, LeastSquares):
-        ridges, positions = RIDGES if own.ridge is None else (own.ridge,), own.positions or _POSITIONS
+        ridges, positions = RIDGES if own.ridge is None else (own.ridge,), own.positions
     if wanted is not None and not isinstance(wanted, LeastSquares):
         ridges = ()  # only least squares restores blocks
     request = ground.request

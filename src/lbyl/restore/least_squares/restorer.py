@@ -53,8 +53,7 @@ class LeastSquares(Settings, Restorer):
         memory: bytes that activations may take while moments are collected, consumers are solved sequentially, and
             errors are measured. Copies of the model, moments and probes are extra, and :class:`lbyl.Dream` has its own
             setting.
-        positions: largest number of positions of each consumer that enter the moments, for each batch. None takes 8
-            for each of its regressors, but at least 4,000 and at most 20,000.
+        positions: largest number of positions of each consumer that enter the moments, for each batch.
     """
 
     @property

@@ -15,9 +15,8 @@ from lbyl.restore.least_squares.paired_forward import ConsumerDue, NotPairable, 
 from lbyl.restore.least_squares.recalibrate import renormalize, shifted
 from lbyl.restore.least_squares.solve import Findings, LeastSquaresProblem, empty_sums, solve_patches
 from lbyl.restore.targets import Target, following_norms, target_of
-from lbyl.runtime.attended import at_attended, attended_positions
+from lbyl.runtime.attended import attended_positions
 from lbyl.runtime.batches import first_rows, join, thinned
-from lbyl.runtime.forward import at_positions
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import give_back, held_at_once, held_bytes
 from lbyl.selection.filters import State
@@ -100,9 +99,10 @@ def solve_sequentially(
     if not batches:
         room = f"{settings.memory / 2**20:.0f} MiB of memory hold {most} in both networks"
         return NotApplicable(f"{room}, which are too few; LeastSquares(memory=...) allows more")
+    if any(attended_positions(problem.model, batch) for batch in batches):
+        return NotApplicable("an attention mask excludes positions, but statistics on the way would contain them")
     again = {target.bias for target in takers.values()}
     findings = Findings(state, {name: value for name, value in done.values.items() if name not in again})
-    positions = [attended_positions(problem.model, batch) for batch in batches]
     turns = 0
 
     def solve_one(turn: ConsumerDue) -> None:
@@ -111,11 +111,10 @@ def solve_sequentially(
         sums = empty_sums(target, selection, state, settings, problem.seed)[0]
         assert isinstance(sums, PatchSums)
         bias = state[target.consumer.bias].detach() if target.consumer.bias else None
-        for call, wanted, attended in zip(turn.calls, turn.wanted, positions, strict=True):
+        for call, wanted in zip(turn.calls, turn.wanted, strict=True):
             if bias is not None:
                 wanted = wanted - (bias if call.op == "linear" else bias.reshape(-1, *[1] * (wanted.dim() - 2)))
-            wanted = at_attended(attended, wanted) if call.op == "linear" else wanted
-            sums.add(at_positions(call, attended), target.weight(state), wanted)
+            sums.add(call, target.weight(state), wanted)
         solve_patches(target, sums, selection, settings, findings)
         give_back()
         turns += 1

@@ -9,9 +9,6 @@ from lbyl.moments import ClosedFormSource, Dream, ProbeSource
 from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.memory import ROOM
 
-_FEWEST_POSITIONS, _MOST_POSITIONS, _FOR_EACH = 4_000, 20_000, 8
-"""Bounds on the positions of each batch, and how many there are for each regressor."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,7 +23,7 @@ class Settings:
     sequential: bool | None = None
     budget: int = 512 * 2**20
     memory: int = ROOM
-    positions: int | None = None
+    positions: int = 20_000
 
     def __post_init__(self) -> None:
         if self.solve not in ("mix", "patch"):
@@ -37,7 +34,7 @@ class Settings:
         check_switch("LeastSquares(sequential={})", self.sequential, optional=True)
         check_number("LeastSquares(budget={})", self.budget, least=0, unit="bytes")
         check_number("LeastSquares(memory={})", self.memory, least=1, unit="byte")
-        check_number("LeastSquares(positions={})", self.positions, whole=True, least=1, optional=True)
+        check_number("LeastSquares(positions={})", self.positions, whole=True, least=1)
         if self.sequential and isinstance(self.moments, ClosedFormSource):
             name = type(self.moments).__name__
             raise InputError(
@@ -50,12 +47,6 @@ class Settings:
             raise InputError(
                 f"LeastSquares(moments={self.moments!r}): choose Weights, Gaussian, Noise, Photographs, Dream or Data"
             )
-
-    def most_positions(self, regressors: int) -> int:
-        """At how many positions of each batch a consumer with so many regressors is measured."""
-        if self.positions is not None:
-            return self.positions
-        return min(_MOST_POSITIONS, max(_FEWEST_POSITIONS, _FOR_EACH * regressors))
 
     def strength(self, steadied: bool) -> float:
         """The relative ridge; ``steadied`` says whether a prior is mixed in."""

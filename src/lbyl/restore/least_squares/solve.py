@@ -151,7 +151,7 @@ def empty_sums(
         if size <= settings.budget and not long:
             device = weight.device
             columns = Columns(tuple(k.to(device) for k in keep), tuple(d.to(device) for d in drop))
-            return PatchSums(columns, settings.most_positions(weight[0].numel()), generator), size, ""
+            return PatchSums(columns, settings.positions, generator), size, ""
         why = f"its kernels are long ({taps} taps)" if long else f"patch moments would take {size / 2**20:.0f} MiB"
         note = f"{consumer.layer}: solved by mix, because {why}"
     entries = []
@@ -159,7 +159,7 @@ def empty_sums(
         choice = selection.choices[number]
         slot = next(slot for slot in choice.group.consumers if slot.parameter == consumer.weight)
         index = seats(slot, choice.group.width).to(weight.device)
-        entries.append((number, slot, ChannelSums(index, settings.most_positions(len(index)), generator)))
+        entries.append((number, slot, ChannelSums(index, settings.positions, generator)))
     return entries, sum(selection.choices[n].group.width ** 2 * 8 for n, *_ in entries), note
 
 

@@ -34,12 +34,12 @@ class SumPlan:
 
     Attributes:
         consumers: the consumers.
-        positions: for each consumer's weight, how many positions of a call are taken at most.
+        positions: at most this many positions a call are taken.
         seed: seed for sampling them.
     """
 
     consumers: tuple[Consumer, ...]
-    positions: Mapping[str, int]
+    positions: int
     seed: int
 
     def over(
@@ -53,9 +53,7 @@ class SumPlan:
         weights = {consumer.weight: output_first(consumer, state) for consumer in self.consumers}
         sums = {
             consumer.weight: WholeSums(
-                consumer.blocks,
-                self.positions[consumer.weight],
-                generator_for(self.seed, f"{consumer.weight}#positions{name}"),
+                consumer.blocks, self.positions, generator_for(self.seed, f"{consumer.weight}#positions{name}")
             )
             for consumer in self.consumers
         }
@@ -80,20 +78,18 @@ def planned_sums(
 
     Left out are consumers that are solved by "mix", and those of channels that a layer norm is taken over.
     """
-    state, chosen, positions = tensors_of(model), list[Consumer](), dict[str, int]()
+    state, chosen = tensors_of(model), list[Consumer]()
     for consumer in graph.consumers if settings.solve == "patch" else ():
         read_groups = {group for group, _ in consumer.columns if group in groups}
         # After a layer norm, the inputs depend on which channels are kept.
         if consumer.op == "conv3d" or not read_groups or any(graph.groups[index].layer_norms for index in read_groups):
             continue
-        regressors = output_first(consumer, state)[0].numel()
-        size = consumer.blocks * regressors**2 * 8
+        size = consumer.blocks * (output_first(consumer, state)[0].numel()) ** 2 * 8
         if size > min(limit, settings.budget):
             continue
         limit -= size
         chosen.append(consumer)
-        positions[consumer.weight] = settings.most_positions(regressors)
-    return SumPlan(tuple(chosen), positions, seed)
+    return SumPlan(tuple(chosen), settings.positions, seed)
 
 
 @dataclass(frozen=True)
