@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from output import Run, Table, known_cells
-from peers import flap, grail, wanda, watched
+from peers.language import flap, grail, wanda, watched
 from rich.console import Console
 from torch import Tensor
 
