@@ -10,11 +10,14 @@ are what accuracy is measured on. Each cell is measured in a process of its own,
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -177,13 +180,23 @@ def applies(method: Method, network: Network) -> bool:
     return method.norms is None or method.norms == any(norm for _, norm, _ in network.names)
 
 
+@cache
+def pairs_at(name: str, data: Path, ratio: float) -> list[Pair]:
+    """The pairs of layers that lose channels, with those that lbyl keeps by magnitude."""
+    s = subject(name, data)
+    kept = {group.name: group.keep for group in s.ours(ratio, restore="prune", criterion="l2", verify=False).plan.groups}
+    return pairs_of(s.net, kept, s.network.names)
+
+
 def warm(s: Subject) -> None:
-    """Load what libraries load once, so that it is in nobody's memory."""
+    """Load what libraries load once, and give back memory that is free, so that neither blurs a peak."""
     with torch.no_grad():
         s.net(s.seen[:2])
     clusters(torch.eye(4), 2)
     tiny = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     lbyl.compress(tiny, torch.zeros(1, 3, 8, 8), ratio=0.5, restore="prune", forecast=False)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc
 
 
 def measure(name: str, data: Path, method: str, ratio: float) -> dict[str, Any]:
@@ -191,8 +204,7 @@ def measure(name: str, data: Path, method: str, ratio: float) -> dict[str, Any]:
     torch.set_num_threads(1)
     s = subject(name, data)
     warm(s)
-    kept = {group.name: group.keep for group in s.ours(ratio, restore="prune", verify=False).plan.groups}
-    pairs = pairs_of(s.net, kept, s.network.names)
+    pairs = pairs_at(name, data, ratio)
     peak = PeakMemory()
     peak.start()
     started = time.process_time()
@@ -214,7 +226,14 @@ def key(name: str, ratio: float, method: str) -> dict[str, Any]:
     return {"network": name, "ratio": ratio, "method": method, "lbyl": version("lbyl")}
 
 
-def alone(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def unpruned(name: str, data: Path) -> float:
+    """Accuracy of the whole network."""
+    torch.set_num_threads(1)
+    s = subject(name, data)
+    return s.tested.accuracy(s.net)
+
+
+def alone(work: Callable[[], Any]) -> Any:
     """Measure in a process of its own, which has the network already where processes can be forked."""
     ways = multiprocessing.get_all_start_methods()
     with multiprocessing.get_context("fork" if "fork" in ways else "spawn").Pool(1) as pool:
@@ -261,17 +280,17 @@ def main(
     run.settings = {"seen": SEEN, "networks": {name: each.title for name, each in NETWORKS.items()}, "unpruned": {}}
     run.measurements = [cell for cell in known_cells("image_peers") if not fresh or cell["network"] not in names]
     for name in {cell["network"] for cell in run.measurements} | set(names):
-        s = subject(name, data)
-        run.settings["unpruned"][name] = s.tested.accuracy(s.net)
-    for name in names:
+        subject(name, data)
+        run.settings["unpruned"][name] = alone(partial(unpruned, name, data))
+    for ratio, name in product(RATIOS, names):
+        pairs_at(name, data, ratio)
         known = {(cell["method"], cell["ratio"]) for cell in run.measurements if cell["network"] == name}
-        for ratio in RATIOS:
-            for method, what in METHODS.items():
-                if (method, ratio) not in known and applies(what, NETWORKS[name]):
-                    cell = alone(partial(measure, name, data, method, ratio))
-                    run.measurements.append(cell)
-                    console.print(name, f"{ratio:.0%}", method, cell["accuracy"], cell["seconds"], cell["peak_mib"])
-                    run.save(tabulate)
+        for method, what in METHODS.items():
+            if (method, ratio) not in known and applies(what, NETWORKS[name]):
+                cell = alone(partial(measure, name, data, method, ratio))
+                run.measurements.append(cell)
+                console.print(name, f"{ratio:.0%}", method, cell["accuracy"], cell["seconds"], cell["peak_mib"])
+                run.save(tabulate)
     run.save(tabulate)
 
 
