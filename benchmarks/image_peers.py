@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import product
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -184,7 +184,9 @@ def applies(method: Method, network: Network) -> bool:
 def pairs_at(name: str, data: Path, ratio: float) -> list[Pair]:
     """The pairs of layers that lose channels, with those that lbyl keeps by magnitude."""
     s = subject(name, data)
-    kept = {group.name: group.keep for group in s.ours(ratio, restore="prune", criterion="l2", verify=False).plan.groups}
+    kept = {
+        group.name: group.keep for group in s.ours(ratio, restore="prune", criterion="l2", verify=False).plan.groups
+    }
     return pairs_of(s.net, kept, s.network.names)
 
 

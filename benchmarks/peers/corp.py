@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from peers.grail import Activation, in_turn
-from peers.pairs import Mix, Pair, Unmix, selection
 from sklearn.covariance import oas
 from torch import Tensor, nn
+
+from peers.grail import Activation, in_turn
+from peers.pairs import Mix, Pair, Unmix, selection
 
 
 def affine(x: Float[Tensor, "positions width"], keep: Sequence[int]) -> tuple[Mix, Unmix, Float[Tensor, " width"]]:

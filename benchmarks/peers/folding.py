@@ -1,8 +1,8 @@
-"""Model Folding (Wang et al., ICLR 2025, arXiv 2502.10216): similar channels are clustered, and clusters become channels.
+"""Model Folding (Wang et al., ICLR 2025, arXiv 2502.10216): similar channels are merged.
 
 Filters are clustered by k-means. A cluster's filter and its entries in the batch norm are the means over its members,
-and the consumer's columns are their sums. "Cut Less, Fold More" (Saukh et al., ICLR 2026, arXiv 2602.18116) does the same
-and then re-estimates the batch norms on data.
+and the consumer's columns are their sums. "Cut Less, Fold More" (Saukh et al., ICLR 2026, arXiv 2602.18116) does so
+and re-estimates the batch norms on data.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
-from peers.pairs import Mix, Pair, Unmix, reduce
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
+
+from peers.pairs import Mix, Pair, Unmix, reduce
 
 
 def clusters(filters: Float[Tensor, "width size"], count: int, seed: int = 0) -> Int[Tensor, " width"]:
     """The cluster of each filter, by k-means."""
-    labels = KMeans(count, n_init=10, random_state=seed).fit(filters.double().numpy()).labels_
-    return torch.from_numpy(labels).long()
+    means = KMeans(count, n_init=10, random_state=seed)  # pyright: ignore[reportArgumentType]
+    return torch.from_numpy(means.fit(filters.double().numpy()).labels_).long()
 
 
 def merging(labels: Int[Tensor, " width"]) -> tuple[Mix, Unmix]:

@@ -1,7 +1,7 @@
 """GRAIL (Tang et al. 2026, arXiv 2602.23795): a ridge regression of all channels on those that a method leaves.
 
-The Gram matrix is that of the consumer's input on a few real inputs, not centered. Layers are compensated from the input
-to the output, each on what the network with all earlier layers reduced gives, in one forward pass.
+The Gram matrix is that of the consumer's input on a few real inputs, not centered. Layers are compensated from the
+input to the output, each on what the network with all earlier layers reduced gives, in one forward pass.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peers.pairs import Mix, Pair, Unmix, reduce
 from torch import Tensor, nn
+
+from peers.pairs import Mix, Pair, Unmix, reduce
 
 Activation = Callable[[Tensor], Tensor]
 

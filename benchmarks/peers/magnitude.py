@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from peers.pairs import Mix, Pair, Unmix, selection
 from torch import nn
+
+from peers.pairs import Mix, Pair, Unmix, selection
 
 
 def prune(net: nn.Module, pair: Pair) -> tuple[Mix, Unmix]:

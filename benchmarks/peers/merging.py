@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import torch
-from peers.pairs import Mix, Pair, Unmix, selection
 from torch import Tensor, nn
+
+from peers.pairs import Mix, Pair, Unmix, selection
 
 
 def scaling(

@@ -1,14 +1,13 @@
 """Two layers with channels between them, and how all methods here make these channels fewer.
 
-A method reduces a pair to ``kept`` channels by two matrices: ``mix`` (kept x width) makes the rows of the producer, and
-of the batch norm after it, and ``unmix`` (width x kept) makes the columns of the consumer. Pruning has zeros and ones in
-both.
+A method reduces a pair to ``kept`` channels by two matrices: ``mix`` (kept x width) makes the rows of the producer and
+of the batch norm after it, ``unmix`` (width x kept) the columns of the consumer. Pruning has zeros and ones in both.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +41,9 @@ class Pair:
         return net.get_submodule(self.producer), norm, net.get_submodule(self.consumer)
 
 
-def pairs_of(net: nn.Module, kept: dict[str, Sequence[int]], names: Sequence[tuple[str, str | None, str]]) -> list[Pair]:
+def pairs_of(
+    net: nn.Module, kept: Mapping[str, Sequence[int]], names: Sequence[tuple[str, str | None, str]]
+) -> list[Pair]:
     """The pairs of these names, with the kept channels of each producer; those that keep all are left out."""
     found = [Pair(*each, tuple(kept[each[0]])) for each in names if each[0] in kept]
     return [pair for pair in found if len(pair.keep) < len(pair.layers(net)[0].weight)]
