@@ -1,1 +1,1 @@
-"""Short implementations of other methods, after their papers, for the benchmarks."""
+"""Short implementations of other methods, after their papers, one file for each; benchmarks compare with them."""
