@@ -1,6 +1,6 @@
 """Ours beside other methods on image networks: the same kept counts, accuracy, CPU seconds and memory.
 
-    python benchmarks/image_peers.py --data DIR [--network resnet56] [--fresh]
+    python benchmarks/image_peers.py --data DIR [--network resnet56] [--ratio 0.5] [--method "ours, default"] [--fresh]
 
 The other methods are those in `peers/`, each a short implementation after its paper, and those that lbyl has itself.
 DIR (or the environment variable LBYL_DATA) is as for `accuracy.py`; the digits networks are trained here. Methods that
@@ -11,6 +11,7 @@ are what accuracy is measured on. Each cell is measured in a process of its own,
 from __future__ import annotations
 
 import ctypes
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ import torch
 import typer
 from depth import digits_vit
 from networks import Images, cifar10, digits, digits_resnet, held_out_digits, resnet56
-from output import Cell, Run, Table, known_cells
+from output import RESULTS, Cell, Run, Table, known_cells
 from peak import PeakMemory
 from peers.corp import corp
 from peers.folding import clusters, fold, fold_repaired
@@ -242,6 +243,11 @@ def alone(work: Callable[[], Any]) -> Any:
         return pool.apply(work)
 
 
+def _unpruned_before() -> dict[str, float]:
+    file = RESULTS / "image_peers.json"
+    return json.loads(file.read_text(encoding="utf-8"))["settings"]["unpruned"] if file.is_file() else {}
+
+
 def table(name: str, run: Run) -> Table:
     """Methods by ratios."""
     cells = {(cell["method"], cell["ratio"]): cell for cell in run.measurements if cell["network"] == name}
@@ -270,28 +276,34 @@ def tabulate(run: Run) -> None:
 def main(
     data: Annotated[Path, typer.Option(envvar="LBYL_DATA", help="Folder with weights/ and data/.")],
     network: Annotated[list[str] | None, typer.Option(help="One of NETWORKS; may be given again.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="A share of channels to remove; all without.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="One of METHODS; may be given again.")] = None,
     fresh: Annotated[bool, typer.Option(help="Compute again what is known, for these networks.")] = False,
 ) -> None:
     """Fill the tables cell by cell."""
     torch.set_num_threads(1)
     console, names = Console(), network or list(NETWORKS)
-    unknown = [name for name in names if name not in NETWORKS]
-    if unknown:
-        raise typer.BadParameter(f"no network {unknown[0]!r}; there are {', '.join(NETWORKS)}")
+    methods = method or list(METHODS)
+    for given, there in ((names, NETWORKS), (methods, METHODS), (ratio or (), RATIOS)):
+        for each in given:
+            if each not in there:
+                raise typer.BadParameter(f"{each!r} is not one of: {'; '.join(map(str, there))}")
     run = Run("image_peers", "Beside other methods", "python benchmarks/image_peers.py --data DIR", pieced=True)
     run.settings = {"seen": SEEN, "networks": {name: each.title for name, each in NETWORKS.items()}, "unpruned": {}}
     run.measurements = [cell for cell in known_cells("image_peers") if not fresh or cell["network"] not in names]
-    for name in {cell["network"] for cell in run.measurements} | set(names):
+    run.settings["unpruned"] = _unpruned_before()
+    for name in names:
         subject(name, data)
-        run.settings["unpruned"][name] = alone(partial(unpruned, name, data))
-    for ratio, name in product(RATIOS, names):
-        pairs_at(name, data, ratio)
+        if fresh or name not in run.settings["unpruned"]:
+            run.settings["unpruned"][name] = alone(partial(unpruned, name, data))
+    for share, name in product(ratio or RATIOS, names):
+        pairs_at(name, data, share)
         known = {(cell["method"], cell["ratio"]) for cell in run.measurements if cell["network"] == name}
-        for method, what in METHODS.items():
-            if (method, ratio) not in known and applies(what, NETWORKS[name]):
-                cell = alone(partial(measure, name, data, method, ratio))
+        for each in methods:
+            if (each, share) not in known and applies(METHODS[each], NETWORKS[name]):
+                cell = alone(partial(measure, name, data, each, share))
                 run.measurements.append(cell)
-                console.print(name, f"{ratio:.0%}", method, cell["accuracy"], cell["seconds"], cell["peak_mib"])
+                console.print(name, f"{share:.0%}", each, cell["accuracy"], cell["seconds"], cell["peak_mib"])
                 run.save(tabulate)
     run.save(tabulate)
 
