@@ -72,7 +72,7 @@ def in_turn(
 @torch.no_grad()
 def grams_of(net: nn.Module, pairs: Sequence[Pair], images: Tensor) -> dict[Pair, Tensor]:
     """The Gram matrix of each consumer's input in the original network."""
-    grams, hooks = {}, []
+    grams = {}
 
     def watch(pair: Pair) -> Callable[..., None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -81,8 +81,7 @@ def grams_of(net: nn.Module, pairs: Sequence[Pair], images: Tensor) -> dict[Pair
 
         return hook
 
-    for pair in pairs:
-        hooks.append(net.get_submodule(pair.consumer).register_forward_pre_hook(watch(pair)))
+    hooks = [net.get_submodule(pair.consumer).register_forward_pre_hook(watch(pair)) for pair in pairs]
     net(images)
     for hook in hooks:
         hook.remove()
