@@ -146,7 +146,7 @@ def _reduced(how: Any, again: bool = False) -> Callable[[Subject, list[Pair], fl
 
 def _grail(how: Any, again: bool = False) -> Callable[[Subject, list[Pair], float], nn.Module]:
     def make(s: Subject, pairs: list[Pair], ratio: float) -> nn.Module:
-        small = grail(s.net, pairs, s.seen, s.network.activation, how)
+        small = grail(s.net, pairs, s.seen, s.network.activation, how, sequential=False)
         return reestimated(small, s.seen) if again else small
 
     return make

@@ -110,6 +110,8 @@ def test_grail_is_the_ridge_regression_on_what_is_left(how: Any) -> None:
     expected = torch.linalg.lstsq(padded, torch.cat([rows, torch.zeros(5, 8, dtype=torch.float64)])).solution.T
     torch.testing.assert_close(compensation(rows.T @ rows, mix), expected)
     small = grail(net, [PAIR], x, torch.relu, how)
+    at_once = grail(net, [PAIR], x, torch.relu, how, sequential=False)
+    torch.testing.assert_close(at_once[3].weight, small[3].weight)
     columns = torch.einsum("oihw,ik->okhw", net[3].weight.detach().double(), expected)  # pyright: ignore
     torch.testing.assert_close(small[3].weight.detach(), columns.float(), rtol=1e-4, atol=1e-5)
 
