@@ -403,7 +403,8 @@ def test_small_batches_of_a_kind_are_one_where_parts_of_them_would_be_too_small(
     probes = Probes(tuple(parts), parts[0], True, recalibration_batches=(3,), matches_training_statistics=True)
     room = room_for(16, 2 * held_bytes(net, ExampleInputs.of(images(1))))
     Watched.seen.clear()
-    lbyl.compress(net, images(1), ratio=0.5, restore=lbyl.LeastSquares(Given(probes), memory=room), forecast=False)
+    restore = lbyl.LeastSquares(Given(probes), memory=room, renorm=False)
+    lbyl.compress(net, images(1), ratio=0.5, restore=restore, forecast=False)
     # Of 16 dreams and of as many of the others every second one, once for each network.
     (both,) = [x for x in Watched.seen if len(x) == 32]
     assert torch.equal(both, torch.cat([images(32)[::2]] * 2))
@@ -413,3 +414,24 @@ def test_small_batches_of_a_kind_are_one_where_parts_of_them_would_be_too_small(
 def test_too_few_probes_for_solving_in_turn_are_solved_all_at_once(sequential: bool | None) -> None:
     result = restored(residual(), images(), sequential, memory=1000)
     assert any("not solved in turn: 0 MiB of memory hold 0" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize(("ridge", "ways"), [(1e-2, {"in turn"}), (1e4, {"in turn", "halfway between", "all at once"})])
+def test_what_is_clearly_better_in_turn_is_not_compared(ridge: float, ways: set[str]) -> None:
+    """Nothing else is measured then; the solution is the one in turn."""
+    net = settle(residual())
+    parts = [ExampleInputs.of(part) for part in images(96).split(48)]
+    probes = Probes(tuple(parts), ExampleInputs.of(images(16, seed=9)), True, matches_training_statistics=True)
+
+    def result(sequential: bool | None) -> lbyl.Result:
+        restore = lbyl.LeastSquares(Given(probes), ridge=ridge, sequential=sequential)
+        return lbyl.compress(net, images(1), ratio=0.25, restore=restore, forecast=False)
+
+    free, asked = result(None), result(True)
+    assert free.report.held_out_errors.keys() - {"pruned"} == ways
+    assert asked.report.held_out_errors.keys() == {"pruned", "in turn"}
+    assert free.report.held_out_errors["in turn"] == pytest.approx(asked.report.held_out_errors["in turn"])
+    if ways == {"in turn"}:
+        assert free.report.held_out_errors["in turn"] <= 0.75 * free.report.held_out_errors["pruned"]
+        for name, tensor in free.model.state_dict().items():
+            assert torch.equal(tensor, asked.model.state_dict()[name])

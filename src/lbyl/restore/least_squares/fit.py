@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 
@@ -19,18 +19,17 @@ from lbyl.moments.base import is_lifelike
 from lbyl.moments.data import Data
 from lbyl.restore.base import Restoration, RestorationProblem
 from lbyl.restore.closed_form import with_ties
+from lbyl.restore.least_squares.judge import Judge, evaluated_batches
 from lbyl.restore.least_squares.recalibrate import (
     POSITIONS,
     Look,
     Observer,
-    Statistics,
     averaged,
     look,
     recenter,
     renormalize,
-    transplant,
 )
-from lbyl.restore.least_squares.sequential import NotApplicable, solve_sequentially
+from lbyl.restore.least_squares.sequential import NotApplicable, SequentialResult, all_in_turn, solve_sequentially
 from lbyl.restore.least_squares.settings import Settings
 from lbyl.restore.least_squares.solve import (
     Findings,
@@ -44,15 +43,13 @@ from lbyl.restore.least_squares.solve import (
 )
 from lbyl.restore.least_squares.whole_sums import planned_sums, with_cluster
 from lbyl.restore.targets import Target, find_targets, knowing_taps, masked
-from lbyl.runtime.attended import at_attended, attended_positions
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.batches import FEWEST, first_rows, in_parts
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import ConsumerCall, OnConsumer, run_intercepted
-from lbyl.runtime.inputs import ExampleInputs, output_tensors
-from lbyl.runtime.layer_norms import NormMasks
+from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import give_back, held_at_once, held_bytes
-from lbyl.runtime.output_error import Assessment, error_of_parts
+from lbyl.runtime.output_error import Assessment
 from lbyl.runtime.progress import Progress, counted
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State
@@ -95,31 +92,117 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
             seconds["solve"] = time.perf_counter() - started
             return restoration(_Found(problem.stored(findings.values, state), findings), None)
     with torch.no_grad():
-        looks = _measured(problem, probes, findings, known := _known(task, probes, settings))
-        found = _Found(problem.stored(findings.values, state), findings, _told(problem, probes, known))
+        first = _solved_in_turn(problem, probes)
         seconds["solve"] = time.perf_counter() - started
-        started = time.perf_counter()
-        norms = {target.consumer.weight: target.norm for target in problem.found if target.norm}
-        give_back()
-        positions = _positions(problem, probes)
-        if not looks and (attached or batch_norms(model)):
-            looks = [look(model, {}, batch, norms, positions) for batch in probes.batches]
-        judge = _Judge.over(problem, probes, looks)
-        before, found = judge(_pruned(problem, state)), replace(found, error=judge(found.values))
-        found = _with_renorm(problem, probes, found, looks, norms, judge)
-        found = replace(found, errors={"all at once": found.error})
-        # Free memory.
-        del looks
-        give_back()
-        seconds["renorm"] = time.perf_counter() - started
-        started = time.perf_counter()
-        found = _with_turns(problem, probes, found, judge)
-        seconds["solve"] += time.perf_counter() - started
+        if first is None or not first.suffices:
+            found, judge, before = _compared(problem, probes, _known(task, probes, settings), findings, first, seconds)
+        else:
+            found, judge, before = first.found(problem, probes), first.judge, first.before
         if found.error > before:
             # With too few probes for large layers, solutions do not generalize.
             found = _less(found, _pruned(problem, state), state, before, judge)
     real = isinstance(settings.moments, Data)
     return restoration(found, Assessment(before, found.error, probes.holds_out, real))
+
+
+_CLEARLY = 0.75
+"""Consumers solved in turn are not compared with other solutions if this share of plain pruning's error is left, or
+less."""
+
+
+@dataclass(frozen=True)
+class _First:
+    """What was tried first: consumers solved in turn.
+
+    Attributes:
+        judge: measures errors on held-out probes.
+        before: the error of plain pruning.
+        turned: the solution, or why there is none.
+        error: its error.
+        asked: whether the user asked for it.
+    """
+
+    judge: Judge
+    before: float
+    turned: SequentialResult | NotApplicable
+    error: float = float("inf")
+    asked: bool = False
+
+    @property
+    def suffices(self) -> bool:
+        """Whether there is a solution that is asked for, or so good that others need not be measured."""
+        return isinstance(self.turned, SequentialResult) and (self.asked or self.error <= _CLEARLY * self.before)
+
+    def found(self, problem: LeastSquaresProblem, probes: Probes) -> _Found:
+        """The solution, which must exist."""
+        assert isinstance(self.turned, SequentialResult)
+        note = f"consumers solved in turn: error on {self.judge.where} {self.error:.3g}"
+        return _Found(
+            self.turned.values,
+            self.turned.findings,
+            (*_told(problem, probes, {}), note),
+            self.error,
+            renorm=problem.settings.renorm,
+            errors={"in turn": self.error},
+        )
+
+
+def _solved_in_turn(problem: LeastSquaresProblem, probes: Probes) -> _First | None:
+    """Consumers solved in turn before anything else is measured, which takes about as long again.
+
+    Only on synthesized probes of networks with batch norms, if all consumers can be solved in this way. There are many
+    such probes, and in turn was the best solution on all networks on which it was compared (docs/research.md).
+    """
+    asked, state = problem.settings.sequential, tensors_of(problem.model)
+    able = asked or (asked is None and probes.matches_training_statistics)
+    if not (able and probes.batch_statistics and probes.beyond is None and all_in_turn(problem, state)):
+        return None
+    looks = {number: look(problem.model, {}, probes.batches[number]) for number in evaluated_batches(probes)}
+    judge = Judge.over(problem, probes, looks)
+    before = judge(_pruned(problem, state))
+    turned = solve_sequentially(problem, probes, Findings(state), problem.settings.renorm)
+    give_back()
+    if isinstance(turned, NotApplicable):
+        return _First(judge, before, turned)
+    return _First(judge, before, turned, judge(turned.on_probes), bool(asked))
+
+
+def _compared(
+    problem: LeastSquaresProblem,
+    probes: Probes,
+    known: Mapping[str, ConsumerMoments],
+    findings: Findings,
+    first: _First | None,
+    seconds: dict[str, float],
+) -> tuple[_Found, Judge, float]:
+    """The best of consumers solved all at once, in turn and halfway between; its judge; and plain pruning's error.
+
+    ``first`` is what was tried before, if anything. ``seconds`` gets the time that each step took.
+    """
+    started, state, model = time.perf_counter(), findings.state, problem.model
+    looks = _measured(problem, probes, findings, known)
+    found = _Found(problem.stored(findings.values, state), findings, _told(problem, probes, known))
+    seconds["solve"] += time.perf_counter() - started
+    started = time.perf_counter()
+    norms = {target.consumer.weight: target.norm for target in problem.found if target.norm}
+    give_back()
+    positions = _positions(problem, probes)
+    if not looks and (probes.statistics or batch_norms(model)):
+        looks = [look(model, {}, batch, norms, positions) for batch in probes.batches]
+    judge = first.judge if first else Judge.over(problem, probes, dict(enumerate(looks)))
+    before = first.before if first else judge(_pruned(problem, state))
+    found = _with_renorm(problem, probes, replace(found, error=judge(found.values)), looks, norms, judge)
+    found = replace(found, errors={"all at once": found.error})
+    # Free memory.
+    del looks
+    give_back()
+    seconds["renorm"] = time.perf_counter() - started
+    started = time.perf_counter()
+    # What was tried first had its batch norms recalibrated if that was asked for.
+    turned = first.turned if first and found.renorm == problem.settings.renorm else None
+    found = _with_turns(problem, probes, found, judge, turned)
+    seconds["solve"] += time.perf_counter() - started
+    return found, judge, before
 
 
 def _known(task: RestorationProblem, probes: Probes, settings: Settings) -> Mapping[str, ConsumerMoments]:
@@ -215,53 +298,13 @@ def _pruned(problem: LeastSquaresProblem, state: State) -> dict[str, Tensor]:
     return problem.stored({target.consumer.weight: masked(target, state) for target in problem.found}, state)
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """Measures the relative error of the outputs on held-out probes for given values of parameters and buffers."""
-
-    model: nn.Module
-    state: State
-    held_out: tuple[ExampleInputs, ...]
-    kept: NormMasks
-    world: Statistics
-    expected: list[list[Tensor]]
-    where: str
-
-    @staticmethod
-    def over(problem: LeastSquaresProblem, probes: Probes, looks: Sequence[Look]) -> _Judge:
-        """A judge whose batch norms have the statistics of the probes that resemble the held-out ones."""
-        world: Statistics = {}
-        if probes.batch_statistics and looks:
-            world = averaged([looks[index] for index in probes.evaluation_batches or range(len(looks))])
-        model, state = problem.model, tensors_of(problem.model)
-        most = held_at_once(problem.settings.memory, held_bytes(model, first_rows(probes.held_out)))
-        parts = tuple(in_parts(probes.held_out, most))
-        where = "held-out probes" if probes.holds_out else "what was solved on"
-        judge = _Judge(model, state, parts, norm_masks(problem.selection), world, [], where)
-        return replace(judge, expected=list(judge.outputs({})))
-
-    def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> Iterator[list[Tensor]]:
-        """The network's outputs for all held-out probes, part by part."""
-        moved = transplant(values, self.state, self.world)
-        for part in self.held_out:
-            given = output_tensors(run_intercepted(self.model, part, values=moved, kept=kept))
-            attended = attended_positions(self.model, part)
-            yield [at_attended(attended, tensor) for tensor in given]
-            del given
-            give_back()
-
-    def __call__(self, values: Mapping[str, Tensor]) -> float:
-        """The error of these values."""
-        return error_of_parts(self.expected, self.outputs(values, self.kept))
-
-
 def _with_renorm(
     problem: LeastSquaresProblem,
     probes: Probes,
     found: _Found,
     looks: Sequence[Look],
     norms: Mapping[str, str],
-    judge: _Judge,
+    judge: Judge,
 ) -> _Found:
     """The restoration with recalibrated batch norms, unless this raises the error on held-out probes."""
     if not problem.settings.renorm or not any(each.statistics for each in looks):
@@ -293,13 +336,23 @@ def _positions(problem: LeastSquaresProblem, probes: Probes) -> int:
     )
 
 
-def _with_turns(problem: LeastSquaresProblem, probes: Probes, found: _Found, judge: _Judge) -> _Found:
-    """The restoration with consumers solved in turn, or the average of both, if its held-out error is lower."""
+def _with_turns(
+    problem: LeastSquaresProblem,
+    probes: Probes,
+    found: _Found,
+    judge: Judge,
+    turned: SequentialResult | NotApplicable | None,
+) -> _Found:
+    """The restoration with consumers solved in turn, or the average of both, if its held-out error is lower.
+
+    ``turned`` is the solution in turn if it is known.
+    """
     asked = problem.settings.sequential
     if not (asked or (asked is None and probes.matches_training_statistics)):
         return found
-    turned = solve_sequentially(problem, probes, found.findings, found.renorm)
-    give_back()
+    if turned is None:
+        turned = solve_sequentially(problem, probes, found.findings, found.renorm)
+        give_back()
     if isinstance(turned, NotApplicable):
         told = asked or turned.possible
         return replace(found, notes=found.plus(f"consumers not solved in turn: {turned.why}")) if told else found
@@ -331,7 +384,7 @@ def _between(
     return {name: torch.lerp(of(first, name), of(second, name), share) for name in {**first, **second}}
 
 
-def _less(found: _Found, pruned: Mapping[str, Tensor], state: State, before: float, judge: _Judge) -> _Found:
+def _less(found: _Found, pruned: Mapping[str, Tensor], state: State, before: float, judge: Judge) -> _Found:
     """A partial restoration, between plain pruning and one that raised the held-out error; or plain pruning."""
     for share in (0.5, 0.25):
         part = _between(state, pruned, found.values, share)

@@ -67,6 +67,12 @@ def _takers(problem: LeastSquaresProblem, state: State) -> tuple[dict[str, Targe
     return takers, ""
 
 
+def all_in_turn(problem: LeastSquaresProblem, state: State) -> bool:
+    """Whether all consumers of dropped channels can be solved in turn."""
+    takers, _ = _takers(problem, state)
+    return bool(takers) and takers.keys() >= {target.consumer.weight for target in problem.found}
+
+
 def _by_kind(probes: Probes) -> list[ExampleInputs]:
     """The batches joined into one for each kind of probe (dreams, images with structure), unless shapes differ."""
     if len({tuple(tensor.shape[1:] for tensor in batch.tensors()) for batch in probes.batches}) > 1:

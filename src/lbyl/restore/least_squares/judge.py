@@ -1,0 +1,71 @@
+"""Measures what a restoration loses on held-out probes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from lbyl.moments import Probes
+from lbyl.restore.least_squares.recalibrate import Look, Statistics, averaged, transplant
+from lbyl.restore.least_squares.solve import LeastSquaresProblem
+from lbyl.runtime.attended import at_attended, attended_positions
+from lbyl.runtime.batches import first_rows, in_parts
+from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.forward import run_intercepted
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.layer_norms import NormMasks
+from lbyl.runtime.memory import give_back, held_at_once, held_bytes
+from lbyl.runtime.output_error import error_of_parts
+from lbyl.selection.filters import State
+from lbyl.surgery.masking import norm_masks
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures the relative error of the outputs on held-out probes for given values of parameters and buffers."""
+
+    model: nn.Module
+    state: State
+    held_out: tuple[ExampleInputs, ...]
+    kept: NormMasks
+    world: Statistics
+    expected: list[list[Tensor]]
+    where: str
+
+    @staticmethod
+    def over(problem: LeastSquaresProblem, probes: Probes, looks: Mapping[int, Look]) -> Judge:
+        """A judge whose batch norms have the statistics of the probes that resemble the held-out ones.
+
+        ``looks`` holds measurements of the unpruned network by the number of the batch, at least of
+        `evaluated_batches`; it may be empty if there is no batch norm.
+        """
+        world: Statistics = {}
+        if probes.batch_statistics and looks:
+            world = averaged([looks[number] for number in evaluated_batches(probes)])
+        model, state = problem.model, tensors_of(problem.model)
+        most = held_at_once(problem.settings.memory, held_bytes(model, first_rows(probes.held_out)))
+        parts = tuple(in_parts(probes.held_out, most))
+        where = "held-out probes" if probes.holds_out else "what was solved on"
+        judge = Judge(model, state, parts, norm_masks(problem.selection), world, [], where)
+        return replace(judge, expected=list(judge.outputs({})))
+
+    def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> Iterator[list[Tensor]]:
+        """The network's outputs for all held-out probes, part by part."""
+        moved = transplant(values, self.state, self.world)
+        for part in self.held_out:
+            given = output_tensors(run_intercepted(self.model, part, values=moved, kept=kept))
+            attended = attended_positions(self.model, part)
+            yield [at_attended(attended, tensor) for tensor in given]
+            del given
+            give_back()
+
+    def __call__(self, values: Mapping[str, Tensor]) -> float:
+        """The error of these values."""
+        return error_of_parts(self.expected, self.outputs(values, self.kept))
+
+
+def evaluated_batches(probes: Probes) -> Sequence[int]:
+    """The numbers of the batches that resemble the held-out probes."""
+    return probes.evaluation_batches or range(len(probes.batches))
