@@ -420,7 +420,7 @@ def test_too_few_probes_for_solving_in_turn_are_solved_all_at_once(sequential: b
 def test_what_is_clearly_better_in_turn_is_not_compared(ridge: float, ways: set[str]) -> None:
     """Nothing else is measured then; the solution is the one in turn."""
     net = settle(residual())
-    parts = [ExampleInputs.of(part) for part in images(96).split(48)]
+    parts = [ExampleInputs.of(part) for part in images(256).split(128)]
     probes = Probes(tuple(parts), ExampleInputs.of(images(16, seed=9)), True, matches_training_statistics=True)
 
     def result(sequential: bool | None) -> lbyl.Result:

@@ -44,7 +44,7 @@ from lbyl.restore.least_squares.solve import (
 from lbyl.restore.least_squares.whole_sums import planned_sums, with_cluster
 from lbyl.restore.targets import Target, find_targets, knowing_taps, masked
 from lbyl.runtime.batch_norms import batch_norms
-from lbyl.runtime.batches import FEWEST, first_rows, in_parts
+from lbyl.runtime.batches import FEWEST, batch_size, first_rows, in_parts
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import ConsumerCall, OnConsumer, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
@@ -105,9 +105,9 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
     return restoration(found, Assessment(before, found.error, probes.holds_out, real))
 
 
-_CLEARLY = 0.75
-"""Consumers solved in turn are not compared with other solutions if this share of plain pruning's error is left, or
-less."""
+_CLEARLY, _MANY = 0.75, 256
+"""Consumers solved in turn are not compared with other solutions if this share of plain pruning's error is left or
+less, on so many probes or more. On fewer, each turn fits them a little too closely, and this adds up."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,12 @@ class _First:
 def _solved_in_turn(problem: LeastSquaresProblem, probes: Probes) -> _First | None:
     """Consumers solved in turn before anything else is measured, which takes about as long again.
 
-    Only on synthesized probes of networks with batch norms, if all consumers can be solved in this way. There are many
-    such probes, and in turn was the best solution on all networks on which it was compared (docs/research.md).
+    Only on many synthesized probes of networks with batch norms, if all consumers can be solved in this way: there it
+    was the best solution on all networks on which it was compared (docs/research.md).
     """
     asked, state = problem.settings.sequential, tensors_of(problem.model)
-    able = asked or (asked is None and probes.matches_training_statistics)
+    many = sum(map(batch_size, probes.batches)) >= _MANY
+    able = asked or (asked is None and probes.matches_training_statistics and many)
     if not (able and probes.batch_statistics and probes.beyond is None and all_in_turn(problem, state)):
         return None
     looks = {number: look(problem.model, {}, probes.batches[number]) for number in evaluated_batches(probes)}
