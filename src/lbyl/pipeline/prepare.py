@@ -35,7 +35,7 @@ from lbyl.restore.registry import fallbacks
 from lbyl.runtime.checks import check_module
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import shape_and_dtype, tensors_of, unwrapped
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.inputs import HUGE, ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion, needs_probes
 
@@ -269,10 +269,6 @@ def _uncuttable(module: nn.Module) -> str:
 _QUANTIZED = ("torch.ao.quantization", "torch.ao.nn.qat", "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.q")
 
 
-_HUGE = 1e18
-"""Squares of larger numbers are infinite in float32."""
-
-
 def check_weights(model: nn.Module) -> None:
     """Raise InputError for weights and statistics that are not finite or too large, and for negative variances."""
     buffers = dict(model.named_buffers())
@@ -291,7 +287,7 @@ def check_weights(model: nn.Module) -> None:
             raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")
         if name.endswith("running_var") and low < 0:
             raise InputError(f"{name} holds {low:.3g}, but a variance can't be negative; load the right statistics")
-        if name not in buffers and max(-low, high) > _HUGE and tensor.dtype != torch.float64:
+        if name not in buffers and max(-low, high) > HUGE and tensor.dtype != torch.float64:
             raise InputError(
                 f"{name} holds values as large as {max(-low, high):.1e}, whose squares are infinite in float32; "
                 "lbyl can't restore from such weights"
