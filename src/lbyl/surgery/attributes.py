@@ -159,8 +159,10 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
     elif isinstance(module, nn.Linear) and "weight" in before:
         assert isinstance(weight, Tensor)
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.Embedding) and isinstance(weight, Tensor):
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and isinstance(weight, Tensor):
         module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.Bilinear) and isinstance(weight, Tensor):
+        module.out_features, module.in1_features, module.in2_features = weight.shape
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(weight, Tensor):
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
