@@ -31,7 +31,7 @@ from lbyl.pipeline.request import CompressionRequest, named_criterion, named_res
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.walk import walk
 from lbyl.runtime.checks import as_path, named_kind
-from lbyl.runtime.contexts import alone, own_device, undisturbed
+from lbyl.runtime.contexts import alone, own_settings, undisturbed
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.progress import Clock, Progress
@@ -169,7 +169,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else percent(value)
 
 
-@own_device()
+@own_settings()
 def compare(
     model: nn.Module,
     example_inputs: Inputs,

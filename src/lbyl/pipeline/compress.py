@@ -17,7 +17,7 @@ from lbyl.pipeline.prepare import plain_module, prepare
 from lbyl.pipeline.quality import DEFAULT, evaluated, meet
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs, Result
-from lbyl.runtime.contexts import alone, own_device, uncollected
+from lbyl.runtime.contexts import alone, own_settings, uncollected
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
@@ -26,7 +26,7 @@ from lbyl.selection.select import Ratio, check_ratio
 from lbyl.surgery.plan import remember
 
 
-@own_device()
+@own_settings()
 def compress(
     model: nn.Module,
     example_inputs: Inputs,

@@ -72,6 +72,8 @@ class ExampleInputs:
             )
         if not made.tensors():
             raise InputError("example_inputs holds no tensor; pass the inputs that the model is called with")
+        if any(tensor.is_inference() for tensor in made.tensors()) and not torch.is_inference_mode_enabled():
+            made = made.map(Tensor.clone)  # gradients can't be computed from tensors of inference mode
         for tensor in made.tensors():
             found = f"an input of {'x'.join(map(str, tensor.shape))}"
             if tensor.is_meta:
