@@ -258,10 +258,10 @@ def _uncuttable(module: nn.Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return "a TorchScript module, which can't be cut; pass the nn.Module that was scripted or traced"
     own = (*module._parameters.values(), *module._buffers.values())
-    if any(tensor is not None and tensor.is_inference() for tensor in own):
-        return "made inside torch.inference_mode(), where no copy of it can be changed; make or load it outside of that"
     if any(tensor is not None and is_lazy(tensor) for tensor in own):
         return "lazy: its width is not known yet; run the model once on the example inputs, then pass it"
+    if any(tensor is not None and tensor.is_inference() for tensor in own):
+        return "made inside torch.inference_mode(), where no copy of it can be changed; make or load it outside of that"
     place = type(module).__module__
     if place.startswith(_QUANTIZED) and not place.endswith(".stubs"):
         return "prepared for quantization or quantized; compress the float model first, then prepare the result"
