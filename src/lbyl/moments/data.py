@@ -125,7 +125,7 @@ def usable_batch(batch: Any, number: int, inputs: ExampleInputs, device: torch.d
     """
     if isinstance(batch, Mapping) and len(batch) == 1 and not inputs.kwargs:
         batch = next(iter(batch.values()))  # the only column of a dataset
-    made = ExampleInputs.of(batch).to(device).in_the_form_of(inputs)
+    made = ExampleInputs.of(batch, f"Data: batch {number}").to(device).in_the_form_of(inputs)
     _check_like(made, number, inputs)
     return made
 

@@ -37,7 +37,7 @@ from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.runtime.settings import described, printed
-from lbyl.selection.select import check_ratio
+from lbyl.selection.select import checked_ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -218,7 +218,7 @@ def compare(
     if not isinstance(ratios, Sequence) or isinstance(ratios, str) or not ratios:
         raise InputError(f"ratios is {ratios!r}; pass a list, such as [0.25, 0.5]")
     for ratio in ratios:
-        check_ratio(ratio)
+        checked_ratio(ratio)
     judge, model = Judge(evaluate), plain_module(model)
     first = CompressionRequest(ratios[0], None, scope, None, None, seed, verify, False, None, progress, forecast)
     with deep_calls(model), alone(model):

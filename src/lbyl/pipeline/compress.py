@@ -22,7 +22,7 @@ from lbyl.runtime.copying import copy_model
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
-from lbyl.selection.select import Ratio, check_ratio
+from lbyl.selection.select import Ratio, checked_ratio
 from lbyl.surgery.plan import remember
 
 
@@ -101,7 +101,7 @@ def compress(
     if budget is None and ratio is None:
         budget = DEFAULT
     ratio = 0.5 if ratio is None else ratio
-    check_ratio(ratio)
+    ratio = checked_ratio(ratio)
     judge = Judge(evaluate)
     scoring, restorer = named_criterion(criterion), named_restorer(restore)
     request = CompressionRequest(

@@ -51,8 +51,10 @@ class ExampleInputs:
     rows: int | None = None
 
     @staticmethod
-    def of(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs) -> ExampleInputs:
-        """Accept a tensor, a tuple of positional inputs, or a mapping of keyword inputs.
+    def of(
+        inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs, name: str = "example_inputs"
+    ) -> ExampleInputs:
+        """Accept a tensor, a tuple of positional inputs, or a mapping of keyword inputs; errors call it ``name``.
 
         Raises:
             InputError: it is anything else, holds no tensor, or holds a tensor that is empty, sparse or without values.
@@ -67,14 +69,16 @@ class ExampleInputs:
             made = ExampleInputs((), dict(inputs))
         else:
             raise InputError(
-                f"example_inputs is a {type(inputs).__name__}; pass a tensor, a tuple of positional inputs, "
+                f"{name} is a {type(inputs).__name__}; pass a tensor, a tuple of positional inputs, "
                 "or a dict of keyword inputs"
             )
         if not made.tensors():
-            raise InputError("example_inputs holds no tensor; pass the inputs that the model is called with")
+            raise InputError(f"{name} holds no tensor; pass the inputs that the model is called with")
         if any(tensor.is_inference() for tensor in made.tensors()) and not torch.is_inference_mode_enabled():
             made = made.map(Tensor.clone)  # gradients can't be computed from tensors of inference mode
         for tensor in made.tensors():
+            if tensor.is_nested:
+                raise InputError("an input is a nested tensor; pass a padded one (tensor.to_padded_tensor(0.0))")
             found = f"an input of {'x'.join(map(str, tensor.shape))}"
             if tensor.is_meta:
                 raise InputError(f"{found} is on the meta device, where it has no values; pass one that has")
