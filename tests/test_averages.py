@@ -140,8 +140,11 @@ def test_where_no_weight_makes_up_for_it_the_mean_is_of_what_stays(norm, restore
     assert {row.group: row.after for row in result.report.rows}["table"] == 8
 
 
-def test_a_mean_over_an_unknown_constant_keeps_channels_whole() -> None:
-    group = lbyl.inspect(built(lambda: Stream(nn.RMSNorm)), images(2, 5, 6)).graph.group("table")
-    assert not group.prunable
-    assert group.reason is not None
-    assert "mean" in group.reason or "statistics" in group.reason
+def test_a_constant_of_the_size_of_a_rounding_error_needs_no_correction() -> None:
+    """By default, torch's RMSNorm adds the machine epsilon of its input's dtype."""
+    model, x = built(lambda: Stream(nn.RMSNorm)), images(2, 5, 6)
+    assert [average.eps for average in lbyl.inspect(model, x).graph.group("table").averages] == [None, None]
+    result = lbyl.compress(model, x, ratio=1 / 3, scope="all", restore="prune", strict=True, forecast=False)
+    assert {row.group: row.after for row in result.report.rows}["table"] == 8
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-6

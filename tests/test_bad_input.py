@@ -266,6 +266,7 @@ CLI = [
     Row("no parent", f"{COMPRESS} -o a/b", ("a is not a folder", "create it first")),
     Row("file for a parent", f"{COMPRESS} -o net.py/out", ("net.py",)),
     Row("a long name", f"{COMPRESS} -o {'a' * 300}", ("aaa", "File name too long")),
+    Row("no memory", "inspect net.py:net --input 1x3x99999999x99999999", ("no memory for inputs of 1x3x99999999x",)),
     Row("no input", "inspect net.py:net", ("has no default input", "--input 1x3x224x224")),
     Row("channels", "inspect net.py:net --input 1x4x12x12", ("can't trace", "Check that the model runs")),
     Row("tokens for pixels", "inspect net.py:net --input int64:1x3x12x12", ("can't trace", "int")),

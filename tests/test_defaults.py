@@ -1,4 +1,4 @@
-"""The user's default dtype and default device change nothing that lbyl does."""
+"""The user's default dtype and device, and the modes around a call, change nothing that lbyl does."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ DEFAULTS = {
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
     "meta": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
 }
 RESTORERS: dict[str, Any] = {
     "prune": "prune",

@@ -57,6 +57,16 @@ def tokens() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def test_heads_and_stream_lose_different_shares_where_a_layer_knows_its_width() -> None:
+    """GPT-2's layers view their output with a width that they know; here it shrinks to another one than their input."""
+    torch.manual_seed(0)
+    result = lbyl.compress(
+        FAMILIES["GPT-2"]().eval(), tokens(), ratio=0.3, scope="all", restore="prune", forecast=False
+    )
+    assert [group for group, _ in result.report.left] == ["lm_head"]
+    assert result.model.transformer.h[0].attn.c_proj.nf == 22  # pyright: ignore
+
+
 ELSEWHERE = """
 import sys, torch, transformers
 from pathlib import Path

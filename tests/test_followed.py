@@ -84,6 +84,23 @@ def test_a_note_says_so(verb: str) -> None:
     assert "early did not run" in note
 
 
+class Normed(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.other = nn.BatchNorm1d(12), nn.BatchNorm1d(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.b(self.a(x).relu()))
+        return self.c(self.other(hidden) if hidden.mean() > 1e9 else hidden)
+
+
+def test_layers_that_ran_are_not_among_those_that_did_not() -> None:
+    notes = "\n".join(lbyl.compress(Normed().eval(), images(3, 6), ratio=0.5, restore="prune").report.notes)
+    assert "other" in notes.partition("take; ")[2]
+    assert "norm did not" not in notes
+    assert "norm," not in notes
+
+
 class Noisy(Base):
     """Draws in evaluation mode, as some samplers and stochastic layers do."""
 

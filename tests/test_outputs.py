@@ -50,6 +50,7 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
     "named tuple": lambda t: Named(t, 1),
     "deque": lambda t: deque([t]),
     "distribution": lambda t: torch.distributions.Normal(t, t.exp()),
+    "sparse": lambda t: [t.to_sparse(), t.to_sparse_csr()],
     "list of dataclasses": lambda t: [Held(t), Held(t + 1)],
 }
 
@@ -72,6 +73,20 @@ def test_tensors_are_outputs_whatever_holds_them(name: str, restore: str) -> Non
     assert [row.group for row in result.report.rows] == ["a"]
     assert result.report.verified is not None
     assert [t.shape for t in output_tensors(result.model(x))] == [t.shape for t in output_tensors(net(x))]
+
+
+class Features(nn.Sequential):
+    """Returns hidden features as an array, beside its output."""
+
+    def forward(self, x: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden = self[0](x)
+        return self[1](hidden.relu()), hidden.detach().numpy()
+
+
+def test_an_array_is_an_output() -> None:
+    net = Features(nn.Linear(6, 16), nn.Linear(16, 8)).eval()
+    with pytest.raises(lbyl.VerificationError, match="no group can be cut: 0"):
+        lbyl.compress(net, images(4, 6), ratio=0.5, restore="prune")
 
 
 @pytest.mark.parametrize("hold", [lambda t: None, lambda t: "done", lambda t: t.shape, lambda t: {"n": 3}])

@@ -379,6 +379,27 @@ def test_embeddings_lose_columns() -> None:
     assert result.model.table.embedding_dim == 4  # pyright: ignore
 
 
+class Bag(nn.Module):
+    """Sums of embeddings, and products of two values in pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.other = nn.EmbeddingBag(11, 8, mode="sum"), nn.Linear(8, 6)
+        self.pairs, self.out = nn.Bilinear(8, 6, 10), nn.Linear(10, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        bag = self.table(ids)
+        return self.out(self.pairs(bag, self.other(bag)).relu())
+
+
+def test_bags_of_embeddings_and_bilinear_layers_are_cut() -> None:
+    result = cut(settle(Bag()), torch.arange(6).reshape(2, 3))
+    assert widths(result) == {"table": (8, 4), "other": (6, 3), "pairs": (10, 5)}
+    table, pairs = result.model.table, result.model.pairs
+    assert table.embedding_dim == 4  # pyright: ignore
+    assert (pairs.in1_features, pairs.in2_features, pairs.out_features) == (4, 3, 5)  # pyright: ignore
+
+
 @pytest.mark.parametrize("restore", ["prune", "lbyl", lbyl.LeastSquares(lbyl.Noise(images=32))])
 def test_a_tied_table_loses_columns_and_stays_tied(restore: str | lbyl.LeastSquares) -> None:
     """Verification compares with the network whose columns are zero; the tied layer is told apart in the report."""

@@ -519,6 +519,17 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         TOKENS,
     ),
+    "root mean square norm": (lambda: S(L(6, 12), nn.RMSNorm(12), nn.ReLU(), L(12, 4)), TOKENS),
+    "bilinear layer": (
+        lambda: Net(
+            lambda n, x: n.out(n.pairs(n.a(x).relu(), n.b(x)).relu()),
+            a=L(6, 8),
+            b=L(6, 7),
+            pairs=nn.Bilinear(8, 7, 10),
+            out=L(10, 3),
+        ),
+        TOKENS,
+    ),
     "class token": (
         lambda: Net(
             class_token,
@@ -544,6 +555,16 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lstm, deep, both ways": (lambda: recurrent(nn.LSTM, num_layers=2, bidirectional=True), TOKENS),
     "gru from a state": (
         lambda: Net(decoder, start=L(6, 10), before=L(6, 8), gru=nn.GRU(8, 10, batch_first=True), out=L(10, 3)),
+        TOKENS,
+    ),
+    "lstm from zeros whose width the module knows": (
+        lambda: Net(
+            lambda n, x: n.out(n.lstm(x, [x.new_zeros(n.layers, len(x), n.hidden) for _ in range(2)])[0]),
+            lstm=nn.LSTM(6, 10, 2, batch_first=True),
+            out=L(10, 3),
+            hidden=10,
+            layers=2,
+        ),
         TOKENS,
     ),
     "lstm cells": (lambda: Net(cells, before=L(6, 8), cell=nn.LSTMCell(8, 10), out=L(10, 3)), TOKENS),

@@ -28,6 +28,21 @@ def grouped() -> nn.Module:
     )
 
 
+def becoming_depthwise() -> nn.Module:
+    """Grouped convolutions of which the first compression leaves one channel for each group."""
+    return settle(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 8, 2, groups=4),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 1, groups=4),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1),
+        )
+    )
+
+
 def normed() -> nn.Module:
     return settle(nn.Sequential(weight_norm(nn.Conv2d(3, 16, 3)), nn.ReLU(), nn.Conv2d(16, 4, 3)))
 
@@ -38,6 +53,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "depthwise": (lambda: settle(Depthwise()), (2, 3, 8, 8)),
     "attention": (attention, (2, 5, 16)),
     "grouped": (grouped, (2, 3, 8, 8)),
+    "becoming depthwise": (becoming_depthwise, (2, 3, 8, 8)),
     "weight norm": (normed, (2, 3, 8, 8)),
 }
 

@@ -147,7 +147,7 @@ def test_tensors_that_nothing_can_be_restored_from_are_named(what: str) -> None:
         lbyl.compress(net_with(name, value), images(2, 3, 8, 8), ratio=0.5)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_the_batch_that_is_not_finite_is_named(value: float) -> None:
     batches = [images(4, 3, 8, 8) for _ in range(3)]
     batches[1][2, 0, 0, 0] = value
@@ -155,5 +155,14 @@ def test_the_batch_that_is_not_finite_is_named(value: float) -> None:
         lbyl.compress(
             Base().eval(), images(1, 3, 8, 8), restore=lbyl.LeastSquares(moments=lbyl.Data(batches)), ratio=0.5
         )
-    with pytest.raises(lbyl.InputError, match="example_inputs hold"):
-        lbyl.compress(Base().eval(), batches[1], ratio=0.5)
+    if value != 1e30:
+        with pytest.raises(lbyl.InputError, match="example_inputs hold"):
+            lbyl.compress(Base().eval(), batches[1], ratio=0.5)
+
+
+def test_the_layer_that_reads_numbers_without_a_square_is_named() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)).eval()
+    net[0].weight.data *= 1e17
+    data = lbyl.LeastSquares(lbyl.Data([images(8, 6) * 1e5 for _ in range(3)]))
+    with pytest.raises(lbyl.RestorationError, match="'1' reads NaN, or numbers whose squares are infinite"):
+        lbyl.compress(net, images(2, 6), restore=data, ratio={"0": 0.5}, forecast=False)

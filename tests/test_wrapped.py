@@ -47,6 +47,10 @@ UNCUTTABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "traced": (lambda: torch.jit.trace(mlp(), torch.zeros(1, 6)), "TorchScript.*pass the nn.Module"),
     "a part": (lambda: nn.Sequential(torch.jit.script(mlp()), nn.Linear(3, 2)), "'0' is a TorchScript"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2)), "'0' is lazy.*run the model once"),
+    "of inference mode": (
+        lambda: torch.inference_mode()(mlp)(),
+        "'0' is made inside torch.inference_mode.*outside of that",
+    ),
     "for quantization": (prepared, "quantiz.*compress the float model first"),
 }
 

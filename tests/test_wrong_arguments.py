@@ -64,6 +64,9 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "no width": (compress(x=X[:, :0]), "an input of 2x0 is empty"),
     "inputs on meta": (compress(x=X.to("meta")), "meta device"),
     "sparse inputs": (compress(x=X.to_sparse()), "sparse"),
+    "nested inputs": (lambda: compress(x=torch.nested.nested_tensor([X[0], X[1]]))(), "a nested tensor; pass a padded"),
+    "NumPy data": (data(X.numpy()), "Data: batch 0 is a ndarray"),
+    "a list of moments": (lambda: lbyl.LeastSquares([X] * 1000), r"is a list: choose Weights"),  # pyright: ignore
     "NumPy inputs": (compress(x=X.numpy()), "example_inputs is a"),
     "a width of zero": (compress(model=nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 2))), "0.weight is 0x6"),
     "data of no batches": (lambda: lbyl.Data([X], batches=0), r"Data\(batches=0\)"),
@@ -126,8 +129,10 @@ def test_a_registered_class_that_needs_arguments_is_one_clear_error() -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    result = compress(ratio=np.float64(0.5), seed=np.int64(3))()
-    assert lbyl.Plan.from_json(result.plan.to_json()).settings["seed"] == 3
+    for share in (np.float64(0.5), np.float32(0.5), {"*": np.float32(0.5)}):
+        result = compress(ratio=share, seed=np.int64(3))()
+        assert result.report.rows[0].after == result.report.rows[0].before // 2
+        assert lbyl.Plan.from_json(result.plan.to_json()).settings["seed"] == 3
 
 
 def test_as_many_channels_as_fit_into_a_layer_can_be_pruned() -> None:

@@ -86,7 +86,11 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
         # Zero is a valid token, index and mask in every vocabulary; a random number is not.
         return torch.zeros(spec.shape, dtype=dtype)
 
-    made = tuple(make(number, spec) for number, spec in enumerate(specs))
+    try:
+        made = tuple(make(number, spec) for number, spec in enumerate(specs))
+    except (RuntimeError, MemoryError) as error:
+        shapes = ", ".join("x".join(map(str, spec.shape)) for spec in specs)
+        raise InputError(f"there is no memory for inputs of {shapes}; pass a smaller --input") from error
     if type(model).__module__.startswith(_DETECTORS) and all(image.dim() == 3 for image in made):
         return (list(made),)
     return made

@@ -187,7 +187,7 @@ def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]
     if trouble:
         draft.exclude(trouble)
     if not draft.consumers and not tied and not draft.products:
-        draft.exclude("no layer reads these channels")
+        draft.exclude(_why_unread(draft))
     if draft.width < 2:
         draft.exclude(_why_single(draft))
     slots = {(slot.parameter, slot.dim): slot for slot in draft.carriers}
@@ -213,6 +213,12 @@ def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]
         statistics=tuple(draft.statistics),
         products=tuple(dict.fromkeys(draft.products)),
     )
+
+
+def _why_unread(draft: _Draft) -> str:
+    """Why there is no weight that would lose columns if a group lost channels."""
+    over = next((statistic.reduction for statistic in draft.statistics), None)
+    return "no layer reads these channels" + (f": only {over.op} in {over.module!r} is taken over them" if over else "")
 
 
 def _why_single(draft: _Draft) -> str:

@@ -57,7 +57,7 @@ def _record(model: nn.Module, inputs: ExampleInputs, counter: MacCounter, follow
         recorder.place(tensor, depends=True)
     with torch.no_grad(), plain_attention(), recorder.following(model), undivided(), counter, recorder:
         found = own.call(model)
-    tensors = output_tensors(found)
+        tensors = output_tensors(found)
     check_output(tensors, found)
     return recorder.finish(tensors, counter)
 
@@ -119,8 +119,10 @@ class _Recorder(OperatorInterceptor):
 
     def _idle(self) -> str:
         """The end of a note that names layers whose parameters this run did not use."""
-        unused = [name for node, name in self._parameters.items() if not node.users]
-        layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused))
+        owners = {node: name.rpartition(".")[0] or name for node, name in self._parameters.items()}
+        # A layer may run without some of its tensors: a batch norm does not use its count of batches.
+        used = {owner for node, owner in owners.items() if node.users}
+        layers = list(dict.fromkeys(owner for owner in owners.values() if owner not in used))
         more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
         return f"; {', '.join(layers[:3])}{more} did not run and may no longer fit the cut network" if layers else ""
 

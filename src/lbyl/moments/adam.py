@@ -31,7 +31,8 @@ class Adam:
         for tensor, lr, mean, square in self._moved:
             if tensor.grad is None:
                 continue
-            gradient = tensor.grad.to(mean.dtype)
+            # A square root at the bound of its range has an infinite gradient, and that of a dead value is NaN.
+            gradient = tensor.grad.to(mean.dtype).nan_to_num(0.0, 0.0, 0.0)
             mean.lerp_(gradient, 1 - _MEAN)
             square.mul_(_SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
             spread = (square.sqrt() / biases[1] ** 0.5).add_(_TINY)

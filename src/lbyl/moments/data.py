@@ -15,7 +15,7 @@ from lbyl.moments.base import Beyond, Probes
 from lbyl.runtime.batches import FEWEST, affordable, alike, batch_size, held_out_size, join_all, macs_per_input, split
 from lbyl.runtime.checks import check_number, named_kind
 from lbyl.runtime.cluster import check_address, connected, fetched
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.inputs import HUGE, ExampleInputs
 from lbyl.runtime.progress import Progress
 
 
@@ -125,7 +125,7 @@ def usable_batch(batch: Any, number: int, inputs: ExampleInputs, device: torch.d
     """
     if isinstance(batch, Mapping) and len(batch) == 1 and not inputs.kwargs:
         batch = next(iter(batch.values()))  # the only column of a dataset
-    made = ExampleInputs.of(batch).to(device).in_the_form_of(inputs)
+    made = ExampleInputs.of(batch, f"Data: batch {number}").to(device).in_the_form_of(inputs)
     _check_like(made, number, inputs)
     return made
 
@@ -148,6 +148,11 @@ def _check_like(batch: ExampleInputs, number: int, inputs: ExampleInputs) -> Non
         )
     if batch.has_faults():
         raise InputError(f"Data: batch {number} holds NaN or infinity; leave it out, or correct its preprocessing")
+    if (largest := batch.largest()) > HUGE:
+        raise InputError(
+            f"Data: batch {number} holds values as large as {largest:.1e}, whose squares are infinite in float32; "
+            "correct its preprocessing"
+        )
 
 
 def _regrouped(model: nn.Module, read: list[ExampleInputs]) -> tuple[list[ExampleInputs], str]:

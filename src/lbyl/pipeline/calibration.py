@@ -13,14 +13,14 @@ from lbyl.pipeline.result import Inputs
 from lbyl.restore.registry import choose_restorer, fallbacks
 from lbyl.runtime.batches import batch_size, join_all, split
 from lbyl.runtime.checks import check_number, check_seed
-from lbyl.runtime.contexts import alone, own_device, undisturbed
+from lbyl.runtime.contexts import alone, own_settings, undisturbed
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.runtime.seeding import generator_for
 
 
-@own_device()
+@own_settings()
 def calibration_batches(
     model: nn.Module,
     example_inputs: Inputs,

@@ -31,13 +31,13 @@ from lbyl.pipeline.request import CompressionRequest, named_criterion, named_res
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.walk import walk
 from lbyl.runtime.checks import as_path, named_kind
-from lbyl.runtime.contexts import alone, own_device, undisturbed
+from lbyl.runtime.contexts import alone, own_settings, undisturbed
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.runtime.settings import described, printed
-from lbyl.selection.select import check_ratio
+from lbyl.selection.select import checked_ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -169,7 +169,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else percent(value)
 
 
-@own_device()
+@own_settings()
 def compare(
     model: nn.Module,
     example_inputs: Inputs,
@@ -218,7 +218,7 @@ def compare(
     if not isinstance(ratios, Sequence) or isinstance(ratios, str) or not ratios:
         raise InputError(f"ratios is {ratios!r}; pass a list, such as [0.25, 0.5]")
     for ratio in ratios:
-        check_ratio(ratio)
+        checked_ratio(ratio)
     judge, model = Judge(evaluate), plain_module(model)
     first = CompressionRequest(ratios[0], None, scope, None, None, seed, verify, False, None, progress, forecast)
     with deep_calls(model), alone(model):

@@ -17,16 +17,16 @@ from lbyl.pipeline.prepare import plain_module, prepare
 from lbyl.pipeline.quality import DEFAULT, evaluated, meet
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs, Result
-from lbyl.runtime.contexts import alone, own_device, uncollected
+from lbyl.runtime.contexts import alone, own_settings, uncollected
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
-from lbyl.selection.select import Ratio, check_ratio
+from lbyl.selection.select import Ratio, checked_ratio
 from lbyl.surgery.plan import remember
 
 
-@own_device()
+@own_settings()
 def compress(
     model: nn.Module,
     example_inputs: Inputs,
@@ -101,7 +101,7 @@ def compress(
     if budget is None and ratio is None:
         budget = DEFAULT
     ratio = 0.5 if ratio is None else ratio
-    check_ratio(ratio)
+    ratio = checked_ratio(ratio)
     judge = Judge(evaluate)
     scoring, restorer = named_criterion(criterion), named_restorer(restore)
     request = CompressionRequest(

@@ -15,7 +15,7 @@ from lbyl.graph.submodules import joined
 from lbyl.io.report.format import shown
 from lbyl.pipeline.prepare import plain_module, trace_model
 from lbyl.pipeline.result import Inputs
-from lbyl.runtime.contexts import alone, own_device
+from lbyl.runtime.contexts import alone, own_settings
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.recursion import deep_calls
 
@@ -82,7 +82,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-@own_device()
+@own_settings()
 def inspect(
     model: nn.Module, example_inputs: Inputs, *, strict: bool = False, submodule: str | None = None
 ) -> Inspection:

@@ -35,7 +35,7 @@ from lbyl.restore.registry import fallbacks
 from lbyl.runtime.checks import check_module
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import shape_and_dtype, tensors_of, unwrapped
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.inputs import HUGE, ExampleInputs
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion, needs_probes
 
@@ -260,6 +260,8 @@ def _uncuttable(module: nn.Module) -> str:
     own = (*module._parameters.values(), *module._buffers.values())
     if any(tensor is not None and is_lazy(tensor) for tensor in own):
         return "lazy: its width is not known yet; run the model once on the example inputs, then pass it"
+    if any(tensor is not None and tensor.is_inference() for tensor in own):
+        return "made inside torch.inference_mode(), where no copy of it can be changed; make or load it outside of that"
     place = type(module).__module__
     if place.startswith(_QUANTIZED) and not place.endswith(".stubs"):
         return "prepared for quantization or quantized; compress the float model first, then prepare the result"
@@ -267,10 +269,6 @@ def _uncuttable(module: nn.Module) -> str:
 
 
 _QUANTIZED = ("torch.ao.quantization", "torch.ao.nn.qat", "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.q")
-
-
-_HUGE = 1e18
-"""Squares of larger numbers are infinite in float32."""
 
 
 def check_weights(model: nn.Module) -> None:
@@ -291,7 +289,7 @@ def check_weights(model: nn.Module) -> None:
             raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")
         if name.endswith("running_var") and low < 0:
             raise InputError(f"{name} holds {low:.3g}, but a variance can't be negative; load the right statistics")
-        if name not in buffers and max(-low, high) > _HUGE and tensor.dtype != torch.float64:
+        if name not in buffers and max(-low, high) > HUGE and tensor.dtype != torch.float64:
             raise InputError(
                 f"{name} holds values as large as {max(-low, high):.1e}, whose squares are infinite in float32; "
                 "lbyl can't restore from such weights"

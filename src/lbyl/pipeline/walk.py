@@ -14,6 +14,7 @@ from lbyl.pipeline.single import compress_whole
 from lbyl.pipeline.submodules import compress_submodules
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.progress import Clock
+from lbyl.surgery.attributes import changed_groups
 from lbyl.surgery.plan import architecture_of, remember, remembered
 
 
@@ -29,7 +30,7 @@ def walk(
     if told := follow_widths(result.model, architecture_of(prepared.model)):
         result = replace(result, report=replace(result.report, notes=(*result.report.notes, told)))
     if first is not None:
-        both = result.plan.after(first)
+        both = result.plan.after(first, changed_groups(prepared.model, result.model))
         told = "the network was compressed before; the plan starts from its unpruned architecture"
         told += "; the weights contain the training in between" * first.trained
         if both is None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lbyl.errors import RestorationError
 from lbyl.moments.accumulate import Moments
 
 
@@ -46,6 +47,15 @@ class Prior:
     pp: Float[Tensor, "regressors regressors"]
     pr: Float[Tensor, "regressors targets"]
     trust: float
+
+
+def check_finite(gram: Float[Tensor, "regressors regressors"], layer: str) -> None:
+    """Raise RestorationError if the second moments of what a layer reads are NaN or infinite."""
+    if not bool(torch.isfinite(gram.diagonal()).all()):
+        raise RestorationError(
+            f"{layer!r} reads NaN, or numbers whose squares are infinite, when the network runs on the inputs that "
+            "restoration needs; restore='lbyl' only needs the weights"
+        )
 
 
 def solve(moments: Moments, ridge: float, centered: bool, prior: Prior | None = None) -> Solution:

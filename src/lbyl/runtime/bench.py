@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import visible
 from lbyl.runtime.checks import check_module, check_number
-from lbyl.runtime.contexts import own_device
+from lbyl.runtime.contexts import own_settings
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import (
     RUNS,
@@ -188,7 +188,7 @@ class Bench:
         return ", ".join(named) + (f" and {len(slow) - _NAMED} more" if len(slow) > _NAMED else "")
 
 
-@own_device()
+@own_settings()
 def bench(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs,

@@ -6,7 +6,7 @@ import gc
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from operator import is_
 from typing import Any
@@ -50,8 +50,24 @@ _default_device: ContextVar[torch.device | None] = ContextVar("_default_device",
 
 
 @contextmanager
-def own_device() -> Iterator[None]:
-    """Make new tensors on the CPU, whatever default device the user has set; see :func:`users_device`."""
+def own_settings() -> Iterator[None]:
+    """Work as in a fresh process, whatever the caller has set around it.
+
+    New tensors are on the CPU (see :func:`users_device`), gradients can be computed, and no operation runs in another
+    precision than its inputs'.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_own_device())
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def _own_device() -> Iterator[None]:
     device = torch.get_default_device()
     if device.type == "cpu" or _default_device.get() is not None:
         yield

@@ -11,6 +11,7 @@ from enum import Enum
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch.utils import _pytree as pytree
 
 from lbyl.errors import InputError, LbylError, first_line
 from lbyl.runtime.contexts import users_device
+
+HUGE = 1e18
+"""Squares of larger numbers are infinite in float32."""
 
 
 def _is_byte_image(tensor: Tensor) -> bool:
@@ -47,8 +51,10 @@ class ExampleInputs:
     rows: int | None = None
 
     @staticmethod
-    def of(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs) -> ExampleInputs:
-        """Accept a tensor, a tuple of positional inputs, or a mapping of keyword inputs.
+    def of(
+        inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | ExampleInputs, name: str = "example_inputs"
+    ) -> ExampleInputs:
+        """Accept a tensor, a tuple of positional inputs, or a mapping of keyword inputs; errors call it ``name``.
 
         Raises:
             InputError: it is anything else, holds no tensor, or holds a tensor that is empty, sparse or without values.
@@ -63,12 +69,16 @@ class ExampleInputs:
             made = ExampleInputs((), dict(inputs))
         else:
             raise InputError(
-                f"example_inputs is a {type(inputs).__name__}; pass a tensor, a tuple of positional inputs, "
+                f"{name} is a {type(inputs).__name__}; pass a tensor, a tuple of positional inputs, "
                 "or a dict of keyword inputs"
             )
         if not made.tensors():
-            raise InputError("example_inputs holds no tensor; pass the inputs that the model is called with")
+            raise InputError(f"{name} holds no tensor; pass the inputs that the model is called with")
+        if any(tensor.is_inference() for tensor in made.tensors()) and not torch.is_inference_mode_enabled():
+            made = made.map(Tensor.clone)  # gradients can't be computed from tensors of inference mode
         for tensor in made.tensors():
+            if tensor.is_nested:
+                raise InputError("an input is a nested tensor; pass a padded one (tensor.to_padded_tensor(0.0))")
             found = f"an input of {'x'.join(map(str, tensor.shape))}"
             if tensor.is_meta:
                 raise InputError(f"{found} is on the meta device, where it has no values; pass one that has")
@@ -217,6 +227,11 @@ class ExampleInputs:
         real = [t for t in self.tensors() if t.is_floating_point() and t.numel() and not t.is_meta]
         return not all(bool((t < math.inf).all()) for t in real)
 
+    def largest(self) -> float:
+        """The largest magnitude of all finite numbers that are not in float64."""
+        real = [t for t in self.tensors() if t.is_floating_point() and t.numel() and t.dtype != torch.float64]
+        return max((float(t.abs().nan_to_num(posinf=0.0).max()) for t in real), default=0.0)
+
     def describe(self) -> str:
         """Dtypes and shapes, for messages."""
         return ", ".join(
@@ -245,7 +260,7 @@ _OPAQUE = (
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """All tensors in a model's output, inside containers, dataclasses, namespaces or other objects.
+    """All tensors in a model's output, inside containers, dataclasses, namespaces or other objects; also arrays.
 
     The caches that decoders of transformers return for the next token do not count as output.
     """
@@ -254,7 +269,10 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 def _tensors_in(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        yield value
+        yield from _dense(value)
+        return
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        yield torch.from_numpy(value)
         return
     if isinstance(value, _OPAQUE) or id(value) in seen or _is_cache(value):
         return
@@ -269,6 +287,13 @@ def _tensors_in(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
         items = list({**held, **getattr(value, "__dict__", {})}.values())
     for item in items:
         yield from _tensors_in(item, seen)
+
+
+def _dense(tensor: Tensor) -> list[Tensor]:
+    """An output as tensors that can be compared: sparse ones with their zeros, and nested ones by their parts."""
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    return [tensor if tensor.layout == torch.strided else tensor.to_dense()]
 
 
 def _slots(kind: type) -> tuple[str, ...]:

@@ -263,7 +263,7 @@ def paper_form_applies(group: Group, state: State) -> str | None:
 
 def columns_second(weight: Tensor, slot: Slot) -> Tensor:
     """A view of a consumer's weight with its input dimension second, as in convolutions and linear layers."""
-    return weight.transpose(0, 1) if slot.dim == 0 else weight
+    return weight.transpose(1, slot.dim)
 
 
 def _rows(tensor: Tensor, slot: Slot, width: int) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cached_property
+from numbers import Real
 
 import torch
 from jaxtyping import Float, Int
@@ -63,13 +64,24 @@ def kept_count(width: int, ratio: float) -> int:
     return max(1, math.floor(width * (1 - ratio) + 1e-9))
 
 
-def check_ratio(ratio: Ratio) -> None:
-    """Raise InputError for a share outside [0, 1)."""
+def checked_ratio(ratio: Ratio) -> Ratio:
+    """The ratio with numbers of Python in place of numbers of other libraries.
+
+    Raises:
+        InputError: a share is no number in [0, 1), or a key is no text.
+    """
     for key, share in ratio.items() if isinstance(ratio, Mapping) else [("ratio", ratio)]:
         if not isinstance(key, str):
             raise InputError(f"ratio has the key {key!r}; keys are globs of group and layer names, such as 'layer4.*'")
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share < 1:
             raise InputError(f"{key}={share!r}: the share of channels to drop must be at least 0 and below 1")
+    if isinstance(ratio, Mapping):
+        return {key: _number(share) for key, share in ratio.items()}
+    return _number(ratio)
+
+
+def _number(share: float) -> float:
+    return share if isinstance(share, (int, float)) else float(share)
 
 
 def check_scope(scope: str) -> None:
@@ -211,7 +223,7 @@ def kept_by_ratio(graph: Graph, ratio: Ratio, path: str = "") -> KeptCounts:
         ratio: a share, or ``{glob: share}`` over group and layer names.
         path: path of the graph's submodule, because globs match full names.
     """
-    check_ratio(ratio)
+    ratio = checked_ratio(ratio)
     prefix = f"{path}." if path else ""
     shares = {group.name: ratio_for(group, ratio, prefix) for group in graph.groups}
     counts = {

@@ -159,8 +159,10 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
     elif isinstance(module, nn.Linear) and "weight" in before:
         assert isinstance(weight, Tensor)
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.Embedding) and isinstance(weight, Tensor):
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and isinstance(weight, Tensor):
         module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.Bilinear) and isinstance(weight, Tensor):
+        module.out_features, module.in1_features, module.in2_features = weight.shape
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(weight, Tensor):
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
@@ -173,8 +175,29 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
         module.hidden_size = module.get_parameter(f"weight_hh{last}").shape[1]
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = len({**module._parameters, **module._buffers}[next(iter(before))])  # pyright: ignore
+    elif type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and hasattr(module, "nf"):
+        # Of transformers: a linear layer whose weight is stored input first.
+        vars(module).update(nx=weight.shape[0], nf=weight.shape[1])
     else:
         _set_by_value(module, before)
+
+
+def changed_groups(before: nn.Module, after: nn.Module) -> tuple[Attribute, ...]:
+    """The numbers of convolutions whose number of groups a cut has changed.
+
+    They follow from the tensors of a depthwise convolution. But it may have become one by an earlier cut, and then they
+    do not follow from those of the unpruned one, from which the plan of both cuts starts.
+    """
+    modules = dict(after.named_modules())
+    return tuple(
+        Attribute(path, name, None, getattr(module, name), getattr(twin, name))
+        for path, module in before.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
+        and isinstance(twin := modules.get(path), nn.modules.conv._ConvNd)
+        and twin.groups != module.groups
+        for name in ("groups", "in_channels", "out_channels")
+        if getattr(module, name) != getattr(twin, name)
+    )
 
 
 _WIDTHS = (

@@ -97,8 +97,8 @@ class Plan:
         check_no_faults(_faults(plan), "the plan")
         return plan
 
-    def after(self, first: Plan) -> Plan | None:
-        """The plan with the effect of ``first`` followed by this plan.
+    def after(self, first: Plan, then: Sequence[Attribute] = ()) -> Plan | None:
+        """The plan with the effect of ``first`` followed by this plan, and by more changes of attributes.
 
         None if there is none, because this plan replaces layers by plain ones that ``first`` has already made smaller.
         """
@@ -112,7 +112,7 @@ class Plan:
             blocks=composed(first.blocks, self.blocks),
             groups=_composed_groups(first.groups, self.groups),
             cuts=_composed_cuts(first.cuts, self.cuts),
-            attributes=_composed_attributes(first.attributes, self.attributes),
+            attributes=_composed_attributes(first.attributes, (*self.attributes, *then)),
             settings={**self.settings, "after": dict(first.settings)},
             architecture=first.architecture,
             source=self.source or first.source,

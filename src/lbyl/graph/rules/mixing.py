@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like, output_shape
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.types import Depthwise
@@ -16,6 +16,12 @@ from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 def _layer(node: fx.Node, weight: ParameterRef) -> str:
     return weight.name.rpartition(".")[0] or layer_name(node)
+
+
+def _first_shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's first output."""
+    val = node.meta["val"]
+    return tuple((val if isinstance(val, Tensor) else val[0]).shape)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, default: Any = None) -> Any:
@@ -67,6 +73,29 @@ def embedding(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     # Named after the module that runs it, because a tied table may be named after the output layer.
     layer = layer_name(node) or _layer(node, weight)
     out = builder.produce(node, layer, weight.name, None, weight.shape[1], 1)
+    return builder.spread(out, -1, _first_shape(node))
+
+
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Sums, means or maxima of rows of a table, whose columns are the channels."""
+    out = embedding(builder, node, args, kwargs)
+    return [out, *nobody_like(node)[1:]] if isinstance(out, Tensor) else out
+
+
+@rule("bilinear")
+def bilinear(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """y_o = a^T W_o b + bias_o, over the last axes. Its weight is [out, first, second]."""
+    first, second, weight, bias = args[0], args[1], args[2], _argument(args, kwargs, 3, "bias")
+    if not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
+        return builder.barrier(node, args, f"bilinear in {layer_name(node)!r} with a weight that the model computes")
+    sides = [builder.gather(x, -1) if isinstance(x, Tensor) else None for x in (first, second)]
+    if any(ids is None for ids in sides):
+        return builder.barrier(node, args, f"bilinear in {layer_name(node)!r} on mixed axes")
+    for dim, ids in enumerate(sides, 1):
+        assert ids is not None
+        builder.tie(weight.name, dim, ids)
+    out = builder.produce(node, _layer(node, weight), weight.name, bias.name if bias else None, weight.shape[0])
     return builder.spread(out, -1, output_shape(node))
 
 

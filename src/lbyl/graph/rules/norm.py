@@ -67,13 +67,16 @@ def layer_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
 
 @rule("rms_norm")
 def rms_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """RMS norm. Over channels alone, its weight corrects the mean square; see `lbyl.graph.channel_means`."""
+    """RMS norm. Over channels alone, its weight corrects the mean square; see `lbyl.graph.channel_means`.
+
+    Without ``eps`` it adds the machine epsilon of its input's dtype, which is too small to need a correction.
+    """
     x, (weight, eps) = args[0], (args[i] if len(args) > i else None for i in (2, 3))
     ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
-    if ids is None or not isinstance(weight, ParameterRef) or eps is None:
+    if ids is None or not isinstance(weight, ParameterRef):
         return _fixed(builder, node, args)
     builder.slot(weight.name, 0, ids, "carrier")
-    builder.averages.append(AverageRecord(ids, layer_name(node), float(eps), weight.name, 0.5))
+    builder.averages.append(AverageRecord(ids, layer_name(node), eps if eps is None else float(eps), weight.name, 0.5))
     builder.shaped(x, node)
     builder.step(ids, "rms_norm", layer_name(node), parametric=True)
     return x

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from lbyl.graph.builder import Builder, ParameterRef, layer_name
 from lbyl.graph.rules import rule
 from lbyl.graph.union_find import compact, small, varies
+from lbyl.runtime.reductions import aten_name
 
 _GATES = {"lstm": 4, "gru": 3}
 """How many rows the weights have for each unit of the state; other layers have one."""
@@ -84,9 +85,15 @@ def _layer(
 
 
 def _start(builder: Builder, node: fx.Node, state: Any, units: Tensor) -> None:
-    """Merge the channels of the initial state with the units of the layer."""
-    for value in _tensors(state):
+    """Merge the channels of the initial state with the units of the layer.
+
+    If the model's code makes a state of zeros, the shape there may spell out the number of units.
+    """
+    for value, source in zip(_tensors(state), _nodes(node.args[1]), strict=False):
         if not bool(builder.ids.issued(small(value)).any()):
+            made = _made_by(source)
+            if made is not None and layer_name(made) != layer_name(node):
+                builder.shaped(builder.spread(units, -1, value.shape), made)
             continue
         value = compact(builder.ids.find(value))
         if any(varies(value, d) for d in range(value.dim() - 1)):
@@ -98,3 +105,20 @@ def _tensors(state: Any) -> Iterator[Tensor]:
     for value in state if isinstance(state, (list, tuple)) else [state]:
         if isinstance(value, Tensor):
             yield value
+
+
+def _nodes(state: Any) -> Iterator[fx.Node]:
+    for value in state if isinstance(state, (list, tuple)) else [state]:
+        if isinstance(value, fx.Node):
+            yield value
+
+
+_MAKE = ("zeros", "new_zeros", "ones", "new_ones", "full", "new_full", "empty", "new_empty", "randn", "rand")
+_MOVE = ("to", "_to_copy", "clone", "detach", "contiguous", "alias", "expand", "repeat", "zero_", "fill_", "normal_")
+
+
+def _made_by(node: fx.Node) -> fx.Node | None:
+    """The call that made a constant from its shape alone, if the value was only moved or repeated since."""
+    while node.op == "call_function" and aten_name(node.target) in _MOVE and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node if node.op == "call_function" and aten_name(node.target) in _MAKE else None

@@ -17,7 +17,7 @@ from lbyl.io.export.check import TOLERANCE, Case, largest_differences
 from lbyl.io.export.inputs import batch_size, has_batch, with_batch
 from lbyl.io.files import finish, stage
 from lbyl.runtime.checks import as_path, check_number, check_seed
-from lbyl.runtime.contexts import own_device, undisturbed
+from lbyl.runtime.contexts import own_settings, undisturbed
 from lbyl.runtime.copying import unwrapped
 from lbyl.runtime.inputs import ExampleInputs, outputs
 from lbyl.runtime.registry import find, make, names
@@ -69,7 +69,7 @@ class Exported:
         return lines + ([f"note: {self.note}"] if self.note else [])
 
 
-@own_device()
+@own_settings()
 def export(
     source: str | os.PathLike[str] | nn.Module,
     model: nn.Module | None = None,

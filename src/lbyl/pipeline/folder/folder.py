@@ -33,7 +33,7 @@ from lbyl.runtime.progress import Progress
 from lbyl.runtime.settings import described
 from lbyl.runtime.version import library_version
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
-from lbyl.selection.select import Ratio, check_ratio
+from lbyl.selection.select import Ratio, checked_ratio
 from lbyl.surgery.cuts import cut_copy
 from lbyl.surgery.plan import Plan
 
@@ -220,7 +220,7 @@ def _shares(skeleton: Skeleton, ratio: Ratio | None, budget: Budget | None) -> t
     if budget is not None:
         return ratio_for_budget(skeleton, budget)
     assert ratio is not None
-    check_ratio(ratio)
+    ratio = checked_ratio(ratio)
     known = pattern_names(skeleton.model)
     for pattern in ratio if isinstance(ratio, Mapping) else ():
         if not any(fnmatchcase(name, pattern) for name in known):

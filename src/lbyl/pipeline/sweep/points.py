@@ -22,7 +22,7 @@ from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.pipeline.sweep.pareto import Point
 from lbyl.runtime.cluster import Cluster, check_address, check_reachable, packed
-from lbyl.runtime.contexts import own_device
+from lbyl.runtime.contexts import own_settings
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forecast import Forecast
 from lbyl.runtime.inputs import ExampleInputs
@@ -136,7 +136,7 @@ def _without_data(restorer: _Any) -> _Any:
     return replace(restorer, moments=replace(moments, source=()))  # pyright: ignore[reportReturnType]
 
 
-@own_device()
+@own_settings()
 def _point(shared: Mapping[str, Work], point: Point) -> Made:
     """The task: make one point, save it to a temporary folder, evaluate it, and return all of that."""
     (work,) = shared.values()

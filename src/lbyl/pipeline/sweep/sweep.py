@@ -29,7 +29,7 @@ from lbyl.pipeline.sweep.points import Made, Work, check_cluster, filled, made_i
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
 from lbyl.runtime.checks import as_path, named_kind
 from lbyl.runtime.cluster import connected
-from lbyl.runtime.contexts import own_device
+from lbyl.runtime.contexts import own_settings
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import check_runtime
@@ -93,7 +93,7 @@ class Sweep:
             yield shown(text)
 
 
-@own_device()
+@own_settings()
 def sweep(
     model: nn.Module,
     example_inputs: Inputs,

@@ -45,7 +45,8 @@ class Settings:
             raise InputError(f"LeastSquares(moments={name}) is a class; pass an object, {name}()")
         if not isinstance(self.moments, ProbeSource | ClosedFormSource):
             raise InputError(
-                f"LeastSquares(moments={self.moments!r}): choose Weights, Gaussian, Noise, Photographs, Dream or Data"
+                f"LeastSquares(moments=...) is a {type(self.moments).__name__}: "
+                "choose Weights, Gaussian, Noise, Photographs, Dream or Data"
             )
 
     def strength(self, steadied: bool) -> float:

@@ -15,7 +15,7 @@ from lbyl.moments.accumulate import ChannelSums, Columns, Moments, PatchSums
 from lbyl.restore.base import Restored
 from lbyl.restore.closed_form import activation_of
 from lbyl.restore.least_squares.settings import Settings
-from lbyl.restore.ridge import Prior, Solution, solve
+from lbyl.restore.ridge import Prior, Solution, check_finite, solve
 from lbyl.restore.targets import Target, as_stored, masked, on_average
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
@@ -192,6 +192,7 @@ def solve_patches(
         out = slice(number * rows, (number + 1) * rows)
         prior = _patch_prior(target, keep, drop, number, target.weight(findings.state)[out], expected)
         ridge = settings.strength(prior is not None)
+        check_finite(moments.pp, target.consumer.layer)
         solution = solve(moments, ridge, centered=target.bias is not None, prior=prior)
         added = solution.coefficients.T.reshape(rows, len(keep), *weight.shape[2:])
         weight[out][:, keep] += added.to(weight.dtype)
@@ -245,6 +246,7 @@ def solve_channels(
         if sums.moments is None or sums.columns is None:
             findings.unseen(target, [number])
             continue
+        check_finite(sums.moments.pp, target.consumer.layer)
         n = sums.moments.count
         mean = sums.moments.p / n
         centered = target.bias is not None
