@@ -19,6 +19,9 @@ _SPLITS = {
 }
 """The names that llama.cpp has for ways to split text before merges; "+" marks the regular expression of GPT-2."""
 
+_TIMES = 8
+"""Tokenizers are larger than documents of lbyl: that of Llama 3 has 9 MB and over a million values."""
+
 
 def add_vocabulary(writer: Any, gguf: Any, folder: Path, size: int) -> None:
     """Write the tokenizer of a folder.
@@ -36,7 +39,7 @@ def add_vocabulary(writer: Any, gguf: Any, folder: Path, size: int) -> None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{folder} has no tokenizer.json, from which the vocabulary is read; save the tokenizer there")
-    tokenizer = read_json(file)
+    tokenizer = read_json(file, _TIMES)
     model = tokenizer["model"]
     if model.get("type") != "BPE":
         raise ExportError(f"gguf: a tokenizer of type {model.get('type')} is not supported; BPE is")

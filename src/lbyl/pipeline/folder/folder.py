@@ -22,7 +22,7 @@ from lbyl.moments.data import Data
 from lbyl.pipeline.compress import compress
 from lbyl.pipeline.folder.layers import LayerNetwork, Skeleton
 from lbyl.pipeline.folder.probes import Batches, Streams, Text
-from lbyl.pipeline.folder.whole import assembled, pattern_names, ratio_for_budget, within
+from lbyl.pipeline.folder.whole import assembled, check_plan_fits, pattern_names, ratio_for_budget, within
 from lbyl.pipeline.folder.work import Done, Work, working_folder
 from lbyl.pipeline.sweep.cache import digest
 from lbyl.restore.least_squares.restorer import LeastSquares
@@ -103,6 +103,7 @@ def compress_folder(
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; pass one that save_pretrained wrote")
     stored, skeleton = Shards.of(folder), Skeleton.of(folder)
+    check_plan_fits(skeleton.base.layers)
     shares, told = _shares(skeleton, ratio, budget)
     text = Text.of(data, skeleton.model, folder, seed)
     settings = _Settings(shares, criterion, restore or LeastSquares(), seed, verify)

@@ -16,6 +16,7 @@ from lbyl.io.report.report import Report
 from lbyl.io.shards import write_index
 from lbyl.pipeline.folder.layers import Skeleton
 from lbyl.pipeline.folder.work import Done
+from lbyl.runtime.documents import LARGEST
 from lbyl.runtime.macs import count_parameters
 from lbyl.selection.select import Ratio, kept_count
 from lbyl.surgery.cuts import cut_copy
@@ -74,6 +75,23 @@ def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[s
     kept = min(kept, width)
     told = f"{kept} of {width} hidden neurons in each layer keep the budget; heads are left whole"
     return {_NEURONS: 1 - kept / width}, (told,)
+
+
+def check_plan_fits(layers: nn.Module) -> None:
+    """Raise InputError if the plan of all layers could be too large to be read back: before any layer takes time.
+
+    Each dimension of a parameter may be cut to any of its channels, of which a plan holds bits in base64.
+    """
+    most = sum(_BESIDE + sum(size / 6 for size in p.shape) for p in layers.parameters())
+    if most > LARGEST:
+        raise InputError(
+            f"a plan of {most / 2**20:.0f} MiB may be needed to say which channels are kept, "
+            f"but no more than {LARGEST / 2**20:.0f} MiB can be read back: the model has too many layers and channels"
+        )
+
+
+_BESIDE = 600
+"""Bytes that plan and report need for a parameter beside its channels, at most: its names, sizes and errors."""
 
 
 def assembled(

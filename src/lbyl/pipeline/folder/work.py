@@ -70,7 +70,7 @@ class Work:
     def finish(self, index: int, done: Done) -> None:
         """Say that a layer, whose weights are written, is finished."""
         plan, report = done.plan, done.report
-        data = {"plan": plan and plan.to_dict(), "report": report and report.to_dict()}
+        data = {"plan": plan and plan.to_document(), "report": report and report.to_dict()}
         write_whole(self._record(index), document_text(data, f"layer {index}"))
 
     def _record(self, index: int) -> Path:
