@@ -16,6 +16,7 @@ from lbyl.io.report.report import Report
 from lbyl.io.shards import write_index
 from lbyl.pipeline.folder.layers import Skeleton
 from lbyl.pipeline.folder.work import Done
+from lbyl.runtime.checks import named_kind
 from lbyl.runtime.documents import LARGEST
 from lbyl.runtime.macs import count_parameters
 from lbyl.selection.select import Ratio, kept_count
@@ -26,16 +27,10 @@ _NEURONS = "*.mlp.*"
 """The groups of hidden neurons of feed-forward layers."""
 
 
-def pattern_names(model: nn.Module) -> list[str]:
-    """The names that patterns of a ratio may match."""
-    return [name for name, module in model.named_modules() if "weight" in module._parameters]
-
-
-def within(ratio: Ratio, layer: nn.Module) -> Ratio | None:
-    """The part of a ratio that concerns a layer; None if the layer loses nothing."""
+def within(ratio: Ratio, names: Sequence[str]) -> Ratio | None:
+    """The part of a ratio that concerns a layer with these names; None if the layer loses nothing."""
     if not isinstance(ratio, Mapping):
         return ratio or None
-    names = pattern_names(layer)
     own = {glob: share for glob, share in ratio.items() if any(fnmatchcase(name, glob) for name in names)}
     # The last pattern that matches a name counts.
     lost = ([share for glob, share in own.items() if fnmatchcase(name, glob)] for name in names)
@@ -49,6 +44,8 @@ def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[s
         InputError: the budget limits something else, or has settings that need all layers at once.
         BudgetError: the feed-forward layers can't be narrow enough.
     """
+    if not isinstance(budget, Budget):
+        raise InputError(f"budget is {named_kind(budget)}; pass lbyl.Budget(params=...) or lbyl.Budget(size_mb=...)")
     name, amount = budget.limited
     if name not in ("params", "size_mb") or budget.depth or budget.exclude or budget.uniform_layers is False:
         raise InputError(
@@ -72,7 +69,8 @@ def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[s
             "parameters are left; give a ratio, which takes heads as well, or a larger budget",
             reached,
         )
-    kept = min(kept, width)
+    if kept >= width:
+        raise InputError(f"Budget({name}={amount:g}): the model keeps this already, so there is nothing to drop")
     told = f"{kept} of {width} hidden neurons in each layer keep the budget; heads are left whole"
     return {_NEURONS: 1 - kept / width}, (told,)
 
