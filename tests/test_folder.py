@@ -223,6 +223,7 @@ def test_what_is_refused(llama: Path, tmp_path: Path) -> None:
         ({"ratio": 0.25, "data": iter(batches())}, "data is a list_iterator"),
         ({"ratio": 0.25, "data": b"texts"}, "data is a bytes"),
         ({"ratio": 0.25, "data": [1, 2]}, "batch 0 is an int"),
+        ({"ratio": 0.25, "data": [torch.zeros(0, 8, dtype=torch.long)] * 2}, "batch 0: an input of 0x8 is empty"),
         ({"ratio": 0.25, "data": [{**batches()[0], "attention_mask": torch.ones(16, 31)}] * 2}, "attention_mask"),
         ({"ratio": 0.25, "data": [{**batches()[0], "attention_mask": torch.zeros(16, 32)}] * 2}, "attention_mask"),
         ({"ratio": 0.25, "data": batches()[:1]}, "at least two"),
@@ -233,6 +234,9 @@ def test_what_is_refused(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "smaller").mkdir()
     with pytest.raises(lbyl.InputError, match="exists already"):
         lbyl.compress_folder(llama, tmp_path / "smaller", ratio=0.25, data=batches())
+    for place in ("source", "target"):
+        with pytest.raises(lbyl.InputError, match="File name too long"):
+            lbyl.compress_folder(**{"source": llama, "target": tmp_path / "new", "ratio": 0.25, place: "x" * 300})
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 

@@ -20,7 +20,7 @@ from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
 from lbyl.pipeline.sweep.ground import Network
 from lbyl.pipeline.sweep.state import occupied
-from lbyl.runtime.checks import as_path
+from lbyl.runtime.checks import as_path, is_folder
 from lbyl.runtime.documents import document_text, read_as, read_json
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
@@ -78,7 +78,7 @@ def _begun(folder: Path) -> bool:
     Raises:
         InputError: it holds something else, or can't be made.
     """
-    if (folder / FINGERPRINT).is_file():
+    if is_folder(folder) and (folder / FINGERPRINT).is_file():
         return True
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"analysis: {folder} is not a folder; choose another place")

@@ -28,7 +28,7 @@ from lbyl.pipeline.folder.whole import assembled, check_plan_fits, ratio_for_bud
 from lbyl.pipeline.folder.work import Done, Work, working_folder
 from lbyl.pipeline.sweep.cache import digest
 from lbyl.restore.least_squares.restorer import LeastSquares
-from lbyl.runtime.checks import as_path, check_seed, check_switch, named_kind
+from lbyl.runtime.checks import as_path, check_seed, check_switch, is_folder, named_kind
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import give_back
 from lbyl.runtime.progress import Progress
@@ -104,7 +104,7 @@ def compress_folder(
     if progress is not None and not callable(progress):
         raise InputError(f"progress is {named_kind(progress)}; pass a function of stage, done and total")
     artifact.check_free(place)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"{folder} is not a folder; pass one that save_pretrained wrote")
     stored, skeleton = Shards.of(folder), Skeleton.of(folder)
     check_plan_fits(skeleton.base.layers)

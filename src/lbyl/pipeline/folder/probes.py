@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,12 @@ class Text:
 
 def _named(batch: Any, number: int, model: nn.Module) -> ExampleInputs:
     """A batch of the user with its tokens by name."""
+    if not isinstance(batch, (Tensor, Sequence, Mapping, ExampleInputs)):
+        raise InputError(f"data: batch {number} is {named_kind(batch)}; pass a tensor of tokens or a dict with them")
     try:
         inputs = ExampleInputs.of(batch)
     except InputError as error:
-        raise InputError(f"data: batch {number} is {named_kind(batch)}; pass a tensor of tokens or a dict") from error
+        raise InputError(f"data: batch {number}: {error}") from error
     ids = token_ids(inputs)
     if ids is None:
         raise InputError(f"data: batch {number} holds {inputs.describe()}, and no input_ids")
