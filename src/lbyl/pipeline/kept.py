@@ -65,11 +65,19 @@ def kept_analysis(
     if not begun and not network.cuttable:
         raise InputError("the model has no part with groups that can be cut; lbyl.inspect lists them")
     with occupied(folder):
+        _check_links(folder)
         clear_unfinished(folder)
         if not begun:
             text = document_text({"version": _VERSION, "fingerprint": now}, str(folder / FINGERPRINT), indent=1)
             write_whole(folder / FINGERPRINT, text)
-        yield network.prepared, network.ground(folder)
+        yield network.prepared, network.ground(folder, now)
+
+
+def _check_links(folder: Path) -> None:
+    """Raise ArtifactError if a link would lead outside of the folder."""
+    for file in folder.rglob("*"):
+        if file.is_symlink():
+            raise ArtifactError(f"{file} is a link, which an analysis never holds; remove it, or choose a new folder")
 
 
 def _begun(folder: Path) -> bool:
@@ -91,7 +99,10 @@ def _begun(folder: Path) -> bool:
 
 def _read(folder: Path) -> _Kept:
     file = folder / FINGERPRINT
-    data: Any = read_json(file)
+    try:
+        data: Any = read_json(file)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; remove {folder}, and it will be made again") from error
     if not isinstance(data, dict) or data.get("version") != _VERSION:
         raise ArtifactError(f"{file}: this is no analysis that this version of lbyl reads; remove the folder")
     return read_as(_Kept, data, str(file))
