@@ -293,5 +293,6 @@ def test_what_is_no_address_is_told_before_any_time_is_spent(address: str, tmp_p
 
 
 def test_a_name_that_no_machine_has(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
     with pytest.raises(lbyl.ClusterError, match="can't be reached"):
         lbyl.sweep(mlp(6, 8), images(2, 6), [lbyl.Budget(macs=0.8)], tmp_path / "points", ray=f"{'x' * 300}:1")

@@ -285,7 +285,7 @@ def check_weights(model: nn.Module) -> None:
             check_weight(name, tensor.detach(), is_buffer=name in buffers)
 
 
-def check_weight(name: str, tensor: Tensor, is_buffer: bool = False) -> None:
+def check_weight(name: str, tensor: torch.Tensor, is_buffer: bool = False) -> None:
     """Raise InputError for a weight or statistic that is not finite or too large, and for negative variances."""
     low, high = (float(value) for value in tensor.aminmax())
     is_statistic = name.rpartition(".")[2] in ("running_mean", "running_var")

@@ -69,7 +69,7 @@ class Text:
 
 def _named(batch: Any, number: int, model: nn.Module) -> ExampleInputs:
     """A batch of the user with its tokens by name."""
-    if not isinstance(batch, (Tensor, Sequence, Mapping, ExampleInputs)):
+    if not isinstance(batch, (Tensor, tuple, Mapping, ExampleInputs)):
         raise InputError(f"data: batch {number} is {named_kind(batch)}; pass a tensor of tokens or a dict with them")
     try:
         inputs = ExampleInputs.of(batch)
