@@ -460,3 +460,16 @@ def test_merging_as_released_is_the_released_code_s_arithmetic() -> None:
         best = int((0.85 * torch.stack(cosines) + 0.15 * gaps).argmin())
         expected[best, column] = scales[best]
     torch.testing.assert_close(found.matrix, expected)
+
+
+@pytest.mark.parametrize("zeros", [[0], [3], [0, 3, 5], [*range(7)], [*range(8)]], ids=str)
+def test_merging_as_released_without_factors_to_compare(zeros: list[int]) -> None:
+    """Channels whose batch norm multiplies by zero are not merged, and none is merged into them."""
+    norm = nn.BatchNorm2d(8)
+    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    with torch.no_grad():
+        norm.weight.abs_().add_(0.2)[zeros] = 0
+    found = lbyl.Merge(released=True).deliver(effective(model, images(1, 3, 5, 5), "0"), KEEP, DROP, ANYTHING)
+    assert bool(found.matrix.isfinite().all())
+    assert not bool(found.matrix[torch.isin(KEEP, torch.tensor(zeros))].any())
+    assert not bool(found.matrix[:, torch.isin(DROP, torch.tensor(zeros))].any())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from test_language_folders import tokenizer
 from torch import Tensor
 from typer.testing import CliRunner
@@ -124,7 +128,7 @@ import lbyl
 from test_folder import batches
 
 def die(stage, done, total):
-    if done == 2:
+    if done == 2 and stage.startswith("layer"):
         os._exit(9)
 
 lbyl.compress_folder(Path(sys.argv[1]), Path(sys.argv[2]), ratio=0.25, data=batches(), progress=die)
@@ -209,6 +213,19 @@ def test_what_is_refused(llama: Path, tmp_path: Path) -> None:
         ({"ratio": 0.0}, "nothing is dropped"),
         ({"ratio": {"encoder.*": 0.5}}, "matches no layer"),
         ({"budget": lbyl.Budget(macs=0.5)}, "params"),
+        ({"budget": 0.5}, "budget is a float"),
+        ({"budget": lbyl.Budget(params=1.0)}, "keeps this already"),
+        ({"budget": lbyl.Budget(size_mb=1e3)}, "keeps this already"),
+        ({"ratio": {"lm_head": 0.5}}, "drop nothing in the decoder layers"),
+        ({"ratio": {"*": 0.5, "model.layers.*": 0.0}}, "drop nothing in the decoder layers"),
+        ({"ratio": 0.25, "progress": 3}, "progress is an int"),
+        ({"ratio": 0.25, "data": 3}, "data is an int"),
+        ({"ratio": 0.25, "data": iter(batches())}, "data is a list_iterator"),
+        ({"ratio": 0.25, "data": b"texts"}, "data is a bytes"),
+        ({"ratio": 0.25, "data": [1, 2]}, "batch 0 is an int"),
+        ({"ratio": 0.25, "data": [torch.zeros(0, 8, dtype=torch.long)] * 2}, "batch 0: an input of 0x8 is empty"),
+        ({"ratio": 0.25, "data": [{**batches()[0], "attention_mask": torch.ones(16, 31)}] * 2}, "attention_mask"),
+        ({"ratio": 0.25, "data": [{**batches()[0], "attention_mask": torch.zeros(16, 32)}] * 2}, "attention_mask"),
         ({"ratio": 0.25, "data": batches()[:1]}, "at least two"),
         ({"ratio": 0.25, "data": [{"input_ids": torch.full((8, 8), 999)}] * 2}, "999"),
     ):
@@ -217,4 +234,162 @@ def test_what_is_refused(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "smaller").mkdir()
     with pytest.raises(lbyl.InputError, match="exists already"):
         lbyl.compress_folder(llama, tmp_path / "smaller", ratio=0.25, data=batches())
+    for place in ("source", "target"):
+        with pytest.raises(lbyl.InputError, match="File name too long"):
+            lbyl.compress_folder(**{"source": llama, "target": tmp_path / "new", "ratio": 0.25, place: "x" * 300})
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    """A folder with another tensor."""
+
+    def damage(folder: Path) -> None:
+        file = next(file for file in folder.glob("*.safetensors") if name in load_file(file))
+        tensors = load_file(file)
+        save_file({**tensors, name: change(tensors[name])}, file, metadata={"format": "pt"})
+
+    return damage
+
+
+def edited(file: str, **values: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        place = folder / file
+        place.write_text(json.dumps({**json.loads(place.read_text()), **values}))
+
+    return damage
+
+
+LAST = "model.layers.2.mlp.up_proj.weight"
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a shape": (changed(LAST, lambda t: t[:, :-1].clone()), f"{LAST} is 160x63 in the file, but 160x64"),
+    "whole numbers": (changed(LAST, lambda t: t.to(torch.int8)), f"{LAST} is of type I8 .* quantized"),
+    "eight bits": (changed(LAST, lambda t: t.to(torch.float8_e4m3fn)), f"{LAST} is of type F8_E4M3 .* quantized"),
+    "no number": (changed(LAST, lambda t: t.fill_(float("nan"))), f"{LAST} holds NaN"),
+    "no number in the last norm": (changed("model.norm.weight", lambda t: t / 0), "model.norm.weight holds NaN"),
+    "more layers": (edited("config.json", num_hidden_layers=4), "the weights hold no model.layers.3"),
+    "no layers": (edited("config.json", num_hidden_layers=0), "has no layers"),
+    "quantized": (edited("config.json", quantization_config={"quant_method": "x"}), "holds quantized weights"),
+    "a half file": (lambda d: os.truncate(sorted(d.glob("model-*"))[-1], 50), "can't be read as safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_the_source_are_told_before_a_layer_takes_time(
+    name: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage, words = FAULTS[name]
+    shutil.copytree(llama, tmp_path / "source")
+    damage(tmp_path / "source")
+    monkeypatch.setattr("lbyl.pipeline.folder.folder.compress", lambda *args, **kwargs: pytest.fail("a layer is cut"))
+    with pytest.raises(lbyl.InputError, match=words):
+        lbyl.compress_folder(tmp_path / "source", tmp_path / "smaller", ratio=0.25, data=batches())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_weights_of_several_types_get_that_of_the_configuration(tmp_path: Path) -> None:
+    write(tmp_path / "whole", dtype=torch.bfloat16, num_hidden_layers=2)
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"):
+        changed(name, lambda t: t.float())(tmp_path / "whole")
+    lbyl.compress_folder(tmp_path / "whole", tmp_path / "smaller", ratio=0.25, data=batches())
+    assert {tensor.dtype for tensor in weights(tmp_path / "smaller").values()} == {torch.bfloat16}
+    expected = in_memory(tmp_path / "whole", ratio=0.25).model.state_dict()
+    assert same(HF.AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").state_dict(), expected)
+
+
+@pytest.fixture(scope="module")
+def half(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A folder in which a killed run has left the work on "smaller", and the weights that it leads to."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(stage: str, done: int, total: int) -> None:
+        if stage.startswith("layer") and done == 2:
+            raise Killed
+
+    place = tmp_path_factory.mktemp("half")
+    whole = lbyl.compress_folder(llama, place / "whole", ratio=0.25, data=batches())
+    with pytest.raises(Killed):
+        lbyl.compress_folder(llama, place / "smaller", ratio=0.25, data=batches(), progress=die)
+    return place / ".smaller.layers", weights(whole.path)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 64
+    file.write_bytes(content)
+
+
+SHARD, RECORD = "content/model-00003-of-00005.safetensors", "layer-00001.json"
+LEFT_BEHIND: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": lambda work: flip(work / SHARD),
+    "a half file of weights": lambda work: os.truncate(work / SHARD, 1000),
+    "the weights of another layer": lambda work: shutil.copy(work / SHARD.replace("3-of", "2-of"), work / SHARD),
+    "the record of another layer": lambda work: shutil.copy(work / RECORD.replace("1.", "0."), work / RECORD),
+    "a half record": lambda work: os.truncate(work / RECORD, 1000),
+    "a list for a record": lambda work: (work / RECORD).write_text("[]"),
+    "a record without a plan": lambda work: (work / RECORD).write_text("{}"),
+    "a half tokenizer": lambda work: (work / "content" / "tokenizer.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
+def test_what_is_damaged_of_a_killed_run_is_made_again(
+    name: str, llama: Path, half: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    shutil.copytree(half[0], tmp_path / ".smaller.layers")
+    LEFT_BEHIND[name](tmp_path / ".smaller.layers")
+    lbyl.compress_folder(llama, tmp_path / "smaller", ratio=0.25, data=batches())
+    assert same(weights(tmp_path / "smaller"), half[1])
+    assert (tmp_path / "smaller" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+
+
+def linked(work: Path) -> None:
+    (work / "content").rename(work.parent / "elsewhere")
+    (work / "content").symlink_to(work.parent / "elsewhere")
+
+
+IN_THE_WAY: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a file of the user": (lambda work: (work.mkdir(), (work / "mine.txt").write_text("mine")), "mine.txt is where"),
+    "a file in place of the folder": (lambda work: work.write_text("mine"), "is in the way"),
+    "a link": (lambda work: work.symlink_to("elsewhere"), "is a link"),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_WAY)
+def test_what_is_in_the_way_stays(name: str, llama: Path, tmp_path: Path) -> None:
+    put, words = IN_THE_WAY[name]
+    put(tmp_path / ".smaller.layers")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with pytest.raises(lbyl.InputError, match=words):
+        lbyl.compress_folder(llama, tmp_path / "smaller", ratio=0.25, data=batches())
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_another_configuration_and_a_link_inside(
+    llama: Path, half: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    shutil.copytree(half[0], tmp_path / ".smaller.layers")
+    shutil.copytree(llama, tmp_path / "source", copy_function=shutil.copy2)
+    edited("config.json", rms_norm_eps=0.1)(tmp_path / "source")
+    with pytest.raises(lbyl.InputError, match="with another configuration: repeat"):
+        lbyl.compress_folder(tmp_path / "source", tmp_path / "smaller", ratio=0.25, data=batches())
+    linked(tmp_path / ".smaller.layers")
+    with pytest.raises(lbyl.InputError, match="content is a link"):
+        lbyl.compress_folder(llama, tmp_path / "smaller", ratio=0.25, data=batches())
+
+
+def test_a_source_that_changes_meanwhile(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "source")
+
+    def change(stage: str, done: int, total: int) -> None:
+        if stage.startswith("layer") and done == 1:
+            changed(LAST, torch.zeros_like)(tmp_path / "source")
+
+    with pytest.raises(lbyl.InputError, match="has changed meanwhile; remove"):
+        lbyl.compress_folder(tmp_path / "source", tmp_path / "smaller", ratio=0.25, data=batches(), progress=change)
+    assert not (tmp_path / "smaller").exists()

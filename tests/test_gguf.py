@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import gguf
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -200,3 +203,94 @@ def test_what_llama_cpp_has_no_place_for(tmp_path: Path) -> None:
     with pytest.raises(lbyl.InputError, match="from a folder"):
         lbyl.export(gpt, format="gguf", to=tmp_path / "x.gguf")
     assert not list(tmp_path.rglob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("llama")
+    write(place)
+    return place
+
+
+def config(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", lambda data: {**data, **values})
+
+
+def vocabulary(model: dict[str, Any] | None = None, **values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(
+        folder / "tokenizer.json", lambda data: {**data, "model": {**data["model"], **(model or {})}, **values}
+    )
+
+
+def edit(file: Path, change: Callable[[Any], Any]) -> None:
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def tensor(name: str, value: Tensor | None) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        found = {key: value for key, value in {**found, name: value}.items() if value is not None}
+        save_file(found, folder / "model.safetensors")
+
+    return damage
+
+
+LAYER = "model.layers.1"
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a text for a size": (config(hidden_size="x"), r"config\.json is damaged: .*hidden_size"),
+    "a size below zero": (config(max_position_embeddings=-1), r"config\.json is damaged: .*max_position_embeddings"),
+    "no norm's number": (config(rms_norm_eps=None), r"config\.json is damaged: .*rms_norm_eps"),
+    "a list for a kind": (config(model_type=[1]), r"config\.json is damaged: .*model_type"),
+    "half a channel": (config(head_dim=1.5), r"config\.json is damaged: .*head_dim"),
+    "an odd head": (config(head_dim=1), "heads of 1 channels can't be rotated"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is damaged"),
+    "a text for positions": (config(rope_parameters={"rope_theta": "x"}), "rotary positions is damaged"),
+    "no factor": (config(rope_parameters={"rope_type": "linear"}), "rotary positions is damaged: .*factor"),
+    "half of Llama 3": (config(rope_parameters={"rope_type": "llama3"}), "rotary positions is damaged"),
+    "no vocabulary": (vocabulary(model={"vocab": None}), r"tokenizer\.json is damaged: .*vocab"),
+    "a text for a number": (vocabulary(model={"vocab": {"a": "b"}}), r"tokenizer\.json is damaged: .*vocab"),
+    "a number below zero": (vocabulary(model={"vocab": {"a": -1}}), r"tokenizer\.json is damaged: .*vocab"),
+    "a number too large": (vocabulary(model={"vocab": {"a": 400}}), "number 400, but the model knows 400 tokens"),
+    "numbers for merges": (vocabulary(model={"merges": [1]}), r"tokenizer\.json is damaged: .*merges"),
+    "numbers for tokens": (vocabulary(added_tokens=[1]), r"tokenizer\.json is damaged: .*added_tokens"),
+    "a list of splits": (vocabulary(pre_tokenizer=[1]), r"tokenizer\.json is damaged: .*pre_tokenizer"),
+    "other settings": (lambda folder: (folder / "tokenizer_config.json").write_text("["), "save it again"),
+    "no embedding": (tensor("model.embed_tokens.weight", None), r"has no model\.embed_tokens\.weight"),
+    "no values": (tensor(f"{LAYER}.self_attn.v_proj.weight", None), "has no .*v_proj"),
+    "other values": (
+        tensor(f"{LAYER}.self_attn.v_proj.weight", torch.ones(8, 32)),
+        "v_proj.weight is 8x32, but .* 16x32",
+    ),
+    "part of a head": (tensor(f"{LAYER}.self_attn.q_proj.weight", torch.ones(33, 32)), "q_proj.weight is 33x32"),
+    "a vector": (tensor(f"{LAYER}.self_attn.q_proj.weight", torch.ones(32)), "has no .*q_proj"),
+    "another width": (tensor(f"{LAYER}.mlp.down_proj.weight", torch.ones(32, 40)), "down_proj.weight is 32x40"),
+    "eight bits": (tensor("model.norm.weight", torch.ones(32).to(torch.float8_e4m3fn)), "F8_E4M3"),
+    "whole numbers": (tensor("model.norm.weight", torch.ones(32).to(torch.int8)), "is of type I8"),
+    "a layer without a number": (tensor("model.layers.x.foo", torch.ones(3)), "no place for"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_damaged_folders(name: str, llama: Path, tmp_path: Path) -> None:
+    damage, words = FAULTS[name]
+    shutil.copytree(llama, tmp_path / "net")
+    damage(tmp_path / "net")
+    before = sorted(path.name for path in (tmp_path / "net").iterdir())
+    with pytest.raises((lbyl.ArtifactError, lbyl.ExportError), match=words):
+        lbyl.export(tmp_path / "net", format="gguf")
+    assert sorted(path.name for path in (tmp_path / "net").iterdir()) == before
+
+
+def test_a_tokenizer_as_large_as_that_of_llama_3(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "net")
+    with (tmp_path / "net" / "tokenizer.json").open("a") as file:
+        file.write(" " * (12 * 2**20))
+    assert lbyl.export(tmp_path / "net", format="gguf").file.is_file()
+
+
+def test_what_is_no_number_is_written_as_it_is(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "net")
+    tensor("model.norm.weight", torch.full((32,), float("nan")))(tmp_path / "net")
+    reader = gguf.GGUFReader(lbyl.export(tmp_path / "net", format="gguf").file)
+    (norm,) = (each.data for each in reader.tensors if each.name == "output_norm.weight")
+    assert bool((norm != norm).all())

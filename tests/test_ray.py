@@ -280,3 +280,19 @@ def test_sources_in_files_are_sent_with_their_classes(source: str) -> None:
     done = subprocess.run([sys.executable, "-c", read], input=content, capture_output=True, check=True)
     assert done.stdout.split() == [b"Tiny"]
     assert isinstance(pickle.loads(content)["the network"], nn.Module)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:abc", "127.0.0.1:999999", ":", "127.0.0.1"])
+def test_what_is_no_address_is_told_before_any_time_is_spent(address: str, tmp_path: Path) -> None:
+    budgets = [lbyl.Budget(macs=0.8)]
+    with pytest.raises(lbyl.InputError, match="is no address; write 'auto'"):
+        lbyl.sweep(mlp(6, 8), images(2, 6), budgets, tmp_path / "points", ray=address, restore="prune")
+    with pytest.raises(lbyl.InputError, match="is no address; write 'auto'"):
+        lbyl.Data([images(2, 6)], ray=address)
+    assert not (tmp_path / "points").exists()
+
+
+def test_a_name_that_no_machine_has(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(lbyl.ClusterError, match="can't be reached"):
+        lbyl.sweep(mlp(6, 8), images(2, 6), [lbyl.Budget(macs=0.8)], tmp_path / "points", ray=f"{'x' * 300}:1")

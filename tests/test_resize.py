@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,62 @@ def test_a_damaged_analysis_is_told(text: str, tmp_path: Path) -> None:
         lbyl.compress(model, x, budget=lbyl.Budget(macs=0.8), forecast=False, analysis=tmp_path / "kept")
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 64
+    file.write_bytes(content)
+
+
+def linked(file: Path) -> None:
+    file.rename(file.parent.parent / "elsewhere")
+    file.symlink_to(file.parent.parent / "elsewhere")
+
+
+TENSORS = ("probes.safetensors", "curves.safetensors", "consumer_moments.safetensors")
+DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    **{f"a bit of {n}": (lambda here, _, n=n: flip(here / "0" / n), "changed.*delete it") for n in TENSORS},
+    **{
+        f"{n} of another": (lambda here, other, n=n: shutil.copy(other / "0" / n, here / "0" / n), "another network")
+        for n in (*TENSORS, "groups.json")
+    },
+    "no groups": (lambda here, _: (here / "0" / "groups.json").write_text(""), "delete groups.json, and it will be"),
+    "a list of groups": (lambda here, _: (here / "0" / "groups.json").write_text("[]"), "no object.*delete it"),
+    "half a fingerprint": (lambda here, _: os.truncate(here / "analysis.json", 90), "remove .*made again"),
+    "a link": (lambda here, _: linked(here / "0" / "probes.safetensors"), "is a link"),
+    "a linked folder": (lambda here, _: linked(here / "0"), "is a link"),
+}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Analyses of two networks that differ in their weights only."""
+    place = tmp_path_factory.mktemp("kept")
+    for name, seed in (("one", 0), ("other", 5)):
+        keep(place / name, settle(mlp(6, 32, 32), seed))
+    return place
+
+
+def keep(folder: Path, model: nn.Module) -> None:
+    restore = lbyl.LeastSquares(lbyl.Noise(images=16))
+    lbyl.compress(model, images(2, 6), budget=lbyl.Budget(macs=0.5), restore=restore, forecast=False, analysis=folder)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_nothing_damaged_is_used(name: str, kept: Path, tmp_path: Path) -> None:
+    shutil.copytree(kept, tmp_path / "kept")
+    damage, says = DAMAGES[name]
+    damage(tmp_path / "kept" / "one", tmp_path / "kept" / "other")
+    with pytest.raises(ArtifactError, match=says):
+        keep(tmp_path / "kept" / "one", settle(mlp(6, 32, 32), 0))
+
+
+def test_the_same_weights_in_another_network(kept: Path) -> None:
+    model = settle(mlp(6, 32, 32), 0)
+    model[1] = nn.GELU()
+    with pytest.raises(InputError, match="another network: modules differ"):
+        keep(kept / "one", model)
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the source of a network."""
@@ -167,6 +224,7 @@ def test_the_command_says_what_it_lacks(place: Path) -> None:
     code, said = run("resize", "plain", "--budget", "macs=0.4", "-o", "second", *QUICK)
     assert code == 1
     assert "plain keeps no analysis" in said
+    assert "nowhere is not a folder" in run("resize", "nowhere", "--budget", "macs=0.4", "-o", "second", *QUICK)[1]
     compress("first", "macs=0.8", "--keep-analysis")
     code, said = run("resize", "first", "--budget", "macs=0.4", "-o", "second", *QUICK)
     assert code == 1

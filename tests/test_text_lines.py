@@ -86,3 +86,12 @@ def test_who_answers_to_text_alone_gets_text_and_is_told() -> None:
 def test_a_share_is_a_number_from_0_to_1(text: float) -> None:
     with pytest.raises(InputError, match=r"Photographs\(text="):
         lbyl.Photographs(text=text)
+
+
+def test_another_default_type_of_numbers_changes_nothing() -> None:
+    made = text_lines((2, 3, 32, 100), generator())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(text_lines((2, 3, 32, 100), generator()), made)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -95,6 +95,8 @@ def kept_settings(folder: Path, **more: Any) -> Settings:
     from lbyl.runtime.documents import read_as, read_json
 
     file = folder / ANALYSIS / _SETTINGS
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; pass one that was compressed with --keep-analysis")
     if not file.is_file():
         raise InputError(f"{folder} keeps no analysis: compress it with --keep-analysis first, or use lbyl sweep")
     stored = read_as(_Stored, read_json(file), str(file))

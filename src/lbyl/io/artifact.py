@@ -88,7 +88,7 @@ def write_documents(folder: Path, target: Path, plan: Plan, report: Report) -> N
     """Write ``lbyl.json``, model card and reports beside weights; ``target`` is the folder's later name."""
     from lbyl.io.report.page import page  # Matplotlib and Jinja take long to import
 
-    manifest = {"plan": plan.to_dict(), "report": report.to_dict(), "sha256": digest(*weight_files(folder))}
+    manifest = {"plan": plan.to_document(), "report": report.to_dict(), "sha256": digest(*weight_files(folder))}
     (folder / MANIFEST).write_text(document_text(manifest, f"the plan of {target}"), encoding="utf-8", newline="\n")
     (folder / CARD).write_text(card(plan, report), encoding="utf-8", newline="\n")
     (folder / PAGE).write_text(page(plan, report), encoding="utf-8", newline="\n")

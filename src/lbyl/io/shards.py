@@ -76,10 +76,20 @@ class Shards:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, from the files' headers."""
-        found: dict[str, tuple[int, ...]] = {}
-        for file, names in self._by_file(self.files).items():
+        return {name: shape for name, (shape, _) in self.headers(self.files).items()}
+
+    def headers(self, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of some tensors, such as "F32", from the files' headers.
+
+        Raises:
+            InputError: a tensor is missing, or a file is damaged.
+        """
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file, wanted in self._by_file(names).items():
             with _opened(self.folder / file) as content:
-                found |= {name: tuple(content.get_slice(name).get_shape()) for name in names}
+                for name in wanted:
+                    part = content.get_slice(name)
+                    found[name] = tuple(part.get_shape()), part.get_dtype()
         return found
 
     def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
@@ -165,8 +175,3 @@ def _opened(file: Path) -> Iterator[Any]:
             yield content
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} can't be read as safetensors: {error}") from error
-
-
-def floating_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of the first floating-point tensor."""
-    return next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)

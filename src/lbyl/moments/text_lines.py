@@ -70,8 +70,11 @@ def _page(height: int, width: int, generator: torch.Generator) -> Float[Tensor, 
     ground, color = between(150, 255), between(0, 90)
     if between(0, 1) < 0.25:
         ground, color = color, ground
-    tint = torch.tensor([[between(-12, 12) for _ in range(3)] for _ in range(2)])[:, :, None, None]
-    slope = torch.linspace(0, between(-40, 40), height)[:, None] + torch.linspace(0, between(-40, 40), width)
+    shades = [[between(-12, 12) for _ in range(3)] for _ in range(2)]
+    tint = torch.tensor(shades, dtype=torch.float32)[:, :, None, None]
+    down_to, across_to = between(-40, 40), between(-40, 40)
+    slope = torch.linspace(0, down_to, height, dtype=torch.float32)[:, None]
+    slope = slope + torch.linspace(0, across_to, width, dtype=torch.float32)
     made = torch.lerp(ground + tint[0] + slope, (color + tint[1]).expand(3, height, width), share)
     noise = torch.randn(made.shape, generator=generator, dtype=torch.float32)
     return (made + between(0, 18) * noise).clamp(0, 255)

@@ -20,7 +20,7 @@ from lbyl.pipeline.result import Inputs
 from lbyl.pipeline.sweep.fingerprint import check_same, fingerprint
 from lbyl.pipeline.sweep.ground import Network
 from lbyl.pipeline.sweep.state import occupied
-from lbyl.runtime.checks import as_path
+from lbyl.runtime.checks import as_path, is_folder
 from lbyl.runtime.documents import document_text, read_as, read_json
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
@@ -65,11 +65,19 @@ def kept_analysis(
     if not begun and not network.cuttable:
         raise InputError("the model has no part with groups that can be cut; lbyl.inspect lists them")
     with occupied(folder):
+        _check_links(folder)
         clear_unfinished(folder)
         if not begun:
             text = document_text({"version": _VERSION, "fingerprint": now}, str(folder / FINGERPRINT), indent=1)
             write_whole(folder / FINGERPRINT, text)
-        yield network.prepared, network.ground(folder)
+        yield network.prepared, network.ground(folder, now)
+
+
+def _check_links(folder: Path) -> None:
+    """Raise ArtifactError if a link would lead outside of the folder."""
+    for file in folder.rglob("*"):
+        if file.is_symlink():
+            raise ArtifactError(f"{file} is a link, which an analysis never holds; remove it, or choose a new folder")
 
 
 def _begun(folder: Path) -> bool:
@@ -78,7 +86,7 @@ def _begun(folder: Path) -> bool:
     Raises:
         InputError: it holds something else, or can't be made.
     """
-    if (folder / FINGERPRINT).is_file():
+    if is_folder(folder) and (folder / FINGERPRINT).is_file():
         return True
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"analysis: {folder} is not a folder; choose another place")
@@ -91,7 +99,10 @@ def _begun(folder: Path) -> bool:
 
 def _read(folder: Path) -> _Kept:
     file = folder / FINGERPRINT
-    data: Any = read_json(file)
+    try:
+        data: Any = read_json(file)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; remove {folder}, and it will be made again") from error
     if not isinstance(data, dict) or data.get("version") != _VERSION:
         raise ArtifactError(f"{file}: this is no analysis that this version of lbyl reads; remove the folder")
     return read_as(_Kept, data, str(file))

@@ -279,21 +279,24 @@ def check_weights(model: nn.Module) -> None:
             raise InputError(f"{name} is {shape_and_dtype(tensor)}: there is nothing to cut in a width of zero")
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device, where it has no values; {_how_to_load(model)}")
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        values = tensor.detach()
-        low, high = (float(value) for value in values.aminmax())
-        is_statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
-        if math.isnan(low) or (not math.isfinite(high - low) and (name not in buffers or is_statistic)):
-            # -inf is allowed in buffers, because attention masks use it.
-            raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")
-        if name.endswith("running_var") and low < 0:
-            raise InputError(f"{name} holds {low:.3g}, but a variance can't be negative; load the right statistics")
-        if name not in buffers and max(-low, high) > HUGE and tensor.dtype != torch.float64:
-            raise InputError(
-                f"{name} holds values as large as {max(-low, high):.1e}, whose squares are infinite in float32; "
-                "lbyl can't restore from such weights"
-            )
+        if tensor.is_floating_point() and tensor.numel():
+            check_weight(name, tensor.detach(), is_buffer=name in buffers)
+
+
+def check_weight(name: str, tensor: torch.Tensor, is_buffer: bool = False) -> None:
+    """Raise InputError for a weight or statistic that is not finite or too large, and for negative variances."""
+    low, high = (float(value) for value in tensor.aminmax())
+    is_statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
+    if math.isnan(low) or (not math.isfinite(high - low) and (not is_buffer or is_statistic)):
+        # -inf is allowed in buffers, because attention masks use it.
+        raise InputError(f"{name} holds NaN or infinity; lbyl can't restore from such weights")
+    if name.endswith("running_var") and low < 0:
+        raise InputError(f"{name} holds {low:.3g}, but a variance can't be negative; load the right statistics")
+    if not is_buffer and max(-low, high) > HUGE and tensor.dtype != torch.float64:
+        raise InputError(
+            f"{name} holds values as large as {max(-low, high):.1e}, whose squares are infinite in float32; "
+            "lbyl can't restore from such weights"
+        )
 
 
 def _how_to_load(model: nn.Module) -> str:

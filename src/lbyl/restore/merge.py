@@ -85,7 +85,11 @@ def _released(filters: Filters, keep: Tensor, drop: Tensor) -> _Pairs | None:
     gamma_d, beta_d, mean_d, var_d = (part[drop][None, :] for part in norm)
     scale = ratio * (gamma_k / gamma_d) * (var_d / var_k)
     gap = gamma_k / var_k * (ratio * (mean_d - var_d * beta_d / gamma_d) - mean_k) + beta_k
-    return cosine, scale, gap.abs() / scale
+    # A factor of zero in a batch norm leaves nothing to compare: such pairs count as opposite, and as far as any other.
+    sound = scale.isfinite() & (scale != 0)
+    gap = torch.where(sound, gap.abs() / torch.where(sound, scale, 1), -torch.inf)
+    gap = torch.where(sound, gap, gap.amax(0, keepdim=True).clamp_min(0))
+    return torch.where(sound, cosine, -1.0), torch.where(sound, scale, 0.0), gap
 
 
 def _compared(kept: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:

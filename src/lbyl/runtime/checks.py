@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,17 @@ def as_path(path: Any, name: str = "path") -> Path:
     if "\0" in str(path):
         raise InputError(f"{name} {str(path)!r} holds a zero byte, which no file name can hold")
     return Path(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of this name.
+
+    Raises:
+        InputError: the system can't look it up: the name is too long, or is in a folder that may not be looked into.
+    """
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise InputError(f"{shortened(str(path))} can't be used: {error.strerror or error}") from error

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 from uuid import uuid4
 
-from lbyl.errors import ClusterError, InputError, LbylError, first_line
+from lbyl.errors import ClusterError, InputError, LbylError, first_line, shortened
 from lbyl.runtime.checks import named_kind
 from lbyl.runtime.version import library_version
 
@@ -181,6 +181,11 @@ def check_address(address: object) -> None:
     """Raise InputError for an address that is no text, and ClusterError without Ray; before any time is spent."""
     if not isinstance(address, str) or not address:
         raise InputError(f"ray is {named_kind(address)}; write 'auto' or an address, such as '10.0.0.1:6379'")
+    port = address.rpartition(":")[2]
+    named = "://" in address or address in (AUTO, "local")
+    if not named and not (port != address and port.isdecimal() and int(port) < 2**16):
+        told = shortened(repr(address))
+        raise InputError(f"ray={told} is no address; write 'auto' or a machine and its port, such as '10.0.0.1:6379'")
     _ray()
 
 
@@ -191,7 +196,7 @@ def check_reachable(address: str) -> None:
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last one for names that can't be of a machine
         raise ClusterError(
             f"the Ray cluster {address} can't be reached ({first_line(error)}); 'ray start --head' starts one"
         ) from error

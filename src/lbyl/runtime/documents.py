@@ -14,33 +14,40 @@ from lbyl.errors import ArtifactError, InputError
 
 Kind = TypeVar("Kind")
 
-_LARGEST = 8 * 2**20
+LARGEST = 8 * 2**20
+"""Bytes that a document may have."""
 _MOST_VALUES = 1_000_000
 """Larger than the plan of any real network, and small enough to fit into memory."""
 _DEEPEST = 32
 _LARGEST_INTEGER = 2**63
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, times: int = 1) -> Any:
     """Read a JSON document from an untrusted source as plain data.
 
     Size, number of values and depth are limited. Text must be valid Unicode, and whole numbers must fit into 64 bits.
+
+    Args:
+        file: the document.
+        times: how many times as large as a document of lbyl it may be; for documents of other programs.
 
     Raises:
         ArtifactError: it can't be read, is not JSON, or exceeds a limit.
     """
     try:
         with file.open("rb") as stream:
-            content = stream.read(_LARGEST + 1)
+            content = stream.read(times * LARGEST + 1)
     except OSError as error:
         raise ArtifactError(f"{file} can't be read: {error.strerror or error}") from error
-    return parse_json(content, str(file))
+    return parse_json(content, str(file), times)
 
 
-def parse_json(content: bytes, what: str) -> Any:
+def parse_json(content: bytes, what: str, times: int = 1) -> Any:
     """Parse the content of a JSON document, as :func:`read_json` does; ``what`` names the document in errors."""
-    if fault := _beyond(content):
-        raise ArtifactError(f"{what} {fault}; lbyl did not write it")
+    if fault := _beyond(content, times):
+        raise ArtifactError(
+            f"{what} {fault}; " + ("lbyl did not write it" if times == 1 else "lbyl reads no such file")
+        )
     try:
         data = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -92,12 +99,12 @@ def check_no_faults(faults: Iterable[tuple[str, str]], what: str) -> None:
         raise ArtifactError(f"{what} is damaged: {fault} - at `{place}`")
 
 
-def _beyond(content: bytes) -> str:
+def _beyond(content: bytes, times: int = 1) -> str:
     """The limit that a document exceeds, as text; "" for none."""
-    if len(content) > _LARGEST:
-        return f"is larger than {_LARGEST // 2**20} MiB"
-    values = sum(map(content.count, (b",", b":", b"[", b"{")))
-    return f"holds more than {_MOST_VALUES:,} values" if values > _MOST_VALUES else ""
+    if len(content) > times * LARGEST:
+        return f"is larger than {times * LARGEST // 2**20} MiB"
+    values, most = sum(map(content.count, (b",", b":", b"[", b"{"))), times * _MOST_VALUES
+    return f"holds more than {most:,} values" if values > most else ""
 
 
 def _foreign(value: Any, place: str = "$", depth: int = 0) -> Iterator[tuple[str, str]]:

@@ -22,6 +22,7 @@ from lbyl.runtime.documents import check_no_faults, read_as
 from lbyl.surgery.attributes import Attribute
 from lbyl.surgery.blocks import BlockCut, composed, renamed
 from lbyl.surgery.cuts import Cut
+from lbyl.surgery.packed import Unpacking, packed
 from lbyl.surgery.versions import VERSION, upgraded
 
 
@@ -77,6 +78,15 @@ class Plan:
         """The plan as plain data."""
         return dataclasses.asdict(self)
 
+    def to_document(self) -> dict[str, Any]:
+        """The plan as plain data for ``lbyl.json``, in which many kept channels are short text."""
+
+        def short(items: Sequence[GroupPlan] | Sequence[Cut]) -> list[dict[str, Any]]:
+            return [{**vars(item), "keep": packed(item.keep)} for item in items]
+
+        rest = dataclasses.replace(self, groups=(), cuts=()).to_dict()
+        return rest | {"groups": short(self.groups), "cuts": short(self.cuts)}
+
     @staticmethod
     def from_json(text: str) -> Plan:
         """Read a plan back.
@@ -92,8 +102,12 @@ class Plan:
 
     @staticmethod
     def from_dict(data: Any) -> Plan:
-        """Read a plan from plain data, also of an earlier version; see :meth:`from_json`."""
-        plan = read_as(Plan, upgraded(data), "the plan")
+        """Read a plan from the data of :meth:`to_dict` or :meth:`to_document`, also of an earlier version.
+
+        Raises:
+            ArtifactError: not a plan, or a version that this library does not know.
+        """
+        plan = read_as(Plan, _unpacked(upgraded(data)), "the plan")
         check_no_faults(_faults(plan), "the plan")
         return plan
 
@@ -273,6 +287,29 @@ def remembered(model: nn.Module) -> Plan | None:
 def architecture_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter and buffer."""
     return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+
+
+def _unpacked(data: dict[str, Any]) -> dict[str, Any]:
+    """Plain data in which all kept channels are numbers. The data given is not changed.
+
+    Raises:
+        ArtifactError: a text stands for no channels.
+    """
+    texts = Unpacking()
+
+    def numbers(item: Any, place: str) -> Any:
+        if not isinstance(item, Mapping) or not isinstance(item.get("keep"), str):
+            return item
+        try:
+            return {**item, "keep": texts.channels(item["keep"])}
+        except ValueError as error:
+            raise ArtifactError(f"the plan is damaged: these are no channels ({error}) - at `{place}`") from error
+
+    lists = {name: data[name] for name in ("groups", "cuts") if isinstance(data.get(name), (list, tuple))}
+    return data | {
+        name: [numbers(item, f"$.{name}[{index}].keep") for index, item in enumerate(items)]
+        for name, items in lists.items()
+    }
 
 
 def _faults(plan: Plan) -> Iterator[tuple[str, str]]:

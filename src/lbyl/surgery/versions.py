@@ -6,7 +6,8 @@ older releases may ignore it. Everything else does: raise `VERSION`, and add the
 - Version 1 is that of 0.1: groups, cuts, settings, architecture, source and inputs, and later scales of cuts, numbers
   of modules and layers that were replaced.
 - Version 2 is that of 0.2. Numbers may also be in an object of a module (``config.num_attention_heads``), which 0.1
-  can't set. `trained`, `network` and `blocks` (dropped ones) are new.
+  can't set. `trained`, `network` and `blocks` (dropped ones) are new. Many kept channels are text in documents
+  (`lbyl.surgery.packed`).
 """
 
 from __future__ import annotations

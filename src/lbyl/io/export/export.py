@@ -16,7 +16,7 @@ from lbyl.io.export.base import FolderFormat, Format, Refused, trace, write
 from lbyl.io.export.check import TOLERANCE, Case, largest_differences
 from lbyl.io.export.inputs import batch_size, has_batch, with_batch
 from lbyl.io.files import finish, stage
-from lbyl.runtime.checks import as_path, check_number, check_seed
+from lbyl.runtime.checks import as_path, check_number, check_seed, is_folder
 from lbyl.runtime.contexts import own_settings, undisturbed
 from lbyl.runtime.copying import unwrapped
 from lbyl.runtime.inputs import ExampleInputs, outputs
@@ -141,7 +141,7 @@ def _from_files(kind: FolderFormat, source: Any, to: str | os.PathLike[str] | No
     if isinstance(source, nn.Module):
         raise InputError(f"{kind.name} is written from a folder: save the {type(source).__name__} with save_pretrained")
     folder = as_path(source, "source")
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"{folder} is not a folder")
     target = folder / f"model.{kind.name}" if to is None else _file(to)
     with stage(target) as place:

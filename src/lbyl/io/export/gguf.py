@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from lbyl.errors import ExportError, InputError
 from lbyl.io.export.gguf_vocabulary import add_vocabulary
 from lbyl.io.shards import Shards
-from lbyl.runtime.documents import read_json
+from lbyl.runtime.documents import read_as, read_json
 
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """The architecture of llama.cpp for each type of model of transformers."""
@@ -27,6 +29,64 @@ _UNEVEN = "deci"
 
 _PERMUTED = ("llama", _UNEVEN)
 """Architectures that rotate neighboring channels of a head, where transformers rotates the halves of a head."""
+
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
+
+Count = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The kind of a model, as its configuration says it."""
+
+    model_type: str | None = None
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The fields of a configuration of these kinds that are read."""
+
+    hidden_size: Count
+    num_attention_heads: Count
+    max_position_embeddings: Count
+    rms_norm_eps: Positive
+    head_dim: Count | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool | None = None
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool | None = None
+    rope_theta: Positive | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Rope:
+    """Rotary positions."""
+
+    rope_theta: Positive
+
+
+@dataclass(frozen=True)
+class _LinearRope(_Rope):
+    """Rotary positions that are all divided by a factor."""
+
+    factor: Positive
+
+
+@dataclass(frozen=True)
+class _Llama3Rope(_LinearRope):
+    """Rotary positions of Llama 3."""
+
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Count
+
+
+_ROPES = {"default": _Rope, "linear": _LinearRope, "llama3": _Llama3Rope}
+"""What is read of each type of rotary positions."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +113,17 @@ class _Layout:
             ExportError: a layer has no attention or no feed-forward part, which llama.cpp needs.
         """
         head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        count = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("model.layers."))
+        numbers = [int(found[1]) for name in shapes if (found := _LAYER.match(name))]
+        if not numbers:
+            raise ExportError(f"{folder} has no decoder layers; gguf takes folders of language models of transformers")
+        count = 1 + max(numbers)
+        if head < 2 or head % 2:
+            raise ExportError(f"gguf: heads of {head} channels can't be rotated; head_dim in config.json is even")
 
         def rows(name: str) -> tuple[int, ...]:
             names = [f"model.layers.{index}.{name}.weight" for index in range(count)]
             for each in names:
-                if each not in shapes:
+                if len(shapes.get(each, ())) != 2:
                     raise ExportError(
                         f"{folder} has no {each}: GGUF holds no layer of this kind without it. Drop whole layers or "
                         "none, or export another format"
@@ -66,7 +131,38 @@ class _Layout:
             return tuple(shapes[each][0] for each in names)
 
         heads, groups = ([size // head for size in rows(f"self_attn.{name}_proj")] for name in ("q", "k"))
-        return _Layout(head, tuple(heads), tuple(groups), rows("mlp.gate_proj"))
+        layout = _Layout(head, tuple(heads), tuple(groups), rows("mlp.gate_proj"))
+        for name, shape in layout.shapes(config, shapes):
+            if name not in shapes:
+                raise ExportError(f"{folder} has no {name}, which every model of this kind has")
+            if shapes[name] != shape:
+                sizes = ("x".join(map(str, found)) for found in (shapes[name], shape))
+                raise ExportError("{}: {} is {}, but must be {} here".format(folder, name, *sizes))
+        return layout
+
+    def shapes(
+        self, config: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The shapes of all tensors that every model has."""
+        hidden, rows = config["hidden_size"], found.get("model.embed_tokens.weight", (0,))[0]
+        yield "model.embed_tokens.weight", (rows, hidden)
+        yield "model.norm.weight", (hidden,)
+        if not config.get("tie_word_embeddings"):
+            yield "lm_head.weight", (rows, hidden)
+        for index, sizes in enumerate(zip(self.heads, self.groups, self.neurons, strict=True)):
+            start, (q, k, n) = f"model.layers.{index}", (sizes[0] * self.head, sizes[1] * self.head, sizes[2])
+            for name, shape in (
+                ("self_attn.q_proj", (q, hidden)),
+                ("self_attn.k_proj", (k, hidden)),
+                ("self_attn.v_proj", (k, hidden)),
+                ("self_attn.o_proj", (hidden, q)),
+                ("mlp.gate_proj", (n, hidden)),
+                ("mlp.up_proj", (n, hidden)),
+                ("mlp.down_proj", (hidden, n)),
+                ("input_layernorm", (hidden,)),
+                ("post_attention_layernorm", (hidden,)),
+            ):
+                yield f"{start}.{name}.weight", shape
 
     @property
     def even(self) -> bool:
@@ -95,7 +191,7 @@ class GgufFormat:
             ExportError: llama.cpp has no place for something in the model or in its tokenizer.
         """
         config, stored = _config(folder), Shards.of(folder)
-        shapes = stored.shapes()
+        shapes = _shapes(stored)
         layout = _Layout.of(config, shapes, folder)
         architecture = _architecture(config, layout)
         gguf = _package()
@@ -115,6 +211,15 @@ class GgufFormat:
         writer.close()
         _check(gguf, file, tensors)
         return note
+
+
+def _shapes(stored: Shards) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors, which must be floating-point numbers."""
+    found = stored.headers(stored.files)
+    for name, (_, kind) in found.items():
+        if kind not in ("F64", "F32", "F16", "BF16"):
+            raise ExportError(f"gguf: {name} is of type {kind}; pass the folder of the weights before quantization")
+    return {name: shape for name, (shape, _) in found.items()}
 
 
 def _package() -> Any:
@@ -138,9 +243,10 @@ def _config(folder: Path) -> dict[str, Any]:
     if not place.is_file():
         raise InputError(f"{folder} has no config.json; gguf takes folders of language models of transformers")
     config = read_json(place)
-    kind = config.get("model_type")
+    kind = read_as(_Kind, config, str(place)).model_type
     if kind not in _ARCHITECTURES:
         raise ExportError(f"gguf: models of type {kind!r} are not supported; {', '.join(_ARCHITECTURES)} are")
+    read_as(_Config, config, str(place))
     if config.get("hidden_act", "silu") != "silu":
         raise ExportError(f"gguf: the activation is {config['hidden_act']!r}, but llama.cpp computes silu here")
     return config
@@ -182,17 +288,22 @@ def _add_sizes(writer: Any, config: Mapping[str, Any], layout: _Layout) -> str:
     if kind == "linear":
         writer.add_rope_scaling_type(_package().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif kind not in ("default", "llama3"):
+    elif kind not in _ROPES:
         raise ExportError(f"gguf: rotary positions of type {kind!r} are not supported; default, linear, llama3 are")
     return note
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of rotary positions, which older configurations have in two places."""
-    found = {"rope_theta": config.get("rope_theta", 10000.0)}
+    found = {"rope_theta": config.get("rope_theta") or 10000.0}
     found |= config.get("rope_scaling") or {}
     found |= config.get("rope_parameters") or {}
-    return {**found, "rope_type": found.get("rope_type", found.get("type", "default"))}
+    found = {**found, "rope_type": found.get("rope_type", found.get("type", "default"))}
+    if isinstance(kind := found["rope_type"], str) and kind in _ROPES:
+        read_as(_ROPES[kind], found, "config.json, rotary positions")
+    if kind == "llama3" and not found["low_freq_factor"] < found["high_freq_factor"]:
+        raise ExportError("gguf: in config.json, low_freq_factor must be below high_freq_factor")
+    return found
 
 
 def _rope_factors(rope: Mapping[str, Any], head: int) -> Tensor | None:
@@ -266,7 +377,12 @@ def _check(gguf: Any, file: Path, tensors: _Tensors) -> None:
     """Raise ExportError unless the file holds these tensors."""
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     for name, array, _ in tensors:
-        if name not in found or not np.array_equal(found.pop(name).data.view(array.dtype).reshape(array.shape), array):
+        # Bytes are compared, because NaN differs from itself.
+        if name not in found or not np.array_equal(_bytes(found.pop(name).data), _bytes(array)):
             raise ExportError(f"{file.name} does not hold {name} as it was written; no file was kept")
     if found:
         raise ExportError(f"{file.name} holds {json.dumps(next(iter(found)))}, which was not written")
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

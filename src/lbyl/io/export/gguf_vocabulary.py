@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lbyl.errors import ExportError, InputError
-from lbyl.runtime.documents import read_json
+import msgspec
+
+from lbyl.errors import ArtifactError, ExportError, InputError, first_line
+from lbyl.runtime.documents import read_as, read_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -18,6 +21,51 @@ _SPLITS = {
     ("ByteLevel+",): "gpt-2",
 }
 """The names that llama.cpp has for ways to split text before merges; "+" marks the regular expression of GPT-2."""
+
+Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of a normalizer or of a splitter, or several."""
+
+    type: str | None = None
+    pattern: dict[str, Any] | None = None
+    normalizers: list[_Step] | None = None
+    pretokenizers: list[_Step] | None = None
+
+
+@dataclass(frozen=True)
+class _Added:
+    """A token beside the vocabulary."""
+
+    id: Number
+    content: str
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """The fields of a ``tokenizer.json`` that are read."""
+
+    model: dict[str, Any]
+    added_tokens: list[_Added] | None = None
+    normalizer: _Step | None = None
+    pre_tokenizer: _Step | None = None
+
+
+@dataclass(frozen=True)
+class _Bpe:
+    """The fields of byte pair encoding that are read."""
+
+    vocab: dict[str, Number]
+    merges: list[str | list[str]]
+    byte_fallback: bool | None = None
+    unk_token: str | None = None
+
+
+_TIMES = 8
+"""Tokenizers are larger than documents of lbyl: that of Llama 3 has 9 MB and over a million values."""
 
 
 def add_vocabulary(writer: Any, gguf: Any, folder: Path, size: int) -> None:
@@ -36,10 +84,15 @@ def add_vocabulary(writer: Any, gguf: Any, folder: Path, size: int) -> None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{folder} has no tokenizer.json, from which the vocabulary is read; save the tokenizer there")
-    tokenizer = read_json(file)
+    tokenizer = read_json(file, _TIMES)
+    read_as(_Tokenizer, tokenizer, str(file))
     model = tokenizer["model"]
     if model.get("type") != "BPE":
         raise ExportError(f"gguf: a tokenizer of type {model.get('type')} is not supported; BPE is")
+    read_as(_Bpe, model, f"the model in {file}")
+    numbers = (*model["vocab"].values(), *(item["id"] for item in tokenizer.get("added_tokens") or ()))
+    if max(numbers, default=0) >= size:
+        raise ExportError(f"{file} has a token with the number {max(numbers)}, but the model knows {size} tokens")
     pieces = bool(model.get("byte_fallback"))
     tokens, kinds = _tokens(tokenizer, gguf.TokenType, size, pieces)
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
@@ -49,14 +102,18 @@ def add_vocabulary(writer: Any, gguf: Any, folder: Path, size: int) -> None:
         writer.add_token_scores(_scores(tokens, model["merges"]))
         writer.add_add_space_prefix(_prefixes_space(tokenizer))
     writer.add_token_types(kinds)
-    special = gguf.SpecialVocab(folder, load_merges=not pieces, n_vocab=size)
-    special.add_to_gguf(writer, quiet=True)
+    try:
+        special = gguf.SpecialVocab(folder, load_merges=not pieces, n_vocab=size)
+        special.add_to_gguf(writer, quiet=True)
+    except Exception as error:  # it reads the other files of the tokenizer as they are
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ArtifactError(f"{folder}: the files of the tokenizer can't be read ({why}); save it again") from error
 
 
 def _tokens(tokenizer: Mapping[str, Any], types: Any, size: int, pieces: bool) -> tuple[list[str | bytes], list[int]]:
     """The text and the type of each token."""
     texts = {number: text for text, number in tokenizer["model"]["vocab"].items()}
-    added = {item["id"]: item for item in tokenizer.get("added_tokens", ())}
+    added = {item["id"]: item for item in tokenizer.get("added_tokens") or ()}
     unknown = tokenizer["model"].get("unk_token")
     tokens: list[str | bytes] = []
     kinds: list[int] = []

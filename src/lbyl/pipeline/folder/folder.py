@@ -10,23 +10,25 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
 from lbyl.io import artifact
+from lbyl.io.files import digest as files_digest
 from lbyl.io.files import finish, writing
 from lbyl.io.report.report import Report
-from lbyl.io.shards import Shards, floating_dtype, write_shard
+from lbyl.io.shards import Shards, write_shard
 from lbyl.moments.data import Data
 from lbyl.pipeline.compress import compress
-from lbyl.pipeline.folder.layers import LayerNetwork, Skeleton
+from lbyl.pipeline.folder.layers import LayerNetwork, Skeleton, pattern_names
 from lbyl.pipeline.folder.probes import Batches, Streams, Text
-from lbyl.pipeline.folder.whole import assembled, pattern_names, ratio_for_budget, within
+from lbyl.pipeline.folder.stored import check_stored, check_values, stored_dtype
+from lbyl.pipeline.folder.whole import assembled, check_plan_fits, ratio_for_budget, within
 from lbyl.pipeline.folder.work import Done, Work, working_folder
 from lbyl.pipeline.sweep.cache import digest
 from lbyl.restore.least_squares.restorer import LeastSquares
-from lbyl.runtime.checks import as_path, check_seed, check_switch, named_kind
+from lbyl.runtime.checks import as_path, check_seed, check_switch, is_folder, named_kind
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import give_back
 from lbyl.runtime.progress import Progress
@@ -99,16 +101,25 @@ def compress_folder(
         raise InputError(f"restore is {named_kind(restore)}; pass lbyl.LeastSquares(...), or None for the defaults")
     check_seed(seed)
     check_switch("verify={}", verify)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress is {named_kind(progress)}; pass a function of stage, done and total")
     artifact.check_free(place)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"{folder} is not a folder; pass one that save_pretrained wrote")
     stored, skeleton = Shards.of(folder), Skeleton.of(folder)
+    check_plan_fits(skeleton.base.layers)
+    check_stored(skeleton, stored)
+    skeleton.model.to(stored_dtype(skeleton, stored))
     shares, told = _shares(skeleton, ratio, budget)
     text = Text.of(data, skeleton.model, folder, seed)
     settings = _Settings(shares, criterion, restore or LeastSquares(), seed, verify)
-    with working_folder(place, skeleton.count, _fingerprint(stored, settings, text)) as work:
+    begun = _fingerprint(stored, settings, text)
+    with working_folder(place, skeleton.count, begun) as work:
         run = _Run(skeleton, stored, settings, work, progress)
+        check_values(skeleton, stored, progress)
         done, note = run.all_layers(text.batches)
+        if _fingerprint(stored, settings, text) != begun:
+            raise InputError(f"{folder} has changed meanwhile; remove {work.place} and begin again")
         notes = (f"one layer at a time, on {text.note}", *told, note)
         origin = f"hf:{folder}", text.batches[0].map(lambda tensor: tensor[:1]).describe()
         return _written(run, done, place, origin, notes)
@@ -141,8 +152,7 @@ class _Run:
         Returns:
             What was done to each layer, and a note about the held-out batch.
         """
-        embedding = self.stored.read(self.skeleton.embedding)
-        self.skeleton.model.to(floating_dtype(embedding))
+        embedding = self._read(self.skeleton.embedding)
         streams = Streams.start(self.skeleton.embedded(list(batches), embedding))
         write_shard(self.work.shard(0), embedding)
         del embedding
@@ -155,14 +165,19 @@ class _Run:
             streams, done = self._layer(index, streams, known)
             found.append(done)
             give_back()
-        rest = self.stored.read(self.skeleton.rest(self.stored.files))
+        rest = self._read(self.skeleton.rest(self.stored.files))
         write_shard(self.work.shard(self.skeleton.count + 1), rest)
-        head = rest if "lm_head.weight" in rest else {**rest, **self.stored.read(self.skeleton.embedding)}
+        head = rest if "lm_head.weight" in rest else {**rest, **self._read(self.skeleton.embedding)}
         error, same = streams.compared(self.skeleton.head(head))
         return found, (
             f"on the held-out batch, {same:.1%} of the most likely next tokens are the original's; relative error "
             f"{error:.3g} after the last norm"
         )
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some tensors, in the type that all of them get."""
+        dtype = self.skeleton.model.get_parameter(self.skeleton.embedding[0]).dtype
+        return {name: tensor.to(dtype) for name, tensor in self.stored.read(names).items()}
 
     def _report(self, index: int, seconds: float, solved: int) -> None:
         """Say which layer is next, and how long the rest takes if each layer takes as long as those before."""
@@ -173,7 +188,7 @@ class _Run:
 
     def _layer(self, index: int, streams: Streams, known: Done | None) -> tuple[Streams, Done]:
         """Compress a layer, or read it if it is finished, and run both versions of it."""
-        tensors = self.stored.read(self.skeleton.names(index))
+        tensors = self._read(self.skeleton.names(index))
         original = self.skeleton.layer(index, tensors)
         if known is not None:
             cut, done = self._finished(index, original, known), known
@@ -196,7 +211,7 @@ class _Run:
 
     def _compressed(self, index: int, original: LayerNetwork, streams: Streams) -> tuple[nn.Module, Done]:
         """The smaller network of a layer."""
-        ratio = within(self.settings.ratio, original)
+        ratio = within(self.settings.ratio, self.skeleton.layer_names(index))
         if not ratio:
             return original, Done(None, None)
         batches = streams.original
@@ -227,6 +242,8 @@ def _shares(skeleton: Skeleton, ratio: Ratio | None, budget: Budget | None) -> t
             raise InputError(f"ratio: {pattern!r} matches no layer of the model")
     if not any(ratio.values() if isinstance(ratio, Mapping) else [ratio]):
         raise InputError("ratio: nothing is dropped at ratio 0")
+    if not any(within(ratio, skeleton.layer_names(index)) for index in range(skeleton.count)):
+        raise InputError("ratio: its patterns drop nothing in the decoder layers, and only these lose channels")
     return ratio, ()
 
 
@@ -240,6 +257,7 @@ def _fingerprint(stored: Shards, settings: _Settings, text: Text) -> dict[str, A
     stats = {path.name: path.stat() for path in stored.paths()}
     return {
         "lbyl": library_version(),
+        "configuration": files_digest(stored.folder / "config.json"),
         "source": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         "ratio": dict(settings.ratio) if isinstance(settings.ratio, Mapping) else settings.ratio,
         "criterion": repr(settings.criterion),

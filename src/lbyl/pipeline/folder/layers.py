@@ -24,6 +24,11 @@ _STACK, _EMBEDDING, _NORM, _ROTARY = "layers", "embed_tokens", "norm", "rotary_e
 """The names of the parts of a model in the form of Llama."""
 
 
+def pattern_names(model: nn.Module) -> list[str]:
+    """The names that patterns of a ratio may match."""
+    return [name for name, module in model.named_modules() if "weight" in module._parameters]
+
+
 class LayerNetwork(nn.Module):
     """A model's decoder layers (one of them, or none) without embedding, last norm and output layer."""
 
@@ -60,13 +65,18 @@ class Skeleton:
         """
         with torch.device("meta"), quiet():
             model: Any = load_source(f"hf:{folder}", pretrained=False, task="causal-lm")
+        if getattr(model.config, "quantization_config", None):
+            raise InputError(f"{folder} holds quantized weights by its config.json; pass the folder of the whole ones")
         prefix = str(getattr(model, "base_model_prefix", ""))
         base: Any = getattr(model, prefix, None)
         name = type(model).__name__
         parts = (_EMBEDDING, _NORM, _ROTARY)
         if not isinstance(base, nn.Module) or not all(isinstance(getattr(base, p, None), nn.Module) for p in parts):
             raise InputError(f"{name} {_OTHERWISE}")
-        if not isinstance(getattr(base, _STACK, None), nn.ModuleList):
+        stack = getattr(base, _STACK, None)
+        if isinstance(stack, nn.ModuleList) and not len(stack):
+            raise InputError(f"{folder}: by its config.json, the model has no layers")
+        if not isinstance(stack, nn.ModuleList):
             raise InputError(f"{name} {_OTHERWISE}")
         found = Skeleton(model, prefix)
         for part in (found.base.embed_tokens, found.base.norm, found.base.layers[0]):
@@ -102,6 +112,10 @@ class Skeleton:
         start = f"{self.prefix}.{_STACK}.{index}."
         return [f"{start}{name}" for name in self.base.layers[index].state_dict()]
 
+    def layer_names(self, index: int) -> list[str]:
+        """The names in a layer that patterns of a ratio may match."""
+        return [name for name in pattern_names(self.model) if name.startswith(f"{self.prefix}.{_STACK}.{index}.")]
+
     @property
     def embedding(self) -> list[str]:
         """The names of the embedding's tensors."""
@@ -114,19 +128,20 @@ class Skeleton:
         tied = self._tied()
         return [name for name in others if name in stored or name not in tied]
 
+    def all_names(self, stored: Mapping[str, object]) -> list[str]:
+        """The names of all tensors that are read, in the order in which they are."""
+        layers = (name for index in range(self.count) for name in self.names(index))
+        return [*self.embedding, *layers, *self.rest(stored)]
+
     def _tied(self) -> set[str]:
         """Names of tensors that are other names of the embedding, and need not be stored."""
         config: Any = self.model.config
         return {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()
 
     def layer(self, index: int, tensors: Mapping[str, Tensor]) -> LayerNetwork:
-        """The network of one layer, with weights by their names in the whole model.
-
-        Raises:
-            InputError: a tensor has another shape than the configuration says.
-        """
+        """The network of one layer, with weights by their names in the whole model."""
         start = f"{self.prefix}.{_STACK}.{index}."
-        layer = _filled(self.base.layers[index], {n.removeprefix(start): t for n, t in tensors.items()}, start)
+        layer = _filled(self.base.layers[index], {n.removeprefix(start): t for n, t in tensors.items()})
         stack = nn.ModuleList()
         stack.add_module(str(index), layer)
         return self._network(index, stack)
@@ -148,7 +163,7 @@ class Skeleton:
     def embedded(self, batches: list[ExampleInputs], tensors: Mapping[str, Tensor]) -> list[ExampleInputs]:
         """The residual stream before the first layer."""
         start = f"{self.prefix}.{_EMBEDDING}."
-        embedding = _filled(self.base.embed_tokens, {n.removeprefix(start): t for n, t in tensors.items()}, start)
+        embedding = _filled(self.base.embed_tokens, {n.removeprefix(start): t for n, t in tensors.items()})
         found = []
         with torch.no_grad():
             for batch in batches:
@@ -161,12 +176,10 @@ class Skeleton:
     def head(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Last norm and output layer, from the tensors that are not of a layer."""
         start = f"{self.prefix}.{_NORM}."
-        norm = _filled(
-            self.base.norm, {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}, start
-        )
+        norm = _filled(self.base.norm, {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
         weight = tensors.get("lm_head.weight", tensors.get(f"{self.prefix}.{_EMBEDDING}.weight"))
         assert weight is not None
-        output = _filled(self.model.get_submodule("lm_head"), {"weight": weight}, "lm_head.")
+        output = _filled(self.model.get_submodule("lm_head"), {"weight": weight})
         return nn.Sequential(norm, output).eval()
 
 
@@ -176,12 +189,8 @@ _OTHERWISE = (
 )
 
 
-def _filled(module: nn.Module, tensors: Mapping[str, Tensor], start: str) -> nn.Module:
+def _filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a module on the meta device, with these tensors in place of its own."""
     made = copy.deepcopy(module)
-    for name, expected in module.state_dict().items():
-        if name in tensors and tensors[name].shape != expected.shape:
-            shapes = ("x".join(map(str, t.shape)) for t in (tensors[name], expected))
-            raise InputError("{}{} is {} in the file, but {} by config.json".format(start, name, *shapes))
     made.load_state_dict(dict(tensors), strict=True, assign=True)
     return made.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from lbyl.errors import InputError
 from lbyl.io.texts import example_tokens, read_texts
 from lbyl.moments.sentences import LENGTH, Sentences, affordable_sequences
 from lbyl.moments.token_inputs import longest_text, token_ids
+from lbyl.runtime.checks import named_kind
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.output_error import error_of_parts
@@ -43,12 +44,14 @@ class Text:
         Raises:
             InputError: there are fewer than two batches, they hold no tokens, or there is no tokenizer in the folder.
         """
+        if data is not None and (isinstance(data, bytes) or not isinstance(data, (str, os.PathLike, Sequence))):
+            raise InputError(f"data is {named_kind(data)}; pass a folder of texts, or a list of batches of tokens")
         if isinstance(data, Sequence) and not isinstance(data, str):
             given = [_named(batch, number, model) for number, batch in enumerate(data)]
             return _checked(given, f"{len(given)} batches of yours")
         tokens = example_tokens(model)
         if tokens is None:
-            raise InputError(f"{folder} has no tokenizer, so texts can't be tokenized; copy it there, or pass batches")
+            raise InputError(f"{folder} has no tokenizer that can be read; put it there, or pass batches of tokens")
         inputs = ExampleInputs.of(tokens)
         if data is None:
             # A model without weights does not run, but nearly every parameter is used once for each token.
@@ -66,7 +69,12 @@ class Text:
 
 def _named(batch: Any, number: int, model: nn.Module) -> ExampleInputs:
     """A batch of the user with its tokens by name."""
-    inputs = ExampleInputs.of(batch)
+    if not isinstance(batch, (Tensor, tuple, Mapping, ExampleInputs)):
+        raise InputError(f"data: batch {number} is {named_kind(batch)}; pass a tensor of tokens or a dict with them")
+    try:
+        inputs = ExampleInputs.of(batch)
+    except InputError as error:
+        raise InputError(f"data: batch {number}: {error}") from error
     ids = token_ids(inputs)
     if ids is None:
         raise InputError(f"data: batch {number} holds {inputs.describe()}, and no input_ids")
@@ -74,6 +82,8 @@ def _named(batch: Any, number: int, model: nn.Module) -> ExampleInputs:
     if int(ids.min()) < 0 or int(ids.max()) >= size:
         raise InputError(f"data: batch {number} holds token {int(ids.max())}, but the model knows {size} tokens")
     mask = inputs.kwargs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape or not bool(mask.any())):
+        raise InputError(f"data: the attention_mask of batch {number} must be not all zero, of the shape of input_ids")
     return ExampleInputs((), {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask})
 
 

@@ -16,6 +16,8 @@ from lbyl.io.report.report import Report
 from lbyl.io.shards import write_index
 from lbyl.pipeline.folder.layers import Skeleton
 from lbyl.pipeline.folder.work import Done
+from lbyl.runtime.checks import named_kind
+from lbyl.runtime.documents import LARGEST
 from lbyl.runtime.macs import count_parameters
 from lbyl.selection.select import Ratio, kept_count
 from lbyl.surgery.cuts import cut_copy
@@ -25,16 +27,10 @@ _NEURONS = "*.mlp.*"
 """The groups of hidden neurons of feed-forward layers."""
 
 
-def pattern_names(model: nn.Module) -> list[str]:
-    """The names that patterns of a ratio may match."""
-    return [name for name, module in model.named_modules() if "weight" in module._parameters]
-
-
-def within(ratio: Ratio, layer: nn.Module) -> Ratio | None:
-    """The part of a ratio that concerns a layer; None if the layer loses nothing."""
+def within(ratio: Ratio, names: Sequence[str]) -> Ratio | None:
+    """The part of a ratio that concerns a layer with these names; None if the layer loses nothing."""
     if not isinstance(ratio, Mapping):
         return ratio or None
-    names = pattern_names(layer)
     own = {glob: share for glob, share in ratio.items() if any(fnmatchcase(name, glob) for name in names)}
     # The last pattern that matches a name counts.
     lost = ([share for glob, share in own.items() if fnmatchcase(name, glob)] for name in names)
@@ -48,6 +44,8 @@ def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[s
         InputError: the budget limits something else, or has settings that need all layers at once.
         BudgetError: the feed-forward layers can't be narrow enough.
     """
+    if not isinstance(budget, Budget):
+        raise InputError(f"budget is {named_kind(budget)}; pass lbyl.Budget(params=...) or lbyl.Budget(size_mb=...)")
     name, amount = budget.limited
     if name not in ("params", "size_mb") or budget.depth or budget.exclude or budget.uniform_layers is False:
         raise InputError(
@@ -71,9 +69,27 @@ def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[s
             "parameters are left; give a ratio, which takes heads as well, or a larger budget",
             reached,
         )
-    kept = min(kept, width)
+    if kept >= width:
+        raise InputError(f"Budget({name}={amount:g}): the model keeps this already, so there is nothing to drop")
     told = f"{kept} of {width} hidden neurons in each layer keep the budget; heads are left whole"
     return {_NEURONS: 1 - kept / width}, (told,)
+
+
+def check_plan_fits(layers: nn.Module) -> None:
+    """Raise InputError if the plan of all layers could be too large to be read back: before any layer takes time.
+
+    Each dimension of a parameter may be cut to any of its channels, of which a plan holds bits in base64.
+    """
+    most = sum(_BESIDE + sum(size / 6 for size in p.shape) for p in layers.parameters())
+    if most > LARGEST:
+        raise InputError(
+            f"a plan of {most / 2**20:.0f} MiB may be needed to say which channels are kept, "
+            f"but no more than {LARGEST / 2**20:.0f} MiB can be read back: the model has too many layers and channels"
+        )
+
+
+_BESIDE = 600
+"""Bytes that plan and report need for a parameter beside its channels, at most: its names, sizes and errors."""
 
 
 def assembled(

@@ -31,6 +31,7 @@ PROBES = "probes.safetensors"
 DATA = "data.json"
 CURVES = "curves.safetensors"
 READINGS = "consumer_moments.safetensors"
+_SEAL = "sha256"
 
 
 Note = TypeVar("Note")
@@ -61,11 +62,10 @@ class _ProbesNote:
 
 @dataclass(frozen=True)
 class _CurveNote:
-    """An error curve without its tensor."""
+    """An error curve without its tensors, the errors and the order of the channels."""
 
     group: str
     index: int
-    order: tuple[int, ...]
     weight: float
 
 
@@ -108,12 +108,15 @@ class FolderCache:
         graph: the channel graph; groups are stored by name.
         inputs: the example inputs; probes have their structure and device.
         private: whether the probes are the user's data. These are not stored, but read again, and must be equal.
+        fingerprint: what all files depend on, as text. Each file is sealed with it, so that neither a changed bit nor
+            the file of another network is taken for its own.
     """
 
     folder: Path
     graph: Graph
     inputs: ExampleInputs
     private: bool
+    fingerprint: str = ""
 
     @property
     def begun(self) -> bool:
@@ -127,9 +130,11 @@ class FolderCache:
             made = make()
             self.folder.mkdir(parents=True, exist_ok=True)
             names = [self.graph.groups[index].name for index in made.groups]
-            write_whole(file, json.dumps({"groups": names, "notes": made.notes}))
+            note = {"groups": names, "notes": made.notes}
+            write_whole(file, json.dumps({**note, _SEAL: self._seal({}, note)}))
         with _reading(file):
-            found = read_as(_GroupsNote, read_json(file), str(file))
+            note = self._checked(read_json(file), {})
+            found = read_as(_GroupsNote, note, str(file))
             return Cuttable(tuple(map(self._index, found.groups)), found.notes)
 
     def probes(self, make: Callable[[], Probes]) -> Probes:
@@ -166,7 +171,7 @@ class FolderCache:
             # The memory format is stored, because it changes the last digits of convolutions.
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         }
-        write_tensors(file, tensors, json.dumps(note))
+        self._write(file, tensors, note)
         return made
 
     def curves(self, make: Callable[[], Curves]) -> Curves:
@@ -175,15 +180,15 @@ class FolderCache:
         if not file.exists():
             made = make()
             tensors = {f"{curve.group}": curve.error for curve in made.curves}
+            tensors |= {f"{curve.group}.order": torch.tensor(curve.order, dtype=torch.long) for curve in made.curves}
             facts = [
-                {"group": self.graph.groups[c.group].name, "index": c.group, "order": c.order, "weight": c.weight}
-                for c in made.curves
+                {"group": self.graph.groups[c.group].name, "index": c.group, "weight": c.weight} for c in made.curves
             ]
-            write_tensors(file, tensors, json.dumps({"curves": facts, "notes": made.notes}))
+            self._write(file, tensors, {"curves": facts, "notes": made.notes})
             return made
         with _reading(file):
-            tensors, note = _read(file, _CurvesNote)
-            return Curves(tuple(self._curve(fact, tensors[f"{fact.index}"]) for fact in note.curves), note.notes)
+            tensors, note = self._read(file, _CurvesNote)
+            return Curves(tuple(self._curve(fact, tensors) for fact in note.curves), note.notes)
 
     def consumer_moments(self, make: Callable[[], dict[str, ConsumerMoments]]) -> Mapping[str, ConsumerMoments]:
         """The consumers' moments. Those of the user's data are not stored either."""
@@ -199,10 +204,10 @@ class FolderCache:
                 for index, block in enumerate(reading.blocks):
                     tensors |= {f"{number}.{index}.p": block.p, f"{number}.{index}.pp": block.pp}
                 tensors |= {f"{number}.output.{index}": part for index, part in enumerate(reading.output)}
-            write_tensors(file, tensors, json.dumps({"readers": facts}))
+            self._write(file, tensors, {"readers": facts})
             return made
         with _reading(file):
-            tensors, note = _read(file, _ConsumersNote)
+            tensors, note = self._read(file, _ConsumersNote)
             device = next((t.device for t in self.inputs.tensors()), torch.device("cpu"))
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -227,14 +232,41 @@ class FolderCache:
                 found[fact.reader] = ConsumerMoments(blocks, (count, sums[0], sums[1]))
             return found
 
-    def _curve(self, fact: _CurveNote, error: Tensor) -> Curve:
-        group = self._index(fact.group)
+    def _curve(self, fact: _CurveNote, tensors: Mapping[str, Tensor]) -> Curve:
+        group, error = self._index(fact.group), tensors[f"{fact.index}"]
+        order = tuple(tensors[f"{fact.index}.order"].tolist())
         width = self.graph.groups[group].width
-        distinct = set(fact.order) <= set(range(width)) and len(set(fact.order)) == len(fact.order)
+        distinct = set(order) <= set(range(width)) and len(set(order)) == len(order)
         if not distinct or not math.isfinite(fact.weight):
             raise ValueError(f"{fact.group} has {width} channels, but this is not a valid order or weight of them")
-        _check_sums(error, len(fact.order) + 1)
-        return Curve(group, fact.order, error, fact.weight)
+        _check_sums(error, len(order) + 1)
+        return Curve(group, order, error, fact.weight)
+
+    def _write(self, file: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+        """Write tensors and a note, with their seal."""
+        write_tensors(file, tensors, json.dumps({**note, _SEAL: self._seal(tensors, note)}))
+
+    def _read(self, file: Path, kind: type[Note]) -> tuple[dict[str, Tensor], Note]:
+        """The tensors of a file, and its note."""
+        with safe_open(file, framework="pt") as content:
+            note = parse_json(content.metadata()["lbyl"].encode(), str(file))
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        return tensors, read_as(kind, self._checked(note, tensors), str(file))
+
+    def _seal(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> str:
+        """SHA-256 over the fingerprint, the note, and all tensors with their names."""
+        names = sorted(tensors)
+        text = json.dumps([self.fingerprint, note, names, digest(tensors[name] for name in names)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _checked(self, note: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """A note without its seal, which must be right."""
+        if not isinstance(note, dict):
+            raise ValueError("the note is no object")
+        plain = {name: value for name, value in note.items() if name != _SEAL}
+        if note.get(_SEAL) != self._seal(tensors, plain):
+            raise ValueError("it was changed, or is of another network")
+        return plain
 
     def _index(self, name: str) -> int:
         return next(index for index, group in enumerate(self.graph.groups) if group.name == name)
@@ -242,7 +274,7 @@ class FolderCache:
     def _read_probes(self, file: Path) -> Probes:
         leaves, structure = _leaves(self.inputs)
         with _reading(file):
-            tensors, note = _read(file, _ProbesNote)
+            tensors, note = self._read(file, _ProbesNote)
 
             def batch(index: int) -> ExampleInputs:
                 numbers = iter(range(len(leaves)))
@@ -310,13 +342,6 @@ def _is_channels_last(tensor: Tensor) -> bool:
     )  # fmt: skip
 
 
-def _read(file: Path, kind: type[Note]) -> tuple[dict[str, Tensor], Note]:
-    """The tensors of a file, and its note."""
-    with safe_open(file, framework="pt") as content:
-        note = read_as(kind, parse_json(content.metadata()["lbyl"].encode(), str(file)), str(file))
-        return {name: content.get_tensor(name) for name in content.keys()}, note  # noqa: SIM118
-
-
 def _check_sums(tensor: Tensor, *shape: int) -> None:
     """Raise ValueError unless a tensor holds finite real numbers in this shape."""
     if tuple(tensor.shape) != shape or tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
@@ -328,6 +353,8 @@ def _reading(file: Path) -> Iterator[None]:
     """Turn any error from a damaged file into one clear error."""
     try:
         yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; delete {file.name}, and it will be made again") from error
     except (OSError, ValueError, KeyError, TypeError, StopIteration, SafetensorError) as error:
         raise ArtifactError(
             f"{file} is damaged ({type(error).__name__}: {error}); delete it, and it will be made again"

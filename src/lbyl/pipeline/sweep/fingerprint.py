@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,15 +19,22 @@ from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.settings import described, printed
 from lbyl.runtime.version import library_version
 
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+")
+"""Addresses in memory, which differ between processes."""
+
 
 def fingerprint(
     model: nn.Module, inputs: ExampleInputs, request: CompressionRequest, submodule: str | None
 ) -> dict[str, str | int | bool | None]:
-    """Everything that results depend on, except the budgets, as plain data."""
+    """Everything that results depend on, except the budgets, as plain data.
+
+    Of the network's code this is what its modules print: what else ``forward`` does is taken to be the same.
+    """
     restorer = request.restorer(model, inputs)[0]
     state, others = tensors_of(model), pytree.tree_leaves((inputs.args, dict(inputs.kwargs)))
     return {
         "lbyl": library_version(),
+        "modules": hashlib.sha256(_ADDRESS.sub("", repr(model)).encode()).hexdigest(),
         "weights": digest(state[name] for name in sorted(state)),
         "inputs": digest(inputs.tensors()),
         "other inputs": json.dumps([repr(leaf) for leaf in others if not isinstance(leaf, Tensor)]),

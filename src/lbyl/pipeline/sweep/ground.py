@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -48,12 +51,18 @@ class Network:
             raise refusals[0]
         return found
 
-    def ground(self, folder: Path) -> dict[str, Analysis]:
-        """The analysis of each part, from its folder in this one if it is stored there, and else stored."""
+    def ground(self, folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Analysis]:
+        """The analysis of each part, from its folder in this one if it is stored there, and else stored.
+
+        Args:
+            folder: the folder of all parts.
+            fingerprint: everything that the analysis depends on.
+        """
+        key = json.dumps(dict(fingerprint), sort_keys=True)
         ground: dict[str, Analysis] = {}
         for number, subject in enumerate(self.prepared.subjects):
             place, private = folder / str(number), subject.restorer.keeps_inputs_private
-            cache = FolderCache(place, subject.graph, subject.inputs, private)
+            cache = FolderCache(place, subject.graph, subject.inputs, private, key)
             if not cache.begun and subject.path not in self.cuttable:
                 continue
             cache.cuttable(lambda path=subject.path: self.cuttable[path])

@@ -1,0 +1,53 @@
+"""Checks the weights of a folder against its configuration, before any layer takes time."""
+
+from __future__ import annotations
+
+import torch
+
+from lbyl.errors import InputError
+from lbyl.io.shards import Shards
+from lbyl.pipeline.folder.layers import Skeleton
+from lbyl.pipeline.prepare import check_weight
+from lbyl.runtime.progress import Progress
+
+_FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""Types of tensors in safetensors files that layers are computed in."""
+
+
+def check_stored(skeleton: Skeleton, stored: Shards) -> None:
+    """Check names, shapes and types of all weights, by the headers of the files.
+
+    Raises:
+        InputError: one is missing, has another shape than the configuration says, or is quantized.
+    """
+    expected = skeleton.model.state_dict()
+    for name, (shape, kind) in stored.headers(skeleton.all_names(stored.files)).items():
+        if shape != tuple(expected[name].shape):
+            shapes = ("x".join(map(str, sizes)) for sizes in (shape, expected[name].shape))
+            raise InputError("{} is {} in the file, but {} by config.json".format(name, *shapes))
+        if kind not in _FLOATING:
+            raise InputError(
+                f"{name} is of type {kind} in the file; layers are compressed in {', '.join(_FLOATING)}, so pass the "
+                "folder of the weights before they were quantized"
+            )
+
+
+def stored_dtype(skeleton: Skeleton, stored: Shards) -> torch.dtype:
+    """The type that ``from_pretrained`` gives all weights: that of the configuration, or else of the embedding."""
+    found = getattr(skeleton.model.config, "dtype", None)
+    if isinstance(found, torch.dtype):
+        return found
+    return next(_FLOATING[kind] for _, kind in stored.headers(skeleton.embedding).values())
+
+
+def check_values(skeleton: Skeleton, stored: Shards, progress: Progress | None) -> None:
+    """Read all weights once, one at a time, and check their values.
+
+    Raises:
+        InputError: one is not finite or too large, or a file is damaged.
+    """
+    names = skeleton.all_names(stored.files)
+    for number, name in enumerate(names):
+        if progress:
+            progress("checking the weights", number, len(names))
+        check_weight(name, stored.read([name])[name])
