@@ -238,9 +238,15 @@ def check_patterns(ratio: Ratio, names: Iterable[str]) -> None:
 
 
 def _evenly_kept(group: Group, share: float) -> int:
-    """The number of channels that a group keeps if each of its blocks loses the same share."""
+    """The number of channels that a group keeps if each of its blocks loses the same share, or nearly.
+
+    A block keeps the multiple of ``group.multiple`` that is nearest to its share, and at least one.
+    """
     blocks = len(set(group.blocks))
-    return blocks * kept_count(group.width // blocks, share)
+    count = kept_count(group.width // blocks, share)
+    if group.multiple > 1:
+        count = max(1, round(count / group.multiple)) * group.multiple
+    return blocks * count
 
 
 def _families(graph: Graph) -> dict[str, tuple[Group, ...]]:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lbyl.graph.builder import Builder, layer_name, output_shape
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
+from lbyl.graph.rules.experts import is_stacked_weight
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 
@@ -19,6 +20,8 @@ from lbyl.graph.union_find import NOBODY, compact, small, varies
 )  # fmt: skip
 def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the operation itself to the shadow."""
+    if isinstance(args[0], ParameterRef) and is_stacked_weight(node):
+        return ParameterRef(args[0].name, output_shape(node))
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
