@@ -117,8 +117,8 @@ class ByCriterion:
         if isinstance(sees := getattr(self.criterion, "sees", None), str):
             seen = self.moments if needs_probes(self.criterion) else None
             readings = readings_of(filters, members, seen)
-            if sees != "consumers" and not readings:
-                return part.norms(2)  # no consumer ran on the probes
+            if sees != "consumers" and not any(bool(reading.square.any()) for reading in readings):
+                return part.norms(2)  # no consumer ran on the probes, or an expert got no token
             scores = self.criterion.score(ChannelView(part, readings, generator))  # pyright: ignore[reportCallIssue, reportArgumentType]
         else:
             scores = self.criterion.score(part.raw, generator)  # pyright: ignore[reportCallIssue, reportArgumentType]
