@@ -105,7 +105,10 @@ def glu(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
 
 @rule("slice", "narrow")
 def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A range of one axis. Halves must keep equal sizes. Other bounds may be attributes of the module."""
+    """A range of one axis. Halves must keep equal sizes. Other bounds may be attributes of the module.
+
+    With a step, as where gates and their partners alternate, neighbors are cut together, so that others stay in place.
+    """
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -115,6 +118,12 @@ def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     if result.shape != x.shape and varies(compact(builder.ids.find(x)), dim):
         size, start = x.shape[dim], (args[2] if len(args) > 2 else kwargs.get("start")) or 0
         start = max(start + size, 0) if start < 0 else min(start, size)
+        step = args[4] if len(args) > 4 else 1
+        if step > 1 and size % step == 0:
+            pairs = builder.join(x.unflatten(dim, (-1, step)), [dim + 1])
+            builder.shaped(x, node)
+            builder.shaped(result, node)
+            return compact(node.target(builder.ids.find(pairs.flatten(dim, dim + 1)), *args[1:], **kwargs))
         if 2 * result.shape[dim] == size and start in (0, size // 2):
             _keep_equal(builder, x, dim, 2)
         builder.shaped(x, node)
