@@ -241,6 +241,24 @@ def test_an_expert_without_tokens_is_pruned_and_the_report_says_so() -> None:
     assert keep == sorted(size.argsort(descending=True)[:24].tolist())  # by their own weights
 
 
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
+def test_experts_may_run_in_any_way_and_keep_it(how: str) -> None:
+    model, x = build("mixtral"), tokens()
+    model.set_experts_implementation(how)
+    before = logits(model, x)
+    data = lbyl.Data([tokens(seed, 8, 16) for seed in range(3)])
+    result = lbyl.compress(model, x, ratio=ONLY, restore=lbyl.LeastSquares(moments=data), forecast=False)
+    (row,) = (row for row in result.report.rows if row.group == "model.layers.0.mlp.experts")
+    assert (row.before, row.after, row.note) == (EXPERTS * 48, EXPERTS * 24, "")
+    configs = {id(net): net.config for net in (model, result.model)}  # pyright: ignore
+    for net in (model, result.model):
+        assert {m.config._experts_implementation for m in net.modules() if hasattr(m, "config")} == {how}
+        assert all(m.config is configs[id(net)] for m in net.modules() if hasattr(m, "config"))
+    assert torch.equal(logits(model, x), before)
+    wanted = logits(masked(model, result, 48), x)
+    torch.testing.assert_close(logits(result.model, x), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_products_of_experts_in_precisions_that_pytorch_lacks() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator) for shape in ((10, 8), (3, 8, 16)))
