@@ -271,6 +271,33 @@ def test_products_of_experts_in_precisions_that_pytorch_lacks() -> None:
     assert grouped_product(x.to("meta"), weight.to("meta"), offs=ends.to("meta")).shape == (10, 16)
 
 
+class Loop(nn.Module):
+    """Experts in a loop, each with a slice of one weight, which is not followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.inner = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.experts = nn.Parameter(torch.randn(3, 32, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.inner(x)
+        return self.last(x + sum(F.linear(F.linear(x, w).relu(), w.T) for w in self.experts))
+
+
+def test_weights_that_stay_whole_are_named_with_the_reason() -> None:
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    report = lbyl.compress(Loop(), x, ratio=0.5, restore="prune", forecast=False).report
+    (note,) = (note for note in report.notes if "left whole" in note)
+    # The residual connection that they read and write stays whole with them.
+    assert note.startswith("77% of the weights are left whole (experts, first.weight and 1 more): linear")
+    assert note.endswith("with a weight that the model computes")
+    others = lbyl.compress(build("mixtral"), tokens(), ratio=0.5, restore="prune", forecast=False).report
+    assert not any("left whole" in note for note in others.notes)
+
+
 def test_channels_that_other_layers_carry_stay_shared() -> None:
     graph = lbyl.inspect(build("mixtral"), tokens()).graph
     stream = graph.group("model.embed_tokens")

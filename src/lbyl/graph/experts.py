@@ -67,7 +67,9 @@ def _expanded(group: Group, experts: int) -> Group:
 def _for_all(channels: tuple[int, ...], experts: int, width: int) -> tuple[int, ...]:
     """The channels of every expert: those of expert e are numbered from ``e * width``."""
     return tuple(
-        channel if channel == NOT_OURS else channel + expert * width for expert in range(experts) for channel in channels
+        channel if channel == NOT_OURS else channel + expert * width
+        for expert in range(experts)
+        for channel in channels
     )
 
 

@@ -46,6 +46,7 @@ def freeze(builder: Builder) -> Graph:
         tuple(dict.fromkeys(map(readable, builder.barriers))),
         sizes,
         tuple(dict.fromkeys(builder.computed)),
+        whole=tuple((name, readable(why)) for name, why in builder.whole.items()),
     )
 
 

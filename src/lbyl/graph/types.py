@@ -233,6 +233,7 @@ class Graph:
         computed: modules whose weight is computed on the fly; `lbyl.graph.computed_weights` can make them plain.
         macs: multiply-accumulates of the traced pass; None where they were not counted.
         notes: what the user should know about that pass.
+        whole: parameters that an operation uses in a way that can't be followed, and why.
     """
 
     groups: tuple[Group, ...]
@@ -242,6 +243,7 @@ class Graph:
     computed: tuple[str, ...] = ()
     macs: int | None = None
     notes: tuple[str, ...] = ()
+    whole: tuple[tuple[str, str], ...] = ()
 
     def group(self, name: str) -> Group:
         """The group of that name.

@@ -17,7 +17,7 @@ GROUPED: Any = getattr(torch, "_grouped_mm", None)
 
 
 def of_each_expert(ends: Int[Tensor, " experts"]) -> Iterator[tuple[int, slice]]:
-    """Each expert that has any rows, and its rows; they are sorted by expert, and ``ends`` holds where each one ends."""
+    """Each expert that has any rows, and its rows, sorted by expert; ``ends`` holds where each expert ends."""
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
@@ -32,8 +32,8 @@ def grouped_product(
     **options: Any,
 ) -> Float[Tensor, "rows out"]:
     """Replaces ``torch._grouped_mm``, with the same arguments and result, in every precision and on the meta device."""
-    stacked = offs is not None and x.dim() == 2 and weight.dim() == 3
-    if not stacked or not (x.is_meta or x.dtype == torch.float64) or any(v is not None for v in options.values()):
+    lacking = (x.is_meta or x.dtype == torch.float64) and x.dim() == 2 and weight.dim() == 3
+    if offs is None or not lacking or any(value is not None for value in options.values()):
         return GROUPED(x, weight, offs=offs, **options)
     out = x.new_zeros(len(x), weight.shape[2])
     if not x.is_meta:
