@@ -49,7 +49,7 @@ def build(name: str, **changes: Any) -> Any:
         ),
         "qwen2": lambda: hf.Qwen2MoeForCausalLM(
             hf.Qwen2MoeConfig(
-                moe_intermediate_size=16, shared_expert_intermediate_size=24, num_experts=EXPERTS, **few, **sizes
+                moe_intermediate_size=16, num_experts=EXPERTS, **few, **{"shared_expert_intermediate_size": 24, **sizes}
             )
         ),
         "olmoe": lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(intermediate_size=48, num_experts=EXPERTS, **sizes)),
@@ -132,6 +132,16 @@ def test_biases_and_alternating_gates_follow() -> None:
                 gone = [k for k in range(48) if k not in kept]
                 twin.model.layers[number].mlp.experts.down_proj[expert][gone] = 0
     torch.testing.assert_close(logits(result.model, x), logits(twin, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_expert_stays_a_multiple_of_the_others() -> None:
+    model, x = build("qwen2", shared_expert_intermediate_size=32), tokens()
+    result = lbyl.compress(model, x, ratio=0.4, restore="prune", forecast=False)
+    small: Any = result.model.model.layers[0].mlp  # pyright: ignore
+    # 9.6 neurons are 8 as a multiple of 8, so the shared expert keeps 16 and not 19.
+    assert (small.experts.down_proj.shape[2], small.shared_expert.down_proj.in_features) == (8, 16)
+    apart = lbyl.compress(model, x, ratio={"*.shared_expert*": 0.4}, restore="prune", forecast=False)
+    assert apart.model.model.layers[0].mlp.shared_expert.down_proj.in_features == 19  # pyright: ignore
 
 
 def test_what_is_cut_together_and_counted() -> None:

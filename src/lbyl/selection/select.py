@@ -219,6 +219,7 @@ def kept_by_ratio(graph: Graph, ratio: Ratio, path: str = "") -> KeptCounts:
         for index, group in enumerate(graph.groups)
         if shares[group.name] > 0 and group.reason is None
     }
+    counts |= _beside_experts(graph, shares, counts)
     index_of = {group.name: index for index, group in enumerate(graph.groups)}
     uneven: dict[str, str] = {}
     for name, family in _families(graph).items():
@@ -247,6 +248,24 @@ def _evenly_kept(group: Group, share: float) -> int:
     if group.multiple > 1:
         count = max(1, round(count / group.multiple)) * group.multiple
     return blocks * count
+
+
+def _beside_experts(graph: Graph, shares: Mapping[str, float], counts: Mapping[int, int]) -> dict[int, int]:
+    """Kept counts of groups that are a multiple as wide as the experts beside them: the same multiple after the cut.
+
+    Configurations give the width of shared experts as a number of experts, and a rounded count would not be one.
+    """
+    found = dict[int, int]()
+    for index, experts in enumerate(graph.groups):
+        blocks = len(set(experts.blocks))
+        if experts.multiple == 1 or index not in counts:
+            continue
+        width, beside = experts.width // blocks, f"{experts.name.rpartition('.')[0]}."
+        for other, group in enumerate(graph.groups):
+            alike = group.name.startswith(beside) and shares[group.name] == shares[experts.name]
+            if other in counts and group.multiple == 1 and alike and group.width % width == 0:
+                found[other] = group.width // width * (counts[index] // blocks)
+    return found
 
 
 def _families(graph: Graph) -> dict[str, tuple[Group, ...]]:
