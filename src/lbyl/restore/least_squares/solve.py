@@ -195,8 +195,8 @@ def solve_patches(
         prior = _patch_prior(target, keep, drop, number, target.weight(findings.state)[out], expected)
         ridge = settings.strength(prior is not None)
         if experts and settings.ridge is None:
-            # Some experts get few tokens. With fewer than neurons, this is close to plain pruning.
-            ridge += len(moments.p) / moments.count
+            # The fewer tokens an expert gets for its neurons, the closer it stays to plain pruning.
+            ridge *= 1 + len(moments.p) / moments.count
         solution = solve(moments, ridge, centered=target.bias is not None, prior=prior)
         added = solution.coefficients.T.reshape(rows, len(keep), *weight.shape[2:])
         weight[out][:, keep] += added.to(weight.dtype)
@@ -211,8 +211,8 @@ def solve_patches(
     if experts and (few := sum(moments.count < len(moments.p) for moments in sums.blocks)):
         findings.note(
             target.choices,
-            f"{few} of {len(sums.blocks)} experts got fewer tokens than they keep neurons: they are hardly restored; "
-            "pass more texts to restore them",
+            f"{few} of {len(sums.blocks)} experts got fewer tokens than they keep neurons: the fewer, the less they are "
+            "restored; pass more texts to restore them",
         )
     for choice in target.choices:
         findings.add(choice, power, before, after)
