@@ -231,6 +231,15 @@ def test_experts_are_chosen_and_solved_on_their_own_tokens(ridge: float | None) 
         torch.testing.assert_close(new.down_proj[expert].double(), u[:, keep] + u[:, drop] @ s.T, rtol=1e-3, atol=1e-3)
 
 
+def test_half_precision() -> None:
+    model, x = build("mixtral").bfloat16(), tokens()
+    data = lbyl.Data([tokens(seed, 8, 16) for seed in range(3)])
+    result = lbyl.compress(model, x, ratio=ONLY, restore=lbyl.LeastSquares(moments=data), forecast=False)
+    assert result.report.assessment is not None
+    assert result.report.assessment.restored < result.report.assessment.pruned
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+
+
 def test_an_expert_without_tokens_is_pruned_and_the_report_says_so() -> None:
     model, x = build("mixtral"), tokens()
     with torch.no_grad():  # this one wins nowhere

@@ -179,7 +179,7 @@ class _LayerCalls(FunctionInterceptor):
             return
         (name, x, out, ends), self._waiting = self._waiting, None
         if isinstance(factor, Tensor) and factor.shape == (len(x), 1):
-            x, out = x * factor, out * factor
+            x, out = (x * factor).to(x.dtype), (out * factor).to(out.dtype)
         self._report_as(name, lambda name: ConsumerCall(name, "linear", x, out, ends=ends))
 
     def _report(self, weight: Any, describe: Callable[[str], ConsumerCall]) -> None:
