@@ -95,7 +95,7 @@ def widths_of(group: Group, budget: Budget, layers: int = 1) -> list[int]:
 
     If several ``layers`` share a width, each step saves more, so there are more steps.
     """
-    labels = len(set(group.blocks))
+    labels = len(set(group.blocks)) * group.multiple
     rows = max(1, sum(channel != NOT_OURS for channel in group.producers[0].weight.channels) // group.width)
     multiple = budget.multiple(group.width)
     step = math.lcm(labels, multiple // math.gcd(multiple, rows))

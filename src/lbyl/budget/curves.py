@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lbyl.graph import Graph, Group, Slot
 from lbyl.graph.types import last_to_run
 from lbyl.moments import Probes
-from lbyl.moments.accumulate import ChannelSums
+from lbyl.moments.accumulate import ChannelSums, Moments, WholeSums
 from lbyl.runtime.attended import at_attended, attended_positions
 from lbyl.runtime.batches import batch_size, split
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
@@ -140,13 +140,35 @@ def _from_weights(graph: Graph, index: int, order: tuple[int, ...], state: State
     """The curve under the paper's assumptions, or from the filters' norms if these assumptions do not apply."""
     group = graph.groups[index]
     filters = describe(group, state)
-    rows = filters.weight[list(order)]
-    gram = rows @ rows.T
-    if paper_form_applies(group, state):
-        gram = torch.diag(gram.diagonal())
     readers = [consumer_energy(slot, _source(state, slot), group.width) for slot in (*group.consumers, *group.tied)]
     energy = torch.stack(readers).sum(0) if readers else torch.ones(group.width, dtype=torch.float64)
-    return Curve(index, order, error_curve(gram, energy[list(order)]))
+    if paper_form_applies(group, state):
+        size, labels = filters.energy.cpu(), torch.tensor(group.blocks)
+        members = [torch.nonzero(labels == label).flatten() for label in torch.unique(labels)]
+        return Curve(index, order, _joint([(m, torch.diag(size[m]), 1.0) for m in members], energy, order))
+    rows = filters.weight[list(order)]
+    return Curve(index, order, error_curve(rows @ rows.T, energy[list(order)]))
+
+
+def _joint(
+    parts: Sequence[tuple[Tensor, Tensor, float]], energy: Float[Tensor, " channels"], order: Sequence[int]
+) -> Float[Tensor, " widths"]:
+    """The curve of channels in parts that are uncorrelated with each other and keep equally many channels.
+
+    Each part has its channels, their covariance, and a factor for its errors. Between widths that all parts can share,
+    the error is interpolated.
+    """
+    rank, curves = torch.tensor(order).argsort(), list[Tensor]()
+    for members, covariance, factor in parts:
+        best = rank[members].argsort()
+        curve = error_curve(covariance[best[:, None], best], energy[members[best]])
+        curves.append(curve * factor * (energy[members] * covariance.diagonal().clamp_min(0)).sum())
+    total = torch.stack(curves).sum(0)
+    if float(total[0]) <= 0:
+        return torch.zeros(len(order) + 1, dtype=torch.float64)
+    between = torch.arange(len(order) + 1, dtype=torch.float64) / len(parts)
+    low = between.floor().long()
+    return torch.lerp(total[low], total[(low + 1).clamp_max(len(total) - 1)], between - low) / total[0]
 
 
 def _from_probes(
@@ -178,7 +200,22 @@ def _from_probes(
     return curves, "" if affordable else _NOT_TRIED
 
 
-_Seen = Sequence[tuple[Slot, ChannelSums]]
+_Sums = ChannelSums | WholeSums
+"""Moments among all channels of a group, or for experts, among those of each of them."""
+_Seen = Sequence[tuple[Slot, _Sums]]
+
+
+def _has_experts(slot: Slot, state: State) -> bool:
+    """Whether a consumer stacks a matrix for each expert, which reads channels of its own."""
+    return slot.blocks > 1 and state[slot.parameter].dim() == 3 and slot.blocks == len(state[slot.parameter])
+
+
+def _moments(group: Group, slot: Slot, item: _Sums) -> list[tuple[Tensor, Moments]]:
+    """Channels and their moments: all channels together, or those of each expert that got any token."""
+    if isinstance(item, ChannelSums):
+        return [] if item.moments is None else [(torch.arange(group.width), item.moments)]
+    channels = torch.tensor(slot.channels).reshape(slot.blocks, -1)
+    return [(own, moments) for own, moments in zip(channels, item.blocks, strict=True) if moments.count]
 
 
 def _looked_at(group: Group) -> Sequence[Slot]:
@@ -192,7 +229,7 @@ def _passes(graph: Graph, indices: Iterable[int], room: int) -> list[list[int]]:
     left = 0
     for index in indices:
         group = graph.groups[index]
-        size = 8 * group.width**2 * len(_looked_at(group))
+        size = 8 * group.width**2 // len(set(group.blocks)) * len(_looked_at(group))
         if not passes or size > left:
             passes.append([])
             left = room
@@ -211,26 +248,30 @@ def _seen(
     progress: Progress | None,
 ) -> dict[int, _Seen]:
     """Moments of the channels of some groups at their consumers."""
-    sums: dict[str, list[tuple[int, Slot, ChannelSums]]] = defaultdict(list)
+    sums: dict[str, list[tuple[int, Slot, _Sums]]] = defaultdict(list)
     for index in indices:
         group = graph.groups[index]
         for slot in _looked_at(group):
             generator = generator_for(seed, f"{slot.parameter}#widths")
-            sums[slot.parameter].append((index, slot, ChannelSums(seats(slot, group.width), 4000, generator)))
+            item: _Sums = ChannelSums(seats(slot, group.width), 4000, generator)
+            if _has_experts(slot, state):
+                item = WholeSums(slot.blocks, 4000, generator)
+            sums[slot.parameter].append((index, slot, item))
 
     def on_consumer(call: ConsumerCall) -> None:
         for _, slot, item in sums.get(call.weight, ()):
-            item.add(call, _source(state, slot))
+            source = _source(state, slot)
+            item.add(call, source[..., 0] if isinstance(item, WholeSums) else source)
 
     last = last_to_run([consumer for consumer in graph.consumers if consumer.weight in sums])
     for batch in counted(probes.batches, progress, "looking at widths"):
         run_intercepted(
             model, batch, on_consumer=on_consumer, batch_statistics=probes.batch_statistics, stop_after=last
         )
-    found: dict[int, list[tuple[Slot, ChannelSums]]] = defaultdict(list)
+    found: dict[int, list[tuple[Slot, _Sums]]] = defaultdict(list)
     for entries in sums.values():
         for index, slot, item in entries:
-            if item.moments is not None:
+            if _moments(graph.groups[index], slot, item):
                 found[index].append((slot, item))
     return dict(found)
 
@@ -239,16 +280,16 @@ def _curve(graph: Graph, index: int, order: tuple[int, ...], state: State, seen:
     """The mean over the group's consumers; from the weights where none was seen."""
     if not seen:
         return _from_weights(graph, index, order, state)
-    at = torch.tensor(order)
-    parts = []
+    group, curves = graph.groups[index], []
     for slot, item in seen:
-        assert item.moments is not None
-        mean = (item.moments.p / item.moments.count).cpu()[at]
-        covariance = item.moments.pp.cpu()[at[:, None], at] / item.moments.count
-        covariance -= torch.outer(mean, mean)
-        energy = consumer_energy(slot, _source(state, slot), graph.groups[index].width)
-        parts.append(error_curve(covariance, energy[at]))
-    return Curve(index, order, torch.stack(parts).mean(0))
+        known, parts = _moments(group, slot, item), []
+        positions = sum(moments.count for _, moments in known)
+        for members, moments in known:
+            mean = (moments.p / moments.count).cpu()
+            covariance = moments.pp.cpu() / moments.count - torch.outer(mean, mean)
+            parts.append((members, covariance, moments.count / positions))
+        curves.append(_joint(parts, consumer_energy(slot, _source(state, slot), group.width), order))
+    return Curve(index, order, torch.stack(curves).mean(0))
 
 
 def _can_be_tried(model: nn.Module, inputs: ExampleInputs, held_out: ExampleInputs, times: int) -> bool:
@@ -275,19 +316,21 @@ def _travels(
     own = float(curve.error[kept])
     if own <= 1e-9 or kept == group.width:
         return 1.0
-    keep, drop = (torch.tensor(sorted(part)) for part in (curve.order[:kept], curve.order[kept:]))
+    stays = torch.zeros(group.width, dtype=torch.bool)
+    stays[list(curve.order[:kept])] = True
     values: dict[str, Tensor] = {}
     for slot, item in seen:
-        assert item.moments is not None
-        # Not centered, because biases are not corrected here, so kept channels must compensate for means as well.
-        gram = (item.moments.pp / item.moments.count).cpu()
-        ridge = 0.01 * float(gram.diagonal().mean()) + 1e-12
-        matrix = torch.linalg.solve(
-            gram[keep][:, keep] + ridge * torch.eye(len(keep), dtype=torch.float64), gram[keep][:, drop]
-        )
         weight = values.get(slot.parameter, state[slot.parameter].detach().clone())
-        delivery = Delivery(matrix, torch.ones(len(keep), dtype=torch.float64))
-        fold(columns_second(weight, slot), _source(state, slot), slot, group.width, keep, drop, delivery)
+        for members, moments in _moments(group, slot, item):
+            keep, drop = (torch.nonzero(here).flatten() for here in (stays[members], ~stays[members]))
+            # Not centered, because biases are not corrected here, so kept channels must compensate for means as well.
+            gram = (moments.pp / moments.count).cpu()
+            ridge = 0.01 * float(gram.diagonal().mean()) + 1e-12
+            matrix = torch.linalg.solve(
+                gram[keep][:, keep] + ridge * torch.eye(len(keep), dtype=torch.float64), gram[keep][:, drop]
+            )
+            delivery, source = Delivery(matrix, torch.ones(len(keep), dtype=torch.float64)), _source(state, slot)
+            fold(columns_second(weight, slot), source, slot, group.width, members[keep], members[drop], delivery)
         values[slot.parameter] = weight
     return max(outputs_error(expected, _outputs(model, probes, values)) ** 2 / own, 1e-6)
 

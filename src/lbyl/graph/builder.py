@@ -63,6 +63,7 @@ class ConsumerRecord:
     blocks: int
     calls: int = 1
     dim: int = 1
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class Builder:
     """How often each operation was called in each module up to and including the current node."""
     scaled: dict[fx.Node, Any] = field(default_factory=dict)
     """Values that depend on how many channels there are, see `lbyl.graph.channel_means`."""
+    experts: dict[str, int] = field(default_factory=dict)
+    """How many matrices a weight stacks along its first dimension, by the weight's name."""
     pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)
     """Values that are a producer's output after nothing but linear maps of single channels, and that producer."""
     _free: dict[str, Tensor] = field(default_factory=dict)
@@ -225,7 +228,15 @@ class Builder:
         return record.ids
 
     def read(
-        self, layer: str, weight: str, bias: str | None, op: str, ids: Tensor, blocks: int = 1, dim: int = 1
+        self,
+        layer: str,
+        weight: str,
+        bias: str | None,
+        op: str,
+        ids: Tensor,
+        blocks: int = 1,
+        dim: int = 1,
+        experts: int = 0,
     ) -> None:
         """Record that a layer mixes these channels along a dimension of its weight."""
         if (weight, dim) in self.producers and blocks == 1:
@@ -238,7 +249,7 @@ class Builder:
             if self.consumers[weight].dim != dim:
                 self.pin(ids, f"layers read channels along two dimensions of {weight}")
         else:
-            self.consumers[weight] = ConsumerRecord(layer, weight, bias, op, blocks, dim=dim)
+            self.consumers[weight] = ConsumerRecord(layer, weight, bias, op, blocks, dim=dim, experts=experts)
 
     def tie(self, weight: str, dim: int, ids: Tensor) -> None:
         """Record that a layer reads these channels in a way that no restorer handles: a cut only removes columns."""

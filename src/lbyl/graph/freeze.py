@@ -46,6 +46,7 @@ def freeze(builder: Builder) -> Graph:
         tuple(dict.fromkeys(map(readable, builder.barriers))),
         sizes,
         tuple(dict.fromkeys(builder.computed)),
+        whole=tuple((name, readable(why)) for name, why in builder.whole.items()),
     )
 
 
@@ -231,9 +232,8 @@ def _why_single(draft: _Draft) -> str:
 def _consumers(builder: Builder, channels: _Channels) -> Iterator[Consumer]:
     for record in builder.consumers.values():
         columns = channels.columns(builder.slots[record.weight, record.dim].ids)
-        yield Consumer(
-            record.layer, record.weight, record.bias, record.op, record.blocks, columns, record.calls, record.dim
-        )
+        layer, weight, bias, op = record.layer, record.weight, record.bias, record.op
+        yield Consumer(layer, weight, bias, op, record.blocks, columns, record.calls, record.dim, record.experts)
 
 
 # -- what keeps channels from being pruned -----------------------------------------------------------------

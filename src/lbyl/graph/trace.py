@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from lbyl.errors import InputError, TraceError, first_line
 from lbyl.graph import channel_means
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
+from lbyl.graph.experts import by_expert
 from lbyl.graph.exported import export
 from lbyl.graph.freeze import freeze
 from lbyl.graph.program import Program
@@ -79,6 +80,7 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
         return map_arg(argument, lambda node: env[node])
 
     uses = _last_uses(program.graph)
+    lengths = {name: tuple(node.meta["val"].shape) for node, name in program.parameters.items()}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             name = program.parameters.get(node)
@@ -97,7 +99,7 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
             env.pop(done, None)
     builder.finish()
     channel_means.settle(builder, model)
-    graph = freeze(builder)
+    graph = by_expert(freeze(builder), builder.experts, lengths)
     return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs, notes=program.notes)
 
 

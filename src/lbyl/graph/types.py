@@ -16,8 +16,9 @@ class Slot:
     """One dimension of one parameter or buffer, and the channel of the group at each of its indices.
 
     ``channels[j]`` is a channel number of the group, or ``NOT_OURS``. With ``blocks > 1`` the slot is the
-    input dimension of a grouped convolution, or the output dimension of a transposed one. Then ``channels`` lists the
-    channels of all blocks, while the parameter's dimension has the size ``len(channels) / blocks``.
+    input dimension of a grouped convolution, the output dimension of a transposed one, or a dimension of weights that
+    are stacked along the first one (the experts of a mixture). Then ``channels`` lists the channels of all blocks,
+    while the parameter's dimension has the size ``len(channels) / blocks``.
     """
 
     parameter: str
@@ -133,6 +134,7 @@ class Group:
             lose columns, and restoration can't compensate for the loss there.
         products: the modules that add up products of pairs of these channels (the scores of attention with one head);
             dropped channels must be zero there.
+        multiple: every block keeps a multiple of this number of channels, as the operation that reads them requires.
         statistics: other reductions over these channels; after a cut they are taken over the kept ones.
     """
 
@@ -151,6 +153,7 @@ class Group:
     tied: tuple[Slot, ...] = ()
     statistics: tuple[Statistic, ...] = ()
     products: tuple[str, ...] = ()
+    multiple: int = 1
 
     @property
     def excluded_from_inner(self) -> str | None:
@@ -183,7 +186,8 @@ class Consumer:
 
     ``columns[j]`` is the (group index, channel) of input channel ``j``; the group index is ``NOT_OURS`` where no
     group makes the input (as for the image). ``calls`` is how often the layer runs in one forward pass, and ``dim`` is
-    the input dimension of its weight (0 for weights stored input first).
+    the input dimension of its weight (0 for weights stored input first). ``experts`` is the number of matrices that the
+    weight stacks along its first dimension, each of which has its own rows of the input; 0 for all other weights.
     """
 
     layer: str
@@ -194,6 +198,7 @@ class Consumer:
     columns: tuple[tuple[int, int], ...]
     calls: int
     dim: int = 1
+    experts: int = 0
 
 
 def last_to_run(consumers: Sequence[Consumer]) -> str | None:
@@ -228,6 +233,7 @@ class Graph:
         computed: modules whose weight is computed on the fly; `lbyl.graph.computed_weights` can make them plain.
         macs: multiply-accumulates of the traced pass; None where they were not counted.
         notes: what the user should know about that pass.
+        whole: parameters that an operation uses in a way that can't be followed, and why.
     """
 
     groups: tuple[Group, ...]
@@ -237,6 +243,7 @@ class Graph:
     computed: tuple[str, ...] = ()
     macs: int | None = None
     notes: tuple[str, ...] = ()
+    whole: tuple[tuple[str, str], ...] = ()
 
     def group(self, name: str) -> Group:
         """The group of that name.

@@ -128,7 +128,7 @@ def _adopt(model: nn.Module, config: Any) -> None:
     old: Any = model.config
     twins = {type(value): getattr(config, name) for name, value in vars(old).items() if hasattr(value, "to_dict")}
     twins[type(old)] = config
-    for name in ("_name_or_path", "_attn_implementation"):  # these are not stored in files
+    for name in ("_name_or_path", "_attn_implementation", "_experts_implementation"):  # these are not stored in files
         if hasattr(old, name):
             setattr(config, name, getattr(old, name))
     for module in model.modules():

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lbyl.runtime.forward import ConsumerCall
+from lbyl.runtime.grouped import of_each_expert
 from lbyl.runtime.seeding import sample_positions
 from lbyl.selection.view import ColumnMoments
 
@@ -128,7 +129,7 @@ class PatchSums:
         """
         self.output = _with_output(self.output, call)
         number = len(self.columns.keep)
-        rows, width = len(weight) // number, call.x.shape[1 if call.op != "linear" else -1] // number
+        rows, width = len(weight) // number, weight.shape[1]
         for index, (keep, drop) in enumerate(zip(self.columns.keep, self.columns.drop, strict=True)):
             out = slice(index * rows, (index + 1) * rows)
             kernel = weight[out]
@@ -137,14 +138,28 @@ class PatchSums:
                 self.blocks.append(Moments.zeros(len(keep) * taps, rows, call.x.device))
             if not len(drop) and wanted is None:
                 continue
-            columns = keep + index * width, drop + index * width
+            here, first = _of_block(call, index, number, width)
+            if here is None:
+                continue
+            columns = keep + first, drop + first
             share = None if wanted is None else wanted[..., out] if call.op == "linear" else wanted[:, out]
             if share is not None:
                 part = kernel[:, keep]
             else:
                 part = kernel[:, drop] if call.fed is None else torch.cat([kernel[:, keep], kernel[:, drop]], 1)
-            for p, r in _positions(call, part, *columns, self.positions, self.generator, share):
+            for p, r in _positions(here, part, *columns, self.positions, self.generator, share):
                 self.blocks[index].add(p, r)
+
+
+def _of_block(call: ConsumerCall, index: int, blocks: int, width: int) -> tuple[ConsumerCall | None, int]:
+    """What one block reads of a call: the first of its columns; an expert, which has all columns, its own positions.
+
+    None if no position was given to the expert.
+    """
+    if call.ends is None or blocks == 1:
+        return call, index * width
+    start, end = (int(call.ends[at]) if at >= 0 else 0 for at in (index - 1, index))
+    return (replace(call, x=call.x[start:end], ends=None) if end > start else None), 0
 
 
 @dataclass
@@ -164,9 +179,12 @@ class WholeSums:
         for index in range(self.number):
             if len(self.blocks) <= index:
                 self.blocks.append(Moments.zeros(width * taps, 0, call.x.device))
-            columns = torch.arange(index * width, (index + 1) * width, device=call.x.device)
+            here, first = _of_block(call, index, self.number, width)
+            if here is None:
+                continue
+            columns = torch.arange(first, first + width, device=call.x.device)
             none = columns[:0]
-            for p, r in _positions(call, weight[:, none], columns, none, self.positions, self.generator):
+            for p, r in _positions(here, weight[:, none], columns, none, self.positions, self.generator):
                 self.blocks[index].add(p, r)
 
     def reading(self) -> ConsumerMoments | None:
@@ -330,12 +348,26 @@ class ColumnSums:
     def add(self, call: ConsumerCall) -> None:
         """Add the input of one call of the consumer."""
         x, pairs = _rows(call, call.x), self.second.dim() == 2
+        if call.ends is not None and x.shape[1] < len(self.first):
+            self._add_experts(x, call.ends)
+            return
         x = _sampled(x, self.positions, self.generator) if pairs else x
         self.count += len(x)
         for part in x.split(max(1, _CHUNK_BYTES // (8 * x.shape[1]))):
             wide = part.double()
             self.first += wide.sum(0)
             self.second += wide.T @ wide if pairs else wide.square().sum(0)
+
+    def _add_experts(self, x: Float[Tensor, "positions columns"], ends: Int[Tensor, " experts"]) -> None:
+        """Add what experts read: each has its own columns, which are zero at the positions of the others."""
+        self.count += len(x)
+        for expert, rows in of_each_expert(ends):
+            own, wide = slice(expert * x.shape[1], (expert + 1) * x.shape[1]), x[rows].double()
+            self.first[own] += wide.sum(0)
+            if self.second.dim() == 2:
+                self.second[own, own] += wide.T @ wide
+            else:
+                self.second[own] += wide.square().sum(0)
 
     def moments(self) -> ColumnMoments:
         """The means."""

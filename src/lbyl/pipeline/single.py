@@ -36,6 +36,7 @@ from lbyl.selection.select import (
     kept_by_ratio,
     select,
 )
+from lbyl.selection.whole import left_whole
 from lbyl.surgery.attributes import Attribute, plan_attributes
 from lbyl.surgery.cuts import Cut, cut_copy, plan_cuts
 from lbyl.surgery.masking import Masks, norm_masks
@@ -241,6 +242,7 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
                 *subject.graph.notes,
                 *planned.notes,
                 *restoration.notes,
+                left_whole(subject.graph, subject.model.named_parameters(remove_duplicate=False)),
                 statistics,
                 taken,
                 done.note,

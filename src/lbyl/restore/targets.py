@@ -19,8 +19,13 @@ from lbyl.surgery.masking import zero_columns
 
 
 def output_first(consumer: Consumer, state: State) -> Tensor:
-    """A view of a consumer's weight with the output dimension first, however the layer stores it."""
+    """A consumer's weight with the output dimension first, however the layer stores it.
+
+    The outputs of all experts of a mixture follow each other, as those of a grouped convolution do.
+    """
     weight = state[consumer.weight].detach()
+    if consumer.experts:
+        return weight.movedim(consumer.dim, 2).flatten(0, 1)
     return weight.transpose(0, 1) if consumer.dim == 0 else weight
 
 
@@ -48,7 +53,7 @@ class Target:
     inside: Float[Tensor, " taps"] | None = None
 
     def weight(self, state: State) -> Tensor:
-        """A view of the consumer's weight with the output dimension first, however the layer stores it."""
+        """The consumer's weight with the output dimension first; see :func:`output_first`."""
         return output_first(self.consumer, state)
 
 
@@ -89,8 +94,17 @@ def target_of(consumer: Consumer, dropped: Tensor, choices: tuple[int, ...], nor
 
 def as_stored(found: tuple[Target, ...], values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Values as the layers store them, from weights with the output dimension first."""
-    input_first = {target.consumer.weight for target in found if target.consumer.dim == 0}
-    return {name: v.transpose(0, 1).contiguous() if name in input_first else v for name, v in values.items()}
+    consumers = {target.consumer.weight: target.consumer for target in found}
+
+    def stored(name: str, value: Tensor) -> Tensor:
+        consumer = consumers.get(name)
+        if consumer is None:
+            return value
+        if consumer.experts:
+            return value.unflatten(0, (consumer.experts, -1)).movedim(2, consumer.dim).contiguous()
+        return value.transpose(0, 1).contiguous() if consumer.dim == 0 else value
+
+    return {name: stored(name, value) for name, value in values.items()}
 
 
 def masked(target: Target, state: State) -> Tensor:

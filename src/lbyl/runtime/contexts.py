@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lbyl.runtime.experts import choose_grouped
+
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """The attributes that every module has."""
 ATOMS = frozenset((bool, int, float, str, type(None)))
@@ -135,7 +137,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Every module's mode, plain attributes, buffers and arrays are restored. Some modules cache values that they compute
     from their weights (attention biases, masks). After a run in another precision, or a trace with fake tensors, the
-    cached values would be wrong. Other modules count their calls.
+    cached values would be wrong. Other modules count their calls. Experts run as `lbyl.runtime.experts` says.
     """
     with alone(model), seeded():
         modes = {module: module.training for module in model.modules()}
@@ -149,6 +151,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         buffers = [(module._buffers, module._buffers.copy()) for module in modes]
         written = _Written(modes)
         model.eval()  # even in evaluation mode, because it makes some modules clear their caches
+        choose_grouped(modes)
         try:
             yield
         finally:

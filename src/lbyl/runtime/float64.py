@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from lbyl.runtime.grouped import GROUPED, grouped_product
 from lbyl.runtime.intercept import FunctionInterceptor
 
 
@@ -94,6 +95,8 @@ def _linear(
 class Float64Mode(FunctionInterceptor):
     """While active, replaces depthwise convolutions and linear layers in float64 by the functions of this module.
 
+    Products of experts, which PyTorch does not compute in float64, are replaced as well.
+
     ``narrower`` collects the precisions below float64 of results, which the model's own code asked for.
     """
 
@@ -115,4 +118,4 @@ class Float64Mode(FunctionInterceptor):
         return result
 
 
-_OURS: dict[Any, Any] = {torch.conv2d: _conv2d, functional.linear: _linear}
+_OURS: dict[Any, Any] = {torch.conv2d: _conv2d, functional.linear: _linear, GROUPED: grouped_product}

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from lbyl.runtime.attended import Attended, at_attended, attended_positions
 from lbyl.runtime.copying import call_with
+from lbyl.runtime.grouped import GROUPED
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import FunctionInterceptor, Names, leading_arguments, names_by_id
 from lbyl.runtime.layer_norms import LookAheadNorms, NormMasks, statistics_of_kept
@@ -31,6 +32,9 @@ class ConsumerCall:
     ``stride``, ``padding`` and ``dilation`` have one number for each axis; for a linear layer they are empty. ``fed``
     is the input that the cut layer will get in place of ``x``, at the kept channels, where a layer norm changes it.
     Positions that an attention mask excludes are left out.
+
+    For experts of a mixture, the positions are sorted by expert, and ``ends`` holds where the positions of each expert
+    end. Input and output are multiplied by the router's weight of the expert, if the model multiplies the output by it.
     """
 
     weight: str
@@ -41,6 +45,7 @@ class ConsumerCall:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     fed: Tensor | None = None
+    ends: Tensor | None = None
 
 
 OnConsumer = Callable[[ConsumerCall], None]
@@ -100,7 +105,9 @@ def run_intercepted(
     calls = _LayerCalls(names, on_consumer, on_norm, batch_statistics, stop_after, ahead, attended)
     try:
         with statistics, calls:
-            return call_with(model, inputs, values or {})
+            found = call_with(model, inputs, values or {})
+            calls.finish()
+            return found
     except _Enough:
         return None
 
@@ -114,6 +121,7 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     torch.Tensor.__matmul__: (0, 1),
 }
 CONVOLUTIONS: dict[Any, int] = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
+_TIMES = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__)
 BATCH_NORM = inspect.signature(functional.batch_norm)
 
 
@@ -134,6 +142,8 @@ class _LayerCalls(FunctionInterceptor):
         self.on_consumer, self.on_norm = on_consumer, on_norm
         self.batch_statistics, self.stop_after = batch_statistics, stop_after
         self.ahead, self.attended = ahead, attended
+        self._turned: dict[int, tuple[str, Tensor]] = {}  # transposed weights of experts, by their ids
+        self._waiting: tuple[str, Tensor, Tensor, Tensor] | None = None  # a call of experts
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is functional.batch_norm:
@@ -148,13 +158,36 @@ class _LayerCalls(FunctionInterceptor):
         elif func in _PRODUCTS and len(args) > _PRODUCTS[func][1] and not kwargs:
             x, weight = (args[place] for place in _PRODUCTS[func])
             self._report(weight, lambda name: ConsumerCall(name, "linear", x, out))
+        elif func is GROUPED and GROUPED is not None:
+            self._experts(*args, **kwargs, out=out)
+        elif func is torch.Tensor.transpose and args[0].dim() == 3 and (name := self.name_of(args[0])):
+            self._turned[id(out)] = name, out
+        elif self._waiting and func in _TIMES and args[0] is self._waiting[2]:
+            self.finish(args[1])
         return out
+
+    def _experts(self, x: Tensor, weight: Tensor, *, offs: Tensor | None = None, out: Tensor, **options: Any) -> None:
+        """Keep a call of experts until the router's weights are known, by which the model multiplies its output."""
+        self.finish()
+        name = self.name_of(weight) or self._turned.pop(id(weight), ("",))[0]
+        if name and offs is not None:
+            self._waiting = name, x, out, offs
+
+    def finish(self, factor: Any = None) -> None:
+        """Report the call of experts that is kept, if any, given the router's weights if these are known."""
+        if self._waiting is None:
+            return
+        (name, x, out, ends), self._waiting = self._waiting, None
+        if isinstance(factor, Tensor) and factor.shape == (len(x), 1):
+            x, out = (x * factor).to(x.dtype), (out * factor).to(out.dtype)
+        self._report_as(name, lambda name: ConsumerCall(name, "linear", x, out, ends=ends))
 
     def _report(self, weight: Any, describe: Callable[[str], ConsumerCall]) -> None:
         """Report a call if its weight is a named parameter of the model."""
-        name = self.name_of(weight)
-        if name is None:
-            return
+        if (name := self.name_of(weight)) is not None:
+            self._report_as(name, describe)
+
+    def _report_as(self, name: str, describe: Callable[[str], ConsumerCall]) -> None:
         if self.on_consumer:
             call = describe(name)
             call = call if self.ahead is None else replace(call, fed=self.ahead.twin(call.x))
@@ -186,8 +219,11 @@ class _LayerCalls(FunctionInterceptor):
 
 
 def at_positions(call: ConsumerCall, attended: Attended) -> ConsumerCall:
-    """A call of a linear layer, restricted to the positions that an attention mask allows."""
-    if not attended or call.op != "linear":
+    """A call of a linear layer, restricted to the positions that an attention mask allows.
+
+    Positions of experts are not in the order of the mask, so all of them stay.
+    """
+    if not attended or call.op != "linear" or call.ends is not None:
         return call
     fed = None if call.fed is None else at_attended(attended, call.fed)
     return replace(call, x=at_attended(attended, call.x), out=at_attended(attended, call.out), fed=fed)

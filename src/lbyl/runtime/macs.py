@@ -150,6 +150,10 @@ def _distances(a: Tensor, b: Tensor, *rest: Any, out_val: Tensor, **named: Any) 
     return 2 * out_val.numel() * a.shape[-1]
 
 
+def _grouped(x: Tensor, *rest: Any, out_val: Tensor, **named: Any) -> int:
+    return 2 * layer_macs(out_val, x.shape[-1])
+
+
 def _over_time(x: Tensor, weight: Tensor, *rest: Any, out_val: Tensor, **named: Any) -> int:
     return 2 * layer_macs(out_val, weight[..., 0].numel())
 
@@ -160,6 +164,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_trilinear": _trilinear,
     "aten::_conv_depthwise2d": _filtered,
     "aten::conv_tbc": _over_time,
+    "aten::_grouped_mm": _grouped,
+    "transformers::grouped_mm_fallback": _grouped,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::mv": lambda x, y, *rest, out_val: 2 * x.numel(),
     "aten::addmv": lambda x, y, *rest, out_val, **named: 2 * y.numel(),

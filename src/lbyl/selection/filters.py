@@ -262,8 +262,11 @@ def paper_form_applies(group: Group, state: State) -> str | None:
 
 
 def columns_second(weight: Tensor, slot: Slot) -> Tensor:
-    """A view of a consumer's weight with its input dimension second, as in convolutions and linear layers."""
-    return weight.transpose(1, slot.dim)
+    """A view of a consumer's weight with its input dimension second, as in convolutions and linear layers.
+
+    Experts look like a grouped convolution with a single filter each, whose taps are the expert's outputs.
+    """
+    return weight.movedim(slot.dim, 1)
 
 
 def _rows(tensor: Tensor, slot: Slot, width: int) -> Tensor:
@@ -321,8 +324,8 @@ def _channels_first(tensor: Tensor, slot: Slot) -> Tensor:
         return tensor
     if slot.blocks == 1:
         return tensor.movedim(slot.dim, 0)
-    # In a grouped transposed convolution, the rows of each block make different channels.
-    return tensor.unflatten(0, (slot.blocks, -1)).transpose(1, 2).flatten(0, 1)
+    # In a grouped transposed convolution, and in experts, the rows of each block make different channels.
+    return tensor.movedim(slot.dim, 1).unflatten(0, (slot.blocks, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def few_rows(tensor: Tensor) -> Sequence[Tensor]:

@@ -129,8 +129,8 @@ class ByCriterion:
         if isinstance(sees := getattr(self.criterion, "sees", None), str):
             seen = self.moments if needs_probes(self.criterion) else None
             readings = readings_of(filters, members, seen)
-            if sees != "consumers" and not readings:
-                return part.norms(2)  # no consumer ran on the probes
+            if sees != "consumers" and not any(bool(reading.square.any()) for reading in readings):
+                return part.norms(2)  # no consumer ran on the probes, or an expert got no token
             scores = self.criterion.score(ChannelView(part, readings, generator))  # pyright: ignore[reportCallIssue, reportArgumentType]
         else:
             scores = self.criterion.score(part.raw, generator)  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -231,6 +231,7 @@ def kept_by_ratio(graph: Graph, ratio: Ratio, path: str = "") -> KeptCounts:
         for index, group in enumerate(graph.groups)
         if shares[group.name] > 0 and group.reason is None
     }
+    counts |= _beside_experts(graph, shares, counts)
     index_of = {group.name: index for index, group in enumerate(graph.groups)}
     uneven: dict[str, str] = {}
     for name, family in _families(graph).items():
@@ -250,9 +251,33 @@ def check_patterns(ratio: Ratio, names: Iterable[str]) -> None:
 
 
 def _evenly_kept(group: Group, share: float) -> int:
-    """The number of channels that a group keeps if each of its blocks loses the same share."""
+    """The number of channels that a group keeps if each of its blocks loses the same share, or nearly.
+
+    A block keeps the multiple of ``group.multiple`` that is nearest to its share, and at least one.
+    """
     blocks = len(set(group.blocks))
-    return blocks * kept_count(group.width // blocks, share)
+    count = kept_count(group.width // blocks, share)
+    if group.multiple > 1:
+        count = max(1, round(count / group.multiple)) * group.multiple
+    return blocks * count
+
+
+def _beside_experts(graph: Graph, shares: Mapping[str, float], counts: Mapping[int, int]) -> dict[int, int]:
+    """Kept counts of groups that are a multiple as wide as the experts beside them: the same multiple after the cut.
+
+    Configurations give the width of shared experts as a number of experts, and a rounded count would not be one.
+    """
+    found = dict[int, int]()
+    for index, experts in enumerate(graph.groups):
+        blocks = len(set(experts.blocks))
+        if experts.multiple == 1 or index not in counts:
+            continue
+        width, beside = experts.width // blocks, f"{experts.name.rpartition('.')[0]}."
+        for other, group in enumerate(graph.groups):
+            alike = group.name.startswith(beside) and shares[group.name] == shares[experts.name]
+            if other in counts and group.multiple == 1 and alike and group.width % width == 0:
+                found[other] = group.width // width * (counts[index] // blocks)
+    return found
 
 
 def _families(graph: Graph) -> dict[str, tuple[Group, ...]]:

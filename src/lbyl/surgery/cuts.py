@@ -22,8 +22,9 @@ from lbyl.surgery.attributes import Attribute, attribute_of, set_attribute, set_
 class Cut:
     """The kept indices along one dimension of one parameter or buffer.
 
-    With ``blocks > 1`` the dimension is the input of a grouped convolution: ``size`` and ``keep`` count all
-    its input channels, while each filter stores ``size / blocks`` columns. The kept values are multiplied by ``scale``,
+    With ``blocks > 1`` the dimension is the input of a grouped convolution, or belongs to the experts of a mixture, of
+    which each keeps its own indices: ``size`` and ``keep`` count the channels of all blocks, while each filter or
+    expert stores ``size / blocks`` of them. The kept values are multiplied by ``scale``,
     which corrects a mean over fewer channels.
     """
 
@@ -151,7 +152,7 @@ def _slice(tensor: Tensor, item: Cut) -> Tensor:
     parts = []
     for number, rows in enumerate(tensor.chunk(item.blocks, 0)):
         inside = keep[(keep >= number * width) & (keep < (number + 1) * width)] - number * width
-        parts.append(rows.index_select(1, inside.to(tensor.device)))
+        parts.append(rows.index_select(item.dim, inside.to(tensor.device)))
     return torch.cat(parts)
 
 
@@ -172,5 +173,7 @@ def _check(item: Cut, state: Mapping[str, Tensor]) -> None:
     if item.blocks > 1:
         counts = Counter(index // stored for index in keep)
         even = len(counts) == item.blocks and len(set(counts.values())) == 1
-        if not even or item.dim != 1 or tensor.shape[0] % item.blocks:
-            raise SurgeryError(f"{item.parameter}: a grouped convolution must keep equally many channels in each block")
+        if not even or item.dim < 1 or tensor.shape[0] % item.blocks:
+            raise SurgeryError(
+                f"{item.parameter}: grouped convolutions and experts must keep equally many channels in each block"
+            )

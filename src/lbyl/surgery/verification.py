@@ -465,7 +465,7 @@ class _Outline:
 
 
 def _shapes(model: nn.Module, inputs: ExampleInputs) -> list[torch.Size]:
-    with undisturbed(model), plain_attention():
+    with undisturbed(model), plain_attention(), Float64Mode():  # which also knows shapes that PyTorch does not
         return [tensor.shape for tensor in outputs(model, inputs)]
 
 

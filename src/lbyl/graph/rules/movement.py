@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lbyl.graph.builder import Builder, layer_name, output_shape
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
+from lbyl.graph.rules.experts import is_stacked_weight
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 
@@ -19,6 +20,8 @@ from lbyl.graph.union_find import NOBODY, compact, small, varies
 )  # fmt: skip
 def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the operation itself to the shadow."""
+    if isinstance(args[0], ParameterRef) and is_stacked_weight(node):
+        return ParameterRef(args[0].name, output_shape(node))
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -102,7 +105,10 @@ def glu(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
 
 @rule("slice", "narrow")
 def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A range of one axis. Halves must keep equal sizes. Other bounds may be attributes of the module."""
+    """A range of one axis. Halves must keep equal sizes. Other bounds may be attributes of the module.
+
+    With a step, as where gates and their partners alternate, neighbors are cut together, so that others stay in place.
+    """
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -112,6 +118,12 @@ def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     if result.shape != x.shape and varies(compact(builder.ids.find(x)), dim):
         size, start = x.shape[dim], (args[2] if len(args) > 2 else kwargs.get("start")) or 0
         start = max(start + size, 0) if start < 0 else min(start, size)
+        step = args[4] if len(args) > 4 else 1
+        if step > 1 and size % step == 0:
+            pairs = builder.join(x.unflatten(dim, (-1, step)), [dim + 1])
+            builder.shaped(x, node)
+            builder.shaped(result, node)
+            return compact(node.target(builder.ids.find(pairs.flatten(dim, dim + 1)), *args[1:], **kwargs))
         if 2 * result.shape[dim] == size and start in (0, size // 2):
             _keep_equal(builder, x, dim, 2)
         builder.shaped(x, node)

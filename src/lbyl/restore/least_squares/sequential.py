@@ -46,6 +46,8 @@ def _takers(problem: LeastSquaresProblem, state: State) -> tuple[dict[str, Targe
     coupled = {p.weight.parameter for group in graph.groups if group.coupled for p in group.producers}
     if not any(isinstance(stage, Norm) for g in graph.groups for p in g.producers for stage in p.stages):
         return {}, "there is no batch norm"
+    if any(consumer.experts for consumer in graph.consumers):
+        return {}, "each expert of a mixture reads the tokens that its router gives it"
     if not any(target.consumer.weight in coupled for target in problem.found):
         return {}, "no consumer of a pruned group is in a residual connection"
 

@@ -145,10 +145,11 @@ def empty_sums(
     rows = len(weight) // consumer.blocks
     size = sum(len(k) * taps * (len(k) * taps + rows) * 8 for k in keep)
     note = ""
-    if settings.solve == "patch" and consumer.op != "conv3d":
+    experts = consumer.experts > 0 and consumer.blocks > 1  # moments among channels of all of them would be too large
+    if (settings.solve == "patch" or experts) and consumer.op != "conv3d":
         widest = max(len(k) for k in keep) * taps
         long = taps > _LONG and widest > _MANY
-        if size <= settings.budget and not long:
+        if (size <= settings.budget or experts) and not long:
             device = weight.device
             columns = Columns(tuple(k.to(device) for k in keep), tuple(d.to(device) for d in drop))
             return PatchSums(columns, settings.positions, generator), size, ""
@@ -178,14 +179,15 @@ def solve_patches(
         return
     rows = len(weight) // target.consumer.blocks
     shift = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    expected = None
-    if len(target.choices) == 1 and all(group != NOT_OURS for group, _ in target.consumer.columns):
+    expected, experts = None, target.consumer.experts > 0
+    if not experts and len(target.choices) == 1 and all(group != NOT_OURS for group, _ in target.consumer.columns):
         choice = selection.choices[target.choices[0]]
         slot = next(slot for slot in choice.group.consumers if slot.parameter == target.consumer.weight)
         if NOT_OURS not in slot.channels:
             gram, trust = expected_moments(choice, findings.state, settings)
             expected = None if gram is None else (_by_column(gram, slot, choice.group.width), trust)
-    solutions: list[Solution] = []
+    solutions: list[tuple[float, Solution]] = []
+    counted = sum(moments.count for moments in sums.blocks) if experts else 0
     for number, (keep, drop, moments) in enumerate(zip(sums.columns.keep, sums.columns.drop, sums.blocks, strict=True)):
         if not bool(moments.rr.any()):
             continue  # nothing is missing here
@@ -193,17 +195,26 @@ def solve_patches(
         prior = _patch_prior(target, keep, drop, number, target.weight(findings.state)[out], expected)
         ridge = settings.strength(prior is not None)
         check_finite(moments.pp, target.consumer.layer)
+        if experts and settings.ridge is None:
+            # The fewer tokens an expert gets for its neurons, the closer it stays to plain pruning.
+            ridge *= 1 + len(moments.p) / moments.count
         solution = solve(moments, ridge, centered=target.bias is not None, prior=prior)
         added = solution.coefficients.T.reshape(rows, len(keep), *weight.shape[2:])
         weight[out][:, keep] += added.to(weight.dtype)
         shift[out] = solution.shift
-        solutions.append(solution)
+        solutions.append((moments.count / counted if experts else 1.0, solution))
         if solution.singular:
             findings.singular(target, target.choices)
     findings.absorb(target, shift)
     count, total, square = sums.output
     power = float((square / count - (total / count).square()).sum())
-    before, after = (float(sum(getattr(s, side).sum() for s in solutions)) for side in ("before", "after"))
+    before, after = (float(sum(p * getattr(s, side).sum() for p, s in solutions)) for side in ("before", "after"))
+    if experts and (few := sum(moments.count < len(moments.p) for moments in sums.blocks)):
+        findings.note(
+            target.choices,
+            f"{few} of {len(sums.blocks)} experts got fewer tokens than they keep neurons: the fewer, the less they are "
+            "restored; pass more texts to restore them",
+        )
     for choice in target.choices:
         findings.add(choice, power, before, after)
 
