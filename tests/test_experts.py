@@ -23,6 +23,7 @@ from lbyl.io import artifact
 from lbyl.runtime.grouped import grouped_product
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_macs
+from lbyl.selection import view
 
 HIDDEN, EXPERTS, LAYERS = 32, 4, 2
 SIZES = {
@@ -322,3 +323,15 @@ def test_channels_that_other_layers_carry_stay_shared() -> None:
     stream = graph.group("model.embed_tokens")
     assert by_expert(graph, {}, {}) == graph
     assert {slot.blocks for slot in (*stream.carriers, *stream.consumers)} == {1}
+
+
+def test_each_expert_is_ranked_by_its_own_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = view.column_energy
+    monkeypatch.setattr(view, "column_energy", lambda slot, source: seen.append(source.numel()) or plain(slot, source))
+    data = lbyl.Data([tokens(seed, 8, 16) for seed in range(2)])
+    lbyl.compress(
+        build("mixtral"), tokens(), ratio=ONLY, restore=lbyl.LeastSquares(moments=data), criterion="energy",
+        forecast=False,
+    )  # fmt: skip
+    assert seen == [HIDDEN * 48] * (LAYERS * EXPERTS)

@@ -383,13 +383,14 @@ def _peak(group: Group, state: State) -> Tensor:
 
 def column_energy(slot: Slot, source: Float[Tensor, "out columns *taps"]) -> Float[Tensor, " columns_of_all_blocks"]:
     """The sum of squares of a consumer's weights for each of its input columns."""
-    blocks = source.detach().chunk(slot.blocks)
-    sums = [torch.zeros_like(block[0], dtype=torch.float64) for block in blocks]
-    for block, total in zip(blocks, sums, strict=True):
+    sums = []
+    for block in source.detach().chunk(slot.blocks):
+        total = torch.zeros_like(block[0], dtype=torch.float64)
         for rows in few_rows(block):
             # Not in place, because double() does not copy a float64 weight.
             total += rows.double().square().sum(0)
-    return torch.cat(sums).reshape(len(slot.channels), -1).sum(1).cpu()
+        sums.append(total.reshape(len(total), -1).sum(1))
+    return torch.cat(sums).cpu()
 
 
 def consumer_energy(slot: Slot, source: Float[Tensor, "out columns *taps"], width: int) -> Float[Tensor, " channels"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -51,7 +51,13 @@ class Reading:
     @cached_property
     def energy(self) -> Float[Tensor, "channels seats"]:
         """``|U_j|^2``: the sum of squares of the consumer's weights for each seat."""
-        return self._seated(column_energy(self.slot, self.weight))
+        if self._block is None:
+            return self._seated(column_energy(self.slot, self.weight))
+        # Only of this block: there may be many, and each is ranked by itself.
+        width = self.weight.shape[1]
+        first = self._block * width
+        own = replace(self.slot, channels=self.slot.channels[first : first + width], blocks=1)
+        return column_energy(own, self._rows)[(self.index - first).clamp_min(0)] * (self.index >= 0)
 
     @property
     def mean(self) -> Float[Tensor, "channels seats"]:
@@ -76,13 +82,21 @@ class Reading:
     @cached_property
     def columns(self) -> Float[Tensor, "channels seats fan_out"]:
         """The consumer's weights for each seat."""
-        slot, width = self.slot, self.weight.shape[1]
-        rows = len(self.weight) // slot.blocks
-        flat = self.index.clamp_min(0).cpu()
-        # All channels of a view are in the same block of a grouped convolution.
-        block = int(flat.flatten()[0]) // width if slot.blocks > 1 else 0
-        part = self.weight.detach()[block * rows : (block + 1) * rows].transpose(0, 1).flatten(1)
-        return part[flat - block * width].double().cpu() * (self.index >= 0)[..., None]
+        flat, first = self.index.clamp_min(0).cpu(), (self._block or 0) * self.weight.shape[1]
+        part = self._rows.transpose(0, 1).flatten(1)
+        return part[flat - first].double().cpu() * (self.index >= 0)[..., None]
+
+    @cached_property
+    def _block(self) -> int | None:
+        """The block of a grouped convolution that all of these channels are in; None without blocks or a single one."""
+        inside = (self.index[self.index >= 0] // self.weight.shape[1]).unique() if self.slot.blocks > 1 else ()
+        return int(inside[0]) if len(inside) == 1 else None
+
+    @property
+    def _rows(self) -> Tensor:
+        """The rows of the weight that read these channels."""
+        rows, block = len(self.weight) // self.slot.blocks, self._block or 0
+        return self.weight.detach()[block * rows : (block + 1) * rows]
 
     @property
     def _seen(self) -> ColumnMoments:

@@ -212,8 +212,8 @@ def solve_patches(
     if experts and (few := sum(moments.count < len(moments.p) for moments in sums.blocks)):
         findings.note(
             target.choices,
-            f"{few} of {len(sums.blocks)} experts got fewer tokens than they keep neurons: the fewer, the less they are "
-            "restored; pass more texts to restore them",
+            f"{few} of {len(sums.blocks)} experts got fewer tokens than they keep neurons: the fewer, the less "
+            "they are restored; pass more texts to restore them",
         )
     for choice in target.choices:
         findings.add(choice, power, before, after)
