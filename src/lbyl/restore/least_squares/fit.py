@@ -17,6 +17,7 @@ from lbyl.moments.accumulate import ConsumerMoments, PatchSums
 from lbyl.moments.attached_norms import folded, measure_statistics, normed_graph, with_norms
 from lbyl.moments.base import is_lifelike
 from lbyl.moments.data import Data
+from lbyl.moments.token_inputs import token_ids
 from lbyl.restore.base import Restoration, RestorationProblem
 from lbyl.restore.closed_form import with_ties
 from lbyl.restore.least_squares.judge import Judge, evaluated_batches
@@ -63,9 +64,8 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
     probes = None if closed else task.probes or make_probes(task.model, task.inputs, settings, task.seed, task.progress)
     seconds["probe"] = time.perf_counter() - started
     attached = probes.statistics if probes else {}
-    if settings.prior is None and not closed and is_lifelike(settings.moments, task.inputs):
-        # Moments from lifelike probes need no prior.
-        settings = replace(settings, prior=0.0)
+    if not closed and is_lifelike(settings.moments, task.inputs):
+        settings = settings.for_lifelike_probes(texts=token_ids(task.inputs) is not None)
     model = with_norms(task.model, attached)
     graph = normed_graph(task.graph, attached)
     targets = _targets(model, graph, task, settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from lbyl.errors import InputError
 from lbyl.moments import ClosedFormSource, Dream, ProbeSource
@@ -49,10 +49,33 @@ class Settings:
                 "choose Weights, Gaussian, Noise, Photographs, Dream or Data"
             )
 
-    def strength(self, steadied: bool) -> float:
-        """The relative ridge; ``steadied`` says whether a prior is mixed in."""
+    def for_lifelike_probes(self, texts: bool) -> Settings:
+        """The settings for probes that are like real inputs: without a prior, unless the user chose one.
+
+        ``texts`` says whether inputs are tokens.
+        """
+        kind = _ForTexts if texts else Settings
+        known = {each.name: getattr(self, each.name) for each in fields(Settings)}
+        return kind(**{**known, "prior": 0.0 if self.prior is None else self.prior})
+
+    def strength(self, steadied: bool, unknowns: float = 0.0) -> float:
+        """The relative ridge; ``steadied`` says whether a prior is mixed in.
+
+        ``unknowns`` is the number of regressors for each sample. Only the ridge for texts depends on it: positions in
+        an image are so alike that their number says little.
+        """
         if self.ridge is not None:
             return self.ridge
         if isinstance(self.moments, ClosedFormSource):
             return 0.1
         return 1e-3 if steadied else 0.3
+
+
+class _ForTexts(Settings):
+    """Settings for texts. Each token is a sample, so that there usually are many, and the ridge is smaller."""
+
+    def strength(self, steadied: bool, unknowns: float = 0.0) -> float:
+        """The relative ridge, as in :class:`Settings`; the fewer tokens, the closer a layer stays to plain pruning."""
+        if self.ridge is None and not steadied:
+            return 0.03 * (1 + unknowns)
+        return super().strength(steadied, unknowns)

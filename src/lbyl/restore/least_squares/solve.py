@@ -193,11 +193,8 @@ def solve_patches(
             continue  # nothing is missing here
         out = slice(number * rows, (number + 1) * rows)
         prior = _patch_prior(target, keep, drop, number, target.weight(findings.state)[out], expected)
-        ridge = settings.strength(prior is not None)
+        ridge = settings.strength(prior is not None, len(moments.p) / moments.count)
         check_finite(moments.pp, target.consumer.layer)
-        if experts and settings.ridge is None:
-            # The fewer tokens an expert gets for its neurons, the closer it stays to plain pruning.
-            ridge *= 1 + len(moments.p) / moments.count
         solution = solve(moments, ridge, centered=target.bias is not None, prior=prior)
         added = solution.coefficients.T.reshape(rows, len(keep), *weight.shape[2:])
         weight[out][:, keep] += added.to(weight.dtype)
