@@ -446,3 +446,17 @@ def test_readers_without_room_for_their_reading_are_left_out() -> None:
     assert set(measure(net, graph, {0}, probes, settings, 0, one)) == {"3.weight"}
     assert measure(net, graph, {0}, probes, settings, 0, one - 1) == {}
     assert measure(net, graph, {0}, probes, lbyl.LeastSquares(solve="mix"), 0, one) == {}
+
+
+def test_errors_of_outputs_with_a_large_mean_are_those_without_it() -> None:
+    """Their variance is a difference of large sums."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 8)
+    restore = lbyl.LeastSquares(moments=lbyl.Data([x[:32], x[32:]], 2))
+    found = []
+    for bias in (0.0, 3000.0):
+        nn.init.constant_(net[2].bias, bias)  # pyright: ignore[reportArgumentType]
+        (row,) = lbyl.compress(net, x[:1], ratio=0.5, restore=restore, verify=False, forecast=False).report.rows
+        assert row.errors
+        found.append(row.errors)
+    assert found[1] == pytest.approx(found[0], rel=1e-2)

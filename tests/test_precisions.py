@@ -18,7 +18,6 @@ class Base(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)
-        self.time = nn.Linear(6, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(x).relu())
@@ -46,6 +45,10 @@ class Grid(Base):
 
 
 class Timestep(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(6, 16)
+
     def forward(self, x: Tensor) -> Tensor:
         steps = torch.arange(6, dtype=torch.float32)[None].sin()
         return self.b((self.a(x) + self.time(steps)[:, :, None, None]).relu())

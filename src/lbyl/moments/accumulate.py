@@ -200,12 +200,13 @@ def _with_output(sums: Sequence[Tensor], call: ConsumerCall) -> list[Tensor]:
     """Count, sum and sum of squares of outputs, after one more call."""
     out = call.out.reshape(-1, call.out.shape[-1]) if call.op == "linear" else call.out
     dims, sums = [dim for dim in range(out.dim()) if dim != 1], list(sums)
-    # In chunks, because the squares of a whole output would be the largest tensor in memory. Sums of a chunk are in the
-    # output's precision, because float64 takes three times as long.
+    # In chunks, because a whole output in float64 would be the largest tensor in memory. In float32, little would be
+    # left of the variance of outputs whose mean is large.
     for part in out.split(max(1, _CHUNK_BYTES // max(1, out[:1].numel() * 8))):
-        part = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
-        count = torch.tensor(part.numel() // part.shape[1], dtype=torch.float64)
-        more = [count, part.sum(dims).double(), part.square().sum(dims).double()]
+        # A copy, also for float64, because it is squared in place while the network still uses the output.
+        wide = part.to(torch.float64, copy=True)
+        count = torch.tensor(wide.numel() // wide.shape[1], dtype=torch.float64)
+        more = [count, wide.sum(dims), wide.square_().sum(dims)]
         sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
     return sums
 

@@ -45,4 +45,4 @@ def _why(graph: Graph, name: str) -> str:
             return group.reason
     path = name.rpartition(".")[0]
     near = [barrier for barrier in graph.barriers if f"{path!r}" in barrier or (not path and "weight" in barrier)]
-    return next(iter(near), "no operation that can be followed uses them as a layer's weight")
+    return next(iter(near), "no operation that can be followed uses it as a layer's weight, if it is used at all")

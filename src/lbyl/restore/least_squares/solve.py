@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -114,7 +115,8 @@ class Findings:
         relative = None
         if power.total:
             scale = max(power.total, 1e-300)
-            relative = (power.before / scale) ** 0.5, (power.after / scale) ** 0.5
+            # Differences of sums may be negative by rounding.
+            relative = math.sqrt(max(power.before, 0) / scale), math.sqrt(max(power.after, 0) / scale)
         return Restored(choice.group.name, None, 0.0, "; ".join(dict.fromkeys(self.notes[number])), relative)
 
 
@@ -204,7 +206,7 @@ def solve_patches(
             findings.singular(target, target.choices)
     findings.absorb(target, shift)
     count, total, square = sums.output
-    power = float((square / count - (total / count).square()).sum())
+    power = float((square / count - (total / count).square()).clamp_min(0).sum())
     before, after = (float(sum(p * getattr(s, side).sum() for p, s in solutions)) for side in ("before", "after"))
     if experts and (few := sum(moments.count < len(moments.p) for moments in sums.blocks)):
         findings.note(
