@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,18 +174,6 @@ def test_a_saved_folder_is_loaded_by_transformers(name: str, tmp_path: Path) -> 
     assert torch.equal(logits(loaded, x), logits(result.model, x))
     again = type(model).from_pretrained(tmp_path / "out")
     assert torch.equal(logits(again, x), logits(result.model, x))
-    if name != "mixtral":
-        return
-    torch.save(logits(result.model, x), tmp_path / "logits")
-    script = (
-        "import sys, torch, transformers\n"
-        f"model = transformers.MixtralForCausalLM.from_pretrained({str(tmp_path / 'out')!r})\n"
-        f"x = torch.tensor({x['input_ids'].tolist()})\n"
-        f"print(torch.equal(model(input_ids=x).logits, torch.load({str(tmp_path / 'logits')!r})))\n"
-        "assert 'lbyl' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "True", done.stderr
 
 
 @contextmanager

@@ -382,7 +382,7 @@ def test_long_kernels_with_many_channels_are_solved_by_mix() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 1, 256)
     for taps, solved_by_mix in ((64, True), (25, False)):
-        net = settle(nn.Sequential(nn.Conv1d(1, 88, 3), nn.ReLU(), nn.Conv1d(88, 2, taps)))
+        net = settle(nn.Sequential(nn.Conv1d(1, 44, 3), nn.ReLU(), nn.Conv1d(44, 2, taps)))
         result = lbyl.compress(net, x, ratio=0.25, restore=lbyl.LeastSquares(moments=lbyl.Noise()), forecast=False)
         assert any(f"kernels are long ({taps} taps)" in row.note for row in result.report.rows) == solved_by_mix
         assert result.report.assessment
