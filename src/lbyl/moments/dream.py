@@ -28,7 +28,7 @@ from lbyl.runtime.progress import Progress
 
 _TINY = 1e-6
 """Added to variances, so that a channel that never varied in training does not dominate the loss."""
-_STEPS, _FEWEST, _MANY = 10, 5, 192
+_STEPS, _FEWEST, _MANY = 10, 5, 128
 """The number of steps by default, the smallest one that is of use, and the number of dreams for which that suffices."""
 _MOST = 1e13
 """Multiply-accumulates that all steps together may take: a few minutes."""
@@ -52,7 +52,7 @@ class Dream:
             4e9 MACs for each image, it chooses as many dreams as 1e11 MACs and as many other images as 4e11 MACs
             allow, at least 4 of each. A batch of dreams has as many as 1.6e10 MACs allow, between 24 and 96, and fewer
             if ``memory`` requires it. Held-out images have batches of their own.
-        steps: number of Adam steps, with a cosine schedule. None makes 5 for 192 dreams or more and 10 for fewer, and
+        steps: number of Adam steps, with a cosine schedule. None makes 5 for 128 dreams or more and 10 for fewer, and
             fewer if those would take more than 1e13 MACs; if fewer than 5 are possible, none.
         lr: step size, in units of the inputs (which start with unit variance).
         photographs: whether to use photographs for inputs that look like color images. With False, all probes are made
@@ -100,7 +100,7 @@ class Dream:
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
         each = macs_per_input(model, inputs)
-        count = self.images or affordable(each, 2.4e10, 24, _MANY, ceiling=1e11)
+        count = self.images or affordable(each, 2.4e10, 24, 192, ceiling=1e11)
         others = self.images or affordable(each, 2.4e10, 48, 192, ceiling=4e11)
         shown = self.photographs and takes_photographs(inputs)
         # Crops cost nothing, and many held-out images are needed to compare solutions that are almost equally good.
