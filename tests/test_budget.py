@@ -138,6 +138,18 @@ def test_every_offered_width_suits_the_blocks() -> None:
     assert widths_of(group, lbyl.Budget(macs=0.5)) == [12, 8, 4]
 
 
+@pytest.mark.parametrize("taps", [1, 3])
+def test_a_grouped_convolution_with_one_filter_a_group_is_no_mixture_of_experts(taps: int) -> None:
+    """Its weight has three dimensions, too, and as many groups as rows."""
+    grouped = nn.Conv1d(16, 8, taps, groups=8)
+    net = settle(nn.Sequential(nn.Conv1d(2, 16, 3), nn.ReLU(), grouped, nn.ReLU(), nn.Conv1d(8, 24, 3), nn.ReLU()))
+    net.append(settle(nn.Conv1d(24, 3, 3)))
+    result = lbyl.compress(net, torch.randn(4, 2, 32), budget=lbyl.Budget(macs=0.7), restore=PROBED, forecast=False)
+    before, after = result.report.macs
+    assert after / before == pytest.approx(0.7, rel=0.02)
+    assert result.report.verified is not None
+
+
 def test_a_budget_out_of_reach_says_what_can_be_reached() -> None:
     model, x = settle(Residual(16)), images(2, 3, 8, 8)
     with pytest.raises(lbyl.InputError, match=r"can't be reached.*at its smallest width.*left \("):

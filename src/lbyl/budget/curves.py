@@ -205,11 +205,6 @@ _Sums = ChannelSums | WholeSums
 _Seen = Sequence[tuple[Slot, _Sums]]
 
 
-def _has_experts(slot: Slot, state: State) -> bool:
-    """Whether a consumer stacks a matrix for each expert, which reads channels of its own."""
-    return slot.blocks > 1 and state[slot.parameter].dim() == 3 and slot.blocks == len(state[slot.parameter])
-
-
 def _moments(group: Group, slot: Slot, item: _Sums) -> list[tuple[Tensor, Moments]]:
     """Channels and their moments: all channels together, or those of each expert that got any token."""
     if isinstance(item, ChannelSums):
@@ -249,12 +244,13 @@ def _seen(
 ) -> dict[int, _Seen]:
     """Moments of the channels of some groups at their consumers."""
     sums: dict[str, list[tuple[int, Slot, _Sums]]] = defaultdict(list)
+    stacked = {consumer.weight for consumer in graph.consumers if consumer.experts}
     for index in indices:
         group = graph.groups[index]
         for slot in _looked_at(group):
             generator = generator_for(seed, f"{slot.parameter}#widths")
             item: _Sums = ChannelSums(seats(slot, group.width), 4000, generator)
-            if _has_experts(slot, state):
+            if slot.blocks > 1 and slot.parameter in stacked:  # each expert reads channels of its own
                 item = WholeSums(slot.blocks, 4000, generator)
             sums[slot.parameter].append((index, slot, item))
 
