@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 from torch.nn import functional
 
 import lbyl
-import lbyl.runtime.inputs
 from lbyl.moments.accumulate import Columns, Moments, PatchSums, WholeSums
 from lbyl.moments.synthesis import dead_leaves, pink, varied_pink
 from lbyl.restore.least_squares.fit import measure
@@ -19,6 +19,7 @@ from lbyl.restore.least_squares.recalibrate import Look, expected_shift, recente
 from lbyl.restore.ridge import Prior, solve
 from lbyl.runtime.batches import affordable, macs_per_input
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
+from lbyl.runtime.inputs import ExampleInputs
 
 
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -155,7 +156,7 @@ def test_batch_statistics_have_the_right_gradient() -> None:
     x = images(4).requires_grad_(True)
     out = run_intercepted(
         net,
-        lbyl.runtime.inputs.ExampleInputs.of(x),
+        ExampleInputs.of(x),
         on_norm=lambda _, __, m, v: found.extend((m, v)),
         batch_statistics=True,
     )
@@ -170,9 +171,7 @@ def test_batch_statistics_have_the_right_gradient() -> None:
 def test_readers_see_their_padded_input() -> None:
     net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(4 * 144, 2)))
     calls: list[ConsumerCall] = []
-    run_intercepted(
-        net, lbyl.runtime.inputs.ExampleInputs.of(images(2)), on_consumer=calls.append, stop_after="0.weight"
-    )
+    run_intercepted(net, ExampleInputs.of(images(2)), on_consumer=calls.append, stop_after="0.weight")
     (call,) = calls
     assert call.x.shape == (2, 3, 14, 14)
     assert call.padding == (0, 0)
@@ -202,7 +201,7 @@ def test_dreams_come_nearer_to_the_stored_statistics() -> None:
     for _ in range(60):
         net(x)
     net.eval()
-    inputs = lbyl.runtime.inputs.ExampleInputs.of(x[:1])
+    inputs = ExampleInputs.of(x[:1])
 
     def distance(steps: int) -> float:
         probes = lbyl.Dream(images=16, steps=steps).probes(net, inputs, torch.Generator().manual_seed(0), None)
@@ -225,6 +224,20 @@ def test_as_many_probes_as_a_network_of_its_size_affords() -> None:
     assert (small, middle, large, vast) == (96, 40, 24, 4)
 
 
+@pytest.mark.parametrize(("images", "steps"), [(16, 10), (127, 10), (128, 5), (191, 5)])
+def test_many_dreams_take_half_of_the_steps(images: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, match = [], lbyl.Dream.match
+
+    def watched(dream: lbyl.Dream, model: nn.Module, start: ExampleInputs, steps: int, *others: Any) -> ExampleInputs:
+        made.append(steps)
+        return match(dream, model, start, steps, *others)
+
+    monkeypatch.setattr(lbyl.Dream, "match", watched)
+    example = ExampleInputs.of(torch.zeros(1, 3, 6, 6))
+    lbyl.Dream(images=images).probes(two_convolutions(4), example, torch.Generator().manual_seed(0), None)
+    assert set(made) == {steps}
+
+
 def two_convolutions(width: int) -> nn.Module:
     convs = [nn.Conv2d(inputs, width, 3, bias=False) for inputs in (3, width)]
     return randomize(nn.Sequential(convs[0], nn.BatchNorm2d(width), convs[1], nn.BatchNorm2d(width)))
@@ -235,7 +248,7 @@ def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so() -
 
     def notes(net: nn.Module, side: int, allowed: float, steps: int | None = None) -> str:
         """What is said of so many dreams that this many steps are allowed."""
-        inputs = lbyl.runtime.inputs.ExampleInputs.of(torch.zeros(1, 3, side, side))
+        inputs = ExampleInputs.of(torch.zeros(1, 3, side, side))
         count = int(1e13 / (3 * macs_per_input(net, inputs) * allowed))
         dream = lbyl.Dream(images=count, steps=steps, memory=10**6)
         return dream.probes(net, inputs, torch.Generator().manual_seed(0), None).note
@@ -337,7 +350,7 @@ def test_gaussian_moments_match_the_closed_form_of_a_rectified_gaussian() -> Non
     from lbyl.runtime.copying import tensors_of
     from lbyl.selection.filters import describe
 
-    graph = trace(net, lbyl.runtime.inputs.ExampleInputs.of(images(1)))
+    graph = trace(net, ExampleInputs.of(images(1)))
     moments = lbyl.Gaussian(samples=200_000).moments(describe(graph.group("0"), tensors_of(net)), (3, 3), "relu")
     z = 0.5 / 2.0
     density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
@@ -415,7 +428,7 @@ def test_a_restoration_that_raises_the_held_out_error_is_taken_back() -> None:
 def test_a_part_of_a_reading_is_what_the_patches_alone_give(layer: nn.Module, x: torch.Tensor) -> None:
     calls: list[ConsumerCall] = []
     with torch.no_grad():
-        run_intercepted(layer, lbyl.runtime.inputs.ExampleInputs.of(x), on_consumer=calls.append)
+        run_intercepted(layer, ExampleInputs.of(x), on_consumer=calls.append)
     weight = layer.get_parameter("weight").detach()
     blocks = getattr(layer, "groups", 1)
     keep, drop = torch.tensor([0, 2, 3]), torch.tensor([1])
@@ -440,7 +453,7 @@ def test_a_part_of_a_reading_is_what_the_patches_alone_give(layer: nn.Module, x:
 def test_readers_without_room_for_their_reading_are_left_out() -> None:
     net = randomize(conv_net())
     graph = lbyl.inspect(net, images(1)).graph
-    probes = lbyl.Noise(images=8).probes(net, lbyl.runtime.inputs.ExampleInputs.of(images(1)), torch.Generator(), None)
+    probes = lbyl.Noise(images=8).probes(net, ExampleInputs.of(images(1)), torch.Generator(), None)
     settings = lbyl.LeastSquares()
     one = (12 * 9) ** 2 * 8
     assert set(measure(net, graph, {0}, probes, settings, 0, one)) == {"3.weight"}
