@@ -20,6 +20,8 @@ from lbyl.runtime.documents import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""Types of weights that are not quantized, by their names in safetensors files."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lbyl.errors import ExportError, InputError
 from lbyl.io.export.gguf_vocabulary import add_vocabulary
-from lbyl.io.shards import Shards
+from lbyl.io.shards import FLOATING, Shards
 from lbyl.runtime.documents import read_as, read_json
 
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -217,7 +217,7 @@ def _shapes(stored: Shards) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors, which must be floating-point numbers."""
     found = stored.headers(stored.files)
     for name, (_, kind) in found.items():
-        if kind not in ("F64", "F32", "F16", "BF16"):
+        if kind not in FLOATING:
             raise ExportError(f"gguf: {name} is of type {kind}; pass the folder of the weights before quantization")
     return {name: shape for name, (shape, _) in found.items()}
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 
 from lbyl.errors import InputError
-from lbyl.io.shards import Shards
+from lbyl.io.shards import FLOATING, Shards
 from lbyl.pipeline.folder.layers import Skeleton
 from lbyl.pipeline.prepare import check_weight
 from lbyl.runtime.progress import Progress
-
-_FLOATING = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-"""Types of tensors in safetensors files that layers are computed in."""
 
 
 def check_stored(skeleton: Skeleton, stored: Shards) -> None:
@@ -25,9 +22,9 @@ def check_stored(skeleton: Skeleton, stored: Shards) -> None:
         if shape != tuple(expected[name].shape):
             shapes = ("x".join(map(str, sizes)) for sizes in (shape, expected[name].shape))
             raise InputError("{} is {} in the file, but {} by config.json".format(name, *shapes))
-        if kind not in _FLOATING:
+        if kind not in FLOATING:
             raise InputError(
-                f"{name} is of type {kind} in the file; layers are compressed in {', '.join(_FLOATING)}, so pass the "
+                f"{name} is of type {kind} in the file; layers are compressed in {', '.join(FLOATING)}, so pass the "
                 "folder of the weights before they were quantized"
             )
 
@@ -37,7 +34,7 @@ def stored_dtype(skeleton: Skeleton, stored: Shards) -> torch.dtype:
     found = getattr(skeleton.model.config, "dtype", None)
     if isinstance(found, torch.dtype):
         return found
-    return next(_FLOATING[kind] for _, kind in stored.headers(skeleton.embedding).values())
+    return next(FLOATING[kind] for _, kind in stored.headers(skeleton.embedding).values())
 
 
 def check_values(skeleton: Skeleton, stored: Shards, progress: Progress | None) -> None:
