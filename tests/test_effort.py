@@ -28,6 +28,14 @@ def test_low_effort_dreams_nothing_and_solves_once() -> None:
     assert (large.moments, large.sequential) == (lbyl.Photographs(images=64), False)
 
 
+def test_classifiers_without_batch_norms_have_their_own_probes() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
+    found = {effort: chosen(net, images(1, 1, 8, 8), effort) for effort in ("low", "default", "high")}
+    moments = {"low": lbyl.Noise(images=256), "default": lbyl.ClassDream(), "high": lbyl.ClassDream(images=640)}
+    assert {effort: each.moments for effort, each in found.items()} == moments
+    assert found["low"].sequential is False
+
+
 def test_high_effort_takes_more_of_the_same() -> None:
     high = chosen(residual(), images(2, 3, 8, 8), "high")
     assert high.moments == lbyl.Dream(images=192, steps=20)

@@ -35,7 +35,7 @@ class ClassDream:
 
     Attributes:
         images: number of inputs on which moments are collected, counting both halves; a quarter more is held out. None
-            chooses as many as 1e11 multiply-accumulates allow, between 64 and 640.
+            chooses as many as 1e11 multiply-accumulates allow, between 64 and 320.
         steps: number of Adam steps.
         lr: step size, in standard deviations of the inputs.
         memory: bytes that activations may take. Fewer inputs are optimized at a time if they would take more.
@@ -60,7 +60,7 @@ class ClassDream:
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
         """Inputs of the example's shapes: half of them noise, half of them optimized."""
-        count = self.images or affordable(macs_per_input(model, inputs), 1e11, 64, 640, ceiling=1e12)
+        count = self.images or affordable(macs_per_input(model, inputs), 1e11, 64, 320, ceiling=1e12)
         started = Noise(count).probes(model, inputs, generator, progress)
         classes = count_classes(model, inputs)
         if not classes:

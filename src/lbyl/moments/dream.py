@@ -48,7 +48,7 @@ class Dream:
     Attributes:
         images: number of dreams on which moments are collected, and of scenes or crops of photographs. As many other
             crops are held out, or a quarter more dreams, at least 4. None chooses as many as 2.4e10
-            multiply-accumulates (MACs) allow, between 24 dreams (48 other images) and 192. For networks with more than
+            multiply-accumulates (MACs) allow, between 24 dreams (48 other images) and 128. For networks with more than
             4e9 MACs for each image, it chooses as many dreams as 1e11 MACs and as many other images as 4e11 MACs
             allow, at least 4 of each. A batch of dreams has as many as 1.6e10 MACs allow, between 24 and 96, and fewer
             if ``memory`` requires it. Held-out images have batches of their own.
@@ -100,8 +100,8 @@ class Dream:
         self, model: nn.Module, inputs: ExampleInputs, generator: torch.Generator, progress: Progress | None
     ) -> Probes:
         each = macs_per_input(model, inputs)
-        count = self.images or affordable(each, 2.4e10, 24, 192, ceiling=1e11)
-        others = self.images or affordable(each, 2.4e10, 48, 192, ceiling=4e11)
+        count = self.images or affordable(each, 2.4e10, 24, 128, ceiling=1e11)
+        others = self.images or affordable(each, 2.4e10, 48, 128, ceiling=4e11)
         shown = self.photographs and takes_photographs(inputs)
         # Crops cost nothing, and many held-out images are needed to compare solutions that are almost equally good.
         held = others if shown else max(FEWEST, held_out_size(count))

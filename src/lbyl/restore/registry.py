@@ -85,6 +85,8 @@ def _quick(restorer: LeastSquares, inputs: ExampleInputs) -> LeastSquares:
         source = Photographs(images=64) if takes_photographs(inputs) else replace(source, images=64, steps=0)
     elif isinstance(source, Photographs):
         source = replace(source, images=64)
+    elif isinstance(source, ClassDream):
+        source = Noise(images=256)
     elif isinstance(source, Generated):
         source = replace(source, sequences=16)
     elif isinstance(source, Sentences):
@@ -99,6 +101,8 @@ def _thorough(restorer: LeastSquares, model: nn.Module, inputs: ExampleInputs) -
         source = replace(source, steps=20, images=192 if macs_per_input(model, inputs) < _LARGE else None)
     elif isinstance(source, Photographs):
         source = replace(source, images=384)
+    elif isinstance(source, ClassDream):
+        source = replace(source, images=640)
     elif isinstance(source, Generated | Sentences):
         source = replace(source, sequences=512)
     return replace(restorer, moments=source)
