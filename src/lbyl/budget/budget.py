@@ -49,6 +49,9 @@ class Budget:
         depth: whether whole residual blocks may be dropped as well (a budget of macs, params or size_mb). What they did
             is left to the layer before them. Of depth alone, width alone and both together, the one is kept that
             changes the outputs on held-out probes least.
+        experts: whether whole experts of mixtures are dropped (a budget of params or size_mb), and nothing else. Each
+            token still gets as many of them. Those that stay take over in closed form. ``min_keep``, ``max_ratio`` and
+            ``exclude`` apply to them; all mixtures keep the same share unless ``uniform_layers=False``.
         runtime: how a latency is measured: "torch", or "onnxruntime", in which many networks are deployed, and in which
             odd widths cost more time (``round_to=8`` avoids them).
         best_effort: with ``agreement`` or ``accuracy_drop``, return the tried network that loses least, with a note, if
@@ -69,6 +72,7 @@ class Budget:
     uniform_layers: bool | None = None
     runtime: str = TORCH
     depth: bool = False
+    experts: bool = False
     best_effort: bool = False
 
     def __post_init__(self) -> None:
@@ -103,6 +107,12 @@ class Budget:
         check_switch("Budget(depth={})", self.depth)
         if self.depth and name not in ("macs", "params", "size_mb"):
             raise InputError(f"Budget(depth=True) needs macs, params or size_mb, and not {name}")
+        check_switch("Budget(experts={})", self.experts)
+        if self.experts and name not in ("params", "size_mb"):
+            why = "each token gets as many experts as before" if name in ("macs", "latency") else "it limits no size"
+            raise InputError(f"Budget(experts=True) needs params or size_mb, and not {name}: {why}")
+        if self.experts and self.depth:
+            raise InputError("Budget(experts=True, depth=True): give one of them, and compress the result once more")
         check_switch("Budget(uniform_layers={})", self.uniform_layers, optional=True)
         exclude = self.exclude
         if isinstance(exclude, str) or not isinstance(exclude, Iterable):

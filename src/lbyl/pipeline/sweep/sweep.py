@@ -288,6 +288,8 @@ def _check(budgets: Sequence[Budget]) -> None:
             raise InputError(f"{budget} is given twice")
         if budget.depth:
             raise InputError(f"budgets[{number}]: a sweep drops no blocks; call lbyl.compress for depth=True")
+        if budget.experts:
+            raise InputError(f"budgets[{number}]: a sweep drops no experts; call lbyl.compress for experts=True")
         check_runtime(budget.runtime)
 
 
