@@ -261,7 +261,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         r"layers.0.mlp.experts: 2 of 4 experts must stay \(2 for each token.*the budget allows 14,",
     ),
     "macs": (lambda: lbyl.Budget(macs=0.5, experts=True), "each token gets as many experts as before"),
-    "depth": (lambda: lbyl.Budget(params=0.5, experts=True, depth=True), "give one of them"),
+    "depth": (lambda: lbyl.Budget(params=0.5, experts=True, depth=True), "give one of depth and experts"),
     "a number": (lambda: lbyl.Budget(params=0.5, experts=2), r"Budget\(experts=2\)"),  # pyright: ignore
     "criterion": (lambda: without_few(THREE, criterion="l2"), "leave out criterion"),
     "submodule": (lambda: without_few(THREE, submodule="model"), "give only one"),

@@ -283,6 +283,7 @@ class Settings:
         best_effort: bool = False,
         depth: bool = False,
         experts: bool = False,
+        head_dim: bool = False,
     ) -> Budget:
         """The budget that limits a cost to an amount, or minimizes a cost for a quality."""
         from lbyl.budget.budget import Budget
@@ -293,6 +294,7 @@ class Settings:
             best_effort=best_effort,
             depth=depth,
             experts=experts,
+            head_dim=head_dim,
             round_to=self.round_to if self.round_to in ("auto", None) else int(self.round_to),
             min_keep=self.min_keep,
             max_ratio=self.max_ratio,
