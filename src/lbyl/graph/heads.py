@@ -98,8 +98,9 @@ def find_heads(model: nn.Module, inputs: ExampleInputs) -> tuple[tuple[Heads, ..
 
 def _is_fused(module: nn.Module) -> bool:
     first, last, heads = (getattr(module, name, None) for name in ("qkv", "proj", "num_heads"))
-    linear = isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-    return linear and isinstance(heads, int) and first.out_features == 3 * last.in_features
+    if not isinstance(first, nn.Linear) or not isinstance(last, nn.Linear) or type(heads) is not int:
+        return False
+    return first.out_features == 3 * last.in_features and last.in_features % heads == 0
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
