@@ -45,7 +45,7 @@ def smaller(net: Any, restore: Any, budget: lbyl.Budget = HALF) -> lbyl.Result:
 
 
 def seen() -> lbyl.LeastSquares:
-    return lbyl.LeastSquares(moments=lbyl.Data([images(seed, 16) for seed in range(1, 4)]))
+    return lbyl.LeastSquares(moments=lbyl.Data([images(seed, 16) for seed in (1, 2)]))
 
 
 def rows(seed: int, count: int, width: int) -> Tensor:
@@ -74,7 +74,7 @@ def test_products_and_values_are_the_best_of_their_rank() -> None:
 def test_heads_get_smaller_and_the_result_loads(tmp_path: Path) -> None:
     net = vit()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    plain, solved = smaller(net, "prune"), smaller(net, seen())
+    solved = smaller(net, seen())
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     attention: Any = solved.model.blocks[0].attn  # pyright: ignore
     size = attention.head_dim
@@ -88,12 +88,9 @@ def test_heads_get_smaller_and_the_result_loads(tmp_path: Path) -> None:
     assert sum(p.numel() for p in solved.model.parameters()) == solved.report.parameters[1]
     row = solved.report.rows[0]
     assert (row.group, row.before, row.after) == ("blocks.0.attn.head_dim", 12, size)
-    found = [result.report.assessment for result in (plain, solved)]
-    assert found[0] is not None
-    assert found[1] is not None
-    assert found[1].restored < 0.7 * found[1].pruned
-    assert found[0].restored == found[0].pruned
-    assert max(result.report.verified or 1.0 for result in (plain, solved)) < 1e-5
+    assert solved.report.assessment is not None
+    assert solved.report.assessment.restored < 0.7 * solved.report.assessment.pruned
+    assert (solved.report.verified or 1.0) < 1e-5
     solved.save(tmp_path / "out")
     again = lbyl.load(tmp_path / "out", vit())
     attention.fused_attn = not attention.fused_attn  # both ways of timm scale products by the new size
@@ -109,7 +106,7 @@ def test_without_biases_and_with_a_budget_of_macs() -> None:
     assert result.model.blocks[0].attn.head_dim % 4 == 0  # pyright: ignore
     assert result.report.macs is not None
     assert result.report.macs[1] <= 0.85 * result.report.macs[0]
-    same = smaller(net, "prune", lbyl.Budget(params=1.0, head_dim=True))
+    same = smaller(net, seen(), lbyl.Budget(params=1.0, head_dim=True))
     assert torch.equal(same.model(images()), net(images()))
     assert "heads stay as large as they are for this budget" in same.report.notes
 
@@ -141,7 +138,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "norms": (lambda: smaller(vit(qk_norm=True), "prune"), "computes more than plain attention"),
     "too small": (
-        lambda: smaller(vit(), "prune", replace(HALF, params=0.5)),
+        lambda: smaller(vit(), seen(), replace(HALF, params=0.5)),
         r"blocks.0.attn: with 2 of 12 channels in each head.*the budget allows",
     ),
     "submodule": (
