@@ -51,6 +51,9 @@ def build(name: str, **changes: Any) -> Any:
                 moe_intermediate_size=16, num_experts=EXPERTS, **few, **{"shared_expert_intermediate_size": 24, **sizes}
             )
         ),
+        "qwen3": lambda: hf.Qwen3MoeForCausalLM(
+            hf.Qwen3MoeConfig(moe_intermediate_size=16, num_experts=EXPERTS, head_dim=8, **few, **sizes)
+        ),
         "olmoe": lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(intermediate_size=48, num_experts=EXPERTS, **sizes)),
         "gptoss": lambda: hf.GptOssForCausalLM(
             hf.GptOssConfig(intermediate_size=48, num_local_experts=EXPERTS, head_dim=8, **few, **sizes)

@@ -49,6 +49,12 @@ class Budget:
         depth: whether whole residual blocks may be dropped as well (a budget of macs, params or size_mb). What they did
             is left to the layer before them. Of depth alone, width alone and both together, the one is kept that
             changes the outputs on held-out probes least.
+        experts: whether whole experts of mixtures are dropped (a budget of params or size_mb), and nothing else. Each
+            token still gets as many of them. Those that stay take over in closed form. ``min_keep``, ``max_ratio`` and
+            ``exclude`` apply to them; all mixtures keep the same share unless ``uniform_layers=False``.
+        head_dim: whether the heads of attention get fewer channels inside, and nothing else is cut (a budget of macs,
+            params or size_mb): all heads of a network the same number. For attention with plain products and fused
+            queries, keys and values, as in timm's vision transformers.
         runtime: how a latency is measured: "torch", or "onnxruntime", in which many networks are deployed, and in which
             odd widths cost more time (``round_to=8`` avoids them).
         best_effort: with ``agreement`` or ``accuracy_drop``, return the tried network that loses least, with a note, if
@@ -69,6 +75,8 @@ class Budget:
     uniform_layers: bool | None = None
     runtime: str = TORCH
     depth: bool = False
+    experts: bool = False
+    head_dim: bool = False
     best_effort: bool = False
 
     def __post_init__(self) -> None:
@@ -100,9 +108,7 @@ class Budget:
             check_number('Budget(round_to={}) is not "auto"', self.round_to, whole=True, least=1)
         check_number("Budget(min_keep={})", self.min_keep, whole=True, least=1)
         check_number("Budget(max_ratio={}), the largest ratio", self.max_ratio, least=0, below=1)
-        check_switch("Budget(depth={})", self.depth)
-        if self.depth and name not in ("macs", "params", "size_mb"):
-            raise InputError(f"Budget(depth=True) needs macs, params or size_mb, and not {name}")
+        self._check_whole(name)
         check_switch("Budget(uniform_layers={})", self.uniform_layers, optional=True)
         exclude = self.exclude
         if isinstance(exclude, str) or not isinstance(exclude, Iterable):
@@ -110,6 +116,21 @@ class Budget:
         object.__setattr__(self, "exclude", tuple(exclude))
         if not all(isinstance(pattern, str) for pattern in self.exclude):
             raise InputError(f"Budget(exclude={exclude!r}): globs are texts, such as 'layer4.*'")
+
+    def _check_whole(self, name: str) -> None:
+        """Raise InputError for settings about blocks, experts and heads that do not go together."""
+        check_switch("Budget(depth={})", self.depth)
+        check_switch("Budget(experts={})", self.experts)
+        check_switch("Budget(head_dim={})", self.head_dim)
+        for switch in ("depth", "head_dim"):
+            if getattr(self, switch) and name not in ("macs", "params", "size_mb"):
+                raise InputError(f"Budget({switch}=True) needs macs, params or size_mb, and not {name}")
+        if self.experts and name not in ("params", "size_mb"):
+            why = "each token gets as many experts as before" if name in ("macs", "latency") else "it limits no size"
+            raise InputError(f"Budget(experts=True) needs params or size_mb, and not {name}: {why}")
+        both = [switch for switch in ("depth", "experts", "head_dim") if getattr(self, switch)]
+        if len(both) > 1:
+            raise InputError(f"Budget: give one of {' and '.join(both)}, and compress the result once more")
 
     @property
     def limited(self) -> tuple[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -74,6 +75,24 @@ Depth = Annotated[
         rich_help_panel=BUDGET,
     ),
 ]
+Experts = Annotated[
+    bool,
+    typer.Option(
+        "--experts",
+        help="Drop whole experts of mixtures, and nothing else, with --budget params=R or size_mb=X. Those that stay "
+        "take over.",
+        rich_help_panel=BUDGET,
+    ),
+]
+HeadDim = Annotated[
+    bool,
+    typer.Option(
+        "--head-dim",
+        help="Make heads of attention smaller inside, and cut nothing else, with --budget macs=R, params=R or "
+        "size_mb=X.",
+        rich_help_panel=BUDGET,
+    ),
+]
 NoLatency = Annotated[
     bool, typer.Option("--no-latency", help="Do not measure how long both networks take on this machine.")
 ]
@@ -89,6 +108,8 @@ def compress(
     budget: OneBudget = None,
     minimize: Minimize = Cost.macs,
     depth: Depth = False,
+    experts: Experts = False,
+    head_dim: HeadDim = False,
     low_memory: LowMemory = False,
     keep_analysis: KeepAnalysis = False,
     evaluate: Evaluate = None,
@@ -101,19 +122,23 @@ def compress(
     """Drop channels, restore the network by the kept ones, and save the smaller network."""
     settings.check(source)
     _check(ratio, budget, evaluate, minimize, settings)
-    _check_depth(depth, ratio, budget, settings)
+    whole = {"depth": depth, "experts": experts, "head_dim": head_dim}
+    options = {f"--{name.replace('_', '-')}": given for name, given in whole.items()}
+    _check_whole(options, ratio, budget, settings)
     if low_memory:
-        check_low_memory(source, ratio, budget, settings, {"--eval": evaluate is not None, "--depth": depth})
+        check_low_memory(
+            source, ratio, budget, settings, {"--eval": evaluate is not None, "--depth": depth, "--experts": experts}
+        )
         compress_low_memory(source, output, ratio, budget, settings, quiet)
         return show(output, as_json, source)
     if keep_analysis:
-        check_keep(source, settings, depth, low_memory)
+        check_keep(source, settings, {**options, "--low-memory": low_memory})
     with working(f"loading {source}", quiet) as stage:
         check_output(output)
         from lbyl.io.artifact import is_saved
 
         check_images(settings)
-        asked = {"best_effort": budget is None, "depth": depth}
+        asked = {"best_effort": budget is None, **whole}
         limit = None if ratio else settings.budget(*parse_budget(budget or _DEFAULT), minimize.value, **asked)
         with keeping(output, settings, keep_analysis) as place:
             make(
@@ -215,11 +240,16 @@ def check_budget_kind(budget: str | None, evaluate: str | None, minimize: Cost) 
         raise typer.BadParameter("--minimize is for --budget agreement=R or accuracy_drop=X")
 
 
-def _check_depth(depth: bool, ratio: list[str] | None, budget: str | None, settings: Settings) -> None:
-    if not depth:
-        return
+def _check_whole(options: Mapping[str, bool], ratio: list[str] | None, budget: str | None, settings: Settings) -> None:
+    """Raise a usage error for options that do not go with dropping blocks or experts, or with smaller heads."""
     name = None if ratio else parse_budget(budget or _DEFAULT)[0]
-    if name not in ("macs", "params", "size_mb"):
-        raise typer.BadParameter("--depth needs a budget of cost: --budget macs=R, params=R or size_mb=X")
-    if settings.submodule is not None:
-        raise typer.BadParameter("--depth and --submodule: blocks are dropped from whole networks; give only one")
+    given = [option for option, is_given in options.items() if is_given]
+    if len(given) > 1:
+        raise typer.BadParameter(f"{' and '.join(given)}: give one of them, and compress the result once more")
+    for option in given:
+        if option == "--experts" and name not in ("params", "size_mb"):
+            raise typer.BadParameter("--experts needs a budget of size: --budget params=R or size_mb=X")
+        if name not in ("macs", "params", "size_mb"):
+            raise typer.BadParameter(f"{option} needs a budget of cost: --budget macs=R, params=R or size_mb=X")
+        if settings.submodule is not None:
+            raise typer.BadParameter(f"{option} and --submodule: this is for whole networks; give only one")

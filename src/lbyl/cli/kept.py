@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -55,12 +55,12 @@ class _Stored:
     strict: bool
 
 
-def check_keep(source: str, settings: Settings, depth: bool, low_memory: bool) -> None:
-    """Raise a usage error for options whose analysis is not kept."""
+def check_keep(source: str, settings: Settings, given: Mapping[str, bool]) -> None:
+    """Raise a usage error for options whose analysis is not kept; ``given`` says which others were given."""
     from lbyl.io.artifact import is_saved
 
-    for option, given in (("--data", settings.data), ("--depth", depth), ("--low-memory", low_memory)):
-        if given:
+    for option, is_given in {"--data": bool(settings.data), **given}.items():
+        if is_given:
             raise typer.BadParameter(f"--keep-analysis and {option}: what is measured then is not kept; give only one")
     if is_saved(source):
         raise typer.BadParameter("--keep-analysis starts from an unpruned network, and not from a saved folder")

@@ -275,7 +275,15 @@ class Settings:
                 raise typer.BadParameter(f"--moments {self.moments} has no probes; leave out --sequential")
 
     def budget(
-        self, name: str, amount: float, minimize: str = "macs", *, best_effort: bool = False, depth: bool = False
+        self,
+        name: str,
+        amount: float,
+        minimize: str = "macs",
+        *,
+        best_effort: bool = False,
+        depth: bool = False,
+        experts: bool = False,
+        head_dim: bool = False,
     ) -> Budget:
         """The budget that limits a cost to an amount, or minimizes a cost for a quality."""
         from lbyl.budget.budget import Budget
@@ -285,6 +293,8 @@ class Settings:
             minimize=minimize,
             best_effort=best_effort,
             depth=depth,
+            experts=experts,
+            head_dim=head_dim,
             round_to=self.round_to if self.round_to in ("auto", None) else int(self.round_to),
             min_keep=self.min_keep,
             max_ratio=self.max_ratio,

@@ -28,8 +28,10 @@ from lbyl.surgery.plan import architecture_of
 
 CONFIG = "config.json"
 
-_WIDTH = re.compile(r"intermediate|inner|ffn|d_ff|mlp_dim|hidden_dim|hidden_size|n_embd|d_model|(^|_)heads?$")
-"""Numbers of hidden neurons, heads and channels of residual connections. Sizes within heads are never cut."""
+_WIDTH = re.compile(
+    r"intermediate|inner|ffn|d_ff|mlp_dim|hidden_dim|hidden_size|n_embd|d_model|(^|_)heads?$|(^|_)experts$"
+)
+"""Numbers of hidden neurons, heads, experts and channels of residual connections. Sizes within heads are never cut."""
 
 _HEADS = re.compile(r"(^|_)heads?$")
 """Numbers that count heads."""

@@ -12,6 +12,8 @@ from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
 from lbyl.pipeline.depth.together import compress_with_depth
 from lbyl.pipeline.evaluate import Evaluate, Judge
+from lbyl.pipeline.experts import compress_with_experts
+from lbyl.pipeline.heads import compress_heads
 from lbyl.pipeline.kept import kept_analysis
 from lbyl.pipeline.prepare import plain_module, prepare
 from lbyl.pipeline.quality import DEFAULT, evaluated, meet
@@ -107,10 +109,7 @@ def compress(
     request = CompressionRequest(
         ratio, budget, scope, scoring, restorer, seed, verify, strict, source, progress, forecast, effort
     )
-    if budget is not None and budget.depth and submodule is not None:
-        raise InputError("submodule and depth: blocks are dropped from whole networks; give only one of them")
-    if budget is not None and budget.depth and analysis is not None:
-        raise InputError("analysis and depth: what is known about blocks is not kept; leave out analysis")
+    _check_whole(budget, submodule, analysis)
     clock = Clock()
     # Garbage collection is only needed while probes run.
     probing = restorer is None or restorer.runs_network
@@ -124,6 +123,10 @@ def compress(
             prepared = prepare(inner, example_inputs, request, submodule, clock)
             if budget is not None and budget.depth:
                 result = compress_with_depth(prepared, request, clock)
+            elif budget is not None and budget.experts:
+                result = compress_with_experts(prepared, request, clock)
+            elif budget is not None and budget.head_dim:
+                result = compress_heads(prepared, request, clock)
             else:
                 result = meet(prepared, request, clock, judge=judge, before=before)
         result = evaluated(result, judge, before)
@@ -132,3 +135,15 @@ def compress(
         result = replace(result, report=replace(result.report, notes=(note, *result.report.notes)))
     remember(result.model, result.plan, result.report)
     return result
+
+
+def _check_whole(budget: Budget | None, submodule: str | None, analysis: str | os.PathLike[str] | None) -> None:
+    """Raise InputError for arguments that do not go with dropping whole blocks or experts."""
+    told = {"depth": "blocks", "experts": "experts", "head_dim": "the inside of heads"}
+    for name, what in told.items():
+        if budget is None or not getattr(budget, name):
+            continue
+        if submodule is not None:
+            raise InputError(f"submodule and {name}: {what} can be cut in whole networks; give only one of them")
+        if analysis is not None:
+            raise InputError(f"analysis and {name}: what is known about {what} is not kept; leave out analysis")

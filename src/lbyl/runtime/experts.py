@@ -7,7 +7,8 @@ all experts gives the same outputs, and can be traced and observed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,3 +38,19 @@ def _aligned(weight: torch.Tensor) -> bool:
     """Whether PyTorch's grouped products take a weight: no float64, and rows of a multiple of 16 bytes."""
     size = weight.element_size()
     return size <= 4 and weight.shape[1] * size % 16 == 0 and weight.shape[2] * size % 16 == 0
+
+
+@contextmanager
+def looped(module: nn.Module) -> Iterator[None]:
+    """Let experts run as their class says: in a loop over experts, each with its tokens in their order."""
+    config: Any = vars(module).get("config")
+    if config is None or not hasattr(config, _CHOICE):
+        yield
+        return
+    own = copy.copy(config)
+    setattr(own, _CHOICE, "eager")
+    module.config = own  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        module.config = config

@@ -25,7 +25,8 @@ class Cut:
     With ``blocks > 1`` the dimension is the input of a grouped convolution, or belongs to the experts of a mixture, of
     which each keeps its own indices: ``size`` and ``keep`` count the channels of all blocks, while each filter or
     expert stores ``size / blocks`` of them. The kept values are multiplied by ``scale``,
-    which corrects a mean over fewer channels.
+    which corrects a mean over fewer channels. With ``experts``, the indices are experts of a mixture, and so the blocks
+    that other cuts of the same tensor count.
     """
 
     parameter: str
@@ -34,6 +35,7 @@ class Cut:
     keep: tuple[int, ...]
     blocks: int = 1
     scale: float = 1.0
+    experts: bool = False
 
 
 def plan_cuts(selection: Selection) -> tuple[Cut, ...]:

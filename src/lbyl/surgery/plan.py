@@ -215,12 +215,31 @@ def _composed_cuts(first: Sequence[Cut], then: Sequence[Cut]) -> tuple[Cut, ...]
     found = {(cut.parameter, cut.dim): cut for cut in first}
     for cut in then:
         key = cut.parameter, cut.dim
+        cut = _for_all_experts(cut, found.get((cut.parameter, 0)))
         if key in found:
             before = found[key]
             keep, scale = _taken(before.keep, cut.keep), before.scale * cut.scale
             cut = dataclasses.replace(before, keep=keep, scale=scale)
         found[key] = cut
     return tuple(found.values())
+
+
+def _for_all_experts(cut: Cut, before: Cut | None) -> Cut:
+    """A cut within the experts that an earlier one left, as one of all experts, for it is made before that one.
+
+    Experts that are dropped then keep as many channels as the others, whichever these are.
+    """
+    if before is None or not before.experts or cut.blocks == 1 or cut.blocks != len(before.keep):
+        return cut
+    width, kept = cut.size // cut.blocks, len(cut.keep) // cut.blocks
+    inside = {expert: cut.keep[i * kept : (i + 1) * kept] for i, expert in enumerate(before.keep)}
+    places = {expert: i * width for i, expert in enumerate(before.keep)}
+    keep = tuple(
+        expert * width + channel - places.get(expert, 0)
+        for expert in range(before.size)
+        for channel in inside.get(expert, range(kept))
+    )
+    return dataclasses.replace(cut, size=before.size * width, keep=keep, blocks=before.size)
 
 
 def _composed_attributes(first: Sequence[Attribute], then: Sequence[Attribute]) -> tuple[Attribute, ...]:

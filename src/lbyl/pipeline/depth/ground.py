@@ -166,7 +166,7 @@ def ground_for_depth(prepared: Prepared, request: CompressionRequest, clock: Clo
         name, why = next(iter(bad.items()))
         raise InputError(f"no block can be dropped: {name}: {why}; leave out depth (--depth)")
     with clock("probe"):
-        restorer, probes = _probed(prepared, request)
+        restorer, probes = probed(prepared, request)
     judged = judged_copy(model, probes)
     return DepthGround(prepared, request, request.budget, blocks, good, bad, restorer, probes, judged)
 
@@ -188,7 +188,7 @@ def _droppable(model: nn.Module, inputs: ExampleInputs, blocks: Blocks) -> tuple
     return tuple(good), bad
 
 
-def _probed(prepared: Prepared, request: CompressionRequest) -> tuple[Restorer, Probes]:
+def probed(prepared: Prepared, request: CompressionRequest) -> tuple[Restorer, Probes]:
     """Probes of the requested restorer, or of the default one if that makes none or fails."""
     model, inputs = prepared.model, prepared.inputs
     wanted = request.restore

@@ -286,8 +286,9 @@ def _check(budgets: Sequence[Budget]) -> None:
             raise InputError(f"budgets[{number}] is {named_kind(budget)}; write lbyl.Budget(macs=0.5)")
         if budget in budgets[:number]:
             raise InputError(f"{budget} is given twice")
-        if budget.depth:
-            raise InputError(f"budgets[{number}]: a sweep drops no blocks; call lbyl.compress for depth=True")
+        for name, what in (("depth", "blocks"), ("experts", "experts"), ("head_dim", "heads")):
+            if getattr(budget, name):
+                raise InputError(f"budgets[{number}]: a sweep cuts no {what}; call lbyl.compress for {name}=True")
         check_runtime(budget.runtime)
 
 

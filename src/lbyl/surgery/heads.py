@@ -1,0 +1,60 @@
+"""Cuts the inside of heads: the first channels of each head stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lbyl.errors import SurgeryError
+from lbyl.graph.heads import Heads
+from lbyl.surgery.attributes import Attribute
+from lbyl.surgery.cuts import Cut
+
+
+def plan_heads(model: nn.Module, layers: Sequence[Heads], size: int) -> tuple[Cut, ...]:
+    """The cuts after which each head has ``size`` channels, its first ones."""
+    cuts = []
+    for each in layers:
+        names = [name for name, _ in model.get_submodule(each.path).qkv.named_parameters()]  # pyright: ignore
+        rows = tuple(part * each.size + channel for part in range(3 * each.count) for channel in range(size))
+        columns = tuple(head * each.size + channel for head in range(each.count) for channel in range(size))
+        cuts += [Cut(f"{each.path}.qkv.{name}", 0, 3 * each.count * each.size, rows) for name in names]
+        cuts.append(Cut(f"{each.path}.proj.weight", 1, each.count * each.size, columns))
+    return tuple(cuts)
+
+
+def head_attributes(model: nn.Module, layers: Sequence[Heads], size: int) -> tuple[Attribute, ...]:
+    """The changed numbers: sizes of heads, of all together, and the scale of their products.
+
+    Raises:
+        SurgeryError: a layer does not hold the size of its heads, or scales products in another way.
+    """
+    found = []
+    for each in layers:
+        own = vars(model.get_submodule(each.path))
+        if own.get("head_dim") != each.size:
+            raise SurgeryError(f"{each.path} has no head_dim of {each.size}, by which its heads could get smaller")
+        found.append(Attribute(each.path, "head_dim", None, each.size, size))
+        whole = each.count * each.size
+        if own.get("attn_dim") == whole:
+            found.append(Attribute(each.path, "attn_dim", None, whole, each.count * size))
+        if isinstance(scale := own.get("scale"), float):
+            if abs(scale * each.size**0.5 - 1) > 1e-6:
+                raise SurgeryError(f"{each.path} multiplies its products by {scale}, and not by head_dim ** -0.5")
+            found.append(Attribute(each.path, "scale", None, scale, size**-0.5))
+    return tuple(found)
+
+
+def rescaled(values: Mapping[str, Tensor], layers: Sequence[Heads], size: int) -> dict[str, Tensor]:
+    """The same values with queries that make up for the other scale of products: ``sqrt(size / size before)``."""
+    new = dict(values)
+    for each in layers:
+        for name in (f"{each.path}.qkv.weight", f"{each.path}.qkv.bias"):
+            if name in new:
+                factor = torch.ones(len(new[name]), dtype=torch.float64)
+                factor[: each.count * each.size] = (size / each.size) ** 0.5
+                shape = [-1] + [1] * (new[name].dim() - 1)
+                new[name] = (new[name].double() * factor.to(new[name].device).view(shape)).to(new[name].dtype)
+    return new

@@ -1,0 +1,162 @@
+"""The inside of heads: queries and keys of lower rank, values of lower rank; cut, verified, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import lbyl
+from lbyl.cli.app import app
+from lbyl.errors import BudgetError, InputError, VerificationError
+from lbyl.graph.heads import find_heads
+from lbyl.pipeline.heads import _verified
+from lbyl.restore.heads import roots, smaller_products, smaller_values, strongest
+from lbyl.runtime.inputs import ExampleInputs
+
+HALF = lbyl.Budget(params=0.85, head_dim=True)
+
+
+def vit(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    net = timm.create_model("vit_tiny_patch16_224", num_classes=5, **{**shape, **changes})
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return net.eval()
+
+
+def images(seed: int = 0, count: int = 6) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def smaller(net: Any, restore: Any, budget: lbyl.Budget = HALF) -> lbyl.Result:
+    return lbyl.compress(net, images(), budget=budget, restore=restore, forecast=False)
+
+
+def seen() -> lbyl.LeastSquares:
+    return lbyl.LeastSquares(moments=lbyl.Data([images(seed, 16) for seed in (1, 2)]))
+
+
+def rows(seed: int, count: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(width, width, generator=generator).double()
+    return torch.randn(count, width, generator=generator).double() @ mixed + torch.randn(width, generator=generator)
+
+
+def test_products_and_values_are_the_best_of_their_rank() -> None:
+    q, k, v, out = rows(0, 50, 6), rows(1, 50, 6), rows(2, 50, 6), rows(3, 6, 9)
+    k, v = k - k.mean(0), v - v.mean(0)
+    a, b = smaller_products(q.T @ q, k.T @ k, 2)
+    lost = (q @ k.T - q @ a @ (k @ b).T).square().sum()
+    torch.testing.assert_close(lost, torch.linalg.svdvals(q @ k.T)[2:].square().sum())
+    c, w = smaller_values(v.T @ v, out, 2)
+    lost = (v @ out - v @ c @ w).square().sum()
+    torch.testing.assert_close(lost, torch.linalg.svdvals(v @ out)[2:].square().sum())
+    whole = smaller_products(q.T @ q, k.T @ k, 6)
+    torch.testing.assert_close(whole[0] @ whole[1].T, torch.eye(6).double())
+    root, inverse = roots(torch.diag(torch.tensor([4.0, 0.0])).double())
+    assert torch.equal(inverse, torch.diag(torch.tensor([0.5, 0.0])).double())
+    assert torch.equal(root, torch.diag(torch.tensor([2.0, 0.0])).double())
+    assert torch.equal(strongest(torch.tensor([1.0, 3.0, 2.0]), 2), torch.eye(3).double()[:, [1, 2]])
+
+
+def test_heads_get_smaller_and_the_result_loads(tmp_path: Path) -> None:
+    net = vit()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    solved = smaller(net, seen())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    attention: Any = solved.model.blocks[0].attn  # pyright: ignore
+    size = attention.head_dim
+    assert 1 < size < 12
+    assert (attention.qkv.out_features, attention.proj.in_features, attention.attn_dim) == (
+        6 * size,
+        2 * size,
+        2 * size,
+    )
+    assert solved.report.parameters[1] <= 0.85 * solved.report.parameters[0]
+    assert sum(p.numel() for p in solved.model.parameters()) == solved.report.parameters[1]
+    row = solved.report.rows[0]
+    assert (row.group, row.before, row.after) == ("blocks.0.attn.head_dim", 12, size)
+    assert solved.report.assessment is not None
+    assert solved.report.assessment.restored < 0.7 * solved.report.assessment.pruned
+    assert (solved.report.verified or 1.0) < 1e-5
+    solved.save(tmp_path / "out")
+    again = lbyl.load(tmp_path / "out", vit())
+    attention.fused_attn = not attention.fused_attn  # both ways of timm scale products by the new size
+    torch.testing.assert_close(again(images(7)), solved.model(images(7)))
+    then = lbyl.compress(again, images(), ratio={"*mlp*": 0.5}, restore="prune", forecast=False)
+    then.save(tmp_path / "then")
+    torch.testing.assert_close(lbyl.load(tmp_path / "then", vit())(images(7)), then.model(images(7)))
+
+
+def test_without_biases_and_with_a_budget_of_macs() -> None:
+    net = vit(qkv_bias=False)
+    result = smaller(net, seen(), lbyl.Budget(macs=0.85, head_dim=True, round_to=4))
+    assert result.model.blocks[0].attn.head_dim % 4 == 0  # pyright: ignore
+    assert result.report.macs is not None
+    assert result.report.macs[1] <= 0.85 * result.report.macs[0]
+    same = smaller(net, seen(), lbyl.Budget(params=1.0, head_dim=True))
+    assert torch.equal(same.model(images()), net(images()))
+    assert "heads stay as large as they are for this budget" in same.report.notes
+
+
+def test_attention_that_computes_more_is_left() -> None:
+    norms, layers = vit(qk_norm=True), vit()
+    found, why = find_heads(norms, ExampleInputs.of(images()))
+    assert not found
+    assert "more than plain attention" in why["blocks.0.attn"]
+    assert [each.path for each in find_heads(layers, ExampleInputs.of(images()))[0]] == [
+        "blocks.0.attn",
+        "blocks.1.attn",
+    ]
+
+
+def test_a_wrong_cut_is_seen() -> None:
+    net = vit()
+    ground: Any = type("Ground", (), {"model": net, "prepared": type("P", (), {"inputs": ExampleInputs.of(images())})})
+    with pytest.raises(VerificationError, match="computes something else than with zeros"):
+        _verified(ground, {"blocks.0.attn.proj.weight": torch.zeros(24, 24)}, net)
+
+
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "latency": (lambda: lbyl.Budget(latency=0.5, head_dim=True), "needs macs, params or size_mb, and not latency"),
+    "two at once": (lambda: lbyl.Budget(params=0.5, head_dim=True, depth=True), "give one of depth and head_dim"),
+    "no attention": (
+        lambda: lbyl.compress(nn.Linear(4, 4), torch.ones(1, 4), budget=HALF),
+        "Linear has no attention whose heads could get smaller inside .*leave out head_dim",
+    ),
+    "norms": (lambda: smaller(vit(qk_norm=True), "prune"), "computes more than plain attention"),
+    "too small": (
+        lambda: smaller(vit(), seen(), replace(HALF, params=0.5)),
+        r"blocks.0.attn: with 2 of 12 channels in each head.*the budget allows",
+    ),
+    "submodule": (
+        lambda: lbyl.compress(vit(), images(), budget=HALF, submodule="blocks"),
+        "the inside of heads can be cut in whole networks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_can_not_be_is_refused(name: str) -> None:
+    call, message = BAD[name]
+    with pytest.raises(InputError, match=message) as found:
+        call()
+    assert isinstance(found.value, BudgetError) == (name == "too small")
+
+
+def test_the_option() -> None:
+    done = CliRunner().invoke(app, ["compress", "timm:none", "--head-dim", "--ratio", "0.5", "-o", "never-made"])
+    assert done.exit_code == 2
+    assert "--head-dim needs a budget of cost" in " ".join(done.output.split())
