@@ -562,6 +562,28 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         ROW,
     ),
+    "a transposed weight that is tied": (
+        lambda: Net(lambda n, x: F.linear(F.linear(x, n.w).relu(), n.w.t()), w=torch.randn(12, 6)),
+        ROW,
+    ),
+    "a weight on the left": (
+        lambda: Net(
+            lambda n, x: n.b((n.w @ n.a(x).flatten(2)).mean(-1)), a=C(3, 12, 3), w=torch.randn(8, 12), b=L(8, 3)
+        ),
+        IMAGE,
+    ),
+    "distances to prototypes": (
+        lambda: Net(lambda n, x: torch.cdist(n.a(x), n.p), a=S(L(6, 12), nn.ReLU(), L(12, 8)), p=torch.randn(5, 8)),
+        ROW,
+    ),
+    "distances of two layers": (
+        lambda: Net(lambda n, x: F.pairwise_distance(n.a(x), n.b(x).relu()), a=L(6, 8), b=L(6, 8)),
+        TOKENS,
+    ),
+    "cosine similarity": (
+        lambda: Net(lambda n, x: F.cosine_similarity(n.a(x), n.b(x)), a=C(3, 8, 3), b=C(3, 8, 3)),
+        IMAGE,
+    ),
     "written in parts": (lambda: Net(in_parts, a=L(6, 5), b=L(6, 7), c=L(12, 3), first=5, second=7), ROW),
     "the last ones of a list": (
         lambda: Net(
@@ -697,6 +719,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 NETWORKS = {**{name: (build, IMAGE) for name, build in IMAGES.items()}, **OTHERS}
 WHOLE = {
+    "a transposed weight that is tied": "#1",
     "response norm": "0",  # windows over neighboring channels
     "a gate for all channels": "2.gate.2",
     "spatial attention": "2.gate.a",
@@ -876,6 +899,55 @@ def test_so_it_is_in_the_inner_scope_and_with_restoration(name: str) -> None:
             lbyl.compress(model, x, ratio=0.4, scope=scope, restore=restore, strict=True, forecast=False),
             restore,
         )
+
+
+def reads_twice(n: Any, x: Tensor) -> Tensor:
+    """A recurrent layer by hand, whose state starts as zeros."""
+    state = x.new_zeros(len(x), 12, *x.shape[2:])
+    for _ in range(2):
+        state = n.a(torch.cat([x, state], 1)).tanh()
+    return n.b(state)
+
+
+REASONS: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
+    "efficient channel attention": (
+        S(
+            C(3, 8, 3),
+            Net(lambda n, x: x * n.k(x.mean((2, 3))[:, None]).mT[..., None], k=nn.Conv1d(1, 1, 3, 1, 1)),
+            C(8, 4, 1),
+        ),
+        IMAGE,
+        "conv1d in '0.1.k' slides over them, so that each output mixes neighbors",
+    ),
+    "a state of zeros": (
+        Net(reads_twice, a=C(15, 12, 3, 1, 1), b=C(12, 4, 1)),
+        IMAGE,
+        "in another call 0.a.weight reads what can't be cut, such as an input or a state that starts as zeros",
+    ),
+    "picked": (
+        Net(lambda n, x: n.b(n.a(x)[:, n.order]), a=L(6, 8), b=L(8, 3), order=[3, 1, 2, 0, 7, 6, 5, 4]),
+        ROW,
+        "they are selected by their indices",
+    ),
+    "bilinear pooling": (
+        S(L(6, 8), Net(lambda n, x: (x.mT @ x).flatten(1)), L(64, 3)),
+        TOKENS,
+        "its channels can only be cut all together: they are multiplied with each other in '0.1'",
+    ),
+    "a literal": (
+        S(L(6, 8), Net(lambda n, x: x.view(-1, 8)), L(8, 3)),
+        ROW,
+        "found by verification: without them the code fails",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_what_stays_whole_has_a_reason(name: str) -> None:
+    model, shape, why = REASONS[name]
+    wide = S(model, L(4 if shape == IMAGE else 3, 6), L(6, 2)) if shape != IMAGE else S(model, C(4, 6, 1), C(6, 2, 1))
+    result = lbyl.compress(wide.eval(), torch.randn(shape), ratio=0.4, scope="all", restore="prune", forecast=False)
+    assert any(reason.startswith(why) for _, reason in result.report.left), result.report.left
 
 
 def test_there_are_many() -> None:

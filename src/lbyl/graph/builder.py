@@ -205,9 +205,14 @@ class Builder:
                 torch.cat([known.ids, ids]),
                 f"{parameter} is tied: one layer makes these channels with it and another one reads them",
             )
+            known.role = role = "producer"
         mixed = (known.ids == NOBODY) != (ids == NOBODY)
         if bool(mixed.any()):
-            self.pin(torch.cat([known.ids[mixed], ids[mixed]]), f"{parameter} is also used on values that can't be cut")
+            why = (
+                f"in another call {parameter} reads what can't be cut, such as an input or a state that starts as zeros"
+            )
+            self.pin(torch.cat([known.ids[mixed], ids[mixed]]), why)
+            known.ids = torch.where(known.ids == NOBODY, ids, known.ids)
         self.ids.union(known.ids, ids)
         return known.ids
 

@@ -471,7 +471,7 @@ class _Outline:
         try:
             found = _shapes(cut_copy(ghost, plan_cuts(part), attribute(part)), inputs)
         except LbylError as error:
-            return said(error)
+            return _fails(error)
         different = ((a, b) for a, b in zip(expected, found, strict=False) if a != b)
         a, b = next(different, (None, None))
         if a is not None and b is not None:
@@ -482,6 +482,11 @@ class _Outline:
 def _shapes(model: nn.Module, inputs: ExampleInputs) -> list[torch.Size]:
     with undisturbed(model), plain_attention(), Float64Mode():  # which also knows shapes that PyTorch does not
         return [tensor.shape for tensor in outputs(model, inputs)]
+
+
+def _fails(error: LbylError) -> str:
+    """Why a network without some channels does not run."""
+    return f"without them the code fails ({said(error)})" if isinstance(error, InputError) else str(error)
 
 
 def said(error: LbylError) -> str:
@@ -563,7 +568,7 @@ def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribut
         if gap is None and reference.thinned:
             _count(smaller, reference.whole)
     except LbylError as error:
-        return said(error)
+        return _fails(error)
     return gap
 
 

@@ -156,6 +156,12 @@ def matmul(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     a, b = args[:2]
     if isinstance(a, Tensor) and isinstance(b, ParameterRef) and len(b.shape) == 2:
         return mix(builder, node, a, b, None, dim=0)
+    if (
+        isinstance(a, ParameterRef)
+        and isinstance(b, Tensor)
+        and (made := _mixed_from_left(builder, node, a, b)) is not None
+    ):
+        return made
     left, right = _operand(builder, a, b), _operand(builder, b, a)
     if left is None or right is None or left.dim() < 2 or right.dim() < 2:
         return builder.barrier(node, args, f"matmul in {layer_name(node)!r} on a value that the trace can't follow")
@@ -163,6 +169,45 @@ def matmul(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     lead = string.ascii_lowercase[: rank - 2]
     first, second = lead[rank - left.dim() :] + "XY", lead[rank - right.dim() :] + "YZ"
     return contract(builder, node, [(left, first), (right, second)], lead + "XZ")
+
+
+def _mixed_from_left(builder: Builder, node: fx.Node, weight: ParameterRef, x: Tensor) -> Tensor | None:
+    """W x for channels along the last axis but one, which is a linear layer; None if they are along another one."""
+    ids = builder.channels(x, -2) if len(weight.shape) == 2 and x.dim() > 1 else None
+    if ids is None or not bool(builder.ids.issued(ids).any()):
+        return None
+    dim, layer = int(not weight.turned), weight.name.rpartition(".")[0] or layer_name(node)
+    builder.tie(weight.name, dim, ids)
+    made = builder.produce(node, layer, weight.name, None, weight.shape[0], 1 - dim)
+    return builder.spread(made, x.dim() - 2, output_shape(node))
+
+
+@rule("cdist", "_cdist_forward", "pairwise_distance", "cosine_similarity")
+def compare(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Distances and similarities: sums over pairs of channels. A pair of zeros adds nothing to them."""
+    name, layer = str(node.target).split(".")[1], layer_name(node)
+    sides = [builder.shadow(value) for value in args[:2]]
+    if any(side is None or not side.dim() for side in sides):
+        return builder.barrier(node, args, f"{name} in {layer!r} on a value that the trace can't follow")
+    a, b = (side for side in sides if side is not None)
+    if not name.endswith("cdist") and name != "_cdist_forward":
+        rank = max(a.dim(), b.dim())
+        axis = (args[2] if len(args) > 2 else kwargs.get("dim", 1)) if name == "cosine_similarity" else -1
+        a, b = (compact(side.reshape([1] * (rank - side.dim()) + list(side.shape))) for side in (a, b))
+        first = second = string.ascii_lowercase[:rank]
+        inner = first[axis % rank]
+        out = first.replace(inner, "")
+        shape = [max(*pair) for d, pair in enumerate(zip(a.shape, b.shape, strict=True)) if d != axis % rank]
+    else:
+        rank = max(a.dim(), b.dim())
+        lead, inner = string.ascii_lowercase[: rank - 2], "M"
+        first, second, out = lead[rank - a.dim() :] + "XM", lead[rank - b.dim() :] + "YM", lead + "XY"
+        shape = list(output_shape(node))
+    for one, other, labels in ((a, b, first), (b, a, second)):
+        if bool((small(other) == NOBODY).all()):
+            builder.fix(one, [labels.index(inner)], f"{name} in {layer!r} compares them with a value of fixed size")
+    found = contract(builder, node, [(a, first), (b, second)], out, shape)
+    return found if tuple(found.shape) == output_shape(node) else found.reshape(output_shape(node))
 
 
 @rule("addmm", "baddbmm")

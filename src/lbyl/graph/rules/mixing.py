@@ -180,7 +180,9 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     axis = x.dim() - len(weight.shape) + 1
     ids = builder.gather(x, axis)
     if ids is None:
-        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} on mixed axes")
+        slides = any(varies(compact(builder.ids.find(x)), d) for d in range(axis + 1, x.dim()))
+        what = "slides over them, so that each output mixes neighbors" if slides else "is called on mixed axes"
+        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} {what}")
     layer, bias_name, shape = _layer(node, weight), bias.name if bias else None, output_shape(node)
     if blocks > 1 and weight.shape[1] == 1:
         ids = ids.repeat_interleave(weight.shape[0] // blocks)

@@ -169,7 +169,7 @@ def pick(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     where = args[2] if len(args) > 2 and isinstance(args[2], int) else None
     stay = x if where is None else _up_to(x, dim, [where])
-    builder.fix(x, [dim], f"{layer_name(node)!r} selects one of them by its index", stay)
+    builder.fix(x, [dim], f"one of them is selected by its index in {layer_name(node)!r}", stay)
     picked = node.target(x, *args[1:], **kwargs)
     return [compact(item) for item in picked] if isinstance(picked, (list, tuple)) else compact(picked)
 
@@ -262,7 +262,7 @@ def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
         if len(picked) > 1 or known is None or known.dim() != 1 or name not in ("index", "index_select"):
             return builder.barrier(node, args, f"{name} along channels in {layer_name(node)!r}")
         stay = _up_to(x, picked[0], known.tolist()) if known.numel() else x
-        builder.fix(x, picked, f"{layer_name(node)!r} selects some of them by their indices", stay)
+        builder.fix(x, picked, f"they are selected by their indices in {layer_name(node)!r}", stay)
         return compact(x.index_select(picked[0], known % x.shape[picked[0]]))
     if name != "index":
         for d in picked:
