@@ -128,6 +128,22 @@ def test_dreams_run_through_checkpoints() -> None:
         torch.testing.assert_close(weight, found[0])
 
 
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.m, self.o = nn.Linear(6, 12), nn.MultiheadAttention(12, 3, batch_first=True), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.o(x + self.m(x, x, x, need_weights=False)[0])
+
+
+def test_layers_that_run_inside_of_one_function_are_not_left_out() -> None:
+    result = lbyl.compress(Attending().eval(), images(2, 5, 6), ratio=0.4, scope="all", forecast=False)
+    assert [(row.group, row.after) for row in result.report.rows] == [("a", 8), ("m", 2)]
+
+
 def test_transposed_weights_are_restored_like_those_of_layers() -> None:
     class Transposed(nn.Module):
         def __init__(self) -> None:
