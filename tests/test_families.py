@@ -34,6 +34,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "Qwen2": of("Qwen2ForCausalLM", **CAUSAL),
     "Qwen3": of("Qwen3ForCausalLM", **CAUSAL, head_dim=8),
     "Phi3": of("Phi3ForCausalLM", **CAUSAL),
+    "Phi": of("PhiForCausalLM", **CAUSAL),
     "Gemma2": of("Gemma2ForCausalLM", **CAUSAL, head_dim=8),
     "GPT-NeoX": of("GPTNeoXForCausalLM", **SIZES),
     "OPT": of("OPTForCausalLM", **SIZES, ffn_dim=40, word_embed_proj_dim=32),
@@ -44,9 +45,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "DistilBERT": of("DistilBertForMaskedLM", dim=32, hidden_dim=40, n_layers=2, n_heads=4, vocab_size=48),
     "Electra": of("ElectraModel", **SIZES, embedding_size=32),
 }
-NEURONS = {"OPT": "*fc1", "BERT": "*intermediate*", "RoBERTa": "*intermediate*", "DistilBERT": "*lin1"}
+NEURONS = {"OPT": "*fc1", "Phi": "*fc1", "BERT": "*intermediate*", "RoBERTa": "*intermediate*", "DistilBERT": "*lin1"}
 NEURONS |= {"Electra": "*intermediate*"}
-HEADS = {"Phi3": "*qkv_proj", "GPT-NeoX": "", "OPT": "", "GPT-2": "", **dict.fromkeys(NEURONS, "")}
+HEADS = {"Phi3": "*qkv_proj", "GPT-NeoX": "", "GPT-2": "", **dict.fromkeys(NEURONS, ""), "Phi": "*q_proj"}
 """Where configurations can say that there are fewer heads of the same size."""
 
 

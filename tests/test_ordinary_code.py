@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -76,8 +77,10 @@ class Root(Base):
 
 
 class Checkpointed(Base):
+    reentrant = False
+
     def forward(self, x: Tensor) -> Tensor:
-        inner = checkpoint(self.b, self.a(x), use_reentrant=False)
+        inner = checkpoint(self.b, self.a(x), use_reentrant=self.reentrant)
         assert isinstance(inner, Tensor)
         return self.h(inner.mean((2, 3)))
 
@@ -110,6 +113,53 @@ def test_what_stood_in_is_told() -> None:
     for kind in (Viewed, Root):
         result = lbyl.compress(kind().eval(), images(1, 3, 12, 12).abs().clamp(0, 1), ratio=0.5, forecast=False)
         assert not any("was used instead" in note for note in result.report.notes)
+
+
+def test_dreams_run_through_checkpoints() -> None:
+    settings: dict[str, Any] = {"restore": lbyl.LeastSquares(lbyl.Dream(images=4, steps=2)), "forecast": False}
+    found = list[Tensor]()
+    for kind, reentrant in ((Base, False), (Checkpointed, False), (Checkpointed, True)):
+        net = kind().eval()
+        net.reentrant = reentrant  # pyright: ignore
+        before = torch.utils.checkpoint.CheckpointFunction
+        found.append(lbyl.compress(net, images(2, 3, 12, 12), ratio=0.5, **settings).model.get_parameter("h.weight"))
+        assert torch.utils.checkpoint.CheckpointFunction is before
+    for weight in found[1:]:
+        torch.testing.assert_close(weight, found[0])
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.m, self.o = nn.Linear(6, 12), nn.MultiheadAttention(12, 3, batch_first=True), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.o(x + self.m(x, x, x, need_weights=False)[0])
+
+
+def test_layers_that_run_inside_of_one_function_are_not_left_out() -> None:
+    result = lbyl.compress(Attending().eval(), images(2, 5, 6), ratio=0.4, scope="all", forecast=False)
+    assert [(row.group, row.after) for row in result.report.rows] == [("a", 8), ("m", 2)]
+
+
+def test_transposed_weights_are_restored_like_those_of_layers() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.a.weight.T + self.a.bias).relu() @ self.b.weight.t()
+
+    net, x = Transposed().eval(), images(32, 6)
+    settings: dict[str, Any] = {"restore": lbyl.LeastSquares(lbyl.Data([x])), "forecast": False}
+    plain = nn.Sequential(net.a, nn.ReLU(), net.b)
+    found = lbyl.compress(net, x, ratio=0.5, **settings).model.b
+    wanted = lbyl.compress(plain.eval(), x, ratio=0.5, **settings).model[2]  # pyright: ignore
+    torch.testing.assert_close(found.weight, wanted.weight)  # pyright: ignore
 
 
 def test_a_restorer_that_was_named_is_not_replaced() -> None:

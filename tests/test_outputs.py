@@ -52,6 +52,8 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
     "distribution": lambda t: torch.distributions.Normal(t, t.exp()),
     "sparse": lambda t: [t.to_sparse(), t.to_sparse_csr()],
     "list of dataclasses": lambda t: [Held(t), Held(t + 1)],
+    "lists of numbers": lambda t: [SimpleNamespace(a=row.tolist(), label=int(row.argmax())) for row in t],
+    "a number": lambda t: {"n": 3, "energy": float(t.detach().sum())},
 }
 
 
@@ -87,6 +89,30 @@ def test_an_array_is_an_output() -> None:
     net = Features(nn.Linear(6, 16), nn.Linear(16, 8)).eval()
     with pytest.raises(lbyl.VerificationError, match="no group can be cut: 0"):
         lbyl.compress(net, images(4, 6), ratio=0.5, restore="prune")
+
+
+class Listed(nn.Sequential):
+    """Returns hidden features as lists of numbers, beside its output."""
+
+    def forward(self, x: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden = self[0](x)
+        return {"features": [hidden.tolist(), None], "scores": self[2](self[1](hidden).relu())}
+
+
+def test_lists_of_numbers_are_outputs() -> None:
+    net = Listed(nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 8)).eval()
+    result = lbyl.compress(net, images(4, 6), ratio=0.5, restore="prune", forecast=False)
+    assert [row.group for row in result.report.rows] == ["1"]
+    assert dict(result.report.left)["0"] == "found by verification: an output of shape [4, 8] instead of [4, 16]"
+    with pytest.raises(lbyl.VerificationError, match=r"an output of .* shape \[4, 8\] in place of \[4, 16\]"):
+        lbyl.compress(net, images(4, 6), ratio=0.5, restore="prune", verify=False, forecast=False)
+
+
+def test_numbers_beside_tensors_may_be_times() -> None:
+    lists, single = [[1, 2], [3, 4]], [[1.5, float("nan")]]
+    assert [t.shape for t in output_tensors({"seconds": 0.3, "a": torch.ones(2), "b": lists})] == [(2,), (2, 2)]
+    assert output_tensors((0.3, single))[0].tolist() == [[1.5, 0.0]]
+    assert [t.item() for t in output_tensors({"a": 0.3, "n": 3})] == [0.3]
 
 
 @pytest.mark.parametrize("hold", [lambda t: None, lambda t: "done", lambda t: t.shape, lambda t: {"n": 3}])

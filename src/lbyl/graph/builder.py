@@ -23,10 +23,11 @@ _LARGEST_FREE_PARAMETER = 4_000_000
 
 @dataclass(frozen=True)
 class ParameterRef:
-    """A parameter or buffer in the traced program, by name."""
+    """A parameter or buffer in the traced program, by name; ``turned`` is a transposed matrix, with its shape."""
 
     name: str
     shape: tuple[int, ...]
+    turned: bool = False
 
 
 @dataclass
@@ -95,14 +96,16 @@ class Builder:
     """Weights and dimensions along which one layer reads channels that another layer makes with the same weight."""
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     """Channels that can't be cut, and why."""
+    aside: list[tuple[Tensor, str]] = field(default_factory=list)
+    """Channels that always stay, while others of the same layer may be cut, and why."""
     whole: dict[str, str] = field(default_factory=dict)
     """Parameters that an operation without a rule uses, and why none of their dimensions can be cut."""
     sums: list[Tensor] = field(default_factory=list)
     """Channels that a sum adds, made by different producers."""
     equal: list[tuple[Tensor, int]] = field(default_factory=list)
     """Channels that are split into a number of blocks of equal size."""
-    fixed: list[tuple[Tensor, tuple[int, ...], str]] = field(default_factory=list)
-    """Shadows, dimensions of them that must keep their size, and why."""
+    fixed: list[tuple[Tensor, tuple[int, ...], Tensor, str]] = field(default_factory=list)
+    """Shadows, dimensions of them that must keep their size, the channels that stay for it, and why."""
     shapes: list[tuple[Tensor, str]] = field(default_factory=list)
     """Shadows of values whose shape the model's code may spell out, and the module of that code."""
     computed: list[str] = field(default_factory=list)
@@ -129,6 +132,10 @@ class Builder:
     """How many matrices a weight stacks along its first dimension, by the weight's name."""
     pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)
     """Values that are a producer's output after nothing but linear maps of single channels, and that producer."""
+    written: dict[fx.Node, Tensor] = field(default_factory=dict)
+    """Values of which parts were written in place, as they were after the last one."""
+    pieces: list[tuple[fx.Node, list[fx.Node]]] = field(default_factory=list)
+    """These values, and the views of each of these parts, from the last one to the first."""
     _free: dict[str, Tensor] = field(default_factory=dict)
 
     # -- ids ------------------------------------------------------------------------------------------
@@ -198,9 +205,14 @@ class Builder:
                 torch.cat([known.ids, ids]),
                 f"{parameter} is tied: one layer makes these channels with it and another one reads them",
             )
+            known.role = role = "producer"
         mixed = (known.ids == NOBODY) != (ids == NOBODY)
         if bool(mixed.any()):
-            self.pin(torch.cat([known.ids[mixed], ids[mixed]]), f"{parameter} is also used on values that can't be cut")
+            why = (
+                f"in another call {parameter} reads what can't be cut, such as an input or a state that starts as zeros"
+            )
+            self.pin(torch.cat([known.ids[mixed], ids[mixed]]), why)
+            known.ids = torch.where(known.ids == NOBODY, ids, known.ids)
         self.ids.union(known.ids, ids)
         return known.ids
 
@@ -267,14 +279,21 @@ class Builder:
         if ids.numel():
             self.pins.append((ids, reason))
 
-    def fix(self, shadow: Tensor, dims: Iterable[int], reason: str) -> None:
-        """Forbid cutting along these dimensions.
+    def keep(self, ids: Tensor, reason: str) -> None:
+        """Forbid cutting these channels, but not other channels of the same layer."""
+        ids = torch.unique(small(ids))
+        ids = ids[ids != NOBODY]
+        self.ids.union(ids[:-1], ids[1:])  # since none of them is cut; a view of them then leaves no gaps
+        self.aside.append((ids, reason))
+
+    def fix(self, shadow: Tensor, dims: Iterable[int], reason: str, part: Tensor | None = None) -> None:
+        """Forbid cutting along these dimensions, or only cutting channels in a part of the shadow.
 
         Whether they carry channels is decided at the end of the trace, when it is known which channels belong
         together. The inner dimension of an attention head, for one, carries none once the whole head is one channel.
         """
-        rank = shadow.dim()
-        self.fixed.append((compact(shadow), tuple(d % rank for d in dims), reason))
+        rank, stay = shadow.dim(), compact(shadow if part is None else part)
+        self.fixed.append((compact(shadow), tuple(d % rank for d in dims), stay, reason))
 
     def shaped(self, shadow: Tensor, node: fx.Node) -> None:
         """Record a shape that the model's code may spell out. As with `fix`, it is decided at the end what follows."""

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from lbyl.errors import TraceError, first_line
-from lbyl.graph.program import Program
+from lbyl.graph.program import Program, remember
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
 _INSIDE = "model"
@@ -61,6 +61,9 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
                     "Pass a part of the model in which no size depends on the data."
                 )
         spec = specs.get(node.name) if node.op == "placeholder" else None
+        held = None if spec is None else {**program.constants, **program.state_dict}.get(str(spec.target))
+        if isinstance(held, Tensor):
+            remember(node, held)
         if spec is None or spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER) or spec.persistent is False:
             continue
         if isinstance(node.meta.get("val"), Tensor):

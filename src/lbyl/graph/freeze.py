@@ -96,9 +96,14 @@ class _Channels:
         self.drafts: list[_Draft] = []
         for index, records in enumerate(_link_producers(builder)):
             roots = _distinct(self.find(torch.cat([record.ids for record in records])))
-            self.group_of[roots] = index
-            self.channel_of[roots] = torch.arange(len(roots))
-            self.drafts.append(_Draft(index, len(roots), records))
+            free = roots[~torch.isin(roots, _aside(builder))]
+            self.drafts.append(_Draft(index, len(free) or len(roots), records))
+            for ids, why in builder.aside if not len(free) else ():
+                if bool(torch.isin(self.find(ids), roots).any()):
+                    self.drafts[-1].exclude(why)
+            free = free if len(free) else roots
+            self.group_of[free] = index
+            self.channel_of[free] = torch.arange(len(free))
 
     def drafts_with(self, ids: Tensor) -> list[_Draft]:
         """The groups that some of these ids belong to."""
@@ -241,10 +246,10 @@ def _consumers(builder: Builder, channels: _Channels) -> Iterator[Consumer]:
 
 def _fixed(builder: Builder) -> Iterator[tuple[Tensor, str]]:
     """Ids along dimensions that must keep their size, and why."""
-    for shadow, dims, why in builder.fixed:
-        final = compact(builder.ids.find(shadow))
+    for shadow, dims, part, why in builder.fixed:
+        final = _cuttable(builder, shadow)
         if any(varies(final, dim) for dim in dims):
-            yield small(final).reshape(-1), why
+            yield small(builder.ids.find(part)).reshape(-1), why
 
 
 def _fill_rectangles(builder: Builder) -> None:
@@ -256,13 +261,13 @@ def _fill_rectangles(builder: Builder) -> None:
     while changed:
         changed = False
         for shadow, _ in builder.shapes:
-            final = compact(builder.ids.find(shadow))
+            final = _cuttable(builder, shadow)
             moving = _moving(final)
             if len(moving) < 2 or not bool(builder.ids.issued(small(final)).any()):
                 continue
             free = max(moving, key=lambda dim: final.shape[dim])
             builder.join(final, [dim for dim in moving if dim != free])
-            changed |= not torch.equal(builder.ids.find(shadow), final)
+            changed |= not torch.equal(builder.ids.find(final), final)
 
 
 def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], list[tuple[Tensor, str]]]:
@@ -270,7 +275,7 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
     sizes: dict[Size, None] = {}
     broken = []
     for shadow, module in builder.shapes:
-        final = compact(channels.find(shadow))
+        final = _cuttable(builder, shadow)
         moving = _moving(final)
         if len(moving) > 1:
             layout = f"a view in {module!r} arranges its channels in rows and columns"
@@ -279,6 +284,23 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
             columns = channels.columns(small(final).reshape(-1))
             sizes[Size(module, final.shape[moving[0]], columns, moving[0], final.dim())] = None
     return tuple(sizes), broken
+
+
+def _cuttable(builder: Builder, shadow: Tensor) -> Tensor:
+    """A shadow in which channels that always stay are replaced by those beside them, where these do not change.
+
+    An example are keys of which all heads share a part: such a key has one row for each head.
+    """
+    shadow = compact(builder.ids.find(shadow))
+    stays = torch.isin(small(shadow), _aside(builder)).expand(shadow.shape)
+    if not bool(small(stays).any()):
+        return shadow
+    for dim in _moving(shadow):
+        least = torch.where(stays, len(builder.ids), shadow).amin(dim, keepdim=True)
+        most = torch.where(stays, NOBODY, shadow).amax(dim, keepdim=True)
+        if not bool((least < most).any()):
+            shadow, stays = most.expand(shadow.shape), stays.all(dim, keepdim=True).expand(shadow.shape)
+    return compact(shadow)
 
 
 def _moving(shadow: Tensor) -> list[int]:
@@ -337,11 +359,16 @@ def _blocks(channels: _Channels, draft: _Draft) -> tuple[tuple[int, ...], str | 
 
 
 def _link_producers(builder: Builder) -> list[list[ProducerRecord]]:
-    """Producers that share a channel form one group; in order of execution."""
+    """Producers that share a channel form one group; in order of execution.
+
+    Channels that stay while others of their layer may be cut do not count, unless a layer has no others.
+    """
     owner: dict[int, int] = {}
     sets: list[list[ProducerRecord]] = []
+    aside = set(_aside(builder).tolist())
     for record in builder.producers.values():
-        roots = set(builder.ids.find(record.ids).tolist()) - {NOBODY}
+        every = set(builder.ids.find(record.ids).tolist()) - {NOBODY}
+        roots = every - aside or every
         met = sorted({owner[root] for root in roots if root in owner})
         if met:
             target = met[0]
@@ -356,6 +383,11 @@ def _link_producers(builder: Builder) -> list[list[ProducerRecord]]:
         owner.update(dict.fromkeys(roots, target))
     order = {id(record): position for position, record in enumerate(builder.producers.values())}
     return [sorted(records, key=lambda record: order[id(record)]) for records in sets if records]
+
+
+def _aside(builder: Builder) -> Tensor:
+    """The channels that stay while others of their layer may be cut."""
+    return builder.ids.find(torch.cat([torch.zeros(0, dtype=torch.int64), *(ids for ids, _ in builder.aside)]))
 
 
 def _distinct(ids: Tensor) -> Tensor:

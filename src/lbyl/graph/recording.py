@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lbyl.graph.program import Program
+from lbyl.graph.program import Program, remember
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
 from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
@@ -81,6 +81,7 @@ class _Recorder(OperatorInterceptor):
         everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         for name, tensor in {id(tensor): (name, tensor) for name, tensor in everything}.values():
             node = self.place(tensor, depends=name not in constants)
+            remember(node, tensor)
             if name not in constants:
                 self._parameters[node] = name
                 self._storages.add(_storage(tensor))
@@ -169,7 +170,9 @@ class _Recorder(OperatorInterceptor):
             return self._nodes[tensor]
         if tensor.numel() and _storage(tensor) in self._storages:
             raise Unseen("a weight is used under another name")
-        return self.place(tensor)  # a constant that turns up while the program runs
+        node = self.place(tensor)  # a constant that turns up while the program runs
+        remember(node, tensor)
+        return node
 
 
 def _shape_depends(func: Any, args: tuple[Any, ...]) -> bool:

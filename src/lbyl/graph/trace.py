@@ -26,6 +26,7 @@ from lbyl.graph.program import Program
 from lbyl.graph.recording import record
 from lbyl.graph.rules import find_rule
 from lbyl.graph.types import Graph, Group
+from lbyl.graph.written import settle, write_back
 from lbyl.runtime.contexts import uncollected, undisturbed
 from lbyl.runtime.inputs import ExampleInputs
 
@@ -60,6 +61,7 @@ def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
 
     Raises:
         TraceError: neither is possible.
+        InputError: the model returns no tensor.
     """
     try:
         return export(model, inputs)
@@ -67,6 +69,8 @@ def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
         try:
             with uncollected(), undisturbed(model):
                 return record(model, inputs, follow=True)
+        except InputError:  # it returns no tensor
+            raise
         except Exception:  # the first error says more
             raise error from None
 
@@ -87,6 +91,7 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
             env[node] = nobody_like(node) if name is None else ParameterRef(name, tuple(node.meta["val"].shape))
         elif node.op == "call_function":
             env[node] = _call(builder, node, value(node.args), value(node.kwargs))
+            write_back(builder, env, node)
         elif node.op == "output":
             for item in _flat(value(node.args)):
                 if isinstance(item, Tensor):
@@ -97,6 +102,7 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
             channel_means.follow(builder, node)
         for done in uses[node]:
             env.pop(done, None)
+    settle(builder)
     builder.finish()
     channel_means.settle(builder, model)
     graph = by_expert(freeze(builder), builder.experts, lengths)

@@ -22,7 +22,7 @@ from lbyl.restore.base import Restoration, RestorationProblem, Restored
 from lbyl.runtime.contexts import set_modes, undisturbed
 from lbyl.runtime.copying import apply_changes, copy_model, sharing_copy, tensors_of
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.macs import count_parameters, macs_by_shapes
+from lbyl.runtime.macs import count_parameters, macs_and_shapes
 from lbyl.runtime.progress import Clock
 from lbyl.runtime.settings import described
 from lbyl.runtime.version import library_version
@@ -213,7 +213,7 @@ def _cut(
             found = check(work, smaller, inputs, selection, attribute, graph.macs, masks, request.strict)
             verified, macs, note = found.difference, found.macs, found.note
         else:
-            verified, note, macs = None, "", _unverified_macs(work, smaller, inputs, graph.macs)
+            verified, note, macs = None, "", _unverified_macs(work, smaller, inputs)
     parameters = count_parameters(work), count_parameters(smaller)
     return _Cut(smaller, cuts, attributes, parameters, macs, verified, note)
 
@@ -283,16 +283,24 @@ def _written_plan(subject: Subject, request: CompressionRequest, planned: _Plann
     )
 
 
-def _unverified_macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs, known: int | None) -> tuple[int, int]:
+def _unverified_macs(before: nn.Module, after: nn.Module, inputs: ExampleInputs) -> tuple[int, int]:
+    """The multiply-accumulates of both networks, which one run of each without its layers gives.
+
+    Raises:
+        VerificationError: the cut network does not run, or has outputs of other shapes.
+    """
+    advice = "Leave verification on (verify=True): it finds the groups that can't be cut and does not prune them."
     try:
         with undisturbed(before), undisturbed(after):
-            whole = macs_by_shapes(before, inputs) if known is None else known
-            return whole, macs_by_shapes(after, inputs)
+            (whole, wanted), (left, found) = (macs_and_shapes(model, inputs) for model in (before, after))
     except InputError as error:
-        raise VerificationError(
-            f"the cut network does not run: {said(error)}. Leave verification on (verify=True): it "
-            "finds the groups that can't be cut and does not prune them."
-        ) from error
+        raise VerificationError(f"the cut network does not run: {said(error)}. {advice}") from error
+    for a, b in zip(wanted, found, strict=False):
+        if a != b:
+            raise VerificationError(f"an output of the cut network has the shape {[*b]} in place of {[*a]}. {advice}")
+    if len(wanted) != len(found):
+        raise VerificationError(f"the cut network has {len(found)} outputs in place of {len(wanted)}. {advice}")
+    return whole, left
 
 
 def _row(before: int, after: int, restored: Restored) -> Row:

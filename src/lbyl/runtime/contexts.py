@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from lbyl.runtime.experts import choose_grouped
 
@@ -228,6 +229,40 @@ def set_modes(modes: Mapping[nn.Module, bool]) -> None:
 
 _FAST_ATTENTION = _Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
 _COLLECTION = _Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable())
+
+
+class _Straight:
+    """Takes the place of PyTorch's function for reentrant checkpoints, and runs what is given to it as it is."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_random_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Takes the place of what PyTorch does before and after a part with any other checkpoint, and does nothing."""
+    yield
+
+
+_STRAIGHT = {
+    name: _around if name.startswith("_") else _Straight
+    for name in (
+        "CheckpointFunction",
+        "_checkpoint_without_reentrant_generator",
+        "_checkpoint_without_reentrant_generator_impl",
+    )
+    if hasattr(checkpoint, name)
+}
+_CHECKPOINTS = _Switch(lambda: {name: getattr(checkpoint, name) for name in _STRAIGHT}, checkpoint.__dict__.update)
+
+
+def without_checkpoints() -> AbstractContextManager[None]:
+    """Keep the activations that a model's checkpoints would compute once more in the backward pass.
+
+    Reentrant checkpoints first run their part without gradients, so that nothing inside can be differentiated. Others
+    require that the part does the same both times, but the second time nobody observes it.
+    """
+    return _CHECKPOINTS.held(_STRAIGHT)
 
 
 def plain_attention() -> AbstractContextManager[None]:

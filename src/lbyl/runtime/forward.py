@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lbyl.runtime.attended import Attended, at_attended, attended_positions
+from lbyl.runtime.contexts import without_checkpoints
 from lbyl.runtime.copying import call_with
 from lbyl.runtime.grouped import GROUPED
 from lbyl.runtime.inputs import ExampleInputs
@@ -120,6 +121,11 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     torch.Tensor.matmul: (0, 1),
     torch.Tensor.__matmul__: (0, 1),
 }
+_TURNS = (
+    *(torch.Tensor.t, torch.Tensor.transpose, torch.Tensor.permute, torch.Tensor.swapaxes),
+    *(torch.t, torch.transpose, torch.permute, torch.swapaxes),
+    *(torch.Tensor.T.__get__, torch.Tensor.mT.__get__),  # pyright: ignore
+)
 CONVOLUTIONS: dict[Any, int] = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
 _TIMES = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__)
 BATCH_NORM = inspect.signature(functional.batch_norm)
@@ -142,7 +148,7 @@ class _LayerCalls(FunctionInterceptor):
         self.on_consumer, self.on_norm = on_consumer, on_norm
         self.batch_statistics, self.stop_after = batch_statistics, stop_after
         self.ahead, self.attended = ahead, attended
-        self._turned: dict[int, tuple[str, Tensor]] = {}  # transposed weights of experts, by their ids
+        self._turned: dict[int, tuple[str, Tensor]] = {}  # transposed weights, by their ids
         self._waiting: tuple[str, Tensor, Tensor, Tensor] | None = None  # a call of experts
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,7 +166,7 @@ class _LayerCalls(FunctionInterceptor):
             self._report(weight, lambda name: ConsumerCall(name, "linear", x, out))
         elif func is GROUPED and GROUPED is not None:
             self._experts(*args, **kwargs, out=out)
-        elif func is torch.Tensor.transpose and args[0].dim() == 3 and (name := self.name_of(args[0])):
+        elif func in _TURNS and isinstance(out, Tensor) and (name := self.name_of(args[0])):
             self._turned[id(out)] = name, out
         elif self._waiting and func in _TIMES and args[0] is self._waiting[2]:
             self.finish(args[1])
@@ -183,8 +189,8 @@ class _LayerCalls(FunctionInterceptor):
         self._report_as(name, lambda name: ConsumerCall(name, "linear", x, out, ends=ends))
 
     def _report(self, weight: Any, describe: Callable[[str], ConsumerCall]) -> None:
-        """Report a call if its weight is a named parameter of the model."""
-        if (name := self.name_of(weight)) is not None:
+        """Report a call if its weight is a named parameter of the model, or a transposed one."""
+        if name := self.name_of(weight) or self._turned.get(id(weight), ("",))[0]:
             self._report_as(name, describe)
 
     def _report_as(self, name: str, describe: Callable[[str], ConsumerCall]) -> None:
@@ -297,12 +303,16 @@ def _each(value: Any, axes: int) -> tuple[int, ...]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Turn off gradients of all parameters within the context, so that backward passes only reach the inputs."""
+    """Turn off gradients of all parameters within the context, so that backward passes only reach the inputs.
+
+    Checkpoints keep their activations, see :func:`lbyl.runtime.contexts.without_checkpoints`.
+    """
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)
     try:
-        yield
+        with without_checkpoints():
+            yield
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)

@@ -262,17 +262,27 @@ _OPAQUE = (
 def output_tensors(output: Any) -> list[Tensor]:
     """All tensors in a model's output, inside containers, dataclasses, namespaces or other objects; also arrays.
 
-    The caches that decoders of transformers return for the next token do not count as output.
+    Lists of numbers count as tensors in float64 or int64, and come last. Single ones only count where there is nothing
+    else, since they may be times, and only with a fraction, since they may be sizes. The caches that decoders of
+    transformers return for the next token do not count.
     """
-    return list(_tensors_in(output, {}))
+    numbers = list[Any]()
+    tensors = list(_tensors_in(output, {}, numbers))
+    lists = [value for value in numbers if isinstance(value, (list, tuple))]
+    single = [value for value in numbers if isinstance(value, (float, complex, np.inexact))]
+    return tensors + [_as_tensor(value) for value in (lists if tensors or lists else single)]
 
 
-def _tensors_in(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
+def _tensors_in(value: Any, seen: dict[int, Any], numbers: list[Any]) -> Iterator[Tensor]:
+    """The tensors in a value; numbers, and lists of nothing else, are added to ``numbers``."""
     if isinstance(value, Tensor):
         yield from _dense(value)
         return
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         yield torch.from_numpy(value)
+        return
+    if _is_numeric(value):
+        numbers.append(value)
         return
     if isinstance(value, _OPAQUE) or id(value) in seen or _is_cache(value):
         return
@@ -286,7 +296,24 @@ def _tensors_in(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
         held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
         items = list({**held, **getattr(value, "__dict__", {})}.values())
     for item in items:
-        yield from _tensors_in(item, seen)
+        yield from _tensors_in(item, seen, numbers)
+
+
+_NUMBERS = (int, float, complex, np.number, np.bool_)
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether a value is a number, or a list of equally long lists of numbers."""
+    if isinstance(value, _NUMBERS):
+        return not isinstance(value, Enum)
+    if type(value) not in (list, tuple) or not value or not all(map(_is_numeric, value)):
+        return False
+    return len({len(item) if isinstance(item, (list, tuple)) else -1 for item in value}) == 1
+
+
+def _as_tensor(value: Any) -> Tensor:
+    array = np.asarray(value)
+    return torch.from_numpy(np.asarray(np.nan_to_num(array.astype(np.float64) if array.dtype.kind == "f" else array)))
 
 
 def _dense(tensor: Tensor) -> list[Tensor]:

@@ -262,7 +262,7 @@ def macs_by_parameter(model: nn.Module, inputs: ExampleInputs, total: int) -> di
             under the name "".
     """
     with undisturbed(model):
-        counter = _counted(model, inputs, dict(model.named_parameters()))
+        counter, _ = _counted(model, inputs, dict(model.named_parameters()))
     return {**counter.by_name, "": max(0.0, total - sum(counter.by_name.values()))}
 
 
@@ -279,17 +279,29 @@ def macs_by_shapes(model: nn.Module, inputs: ExampleInputs) -> int:
     Raises:
         InputError: the model does not run on inputs of these shapes.
     """
-    return _counted(model, inputs).total
+    return macs_and_shapes(model, inputs)[0]
 
 
-def _counted(model: nn.Module, inputs: ExampleInputs, named: Mapping[str, Tensor] | None = None) -> MacCounter:
+def macs_and_shapes(model: nn.Module, inputs: ExampleInputs) -> tuple[int, list[torch.Size]]:
+    """As :func:`macs_by_shapes`, with the shapes of the outputs.
+
+    Raises:
+        InputError: the model does not run on inputs of these shapes.
+    """
+    counter, found = _counted(model, inputs)
+    return counter.total, [tensor.shape for tensor in found]
+
+
+def _counted(
+    model: nn.Module, inputs: ExampleInputs, named: Mapping[str, Tensor] | None = None
+) -> tuple[MacCounter, list[Tensor]]:
     counter = MacCounter(spare=True, named=named)
     with torch.no_grad(), plain_attention():
         try:
             with undivided(), counter:
-                outputs(model, inputs)
+                found = outputs(model, inputs)
         except InputError:  # the model fails on zeros
             counter = MacCounter(named=named)
             with counter:
-                outputs(model, inputs)
-    return counter
+                found = outputs(model, inputs)
+    return counter, found

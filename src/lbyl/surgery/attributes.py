@@ -36,7 +36,7 @@ class Attribute:
 
 _NO_WIDTH = re.compile(
     "window|patch|kernel|stride|pad|dilat|resol|image|img|grid|pool|position|index|depth|seq|bucket|dist|layer|vocab"
-    "|head_dim|head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
+    "|rotary|rope|head_dim|head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
 )
 """Attributes that may equal a width by chance: spatial sizes, and sizes within heads, which are cut as a whole."""
 
@@ -65,20 +65,31 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
             continue
         candidates: dict[int, list[tuple[str, int | None]]] = defaultdict(list)
         for name, value in vars(module).items():
-            if _NO_WIDTH.search(name):
+            if _NO_WIDTH.search(name) and not (_PER_KEY.search(name) and _has_one_key(module)):
                 continue
             for place, item in enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]:
                 if type(item) is int and shrinking.get((path, item), item) != item:
                     candidates[item].append((name, place))
         for old, names in candidates.items():
             # A number of heads may equal the size of one.
-            heads = [(name, place) for name, place in names if _counts_heads(name)]
+            heads = [(name, place) for name, place in names if _counts_heads(name) or _PER_KEY.search(name)]
             for name, place in heads or names:
                 found.append(Attribute(path, name, place, old, shrinking[path, old]))
         for name, item in _read_from_configuration(module):
             if shrinking.get((path, item), item) != item:
                 found.append(Attribute(path, f"config.{name}", None, item, shrinking[path, item]))
     return (*found, *_constants(model, selection))
+
+
+_PER_KEY = re.compile("value_groups|n_rep")
+"""Attributes with the number of heads that share a key."""
+
+
+def _has_one_key(module: nn.Module) -> bool:
+    """Whether all heads share one key, so that their number is the number of heads that share it."""
+    places = (vars(module), vars(vars(module).get("config", nn.Module())))
+    keys = (value for place in places for name, value in place.items() if re.search("(kv|value)_heads", name))
+    return any(type(value) is int and value == 1 for value in keys)
 
 
 def _counts_heads(name: str) -> bool:

@@ -358,12 +358,14 @@ def _setting_faults(value: Any, place: str, fields: bool) -> Iterator[tuple[str,
         for name, item in value.items():
             if fields and not (name.isidentifier() and not iskeyword(name)):
                 yield f"{name!r} is not a name of a setting", place
-            yield from _setting_faults(item, f"{place}.{name}", fields=False)
+            if item and isinstance(item, (Mapping, list, tuple)):
+                yield from _setting_faults(item, f"{place}.{name}", fields=False)
         if isinstance(value.get("name"), str) and not value["name"].isidentifier():
             yield f"{value['name']!r} is not a name of a class", f"{place}.name"
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _setting_faults(item, f"{place}[{index}]", fields=False)
+            if item and isinstance(item, (Mapping, list, tuple)):  # a file may hold millions of others
+                yield from _setting_faults(item, f"{place}[{index}]", fields=False)
 
 
 def _attribute_fault(attribute: Attribute) -> str:

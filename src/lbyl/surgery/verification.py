@@ -202,6 +202,17 @@ def _names(model: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in tensors_of(model).items()}
 
 
+def _gap(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> str | None:
+    """How outputs differ, in words; None if they do not."""
+    if len(expected) != len(found):
+        return f"{len(found)} outputs instead of {len(expected)}"
+    for a, b in zip(expected, found, strict=True):
+        if a.shape != b.shape:
+            return f"an output of shape {[*b.shape]} instead of {[*a.shape]}"
+    gap = difference(expected, found)
+    return None if gap <= tolerance else f"outputs differ by {gap:.2g} of their magnitude"
+
+
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """The largest ratio of absolute difference to largest magnitude over all tensors; inf if shapes differ.
 
@@ -269,7 +280,7 @@ def verify(
         raise wrong(str(error)) from error
     gap = difference(reference.outputs, found)
     if gap > reference.tolerance:
-        raise wrong(f"outputs differ by {gap:.2g} of their magnitude")
+        raise wrong(_gap(reference.outputs, found, reference.tolerance) or "")
     before = _count(masked, reference.whole) if macs is None else macs
     if not any(t.numel() for t in found):
         note = "not verified: the network's outputs on the example inputs are empty, so nothing was compared"
@@ -460,13 +471,22 @@ class _Outline:
         try:
             found = _shapes(cut_copy(ghost, plan_cuts(part), attribute(part)), inputs)
         except LbylError as error:
-            return said(error)
-        return None if found == expected else f"outputs of shapes {found} instead of {expected}"
+            return _fails(error)
+        different = ((a, b) for a, b in zip(expected, found, strict=False) if a != b)
+        a, b = next(different, (None, None))
+        if a is not None and b is not None:
+            return f"an output of shape {[*b]} instead of {[*a]}"
+        return None if len(found) == len(expected) else f"{len(found)} outputs instead of {len(expected)}"
 
 
 def _shapes(model: nn.Module, inputs: ExampleInputs) -> list[torch.Size]:
     with undisturbed(model), plain_attention(), Float64Mode():  # which also knows shapes that PyTorch does not
         return [tensor.shape for tensor in outputs(model, inputs)]
+
+
+def _fails(error: LbylError) -> str:
+    """Why a network without some channels does not run."""
+    return f"without them the code fails ({said(error)})" if isinstance(error, InputError) else str(error)
 
 
 def said(error: LbylError) -> str:
@@ -543,12 +563,13 @@ def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribut
         smaller = cut_copy(masked, cuts, attribute(part))
         # Layer norms over groups that are still masked leave out dropped channels.
         kept = still_masked(reference.kept, part)
-        gap = difference(reference.outputs, _wide_outputs(smaller, reference.inputs, reference.precision, kept))
-        if gap <= reference.tolerance and reference.thinned:
+        found = _wide_outputs(smaller, reference.inputs, reference.precision, kept)
+        gap = _gap(reference.outputs, found, reference.tolerance)
+        if gap is None and reference.thinned:
             _count(smaller, reference.whole)
     except LbylError as error:
-        return said(error)
-    return None if gap <= reference.tolerance else f"outputs differ by {gap:.2g} of their magnitude"
+        return _fails(error)
+    return gap
 
 
 def _first_bad(

@@ -25,7 +25,8 @@ def contract(
 
     Factors of one product are merged into one channel, and so are the terms of one sum. In attention this makes one
     channel of every head, because queries and keys are multiplied and summed over the head's inner axis. A single head
-    is an exception: each of its channels is a term of its own, and the term vanishes if its factors are zero.
+    is an exception: each of its channels is a term of its own, and the term vanishes if its factors are zero. Another
+    one are factors that all channels of the other one share, such as the keys of multi-query attention: they stay.
 
     Args:
         builder: the state of the trace.
@@ -57,6 +58,9 @@ def contract(
         if bool((small(result) == NOBODY).all()) and not any(varies(result, d) for d in range(result.dim())):
             result = merge(builder, "matmul", layer, view, result, whole) if view.numel() > 1 else view
         else:
+            kept = [x in out for x in space]
+            batch = [x in out and all(x in other for _, other in operands) for x in space]
+            result, view = _outer(builder, *_unshared(builder, result, view, kept, layer), kept, batch, layer)
             result = _together(builder, result, view, whole)
     result = compact(builder.ids.find(result.expand(extent)))
     summed = [d for d, x in enumerate(space) if x not in out]
@@ -78,6 +82,53 @@ def contract(
     found = compact(builder.ids.find(result.reshape(view)).expand(whole_shape))
     builder.step(small(found).reshape(-1), str(node.target).split(".")[1], layer, parametric=True)
     return found
+
+
+def _unshared(builder: Builder, a: Tensor, b: Tensor, kept: Sequence[bool], layer: str) -> tuple[Tensor, Tensor]:
+    """Two factors, each without the channels that all channels of the other one share, which then stay.
+
+    These are terms of a sum that are the same along an axis of the result, such as the key that all heads use in
+    multi-query attention, or the part of a key that they share. ``kept`` are the axes that the result has.
+    """
+    sides = [compact(builder.ids.find(x)) for x in (a, b)]
+    for mine, other in ((0, 1), (1, 0)):
+        x, y = sides[mine], sides[other]
+        for axis in (d for d in range(x.dim()) if kept[d] and varies(x, d)):
+            inner = [d for d in range(y.dim()) if d != axis and varies(y, d)]
+            if not inner or any(kept[d] for d in inner):
+                continue
+            same = (y == y.narrow(axis, 0, 1)).all(axis, keepdim=True) & builder.ids.issued(y.narrow(axis, 0, 1))
+            apart = (x != x.narrow(axis, 0, 1)).any(axis, keepdim=True) & builder.ids.issued(x.narrow(axis, 0, 1))
+            if not bool((same & apart).any()) or bool(torch.isin(small(y), small(x)).any()):
+                continue
+            shared = same & apart
+            builder.keep(y.narrow(axis, 0, 1)[shared], _SHARED.format(layer))
+            sides[other] = y = compact(torch.where(shared, NOBODY, y))
+    return sides[0], sides[1]
+
+
+_SHARED = "each of them is multiplied with all channels of another layer in {!r}"
+
+
+def _outer(
+    builder: Builder, a: Tensor, b: Tensor, kept: Sequence[bool], batch: Sequence[bool], layer: str
+) -> tuple[Tensor, Tensor]:
+    """Two factors; if each channel of one is multiplied with each channel of the other, one of them has no channels.
+
+    Its channels stay. ``batch`` are the axes of the result that all factors have. Heads of attention go before channels
+    inside of them, and the wider factor before the other one.
+    """
+    sides = [compact(builder.ids.find(x)) for x in (a, b)]
+    axes = [{d for d in range(x.dim()) if varies(x, d)} for x in sides]
+    issued = all(bool(builder.ids.issued(small(x)).all()) for x in sides)
+    if not issued or not all(axes) or axes[0] & axes[1] or not all(kept[d] for d in axes[0] | axes[1]):
+        return a, b
+    if bool(torch.isin(small(sides[0]), small(sides[1])).any()):
+        return a, b
+    free = max((0, 1), key=lambda i: (any(batch[d] for d in axes[i]), sides[i].unique().numel()))
+    builder.keep(sides[1 - free], _SHARED.format(layer))
+    sides[1 - free] = torch.full_like(small(sides[1 - free]), NOBODY).expand(sides[1 - free].shape)
+    return sides[0], sides[1]
 
 
 def _everywhere(operands: Sequence[_Labeled], label: str) -> bool:
@@ -105,6 +156,12 @@ def matmul(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     a, b = args[:2]
     if isinstance(a, Tensor) and isinstance(b, ParameterRef) and len(b.shape) == 2:
         return mix(builder, node, a, b, None, dim=0)
+    if (
+        isinstance(a, ParameterRef)
+        and isinstance(b, Tensor)
+        and (made := _mixed_from_left(builder, node, a, b)) is not None
+    ):
+        return made
     left, right = _operand(builder, a, b), _operand(builder, b, a)
     if left is None or right is None or left.dim() < 2 or right.dim() < 2:
         return builder.barrier(node, args, f"matmul in {layer_name(node)!r} on a value that the trace can't follow")
@@ -114,9 +171,48 @@ def matmul(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     return contract(builder, node, [(left, first), (right, second)], lead + "XZ")
 
 
+def _mixed_from_left(builder: Builder, node: fx.Node, weight: ParameterRef, x: Tensor) -> Tensor | None:
+    """W x for channels along the last axis but one, which is a linear layer; None if they are along another one."""
+    ids = builder.channels(x, -2) if len(weight.shape) == 2 and x.dim() > 1 else None
+    if ids is None or not bool(builder.ids.issued(ids).any()):
+        return None
+    dim, layer = int(not weight.turned), weight.name.rpartition(".")[0] or layer_name(node)
+    builder.tie(weight.name, dim, ids)
+    made = builder.produce(node, layer, weight.name, None, weight.shape[0], 1 - dim)
+    return builder.spread(made, x.dim() - 2, output_shape(node))
+
+
+@rule("cdist", "_cdist_forward", "pairwise_distance", "cosine_similarity")
+def compare(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Distances and similarities: sums over pairs of channels. A pair of zeros adds nothing to them."""
+    name, layer = str(node.target).split(".")[1], layer_name(node)
+    sides = [builder.shadow(value) for value in args[:2]]
+    if any(side is None or not side.dim() for side in sides):
+        return builder.barrier(node, args, f"{name} in {layer!r} on a value that the trace can't follow")
+    a, b = (side for side in sides if side is not None)
+    if not name.endswith("cdist") and name != "_cdist_forward":
+        rank = max(a.dim(), b.dim())
+        axis = (args[2] if len(args) > 2 else kwargs.get("dim", 1)) if name == "cosine_similarity" else -1
+        a, b = (compact(side.reshape([1] * (rank - side.dim()) + list(side.shape))) for side in (a, b))
+        first = second = string.ascii_lowercase[:rank]
+        inner = first[axis % rank]
+        out = first.replace(inner, "")
+        shape = [max(*pair) for d, pair in enumerate(zip(a.shape, b.shape, strict=True)) if d != axis % rank]
+    else:
+        rank = max(a.dim(), b.dim())
+        lead, inner = string.ascii_lowercase[: rank - 2], "M"
+        first, second, out = lead[rank - a.dim() :] + "XM", lead[rank - b.dim() :] + "YM", lead + "XY"
+        shape = list(output_shape(node))
+    for one, other, labels in ((a, b, first), (b, a, second)):
+        if bool((small(other) == NOBODY).all()):
+            builder.fix(one, [labels.index(inner)], f"{name} in {layer!r} compares them with a value of fixed size")
+    found = contract(builder, node, [(a, first), (b, second)], out, shape)
+    return found if tuple(found.shape) == output_shape(node) else found.reshape(output_shape(node))
+
+
 @rule("addmm", "baddbmm")
 def addmm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """C = bias + A B, the linear layer of GPT-2."""
+    """C = bias + A B, the linear layer of GPT-2. With computed factors, it is a product and a sum."""
     bias, a, b = args[:3]
     if (
         isinstance(a, Tensor)
@@ -126,7 +222,10 @@ def addmm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
         and not kwargs
     ):
         return mix(builder, node, a, b, bias, dim=0)
-    return builder.barrier(node, args, f"addmm in {layer_name(node)!r} on computed values")
+    product, added = matmul(builder, node, (a, b), {}), builder.shadow(bias)
+    if added is None:
+        return builder.barrier(node, args, f"addmm in {layer_name(node)!r} on a value that the trace can't follow")
+    return merge(builder, "add", layer_name(node), product, added, output_shape(node))
 
 
 @rule("einsum")

@@ -12,6 +12,7 @@ from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.types import Depthwise
 from lbyl.graph.union_find import NOBODY, compact, small, varies
+from lbyl.runtime.reductions import aten_name
 
 
 def _layer(node: fx.Node, weight: ParameterRef) -> str:
@@ -28,11 +29,30 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: s
     return args[index] if len(args) > index else kwargs.get(name, default)
 
 
+_PRODUCTS = {"matmul": 1, "mm": 1, "linear": 1, "addmm": 2}
+"""Operations that multiply a value by a matrix, and where the matrix is among their arguments."""
+
+
+def is_turned_weight(node: fx.Node) -> bool:
+    """Whether a node transposes a matrix that linear layers alone read, as in ``x @ weight.T``."""
+    before = node.args[0].meta["val"].shape if isinstance(node.args[0], fx.Node) else ()
+    readers = [(user, _PRODUCTS.get(aten_name(user.target), 0)) for user in node.users]
+    return (
+        len(before) == 2
+        and tuple(before[::-1]) == output_shape(node)
+        and aten_name(node.target) in ("t", "numpy_T", "mT", "transpose", "permute", "swapaxes")
+        and all(place and len(user.args) > place and user.args[place] is node for user, place in readers)
+        and all(sum(argument is node for argument in user.args) == 1 for user, _ in readers)
+    )
+
+
 def mix(
     builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, bias: ParameterRef | None, dim: int = 1
 ) -> Any:
     """A linear layer over the last axis; ``dim`` is the input dimension of its weight."""
     x = compact(builder.ids.find(x))
+    if weight.turned:
+        weight, dim = ParameterRef(weight.name, weight.shape[::-1]), 1 - dim
     if x.shape[-1] > 1 and not varies(x, -1) and any(varies(x, d) for d in range(x.dim() - 1)):
         # It mixes positions, and every channel in the same way (the token mixing of MLP-Mixer).
         builder.step(small(x).reshape(-1), "linear over positions", _layer(node, weight))
@@ -160,7 +180,9 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     axis = x.dim() - len(weight.shape) + 1
     ids = builder.gather(x, axis)
     if ids is None:
-        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} on mixed axes")
+        slides = any(varies(compact(builder.ids.find(x)), d) for d in range(axis + 1, x.dim()))
+        what = "slides over them, so that each output mixes neighbors" if slides else "is called on mixed axes"
+        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} {what}")
     layer, bias_name, shape = _layer(node, weight), bias.name if bias else None, output_shape(node)
     if blocks > 1 and weight.shape[1] == 1:
         ids = ids.repeat_interleave(weight.shape[0] // blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,17 +12,22 @@ from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.rules.experts import is_stacked_weight
+from lbyl.graph.rules.mixing import is_turned_weight
 from lbyl.graph.union_find import NOBODY, compact, small, varies
+from lbyl.graph.written import is_written
+from lbyl.runtime.reductions import aten_name
 
 
 @rule(
-    "permute", "transpose", "t", "unsqueeze", "squeeze", "flip", "movedim", "swapaxes", "roll", "numpy_T",
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "flip", "movedim", "swapaxes", "roll", "numpy_T", "mT",
     "broadcast_to", "pixel_unshuffle", "repeat_interleave",
 )  # fmt: skip
 def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the operation itself to the shadow."""
     if isinstance(args[0], ParameterRef) and is_stacked_weight(node):
         return ParameterRef(args[0].name, output_shape(node))
+    if isinstance(args[0], ParameterRef) and is_turned_weight(node):
+        return ParameterRef(args[0].name, output_shape(node), not args[0].turned)
     x = builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
@@ -44,6 +50,17 @@ def reshape(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
         builder.shaped(x.reshape(x.shape[0], args[1], -1, *x.shape[2:]), node)
     builder.shaped(result, node)
     return result
+
+
+@rule("copy")
+def copy(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A value written over another one, whose channels it takes the place of."""
+    old, new = builder.shadow(args[0]), builder.shadow(args[1])
+    if old is None or new is None:
+        return builder.barrier(node, args, f"copy in {layer_name(node)!r} on a value that the trace can't follow")
+    if bool((small(old) == NOBODY).all()):
+        return compact(new.expand(output_shape(node)))
+    return merge(builder, "copy", layer_name(node), new, old, output_shape(node))
 
 
 @rule("expand_as")
@@ -115,6 +132,8 @@ def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     assert callable(node.target)
     result = compact(node.target(x, *args[1:], **kwargs))
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % x.dim()
+    if is_written(node):
+        return result
     if result.shape != x.shape and varies(compact(builder.ids.find(x)), dim):
         size, start = x.shape[dim], (args[2] if len(args) > 2 else kwargs.get("start")) or 0
         start = max(start + size, 0) if start < 0 else min(start, size)
@@ -148,9 +167,22 @@ def pick(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     assert callable(node.target)
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    builder.fix(x, [dim], f"{layer_name(node)!r} selects one of them by its index")
+    where = args[2] if len(args) > 2 and isinstance(args[2], int) else None
+    stay = x if where is None else _up_to(x, dim, [where])
+    builder.fix(x, [dim], f"one of them is selected by its index in {layer_name(node)!r}", stay)
     picked = node.target(x, *args[1:], **kwargs)
     return [compact(item) for item in picked] if isinstance(picked, (list, tuple)) else compact(picked)
+
+
+def _up_to(x: Tensor, dim: int, indices: Sequence[int]) -> Tensor:
+    """The part of a shadow that has to stay so that indices along ``dim`` point to the same elements.
+
+    Indices from 0 on are counted from the front, and negative ones from the end.
+    """
+    size, front, back = x.shape[dim], max(indices) + 1, -min(indices)
+    if min(indices) < 0 <= max(indices):
+        return x
+    return x.narrow(dim, 0, front) if front > 0 else x.narrow(dim, size - back, back)
 
 
 @rule("pixel_shuffle")
@@ -216,7 +248,7 @@ def pad(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
 
 @rule("index_select", "index", "gather", "take_along_dim")
 def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Selection by indices that the trace does not know, along axes without channels."""
+    """Selection by indices: along axes without channels, or by one list of indices that the code or a buffer holds."""
     name, x = str(node.target).split(".")[1], builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{name} on a value that the trace can't follow")
@@ -226,7 +258,12 @@ def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     if not bool(builder.ids.issued(small(x)).any()):
         x = builder.join(x, picked)
     if any(varies(x, d) for d in picked):
-        return builder.barrier(node, args, f"{name} along channels in {layer_name(node)!r}")
+        known = _known(node.args[1][picked[0]] if name == "index" else node.args[2])  # pyright: ignore
+        if len(picked) > 1 or known is None or known.dim() != 1 or name not in ("index", "index_select"):
+            return builder.barrier(node, args, f"{name} along channels in {layer_name(node)!r}")
+        stay = _up_to(x, picked[0], known.tolist()) if known.numel() else x
+        builder.fix(x, picked, f"they are selected by their indices in {layer_name(node)!r}", stay)
+        return compact(x.index_select(picked[0], known % x.shape[picked[0]]))
     if name != "index":
         for d in picked:
             x = x.narrow(d, 0, 1)
@@ -235,6 +272,16 @@ def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
         slice(None) if item is None else torch.zeros(tuple(item.shape), dtype=torch.int64) for item in indices
     )
     return compact(x[places])
+
+
+def _known(source: Any) -> Tensor | None:
+    """The whole numbers in a constant of the code or in a buffer; None for other values."""
+    while isinstance(source, fx.Node) and source.op == "call_function" and aten_name(source.target) in _MOVES:
+        source = source.args[0]
+    return source.meta.get("whole numbers") if isinstance(source, fx.Node) else None
+
+
+_MOVES = ("lift_fresh", "lift_fresh_copy", "detach", "detach_", "alias", "clone", "to", "_to_copy", "contiguous")
 
 
 @rule("im2col")

@@ -107,6 +107,8 @@ def run_paired(
     with both:
         whole.call(model)
     both.settle_rest()
+    if both.consumers:
+        raise NotPairable(f"{min(both.consumers)} is used by another function than that of its layer")
     return PairedPass(both.original, both.cut, tuple(both.made_up), both.missing)
 
 
