@@ -118,6 +118,11 @@ class Restorer(ABC):
         """Whether its probes are like real inputs, so that criteria may use them."""
         return False
 
+    @property
+    def dreams(self) -> bool:
+        """Whether some of its probes are dreamed."""
+        return False
+
     def make_probes(
         self, model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None = None
     ) -> Probes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lbyl.graph import Graph
-from lbyl.moments import Data, Probes, ProbeSource
+from lbyl.moments import Data, Dream, Probes, ProbeSource
 from lbyl.moments.accumulate import ConsumerMoments
 from lbyl.moments.base import is_lifelike
 from lbyl.restore.base import Restoration, RestorationProblem, Restorer
@@ -74,6 +74,11 @@ class LeastSquares(Settings, Restorer):
     def takes_lifelike_probes(self, inputs: ExampleInputs) -> bool:
         """Whether the moment source's probes are like real inputs."""
         return self.takes_probes and is_lifelike(self.moments, inputs)
+
+    @property
+    def dreams(self) -> bool:
+        """Whether some probes are dreamed from the statistics of batch norms."""
+        return isinstance(self.moments, Dream)
 
     def make_probes(
         self, model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None = None

@@ -10,7 +10,9 @@ from lbyl.selection.criteria.energy import Energy
 from lbyl.selection.criteria.l2 import L2
 
 
-def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Criterion | SeeingCriterion, str]:
+def choose_criterion(
+    model: nn.Module, probed: bool, lifelike: bool, dreamed: bool = False
+) -> tuple[Criterion | SeeingCriterion, str]:
     """The criterion for ``criterion="auto"``, and a note that says why.
 
     Args:
@@ -18,8 +20,10 @@ def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Cr
         probed: whether the network is run on probes anyway, so that activations can be measured.
         lifelike: whether these probes are like real inputs. On other probes, the activations of a network without
             norms are less informative than its weights.
+        dreamed: whether some of the probes are dreamed from the statistics of batch norms; on these, weights choose.
     """
-    if not probed or norms_cover(model) or not (lifelike or _normalizes(model)):
+    dreamed = dreamed or not lifelike
+    if not probed or (norms_cover(model) and dreamed) or not (lifelike or _normalizes(model)):
         return L2(), ""
     return Energy(), "auto: channels are chosen by the energy that consumers take from them"
 
