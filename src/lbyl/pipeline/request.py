@@ -94,4 +94,4 @@ class CompressionRequest:
         if named is not None:
             return named, ""
         lifelike = restorer.takes_lifelike_probes(inputs)
-        return choose_criterion(model, restorer.takes_probes, lifelike, restorer.dreams)
+        return choose_criterion(model, restorer.takes_probes, lifelike, restorer.shows_photographs)

@@ -119,8 +119,8 @@ class Restorer(ABC):
         return False
 
     @property
-    def dreams(self) -> bool:
-        """Whether some of its probes are dreamed."""
+    def shows_photographs(self) -> bool:
+        """Whether its probes are nothing but photographs or lines of text, if inputs are color images."""
         return False
 
     def make_probes(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lbyl.graph import Graph
-from lbyl.moments import Data, Dream, Probes, ProbeSource
+from lbyl.moments import Data, Photographs, Probes, ProbeSource
 from lbyl.moments.accumulate import ConsumerMoments
 from lbyl.moments.base import is_lifelike
 from lbyl.restore.base import Restoration, RestorationProblem, Restorer
@@ -76,9 +76,9 @@ class LeastSquares(Settings, Restorer):
         return self.takes_probes and is_lifelike(self.moments, inputs)
 
     @property
-    def dreams(self) -> bool:
-        """Whether some probes are dreamed from the statistics of batch norms."""
-        return isinstance(self.moments, Dream)
+    def shows_photographs(self) -> bool:
+        """Whether its probes are nothing but photographs or lines of text, if inputs are color images."""
+        return isinstance(self.moments, Photographs)
 
     def make_probes(
         self, model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None = None
