@@ -105,7 +105,8 @@ def test_a_folder_is_shown(name: str) -> None:
 def test_a_plan_comes_back_as_it_was() -> None:
     for name in KNOWN:
         plan = json.loads((FOLDERS / name / "lbyl.json").read_text(encoding="utf-8"))["plan"]
-        assert json.loads(lbyl.Plan.from_dict(plan).to_json()) == {**plan, **LATER}
+        cuts = [{**cut, "experts": False} for cut in plan["cuts"]]
+        assert json.loads(lbyl.Plan.from_dict(plan).to_json()) == {**plan, "cuts": cuts, **LATER}
 
 
 FIRST = FOLDERS.with_name("saved_first")

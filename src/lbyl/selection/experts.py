@@ -18,6 +18,7 @@ def routed_norms(total: Float[Tensor, " experts"], tokens: Float[Tensor, " exper
         total: the sum of these norms over the tokens that an expert got.
         tokens: how many tokens it got.
 
+    >>> import torch
     >>> routed_norms(torch.tensor([6.0, 0.0]), torch.tensor([3.0, 0.0]))
     tensor([2., 0.])
     """
@@ -27,6 +28,7 @@ def routed_norms(total: Float[Tensor, " experts"], tokens: Float[Tensor, " exper
 def highest(scores: Float[Tensor, " experts"], keep: int) -> tuple[int, ...]:
     """The experts with the highest scores, in ascending order; of equal scores, the first ones.
 
+    >>> import torch
     >>> highest(torch.tensor([1.0, 3.0, 2.0]), 2)
     (1, 2)
     """
@@ -67,6 +69,7 @@ def lowest_shares(
 ) -> dict[str, int]:
     """How many experts each mixture keeps, if those go first that have the least share of their mixture's scores.
 
+    >>> import torch
     >>> scores = {"a": torch.tensor([1.0, 9.0]), "b": torch.tensor([4.0, 6.0])}
     >>> lowest_shares(scores, {"a": 1, "b": 1}, {"a": 1.0, "b": 1.0}, saving=1.0)
     {'a': 1, 'b': 2}

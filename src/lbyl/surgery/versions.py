@@ -7,7 +7,7 @@ older releases may ignore it. Everything else does: raise `VERSION`, and add the
   of modules and layers that were replaced.
 - Version 2 is that of 0.2. Numbers may also be in an object of a module (``config.num_attention_heads``), which 0.1
   can't set. `trained`, `network` and `blocks` (dropped ones) are new. Many kept channels are text in documents
-  (`lbyl.surgery.packed`).
+  (`lbyl.surgery.packed`). `experts` of a cut came later: releases without it load such plans rightly.
 """
 
 from __future__ import annotations
