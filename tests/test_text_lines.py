@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from nets import settle
@@ -12,8 +10,7 @@ from torch import Tensor, nn
 import lbyl
 from lbyl.errors import InputError
 from lbyl.moments.photographs import photographs, pictures
-from lbyl.moments.text_lines import _UPSIDE_DOWN, text_lines
-from lbyl.restore.registry import choose_restorer
+from lbyl.moments.text_lines import text_lines
 from lbyl.runtime.inputs import ExampleInputs
 
 
@@ -83,43 +80,6 @@ def test_who_answers_to_text_alone_gets_text_and_is_told() -> None:
     assert int(same.sum()) <= 8
     result = lbyl.compress(reader, x, ratio=0.25, forecast=False)
     assert any("lines of text" in note for note in result.report.notes)
-
-
-def trained_on(images: Tensor) -> nn.Module:
-    """A network whose batch norms hold the statistics of these images, at another brightness and contrast."""
-    layers: list[nn.Module] = []
-    for before, after in ((3, 8), (8, 12), (12, 12)):
-        norm = nn.BatchNorm2d(after, momentum=None)
-        layers += [nn.Conv2d(before, after, 3, stride=2, bias=False), norm, nn.ReLU()]
-    net = settle(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 2)))
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-    with torch.no_grad():
-        net.train()(0.5 * images + 0.3)
-    return net.eval()
-
-
-@pytest.mark.parametrize(("seen", "text"), [(text_lines, True), (photographs, False)])
-def test_batch_norms_tell_who_reads(seen: Callable[..., Tensor], text: bool) -> None:
-    net, x = trained_on(seen((32, 3, 48, 160), generator(5))), torch.zeros(1, 3, 48, 160)
-    x[..., ::2] = 1
-    restorer, why = choose_restorer(net, ExampleInputs.of(x))
-    assert isinstance(restorer.moments, lbyl.Photographs if text else lbyl.Dream)
-    assert ("reads text" in why) == text
-    notes = lbyl.compress(net, x, ratio=0.25, effort="low", forecast=False).report.notes
-    assert any("75% of the probes are lines of text" in note for note in notes) == text
-    assert any("by the energy" in note for note in notes)  # with low effort, neither has dreams
-
-
-def test_a_quarter_of_the_images_is_upside_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(share: float) -> Tensor:
-        monkeypatch.setattr("lbyl.moments.text_lines._UPSIDE_DOWN", share)
-        images = text_lines((60, 3, 32, 96), generator()).flatten(1)
-        return (images - images.mean(1, keepdim=True)) / images.std(1, keepdim=True)
-
-    usual, upright, over = made(_UPSIDE_DOWN), made(0.0), made(1.0)
-    assert (((usual * over).mean(1) > (usual * upright).mean(1)).double().mean() - 0.25).abs() < 0.1
 
 
 @pytest.mark.parametrize("text", [-0.1, 1.5, float("nan"), "much"])

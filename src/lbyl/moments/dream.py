@@ -14,7 +14,6 @@ from lbyl.moments.adam import Adam
 from lbyl.moments.attached_norms import measure_statistics, with_norms
 from lbyl.moments.base import Probes
 from lbyl.moments.input_scales import input_scales
-from lbyl.moments.mismatch import mismatch
 from lbyl.moments.photographs import Photographs, photographs, takes_photographs
 from lbyl.moments.scale import InputScales
 from lbyl.moments.synthesis import dead_leaves, pink, synthesize
@@ -27,6 +26,8 @@ from lbyl.runtime.inputs import ExampleInputs, outputs
 from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_at_once, saved_bytes
 from lbyl.runtime.progress import Progress
 
+_TINY = 1e-6
+"""Added to variances, so that a channel that never varied in training does not dominate the loss."""
 _STEPS, _FEWEST, _MANY = 10, 5, 128
 """The number of steps by default, the smallest one that is of use, and the number of dreams for which that suffices."""
 _MOST = 1e13
@@ -206,7 +207,10 @@ class Dream:
         terms: list[Tensor] = []
 
         def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
-            terms.append(mismatch(state[mean_name], state[var_name], mean, var))
+            stored = state[var_name] + _TINY
+            offset = (mean - state[mean_name]).square() / stored
+            spread = ((var + _TINY) / stored).sqrt() - 1
+            terms.append(offset.mean() + spread.square().mean())
 
         with frozen(model), torch.enable_grad(), InputsForgotten():
             for step in range(steps):

@@ -16,17 +16,13 @@ from torch import Tensor, nn
 
 from lbyl.moments.base import Probes
 from lbyl.moments.input_scales import input_scales
-from lbyl.moments.mismatch import mismatch
 from lbyl.moments.noise import Noise
 from lbyl.moments.scale import InputScales
 from lbyl.moments.synthesis import Maker, dead_leaves, synthesize
 from lbyl.moments.text_lines import text_lines
-from lbyl.runtime.batch_norms import norms_cover
 from lbyl.runtime.batches import affordable, held_out_size, macs_per_input, split
 from lbyl.runtime.checks import check_number
 from lbyl.runtime.contexts import undisturbed
-from lbyl.runtime.copying import tensors_of
-from lbyl.runtime.forward import run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
@@ -44,17 +40,15 @@ class Photographs:
     They also suit networks without batch norms, because nothing is dreamed. Inputs that do not look like color images
     get :class:`lbyl.Noise`.
 
-    Networks that read or find text say next to nothing on photographs. Most of their probes are images of text. In a
-    network with batch norms, these show it: with text, they are closer to their running statistics. In others, the
-    outputs vary far more on text.
+    Networks that read or find text say next to nothing on photographs. Where the outputs vary far more on images of
+    text, most probes are such images.
 
     Attributes:
         images: number of crops on which moments are collected; a quarter more is held out. None chooses as many as
             3.2e10 multiply-accumulates allow, between 48 and 192; fewer than 48 only if one takes more than 8e9.
         text: share of the images that hold lines of text in place of a photograph, from 0 to 1. None takes three
-            quarters or 0. It takes three quarters if the batch norms' distance from their running statistics is then
-            at most 0.8 of what it is on photographs; or in a network with few batch norms, if the variance of its
-            outputs is at least 4 times as large on text as on photographs.
+            quarters if the variance of the network's outputs is at least 4 times as large on text as on photographs,
+            and otherwise 0.
     """
 
     images: int | None = None
@@ -91,55 +85,16 @@ def takes_photographs(inputs: ExampleInputs) -> bool:
     return any(t.is_floating_point() and _is_color(t.shape) for t in inputs.tensors())
 
 
-_MOSTLY = 0.75
-_FAR_MORE, _TRIED = 4.0, 16
-_CLOSER, _COMPARED = 0.8, 8
+_FAR_MORE, _MOSTLY, _TRIED = 4.0, 0.75, 16
 
 
 def share_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -> tuple[float, str]:
-    """The share of probes that should be lines of text, and a note that says why ("" if none should).
-
-    Batch norms tell what they saw in training. Where they do not cover the network, the outputs have to tell.
-    """
-    if not takes_photographs(inputs):
-        return 0.0, ""
-    told = f"{_MOSTLY:.0%} of the probes are lines of text"
-    if norms_cover(model):
-        closer = _mismatch(model, inputs, scales, _MOSTLY) / _mismatch(model, inputs, scales, 0.0)
-        if not closer <= _CLOSER:
-            return 0.0, ""
-        return _MOSTLY, f"{told}, which brings them closer to the statistics of the batch norms"
+    """The share of probes that should be lines of text, and a note that says why ("" if none should)."""
     gain = _gain_of_text(model, inputs, scales)
     if gain < _FAR_MORE:
         return 0.0, ""
-    return _MOSTLY, f"{told}, on which the outputs vary {gain:.2g} times as much as on photographs"
-
-
-def _mismatch(model: nn.Module, inputs: ExampleInputs, scales: InputScales, share: float) -> float:
-    """How far batch norms are from their running statistics on images of which a share is text; NaN if unknown.
-
-    The sum over all batch norms but the first is that of :meth:`lbyl.Dream.match`. The first one normalizes with the
-    images' own statistics, because their brightness and contrast say nothing about what is in them.
-    """
-    state, terms = tensors_of(model), list[float]()
-    first: dict[str, Tensor] = {}
-
-    def on_first(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
-        if not first:
-            first.update({mean_name: mean.clone(), var_name: var.clone()})
-
-    def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
-        if mean_name not in first:
-            terms.append(float(mismatch(state[mean_name], state[var_name], mean, var)))
-
-    made = synthesize(model, inputs, _COMPARED, pictures(share), generator_for(0, "text or photographs"), scales)
-    try:
-        with torch.no_grad(), undisturbed(model):
-            run_intercepted(model, made, on_norm=on_first)
-            run_intercepted(model, made, values=first, on_norm=on_norm)
-    except Exception:  # a user's model may raise anything on inputs that it was not made for
-        return math.nan
-    return sum(terms) or math.nan
+    told = f"{_MOSTLY:.0%} of the probes are lines of text, on which the outputs vary {gain:.2g} times as much"
+    return _MOSTLY, f"{told} as on photographs"
 
 
 def _gain_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -> float:

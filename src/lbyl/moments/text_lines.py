@@ -15,8 +15,6 @@ from torch import Tensor
 
 _LONG = 3
 """Images at least so many times as wide as they are high hold one line."""
-_UPSIDE_DOWN = 0.25
-"""Share of the images that are upside down, for networks that find out which way up a text is."""
 _MOST_LINES = 16
 _SMALLEST_FONT = 7
 
@@ -69,8 +67,6 @@ def _page(height: int, width: int, generator: torch.Generator) -> Float[Tensor, 
         (width, height), Image.Transform.AFFINE, (*across, start[0], *down, start[1]), Image.Resampling.BICUBIC
     )
     share = torch.from_numpy(np.array(page)).float() / 255
-    if between(0, 1) < _UPSIDE_DOWN:
-        share = share.flip(0, 1)
     ground, color = between(150, 255), between(0, 90)
     if between(0, 1) < 0.25:
         ground, color = color, ground

@@ -93,5 +93,4 @@ class CompressionRequest:
         named = self.criterion
         if named is not None:
             return named, ""
-        lifelike = restorer.takes_lifelike_probes(inputs)
-        return choose_criterion(model, restorer.takes_probes, lifelike, restorer.shows_photographs)
+        return choose_criterion(model, restorer.takes_probes, restorer.takes_lifelike_probes(inputs))

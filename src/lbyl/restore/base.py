@@ -118,11 +118,6 @@ class Restorer(ABC):
         """Whether its probes are like real inputs, so that criteria may use them."""
         return False
 
-    @property
-    def shows_photographs(self) -> bool:
-        """Whether its probes are nothing but photographs or lines of text, if inputs are color images."""
-        return False
-
     def make_probes(
         self, model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None = None
     ) -> Probes:

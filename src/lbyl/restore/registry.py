@@ -20,8 +20,7 @@ from lbyl.moments import (
 )
 from lbyl.moments.class_dream import answers_among_classes
 from lbyl.moments.generated import writes_text
-from lbyl.moments.input_scales import input_scales
-from lbyl.moments.photographs import share_of_text, takes_photographs
+from lbyl.moments.photographs import takes_photographs
 from lbyl.moments.sentences import takes_sentences
 from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivering, Delivers
@@ -111,8 +110,6 @@ def _thorough(restorer: LeastSquares, model: nn.Module, inputs: ExampleInputs) -
 
 def _best(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquares, str]:
     norms = batch_norms(model)
-    if norms_cover(model) and share_of_text(model, inputs, input_scales(model, inputs))[0]:
-        return LeastSquares(moments=Photographs()), f"auto: batch norms ({len(norms)}) tell that the network reads text"
     if norms_cover(model):
         why = f"auto: dreamed probes, because batch norms ({len(norms)}) describe the training data"
         return LeastSquares(moments=Dream()), f"{why}; also lbyl's own photographs, if inputs are color images"

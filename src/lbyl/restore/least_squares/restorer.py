@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lbyl.graph import Graph
-from lbyl.moments import Data, Photographs, Probes, ProbeSource
+from lbyl.moments import Data, Probes, ProbeSource
 from lbyl.moments.accumulate import ConsumerMoments
 from lbyl.moments.base import is_lifelike
 from lbyl.restore.base import Restoration, RestorationProblem, Restorer
@@ -74,11 +74,6 @@ class LeastSquares(Settings, Restorer):
     def takes_lifelike_probes(self, inputs: ExampleInputs) -> bool:
         """Whether the moment source's probes are like real inputs."""
         return self.takes_probes and is_lifelike(self.moments, inputs)
-
-    @property
-    def shows_photographs(self) -> bool:
-        """Whether its probes are nothing but photographs or lines of text, if inputs are color images."""
-        return isinstance(self.moments, Photographs)
 
     def make_probes(
         self, model: nn.Module, inputs: ExampleInputs, seed: int, progress: Progress | None = None

@@ -10,9 +10,7 @@ from lbyl.selection.criteria.energy import Energy
 from lbyl.selection.criteria.l2 import L2
 
 
-def choose_criterion(
-    model: nn.Module, probed: bool, lifelike: bool, photographs: bool = False
-) -> tuple[Criterion | SeeingCriterion, str]:
+def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Criterion | SeeingCriterion, str]:
     """The criterion for ``criterion="auto"``, and a note that says why.
 
     Args:
@@ -20,11 +18,8 @@ def choose_criterion(
         probed: whether the network is run on probes anyway, so that activations can be measured.
         lifelike: whether these probes are like real inputs. On other probes, the activations of a network without
             norms are less informative than its weights.
-        photographs: whether all probes are photographs or lines of text. In a network with batch norms, activations are
-            only used on these: on dreams they mislead, and on the user's inputs this was not tried.
     """
-    by_weights = norms_cover(model) and not (lifelike and photographs)
-    if not probed or by_weights or not (lifelike or _normalizes(model)):
+    if not probed or norms_cover(model) or not (lifelike or _normalizes(model)):
         return L2(), ""
     return Energy(), "auto: channels are chosen by the energy that consumers take from them"
 
