@@ -116,7 +116,8 @@ def changed(before: Stamp, now: Stamp, rooms: Sequence[str]) -> list[str]:
 def age(stamps: Iterable[Stamp | None], now: Stamp, rooms: Sequence[str]) -> str | None:
     """What a reader has to know of results with these stamps; None where all are of the code as it is now."""
     found = set(stamps)
-    known = sorted((stamp for stamp in found if stamp and changed(stamp, now, rooms)), key=lambda stamp: stamp.date)
+    old = (stamp for stamp in found if stamp and changed(stamp, now, rooms))
+    known = sorted(old, key=lambda stamp: (stamp.date, stamp.commit or ""))
     if not known and None not in found:
         return None
     parts = []
