@@ -203,7 +203,7 @@ def tables(cells: list[dict[str, Any]], settings: dict[str, Any]) -> list[Table]
     notes = {
         "perplexity": note,
         "elsewhere": f"The same networks on {settings['tokens'] // 2:,} tokens of another kind of text, which comes "
-        "with Python and is of the kind that none of the methods looked at.",
+        "with Python. None of the methods has looked at it.",
     }
     names = {
         "perplexity": ("Perplexity, lower is better", 1),
@@ -214,6 +214,8 @@ def tables(cells: list[dict[str, Any]], settings: dict[str, Any]) -> list[Table]
     made = []
     for measure, (title, scale) in names.items():
         at = {key: cell[measure] * scale for key, cell in found.items() if measure in cell}
+        if all(method == "Unpruned" for method, _ in at):
+            continue
         whole = at.get(("Unpruned", 0.0))
         rows = [[f"{ratio:.0%}", whole, *(at.get((method, ratio)) for method in METHODS)] for ratio in ratios]
         made.append(Table(title, ["removed", "unpruned", *METHODS], rows, notes.get(measure, "")))
