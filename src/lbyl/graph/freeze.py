@@ -94,9 +94,10 @@ class _Channels:
         self.group_of = torch.full((len(builder.ids),), NOT_OURS, dtype=torch.int64)
         self.channel_of = torch.full((len(builder.ids),), NOT_OURS, dtype=torch.int64)
         self.drafts: list[_Draft] = []
+        aside = _aside(builder)
         for index, records in enumerate(_link_producers(builder)):
             roots = _distinct(self.find(torch.cat([record.ids for record in records])))
-            free = roots[~torch.isin(roots, _aside(builder))]
+            free = roots[~torch.isin(roots, aside)]
             self.drafts.append(_Draft(index, len(free) or len(roots), records))
             for ids, why in builder.aside if not len(free) else ():
                 if bool(torch.isin(self.find(ids), roots).any()):
@@ -292,6 +293,8 @@ def _cuttable(builder: Builder, shadow: Tensor) -> Tensor:
     An example are keys of which all heads share a part: such a key has one row for each head.
     """
     shadow = compact(builder.ids.find(shadow))
+    if not builder.aside:
+        return shadow
     stays = torch.isin(small(shadow), _aside(builder)).expand(shadow.shape)
     if not bool(small(stays).any()):
         return shadow

@@ -55,6 +55,7 @@ class HeadActivations:
 
 
 _CLOSE = 1e-3
+"""Largest relative difference between what a layer gives and what plain attention gives."""
 
 
 def find_heads(model: nn.Module, inputs: ExampleInputs) -> tuple[tuple[Heads, ...], dict[str, str]]:
