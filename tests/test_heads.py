@@ -17,9 +17,10 @@ import lbyl
 from lbyl.cli.app import app
 from lbyl.errors import BudgetError, InputError, VerificationError
 from lbyl.graph.heads import find_heads
-from lbyl.pipeline.heads import _verified
 from lbyl.restore.heads import roots, smaller_products, smaller_values, strongest
+from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.surgery.heads import verify_heads
 
 HALF = lbyl.Budget(params=0.85, head_dim=True)
 
@@ -124,9 +125,9 @@ def test_attention_that_computes_more_is_left() -> None:
 
 def test_a_wrong_cut_is_seen() -> None:
     net = vit()
-    ground: Any = type("Ground", (), {"model": net, "prepared": type("P", (), {"inputs": ExampleInputs.of(images())})})
+    masked = sharing_copy(net, {"blocks.0.attn.proj.weight": torch.zeros(24, 24)})
     with pytest.raises(VerificationError, match="computes something else than with zeros"):
-        _verified(ground, {"blocks.0.attn.proj.weight": torch.zeros(24, 24)}, net)
+        verify_heads(masked, net, ExampleInputs.of(images()))
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
@@ -140,6 +141,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "too small": (
         lambda: smaller(vit(), seen(), replace(HALF, params=0.5)),
         r"blocks.0.attn: with 2 of 12 channels in each head.*the budget allows",
+    ),
+    "criterion": (
+        lambda: lbyl.compress(vit(), images(), budget=HALF, criterion="l2"),
+        "criterion and head_dim: .*leave out criterion",
     ),
     "submodule": (
         lambda: lbyl.compress(vit(), images(), budget=HALF, submodule="blocks"),
@@ -156,7 +161,15 @@ def test_what_can_not_be_is_refused(name: str) -> None:
     assert isinstance(found.value, BudgetError) == (name == "too small")
 
 
-def test_the_option() -> None:
-    done = CliRunner().invoke(app, ["compress", "timm:none", "--head-dim", "--ratio", "0.5", "-o", "never-made"])
+@pytest.mark.parametrize(
+    ("source", "options", "said"),
+    [
+        ("timm:none", ["--ratio", "0.5"], "--head-dim needs a budget of cost"),
+        ("hf:nowhere", ["--budget", "params=0.5", "--low-memory"], "--head-dim: this needs the whole model in memory"),
+    ],
+)
+def test_the_option(source: str, options: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["compress", source, "--head-dim", *options, "-o", "never-made"])
     assert done.exit_code == 2
-    assert "--head-dim needs a budget of cost" in " ".join(done.output.split())
+    words = " ".join(done.output.replace("\u2502", " ").split())
+    assert said in words

@@ -19,6 +19,8 @@ _FEWEST_STEPS = 48
 _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
 _QUALITIES = ("agreement", "accuracy_drop")
 _SHARES = ("macs", "params", "latency")
+BEYOND_WIDTH = ("depth", "experts", "head_dim")
+"""Settings by which something else than the channels of layers is cut; one of them can be given."""
 
 
 @dataclass(frozen=True)
@@ -119,18 +121,22 @@ class Budget:
 
     def _check_whole(self, name: str) -> None:
         """Raise InputError for settings about blocks, experts and heads that do not go together."""
-        check_switch("Budget(depth={})", self.depth)
-        check_switch("Budget(experts={})", self.experts)
-        check_switch("Budget(head_dim={})", self.head_dim)
+        for switch in BEYOND_WIDTH:
+            check_switch(f"Budget({switch}={{}})", getattr(self, switch))
         for switch in ("depth", "head_dim"):
             if getattr(self, switch) and name not in ("macs", "params", "size_mb"):
                 raise InputError(f"Budget({switch}=True) needs macs, params or size_mb, and not {name}")
         if self.experts and name not in ("params", "size_mb"):
             why = "each token gets as many experts as before" if name in ("macs", "latency") else "it limits no size"
             raise InputError(f"Budget(experts=True) needs params or size_mb, and not {name}: {why}")
-        both = [switch for switch in ("depth", "experts", "head_dim") if getattr(self, switch)]
+        both = [switch for switch in BEYOND_WIDTH if getattr(self, switch)]
         if len(both) > 1:
             raise InputError(f"Budget: give one of {' and '.join(both)}, and compress the result once more")
+
+    @property
+    def beyond_width(self) -> str | None:
+        """Which of `BEYOND_WIDTH` is given."""
+        return next((switch for switch in BEYOND_WIDTH if getattr(self, switch)), None)
 
     @property
     def limited(self) -> tuple[str, float]:

@@ -126,9 +126,7 @@ def compress(
     options = {f"--{name.replace('_', '-')}": given for name, given in whole.items()}
     _check_whole(options, ratio, budget, settings)
     if low_memory:
-        check_low_memory(
-            source, ratio, budget, settings, {"--eval": evaluate is not None, "--depth": depth, "--experts": experts}
-        )
+        check_low_memory(source, ratio, budget, settings, {"--eval": evaluate is not None, **options})
         compress_low_memory(source, output, ratio, budget, settings, quiet)
         return show(output, as_json, source)
     if keep_analysis:

@@ -121,12 +121,8 @@ def compress(
                 result = meet(prepared, request, clock, ground, judge=judge, before=before)
         else:
             prepared = prepare(inner, example_inputs, request, submodule, clock)
-            if budget is not None and budget.depth:
-                result = compress_with_depth(prepared, request, clock)
-            elif budget is not None and budget.experts:
-                result = compress_with_experts(prepared, request, clock)
-            elif budget is not None and budget.head_dim:
-                result = compress_heads(prepared, request, clock)
+            if budget is not None and budget.beyond_width:
+                result = _BEYOND_WIDTH[budget.beyond_width](prepared, request, clock)
             else:
                 result = meet(prepared, request, clock, judge=judge, before=before)
         result = evaluated(result, judge, before)
@@ -139,11 +135,13 @@ def compress(
 
 def _check_whole(budget: Budget | None, submodule: str | None, analysis: str | os.PathLike[str] | None) -> None:
     """Raise InputError for arguments that do not go with dropping whole blocks or experts."""
-    told = {"depth": "blocks", "experts": "experts", "head_dim": "the inside of heads"}
-    for name, what in told.items():
-        if budget is None or not getattr(budget, name):
-            continue
-        if submodule is not None:
-            raise InputError(f"submodule and {name}: {what} can be cut in whole networks; give only one of them")
-        if analysis is not None:
-            raise InputError(f"analysis and {name}: what is known about {what} is not kept; leave out analysis")
+    if budget is None or not (name := budget.beyond_width):
+        return
+    what = {"depth": "blocks", "experts": "experts", "head_dim": "the inside of heads"}[name]
+    if submodule is not None:
+        raise InputError(f"submodule and {name}: {what} can be cut in whole networks; give only one of them")
+    if analysis is not None:
+        raise InputError(f"analysis and {name}: what is known about {what} is not kept; leave out analysis")
+
+
+_BEYOND_WIDTH = {"depth": compress_with_depth, "experts": compress_with_experts, "head_dim": compress_heads}

@@ -4,76 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 
 from torch import Tensor, nn
 
 from lbyl.budget.budget import Budget
-from lbyl.budget.costs import counter
 from lbyl.errors import BudgetError, InputError
 from lbyl.graph.mixtures import Mixture, find_mixtures
 from lbyl.io.huggingface import follow_widths, is_pretrained_model
-from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Row
-from lbyl.moments.base import Probes
-from lbyl.moments.data import Data
 from lbyl.moments.mixtures import expert_scores
-from lbyl.pipeline.depth.ground import probed
+from lbyl.pipeline.ground import Ground, after_earlier, effect_on, probed
 from lbyl.pipeline.prepare import Prepared
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
-from lbyl.restore.base import Restorer
-from lbyl.restore.depth.effect import ERROR, Effect
+from lbyl.restore.depth.effect import Effect
 from lbyl.restore.experts import RIDGES, MixtureProblem, RestoredMixture, RestoredMixtures, restore_mixtures
-from lbyl.restore.least_squares.restorer import LeastSquares
-from lbyl.runtime.batches import first_rows, in_parts
-from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import copy_model, sharing_copy, tensors_of
-from lbyl.runtime.macs import count_macs, count_parameters
-from lbyl.runtime.memory import ROOM, held_at_once, held_bytes
-from lbyl.runtime.output_error import Assessment
 from lbyl.runtime.progress import Clock
-from lbyl.runtime.settings import described
-from lbyl.runtime.version import library_version
 from lbyl.selection.experts import highest, lowest_shares, same_share, saved
 from lbyl.surgery.attributes import Attribute
 from lbyl.surgery.cuts import Cut, cut_copy
 from lbyl.surgery.experts import Kept, expert_attributes, plan_experts, verify_experts
-from lbyl.surgery.plan import GroupPlan, Plan, architecture_of, remember, remembered
+from lbyl.surgery.plan import GroupPlan, architecture_of
 
 
 @dataclass(frozen=True)
-class ExpertGround:
+class ExpertGround(Ground):
     """What is known of a network before experts are chosen.
 
     Attributes:
-        prepared: the network.
-        request: the arguments of the compression.
-        budget: the budget.
         mixtures: the mixtures that can lose experts, in execution order.
         others: why other experts stay.
-        restorer: the restorer whose probes are used.
-        probes: the probes.
         scores: the score of each expert, by the path of the experts.
         effect: the effect on held-out probes.
     """
 
-    prepared: Prepared
-    request: CompressionRequest
-    budget: Budget
     mixtures: tuple[Mixture, ...]
     others: Mapping[str, str]
-    restorer: Restorer
-    probes: Probes
     scores: Mapping[str, Tensor]
     effect: Effect
-
-    @property
-    def model(self) -> nn.Module:
-        """The network with all experts."""
-        return self.prepared.model
 
     def choose(self) -> Kept:
         """The experts that stay: as many as the budget allows, and those with the highest scores.
@@ -83,7 +54,7 @@ class ExpertGround:
         Raises:
             BudgetError: the budget can't be met with as many experts as each token needs.
         """
-        whole, limit = self._whole, self._limit
+        whole, limit = self.whole, self.limit
         counts = {each.experts: each.count for each in self.mixtures}
         fewest = {each.experts: self._fewest(each) for each in self.mixtures}
         costs = {each.experts: self._cost(each) for each in self.mixtures}
@@ -104,15 +75,6 @@ class ExpertGround:
                 least / whole,
             )
         return {path: highest(self.scores[path], count) for path, count in kept.items()}
-
-    @cached_property
-    def _whole(self) -> int:
-        return counter(self.prepared.inputs, self.budget)(self.model)
-
-    @property
-    def _limit(self) -> float:
-        name, amount = self.budget.limited
-        return amount * 1e6 if name == "size_mb" else amount * self._whole
 
     def _fewest(self, mixture: Mixture) -> int:
         """The smallest number of experts that a mixture may keep: a token needs so many. Excluded ones keep all."""
@@ -160,10 +122,9 @@ def ground_for_experts(prepared: Prepared, request: CompressionRequest, clock: C
         restorer, probes = probed(prepared, request)
     with clock("score experts"):
         scores = expert_scores(model, mixtures, probes.batches)
-    with clock("probe"), undisturbed(model):
-        most = held_at_once(ROOM, 2 * held_bytes(model, first_rows(probes.held_out)))
-        effect = Effect.of(model, inputs, tuple(in_parts(probes.held_out, most)))
-    return ExpertGround(prepared, request, budget, mixtures, others, restorer, probes, scores, effect)
+    with clock("probe"):
+        effect = effect_on(model, inputs, probes.held_out)
+    return ExpertGround(prepared, request, budget, restorer, probes, mixtures, others, scores, effect)
 
 
 def excludes(budget: Budget, mixture: Mixture) -> bool:
@@ -211,12 +172,7 @@ def fewer_experts(ground: ExpertGround, kept: Kept, clock: Clock) -> Fewer:
             verified = verify_experts(model, smaller, ground.prepared.inputs, ground.mixtures, kept)
     with clock("restore"):
         cut = [each for each in ground.mixtures if len(kept[each.experts]) < each.count]
-        own, wanted = ground.restorer, request.restore
-        ridges, tokens = RIDGES, 20_000
-        if isinstance(own, LeastSquares):
-            ridges, tokens = RIDGES if own.ridge is None else (own.ridge,), own.positions
-        if wanted is not None and not isinstance(wanted, LeastSquares):
-            ridges = ()  # only least squares restores experts
+        ridges, tokens = ground.solving(RIDGES)
         problem = MixtureProblem(
             model, smaller, cut, ground.probes.batches, ground.effect, ridges, tokens, request.seed, request.progress
         )
@@ -236,64 +192,21 @@ def compress_with_experts(prepared: Prepared, request: CompressionRequest, clock
     ground = ground_for_experts(prepared, request, clock)
     done = fewer_experts(ground, ground.choose(), clock)
     told = follow_widths(done.model, architecture_of(ground.model))
-    plan, first = _plan(ground, done), remembered(ground.model)
-    plan = (plan.after(first) or plan) if first else plan
-    report = _report(ground, done, [told] if told else [], clock)
-    if forecaster := prepared.forecaster:
-        lifelike = ground.probes if forecaster.asks_for_probes(ground.restorer) else None
-        with clock("forecast"):
-            forecast = forecaster(done.model, lifelike)
-        report = replace(report, forecast=forecast, seconds=dict(clock.seconds))
-    remember(done.model, plan, report)
-    return Result(done.model, plan, report)
-
-
-def _plan(ground: ExpertGround, done: Fewer) -> Plan:
-    request = ground.request
-    groups = [(each.router, each.count, done.kept[each.experts]) for each in ground.mixtures]
-    settings = {
-        "ratio": 0.0,
-        "budget": described(ground.budget),
-        "scope": request.scope,
-        "criterion": "auto",
-        "restore": described((request.restore or ground.restorer).settings),
-        "seed": request.seed,
-    }
-    return Plan(
-        groups=tuple(GroupPlan(*group) for group in groups if len(group[2]) < group[1]),
-        cuts=done.cuts,
-        attributes=done.attributes,
-        settings=settings,
-        architecture=architecture_of(ground.model),
-        source=request.source,
-        inputs=ground.prepared.inputs.describe(),
-        library=library_version(),
-        network=type(ground.model).__name__,
+    fewer = [each for each in ground.mixtures if len(done.kept[each.experts]) < each.count]
+    plan = ground.plan(
+        tuple(GroupPlan(each.router, each.count, done.kept[each.experts]) for each in fewer), done.cuts, done.attributes
     )
-
-
-def _report(ground: ExpertGround, done: Fewer, notes: list[str], clock: Clock) -> Report:
-    model, smaller, inputs = ground.model, done.model, ground.prepared.inputs
-    with undisturbed(model), undisturbed(smaller):
-        macs = count_macs(model, inputs), count_macs(smaller, inputs)
     by_path = {each.experts: each for each in done.restored.mixtures}
-    rows = [
-        _row(each, done.kept[each.experts], by_path[each.experts])
-        for each in ground.mixtures
-        if len(done.kept[each.experts]) < each.count
-    ]
-    real = isinstance(getattr(ground.restorer, "moments", None), Data)
-    return Report(
-        rows=tuple(rows),
-        left=tuple(ground.others.items()),
-        barriers=(),
-        parameters=(count_parameters(model), count_parameters(smaller)),
-        macs=macs,
-        verified=done.verified,
-        seconds=dict(clock.seconds),
-        notes=tuple([*_notes(ground, done), *notes]),
-        assessment=Assessment(*done.errors, ground.probes.holds_out, real) if rows else None,
+    report = ground.report(
+        done.model,
+        clock,
+        [*_notes(ground, done), *([told] if told else [])],
+        ground.others,
+        done.verified,
+        ground.assessed(done.errors) if fewer else None,
+        rows=tuple(_row(each, done.kept[each.experts], by_path[each.experts]) for each in fewer),
     )
+    return ground.finished(Result(done.model, after_earlier(ground.model, plan), report))
 
 
 def _row(mixture: Mixture, kept: Sequence[int], restored: RestoredMixture) -> Row:
@@ -311,10 +224,9 @@ def _notes(ground: ExpertGround, done: Fewer) -> Iterator[str]:
         yield "no expert had to be dropped for this budget"
         return
     effect, restored = ground.effect, done.restored
-    unit = " in nats" if effect.measure != ERROR else ""
     yield (
         f"whole experts: {gone} of {sum(each.count for each in ground.mixtures)} are dropped, those with the least "
-        f"mean norm of their outputs times the router's weight; {effect.measure}{unit} on held-out probes: "
+        f"mean norm of their outputs times the router's weight; {effect.told} on held-out probes: "
         f"{restored.plain:.3g} when they are dropped plainly, {restored.restored:.3g} with the others restored"
     )
     if ground.probes.note:

@@ -4,75 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
-from lbyl.budget.budget import Budget
-from lbyl.budget.costs import counter
-from lbyl.errors import BudgetError, InputError, VerificationError
+from lbyl.errors import BudgetError, InputError
 from lbyl.graph.heads import Heads, find_heads
-from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Row
-from lbyl.moments.base import Probes
-from lbyl.moments.data import Data
 from lbyl.moments.heads import HeadMoments, head_moments
-from lbyl.pipeline.depth.ground import probed
+from lbyl.pipeline.ground import Ground, after_earlier, effect_on, probed
 from lbyl.pipeline.prepare import Prepared
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
-from lbyl.restore.base import Restorer
-from lbyl.restore.depth.effect import ERROR, Effect
+from lbyl.restore.depth.effect import Effect
 from lbyl.restore.heads import values_inside
-from lbyl.restore.least_squares.restorer import LeastSquares
-from lbyl.runtime.batches import first_rows, in_parts
-from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import sharing_copy
-from lbyl.runtime.inputs import output_tensors
-from lbyl.runtime.macs import count_macs, count_parameters
-from lbyl.runtime.memory import ROOM, held_at_once, held_bytes
-from lbyl.runtime.output_error import Assessment
 from lbyl.runtime.progress import Clock
-from lbyl.runtime.settings import described
-from lbyl.runtime.version import library_version
 from lbyl.surgery.cuts import cut_copy
-from lbyl.surgery.heads import head_attributes, plan_heads, rescaled
-from lbyl.surgery.plan import GroupPlan, Plan, architecture_of, remember, remembered
-from lbyl.surgery.verification import difference
+from lbyl.surgery.heads import head_attributes, plan_heads, rescaled, verify_heads
+from lbyl.surgery.plan import GroupPlan, Plan
 
 
 @dataclass(frozen=True)
-class HeadGround:
+class HeadGround(Ground):
     """What is known of a network before its heads get smaller.
 
     Attributes:
-        prepared: the network.
-        request: the arguments of the compression.
-        budget: the budget.
         layers: the attention layers, whose heads all have one size.
         others: why other layers stay.
-        restorer: the restorer whose probes are used.
-        probes: the probes.
         moments: moments inside the heads, by the path of the layer.
         effect: the effect on held-out probes.
     """
 
-    prepared: Prepared
-    request: CompressionRequest
-    budget: Budget
     layers: tuple[Heads, ...]
     others: Mapping[str, str]
-    restorer: Restorer
-    probes: Probes
     moments: Mapping[str, HeadMoments]
     effect: Effect
-
-    @property
-    def model(self) -> nn.Module:
-        """The network with whole heads."""
-        return self.prepared.model
 
     def choose(self) -> int:
         """The largest number of channels in each head that the budget allows.
@@ -80,10 +48,7 @@ class HeadGround:
         Raises:
             BudgetError: the smallest heads that may be are too large.
         """
-        count = counter(self.prepared.inputs, self.budget)
-        name, amount = self.budget.limited
-        whole, size = count(self.model), self.layers[0].size
-        limit = (amount * 1e6 if name == "size_mb" else amount * whole) * (1 + 1e-9)
+        count, whole, limit, size = self.count, self.whole, self.limit * (1 + 1e-9), self.layers[0].size
         step = self.budget.round_to if isinstance(self.budget.round_to, int) else 1
         least = max(self.budget.min_keep, math.ceil(size * (1 - self.budget.max_ratio) - 1e-9), 1)
         sizes = [n for n in range(step, size, step) if n >= least] + [size]
@@ -121,11 +86,15 @@ def ground_for_heads(prepared: Prepared, request: CompressionRequest, clock: Clo
     """Find attention whose heads can get smaller, make probes, and measure moments.
 
     Raises:
-        InputError: there is none, or heads have several sizes.
+        InputError: there is none, heads have several sizes, or a criterion was given.
         RestorationError: the network does not run on the probes.
     """
     budget, model, inputs = request.budget, prepared.model, prepared.inputs
     assert budget is not None
+    if request.criterion is not None:
+        raise InputError(
+            "criterion and head_dim: no criterion ranks channels inside heads; leave out criterion (--criterion)"
+        )
     with clock("trace"):
         layers, others = find_heads(model, inputs)
     layers = tuple(each for each in layers if not any(fnmatchcase(each.path, glob) for glob in budget.exclude))
@@ -141,29 +110,8 @@ def ground_for_heads(prepared: Prepared, request: CompressionRequest, clock: Clo
     with clock("probe"):
         restorer, probes = probed(prepared, request)
         moments = head_moments(model, layers, probes.batches)
-        with undisturbed(model):
-            most = held_at_once(ROOM, 2 * held_bytes(model, first_rows(probes.held_out)))
-            effect = Effect.of(model, inputs, tuple(in_parts(probes.held_out, most)))
-    return HeadGround(prepared, request, budget, layers, others, restorer, probes, moments, effect)
-
-
-_CLOSE = 1e-4
-"""Largest relative difference between the outputs of both networks; half precision is allowed a hundred times more."""
-
-
-def _verified(ground: HeadGround, values: Mapping[str, Tensor], smaller: nn.Module) -> float:
-    """The relative difference from the whole network with zeros in place of the channels that are gone."""
-    masked, inputs = sharing_copy(ground.model, values), ground.prepared.inputs
-    with undisturbed(masked), undisturbed(smaller), torch.no_grad():
-        expected, found = (output_tensors(inputs.cloned().call(network)) for network in (masked, smaller))
-    worst = difference(expected, found)
-    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in expected)
-    if not worst <= _CLOSE * (100 if half else 1):
-        raise VerificationError(
-            f"with smaller heads the network computes something else than with zeros in them (relative difference "
-            f"{worst:.1e}); leave out head_dim (--head-dim)"
-        )
-    return worst
+        effect = effect_on(model, inputs, probes.held_out)
+    return HeadGround(prepared, request, budget, restorer, probes, layers, others, moments, effect)
 
 
 def compress_heads(prepared: Prepared, request: CompressionRequest, clock: Clock) -> Result:
@@ -176,12 +124,11 @@ def compress_heads(prepared: Prepared, request: CompressionRequest, clock: Clock
     """
     ground = ground_for_heads(prepared, request, clock)
     size = ground.choose()
-    solves = request.restore is None or isinstance(request.restore, LeastSquares)
     with clock("restore"):
         plain = ground.values(size, solved=False)
         values, smaller = plain, ground.cut(plain, size)
         effects, errors = [ground.effect(smaller)] * 2, [ground.effect.error(smaller)] * 2
-        if solves:
+        if ground.solves:
             best = ground.values(size, solved=True)
             network = ground.cut(best, size)
             if (effect := ground.effect(network)) < effects[0]:
@@ -190,68 +137,28 @@ def compress_heads(prepared: Prepared, request: CompressionRequest, clock: Clock
     verified = None
     if request.verify:
         with clock("verify"):
-            verified = _verified(ground, values, smaller)
-    plan, first = _plan(ground, size), remembered(ground.model)
-    plan = (plan.after(first) or plan) if first else plan
-    report = _report(ground, smaller, size, verified, (effects, errors), clock)
-    if forecaster := prepared.forecaster:
-        lifelike = ground.probes if forecaster.asks_for_probes(ground.restorer) else None
-        with clock("forecast"):
-            forecast = forecaster(smaller, lifelike)
-        report = replace(report, forecast=forecast, seconds=dict(clock.seconds))
-    remember(smaller, plan, report)
-    return Result(smaller, plan, report)
-
-
-def _plan(ground: HeadGround, size: int) -> Plan:
-    request, layers = ground.request, ground.layers if size < ground.layers[0].size else ()
-    settings = {
-        "ratio": 0.0,
-        "budget": described(ground.budget),
-        "scope": request.scope,
-        "criterion": "auto",
-        "restore": described((request.restore or ground.restorer).settings),
-        "seed": request.seed,
-    }
-    return Plan(
-        groups=tuple(GroupPlan(f"{each.path}.head_dim", each.size, tuple(range(size))) for each in layers),
-        cuts=plan_heads(ground.model, layers, size),
-        attributes=head_attributes(ground.model, layers, size),
-        settings=settings,
-        architecture=architecture_of(ground.model),
-        source=request.source,
-        inputs=ground.prepared.inputs.describe(),
-        library=library_version(),
-        network=type(ground.model).__name__,
-    )
-
-
-def _report(
-    ground: HeadGround,
-    smaller: nn.Module,
-    size: int,
-    verified: float | None,
-    measured: tuple[list[float], list[float]],
-    clock: Clock,
-) -> Report:
-    model, inputs, (effects, errors) = ground.model, ground.prepared.inputs, measured
-    with undisturbed(model), undisturbed(smaller):
-        macs = count_macs(model, inputs), count_macs(smaller, inputs)
+            verified = verify_heads(sharing_copy(ground.model, values), smaller, prepared.inputs)
     layers = ground.layers if size < ground.layers[0].size else ()
-    real = isinstance(getattr(ground.restorer, "moments", None), Data)
-    return Report(
+    report = ground.report(
+        smaller,
+        clock,
+        _notes(ground, bool(layers), effects),
+        ground.others,
+        verified,
+        ground.assessed((errors[0], errors[1])) if layers else None,
         rows=tuple(
             Row(f"{each.path}.head_dim", each.size, size, None, None, None, 0.0, f"in each of {each.count} heads")
             for each in layers
         ),
-        left=tuple(ground.others.items()),
-        barriers=(),
-        parameters=(count_parameters(model), count_parameters(smaller)),
-        macs=macs,
-        verified=verified,
-        seconds=dict(clock.seconds),
-        notes=tuple(_notes(ground, bool(layers), effects)),
-        assessment=Assessment(errors[0], errors[1], ground.probes.holds_out, real) if layers else None,
+    )
+    return ground.finished(Result(smaller, after_earlier(ground.model, _plan(ground, layers, size)), report))
+
+
+def _plan(ground: HeadGround, layers: tuple[Heads, ...], size: int) -> Plan:
+    return ground.plan(
+        groups=tuple(GroupPlan(f"{each.path}.head_dim", each.size, tuple(range(size))) for each in layers),
+        cuts=plan_heads(ground.model, layers, size),
+        attributes=head_attributes(ground.model, layers, size),
     )
 
 
@@ -259,8 +166,7 @@ def _notes(ground: HeadGround, smaller: bool, effects: list[float]) -> Iterator[
     if not smaller:
         yield "heads stay as large as they are for this budget"
         return
-    unit = " in nats" if ground.effect.measure != ERROR else ""
-    told = f"inside of heads: {ground.effect.measure}{unit} on held-out probes is {effects[0]:.3g} "
+    told = f"inside of heads: {ground.effect.told} on held-out probes is {effects[0]:.3g} "
     told += "with the channels that have the most power"
     if effects[1] < effects[0]:
         told += f", {effects[1]:.3g} with the best products of queries and keys, and the best values, of this size"

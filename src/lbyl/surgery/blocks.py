@@ -18,7 +18,7 @@ from lbyl.graph.blocks import Block, child_path, first_float
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
-from lbyl.surgery.verification import difference
+from lbyl.surgery.verification import allowed_difference, difference
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,6 @@ def skipped(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         yield
 
 
-_CLOSE = 1e-4
-"""Largest relative difference between the outputs of both networks; half precision is allowed a hundred times more."""
-
-
 def verify_blocks(whole: nn.Module, smaller: nn.Module, inputs: ExampleInputs, dropped: Iterable[str]) -> float:
     """Compare a network without blocks with the whole network in which these blocks are skipped.
 
@@ -225,8 +221,7 @@ def verify_blocks(whole: nn.Module, smaller: nn.Module, inputs: ExampleInputs, d
         here = torch.isfinite(a)
         wide = [t[here] if t.is_complex() else t[here].double() for t in (a, b)]
         worst = max(worst, difference(wide[:1], wide[1:]))
-    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in expected)
-    if worst > _CLOSE * (100 if half else 1) or len(expected) != len(found):
+    if worst > allowed_difference(expected) or len(expected) != len(found):
         raise VerificationError(
             f"without {_named(dropped)} the network computes something else than with these blocks skipped "
             f"(relative difference {worst:.1e})"

@@ -18,7 +18,7 @@ from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.intercept import FunctionInterceptor, module_hooks
 from lbyl.surgery.attributes import Attribute
 from lbyl.surgery.cuts import Cut
-from lbyl.surgery.verification import difference
+from lbyl.surgery.verification import allowed_difference, difference
 
 Kept = Mapping[str, tuple[int, ...]]
 """The experts that stay, in ascending order, by the path of the experts."""
@@ -104,10 +104,6 @@ def without_experts(model: nn.Module, mixtures: Sequence[Mixture], kept: Kept) -
         yield work
 
 
-_CLOSE = 1e-4
-"""Largest relative difference between the outputs of both networks; half precision is allowed a hundred times more."""
-
-
 def verify_experts(
     whole: nn.Module, smaller: nn.Module, inputs: ExampleInputs, mixtures: Sequence[Mixture], kept: Kept
 ) -> float:
@@ -137,8 +133,7 @@ def verify_experts(
                 f"without {dropped} experts the network does not run: {first_line(error)}; leave out experts"
             ) from error
     worst = difference(expected, found)
-    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in expected)
-    if not worst <= _CLOSE * (100 if half else 1):
+    if not worst <= allowed_difference(expected):
         raise VerificationError(
             f"without {dropped} experts the network computes something else than with routers that do not choose them "
             f"(relative difference {worst:.1e}); leave out experts"

@@ -1,4 +1,4 @@
-"""Cuts the inside of heads: the first channels of each head stay."""
+"""Cuts the inside of heads, of which the first channels stay, and verifies what is left."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lbyl.errors import SurgeryError
+from lbyl.errors import SurgeryError, VerificationError
 from lbyl.graph.heads import Heads
+from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.surgery.attributes import Attribute
 from lbyl.surgery.cuts import Cut
+from lbyl.surgery.verification import allowed_difference, difference
 
 
 def plan_heads(model: nn.Module, layers: Sequence[Heads], size: int) -> tuple[Cut, ...]:
@@ -58,3 +61,28 @@ def rescaled(values: Mapping[str, Tensor], layers: Sequence[Heads], size: int) -
                 shape = [-1] + [1] * (new[name].dim() - 1)
                 new[name] = (new[name].double() * factor.to(new[name].device).view(shape)).to(new[name].dtype)
     return new
+
+
+def verify_heads(masked: nn.Module, smaller: nn.Module, inputs: ExampleInputs) -> float:
+    """Compare a network with smaller heads with the whole one that has zeros in place of the channels that are gone.
+
+    Args:
+        masked: the whole network with these zeros.
+        smaller: the network with smaller heads.
+        inputs: the example inputs.
+
+    Returns:
+        The largest relative difference of an output.
+
+    Raises:
+        VerificationError: the smaller network computes something else.
+    """
+    with undisturbed(masked), undisturbed(smaller), torch.no_grad():
+        expected, found = (output_tensors(inputs.cloned().call(network)) for network in (masked, smaller))
+    worst = difference(expected, found)
+    if not worst <= allowed_difference(expected):
+        raise VerificationError(
+            f"with smaller heads the network computes something else than with zeros in them (relative difference "
+            f"{worst:.1e}); leave out head_dim (--head-dim)"
+        )
+    return worst

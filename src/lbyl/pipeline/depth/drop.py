@@ -10,22 +10,16 @@ from torch import Tensor, nn
 from lbyl.graph.blocks import child_path
 from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Dropped
-from lbyl.moments.data import Data
 from lbyl.pipeline.depth.ground import DepthGround, probe_statistics
-from lbyl.restore.depth.effect import ERROR
 from lbyl.restore.depth.fit import RIDGES, RestoredRun, RestoredRuns, RunProblem, restore_runs
 from lbyl.restore.least_squares.recalibrate import renormalize, transplant
 from lbyl.restore.least_squares.restorer import LeastSquares
-from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import copy_model, sharing_copy, tensors_of
-from lbyl.runtime.macs import count_macs, count_parameters
 from lbyl.runtime.output_error import Assessment
 from lbyl.runtime.progress import Clock
-from lbyl.runtime.settings import described
-from lbyl.runtime.version import library_version
 from lbyl.selection.blocks import Chosen
 from lbyl.surgery.blocks import BlockCut, renamed, verify_blocks, without_blocks
-from lbyl.surgery.plan import Plan, architecture_of
+from lbyl.surgery.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -74,13 +68,7 @@ def shallower(ground: DepthGround, chosen: Chosen, clock: Clock) -> Shallower:
 
 
 def _problem(ground: DepthGround, cuts: tuple[BlockCut, ...]) -> RunProblem:
-    wanted, own = ground.request.restore, ground.restorer
-    ridges, positions = RIDGES, 20_000
-    if isinstance(own, LeastSquares):
-        ridges, positions = RIDGES if own.ridge is None else (own.ridge,), own.positions
-    if wanted is not None and not isinstance(wanted, LeastSquares):
-        ridges = ()  # only least squares restores blocks
-    request = ground.request
+    request, (ridges, positions) = ground.request, ground.solving(RIDGES)
     return RunProblem(
         ground.judged,
         cuts,
@@ -113,9 +101,8 @@ def _recalibrated(
         for (mean, var), stats in names.items()
         if mean is not None and var is not None and mean not in settled and (mean, var) in found
     }
-    wanted, own = ground.request.restore, ground.restorer
-    allowed = isinstance(wanted, LeastSquares) or wanted is None
-    if not before or not allowed or (isinstance(own, LeastSquares) and not own.renorm):
+    own = ground.restorer
+    if not before or not ground.solves or (isinstance(own, LeastSquares) and not own.renorm):
         return smaller, runs.restored
     after = {key: found[key] for key in before}
     effect = ground.effect(sharing_copy(judged, transplant({}, tensors_of(judged), after)))
@@ -126,42 +113,17 @@ def _recalibrated(
 
 def depth_plan(ground: DepthGround, done: Shallower) -> Plan:
     """The plan that drops the blocks and cuts nothing else."""
-    request, restore = ground.request, ground.request.restore or ground.restorer
-    settings = {
-        "ratio": 0.0,
-        "budget": described(ground.budget),
-        "scope": request.scope,
-        "criterion": "auto" if request.criterion is None else described(request.criterion),
-        "restore": described(restore.settings),
-        "seed": request.seed,
-    }
-    return Plan(
-        groups=(),
-        cuts=(),
-        settings=settings,
-        architecture=architecture_of(ground.model),
-        source=request.source,
-        inputs=ground.prepared.inputs.describe(),
-        library=library_version(),
-        network=type(ground.model).__name__,
-        blocks=done.cuts,
-    )
+    return ground.plan(blocks=done.cuts)
 
 
 def depth_report(ground: DepthGround, done: Shallower, clock: Clock) -> Report:
     """The report of a network from which blocks were dropped, and nothing else."""
-    model, smaller, inputs = ground.model, done.model, ground.prepared.inputs
-    with undisturbed(model), undisturbed(smaller):
-        macs = count_macs(model, inputs), count_macs(smaller, inputs)
-    return Report(
-        rows=(),
-        left=tuple(ground.bad.items()),
-        barriers=(),
-        parameters=(count_parameters(model), count_parameters(smaller)),
-        macs=macs,
+    return ground.report(
+        done.model,
+        clock,
+        _notes(ground, done),
+        left=ground.bad,
         verified=done.verified,
-        seconds=dict(clock.seconds),
-        notes=tuple(_notes(ground, done)),
         assessment=_assessment(ground, done),
         blocks=dropped_rows(done),
     )
@@ -187,10 +149,9 @@ def _notes(ground: DepthGround, done: Shallower) -> Iterator[str]:
         return
     names = [name for cut in done.cuts for name in cut.dropped]
     effect, runs = ground.effect, done.runs
-    unit = " in nats" if effect.measure != ERROR else ""
     yield (
-        f"dropped blocks: {', '.join(names)}. They change the outputs on held-out probes least; {effect.measure}"
-        f"{unit} there: {runs.plain:.3g} when they are dropped plainly, {runs.restored:.3g} with what they did left to "
+        f"dropped blocks: {', '.join(names)}. They change the outputs on held-out probes least; {effect.told} "
+        f"there: {runs.plain:.3g} when they are dropped plainly, {runs.restored:.3g} with what they did left to "
         "the layers before them" + f", {done.effect:.3g} with recalibrated batch norms" * (done.effect < runs.restored)
     )
     if ground.probes.note:
@@ -207,5 +168,4 @@ def _assessment(ground: DepthGround, done: Shallower) -> Assessment | None:
         ground.effect.error(without_blocks(sharing_copy(judged, values), done.cuts))
         for values in (no_values, done.runs.values)
     )
-    real = isinstance(getattr(ground.restorer, "moments", None), Data)
-    return Assessment(pruned, restored, ground.probes.holds_out, real)
+    return ground.assessed((pruned, restored))

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from lbyl.budget.budget import Budget
-from lbyl.budget.costs import counter
 from lbyl.errors import InputError, VerificationError
 from lbyl.graph.blocks import Block, Blocks, find_blocks
 from lbyl.moments import Probes
-from lbyl.pipeline.prepare import Prepared, first_probes
+from lbyl.pipeline.ground import Ground, effect_on, probed
+from lbyl.pipeline.prepare import Prepared
 from lbyl.pipeline.request import CompressionRequest
-from lbyl.restore.base import Restorer
 from lbyl.restore.depth.effect import Effect
 from lbyl.restore.least_squares.recalibrate import Statistics, averaged, look, transplant
-from lbyl.restore.registry import choose_restorer, fallbacks
-from lbyl.runtime.batches import first_rows, in_parts, macs_per_input, split
+from lbyl.runtime.batches import macs_per_input
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import sharing_copy, tensors_of
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.memory import ROOM, held_at_once, held_bytes
 from lbyl.runtime.progress import Clock
 from lbyl.selection.blocks import Chosen, choose_blocks, choose_run
 from lbyl.surgery.blocks import BlockCut, plan_blocks, verify_blocks, without_blocks
@@ -35,57 +31,22 @@ _FEWEST, _MOST = 2, 64
 """Smallest and largest number of probes for such a trial."""
 
 
-_OUTPUTS = 2**29
-"""Bytes that the outputs for all held-out probes may take."""
-
-
 @dataclass(frozen=True)
-class DepthGround:
+class DepthGround(Ground):
     """What is known of a network before blocks are chosen.
 
     Attributes:
-        prepared: the network.
-        request: the arguments of the compression.
-        budget: the budget.
         blocks: the residual blocks, with their calls on the example inputs.
         good: the blocks without which, one by one, the network computes what it computes with the block skipped.
         bad: why each other block can't be dropped.
-        restorer: the restorer whose probes are used.
-        probes: the probes.
         judged: the network on which effects are measured: batch norms have the probes' statistics in it, if probes
             do not resemble what it was trained on.
     """
 
-    prepared: Prepared
-    request: CompressionRequest
-    budget: Budget
     blocks: Blocks
     good: tuple[Block, ...]
     bad: Mapping[str, str]
-    restorer: Restorer
-    probes: Probes
     judged: nn.Module = field(repr=False)
-
-    @property
-    def model(self) -> nn.Module:
-        """The network with all blocks."""
-        return self.prepared.model
-
-    @cached_property
-    def count(self) -> Callable[[nn.Module], int]:
-        """Counts the budget's cost of a network."""
-        return counter(self.prepared.inputs, self.budget)
-
-    @cached_property
-    def whole(self) -> int:
-        """The cost of the whole network."""
-        return self.count(self.model)
-
-    @cached_property
-    def limit(self) -> float:
-        """The cost that is allowed."""
-        name, amount = self.budget.limited
-        return amount * 1e6 if name == "size_mb" else amount * self.whole
 
     @cached_property
     def costs(self) -> dict[str, int]:
@@ -98,9 +59,7 @@ class DepthGround:
     @cached_property
     def effect(self) -> Effect:
         """The effect on held-out probes, at most as many as there is memory for their outputs."""
-        held_out = self.probes.held_out
-        rows = held_at_once(_OUTPUTS, Effect.bytes_of(self.judged, first_rows(held_out)))
-        return self._effect(_rows(held_out, rows))
+        return effect_on(self.judged, self.prepared.inputs, self.probes.held_out)
 
     def cuts(self, names: Sequence[str]) -> tuple[BlockCut, ...]:
         """The cuts that drop these blocks."""
@@ -110,16 +69,12 @@ class DepthGround:
         """A copy of a smaller network with the probes' statistics, as ``judged`` is one of the whole network."""
         return judged_copy(network, self.probes)
 
-    def _effect(self, held_out: ExampleInputs) -> Effect:
-        most = held_at_once(ROOM, 2 * held_bytes(self.judged, first_rows(held_out)))
-        return Effect.of(self.judged, self.prepared.inputs, tuple(in_parts(held_out, most)))
-
     def scored(self) -> Effect:
         """The effect on so many held-out probes as all trials may take."""
         held_out = self.probes.held_out
         trials = len(self.good) * 4
         rows = int(_CALLS / trials / macs_per_input(self.model, held_out))
-        return self._effect(_rows(held_out, max(_FEWEST, min(_MOST, rows))))
+        return effect_on(self.judged, self.prepared.inputs, held_out, max(_FEWEST, min(_MOST, rows)))
 
     def choose(self) -> tuple[Chosen, Chosen]:
         """Choose blocks until the rest meets the budget, or none is left that may go; and one run that meets it."""
@@ -168,7 +123,7 @@ def ground_for_depth(prepared: Prepared, request: CompressionRequest, clock: Clo
     with clock("probe"):
         restorer, probes = probed(prepared, request)
     judged = judged_copy(model, probes)
-    return DepthGround(prepared, request, request.budget, blocks, good, bad, restorer, probes, judged)
+    return DepthGround(prepared, request, request.budget, restorer, probes, blocks, good, bad, judged)
 
 
 def _droppable(model: nn.Module, inputs: ExampleInputs, blocks: Blocks) -> tuple[tuple[Block, ...], dict[str, str]]:
@@ -188,17 +143,6 @@ def _droppable(model: nn.Module, inputs: ExampleInputs, blocks: Blocks) -> tuple
     return tuple(good), bad
 
 
-def probed(prepared: Prepared, request: CompressionRequest) -> tuple[Restorer, Probes]:
-    """Probes of the requested restorer, or of the default one if that makes none or fails."""
-    model, inputs = prepared.model, prepared.inputs
-    wanted = request.restore
-    if wanted is None or not wanted.takes_probes:
-        wanted = choose_restorer(model, inputs, request.effort)[0]
-    restorers = (wanted, *fallbacks(wanted)) if request.restore is None else (wanted,)
-    with undisturbed(model):
-        return first_probes(model, inputs, restorers, request.seed, request.progress)
-
-
 def judged_copy(model: nn.Module, probes: Probes) -> nn.Module:
     """A copy of a network in which batch norms have the statistics of the probes that resemble the held-out ones."""
     statistics = probe_statistics(model, probes)
@@ -212,9 +156,3 @@ def probe_statistics(model: nn.Module, probes: Probes) -> Statistics:
     indices = probes.evaluation_batches or range(len(probes.batches))
     with undisturbed(model), torch.no_grad():
         return averaged([look(model, {}, probes.batches[index]) for index in indices])
-
-
-def _rows(inputs: ExampleInputs, count: int) -> ExampleInputs:
-    """The first rows of a batch."""
-    size = inputs.size
-    return split(inputs, [count, size - count])[0] if count < size else inputs

@@ -15,17 +15,17 @@ from lbyl.moments.attached_norms import measure_statistics
 from lbyl.pipeline.analysis import Analysis, NoCache, analyze
 from lbyl.pipeline.depth.drop import Shallower, depth_plan, depth_report, dropped_rows, shallower
 from lbyl.pipeline.depth.ground import DepthGround, ground_for_depth
+from lbyl.pipeline.ground import after_earlier
 from lbyl.pipeline.prepare import Prepared, first_that_restores, prepare
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.pipeline.walk import walk
-from lbyl.restore.depth.effect import ERROR
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.macs import count_macs, count_parameters
 from lbyl.runtime.progress import Clock
 from lbyl.runtime.settings import described
 from lbyl.selection.blocks import Chosen
-from lbyl.surgery.plan import Plan, remember, remembered
+from lbyl.surgery.plan import remember, remembered
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,15 @@ def compress_with_depth(prepared: Prepared, request: CompressionRequest, clock: 
     if not attempts:
         raise refused[0][1]
     best = min(attempts, key=lambda attempt: attempt.effect)
-    return _finished(ground, best, _told(ground, attempts, refused))
+    return ground.finished(best.result, _told(ground, attempts, refused))
 
 
 def _told(ground: DepthGround, attempts: list[Attempt], refused: list[tuple[int, LbylError]]) -> list[str]:
     if len(attempts) + len(refused) < 2:
         return []
     effect = ground.effect
-    measure = f"{effect.measure} in nats" if effect.measure != ERROR else effect.measure
     ways = ", ".join(each.told for each in sorted(attempts, key=lambda each: each.effect))
-    notes = [f"depth against width: {measure} on held-out probes {ways}"]
+    notes = [f"depth against width: {effect.told} on held-out probes {ways}"]
     return notes + [f"without {count} blocks the budget can't be met: {error}" for count, error in refused]
 
 
@@ -119,16 +118,10 @@ def attempt(ground: DepthGround, chosen: Chosen, clock: Clock) -> Attempt:
     model = done.model if done else ground.model
     if done and ground.count(model) <= ground.limit * (1 + 1e-9):
         plan, report = depth_plan(ground, done), depth_report(ground, done, clock)
-        return Attempt(len(chosen.blocks), False, Result(model, _after(ground.model, plan), report), done.effect)
+        return Attempt(len(chosen.blocks), False, Result(model, after_earlier(ground.model, plan), report), done.effect)
     result = _narrower(ground, model, done, clock)
     effect = ground.effect(ground.judged_as(result.model))
     return Attempt(len(chosen.blocks), True, result, effect)
-
-
-def _after(model: nn.Module, plan: Plan) -> Plan:
-    """The plan from the unpruned network, if this one was compressed before."""
-    first = remembered(model)
-    return (plan.after(first) or plan) if first else plan
 
 
 def _narrower(ground: DepthGround, model: nn.Module, done: Shallower | None, clock: Clock) -> Result:
@@ -137,7 +130,7 @@ def _narrower(ground: DepthGround, model: nn.Module, done: Shallower | None, clo
     if done is None:
         prepared = replace(ground.prepared, forecaster=None)
     else:
-        plan = _after(ground.model, depth_plan(ground, done))
+        plan = after_earlier(ground.model, depth_plan(ground, done))
         remember(model, plan, depth_report(ground, done, clock))
         prepared = prepare(model, ground.prepared.inputs, request, None, clock)
     result = walk(prepared, request, clock, _analyses(ground, prepared, request, clock))
@@ -197,16 +190,3 @@ def _joined(ground: DepthGround, done: Shallower, result: Result, clock: Clock) 
         held_out_errors={},
         blocks=dropped_rows(done),
     )
-
-
-def _finished(ground: DepthGround, best: Attempt, notes: list[str]) -> Result:
-    """The result with its forecast and further notes."""
-    result, forecast = best.result, None
-    clock = Clock(dict(result.report.seconds))
-    if forecaster := ground.prepared.forecaster:
-        lifelike = ground.probes if forecaster.asks_for_probes(ground.restorer) else None
-        with clock("forecast"):
-            forecast = forecaster(result.model, lifelike)
-    report = replace(result.report, forecast=forecast, seconds=clock.seconds, notes=(*result.report.notes, *notes))
-    remember(result.model, result.plan, report)
-    return replace(result, report=report)

@@ -47,14 +47,8 @@ def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[s
     if not isinstance(budget, Budget):
         raise InputError(f"budget is {named_kind(budget)}; pass lbyl.Budget(params=...) or lbyl.Budget(size_mb=...)")
     name, amount = budget.limited
-    if (
-        name not in ("params", "size_mb")
-        or budget.depth
-        or budget.experts
-        or budget.head_dim
-        or budget.exclude
-        or budget.uniform_layers is False
-    ):
+    other = budget.beyond_width or budget.exclude or budget.uniform_layers is False
+    if name not in ("params", "size_mb") or other:
         raise InputError(
             "layer by layer, a budget is Budget(params=...) or Budget(size_mb=...), with one width for all layers and "
             "without depth, experts, head_dim or exclude; give a ratio, or use lbyl.compress"

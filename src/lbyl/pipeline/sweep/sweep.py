@@ -286,9 +286,9 @@ def _check(budgets: Sequence[Budget]) -> None:
             raise InputError(f"budgets[{number}] is {named_kind(budget)}; write lbyl.Budget(macs=0.5)")
         if budget in budgets[:number]:
             raise InputError(f"{budget} is given twice")
-        for name, what in (("depth", "blocks"), ("experts", "experts"), ("head_dim", "heads")):
-            if getattr(budget, name):
-                raise InputError(f"budgets[{number}]: a sweep cuts no {what}; call lbyl.compress for {name}=True")
+        if name := budget.beyond_width:
+            what = {"depth": "blocks", "head_dim": "heads"}.get(name, name)
+            raise InputError(f"budgets[{number}]: a sweep cuts no {what}; call lbyl.compress for {name}=True")
         check_runtime(budget.runtime)
 
 

@@ -71,6 +71,11 @@ class Effect:
         mean = total / max(count, 1)
         return mean if mean == mean else float("inf")
 
+    @property
+    def told(self) -> str:
+        """The measure in words, with its unit."""
+        return f"{self.measure} in nats" if self.measure == DIVERGENCE else self.measure
+
     def error(self, network: nn.Module) -> float:
         """The relative error of the same outputs, whatever the measure."""
         return error_of_parts(self.expected, self._outputs(network))
