@@ -17,6 +17,9 @@ endif
 # Not --quiet: warnings that are not shown do not count as errors.
 MAKE_SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Each of the many processes of the tests would compile what it imports, if an environment says to keep nothing.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
 .PHONY: demo docs test browser clean
 
@@ -50,7 +53,8 @@ $(BIN)/python$(EXE):
 	$(PYTHON) -m venv $(VENV)
 
 # torch and torchvision are named so that the resolver takes a pair that was built together.
+# Nothing is compiled ahead, which takes as long as the rest: Python compiles what is imported, and keeps it.
 # The stamp is written last: an interrupted installation is taken up again.
 $(VENV)/.%: pyproject.toml | $(BIN)/python$(EXE)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet torch torchvision --editable '.[$*]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --quiet torch torchvision --editable '.[$*]'
 	touch $@
