@@ -67,7 +67,7 @@ def allocate(
         )
 
     def error(first: int, width: int) -> float:
-        return sum(curve_of[group].weight * float(curve_of[group].error[width]) for group in bundles[first])
+        return sum(float(curve_of[group].error[width]) for group in bundles[first])
 
     def best(first: int) -> tuple[float, int, float]:
         """Error added for each unit of cost saved, the width, and the cost saved."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -36,14 +38,13 @@ class Curve:
     Attributes:
         group: index of the group in the graph.
         order: its channels, the most important first; a width k keeps the first k.
-        error: squared relative error of the consumers' outputs with k kept channels, for k = 0 .. width.
-        weight: ratio of the squared relative error of the network's output to that of the consumers' outputs.
+        error: squared relative error with k kept channels, for k = 0 .. width: of the network's outputs where it was
+            tried what cuts change there, otherwise of the consumers' outputs.
     """
 
     group: int
     order: tuple[int, ...]
     error: Float[Tensor, " widths"]
-    weight: float = 1.0
 
 
 def error_curve(
@@ -86,8 +87,11 @@ _ROWS = 512
 """Channels whose errors are worked out at a time, for all of a wide layer's would be large."""
 _CONSUMERS = 6
 """The curve of a group with more consumers (a residual connection) is measured on only this many of them."""
-_TRIED = 24
+_TRIED = 12
 """Number of held-out probes for measuring how each group's error changes the network's outputs."""
+_SHARES = (0.125, 0.5, 0.875)
+"""Shares of a group's channels that are cut to measure it. Errors of outputs are bounded, so what half of the channels
+are worth says little about an eighth of them, and the other way around."""
 _TRIALS = 5e11
 """Largest number of multiply-accumulates for measuring how each group's error changes the outputs."""
 
@@ -184,8 +188,8 @@ def _from_probes(
 ) -> tuple[list[Curve], str]:
     some = min(_TRIED, available := batch_size(probes.held_out))
     probes = replace(probes, held_out=split(probes.held_out, [some, available - some])[0])
-    affordable = _can_be_tried(model, inputs, probes.held_out, len(orders))
-    expected = _outputs(model, probes, {}) if affordable else None
+    shares = _affordable(model, inputs, probes.held_out, len(orders))
+    expected = _outputs(model, probes, {}) if shares else None
     curves: list[Curve] = []
     for indices in _passes(graph, orders, room):
         seen = _seen(model, graph, indices, state, probes, seed, progress)
@@ -193,11 +197,13 @@ def _from_probes(
             found = seen.pop(index, [])
             curve = _curve(graph, index, orders[index], state, found)
             if expected is not None and found:
-                curve = replace(curve, weight=_travels(model, graph, curve, found, state, probes, expected))
+                curve = at_the_outputs(
+                    curve, shares, partial(_tried, model, graph, curve, found, state, probes, expected)
+                )
             curves.append(curve)
             if progress:
                 progress("weighing groups", len(curves), len(orders))
-    return curves, "" if affordable else _NOT_TRIED
+    return curves, "" if shares else _NOT_TRIED
 
 
 _Sums = ChannelSums | WholeSums
@@ -288,13 +294,34 @@ def _curve(graph: Graph, index: int, order: tuple[int, ...], state: State, seen:
     return Curve(index, order, torch.stack(curves).mean(0))
 
 
-def _can_be_tried(model: nn.Module, inputs: ExampleInputs, held_out: ExampleInputs, times: int) -> bool:
-    """Whether running the network ``times`` times on held-out probes is affordable."""
+def _affordable(model: nn.Module, inputs: ExampleInputs, held_out: ExampleInputs, groups: int) -> Sequence[float]:
+    """The shares of each group's channels that can be cut to see the network's outputs on held-out probes."""
     sizes = [sum(t.numel() for t in given.tensors()) for given in (held_out, inputs)]
-    return times * max(1, sizes[0] // max(1, sizes[1])) * count_macs(model, inputs) <= _TRIALS
+    allowed = _TRIALS / (groups * max(1, sizes[0] // max(1, sizes[1])) * max(1, count_macs(model, inputs)))
+    return _SHARES if allowed >= len(_SHARES) else _SHARES[1:2] if allowed >= 1 else ()
 
 
-def _travels(
+def at_the_outputs(curve: Curve, shares: Sequence[float], tried: Callable[[int], float]) -> Curve:
+    """The curve of the network's outputs: measured at some widths, with the ratio of both errors in between.
+
+    Args:
+        curve: the error of the consumers' outputs.
+        shares: the shares of the channels that are cut to measure it.
+        tried: measures the squared relative error of the network's outputs with so many kept channels.
+    """
+    width = len(curve.order)
+    own = {max(1, round(width * (1 - share))): 0.0 for share in shares}
+    own = {kept: float(curve.error[kept]) for kept in own}
+    ratios = {error: max(tried(kept) / error, 1e-6) for kept, error in own.items() if kept < width and error > 1e-9}
+    if not ratios:
+        return curve
+    errors, factors = np.log(sorted(ratios.items())).T
+    between = np.interp(curve.error.clamp_min(1e-12).log().numpy(), errors, factors)
+    error = curve.error * torch.from_numpy(between).exp()
+    return replace(curve, error=error.flip(0).cummax(0).values.flip(0))
+
+
+def _tried(
     model: nn.Module,
     graph: Graph,
     curve: Curve,
@@ -302,16 +329,13 @@ def _travels(
     state: State,
     probes: Probes,
     expected: list[Tensor],
+    kept: int,
 ) -> float:
-    """The ratio of the squared relative error of the network's output to the group's own, with half of it cut.
+    """The squared relative error of the network's outputs if a group keeps so many channels.
 
     Layer norms keep the statistics of the uncut network, because the group's own error does not contain that change.
     """
     group = graph.groups[curve.group]
-    kept = max(1, group.width // 2)
-    own = float(curve.error[kept])
-    if own <= 1e-9 or kept == group.width:
-        return 1.0
     stays = torch.zeros(group.width, dtype=torch.bool)
     stays[list(curve.order[:kept])] = True
     values: dict[str, Tensor] = {}
@@ -328,7 +352,7 @@ def _travels(
             delivery, source = Delivery(matrix, torch.ones(len(keep), dtype=torch.float64)), _source(state, slot)
             fold(columns_second(weight, slot), source, slot, group.width, members[keep], members[drop], delivery)
         values[slot.parameter] = weight
-    return max(outputs_error(expected, _outputs(model, probes, values)) ** 2 / own, 1e-6)
+    return outputs_error(expected, _outputs(model, probes, values)) ** 2
 
 
 def _outputs(model: nn.Module, probes: Probes, values: Mapping[str, Tensor]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from lbyl.runtime.checks import check_number
 from lbyl.runtime.forward import frozen
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_at_once, saved_bytes
+from lbyl.runtime.probabilities import scores_of
 from lbyl.runtime.progress import Progress
 
 
@@ -213,6 +214,9 @@ def count_classes(model: nn.Module, inputs: ExampleInputs) -> int:
 
 
 def class_scores(output: object, inputs: ExampleInputs) -> Tensor | None:
-    """The class scores ``[inputs, classes]``: the first output with a row of at least two numbers for each input."""
+    """The class scores ``[inputs, classes]``: the first output with a row of at least two numbers for each input.
+
+    If they are probabilities, these are the scores behind them.
+    """
     found = (t for t in output_tensors(output) if t.is_floating_point() and t.dim() == 2)
-    return next((t for t in found if len(t) == batch_size(inputs) and t.shape[1] > 1), None)
+    return next((scores_of(t) for t in found if len(t) == batch_size(inputs) and t.shape[1] > 1), None)

@@ -40,6 +40,7 @@ from lbyl.runtime.forecast import (
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.memory import ROOM, give_back, held_at_once, held_bytes
 from lbyl.runtime.output_error import outputs_error
+from lbyl.runtime.probabilities import scores_of
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
 
@@ -229,11 +230,14 @@ _ROUNDING = 1e-3
 
 
 def _position_scores(output: object, inputs: ExampleInputs) -> Tensor | None:
-    """The first output with scores for each pixel. Outputs with as many channels as the input are taken for images."""
+    """The first output with scores for each pixel, or the scores behind probabilities.
+
+    Outputs with as many channels as the input are taken for images.
+    """
     images = [t.shape for t in inputs.tensors() if t.is_floating_point() and t.dim() == 4]
     for tensor in output_tensors(output):
         if not tensor.is_floating_point() or tensor.dim() != 4 or tensor.shape[1] < 2:
             continue
         if any(tensor.shape[2:] == shape[2:] and tensor.shape[1] != shape[1] for shape in images):
-            return tensor
+            return scores_of(tensor)
     return None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lbyl.errors import InputError
 from lbyl.runtime.inputs import output_tensors
+from lbyl.runtime.probabilities import class_axis, to_scores
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def outputs_error(reference: Any, outputs: Any) -> float:
     ``reference`` holds the outputs f of one network and ``outputs`` the outputs f' of another, in the same structure.
     The mean of each feature is taken over all inputs and positions; features are the second axis of images and the
     last axis of sequences and rows. The common factor ``a`` is free because pruning shrinks outputs, while decisions
-    do not depend on it. An error of 0 means that nothing changed, and 1 that nothing is left.
+    do not depend on it. An error of 0 means that nothing changed, and 1 that nothing is left. Outputs that are
+    probabilities of classes are compared by the scores behind them.
 
     Raises:
         InputError: the reference holds no finite number.
@@ -63,9 +65,11 @@ def error_of_parts(expected: Sequence[Sequence[Tensor]], found: Iterable[Sequenc
     One part of ``found`` is asked for at a time, and nothing as large as a part is made.
     """
     expected = [[t for t in part if t.is_floating_point()] for part in expected]
+    axes = [_class_axis(same) for same in zip(*expected, strict=True)]
+    expected = [_as_scores(part, axes) for part in expected]
     cross = own = theirs = 0.0
     for part, other, means in zip(expected, found, _means(expected), strict=True):
-        floats = [t for t in other if t.is_floating_point()]
+        floats = _as_scores([t for t in other if t.is_floating_point()], axes)
         for a, b, mean in zip(part, floats, means, strict=True):
             for x, y in _chunks(a, b):
                 x, y = x - mean, y - mean
@@ -77,6 +81,17 @@ def error_of_parts(expected: Sequence[Sequence[Tensor]], found: Iterable[Sequenc
     if not math.isfinite(cross) or cross <= 0:
         return 1.0
     return math.sqrt(max(0.0, 1 - cross**2 / (own * theirs)))
+
+
+def _class_axis(parts: Sequence[Tensor]) -> int | None:
+    """The axis along which an output holds probabilities in every part; None if there is none."""
+    first, *others = {class_axis(tensor) for tensor in parts}
+    return None if others else first
+
+
+def _as_scores(tensors: Sequence[Tensor], axes: Sequence[int | None]) -> list[Tensor]:
+    pairs = zip(tensors, axes, strict=True)
+    return [tensor if axis is None else to_scores(tensor, axis) for tensor, axis in pairs]
 
 
 _CHUNK = 2**22

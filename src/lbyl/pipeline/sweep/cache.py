@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,7 +65,6 @@ class _CurveNote:
 
     group: str
     index: int
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -181,9 +179,7 @@ class FolderCache:
             made = make()
             tensors = {f"{curve.group}": curve.error for curve in made.curves}
             tensors |= {f"{curve.group}.order": torch.tensor(curve.order, dtype=torch.long) for curve in made.curves}
-            facts = [
-                {"group": self.graph.groups[c.group].name, "index": c.group, "weight": c.weight} for c in made.curves
-            ]
+            facts = [{"group": self.graph.groups[c.group].name, "index": c.group} for c in made.curves]
             self._write(file, tensors, {"curves": facts, "notes": made.notes})
             return made
         with _reading(file):
@@ -237,10 +233,10 @@ class FolderCache:
         order = tuple(tensors[f"{fact.index}.order"].tolist())
         width = self.graph.groups[group].width
         distinct = set(order) <= set(range(width)) and len(set(order)) == len(order)
-        if not distinct or not math.isfinite(fact.weight):
-            raise ValueError(f"{fact.group} has {width} channels, but this is not a valid order or weight of them")
+        if not distinct:
+            raise ValueError(f"{fact.group} has {width} channels, but this is not a valid order of them")
         _check_sums(error, len(order) + 1)
-        return Curve(group, order, error, fact.weight)
+        return Curve(group, order, error)
 
     def _write(self, file: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
         """Write tensors and a note, with their seal."""
