@@ -57,6 +57,14 @@ def between(*parts: nn.Module) -> nn.Module:
     return S(C(3, 12, 3, 1, 1), *parts, C(12, 8, 1), nn.ReLU(), C(8, 4, 1))
 
 
+def added(made: Callable[[Tensor], Tensor], *shape: int, norm: nn.Module | None = None) -> nn.Module:
+    """What is made of a table of positions is added to channels."""
+    norm = norm or nn.Identity()
+    return Net(
+        lambda n, x: n.b((n.a(x) + n.norm(made(n.p))).relu()), a=L(6, 12), b=L(12, 3), p=torch.randn(shape), norm=norm
+    )
+
+
 def along(call: Callable[[Tensor], Tensor]) -> nn.Module:
     """A function of signals between two convolutions."""
     return S(nn.Conv1d(3, 12, 3, 1, 1), nn.ReLU(), Net(lambda n, x: call(x)), nn.Conv1d(12, 4, 1))
@@ -208,6 +216,95 @@ def decoder(n: Any, x: Tensor) -> Tensor:
     h, y = n.start(x[:, 0]).tanh(), n.before(x)
     out, _ = n.gru(y, h[None])
     return n.out(out)
+
+
+EDGES = torch.tensor([[0, 1, 2, 3, 4, 0, 2], [1, 2, 3, 4, 0, 3, 0]])
+
+
+def messages(n: Any, x: Tensor) -> Tensor:
+    """Messages along edges, summed at nodes: into zeros of a width that the module knows, then in place."""
+    y = n.a(x).relu()
+    y = y.new_zeros(len(x), 5, n.hidden).index_add(1, EDGES[1], y[:, EDGES[0]])
+    y = n.b(y).relu()
+    out = torch.zeros_like(y)
+    out.index_add_(1, EDGES[1], y[:, EDGES[0]])
+    return n.c(out)
+
+
+def largest_messages(n: Any, x: Tensor) -> Tensor:
+    """The largest message at each node, and a sum of messages, both by scatters."""
+    y = n.a(x).relu()
+    sent = y[:, EDGES[0]]
+    at = EDGES[1][:, None].expand_as(sent)
+    y = n.b(torch.zeros_like(y).scatter_reduce(1, at, sent, "amax")).relu()
+    sent = y[:, EDGES[0]]
+    return n.c(torch.zeros_like(y).scatter_add(1, EDGES[1][:, None].expand_as(sent), sent))
+
+
+def put_in_place(n: Any, x: Tensor) -> Tensor:
+    """Rows that are written at indices: over zeros, over a constant, added to others, and a number in their place."""
+    y = n.a(x.flatten(0, 1)).relu()
+    out = y.new_zeros(12, y.shape[1])
+    out[torch.arange(11, 1, -1)] = y
+    y = n.b(out.index_fill(0, EDGES[0, :3], 0.5)).relu()
+    y[EDGES[0, :2]] += y[EDGES[0, 2:4]]
+    return n.c(y.index_copy(0, EDGES[1, :2], y[3:5]))
+
+
+def text_convolutions(n: Any, x: Tensor) -> Tensor:
+    """Convolutions over words whose kernel is as wide as their vectors, as in text classifiers."""
+    y = n.before(x)[:, None]
+    return n.out(
+        torch.cat([F.max_pool1d(z := layer(y).relu().squeeze(3), z.shape[2]).squeeze(2) for layer in n.layers], 1)
+    )
+
+
+def spatial_gate(n: Any, x: Tensor) -> Tensor:
+    """The gate of gMLP: a convolution with a kernel of one takes tokens for its channels."""
+    a, b = n.up(x).chunk(2, -1)
+    return n.out(a * n.across(b))
+
+
+def additive_attention(n: Any, x: Tensor) -> Tensor:
+    """One weight for each place, by which all channels are multiplied."""
+    y = n.a(x).relu()
+    weights = n.v(n.w(y).tanh()).softmax(1)
+    return n.out(torch.bmm(weights.transpose(1, 2), y).squeeze(1))
+
+
+def latents(n: Any, x: Tensor) -> Tensor:
+    """Learned queries that are normed before they meet channels."""
+    x, y = n.before(x).relu(), n.queries.expand(len(x), -1, -1)
+    for norm in n.norms:
+        y = y + (n.q(norm(y)) @ n.k(x).mT).softmax(-1) @ n.v(x)
+    return n.out(y)
+
+
+def learned_graph(n: Any, x: Tensor) -> Tensor:
+    """A graph that is learned: its weights are computed from a parameter."""
+    edges = n.edges.relu() + 0.1
+    edges = edges / edges.sum(-1, keepdim=True)
+    return n.c((edges.softmax(-1) @ n.b((edges @ n.a(x)).relu())).relu())
+
+
+def by_distance(n: Any, x: Tensor) -> Tensor:
+    """Queries of each head are mixed by a computed matrix, and scores get a part that depends on distances."""
+    places = torch.arange(x.shape[1])
+    distances = n.distances[places[:, None] - places + 4]
+    q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (n.q, n.k, n.v))
+    q = torch.einsum("bhid,hde->bhie", q, n.each * 0.5)
+    scores = q @ k.mT + torch.einsum("bhid,ijd->bhij", q, distances)
+    return n.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def spectral(n: Any, x: Tensor) -> Tensor:
+    """A layer of a Fourier neural operator: a complex matrix for each of the lowest frequencies."""
+    y = n.a(x)
+    waves = torch.fft.rfft2(y)
+    out = torch.zeros_like(waves)
+    weight = n.w if waves.dtype == n.w.dtype else n.w.to(waves.dtype)
+    out[:, :, :3, :3] = torch.einsum("bixy,ioxy->boxy", waves[:, :, :3, :3], weight)
+    return n.out((torch.fft.irfft2(out, s=y.shape[-2:]) + n.b(y)).relu())
 
 
 def class_token(n: Any, x: Tensor) -> Tensor:
@@ -644,6 +741,72 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: attention(lambda n, x: torch.einsum("btc,cd->btd", n.a(x), n.w), a=L(10, 8), w=torch.randn(8, 10)),
         TOKENS,
     ),
+    "messages": (lambda: Net(messages, a=L(6, 12), b=L(12, 10), c=L(10, 3), hidden=12), TOKENS),
+    "largest messages": (lambda: Net(largest_messages, a=L(6, 12), b=L(12, 10), c=L(10, 3)), TOKENS),
+    "put in place": (lambda: Net(put_in_place, a=L(6, 12), b=L(12, 10), c=L(10, 3)), TOKENS),
+    "text convolutions": (
+        lambda: Net(
+            text_convolutions, before=L(6, 7), layers=nn.ModuleList(C(1, 8, (k, 7)) for k in (2, 3)), out=L(16, 3)
+        ),
+        TOKENS,
+    ),
+    "gate over places": (
+        lambda: tokens(Net(spatial_gate, up=L(12, 20), across=nn.Conv1d(5, 5, 1), out=L(10, 12))),
+        TOKENS,
+    ),
+    "additive attention": (
+        lambda: Net(additive_attention, a=L(6, 12), w=L(12, 8), v=L(8, 1), out=L(12, 3)),
+        TOKENS,
+    ),
+    "normed latents": (
+        lambda: Net(
+            latents,
+            queries=torch.randn(3, 12),
+            norms=nn.ModuleList([nn.LayerNorm(12), nn.RMSNorm(12, 1e-5)]),
+            before=L(6, 10),
+            q=L(12, 8),
+            k=L(10, 8),
+            v=L(10, 12),
+            out=L(12, 3),
+        ),
+        TOKENS,
+    ),
+    "first positions of a table": (lambda: added(lambda p: p[:, :5], 1, 64, 12), TOKENS),
+    "a row of a table": (lambda: added(lambda p: p[2], 4, 12), TOKENS),
+    "mean of a table": (lambda: added(lambda p: p.mean(0), 4, 12), TOKENS),
+    "normed positions": (lambda: added(lambda p: p[:5], 9, 12, norm=nn.LayerNorm(12)), TOKENS),
+    "enlarged positions": (
+        lambda: Net(
+            lambda n, x: n.b((n.a(x) + F.interpolate(n.p, size=x.shape[-2:], mode="bilinear")).relu()),
+            a=C(3, 12, 1),
+            b=C(12, 4, 1),
+            p=torch.randn(1, 12, 4, 4),
+        ),
+        IMAGE,
+    ),
+    "learned graph": (lambda: Net(learned_graph, edges=torch.randn(5, 5), a=L(6, 12), b=L(12, 10), c=L(10, 3)), TOKENS),
+    "distances of positions": (
+        lambda: Net(
+            by_distance,
+            q=L(6, 12),
+            k=L(6, 12),
+            v=L(6, 12),
+            out=L(12, 3),
+            distances=torch.randn(9, 4),
+            each=torch.randn(3, 4, 4),
+        ),
+        TOKENS,
+    ),
+    "Fourier neural operator": (
+        lambda: Net(
+            spectral,
+            a=C(3, 12, 1),
+            b=C(12, 12, 1),
+            w=0.1 * torch.randn(12, 12, 3, 3, dtype=torch.cfloat),
+            out=C(12, 4, 1),
+        ),
+        IMAGE,
+    ),
     # recurrent layers
     "lstm": (lambda: recurrent(nn.LSTM), TOKENS),
     "gru": (lambda: recurrent(nn.GRU), TOKENS),
@@ -728,6 +891,8 @@ WHOLE = {
     "groups after groups": "1",  # blocks of six, then of four
     "one key for all heads": "1.inside.k 1.inside.v",
     "one part of the key for all heads": "1.inside.shared",
+    "text convolutions": "before",
+    "additive attention": "v",
     "outer product of two layers": "b",
     "the last ones of a list": "b",
     "linear attention": "1.q 1.k",  # every channel of k is multiplied with every one of v, of which some are cut
@@ -933,6 +1098,11 @@ REASONS: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
         S(L(6, 8), Net(lambda n, x: (x.mT @ x).flatten(1)), L(64, 3)),
         TOKENS,
         "its channels can only be cut all together: they are multiplied with each other in '0.1'",
+    ),
+    "random numbers": (
+        S(L(6, 8), Net(lambda n, x: x + torch.randn_like(x)), L(8, 3)),
+        ROW,
+        "random numbers are drawn for them in '0.1'",
     ),
     "a literal": (
         S(L(6, 8), Net(lambda n, x: x.view(-1, 8)), L(8, 3)),

@@ -337,16 +337,24 @@ class Builder:
             shared = self.ids.issued(roots)
             if not bool(shared.any()):
                 continue
-            for dim in range(shadow.dim()):
-                rows = roots.movedim(dim, 0).reshape(shadow.shape[dim], -1)
-                if bool((rows == rows[:, :1]).all()):
-                    self.slots.setdefault((name, dim), SlotRecord(name, dim, rows[:, 0], "carrier"))
-                    break
-            else:
+            sides = [self._along(roots, shared, dim) for dim in range(shadow.dim())]
+            found = [(dim, ids) for dim, ids in enumerate(sides) if ids is not None]
+            if not found:
                 self.pin(roots[shared], f"{name} carries channels along more than one dimension")
+                continue
+            dim, ids = next((side for side in found if bool((side[1] != NOBODY).all())), found[0])
+            # What was not read, such as positions after the last one, is cut with what was.
+            self.ids.union(roots.movedim(dim, -1), ids.expand(roots.movedim(dim, -1).shape))
+            self.slots.setdefault((name, dim), SlotRecord(name, dim, ids, "carrier"))
         for record in self.slots.values():
             if record.parameter in self.whole:
                 self.pin(record.ids, self.whole[record.parameter])
+
+    def _along(self, roots: Tensor, shared: Tensor, dim: int) -> Tensor | None:
+        """The channel at each index of a dimension, of elements that are ``shared``; None if there are several."""
+        rows, those = (x.movedim(dim, 0).reshape(x.shape[dim], -1) for x in (roots, shared))
+        ids = torch.where(those, rows, NOBODY).amax(1)
+        return ids if bool(((rows == ids[:, None]) | ~those).all()) else None
 
 
 def _leaves(values: Iterable[Any]) -> Iterator[Any]:

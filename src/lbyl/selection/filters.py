@@ -319,7 +319,11 @@ def _powers(tensor: Tensor, slot: Slot, width: int, power: int) -> Float[Tensor,
 
 
 def _channels_first(tensor: Tensor, slot: Slot) -> Tensor:
-    """A producer's weight, or a vector of one number for each channel, with channels first."""
+    """A producer's weight, or a vector of one number for each channel, with channels first.
+
+    Of complex numbers, real and imaginary parts are weights of their own.
+    """
+    tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
     if not slot.dim or tensor.dim() == 1:
         return tensor
     if slot.blocks == 1:

@@ -119,11 +119,11 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Masks, dtype: torc
         held.append((dict(tables[0]), dict(tables[1])))
         for table in tables:
             for name, tensor in table.items():
-                if tensor is None or not tensor.is_floating_point():
+                if tensor is None or not _has_fraction(tensor):
                     continue
                 narrow = type(module) is nn.Linear and name == "weight" and tensor.numel() > LARGE
                 if (not narrow and dtype is not None) or id(tensor) in laid:
-                    wide = tensor.detach().to(dtype or tensor.dtype, copy=id(tensor) in laid)
+                    wide = tensor.detach().to(_as_wide(tensor, dtype), copy=id(tensor) in laid)
                     for change in laid.get(id(tensor), ()):
                         change(wide)
                     unmasked.discard(id(tensor))
@@ -155,6 +155,16 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Masks, dtype: torc
         raise _NotReached(f"{missed} is used by another module than its own")
 
 
+def _as_wide(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type of a tensor in a network that runs in ``dtype``, or as it is if that is None.
+
+    Complex numbers stay complex. (``Module.to`` would discard their imaginary parts.)
+    """
+    if dtype is None or not _has_fraction(tensor):
+        return tensor.dtype
+    return dtype.to_complex() if tensor.is_complex() else dtype
+
+
 def _wide_outputs(
     model: nn.Module, inputs: ExampleInputs, precision: _Precision, kept: NormMasks, silent: Masks = NOTHING
 ) -> list[Tensor]:
@@ -184,7 +194,7 @@ def _copied_outputs(
 ) -> list[Tensor]:
     """The outputs of a copy that is converted as a whole."""
     wide = copy_model(model).eval()
-    wide = apply_changes(wide if precision.dtype is None else wide.to(precision.dtype), silent)
+    wide = apply_changes(wide._apply(lambda tensor: tensor.to(_as_wide(tensor, precision.dtype))), silent)
     with undisturbed(wide), plain_attention(), statistics_of_kept(wide, kept, _names(wide)), precision.mode:
         return outputs(wide, inputs)
 

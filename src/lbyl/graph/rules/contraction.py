@@ -40,6 +40,7 @@ def contract(
     if not any(bool(builder.ids.issued(small(shadow)).any()) for shadow, _ in operands):
         return torch.full((), NOBODY).expand(whole_shape)
     operands = [(compact(builder.ids.find(shadow)), labels) for shadow, labels in operands]
+    operands = [(_of_layers(builder, operands, number, out), labels) for number, (_, labels) in enumerate(operands)]
     sizes = {x: n for shadow, labels in operands for x, n in zip(labels, shadow.shape, strict=True) if n > 1}
     moving = {x for shadow, labels in operands for d, x in enumerate(labels) if varies(shadow, d)}
     space = [x for x in sizes if x in moving]
@@ -84,6 +85,23 @@ def contract(
     return found
 
 
+def _of_layers(builder: Builder, operands: Sequence[_Labeled], number: int, out: str) -> Tensor:
+    """A factor's shadow, in which what comes from parameters only has ids where the result has channels of a layer.
+
+    The code computes such a factor from parameters alone: a learned graph, or distances of positions. An axis of it
+    with channels of another factor, such as heads, is cut with these.
+    """
+    own, labels = operands[number]
+    if bool((small(own) == NOBODY).any()) or bool(builder.ids.issued(small(own)).any()):
+        return own
+    layers = [(shadow, names) for shadow, names in operands if bool(builder.ids.issued(small(shadow)).any())]
+    tied = {x for shadow, names in layers for d, x in enumerate(names) if x in out and varies(shadow, d)}
+    own = builder.join(own, [d for d, x in enumerate(labels) if x not in tied])
+    return (
+        own if any(varies(own, d) for d in range(own.dim())) else torch.full_like(small(own), NOBODY).expand(own.shape)
+    )
+
+
 def _unshared(builder: Builder, a: Tensor, b: Tensor, kept: Sequence[bool], layer: str) -> tuple[Tensor, Tensor]:
     """Two factors, each without the channels that all channels of the other one share, which then stay.
 
@@ -93,6 +111,11 @@ def _unshared(builder: Builder, a: Tensor, b: Tensor, kept: Sequence[bool], laye
     sides = [compact(builder.ids.find(x)) for x in (a, b)]
     for mine, other in ((0, 1), (1, 0)):
         x, y = sides[mine], sides[other]
+        if _is_lone(builder, y) and any(varies(x, d) for d in range(x.dim())) and not bool((small(x) == y.min()).any()):
+            # Additive attention: a layer with a single output weighs positions, the same for all channels.
+            builder.keep(small(y), _SHARED.format(layer))
+            sides[other] = torch.full_like(small(y), NOBODY).expand(y.shape)
+            continue
         for axis in (d for d in range(x.dim()) if kept[d] and varies(x, d)):
             inner = [d for d in range(y.dim()) if d != axis and varies(y, d)]
             if not inner or any(kept[d] for d in inner):
@@ -105,6 +128,11 @@ def _unshared(builder: Builder, a: Tensor, b: Tensor, kept: Sequence[bool], laye
             builder.keep(y.narrow(axis, 0, 1)[shared], _SHARED.format(layer))
             sides[other] = y = compact(torch.where(shared, NOBODY, y))
     return sides[0], sides[1]
+
+
+def _is_lone(builder: Builder, factor: Tensor) -> bool:
+    """Whether a factor carries one channel alone, which a layer makes."""
+    return small(factor).numel() == 1 and bool(builder.ids.issued(small(factor)).all())
 
 
 _SHARED = "each of them is multiplied with all channels of another layer in {!r}"
@@ -248,10 +276,15 @@ def einsum(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
 def _mixed(
     builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, names: list[str], out: str
 ) -> Tensor | None:
-    """The result if the right factor is a matrix that mixes the left one's channels, else None."""
+    """The result if the right factor mixes the left one's channels, else None.
+
+    It is a matrix, or one for each index of axes that both factors and the result have (the frequencies of a Fourier
+    neural operator).
+    """
     read = [label for label in names[1] if label in names[0] and label not in out]
     made = [label for label in names[1] if label in out and label not in names[0]]
-    if len(names[1]) != 2 or len(read) != 1 or len(made) != 1:
+    each = [label for label in names[1] if label in names[0] and label in out]
+    if len(set(names[1])) != len(read) + len(made) + len(each) or len(read) != 1 or len(made) != 1:
         return None
     ids = builder.channels(x, names[0].index(read[0]))
     if ids is None or not bool(builder.ids.issued(ids).any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -166,6 +167,19 @@ def deformed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     return builder.spread(out, 1, output_shape(node))
 
 
+def _takes_each_alone(weight: ParameterRef, strides_and_pads: Sequence[Any], axes: Sequence[int]) -> bool:
+    """Whether a convolution takes each index of these spatial axes by itself, and has a kernel of one pixel.
+
+    Then channels along them stay separate, as under the token mixing of gMLP. A longer kernel along another axis would
+    make channels of its own beside these.
+    """
+    strides, pads = (*strides_and_pads, *([1], [0])[len(strides_and_pads) :])
+    strides, pads = ([item] if isinstance(item, (int, str)) else list(item) for item in (strides, pads))
+    stepping = any(strides[d if len(strides) > 1 else 0] != 1 for d in axes)
+    padded = any(pads[d if len(pads) > 1 else 0] not in (0, "valid", "same") for d in axes)
+    return all(size == 1 for size in weight.shape[2:]) and not stepping and not padded
+
+
 @rule("conv1d", "conv2d", "conv3d")
 def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Convolution: dense, grouped (every block keeps equally many channels) or depthwise (channels pass through)."""
@@ -178,12 +192,20 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
         builder.computed.append(layer_name(node))
         return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a weight that the model computes")
     axis = x.dim() - len(weight.shape) + 1
+    layer, bias_name, shape = _layer(node, weight), bias.name if bias else None, output_shape(node)
     ids = builder.gather(x, axis)
     if ids is None:
-        slides = any(varies(compact(builder.ids.find(x)), d) for d in range(axis + 1, x.dim()))
-        what = "slides over them, so that each output mixes neighbors" if slides else "is called on mixed axes"
-        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} {what}")
-    layer, bias_name, shape = _layer(node, weight), bias.name if bias else None, output_shape(node)
+        x = compact(builder.ids.find(x))
+        along = [d for d in range(axis + 1, x.dim()) if varies(x, d)]
+        if along and not varies(x, axis) and _takes_each_alone(weight, args[3:5], [d - axis - 1 for d in along]):
+            builder.step(small(x).reshape(-1), f"{op} over positions", layer)
+            return x.narrow(axis, 0, 1).expand(shape)
+        what = "slides over them, so that each output mixes neighbors" if along else "is called on mixed axes"
+        why = f"{op} in {layer_name(node)!r} {what}"
+        if blocks > 1 or weight.shape[0] == 1:
+            return builder.barrier(node, args, why)
+        builder.barrier(node, [x], why)
+        ids = torch.full((x.shape[axis],), NOBODY)  # what it makes is its own, as if it read an input
     if blocks > 1 and weight.shape[1] == 1:
         ids = ids.repeat_interleave(weight.shape[0] // blocks)
         producer = builder.follow(node)

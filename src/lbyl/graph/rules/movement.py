@@ -319,8 +319,10 @@ def windows(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 def like(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A new value of the shape of another one, also after that one is cut."""
+    """A new value of the shape of another one, also after that one is cut. Fewer random numbers are other ones."""
     x = builder.shadow(args[0])
+    if x is not None and "rand" in str(node.target):
+        builder.pin(x, f"random numbers are drawn for them in {layer_name(node)!r}")
     return constant(builder, node, args, kwargs) if x is None else x
 
 

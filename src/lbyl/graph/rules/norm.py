@@ -51,7 +51,7 @@ def _remembered(builder: Builder, node: fx.Node, x: Tensor, tensors: list[Any]) 
 @rule("layer_norm")
 def layer_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Layer norm. Over channels alone, its statistics are those of kept channels; see `lbyl.runtime.layer_norms`."""
-    x = args[0]
+    x = _learned(builder, args[0])
     weight, bias = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias")))
     ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
     if ids is None or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
@@ -71,7 +71,7 @@ def rms_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
 
     Without ``eps`` it adds the machine epsilon of its input's dtype, which is too small to need a correction.
     """
-    x, (weight, eps) = args[0], (args[i] if len(args) > i else None for i in (2, 3))
+    x, (weight, eps) = _learned(builder, args[0]), (args[i] if len(args) > i else None for i in (2, 3))
     ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
     if ids is None or not isinstance(weight, ParameterRef):
         return _fixed(builder, node, args)
@@ -80,6 +80,18 @@ def rms_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     builder.shaped(x, node)
     builder.step(ids, "rms_norm", layer_name(node), parametric=True)
     return x
+
+
+def _learned(builder: Builder, x: Any) -> Any:
+    """The value that a norm over its last axis takes.
+
+    A parameter (learned queries, latents) has an id for each element until it meets channels; here these get to be
+    along the last axis.
+    """
+    shadow = builder.shadow(x)
+    if shadow is None or shadow.dim() < 2 or bool(builder.ids.issued(small(shadow)).any()):
+        return x
+    return builder.join(shadow, range(shadow.dim() - 1))
 
 
 def _fixed(builder: Builder, node: fx.Node, args: tuple[Any, ...]) -> Any:

@@ -91,7 +91,7 @@ def _start(builder: Builder, node: fx.Node, state: Any, units: Tensor) -> None:
     """
     for value, source in zip(_tensors(state), _nodes(node.args[1]), strict=False):
         if not bool(builder.ids.issued(small(value)).any()):
-            made = _made_by(source)
+            made = made_by(source)
             if made is not None and layer_name(made) != layer_name(node):
                 builder.shaped(builder.spread(units, -1, value.shape), made)
             continue
@@ -117,7 +117,7 @@ _MAKE = ("zeros", "new_zeros", "ones", "new_ones", "full", "new_full", "empty", 
 _MOVE = ("to", "_to_copy", "clone", "detach", "contiguous", "alias", "expand", "repeat", "zero_", "fill_", "normal_")
 
 
-def _made_by(node: fx.Node) -> fx.Node | None:
+def made_by(node: fx.Node) -> fx.Node | None:
     """The call that made a constant from its shape alone, if the value was only moved or repeated since."""
     while node.op == "call_function" and aten_name(node.target) in _MOVE and isinstance(node.args[0], fx.Node):
         node = node.args[0]

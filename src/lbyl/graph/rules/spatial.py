@@ -33,7 +33,7 @@ def pool(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     name = str(node.target).split(".")[1]
     match = re.search(r"(\d)d", name)
     assert match is not None
-    x = args[0]
+    x = builder.shadow(args[0])
     if not isinstance(x, Tensor):
         return builder.barrier(node, args, f"{name} on a value that the trace can't follow")
     return _each_alone(builder, node, x, range(-int(match[1]), 0))
@@ -119,6 +119,8 @@ def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     Where ids change along both reduced and other axes (radix splits, heads), the ids along reduced axes are merged.
     """
     name, x = str(node.target).split(".")[1], args[0]
+    if isinstance(x, ParameterRef):
+        x = builder.shadow(x)
     if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor | ParameterRef):
         return combine(builder, node, args, kwargs)
     position = 2 if name in ("linalg_vector_norm", "norm", "kthvalue", "topk") else 1
@@ -132,6 +134,10 @@ def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     if any(varies(x, d) for d in dims):
         if not any(varies(x, d) for d in range(x.dim()) if d not in dims):
             along = [d for d in dims if varies(x, d)]
+            if not bool(builder.ids.issued(small(x)).any()):
+                # The weights of a sum, say, that are a parameter.
+                builder.pin(x, f"{name} in {layer_name(node)!r} is taken over a parameter")
+                return nobody_like(node)
             if name == "mean" and len(along) == 1:
                 averages.start(builder, node, small(x).reshape(-1), along[0])
                 return nobody_like(node)
