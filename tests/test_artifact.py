@@ -73,6 +73,43 @@ def test_tied_weights_survive_the_round_trip(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), result.model(x))
 
 
+class Parts(nn.Module):
+    """Its buffers are parts of larger tensors: such as a Hann window, which is made with one number more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+        both, wide = torch.randn(2, 6), torch.randn(4, 12)
+        for name, part in {
+            "window": torch.hann_window(6),
+            "first": both[0],
+            "second": both[1],
+            "again": both[1],
+            "turned": torch.randn(12, 4).T[:2],
+            "copies": torch.ones(1).expand(6),
+            "whole": wide,
+            "row": wide[1],
+        }.items():
+            self.register_buffer(name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.window + self.first - self.second * self.copies * self.again
+        return self.b(self.a(x).relu() + self.turned[0] * self.row * self.whole[2])
+
+
+def test_parts_of_larger_tensors_are_saved(tmp_path: Path) -> None:
+    x, net = images(2, 6), Parts().eval()
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in net.named_buffers()}
+    for number, ratio in enumerate(({"*": 0.5}, {"b": 0.3, "*": 0.25})):
+        result = compress(net, x, ratio=ratio, scope="all")
+        loaded = lbyl.load(result.save(tmp_path / f"{number}"), Parts())
+        assert torch.equal(loaded(x), result.model(x))
+        assert loaded.again.data_ptr() == loaded.second.data_ptr()  # what shared memory still does
+        lbyl.save(result.model, tmp_path / f"again {number}")
+    assert all(t.data_ptr() == before[n][0] and torch.equal(t, before[n][1]) for n, t in net.named_buffers())
+
+
 def test_the_plan_is_equal_after_json(result: lbyl.Result) -> None:
     again = Plan.from_json(result.plan.to_json())
     assert again == result.plan

@@ -34,6 +34,15 @@ def test_wrapped_networks_are_unwrapped(name: str) -> None:
     assert lbyl.inspect(WRAPPERS[name](net).eval(), x).graph.groups[0].name == "0"
 
 
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_folders_are_loaded_into_wrapped_networks(name: str, tmp_path: Path) -> None:
+    net, x = settle(mlp()), images(2, 6)
+    result = lbyl.compress(WRAPPERS[name](net).eval(), x, ratio=0.5, restore="prune", forecast=False)
+    loaded = lbyl.load(result.save(tmp_path / "small"), WRAPPERS[name](mlp()))
+    assert type(loaded) is nn.Sequential
+    assert torch.equal(loaded(x), result.model(x))
+
+
 def prepared() -> nn.Module:
     from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 

@@ -28,7 +28,7 @@ from lbyl.io.report.snippets import load_line
 from lbyl.io.shards import INDEX, WEIGHTS, Shards
 from lbyl.io.sources import load_source
 from lbyl.runtime.checks import as_path, check_module
-from lbyl.runtime.copying import shape_and_dtype, tensors_of
+from lbyl.runtime.copying import shape_and_dtype, tensors_of, unwrapped
 from lbyl.runtime.documents import document_text, read_json, to_json
 from lbyl.runtime.recursion import deep_calls
 from lbyl.surgery.blocks import without_blocks
@@ -172,6 +172,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             )
         model = load_source(plan.source, pretrained=False)
     check_module(model)
+    model = unwrapped(model)
     if any(tensor.is_meta for tensor in tensors_of(model).values()):
         raise InputError(f"{type(model).__name__} is on the meta device; pass a fresh instance on the CPU, say")
     plan.check_model(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from lbyl.runtime.inputs import ExampleInputs
 def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy of a model, in which ``instead[id(part)]`` replaces a part.
 
+    Tensors that are parts of larger ones get memory of their own, for files of weights can't hold them otherwise.
+
     Raises:
         InputError: the model holds something that can't be copied.
     """
@@ -32,12 +34,34 @@ def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn
                 # A cached result may have a gradient history, which can't be copied.
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()
+    memo |= _parts_alone(tensor for tensor in tensors_of(model).values() if id(tensor) not in memo)
     try:
         with alone(model), uncollected():
             _copy_modules(model, memo)
             return copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"{type(model).__name__} can't be copied ({error}); lbyl only works on a copy") from error
+
+
+def _parts_alone(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Copies of tensors that are parts of a memory which none of them fills, by id; equal parts share their copy.
+
+    A Hann window is one: it is made with one number more than it keeps.
+    """
+    by_memory: dict[tuple[torch.device, int], list[Tensor]] = {}
+    for tensor in tensors:
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+        if plain and tensor.numel() and not tensor.is_quantized:
+            by_memory.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), []).append(tensor)
+    made: dict[int, Tensor] = {}
+    for those in by_memory.values():
+        if any(each.numel() * each.element_size() == each.untyped_storage().nbytes() for each in those):
+            continue
+        parts: dict[tuple[Any, ...], Tensor] = {}
+        for each in those:
+            part = (each.storage_offset(), each.shape, each.stride(), each.dtype)
+            made[id(each)] = in_place_of(each, parts.setdefault(part, each.detach().clone()))
+    return made
 
 
 def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
@@ -172,7 +196,7 @@ def imprint(model: nn.Module) -> str:
     sample: list[Tensor] = []
     for tensor in tensors_of(model).values():
         if not tensor.is_meta and tensor.numel():
-            flat = tensor.detach().reshape(-1)
+            flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().reshape(-1)
             sample.append(flat[:: -(-len(flat) // _SAMPLE)].to("cpu", torch.float64))
     values = torch.cat(sample) if sample else torch.zeros(0)
     return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().data).hexdigest()
