@@ -102,9 +102,23 @@ def folded(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
     return nn.Sequential(norm(nn.Conv2d(3, 12, 3)), nn.ReLU(), nn.Conv2d(12, 4, 3))
 
 
+class Jittered(nn.Module):
+    """A classifier without batch norms, which adds noise to its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(192, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.randn_like(x) * random.random()
+        return self.b(self.a(x.flatten(1)).relu())
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "plain": Base,
     "noise": Noisy,
+    "noise, no batch norms": Jittered,
     "weight norm": lambda: folded(weight_norm),
     "spectral norm": lambda: folded(spectral_norm),
 }

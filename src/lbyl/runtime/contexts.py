@@ -57,9 +57,11 @@ def own_settings() -> Iterator[None]:
     """Work as in a fresh process, whatever the caller has set around it.
 
     New tensors are on the CPU (see :func:`users_device`), gradients can be computed, and no operation runs in another
-    precision than its inputs'.
+    precision than its inputs'. Random numbers that a network draws itself, as a VAE does, are the same in every call,
+    and none of them are taken from the caller's generators.
     """
     with ExitStack() as stack:
+        stack.enter_context(seeded())
         stack.enter_context(_own_device())
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
