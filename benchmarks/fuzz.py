@@ -81,7 +81,7 @@ RESTORE = lbyl.LeastSquares(moments=lbyl.Noise(images=8))
 def go_on(folder: Path, *shares: float) -> lbyl.Sweep:
     """The sweep that is damaged, for these shares of the parameters."""
     budgets = [lbyl.Budget(params=share) for share in shares]
-    return lbyl.sweep(network(), example(), budgets, folder, restore=RESTORE, scope="all")
+    return lbyl.sweep(network(), example(), budgets, folder, restore=RESTORE, scope="all", forecast=False)
 
 
 def make_templates(place: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,21 @@ from lbyl.surgery.versions import VERSION
 X = images(2, 3, 8, 8)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def result() -> lbyl.Result:
+    """What the tests save and load; none of them changes it."""
     return compress(residual(), X, scope="all", ratio={"*": 0.5, "a.*": 0.25})
 
 
+@pytest.fixture(scope="module")
+def saved(result: lbyl.Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return result.save(tmp_path_factory.mktemp("saved") / "small")
+
+
 @pytest.fixture
-def folder(tmp_path: Path, result: lbyl.Result) -> Path:
-    return result.save(tmp_path / "small")
+def folder(tmp_path: Path, saved: Path) -> Path:
+    """A copy, for it may be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "small"))
 
 
 def edit(folder: Path, change: Callable[[Any], Any]) -> None:

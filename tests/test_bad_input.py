@@ -530,9 +530,9 @@ def small_files(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def result() -> lbyl.Result:
-    return lbyl.compress(flat_convnet(), images(1, 3, 4, 4), restore="prune", ratio=0.5)
+    return lbyl.compress(flat_convnet(), images(1, 3, 4, 4), restore="prune", ratio=0.5, forecast=False)
 
 
 @pytest.mark.posix
@@ -592,9 +592,8 @@ def test_an_interruption_leaves_nothing(
             result.save(tmp_path / "small")
         assert tree(tmp_path) == {}
 
-    hook = result.model.register_state_dict_pre_hook(stop)
-    save_interrupted()
-    hook.remove()
+    with result.model.register_state_dict_pre_hook(stop):
+        save_interrupted()
     stopped: list[str] = []
     while not stopped or stopped[-1] != "content":  # the folder itself
         files = Files(tmp_path, len(stopped) + 1, stop)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,12 @@ def dropped(name: str, share: float = 0.8, **settings: Any) -> lbyl.Result:
     return lbyl.compress(build(name), inputs_of(name), budget=budget, restore=restore, forecast=False, **settings)
 
 
+@cache
+def without_some_blocks(name: str) -> lbyl.Result:
+    """What several tests look at, and none changes."""
+    return dropped(name)
+
+
 @pytest.mark.parametrize("name", LIST)
 def test_blocks_and_their_writers_are_found(name: str) -> None:
     model = build(name)
@@ -242,7 +249,7 @@ def test_saved_folders_load_with_from_pretrained_in_a_fresh_process(tmp_path: Pa
     """All in one process, because importing transformers takes longer than the rest."""
     code = "import torch, transformers\n"
     for name in ("llama", "gpt2", "bert", "vit"):
-        result, out = dropped(name), tmp_path / name
+        result, out = without_some_blocks(name), tmp_path / name
         result.save(out)
         (note,) = [n for n in json.loads((out / MANIFEST).read_text())["report"]["notes"] if "transformers" in n]
         assert "loads this folder" in note
@@ -260,14 +267,14 @@ with torch.no_grad():
 
 @pytest.mark.parametrize("name", LIST)
 def test_load_drops_the_same_blocks(name: str, tmp_path: Path) -> None:
-    result = dropped(name)
+    result = without_some_blocks(name)
     result.save(tmp_path / "out")
     loaded = lbyl.load(tmp_path / "out", build(name))
     assert all(map(torch.equal, outputs(result.model, name), outputs(loaded, name)))
 
 
 def test_a_plan_with_blocks_that_a_network_lacks_gives_one_line(tmp_path: Path) -> None:
-    dropped("llama").save(tmp_path / "out")
+    without_some_blocks("llama").save(tmp_path / "out")
     hf: Any = transformers
     shallow = hf.LlamaForCausalLM(hf.LlamaConfig(num_key_value_heads=2, **{**SIZES, "num_hidden_layers": 2}, **TOKENS))
     with pytest.raises(ArtifactError, match=r"another architecture.*model\.layers\.") as caught:
@@ -283,7 +290,7 @@ def test_a_plan_with_blocks_that_a_network_lacks_gives_one_line(tmp_path: Path) 
 
 
 def test_generation_works_with_renumbered_caches() -> None:
-    model: Any = dropped("llama").model
+    model: Any = without_some_blocks("llama").model
     ids = inputs_of("llama").kwargs["input_ids"]
     cached, plain = (
         model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=use, min_new_tokens=5) for use in (True, False)
@@ -312,7 +319,7 @@ def test_depth_with_width_is_never_worse_than_the_better_of_both() -> None:
 
 
 def test_a_network_that_lost_blocks_can_be_compressed_again(tmp_path: Path) -> None:
-    first = dropped("llama")
+    first = without_some_blocks("llama")
     restore = lbyl.LeastSquares(moments=lbyl.Data(batches("llama"), 4))
     more = lbyl.compress(first.model, inputs_of("llama"), ratio=0.25, restore=restore, forecast=False)
     again = lbyl.compress(
@@ -429,6 +436,6 @@ def test_the_command_line_drops_blocks(tmp_path: Path) -> None:
 
 
 def test_equal_seeds_give_equal_networks() -> None:
-    first, second = dropped("cnn"), dropped("cnn")
+    first, second = without_some_blocks("cnn"), dropped("cnn")
     assert first.plan == replace(second.plan)
     assert all(map(torch.equal, outputs(first.model, "cnn"), outputs(second.model, "cnn")))

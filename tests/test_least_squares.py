@@ -12,8 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 import lbyl
+from lbyl.moments import dream as dreams
+from lbyl.moments import synthesis
 from lbyl.moments.accumulate import Columns, Moments, PatchSums, WholeSums
 from lbyl.moments.synthesis import dead_leaves, pink, varied_pink
+from lbyl.restore.least_squares import solve as solving
 from lbyl.restore.least_squares.fit import measure
 from lbyl.restore.least_squares.recalibrate import Look, expected_shift, recenter
 from lbyl.restore.ridge import Prior, solve
@@ -243,21 +246,23 @@ def two_convolutions(width: int) -> nn.Module:
     return randomize(nn.Sequential(convs[0], nn.BatchNorm2d(width), convs[1], nn.BatchNorm2d(width)))
 
 
-def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so() -> None:
-    """All steps may take 1e13 multiply-accumulates. So little memory makes the dreams small, and the test quick."""
+def test_a_network_too_large_for_dreams_gets_fewer_steps_or_none_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth of the multiply-accumulates, and so little memory that dreams are small, make the test quick."""
+    assert dreams._MOST == 1e13
+    monkeypatch.setattr(dreams, "_MOST", 1e11)
 
     def notes(net: nn.Module, side: int, allowed: float, steps: int | None = None) -> str:
         """What is said of so many dreams that this many steps are allowed."""
         inputs = ExampleInputs.of(torch.zeros(1, 3, side, side))
-        count = int(1e13 / (3 * macs_per_input(net, inputs) * allowed))
-        dream = lbyl.Dream(images=count, steps=steps, memory=10**6)
+        count = int(1e11 / (3 * macs_per_input(net, inputs) * allowed))
+        dream = lbyl.Dream(images=count, steps=steps, memory=62_500)
         return dream.probes(net, inputs, torch.Generator().manual_seed(0), None).note
 
-    net, fewer = two_convolutions(32), "probes of 64x64 pixels in place of 1024x1024: "
-    assert notes(net, 1024, 20).startswith(fewer)
-    assert notes(net, 1024, 7.5).startswith("only 7 steps of dreaming: ")
-    assert notes(net, 1024, 4.5, steps=2).startswith(fewer)
-    assert notes(two_convolutions(256), 128, 4.5).startswith("pink noise in place of dreams: ")
+    net, fewer = two_convolutions(32), "probes of 64x64 pixels in place of 128x128: "
+    assert notes(net, 128, 20).startswith(fewer)
+    assert notes(net, 128, 7.5).startswith("only 7 steps of dreaming: ")
+    assert notes(net, 128, 4.5, steps=2).startswith(fewer)
+    assert notes(two_convolutions(64), 64, 4.5).startswith("pink noise in place of dreams: ")
 
 
 def test_auto_follows_the_batch_norms_and_says_why() -> None:
@@ -370,6 +375,15 @@ def test_synthetic_images_are_seeded_and_like_natural_ones(make, least: float) -
     assert neighbors > least
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 8, 11), (40, 1, 12, 12)], ids=["boxes of one size", "of several"])
+def test_leaves_painted_together_are_those_painted_one_by_one(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = dead_leaves(shape, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(synthesis, "_SMALL", 0)
+    assert torch.equal(together, dead_leaves(shape, torch.Generator().manual_seed(0)))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -390,12 +404,14 @@ def test_bad_settings_are_refused(wrong) -> None:
         wrong()
 
 
-def test_long_kernels_with_many_channels_are_solved_by_mix() -> None:
-    """Their patches have thousands of entries, and so have the systems to solve."""
+def test_long_kernels_with_many_channels_are_solved_by_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their patches have thousands of entries, and so have the systems to solve; here an eighth of that."""
+    assert solving._MANY == 2048
+    monkeypatch.setattr(solving, "_MANY", 256)
     torch.manual_seed(0)
-    x = torch.randn(8, 1, 256)
+    x = torch.randn(8, 1, 128)
     for taps, solved_by_mix in ((64, True), (25, False)):
-        net = settle(nn.Sequential(nn.Conv1d(1, 44, 3), nn.ReLU(), nn.Conv1d(44, 2, taps)))
+        net = settle(nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU(), nn.Conv1d(8, 2, taps)))
         result = lbyl.compress(net, x, ratio=0.25, restore=lbyl.LeastSquares(moments=lbyl.Noise()), forecast=False)
         assert any(f"kernels are long ({taps} taps)" in row.note for row in result.report.rows) == solved_by_mix
         assert result.report.assessment

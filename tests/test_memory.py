@@ -330,12 +330,12 @@ def compressed(width, out):
     body = nn.Conv2d(3, width, 4), nn.BatchNorm2d(width), nn.ReLU()
     net = nn.Sequential(*body, nn.Flatten(), nn.Linear(25 * width, out))
     restore = lbyl.LeastSquares(lbyl.Noise(8), budget=2**20)
-    lbyl.compress(net.eval(), torch.randn(1, 3, 8, 8), ratio=0.5, restore=restore)
+    lbyl.compress(net.eval(), torch.randn(1, 3, 8, 8), ratio=0.5, restore=restore, forecast=False)
     return sum(p.numel() * 4 for p in net.parameters())
 
 compressed(8, 8)
 before = peak()
-model = compressed(256, 8192)
+model = compressed(256, 4096)
 print((peak() - before) / model)
 """
 

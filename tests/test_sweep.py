@@ -244,7 +244,7 @@ def test_a_crash_at_any_write_costs_at_most_what_was_being_written(
             note(log, stage.partition(" ")[0])
 
     def run(out: Path) -> lbyl.Sweep:
-        return lbyl.sweep(model, x, WIDE, out, restore=restore, evaluate=judge, progress=progress)
+        return lbyl.sweep(model, x, WIDE, out, restore=restore, evaluate=judge, progress=progress, forecast=False)
 
     expected = run(tmp_path / "whole")
     ideal, crashes = lines(log), list[str]()

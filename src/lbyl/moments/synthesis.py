@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,16 +96,10 @@ def dead_leaves(shape: Sequence[int], generator: torch.Generator) -> Float[Tenso
     gradient = 0.5 * _normal(generator, count, leaves, 2)
     strength = 0.25 * torch.exp(0.7 * _normal(generator, count, leaves))
     tone = color(leaves)
-    shape_of = torch.stack(
-        [radius, center_x, center_y, angle.cos(), angle.sin(), aspect, *gradient.unbind(2), strength]
-    )
+    numbers = torch.stack([radius, center_x, center_y, angle.cos(), angle.sin(), aspect, *gradient.unbind(2), strength])
     reach = (1.5 * radius * torch.maximum(aspect, 1 / aspect)).ceil().long() + 1
-    # Leaves are painted in order, because each hides earlier ones, and each in all images at once.
-    for leaf in range(leaves):
-        order = reach[:, leaf].argsort(descending=True)
-        for rows in order.split(_alike_in_size(reach[order, leaf].tolist(), height, width)):
-            numbers, sharp = shape_of[:, rows, leaf], square[rows, leaf]
-            _paint(images, rows, int(reach[rows[0], leaf]), numbers, sharp, tone[rows, leaf], grain[leaf % 2])
+    paint = _paint_whole if height * width <= _SMALL else _paint_boxes
+    paint(images, _Leaves(numbers, square, tone, reach), grain)
     images = images - images.mean((0, 2, 3), keepdim=True)
     return images / images.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
 
@@ -115,8 +110,38 @@ _BY_ITSELF = 1600
 """Boxes with more pixels are painted one by one, because the number of pixels determines their time."""
 
 
+_SMALL = 400
+"""In images of at most this many pixels, leaves are painted in whole images and not in boxes."""
+_AT_ONCE = 2**17
+"""Numbers of pixels of all images that are computed at once for several leaves; as much as a cache holds."""
+
+
+@dataclass(frozen=True)
+class _Leaves:
+    """The leaves of all images, in the order in which they are painted.
+
+    Attributes:
+        numbers: radius, center (x, y), cosine and sine of the angle, aspect, gradient (u, v), strength of the texture.
+        square: whether a leaf is a rectangle, and not an ellipse.
+        tone: its color.
+        reach: how many pixels it may extend from its center.
+    """
+
+    numbers: Float[Tensor, "9 images leaves"]
+    square: Bool[Tensor, "images leaves"]
+    tone: Float[Tensor, "images leaves channels"]
+    reach: Int[Tensor, "images leaves"]
+
+    def alike_in_size(self, leaf: int, height: int, width: int) -> Sequence[Int[Tensor, " leaves"]]:
+        """The images in parts, in which one leaf is painted in boxes of the size of the first one's."""
+        order = self.reach[:, leaf].argsort(descending=True)
+        return order.split(_alike_in_size(self.reach[order, leaf].tolist(), height, width))
+
+
 def _alike_in_size(falling: Sequence[int], height: int, width: int) -> list[int]:
     """Split leaves, sorted by falling size, into runs that are painted together in boxes of the first one's size."""
+    if height * width <= min(_BY_ITSELF, _WASTE // len(falling)):
+        return [len(falling)]
     counts, largest, wasted = list[int](), 0, 0
     for reach in falling:
         area = min(height, 2 * reach + 1) * min(width, 2 * reach + 1)
@@ -129,6 +154,45 @@ def _alike_in_size(falling: Sequence[int], height: int, width: int) -> list[int]
     return counts
 
 
+def _cover(
+    numbers: Sequence[Float[Tensor, "..."]],
+    square: Bool[Tensor, "..."],
+    dx: Float[Tensor, "..."],
+    dy: Float[Tensor, "..."],
+) -> tuple[Float[Tensor, "... height width"], Float[Tensor, "... height width"]]:
+    """How much of each pixel leaves cover, from 0 to 1, and their gradient, at offsets from their centers."""
+    r, _, _, cos, sin, stretch, slope_u, slope_v, _ = numbers
+    u = (dx * cos + dy * sin) / (r * stretch)
+    v = (dy * cos - dx * sin) / (r / stretch)
+    far = torch.where(square, torch.maximum(u.abs(), v.abs()), (u * u + v * v).sqrt())
+    return ((1 - far) * r + 0.5).clamp(0, 1), (slope_u * u + slope_v * v).clamp(-2, 2)
+
+
+def _starts(center: Float[Tensor, "..."], reach: Int[Tensor, "..."], side: int) -> Int[Tensor, "..."]:
+    """The first row or column of boxes that extend ``reach`` pixels from their centers, as far as the image goes."""
+    return torch.minimum((center.long() - reach).clamp_min(0), side - (2 * reach + 1).clamp_max(side))
+
+
+def _paint_boxes(
+    images: Float[Tensor, "images channels height width"],
+    leaves: _Leaves,
+    grain: Sequence[Float[Tensor, "images channels height width"]],
+) -> None:
+    """Paint leaf after leaf, because each hides earlier ones, and each in boxes of all images at once."""
+    for leaf in range(leaves.square.shape[1]):
+        for rows in leaves.alike_in_size(leaf, *images.shape[2:]):
+            numbers, square = leaves.numbers[:, rows, leaf], leaves.square[rows, leaf]
+            _paint(
+                images,
+                rows,
+                int(leaves.reach[rows[0], leaf]),
+                numbers,
+                square,
+                leaves.tone[rows, leaf],
+                grain[leaf % 2],
+            )
+
+
 def _paint(
     images: Float[Tensor, "images channels height width"],
     rows: Int[Tensor, " leaves"],
@@ -139,29 +203,53 @@ def _paint(
     grain: Float[Tensor, "images channels height width"],
 ) -> None:
     """Paint one leaf into each of the images ``rows``, in boxes of the same size."""
-    r, cx, cy, cos, sin, stretch, slope_u, slope_v, amount = numbers[:, :, None, None]
+    spread = numbers[:, :, None, None].unbind()
     height, width = images.shape[2:]
 
     def places(center: Tensor, side: int) -> Tensor:
         wide = min(side, 2 * reach + 1)
         return (center.flatten().long() - reach).clamp(0, side - wide)[:, None] + torch.arange(wide)
 
-    xs, ys = places(cx, width), places(cy, height)
-    dx, dy = xs[:, None, :] - cx, ys[:, :, None] - cy
-    u = (dx * cos + dy * sin) / (r * stretch)
-    v = (dy * cos - dx * sin) / (r / stretch)
-    far = torch.where(square[:, None, None], torch.maximum(u.abs(), v.abs()), (u * u + v * v).sqrt())
-    mask = ((1 - far) * r + 0.5).clamp(0, 1)[:, None]
-    shade = (slope_u * u + slope_v * v).clamp(-2, 2)[:, None]
+    xs, ys = places(spread[1], width), places(spread[2], height)
+    mask, shade = _cover(spread, square[:, None, None], xs[:, None, :] - spread[1], ys[:, :, None] - spread[2])
+    mask, shade = mask[:, None], shade[:, None]
     if len(rows) == 1:  # slices are faster than index tensors
         box = int(rows), slice(None), slice(int(ys[0, 0]), int(ys[0, -1]) + 1), slice(int(xs[0, 0]), int(xs[0, -1]) + 1)
     else:
         channels = torch.arange(images.shape[1])[:, None, None]
         box = rows[:, None, None, None], channels, ys[:, None, :, None], xs[:, None, None, :]
     there = images[box]
-    images[box] = there + (mask * (tone[:, :, None, None] + shade + amount[:, None] * grain[box] - there)).view_as(
-        there
-    )
+    color = tone[:, :, None, None] + shade + spread[8][:, None] * grain[box]
+    images[box] = there + (mask * (color - there)).view_as(there)
+
+
+def _paint_whole(
+    images: Float[Tensor, "images channels height width"],
+    leaves: _Leaves,
+    grain: Sequence[Float[Tensor, "images channels height width"]],
+) -> None:
+    """As :func:`_paint_boxes`, to the last bit, but with masks and colors of many leaves at once.
+
+    This is faster for small images, where calls take longer than arithmetic: three operations a leaf, not dozens.
+    """
+    (height, width), total = images.shape[2:], leaves.square.shape[1]
+    reach = leaves.reach.clone()
+    for leaf in range(total):
+        for rows in leaves.alike_in_size(leaf, height, width):
+            reach[rows, leaf] = leaves.reach[rows[0], leaf]
+    x, y = torch.arange(width), torch.arange(height)[:, None]
+    textures = torch.stack(list(grain))
+    for some in torch.arange(total).split(max(2, _AT_ONCE // images.numel())):
+        spread = leaves.numbers[:, :, some].transpose(1, 2)[..., None, None].unbind()
+        far, square = reach[:, some].T[..., None, None], leaves.square[:, some].T[..., None, None]
+        mask, shade = _cover(spread, square, x - spread[1], y - spread[2])
+        # A leaf ends with its box, as it does where only boxes are painted.
+        left, top = _starts(spread[1], far, width), _starts(spread[2], far, height)
+        mask *= (x >= left) & (x <= left + 2 * far) & (y >= top) & (y <= top + 2 * far)
+        tone = leaves.tone[:, some].transpose(0, 1)[..., None, None]
+        color = (tone + shade[:, :, None]).add_(spread[8][:, :, None] * textures[some % 2])
+        for paint, cover in zip(color, mask[:, :, None], strict=True):
+            images += paint.sub_(images).mul_(cover)
 
 
 def synthesize(
