@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import lbyl
+from lbyl.cli.app import app
 from lbyl.surgery.versions import VERSION, upgraded
 
 FOLDERS = Path(__file__).with_name("saved_0_1_0")
@@ -90,8 +90,9 @@ LATER = {"trained": False, "network": "", "blocks": [], "version": VERSION}
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_folder_is_shown(name: str) -> None:
-    command = [sys.executable, "-m", "lbyl", "show", str(FOLDERS / name), "--json"]
-    shown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = CliRunner().invoke(app, ["show", str(FOLDERS / name), "--json"])
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
     saved = json.loads((FOLDERS / name / "report.json").read_text(encoding="utf-8"))
     # Later versions write these as well.
     later = {"held_out_errors": {}, "forecast": None, "evaluation": None, "blocks": []}
