@@ -21,7 +21,7 @@ MAKE_SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: demo docs test browser clean
+.PHONY: demo docs test style types tests browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -29,12 +29,21 @@ demo: $(VENV)/.demo
 docs: $(VENV)/.docs
 	$(MAKE_SITE)
 
-test: $(VENV)/.dev browser
+# Side by side, because installing and checking types keep one core busy each.
+test:
+	$(MAKE) --no-print-directory --jobs=2 $(VENV)/.dev browser
+	$(MAKE) --no-print-directory --jobs=2 types tests
+
+style:
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright --pythonpath $(BIN)/python$(EXE)
 	$(BIN)/lint-imports
 	$(MAKE_SITE)
+
+types:
+	$(BIN)/pyright --pythonpath $(BIN)/python$(EXE)
+
+tests: style
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The tests look at the report in a real browser. Root on Debian gets one here; others install it themselves.

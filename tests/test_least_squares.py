@@ -92,7 +92,7 @@ def test_copies_of_kept_channels_are_restored_exactly(how: str) -> None:
         net[1].running_var[6:] = (net[1].running_var[:6] + net[1].eps) * 0.25 - net[1].eps
     x = images()
     restore = lbyl.LeastSquares(lbyl.Data([x]), solve=how, ridge=1e-9, renorm=False)
-    result = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore=restore, forecast=False)
+    result = lbyl.compress(net, x[:1], ratio={"0": 0.5}, criterion="l2", restore=restore, forecast=False)
     fresh = images(seed=5)
     torch.testing.assert_close(result.model(fresh), net(fresh), rtol=1e-3, atol=1e-4)
     pruned = lbyl.compress(net, x[:1], ratio={"0": 0.5}, restore="prune", forecast=False)

@@ -156,7 +156,7 @@ def restored(net: nn.Module, x: Tensor, sequential: bool | None, **settings: obj
     data = lbyl.Data([x, images(16, seed=9)], batches=2)
     settings = {"ridge": 1e-2, **settings}
     restore = lbyl.LeastSquares(data, sequential=sequential, **settings)  # pyright: ignore[reportArgumentType]
-    return lbyl.compress(net, x[:1], ratio=0.5, restore=restore, forecast=False)
+    return lbyl.compress(net, x[:1], ratio=0.5, criterion="l2", restore=restore, forecast=False)
 
 
 @pytest.mark.parametrize(("renorm", "share"), [(False, 0.9), (True, 1.0)])
@@ -425,7 +425,7 @@ def test_what_is_clearly_better_in_turn_is_not_compared(ridge: float, ways: set[
 
     def result(sequential: bool | None) -> lbyl.Result:
         restore = lbyl.LeastSquares(Given(probes), ridge=ridge, sequential=sequential)
-        return lbyl.compress(net, images(1), ratio=0.25, restore=restore, forecast=False)
+        return lbyl.compress(net, images(1), ratio=0.25, criterion="l2", restore=restore, forecast=False)
 
     free, asked = result(None), result(True)
     assert free.report.held_out_errors.keys() - {"pruned"} == ways

@@ -8,10 +8,14 @@ from lbyl.runtime.batch_norms import norms_cover
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.selection.criteria.energy import Energy
 from lbyl.selection.criteria.l2 import L2
+from lbyl.selection.criteria.obs import OBS
 
 
 def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Criterion | SeeingCriterion, str]:
     """The criterion for ``criterion="auto"``, and a note that says why.
+
+    With batch norms, which recalibration and biases let make up for means, it is OBS on covariances, with the ridge of
+    least squares. Without, energy is better on few samples, and L2 on inputs that tell nothing.
 
     Args:
         model: the network.
@@ -19,7 +23,9 @@ def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Cr
         lifelike: whether these probes are like real inputs. On other probes, the activations of a network without
             norms are less informative than its weights.
     """
-    if not probed or norms_cover(model) or not (lifelike or _normalizes(model)):
+    if probed and norms_cover(model):
+        return OBS(ridge=0.3, centered=True), ""
+    if not probed or not (lifelike or _normalizes(model)):
         return L2(), ""
     return Energy(), "auto: channels are chosen by the energy that consumers take from them"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lbyl.selection.view import ChannelView, Reading
@@ -14,67 +14,97 @@ from lbyl.selection.view import ChannelView, Reading
 
 @dataclass(frozen=True)
 class OBS:
-    """``U_j^T [(G^-1)_jj]^-1 U_j``: the error if the best linear combination of other channels replaces channel j.
+    """``tr([(G^-1)_jj]^-1 U_j U_j^T)``: the error if the best linear combination of other channels replaces channel j.
 
     ``G`` are the second moments of a consumer's input, and ``U_j`` are the consumer's weights for channel j. Channels
-    are removed a few at a time, and then the scores of all others are computed again, because only one of two similar
-    channels can be removed. Sources: Hassibi and Stork 1993, "Optimal Brain Surgeon"; Kurtic et al. 2023, "ZipLM"
-    (arXiv 2302.04089).
+    are removed a few at a time. Then what they did is added to the weights of those that are left, ``U_K`` becomes
+    ``U_K + G_KK^-1 G_KD U_D``, and all others are scored again by these: only one of two similar channels can go, and
+    whoever has taken over for others is needed more. Sources: Hassibi and Stork 1993, "Optimal Brain Surgeon"; Kurtic
+    et al. 2023, "ZipLM" (arXiv 2302.04089).
 
     Attributes:
         ridge: added to the diagonal of G, relative to its mean.
+        centered: take the covariance for G, where biases or norms behind the consumers make up for means.
     """
 
     ridge: float = 0.01
+    centered: bool = False
     sees: ClassVar[str] = "products"
 
     def score(self, view: ChannelView) -> Float[Tensor, " channels"]:
         """One score for each channel: its position in the order in which channels are removed."""
-        inverses = [(reading, _inverse(reading, self.ridge)) for reading in view.readings]
-        left = torch.arange(len(view))
+        left, gone = torch.arange(len(view)), 0
         scores = torch.zeros(len(view), dtype=torch.float64)
-        gone = 0
+        readers = [_reader(reading, self.ridge, self.centered) for reading in view.readings]
         while len(left):
             lost = torch.zeros(len(left), dtype=torch.float64)
-            for reading, inverse in inverses:
-                lost += _lost(reading, inverse, left)
+            for reader in readers:
+                lost += reader.lost()
             worst = torch.argsort(lost, stable=True)[: max(1, len(left) // _ROUNDS)]
             scores[left[worst]] = torch.arange(gone, gone + len(worst), dtype=torch.float64)
             gone += len(worst)
             stays = torch.ones(len(left), dtype=torch.bool)
             stays[worst] = False
-            inverses = [(r, _without(inverse, stays, r.index.shape[1])) for r, inverse in inverses]
+            readers = [reader.without(stays) for reader in readers]
             left = left[stays]
         return scores
 
 
-_ROUNDS = 32
+_ROUNDS = 128
 """Each round removes one of this many channels."""
 
 
-def _inverse(reading: Reading, ridge: float) -> Tensor:
-    gram = reading.products
-    strength = max(ridge * float(gram.diagonal().mean()), 1e-12 * float(gram.diagonal().max()), 1e-300)
-    gram.diagonal().add_(strength)
-    return torch.linalg.inv(gram)
+@dataclass(frozen=True)
+class _Reader:
+    """A consumer and the channels that are left.
+
+    Attributes:
+        inverse: the inverse of the moments of their columns.
+        gram: ``U U^T``, the products of the consumer's weights for these columns; float64 on the CPU, as the inverse.
+        seats: the number of columns of each channel; those of one channel are adjacent.
+        total: the energy of all channels, to which errors are relative.
+    """
+
+    inverse: Float[Tensor, "columns columns"]
+    gram: Float[Tensor, "columns columns"]
+    seats: int
+    total: Float[Tensor, ""]
+
+    def lost(self) -> Float[Tensor, " channels"]:
+        """The error from removing each of the channels that are left."""
+        if self.seats == 1:
+            return self.gram.diagonal() / self.inverse.diagonal() / self.total
+        blocks, products = (
+            matrix.reshape(-1, self.seats, len(matrix) // self.seats, self.seats).diagonal(dim1=0, dim2=2).movedim(2, 0)
+            for matrix in (self.inverse, self.gram)
+        )
+        return (torch.linalg.inv(blocks) * products).sum((1, 2)) / self.total
+
+    def without(self, stays: Bool[Tensor, " channels"]) -> _Reader:
+        """The consumer after some channels are removed, and the others have taken over.
+
+        With the inverse ``[[A, B], [B^T, D]]``, in which the removed columns come last, it becomes ``A - B D^-1 B^T``,
+        and the weights ``U`` become ``U_K - B D^-1 U_D``.
+        """
+        kept = stays.repeat_interleave(self.seats)
+        if not bool(kept.any()):
+            return self
+        cross = self.inverse[kept][:, ~kept]
+        taken = torch.linalg.solve(self.inverse[~kept][:, ~kept], cross.T).T
+        inverse = self.inverse[kept][:, kept] - taken @ cross.T
+        both = taken @ self.gram[~kept][:, kept]
+        gram = self.gram[kept][:, kept] - both - both.T + taken @ self.gram[~kept][:, ~kept] @ taken.T
+        return _Reader(inverse, gram, self.seats, self.total)
 
 
-def _lost(reading: Reading, inverse: Tensor, left: Tensor) -> Tensor:
-    """The error from removing each of the remaining channels, relative to the energy of all channels."""
-    seats = reading.index.shape[1]
-    total = (reading.energy * reading.square).sum().clamp_min(1e-300)
-    if seats == 1:
-        return reading.energy[left, 0] / inverse.diagonal() / total
-    blocks = inverse.reshape(len(left), seats, len(left), seats).diagonal(dim1=0, dim2=2).movedim(2, 0)
-    columns = reading.columns[left]
-    taken = columns @ columns.transpose(1, 2)
-    return (torch.linalg.inv(blocks) * taken).sum((1, 2)) / total
-
-
-def _without(inverse: Tensor, stays: Tensor, seats: int) -> Tensor:
-    """The inverse of the moments after some channels are removed: ``A - B D^-1 B^T``."""
-    kept = stays.repeat_interleave(seats)
-    if not bool(kept.any()):
-        return inverse[kept][:, kept]
-    cross = inverse[kept][:, ~kept]
-    return inverse[kept][:, kept] - cross @ torch.linalg.solve(inverse[~kept][:, ~kept], cross.T)
+def _reader(reading: Reading, ridge: float, centered: bool) -> _Reader:
+    moments, weights = reading.products, reading.columns.flatten(0, 1)
+    if centered:
+        mean = reading.mean.flatten().double()
+        moments = moments - torch.outer(mean, mean)
+    gram = weights @ weights.T
+    total = (gram.diagonal() * moments.diagonal().clamp_min(0)).sum().clamp_min(1e-300)
+    steadied = moments.clone()
+    diagonal = moments.diagonal().clamp_min(0)
+    steadied.diagonal().add_(max(ridge * float(diagonal.mean()), 1e-12 * float(diagonal.max()), 1e-300))
+    return _Reader(torch.linalg.inv(steadied), gram, reading.index.shape[1], total)
