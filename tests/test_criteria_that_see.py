@@ -63,6 +63,14 @@ def test_obs_removes_what_a_new_solution_misses_least_each_time(centered: bool) 
         assert kept(net, x, criterion, 1 - len(left) / 10) == tuple(left)
 
 
+def test_obs_of_very_many_columns_is_their_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = two_layers(), torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
+    by_energy = kept(net, x, "energy")
+    assert kept(net, x, "obs") != by_energy
+    monkeypatch.setattr("lbyl.selection.criteria.obs._COLUMNS", 11)
+    assert kept(net, x, "obs") == by_energy
+
+
 @dataclass(frozen=True)
 class Loudest:
     """A criterion of a user's: the mean over the seats of what a channel carries."""

@@ -22,6 +22,9 @@ class OBS:
     whoever has taken over for others is needed more. Sources: Hassibi and Stork 1993, "Optimal Brain Surgeon"; Kurtic
     et al. 2023, "ZipLM" (arXiv 2302.04089).
 
+    Channels with more than 4,096 columns at a consumer (flattened features, for instance) count as uncorrelated there,
+    because the inverse would take minutes. Their score is then their energy.
+
     Attributes:
         ridge: added to the diagonal of G, relative to its mean.
         centered: take the covariance for G, where biases or norms behind the consumers make up for means.
@@ -52,6 +55,23 @@ class OBS:
 
 _ROUNDS = 128
 """Each round removes one of this many channels."""
+_COLUMNS = 4096
+"""Largest number of columns whose moments are inverted."""
+
+
+@dataclass(frozen=True)
+class _Uncorrelated:
+    """A consumer with too many columns, and the errors from removing each of the channels that are left."""
+
+    errors: Float[Tensor, " channels"]
+
+    def lost(self) -> Float[Tensor, " channels"]:
+        """The error from removing each of the channels that are left."""
+        return self.errors
+
+    def without(self, stays: Bool[Tensor, " channels"]) -> _Uncorrelated:
+        """The consumer after some channels are removed."""
+        return _Uncorrelated(self.errors[stays])
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,11 @@ class _Reader:
         return _Reader(inverse, gram, self.seats, self.total)
 
 
-def _reader(reading: Reading, ridge: float, centered: bool) -> _Reader:
+def _reader(reading: Reading, ridge: float, centered: bool) -> _Reader | _Uncorrelated:
+    if reading.index.numel() > _COLUMNS or reading.moments is None or reading.moments.products is None:
+        variance = reading.square - reading.mean.square() if centered else reading.square
+        taken = (reading.energy * variance.clamp_min(0)).sum(1)
+        return _Uncorrelated(taken / taken.sum().clamp_min(1e-300))
     moments, weights = reading.products, reading.columns.flatten(0, 1)
     if centered:
         mean = reading.mean.flatten().double()
