@@ -14,8 +14,8 @@ from lbyl.selection.criteria.obs import OBS
 def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Criterion | SeeingCriterion, str]:
     """The criterion for ``criterion="auto"``, and a note that says why.
 
-    With batch norms, which recalibration and biases let make up for means, it is OBS on covariances, with the ridge of
-    least squares. Without, energy is better on few samples, and L2 on inputs that tell nothing.
+    With batch norms, which make up for means, it is OBS on covariances, with the ridge of least squares. Without
+    them, energy is better on few samples. On inputs that tell little, it is L2.
 
     Args:
         model: the network.
@@ -23,9 +23,9 @@ def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Cr
         lifelike: whether these probes are like real inputs. On other probes, the activations of a network without
             norms are less informative than its weights.
     """
-    if probed and norms_cover(model):
+    if probed and lifelike and norms_cover(model):
         return OBS(ridge=0.3, centered=True), ""
-    if not probed or not (lifelike or _normalizes(model)):
+    if not probed or norms_cover(model) or not (lifelike or _normalizes(model)):
         return L2(), ""
     return Energy(), "auto: channels are chosen by the energy that consumers take from them"
 

@@ -118,17 +118,21 @@ class _Reader:
 
 
 def _reader(reading: Reading, ridge: float, centered: bool) -> _Reader | _Uncorrelated:
+    variance = reading.square - reading.mean.square() if centered else reading.square
+    taken = (reading.energy * variance.clamp_min(0)).sum(1)
+    uncorrelated = _Uncorrelated(taken / taken.sum().clamp_min(1e-300))
     if reading.index.numel() > _COLUMNS or reading.moments is None or reading.moments.products is None:
-        variance = reading.square - reading.mean.square() if centered else reading.square
-        taken = (reading.energy * variance.clamp_min(0)).sum(1)
-        return _Uncorrelated(taken / taken.sum().clamp_min(1e-300))
+        return uncorrelated
     moments, weights = reading.products, reading.columns.flatten(0, 1)
     if centered:
         mean = reading.mean.flatten().double()
         moments = moments - torch.outer(mean, mean)
     gram = weights @ weights.T
-    total = (gram.diagonal() * moments.diagonal().clamp_min(0)).sum().clamp_min(1e-300)
-    steadied = moments.clone()
     diagonal = moments.diagonal().clamp_min(0)
+    total = (gram.diagonal() * diagonal).sum().clamp_min(1e-300)
+    steadied = moments.clone()
     steadied.diagonal().add_(max(ridge * float(diagonal.mean()), 1e-12 * float(diagonal.max()), 1e-300))
-    return _Reader(torch.linalg.inv(steadied), gram, reading.index.shape[1], total)
+    inverse, failed = torch.linalg.inv_ex(steadied)
+    if int(failed) or float(diagonal.max()) < 1e-12 * float(reading.square.max()):
+        return uncorrelated  # nothing varies
+    return _Reader(inverse, gram, reading.index.shape[1], total)
