@@ -63,6 +63,25 @@ def test_obs_removes_what_a_new_solution_misses_least_each_time(centered: bool) 
         assert kept(net, x, criterion, 1 - len(left) / 10) == tuple(left)
 
 
+def test_obs_removes_all_columns_of_a_channel_together() -> None:
+    """The same search where each channel of a flattened map has four columns."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5)).eval()
+    x = torch.randn(4000, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        seen = net[:3](x[:3000]).double()
+        wanted = seen @ net[3].weight.double().T  # pyright: ignore
+    left = list(range(6))
+
+    def missed(gone: int) -> float:
+        others = seen[:, [4 * channel + place for channel in left if channel != gone for place in range(4)]]
+        return float((others @ torch.linalg.lstsq(others, wanted).solution - wanted).square().sum())
+
+    while len(left) > 1:
+        left.remove(min(left, key=missed))
+        assert kept(net, x, lbyl.OBS(ridge=1e-9), 1 - len(left) / 6) == tuple(left)
+
+
 def test_obs_of_very_many_columns_is_their_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = two_layers(), torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
     by_energy = kept(net, x, "energy")

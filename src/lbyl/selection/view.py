@@ -70,6 +70,11 @@ class Reading:
         return self._seated(self._seen.square)
 
     @property
+    def has_products(self) -> bool:
+        """Whether ``E[x_i x_j]`` was measured; otherwise seats count as uncorrelated."""
+        return self._seen.products is not None
+
+    @property
     def products(self) -> Float[Tensor, "channels*seats channels*seats"]:
         """``E[x_i x_j]`` of all pairs of seats; the seats of a channel are adjacent."""
         products = self._seen.products

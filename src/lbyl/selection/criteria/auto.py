@@ -23,9 +23,9 @@ def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Cr
         lifelike: whether these probes are like real inputs. On other probes, the activations of a network without
             norms are less informative than its weights.
     """
-    if probed and lifelike and norms_cover(model):
-        return OBS(ridge=0.3, centered=True), ""
-    if not probed or norms_cover(model) or not (lifelike or _normalizes(model)):
+    if probed and norms_cover(model):
+        return (OBS(ridge=0.3, centered=True) if lifelike else L2()), ""
+    if not probed or not (lifelike or _normalizes(model)):
         return L2(), ""
     return Energy(), "auto: channels are chosen by the energy that consumers take from them"
 

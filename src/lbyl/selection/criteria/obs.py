@@ -61,7 +61,11 @@ _COLUMNS = 4096
 
 @dataclass(frozen=True)
 class _Uncorrelated:
-    """A consumer with too many columns, and the errors from removing each of the channels that are left."""
+    """A consumer whose columns count as uncorrelated: too many, or constant on the probes.
+
+    Attributes:
+        errors: the errors from removing each of the channels that are left.
+    """
 
     errors: Float[Tensor, " channels"]
 
@@ -121,18 +125,17 @@ def _reader(reading: Reading, ridge: float, centered: bool) -> _Reader | _Uncorr
     variance = reading.square - reading.mean.square() if centered else reading.square
     taken = (reading.energy * variance.clamp_min(0)).sum(1)
     uncorrelated = _Uncorrelated(taken / taken.sum().clamp_min(1e-300))
-    if reading.index.numel() > _COLUMNS or reading.moments is None or reading.moments.products is None:
+    if reading.index.numel() > _COLUMNS or not reading.has_products:
         return uncorrelated
     moments, weights = reading.products, reading.columns.flatten(0, 1)
     if centered:
-        mean = reading.mean.flatten().double()
-        moments = moments - torch.outer(mean, mean)
+        mean = reading.mean.flatten()
+        moments -= torch.outer(mean, mean)
     gram = weights @ weights.T
     diagonal = moments.diagonal().clamp_min(0)
     total = (gram.diagonal() * diagonal).sum().clamp_min(1e-300)
-    steadied = moments.clone()
-    steadied.diagonal().add_(max(ridge * float(diagonal.mean()), 1e-12 * float(diagonal.max()), 1e-300))
-    inverse, failed = torch.linalg.inv_ex(steadied)
+    moments.diagonal().add_(max(ridge * float(diagonal.mean()), 1e-12 * float(diagonal.max()), 1e-300))
+    inverse, failed = torch.linalg.inv_ex(moments)
     if int(failed) or float(diagonal.max()) < 1e-12 * float(reading.square.max()):
         return uncorrelated  # nothing varies
     return _Reader(inverse, gram, reading.index.shape[1], total)
