@@ -91,7 +91,8 @@ class Subject:
         graph: its channel graph.
         restorer: its restorer.
         criterion: its criterion.
-        why: notes that say why "auto" chose restorer and criterion.
+        why: notes that say why "auto" chose the restorer.
+        scored: a note that says which criterion "auto" chose; "" if the user chose it.
     """
 
     path: str
@@ -101,13 +102,14 @@ class Subject:
     restorer: Restorer
     criterion: Criterion | SeeingCriterion
     why: tuple[str, ...] = ()
+    scored: str = ""
 
     @staticmethod
     def of(path: str, model: nn.Module, inputs: ExampleInputs, graph: Graph, request: CompressionRequest) -> Subject:
         """A traced module with the requested restorer and criterion, or with the best ones for it."""
         restorer, why = request.restorer(model, inputs)
-        criterion, how = request.scoring(model, inputs, restorer)
-        return Subject(path, model, inputs, graph, restorer, criterion, tuple(filter(None, [why, how])))
+        criterion, scored = request.scoring(model, inputs, restorer)
+        return Subject(path, model, inputs, graph, restorer, criterion, (why,) if why else (), scored)
 
     @property
     def may_probe(self) -> bool:
@@ -119,7 +121,8 @@ class Subject:
         yield self
         if request.restore is None:
             for restorer in fallbacks(self.restorer):
-                yield replace(self, restorer=restorer, criterion=request.scoring(self.model, self.inputs, restorer)[0])
+                criterion, scored = request.scoring(self.model, self.inputs, restorer)
+                yield replace(self, restorer=restorer, criterion=criterion, scored=scored)
 
 
 @contextmanager

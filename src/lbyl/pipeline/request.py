@@ -93,4 +93,5 @@ class CompressionRequest:
         named = self.criterion
         if named is not None:
             return named, ""
-        return choose_criterion(model, restorer.takes_probes, restorer.takes_lifelike_probes(inputs))
+        criterion, why = choose_criterion(model, restorer.takes_probes, restorer.takes_lifelike_probes(inputs))
+        return criterion, "" if restorer.chooses else why

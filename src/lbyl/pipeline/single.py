@@ -239,6 +239,7 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
             note
             for note in (
                 *subject.why,
+                subject.scored,
                 *subject.graph.notes,
                 *planned.notes,
                 *restoration.notes,

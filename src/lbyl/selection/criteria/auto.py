@@ -23,11 +23,11 @@ def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Cr
         lifelike: whether these probes are like real inputs. On other probes, the activations of a network without
             norms are less informative than its weights.
     """
-    if probed and norms_cover(model):
-        return (OBS(ridge=0.3, centered=True) if lifelike else L2()), ""
-    if not probed or not (lifelike or _normalizes(model)):
-        return L2(), ""
-    return Energy(), "auto: channels are chosen by the energy that consumers take from them"
+    if probed and lifelike and norms_cover(model):
+        return OBS(ridge=0.3, centered=True), "auto: channels are chosen by OBS: those that the others make up for best"
+    if probed and not norms_cover(model) and (lifelike or _normalizes(model)):
+        return Energy(), "auto: channels are chosen by the energy that consumers take from them"
+    return L2(), "auto: channels are chosen by the L2 norm of their filters"
 
 
 def _normalizes(model: nn.Module) -> bool:
