@@ -161,18 +161,34 @@ def with_norm() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
 
 
-def test_auto_sees_where_no_batch_norm_tells() -> None:
-    x, image = torch.randn(400, 6), torch.randn(1, 3, 8, 8)
-    result = lbyl.compress(two_layers(), x[:1], restore=data(x), ratio=0.5, forecast=False)
-    assert result.plan.settings["criterion"]["name"] == "Energy"
-    assert any("energy" in note for note in result.report.notes)
-    for restore, name in (("auto", "L2"), (data(torch.randn(8, 3, 8, 8)), "OBS")):  # too small for photographs
-        result = lbyl.compress(with_norm(), image, restore=restore, ratio=0.5, forecast=False)
-        assert result.plan.settings["criterion"]["name"] == name
-    assert (
-        lbyl.compress(two_layers(), x[:1], restore="lbyl", ratio=0.5, forecast=False).plan.settings["criterion"]["name"]
-        == "L2"
+def classifier_of_texts() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(20, 6), nn.LayerNorm(6), nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "probes", "restore", "criterion", "told"),
+    [
+        (two_layers, torch.randn(400, 6), "data", "OBS(ridge=0.3, centered=False)", "chosen by OBS"),
+        (two_layers, torch.randn(400, 6), "lbyl", "L2()", "chosen by the L2 norm"),
+        (two_layers, torch.randn(400, 6), "auto", "L2()", "chosen by the L2 norm"),  # noise, and no norms
+        (with_norm, torch.randn(8, 3, 8, 8), "data", "OBS(ridge=0.3, centered=True)", "chosen by OBS"),
+        (with_norm, torch.randn(8, 3, 8, 8), "auto", "L2()", "chosen by the L2 norm"),  # too small for photographs
+        (classifier_of_texts, torch.randint(0, 20, (40, 5)), "data", "Energy()", "chosen by the energy"),
+    ],
+)
+def test_auto_follows_what_the_network_sees(
+    make: Callable[[], nn.Module], probes: Tensor, restore: str, criterion: str, told: str
+) -> None:
+    net = make()
+    result = lbyl.compress(
+        net, probes[:1], restore=data(probes) if restore == "data" else restore, ratio=0.5, forecast=False
     )
+    settings = dict(result.plan.settings["criterion"])
+    name = settings.pop("name")
+    assert f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})" == criterion
+    assert sum(told in note for note in result.report.notes) == 1
+    chosen = lbyl.compress(net, probes[:1], criterion="l1", restore="prune", ratio=0.5, forecast=False)
+    assert not any("channels are chosen" in note for note in chosen.report.notes)
 
 
 class Blind:

@@ -63,9 +63,8 @@ def compress(
         scope: "inner" prunes groups outside of residual connections and layer norms, and "all" prunes every prunable
             group. A layer norm over pruned channels then takes its statistics over the kept ones.
         criterion: how channels are scored: "l1", "l2", "gm" (by filters), "energy", "obs" (by activations on probes),
-            "random", or an object with a ``score`` method. "auto" chooses OBS in networks with batch norms that see
-            photographs or data, energy where others see such inputs or have norms, and L2 elsewhere; the report says
-            which.
+            "random", or an object with a ``score`` method. "auto" chooses OBS where the network sees inputs like real
+            ones or has layer, group or instance norms, energy for texts, and L2 elsewhere; the report says which.
         restore: a restorer or its short name ("lbyl", "prune", "merge", "coreset"); "auto" chooses the best one that
             needs no data, and the report says which and why.
         seed: seed of all random numbers; equal seeds give equal results.

@@ -8,6 +8,7 @@ from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
+from lbyl.moments.token_inputs import token_ids
 from lbyl.restore.base import Restorer
 from lbyl.restore.closed_form import Delivers
 from lbyl.restore.registry import DEFAULT, check_effort, choose_restorer, resolve_restorer
@@ -93,5 +94,6 @@ class CompressionRequest:
         named = self.criterion
         if named is not None:
             return named, ""
-        criterion, why = choose_criterion(model, restorer.takes_probes, restorer.takes_lifelike_probes(inputs))
+        lifelike, texts = restorer.takes_lifelike_probes(inputs), token_ids(inputs) is not None
+        criterion, why = choose_criterion(model, restorer.takes_probes, lifelike, texts)
         return criterion, "" if restorer.chooses else why

@@ -11,23 +11,27 @@ from lbyl.selection.criteria.l2 import L2
 from lbyl.selection.criteria.obs import OBS
 
 
-def choose_criterion(model: nn.Module, probed: bool, lifelike: bool) -> tuple[Criterion | SeeingCriterion, str]:
-    """The criterion for ``criterion="auto"``, and a note that says why.
+def choose_criterion(
+    model: nn.Module, probed: bool, lifelike: bool, texts: bool
+) -> tuple[Criterion | SeeingCriterion, str]:
+    """The criterion for ``criterion="auto"``, and a note that says so.
 
-    With batch norms, which make up for means, it is OBS on covariances, with the ridge of least squares. Without
-    them, energy is better on few samples. On inputs that tell little, it is L2.
+    It is OBS with the ridge of least squares wherever activations tell more than weights: on inputs like real ones, and
+    in networks whose layer, group or instance norms keep activations on probes similar to those on inputs. With batch
+    norms, which make up for means, it is OBS on covariances. For texts it is energy, and elsewhere L2.
 
     Args:
         model: the network.
         probed: whether the network is run on probes anyway, so that activations can be measured.
-        lifelike: whether these probes are like real inputs. On other probes, the activations of a network without
-            norms are less informative than its weights.
+        lifelike: whether these probes are like real inputs.
+        texts: whether inputs are tokens. They are too few for the thousands of neurons of a language model.
     """
-    if probed and lifelike and norms_cover(model):
-        return OBS(ridge=0.3, centered=True), "auto: channels are chosen by OBS: those that the others make up for best"
-    if probed and not norms_cover(model) and (lifelike or _normalizes(model)):
+    stored = norms_cover(model)
+    if not probed or not (lifelike or (_normalizes(model) and not stored)):
+        return L2(), "auto: channels are chosen by the L2 norm of their filters"
+    if texts:
         return Energy(), "auto: channels are chosen by the energy that consumers take from them"
-    return L2(), "auto: channels are chosen by the L2 norm of their filters"
+    return OBS(ridge=0.3, centered=stored), "auto: channels are chosen by OBS: those that the others replace best"
 
 
 def _normalizes(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -83,42 +83,53 @@ class _Reader:
     """A consumer and the channels that are left.
 
     Attributes:
-        inverse: the inverse of the moments of their columns.
+        inverse: the inverse of the moments of their columns, changed in place.
         gram: ``U U^T``, the products of the consumer's weights for these columns; float64 on the CPU, as the inverse.
         seats: the number of columns of each channel; those of one channel are adjacent.
         total: the energy of all channels, to which errors are relative.
+        left: which of these channels are left. Those that are not stay in the matrices for a while, because copying
+            these takes longer than computing with a few columns too many.
     """
 
     inverse: Float[Tensor, "columns columns"]
     gram: Float[Tensor, "columns columns"]
     seats: int
     total: Float[Tensor, ""]
+    left: Bool[Tensor, " channels"]
 
-    def lost(self) -> Float[Tensor, " channels"]:
+    def lost(self) -> Float[Tensor, " channels_left"]:
         """The error from removing each of the channels that are left."""
         if self.seats == 1:
-            return self.gram.diagonal() / self.inverse.diagonal() / self.total
+            return (self.gram.diagonal() / self.inverse.diagonal())[self.left] / self.total
         blocks, products = (
             matrix.reshape(-1, self.seats, len(matrix) // self.seats, self.seats).diagonal(dim1=0, dim2=2).movedim(2, 0)
             for matrix in (self.inverse, self.gram)
         )
-        return (torch.linalg.inv(blocks) * products).sum((1, 2)) / self.total
+        return (torch.linalg.inv(blocks[self.left]) * products[self.left]).sum((1, 2)) / self.total
 
-    def without(self, stays: Bool[Tensor, " channels"]) -> _Reader:
+    def without(self, stays: Bool[Tensor, " channels_left"]) -> _Reader:
         """The consumer after some channels are removed, and the others have taken over.
 
         With the inverse ``[[A, B], [B^T, D]]``, in which the removed columns come last, it becomes ``A - B D^-1 B^T``,
-        and the weights ``U`` become ``U_K - B D^-1 U_D``.
+        and the weights ``U`` become ``U_K - T U_D`` with ``T = B D^-1``. So ``U U^T`` becomes ``U_K U_K^T - T N^T -
+        N T^T`` with ``N = (U_K - T U_D / 2) U_D^T``.
         """
-        kept = stays.repeat_interleave(self.seats)
-        if not bool(kept.any()):
+        removed = self.left.clone()
+        removed[self.left] = ~stays
+        left = self.left & ~removed
+        if not bool(left.any()):
             return self
-        cross = self.inverse[kept][:, ~kept]
-        taken = torch.linalg.solve(self.inverse[~kept][:, ~kept], cross.T).T
-        inverse = self.inverse[kept][:, kept] - taken @ cross.T
-        both = taken @ self.gram[~kept][:, kept]
-        gram = self.gram[kept][:, kept] - both - both.T + taken @ self.gram[~kept][:, ~kept] @ taken.T
-        return _Reader(inverse, gram, self.seats, self.total)
+        gone = removed.repeat_interleave(self.seats).nonzero().flatten()
+        cross, products = self.inverse[:, gone], self.gram[:, gone]
+        taken = torch.linalg.solve(cross[gone], cross.T).T
+        half = products - taken @ products[gone] / 2
+        self.inverse.addmm_(taken, cross.T, alpha=-1)
+        self.gram.addmm_(torch.cat([taken, half], 1), torch.cat([half, taken], 1).T, alpha=-1)
+        if 4 * int(left.sum()) > 3 * len(left):
+            return replace(self, left=left)
+        kept = left.repeat_interleave(self.seats).nonzero().flatten()
+        inverse, gram = (matrix[kept][:, kept] for matrix in (self.inverse, self.gram))
+        return replace(self, inverse=inverse, gram=gram, left=left[left])
 
 
 def _reader(reading: Reading, ridge: float, centered: bool) -> _Reader | _Uncorrelated:
@@ -138,4 +149,5 @@ def _reader(reading: Reading, ridge: float, centered: bool) -> _Reader | _Uncorr
     inverse, failed = torch.linalg.inv_ex(moments)
     if int(failed) or float(diagonal.max()) < 1e-12 * float(reading.square.max()):
         return uncorrelated  # nothing varies
-    return _Reader(inverse, gram, reading.index.shape[1], total)
+    everything = torch.ones(len(reading.index), dtype=torch.bool)
+    return _Reader(inverse, gram, reading.index.shape[1], total, everything)
