@@ -1,15 +1,15 @@
 """Accuracy against ratio, method by method: the same kept channels, the full test sets, three seeds.
 
-    python benchmarks/accuracy.py --data DIR [--network resnet56] [--seeds 3] [--quick] [--fresh] [--costs] [--ridges]
+    python benchmarks/accuracy.py --data DIR [--network resnet56] [--method Default] [--seeds 3] [--quick] [--fresh]
+        [--costs] [--ridges]
 
-Every column but Coreset keeps the same channels, those of the largest L2 norm; Coreset draws its own, which
-is what the method is, and on networks without batch norms Default and Data keep as many, chosen by energy. Only the
-Data column sees images of the task: a few unlabelled ones of the test set, drawn by the seed, as many as
-`Network.calibration` says, solved with the settings of the other columns. Default is what `lbyl.compress` does when
-nothing is asked of it: where there are batch norms, dreams, and crops of the 32 photographs that come with the package
-where inputs are color images, or painted scenes. Dream is dreams and scenes. Dreams depend on the network and the seed
-alone, so all ratios share them; what one whole compression takes is measured apart, on a machine that has nothing else
-to do, by --costs.
+All columns keep as many channels, and most keep the same ones, those of the largest L2 norm. Default and Data keep
+those that `lbyl.compress` chooses for them, and Coreset draws its own, which is what the method is. Only the Data column
+sees images of the task: a few unlabelled ones of the test set, drawn by the seed, as many as `Network.calibration` says,
+solved with the settings of the other columns. Default is what `lbyl.compress` does when nothing is asked of it: where
+there are batch norms, dreams, and crops of the 32 photographs that come with the package where inputs are color images,
+or painted scenes. Dream is dreams and scenes. Dreams depend on the network and the seed alone, so all ratios share them;
+what one whole compression takes is measured apart, on a machine that has nothing else to do, by --costs.
 
 DIR (or the environment variable LBYL_DATA) holds the files that paper.py lists, and
 data/imagenet_val1300_227.npz (37 MB; `blob`, `offsets`, `labels`): 1,300 of the ILSVRC2012 validation images,
@@ -69,7 +69,7 @@ METHODS = ("Prune", "Merge", "Coreset", "LBYL", "Gaussian", "Noise", "Dream", "D
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 SEEDED = ("Coreset", "Noise", "Dream", "Default", "Data")
 DREAMED = ("Dream", "Default")
-SAME_CHANNELS = tuple(method for method in METHODS if method != "Coreset")
+SAME_CHANNELS = tuple(method for method in METHODS if method not in ("Coreset", "Default", "Data"))
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,8 @@ def accuracies(name: str, cells: Sequence[dict[str, Any]]) -> Table:
     unpruned = of(cells, network=name, method="Unpruned")[0]["accuracy"]
     note = (
         f"Top-1 in percent, unpruned {unpruned:.2f}; mean and spread over seeds. Data sees "
-        f"{network.calibration} real images, Coreset draws its own channels. Dream is without photographs."
+        f"{network.calibration} real images. Default, Data and Coreset choose channels of their own, as many as the "
+        "others. Dream is without photographs."
     )
     return Table(network.title, ["ratio", *METHODS], rows, note)
 
@@ -365,14 +366,10 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def check_channels(cells: Sequence[dict[str, Any]]) -> None:
-    """Every method but Coreset must have kept the same channels, or the columns can't be compared.
-
-    Where there are no batch norms, Default and Data keep as many, chosen by what they see.
-    """
+    """The methods that do not choose by what they see must have kept the same channels."""
     kept: dict[tuple[str, float], str] = {}
     for cell in cells:
-        sees = cell["network"].endswith("_folded") and cell["method"] in ("Default", "Data")
-        if cell["kind"] == "accuracy" and cell["method"] in SAME_CHANNELS and not sees:
+        if cell["kind"] == "accuracy" and cell["method"] in SAME_CHANNELS:
             first = kept.setdefault((cell["network"], cell["ratio"]), cell["kept"])
             if first != cell["kept"]:
                 raise RuntimeError(f"{cell['method']} on {cell['network']} kept other channels than the rest")
@@ -407,23 +404,34 @@ def main(
     network: Annotated[list[str] | None, typer.Option(help="One of NETWORKS; may be given again. All without.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of whatever is drawn at random.")] = 3,
     quick: Annotated[bool, typer.Option(help="One seed, 500 images, middle ratio; nothing is written.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Compute again what is known, for these networks.")] = False,
+    method: Annotated[list[str] | None, typer.Option(help="One of METHODS; may be given again. All without.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Compute again what is known, for these networks and methods.")] = False,
     costs_too: Annotated[bool, typer.Option("--costs", help="Time whole compressions, before the rest.")] = False,
     ridges_too: Annotated[bool, typer.Option("--ridges", help="Try other ridges, before the rest.")] = False,
 ) -> None:
     """Fill the table cell by cell."""
     console = Console()
-    names = network or list(NETWORKS)
+    names, methods = network or list(NETWORKS), method or ["Unpruned", *METHODS]
     if quick and (costs_too or ridges_too):
         raise typer.BadParameter("--costs and --ridges write what they find, --quick writes nothing: leave one out")
     for name in names:
         if name not in NETWORKS:
             raise typer.BadParameter(f"{name!r}: choose {', '.join(NETWORKS)}", param_hint="--network")
+    for name in methods:
+        if name not in ("Unpruned", *METHODS):
+            raise typer.BadParameter(f"{name!r}: choose {', '.join(METHODS)}", param_hint="--method")
     run = Run("accuracy", "Accuracy against ratio", "python benchmarks/accuracy.py --data DIR", pieced=True)
     titles = {name: spec.title for name, spec in NETWORKS.items()}
-    run.settings = {"seeds": seeds, "criterion": "l2", "scope": "inner", "networks": titles}
+    run.settings = {
+        "seeds": seeds,
+        "criterion": "l2, and auto for Default and Data",
+        "scope": "inner",
+        "networks": titles,
+    }
     if not quick:
-        run.measurements = [cell for cell in known_cells("accuracy") if not (fresh and cell["network"] in names)]
+        known = known_cells("accuracy")
+        again = [c for c in known if fresh and c["network"] in names and c.get("method", "Default") in methods]
+        run.measurements = [cell for cell in known if cell not in again]
 
     for name in names:
         spec = NETWORKS[name]
@@ -438,24 +446,28 @@ def main(
         restorers = Restorers(spec, net, images.pixels)
         if costs_too:
             run.measurements = [c for c in run.measurements if (c["kind"], c["network"]) != ("cost", name)]
-        for method in filter(restorers.applies, METHODS if costs_too else ()):
-            cell = cost(name, net, images, method, restorers(method, 0))
+        for each in filter(restorers.applies, METHODS if costs_too else ()):
+            cell = cost(name, net, images, each, restorers(each, 0))
             run.measurements.append(cell)
-            console.print(f"{method:9} {cell['ratio']:4.0%}  {cell['seconds']:6.1f} s, whole")
+            console.print(f"{each:9} {cell['ratio']:4.0%}  {cell['seconds']:6.1f} s, whole")
             save(run, names)
-        known = {cell["ridge"] for cell in of(run.measurements, kind="ridge", network=name)}
+        tried = {cell["ridge"] for cell in of(run.measurements, kind="ridge", network=name)}
         for ridge in (None, *RIDGES) if ridges_too else ():
-            if ridge not in known:
+            if ridge not in tried:
                 cell = ridged(name, net, images, ridge, restorers)
                 run.measurements.append(cell)
                 console.print(f"ridge {ridge or 'default'}  {cell['accuracy']:6.2f} %")
                 save(run, names)
-        for method, seed, ratio in order(ratios, 1 if quick else seeds):
-            if of(run.measurements, **key(name, ratio, method, seed)) or not restorers.applies(method):
+        for each, seed, ratio in order(ratios, 1 if quick else seeds):
+            if (
+                each not in methods
+                or not restorers.applies(each)
+                or of(run.measurements, **key(name, ratio, each, seed))
+            ):
                 continue
-            cell = measure(name, net, images, test, ratio, method, seed, restorers.shared(method, seed))
+            cell = measure(name, net, images, test, ratio, each, seed, restorers.shared(each, seed))
             run.measurements.append(cell)
-            console.print(f"{method:9} {ratio:4.0%}  seed {seed}  {cell['accuracy']:6.2f} %")
+            console.print(f"{each:9} {ratio:4.0%}  seed {seed}  {cell['accuracy']:6.2f} %")
             if not quick:
                 save(run, names)
     if quick:

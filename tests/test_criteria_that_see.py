@@ -171,7 +171,7 @@ def classifier_of_texts() -> nn.Sequential:
         (two_layers, torch.randn(400, 6), "data", "OBS(ridge=0.3, centered=False)", "chosen by OBS"),
         (two_layers, torch.randn(400, 6), "lbyl", "L2()", "chosen by the L2 norm"),
         (two_layers, torch.randn(400, 6), "auto", "L2()", "chosen by the L2 norm"),  # noise, and no norms
-        (with_norm, torch.randn(8, 3, 8, 8), "data", "OBS(ridge=0.3, centered=True)", "chosen by OBS"),
+        (with_norm, torch.randn(8, 3, 8, 8), "data", "OBS(ridge=0.3, centered=False)", "chosen by OBS"),
         (with_norm, torch.randn(8, 3, 8, 8), "auto", "L2()", "chosen by the L2 norm"),  # too small for photographs
         (classifier_of_texts, torch.randint(0, 20, (40, 5)), "data", "Energy()", "chosen by the energy"),
     ],

@@ -16,7 +16,7 @@ def choose_criterion(
 ) -> tuple[Criterion | SeeingCriterion, str]:
     """The criterion for ``criterion="auto"``, and a note that says so.
 
-    It is OBS with the ridge of least squares wherever activations tell more than weights: on inputs like real ones, and
+    It is OBS wherever activations tell more than weights: on inputs like real ones, and
     in networks whose layer, group or instance norms keep activations on probes similar to those on inputs. With batch
     norms, which make up for means, it is OBS on covariances. For texts it is energy, and elsewhere L2.
 
@@ -26,12 +26,11 @@ def choose_criterion(
         lifelike: whether these probes are like real inputs.
         texts: whether inputs are tokens. They are too few for the thousands of neurons of a language model.
     """
-    stored = norms_cover(model)
-    if not probed or not (lifelike or (_normalizes(model) and not stored)):
+    if not probed or not (lifelike or (_normalizes(model) and not norms_cover(model))):
         return L2(), "auto: channels are chosen by the L2 norm of their filters"
     if texts:
         return Energy(), "auto: channels are chosen by the energy that consumers take from them"
-    return OBS(ridge=0.3, centered=stored), "auto: channels are chosen by OBS: those that the others replace best"
+    return OBS(), "auto: channels are chosen by OBS: those that the others replace best"
 
 
 def _normalizes(model: nn.Module) -> bool:

@@ -26,11 +26,11 @@ class OBS:
     because the inverse would take minutes. Their score is then their energy.
 
     Attributes:
-        ridge: added to the diagonal of G, relative to its mean.
+        ridge: added to the diagonal of G, relative to its mean; by default as in :class:`lbyl.LeastSquares`.
         centered: take the covariance for G, where biases or norms behind the consumers make up for means.
     """
 
-    ridge: float = 0.01
+    ridge: float = 0.3
     centered: bool = False
     sees: ClassVar[str] = "products"
 
