@@ -4,12 +4,13 @@
         [--costs] [--ridges]
 
 All columns keep as many channels, and most keep the same ones, those of the largest L2 norm. Default and Data keep
-those that `lbyl.compress` chooses for them, and Coreset draws its own, which is what the method is. Only the Data column
-sees images of the task: a few unlabelled ones of the test set, drawn by the seed, as many as `Network.calibration` says,
-solved with the settings of the other columns. Default is what `lbyl.compress` does when nothing is asked of it: where
-there are batch norms, dreams, and crops of the 32 photographs that come with the package where inputs are color images,
-or painted scenes. Dream is dreams and scenes. Dreams depend on the network and the seed alone, so all ratios share them;
-what one whole compression takes is measured apart, on a machine that has nothing else to do, by --costs.
+those that `lbyl.compress` chooses for them, and Coreset draws its own, which is what the method is. Only the Data
+column sees images of the task: a few unlabelled ones of the test set, drawn by the seed, as many as
+`Network.calibration` says, solved with the settings of the other columns. Default is what `lbyl.compress` does when
+nothing is asked of it: where there are batch norms, dreams, and crops of the 32 photographs that come with the
+package where inputs are color images, or painted scenes. Dream is dreams and scenes. Dreams depend on the network and
+the seed alone, so all ratios share them; what one whole compression takes is measured apart, on a machine that has
+nothing else to do, by --costs.
 
 DIR (or the environment variable LBYL_DATA) holds the files that paper.py lists, and
 data/imagenet_val1300_227.npz (37 MB; `blob`, `offsets`, `labels`): 1,300 of the ILSVRC2012 validation images,
