@@ -85,7 +85,7 @@ def expected_shift(
     own = y.T @ y
     spread = own.diagonal()
     steadied = own + torch.diag(0.01 * spread + 1e-9 * spread.max().clamp_min(1e-30))
-    return change.T @ y @ torch.linalg.solve(steadied, gap.double())
+    return change.T @ (y @ torch.linalg.solve(steadied, gap.double()))
 
 
 def recenter(
