@@ -146,8 +146,9 @@ def _reader(reading: Reading, ridge: float, centered: bool) -> _Reader | _Uncorr
     diagonal = moments.diagonal().clamp_min(0)
     total = (gram.diagonal() * diagonal).sum().clamp_min(1e-300)
     moments.diagonal().add_(max(ridge * float(diagonal.mean()), 1e-12 * float(diagonal.max()), 1e-300))
-    inverse, failed = torch.linalg.inv_ex(moments)
+    factor, failed = torch.linalg.cholesky_ex(moments)
     if int(failed) or float(diagonal.max()) < 1e-12 * float(reading.square.max()):
         return uncorrelated  # nothing varies
+    inverse = torch.cholesky_inverse(factor)
     everything = torch.ones(len(reading.index), dtype=torch.bool)
     return _Reader(inverse, gram, reading.index.shape[1], total, everything)
