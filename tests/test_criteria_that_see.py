@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lbyl
+from lbyl.moments import Probes
+from lbyl.moments.columns import column_moments
+from lbyl.runtime.inputs import ExampleInputs
 
 
 def two_layers(hidden: int = 12) -> nn.Sequential:
@@ -88,6 +91,17 @@ def test_obs_of_very_many_columns_is_their_energy(monkeypatch: pytest.MonkeyPatc
     assert kept(net, x, "obs") != by_energy
     monkeypatch.setattr("lbyl.selection.criteria.obs._COLUMNS", 11)
     assert kept(net, x, "obs") == by_energy
+
+
+def test_products_of_all_columns_fit_into_memory() -> None:
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 5)).eval()
+    x = torch.randn(40, 6)
+    graph = lbyl.inspect(net, x[:1]).graph
+    probes = Probes((ExampleInputs.of(x),), ExampleInputs.of(x), batch_statistics=False)
+    for memory, measured in ((12**2 * 8 + 20**2 * 8, [True, True]), (20**2 * 8, [True, False]), (0, [False, False])):
+        found = column_moments(net, graph, range(len(graph.groups)), probes, products=True, seed=0, memory=memory)
+        assert [found[name].products is not None for name in ("2.weight", "4.weight")] == measured
+        torch.testing.assert_close(found["2.weight"].square, torch.relu(net[0](x)).double().square().mean(0))
 
 
 @dataclass(frozen=True)

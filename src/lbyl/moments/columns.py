@@ -28,6 +28,7 @@ def column_moments(
     seed: int,
     positions: int = 20_000,
     budget: int = 512 * 2**20,
+    memory: int = 2**31,
     progress: Progress | None = None,
 ) -> dict[str, ColumnMoments]:
     """Measure moments of the inputs of some groups' consumers, by the names of the consumers' weights.
@@ -42,26 +43,35 @@ def column_moments(
         positions: largest number of positions sampled from each batch when products are measured.
         budget: bytes that the products of one pass over the probes may take. If more are needed, there are several
             passes. For a consumer whose products alone would take more, only squares are measured.
+        memory: bytes that all products may take. If they would take more, only squares are measured for the consumers
+            with the most columns.
         progress: called as ``progress(stage, done, total)``.
     """
     waiting = [c for c in graph.consumers if any(group in groups for group, _ in c.columns)]
+    sizes = _sizes(waiting, budget, memory) if products else {}
     found: dict[str, ColumnMoments] = {}
     while waiting:
         taken, room, later = list[Consumer](), budget, list[Consumer]()
         for consumer in waiting:
-            size = _size(consumer, products, budget)
+            size = sizes.get(consumer.weight, 0)
             (taken if size <= room else later).append(consumer)
             room -= size if size <= room else 0
-        sums = {c.weight: _empty(model, c, _size(c, products, budget) > 0, positions, seed) for c in taken}
+        sums = {c.weight: _empty(model, c, c.weight in sizes, positions, seed) for c in taken}
         found |= _one_pass(model, sums, probes, last_to_run(taken), progress)
         waiting = later
     return found
 
 
-def _size(consumer: Consumer, products: bool, budget: int) -> int:
-    """Bytes that the products of a consumer take; 0 if only squares are measured."""
-    size = len(consumer.columns) ** 2 * 8
-    return size if products and size <= budget else 0
+def _sizes(consumers: Collection[Consumer], budget: int, memory: int) -> dict[str, int]:
+    """Bytes that the products of each consumer take, without those for which only squares are measured."""
+    sizes: dict[str, int] = {}
+    for consumer in sorted(consumers, key=lambda each: len(each.columns)):
+        size = len(consumer.columns) ** 2 * 8
+        if size > budget or size > memory:
+            break  # those that follow have as many columns or more
+        sizes[consumer.weight] = size
+        memory -= size
+    return sizes
 
 
 def _empty(model: nn.Module, consumer: Consumer, products: bool, positions: int, seed: int) -> ColumnSums:
