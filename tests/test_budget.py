@@ -236,3 +236,14 @@ def test_groups_whose_cuts_change_nothing_or_are_not_tried_keep_their_curve() ->
 
     assert at_the_outputs(flat, (0.125, 0.5), never) is flat
     assert at_the_outputs(flat, (), never) is flat
+
+
+def test_a_network_somewhat_below_a_budget_meets_it() -> None:
+    """One group of eight channels: a share of the cost is a number of eighths."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    asked = {"restore": "prune", "forecast": False}
+    result = lbyl.compress(net, torch.randn(1, 6), budget=lbyl.Budget(macs=0.65), **asked)  # pyright: ignore
+    assert result.report.macs == (80, 50)
+    with pytest.raises(lbyl.BudgetError, match=r"within 2%: the nearest .* \(0\.625\)"):
+        lbyl.compress(net, torch.randn(1, 6), budget=lbyl.Budget(macs=0.68), **asked)  # pyright: ignore

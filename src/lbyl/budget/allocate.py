@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lbyl.budget.budget import REACHED_WITHIN, Budget
+from lbyl.budget.budget import REACHED_WITHIN, SAVED_WITHIN, Budget
 from lbyl.budget.costs import Cost, Costing, Term, counted, widths_of
 from lbyl.budget.curves import Curve, Curves
 from lbyl.budget.latency import timed
@@ -156,7 +156,8 @@ def choose_widths(
 ) -> Widths:
     """Choose the widths with the least predicted error for a budget.
 
-    A measured latency below the budget also meets it, if no widths come closer; a note says so.
+    A cost that is up to 5% below the budget also meets it, if no widths come closer, and so does any measured latency
+    below it, of which a note tells.
 
     Args:
         model: the unpruned network in evaluation mode.
@@ -167,13 +168,13 @@ def choose_widths(
         cut: cuts the network to kept counts. The cost of the result is measured, because predictions are inexact.
 
     Raises:
-        BudgetError: the budget can't be reached within 2%; or for a latency, no network is below it or within its
-            margin of error.
+        BudgetError: no network is within 2% of the budget or up to 5% below it; or for a latency, none is below it or
+            within its margin of error.
     """
     *coarse, fine = _ways_to_round(model, budget)
     for rounded in coarse:
         with suppress(BudgetError):  # of finer widths, some may meet it
-            return _chosen(model, inputs, graph, measured, rounded, cut)
+            return _chosen(model, inputs, graph, measured, rounded, cut, nearest=True)
     return _chosen(model, inputs, graph, measured, fine, cut)
 
 
@@ -195,8 +196,9 @@ def _chosen(
     measured: Curves,
     budget: Budget,
     cut: Callable[[KeptCounts], nn.Module],
+    nearest: bool = False,
 ) -> Widths:
-    """Choose the widths with one way to round."""
+    """Choose the widths with one way to round; with ``nearest``, a count must be within 2% of the budget."""
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
     budget = budget.on(inputs.tensors()[0].device)
     if budget.uniform_layers is None:
@@ -217,7 +219,7 @@ def _chosen(
         if abs(cost.amount - target) <= max(REACHED_WITHIN * target, min(cost.margin, _LOUDEST * target)):
             return Widths(kept, (*measured.notes, *cost.notes))
         tried.append((aim, cost))
-        if budget.latency is not None and _is_below(cost, target) and (not below or cost.amount > below[0].amount):
+        if _is_below(cost, target, budget, nearest) and (not below or cost.amount > below[0].amount):
             below = cost, Widths(kept, measured.notes)
         aim = max(_next_aim(tried, target), smallest)
         if any(aim == earlier for earlier, _ in tried):
@@ -226,13 +228,15 @@ def _chosen(
     total = sum(term.at(whole) for term in terms)
     if below:
         cost, widths = below
-        return replace(widths, notes=(*widths.notes, _told_below(cost, target, total)))
-    nearest = min((cost for _, cost in tried), key=lambda cost: abs(cost.amount - target))
-    raise BudgetError(_missed(nearest, target, total, budget), nearest.amount / total)
+        return replace(widths, notes=(*widths.notes, *([_told_below(cost, target, total)] if budget.latency else [])))
+    closest = min((cost for _, cost in tried), key=lambda cost: abs(cost.amount - target))
+    raise BudgetError(_missed(closest, target, total, budget), closest.amount / total)
 
 
-def _is_below(cost: Cost, target: float) -> bool:
-    """Whether a measured cost is below the target, as far as the measurement can tell."""
+def _is_below(cost: Cost, target: float, budget: Budget, nearest: bool) -> bool:
+    """Whether a cost meets the target from below: a latency as far as its measurement can tell, others if near it."""
+    if budget.latency is None:
+        return not nearest and target * (1 - SAVED_WITHIN) <= cost.amount <= target
     return cost.amount <= target and cost.margin <= max(_LOUDEST * target, target - cost.amount)
 
 

@@ -14,6 +14,9 @@ from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.latency import RUNTIMES, TORCH
 
 REACHED_WITHIN = 0.02
+"""How far from a budget a network may be, relative to the budget."""
+SAVED_WITHIN = 0.05
+"""How far below it may be if no widths come closer."""
 _FEWEST_STEPS = 48
 """Groups have so many widths to choose from, for a budget has to be met within 2 %."""
 _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency": "µs"}
