@@ -201,7 +201,10 @@ def test_auto_follows_what_the_network_sees(
     name = settings.pop("name")
     assert f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})" == criterion
     assert sum(told in note for note in result.report.notes) == 1
-    chosen = lbyl.compress(net, probes[:1], criterion="l1", restore="prune", ratio=0.5, forecast=False)
+
+
+def test_a_criterion_that_the_user_chose_is_not_told() -> None:
+    chosen = lbyl.compress(two_layers(), torch.randn(1, 6), criterion="l1", restore="prune", ratio=0.5, forecast=False)
     assert not any("channels are chosen" in note for note in chosen.report.notes)
 
 

@@ -115,6 +115,28 @@ def test_what_stood_in_is_told() -> None:
         assert not any("was used instead" in note for note in result.report.notes)
 
 
+class Normed(nn.Module):
+    """Has group norms; one that is picky runs on ones only."""
+
+    def __init__(self, picky: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm = nn.Conv2d(3, 12, 3, 1, 1), nn.GroupNorm(3, 12)
+        self.b, self.h, self.picky = nn.Conv2d(12, 12, 3, 1, 1), nn.Linear(12, 5), picky
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.picky and not bool((x == 1).all()):
+            raise ValueError("ones, please")
+        return self.h(self.b(self.norm(self.a(x)).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(("picky", "told"), [(False, "OBS"), (True, "L2 norm")])
+def test_the_criterion_that_is_told_is_that_of_what_stood_in(picky: bool, told: str) -> None:
+    notes = lbyl.compress(Normed(picky).eval(), torch.ones(2, 3, 12, 12), ratio=0.5, forecast=False).report.notes
+    assert any("was used instead" in note for note in notes) == picky
+    assert [told in note for note in notes if "channels are chosen" in note] == [True]
+
+
 def test_dreams_run_through_checkpoints() -> None:
     settings: dict[str, Any] = {"restore": lbyl.LeastSquares(lbyl.Dream(images=4, steps=2)), "forecast": False}
     found = list[Tensor]()
