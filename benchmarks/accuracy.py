@@ -1,4 +1,4 @@
-"""Accuracy against ratio, method by method: the same kept channels, the full test sets, three seeds.
+"""Accuracy against ratio, method by method: as many kept channels, the full test sets, three seeds.
 
     python benchmarks/accuracy.py --data DIR [--network resnet56] [--method Default] [--seeds 3] [--quick] [--fresh]
         [--costs] [--ridges]
@@ -415,12 +415,10 @@ def main(
     names, methods = network or list(NETWORKS), method or ["Unpruned", *METHODS]
     if quick and (costs_too or ridges_too):
         raise typer.BadParameter("--costs and --ridges write what they find, --quick writes nothing: leave one out")
-    for name in names:
-        if name not in NETWORKS:
-            raise typer.BadParameter(f"{name!r}: choose {', '.join(NETWORKS)}", param_hint="--network")
-    for name in methods:
-        if name not in ("Unpruned", *METHODS):
-            raise typer.BadParameter(f"{name!r}: choose {', '.join(METHODS)}", param_hint="--method")
+    for hint, asked, offered in (("--network", network, NETWORKS), ("--method", method, METHODS)):
+        for name in asked or ():
+            if name not in offered:
+                raise typer.BadParameter(f"{name!r}: choose {', '.join(offered)}", param_hint=hint)
     run = Run("accuracy", "Accuracy against ratio", "python benchmarks/accuracy.py --data DIR", pieced=True)
     titles = {name: spec.title for name, spec in NETWORKS.items()}
     run.settings = {
@@ -430,9 +428,11 @@ def main(
         "networks": titles,
     }
     if not quick:
-        known = known_cells("accuracy")
-        again = [c for c in known if fresh and c["network"] in names and c.get("method", "Default") in methods]
-        run.measurements = [cell for cell in known if cell not in again]
+        run.measurements = [
+            cell
+            for cell in known_cells("accuracy")
+            if not (fresh and cell["network"] in names and cell["method"] in methods)
+        ]
 
     for name in names:
         spec = NETWORKS[name]

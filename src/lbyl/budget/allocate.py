@@ -174,7 +174,7 @@ def choose_widths(
     *coarse, fine = _ways_to_round(model, budget)
     for rounded in coarse:
         with suppress(BudgetError):  # of finer widths, some may meet it
-            return _chosen(model, inputs, graph, measured, rounded, cut, nearest=True)
+            return _chosen(model, inputs, graph, measured, rounded, cut, below=REACHED_WITHIN)
     return _chosen(model, inputs, graph, measured, fine, cut)
 
 
@@ -196,9 +196,9 @@ def _chosen(
     measured: Curves,
     budget: Budget,
     cut: Callable[[KeptCounts], nn.Module],
-    nearest: bool = False,
+    below: float = SAVED_WITHIN,
 ) -> Widths:
-    """Choose the widths with one way to round; with ``nearest``, a count must be within 2% of the budget."""
+    """Choose the widths with one way to round; a count may be this share ``below`` the budget."""
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
     budget = budget.on(inputs.tensors()[0].device)
     if budget.uniform_layers is None:
@@ -212,31 +212,31 @@ def _chosen(
     # Counts are exact. The smallest latency is only predicted, so it is tried even if it is above the target.
     aim = target if budget.latency is None else max(target, smallest)
     tried: list[tuple[float, Cost]] = []
-    below: tuple[Cost, Widths] | None = None
+    least = target * (1 - below) if budget.latency is None else 0.0
+    saving: tuple[Cost, Widths] | None = None
     for _ in range(_CORRECTIONS):
         kept = allocate(graph, curves, terms, aim, budget)
         cost = costing.of(cut(Widths(kept).counts(graph)))
         if abs(cost.amount - target) <= max(REACHED_WITHIN * target, min(cost.margin, _LOUDEST * target)):
             return Widths(kept, (*measured.notes, *cost.notes))
         tried.append((aim, cost))
-        if _is_below(cost, target, budget, nearest) and (not below or cost.amount > below[0].amount):
-            below = cost, Widths(kept, measured.notes)
+        if least <= cost.amount and _is_below(cost, target) and (not saving or cost.amount > saving[0].amount):
+            saving = cost, Widths(kept, measured.notes)
         aim = max(_next_aim(tried, target), smallest)
         if any(aim == earlier for earlier, _ in tried):
             break
     whole = {index: group.width for index, group in enumerate(graph.groups)}
     total = sum(term.at(whole) for term in terms)
-    if below:
-        cost, widths = below
-        return replace(widths, notes=(*widths.notes, *([_told_below(cost, target, total)] if budget.latency else [])))
+    if saving:
+        cost, widths = saving
+        told = (_told_below(cost, target, total),) if budget.latency is not None else ()
+        return replace(widths, notes=(*widths.notes, *told))
     closest = min((cost for _, cost in tried), key=lambda cost: abs(cost.amount - target))
     raise BudgetError(_missed(closest, target, total, budget), closest.amount / total)
 
 
-def _is_below(cost: Cost, target: float, budget: Budget, nearest: bool) -> bool:
-    """Whether a cost meets the target from below: a latency as far as its measurement can tell, others if near it."""
-    if budget.latency is None:
-        return not nearest and target * (1 - SAVED_WITHIN) <= cost.amount <= target
+def _is_below(cost: Cost, target: float) -> bool:
+    """Whether a cost is below the target, as far as the measurement can tell if it is measured."""
     return cost.amount <= target and cost.margin <= max(_LOUDEST * target, target - cost.amount)
 
 

@@ -16,9 +16,8 @@ def choose_criterion(
 ) -> tuple[Criterion | SeeingCriterion, str]:
     """The criterion for ``criterion="auto"``, and a note that says so.
 
-    It is OBS wherever activations tell more than weights: on inputs like real ones, and
-    in networks whose layer, group or instance norms keep activations on probes similar to those on inputs. With batch
-    norms, which make up for means, it is OBS on covariances. For texts it is energy, and elsewhere L2.
+    It is OBS wherever activations tell more than weights: on inputs like real ones, and in networks whose layer, group
+    or instance norms keep activations on probes similar to those on inputs. For texts it is energy, and elsewhere L2.
 
     Args:
         model: the network.
