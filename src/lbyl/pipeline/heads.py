@@ -124,11 +124,12 @@ def compress_heads(prepared: Prepared, request: CompressionRequest, clock: Clock
     """
     ground = ground_for_heads(prepared, request, clock)
     size = ground.choose()
+    layers = ground.layers if size < ground.layers[0].size else ()
     with clock("restore"):
         plain = ground.values(size, solved=False)
         values, smaller = plain, ground.cut(plain, size)
         effects, errors = [ground.effect(smaller)] * 2, [ground.effect.error(smaller)] * 2
-        if ground.solves:
+        if ground.solves and layers:
             best = ground.values(size, solved=True)
             network = ground.cut(best, size)
             if (effect := ground.effect(network)) < effects[0]:
@@ -138,7 +139,6 @@ def compress_heads(prepared: Prepared, request: CompressionRequest, clock: Clock
     if request.verify:
         with clock("verify"):
             verified = verify_heads(sharing_copy(ground.model, values), smaller, prepared.inputs)
-    layers = ground.layers if size < ground.layers[0].size else ()
     report = ground.report(
         smaller,
         clock,
