@@ -1,4 +1,4 @@
-"""What activations take, and that no more of them are held than was asked for."""
+"""What activations take, that no more of them are held than was asked for, and how their statistics are measured."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import lbyl
 from lbyl.moments import Probes
 from lbyl.restore.least_squares.fit import make_probes
 from lbyl.runtime.batches import first_rows, in_parts, thinned
+from lbyl.runtime.forward import run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_bytes, saved_bytes
 from lbyl.runtime.output_error import error_of_parts, outputs_error
@@ -345,3 +346,31 @@ def test_large_weights_are_not_copied_more_often_than_needed() -> None:
     """The model, its new weights, and plain pruning to compare with; and a little for what libraries need."""
     done = subprocess.run([sys.executable, "-c", _WEIGHED], check=True, capture_output=True, text=True)
     assert float(done.stdout) < 3.4
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (1, 5), (4, 5, 7), (3, 5, 4, 6), (2, 5, 3, 4, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_statistics_at_batch_norms_are_mean_and_variance_and_can_be_differentiated(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    net = kinds[len(shape)](5).eval().to(dtype)
+    x = (3 + 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(dtype)
+    dims = [dim for dim in range(len(shape)) if dim != 1]
+
+    def measured(x: Tensor) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+
+        def on_norm(_: str, __: str, mean: Tensor, var: Tensor) -> None:
+            seen.extend((mean, var))
+
+        run_intercepted(net, ExampleInputs.of(x), on_norm=on_norm)
+        return seen[0], seen[1]
+
+    mean, var = measured(x)
+    within = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    torch.testing.assert_close(mean, x.mean(dims), rtol=within, atol=within)
+    torch.testing.assert_close(var, x.var(dims, unbiased=False), rtol=within, atol=within)
+    assert mean.dtype is var.dtype is dtype
+    if dtype is torch.float64:
+        torch.autograd.gradcheck(measured, x.requires_grad_())

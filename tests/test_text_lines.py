@@ -82,6 +82,57 @@ def test_who_answers_to_text_alone_gets_text_and_is_told() -> None:
     assert any("lines of text" in note for note in result.report.notes)
 
 
+class Director(nn.Module):
+    """Answers to images that are lighter above than below: to which way up a picture is, and to little else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        told = _upright(x) - 0.5
+        return told[:, None] * (1 + self.body(x).mean((2, 3)) / 100)
+
+
+def _upright(x: Tensor) -> Tensor:
+    """About 1 for images whose first row is marked, and 0 for the others."""
+    return (x[:, :, 0, 0].abs().amax(1) > _MARK).to(x.dtype)
+
+
+_MARK = 50.0
+
+
+def marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws text with a mark in its first corner, so that a network can tell which way up it is."""
+
+    def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        images = text_lines(shape, generator)
+        images[:, :, 0, 0] = 2 * _MARK
+        return images
+
+    monkeypatch.setattr("lbyl.moments.photographs.text_lines", drawn)
+
+
+def test_who_tells_which_way_up_text_is_gets_half_of_it_upside_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    marked(monkeypatch)
+    x, net = torch.zeros(1, 3, 48, 320), settle(Director())
+    read = lbyl.Dream(images=16, steps=1).probes(net, ExampleInputs.of(x), generator(), None)
+    assert "half of it upside down" in read.note
+    crops = torch.cat([read.batches[number].tensors()[0] for number in read.recalibration_batches])
+    over = (crops[:, :, -1, -1].abs().amax(1) > _MARK).sum()
+    assert 0.3 * len(crops) < int(over) < 0.45 * len(crops)
+    result = lbyl.compress(net, x, ratio=0.25, forecast=False)
+    assert any("upside down" in note for note in result.report.notes)
+
+
+def test_a_share_of_text_is_upside_down() -> None:
+    shape = (8, 3, 48, 200)
+    upright, turned = (pictures(1.0, share)(shape, generator()) for share in (0.0, 0.5))
+    over = (turned == upright.flip(2, 3)).flatten(1).all(1)
+    assert int(over.sum()) == 4
+    assert torch.equal(turned[~over], upright[~over])
+
+
 @pytest.mark.parametrize("text", [-0.1, 1.5, float("nan"), "much"])
 def test_a_share_is_a_number_from_0_to_1(text: float) -> None:
     with pytest.raises(InputError, match=r"Photographs\(text="):

@@ -14,7 +14,7 @@ from lbyl.moments.adam import Adam
 from lbyl.moments.attached_norms import measure_statistics, with_norms
 from lbyl.moments.base import Probes
 from lbyl.moments.input_scales import input_scales
-from lbyl.moments.photographs import Photographs, photographs, takes_photographs
+from lbyl.moments.photographs import Photographs, pictures_for, takes_photographs
 from lbyl.moments.scale import InputScales
 from lbyl.moments.synthesis import dead_leaves, pink, synthesize
 from lbyl.runtime.batch_norms import norms_cover
@@ -137,7 +137,10 @@ class Dream:
             # In two batches, because a single one would be the largest tensor in memory.
             half = others // 2 if others > 3 else 0
             parts = [size for size in (half, others - half, held) if size]
-            *seen, held_out = split(synthesize(model, inputs, others + held, photographs, generator, scales), parts)
+            make, told = pictures_for(model, inputs, scales)
+            notes.append(told)
+            made = synthesize(model, inputs, others + held, make, generator, scales)
+            *seen, held_out = split(made, parts)
         else:
             dreamed, held_out = dreamed[: len(train)], join(dreamed[len(train) :])
             seen = [synthesize(model, inputs, others, dead_leaves, generator, scales)]

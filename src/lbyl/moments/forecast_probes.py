@@ -12,7 +12,7 @@ from lbyl.errors import first_line
 from lbyl.moments.class_dream import Scores, count_classes, dream_classes
 from lbyl.moments.dream import Dream
 from lbyl.moments.input_scales import input_scales
-from lbyl.moments.photographs import photographs, pictures, share_of_text, takes_photographs
+from lbyl.moments.photographs import pictures_for, takes_photographs
 from lbyl.moments.scale import InputScales
 from lbyl.moments.synthesis import Maker, dead_leaves, synthesize, varied_pink
 from lbyl.runtime.batch_norms import norms_cover
@@ -113,12 +113,11 @@ class _Task:
         count = affordable(per_dream, _MACS, _FEWEST_DREAMED, _MOST_DREAMED, ceiling=_CEILING)
         if per_dream * count > _CEILING:
             return self._too_many("for dreams")
-        start = self._synthesized(count, photographs if takes_photographs(self.inputs) else varied_pink)
+        start = self._synthesized(count, self._pictures() if takes_photographs(self.inputs) else varied_pink)
         return ForecastProbes(DREAMED, (self._matched(start),))
 
     def photographs(self) -> ForecastProbes:
-        make = pictures(share_of_text(self.model, self.inputs, self.scales)[0])
-        return ForecastProbes(PHOTOGRAPHS, (self._run(self._synthesized(self._plainly(), make)),))
+        return ForecastProbes(PHOTOGRAPHS, (self._run(self._synthesized(self._plainly(), self._pictures())),))
 
     def plain(self) -> ForecastProbes:
         count = self._plainly()
@@ -136,6 +135,9 @@ class _Task:
             self.model, start, self.inputs, self.classes, self.generator, self.progress, scores=self.scores, **settings
         )
         return ForecastProbes(SURE, (sure.inputs,), sure.wanted)
+
+    def _pictures(self) -> Maker:
+        return pictures_for(self.model, self.inputs, self.scales)[0]
 
     def _plainly(self) -> int:
         return affordable(self.each, _PLAIN_MACS, _FEWEST_PLAIN, _MOST_PLAIN, ceiling=_PLAIN_CEILING)

@@ -40,15 +40,16 @@ class Photographs:
     They also suit networks without batch norms, because nothing is dreamed. Inputs that do not look like color images
     get :class:`lbyl.Noise`.
 
-    Networks that read or find text say next to nothing on photographs. Where the outputs vary far more on images of
-    text, most probes are such images.
+    Networks that read or find text, or tell which way up it is, say next to nothing on photographs. Where the outputs
+    vary far more on images of text, most probes are such images.
 
     Attributes:
         images: number of crops on which moments are collected; a quarter more is held out. None chooses as many as
             3.2e10 multiply-accumulates allow, between 48 and 192; fewer than 48 only if one takes more than 8e9.
         text: share of the images that hold lines of text in place of a photograph, from 0 to 1. None takes three
-            quarters if the variance of the network's outputs is at least 4 times as large on text as on photographs,
-            and otherwise 0.
+            quarters if the variance of the network's outputs is at least 4 times as large on text as on photographs, or
+            at least twice as large as both on photographs and on upright text once half of it is upside down (as half
+            of it then is in the probes); and otherwise 0.
     """
 
     images: int | None = None
@@ -73,8 +74,8 @@ class Photographs:
         count = self.images or affordable(macs_per_input(model, inputs), 3.2e10, 48, 192, ceiling=4e11)
         held = held_out_size(count)
         scales = input_scales(model, inputs)
-        share, told = share_of_text(model, inputs, scales) if self.text is None else (self.text, "")
-        made = synthesize(model, inputs, count + held, pictures(share), generator, scales)
+        make, told = pictures_for(model, inputs, scales) if self.text is None else (pictures(self.text), "")
+        made = synthesize(model, inputs, count + held, make, generator, scales)
         train, test = split(made, [count, held])
         note = "; ".join(filter(None, [scales.note, told]))
         return Probes((train,), test, batch_statistics=True, note=note)
@@ -85,42 +86,59 @@ def takes_photographs(inputs: ExampleInputs) -> bool:
     return any(t.is_floating_point() and _is_color(t.shape) for t in inputs.tensors())
 
 
-_FAR_MORE, _MOSTLY, _TRIED = 4.0, 0.75, 16
+_FAR_MORE, _MORE, _MOSTLY, _TRIED = 4.0, 2.0, 0.75, 16
 
 
-def share_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -> tuple[float, str]:
-    """The share of probes that should be lines of text, and a note that says why ("" if none should)."""
-    gain = _gain_of_text(model, inputs, scales)
-    if gain < _FAR_MORE:
-        return 0.0, ""
-    told = f"{_MOSTLY:.0%} of the probes are lines of text, on which the outputs vary {gain:.2g} times as much"
-    return _MOSTLY, f"{told} as on photographs"
+def pictures_for(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -> tuple[Maker, str]:
+    """Makes photographs, or mostly text for networks that answer to that; with a note that says so ("" if they don't).
+
+    Networks that find or read text get upright lines. Half of the text is upside down for those that tell directions.
+    """
+    upright, both = _gains_of_text(model, inputs, scales)
+    told = f"{_MOSTLY:.0%} of the probes are lines of text"
+    if upright >= _FAR_MORE:
+        note = f"{told}, on which the outputs vary {upright:.2g} times as much as on photographs"
+        return pictures(_MOSTLY), note
+    if both >= _MORE * max(1.0, upright):
+        note = f"{told}, half of it upside down, on which the outputs vary {both:.2g} times as much as on photographs"
+        return pictures(_MOSTLY, 0.5), note
+    return photographs, ""
 
 
-def _gain_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -> float:
-    """How much larger the variance of the outputs is on text than on photographs; 1 if that can't be said.
+def _gains_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -> tuple[float, float]:
+    """How much larger the outputs' variance is on text, and on text of which half is upside down, than on photographs.
 
-    It is the geometric mean over all outputs of the ratio of their variances, each summed over all elements.
+    It is the geometric mean over all outputs of the ratio of their variances, each summed over all elements. Both are 1
+    if nothing can be said.
     """
 
-    def variances(share: float) -> list[float]:
+    def variances(make: Maker) -> list[float]:
         generator = generator_for(0, "text or photographs")
-        made = synthesize(model, inputs, _TRIED, pictures(share), generator, scales)
+        made = synthesize(model, inputs, _TRIED, make, generator, scales)
         with torch.no_grad(), undisturbed(model):
             outputs = [out for out in output_tensors(made.call(model)) if out.is_floating_point() and out.numel() > 1]
         batched = (out.double() if len(out) == _TRIED else out.double().reshape(-1, 1) for out in outputs if out.dim())
         return [float(out.var(0).sum()) for out in batched]
 
     try:
-        seen, read = variances(0.0), variances(1.0)
+        seen, *read = (variances(make) for make in (photographs, pictures(1.0), pictures(1.0, 0.5)))
     except Exception:  # a user's model may raise anything on inputs that it was not made for
-        return 1.0
-    pairs = [(a, b) for a, b in zip(seen, read, strict=False) if a > 0 and b > 0 and math.isfinite(a + b)]
-    return math.exp(sum(math.log(b / a) for a, b in pairs) / len(pairs)) if pairs else 1.0
+        return 1.0, 1.0
+    upright, both = (_mean_ratio(each, seen) for each in read)
+    return upright, both
 
 
-def pictures(text: float) -> Maker:
-    """Makes crops of photographs, and lines of text in place of this share of them; see :func:`photographs`."""
+def _mean_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The geometric mean of the ratios of positive values; 1 if there are none."""
+    pairs = [(a, b) for a, b in zip(values, others, strict=False) if a > 0 and b > 0 and math.isfinite(a + b)]
+    return math.exp(sum(math.log(a / b) for a, b in pairs) / len(pairs)) if pairs else 1.0
+
+
+def pictures(text: float, turned: float = 0.0) -> Maker:
+    """Makes crops of photographs, and lines of text in place of this share of them; see :func:`photographs`.
+
+    ``turned`` is the share of the text that is upside down.
+    """
 
     def make(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
         images, last = photographs(shape, generator), shape[-1] == 3 != shape[1]
@@ -130,6 +148,8 @@ def pictures(text: float) -> Maker:
         rows = torch.randperm(shape[0], generator=generator)[:count]
         _, channels, *sides = images.shape if not last else images.permute(0, 3, 1, 2).shape
         lines = text_lines((count, channels, *sides), generator)
+        over = round(turned * count)
+        lines = torch.cat([lines[:over].flip(2, 3), lines[over:]])
         images[rows] = lines.permute(0, 2, 3, 1) if last else lines
         return images
 
