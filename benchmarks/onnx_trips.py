@@ -51,7 +51,12 @@ def exported(net: nn.Module, x: Any, file: Path, exporter: str) -> None:
         given |= {"training": torch.onnx.TrainingMode.PRESERVE, "do_constant_folding": False}
     with warnings.catch_warnings(), quiet(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(net, args, file, kwargs=kwargs, external_data=False, **given)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # the older exporter does not know that kernel
+        try:
+            torch.onnx.export(net, args, file, kwargs=kwargs, external_data=False, **given)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def round_trip(net: nn.Module, x: Any, exporter: str, folder: Path) -> dict[str, Any]:

@@ -100,6 +100,46 @@ def recurrent(operator: str = "LSTM", operands: str = "x w r", **attributes: Any
     return model(nodes, {**stored, **lengths}, {"x": (5, 2, 3)}, {"y": (5, 1, 2, 4)})
 
 
+class Windows(torch.nn.Module):
+    """Pads images to a multiple of a window, as Swin does; in the file the padding is computed from the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        right, below = -x.shape[3] % 7, -x.shape[2] % 7
+        return self.last(torch.nn.functional.pad(x, (0, right, 0, below))).mean((2, 3))
+
+
+def test_padding_that_is_computed_from_the_shape(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x, file = Windows().eval(), torch.randn(2, 3, 16, 19), tmp_path / "net.onnx"
+    sizes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    torch.onnx.export(
+        net,
+        (x,),
+        file,
+        dynamo=False,
+        do_constant_folding=False,
+        input_names=["x"],
+        dynamic_axes=sizes,
+        opset_version=13,
+    )
+    read = lbyl.load_source(str(file))
+    for each in (x, torch.randn(1, 3, 25, 14)):
+        torch.testing.assert_close(read(each), net(each), rtol=1e-5, atol=1e-5)
+    ours, theirs = (
+        lbyl.compress(each, x, ratio=0.25, criterion="l2", restore="prune", forecast=False) for each in (read, net)
+    )
+    assert [group.keep for group in ours.plan.groups] == [group.keep for group in theirs.plan.groups]
+    saved = ours.save(tmp_path / "smaller") / "model.onnx"
+    for each in (x, torch.randn(1, 3, 25, 14)):
+        with torch.no_grad():
+            np.testing.assert_allclose(run(saved, each.numpy())[0], theirs.model(each), rtol=1e-4, atol=1e-5)
+
+
 def test_network_equals_its_file(tmp_path: Path) -> None:
     file = save(convnet(), tmp_path / "net.onnx")
     network = lbyl.load_source(str(file))

@@ -266,7 +266,10 @@ class Reader:
             return sizes[start:end]
         if node.op_type == "Expand" and first is not None and len(first) == count:
             return first
-        if array is not None and array.ndim > 1:
+        shape = node.inputs[0].shape if values and node.inputs[0] is not None else None
+        table = node.op_type in ("Concat", "Gather", "Slice") and shape is not None and len(shape) > 1
+        if table or (array is not None and array.ndim > 1):
+            # Parts of a table are not in the order of its numbers.
             return [None] * count if count is not None else self.unknown(node)
         if node.op_type in ("Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape"):
             return first

@@ -390,12 +390,7 @@ def tile(node: Node) -> None:
 def pad(node: Node) -> None:
     """Padding at the edges."""
     mode, value = node.attributes.get("mode", "constant"), float(node.attributes.get("value", 0.0))
-    pads = node.attributes.get("pads")
-    if pads is None:
-        found = node.constant(1)
-        if found is None:
-            raise node.refuse("its padding is computed")
-        pads = whole(found)
+    pads = node.attributes.get("pads", node.constant(1))
     if node.operands > 2 and node.source(2) is not None:
         value = number(node, 2)
         if value is None:
@@ -408,13 +403,19 @@ def pad(node: Node) -> None:
         axes = whole(found)
     if mode not in _PADDING:
         raise node.refuse(f"it pads in mode {mode}")
-    node.run(partial(_pad, pads=list(pads), axes=axes, mode=_PADDING[mode], value=value), node.source(0))
+    run = partial(_pad, axes=axes, mode=_PADDING[mode], value=value)
+    if pads is None:
+        # Computed from shapes, as where windows have to fill an image, and known each time the network runs.
+        node.run(run, node.source(0), node.source(1))
+    else:
+        node.run(partial(run, pads=whole(pads)), node.source(0))
 
 
 _PADDING = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 
 
-def _pad(x: Tensor, *, pads: list[int], axes: list[int] | None, mode: str, value: float) -> Tensor:
+def _pad(x: Tensor, pads: Any, *, axes: list[int] | None, mode: str, value: float) -> Tensor:
+    pads = whole(pads)
     count = len(pads) // 2
     sides = {
         axis % x.dim(): (pads[place], pads[count + place]) for place, axis in enumerate(axes or list(range(x.dim())))
