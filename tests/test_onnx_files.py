@@ -445,3 +445,22 @@ def test_torchscript_is_told_how_to_export(tmp_path: Path) -> None:
     torch.jit.trace(net, torch.randn(1, 4)).save(tmp_path / "net.pt")
     with pytest.raises(lbyl.InputError, match=r"torch\.export\.save"):
         lbyl.load_source(str(tmp_path / "net.pt"))
+
+
+def test_a_node_that_the_evaluator_of_onnx_fails_on(tmp_path: Path) -> None:
+    # Rows of a table of token types, looked up by position, as BERT's embeddings are exported.
+    table, index = np.arange(8, dtype=np.float32).reshape(1, 8), np.array([[5, 0, 3]])
+    nodes = [
+        node("GatherElements", "table index", "rows", axis=1),
+        node("MatMul", "x w", "mixed"),
+        node("Relu", "mixed", "hidden"),
+        node("MatMul", "hidden v", "last"),
+        node("Add", "last rows", "y"),
+    ]
+    stored = {"table": table, "index": index, "w": real(0, 4, 6), "v": real(1, 6, 3)}
+    file = save(model(nodes, stored, {"x": ("batch", 4)}, {"y": ("batch", 3)}), tmp_path / "net.onnx")
+    network, x = lbyl.load_source(str(file)), torch.randn(2, 4)
+    with torch.no_grad():
+        np.testing.assert_allclose(run(file, x.numpy())[0], network(x), rtol=1e-5, atol=1e-6)
+    saved = lbyl.compress(network, x, ratio=0.5, restore="prune", forecast=False).save(tmp_path / "smaller")
+    assert run(saved / "model.onnx", x.numpy())[0].shape == (2, 3)
