@@ -32,6 +32,7 @@ from lbyl.io.comparison import difference
 from lbyl.io.onnx.check import run_file
 from lbyl.io.onnx.network import OnnxNetwork
 from lbyl.io.quiet import quiet
+from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, outputs
 
 EXPORTERS: dict[str, dict[str, Any]] = {
@@ -49,14 +50,10 @@ def exported(net: nn.Module, x: Any, file: Path, exporter: str) -> None:
     given = dict(EXPORTERS[exporter])
     if not given["dynamo"]:
         given |= {"training": torch.onnx.TrainingMode.PRESERVE, "do_constant_folding": False}
-    with warnings.catch_warnings(), quiet(), torch.no_grad():
+    # The older exporter does not know the operation that the fast path of attention is.
+    with warnings.catch_warnings(), quiet(), torch.no_grad(), plain_attention():
         warnings.simplefilter("ignore")
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # the older exporter does not know that kernel
-        try:
-            torch.onnx.export(net, args, file, kwargs=kwargs, external_data=False, **given)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+        torch.onnx.export(net, args, file, kwargs=kwargs, external_data=False, **given)
 
 
 def round_trip(net: nn.Module, x: Any, exporter: str, folder: Path) -> dict[str, Any]:

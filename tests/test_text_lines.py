@@ -83,7 +83,7 @@ def test_who_answers_to_text_alone_gets_text_and_is_told() -> None:
 
 
 class Director(nn.Module):
-    """Answers to images that are lighter above than below: to which way up a picture is, and to little else."""
+    """Answers to a mark in the first corner of an image: to which way up it is, and to little else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Director(nn.Module):
 
 
 def _upright(x: Tensor) -> Tensor:
-    """About 1 for images whose first row is marked, and 0 for the others."""
+    """1 for images that are marked in their first corner, and 0 for the others."""
     return (x[:, :, 0, 0].abs().amax(1) > _MARK).to(x.dtype)
 
 

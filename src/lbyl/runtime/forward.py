@@ -248,7 +248,7 @@ _WITH_KERNEL = ("cpu", "cuda")
 
 
 class _Statistics(torch.autograd.Function):
-    """Mean and variance of each channel by a kernel of batch norms. On CPU, `var_mean` takes ten times as long."""
+    """Mean and variance of each channel by a kernel of batch norms: on CPU, `var_mean` takes many times as long."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore

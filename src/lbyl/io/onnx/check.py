@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from lbyl.errors import InputError, first_line
 from lbyl.io.comparison import difference
 from lbyl.io.onnx.arrays import as_array
-from lbyl.io.onnx.file import library
+from lbyl.io.onnx.file import session
 from lbyl.io.onnx.network import FileInput
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs, outputs
@@ -30,15 +29,14 @@ def run_file(path: Path, inputs: Sequence[FileInput], given: ExampleInputs) -> l
     Raises:
         InputError: onnxruntime can't load the file, or the file does not run on these inputs.
     """
-    runtime: Any = library("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
     try:
-        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        opened = session(path)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"onnxruntime can't load {path}: {first_line(error)}") from error
     try:
-        found = session.run(None, feed(inputs, given))
+        found = opened.run(None, feed(inputs, given))
     except Exception as error:
         raise InputError(f"{path} does not run on {given.describe()}: {first_line(error)}") from error
     return [torch.from_numpy(np.asarray(item)) for item in found]

@@ -67,6 +67,18 @@ def library(name: str) -> Any:
         raise InputError(f"{name} can't be imported ({error}); {_INSTALL}") from error
 
 
+def session(model: Path | bytes) -> Any:
+    """A session of onnxruntime on the CPU, which logs nothing because its errors say the same.
+
+    Raises:
+        InputError: onnxruntime is not installed. Other exceptions are those that it raises for the model.
+    """
+    runtime = library("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def open_file(path: Path) -> OnnxFile:
     """Open and check a file, without running it.
 

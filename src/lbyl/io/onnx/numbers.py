@@ -1,4 +1,4 @@
-"""Arithmetic on shapes and other numbers, computed by ONNX's reference implementation."""
+"""Arithmetic on shapes and other numbers, computed by ONNX's reference implementation, or else by onnxruntime."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lbyl.errors import InputError
-from lbyl.io.onnx.file import library
+from lbyl.io.onnx.file import library, session
 
 _LARGEST = 2**28
 _MAKING = ("ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike")
@@ -16,6 +16,8 @@ _MAKING = ("ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "EyeLike")
 
 class Numbers:
     """One operator on arrays, computed by the reference implementation of the ``onnx`` package.
+
+    That fails on some nodes, which onnxruntime computes.
 
     Args:
         node: the node, as an object of ``onnx``.
@@ -31,13 +33,10 @@ class Numbers:
         self._op = node.op_type
         self._places = [place for place, name in enumerate(node.input) if name]
         self._names = [node.input[place] for place in self._places]
-        inputs = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(self._names)]
-        outputs = [onnx.ValueInfoProto(name=name) for name in node.output if name]
-        graph = onnx.helper.make_graph([node], "numbers", inputs, outputs)
-        imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
-        made = onnx.helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
-        self._evaluator = ReferenceEvaluator(made)
-        self._node, self._imports, self._ir_version = node, imports, ir_version
+        self._node, self._ir_version = node, ir_version
+        self._imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+        untyped = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(self._names)]
+        self._evaluator = ReferenceEvaluator(self._model(untyped))
 
     def __call__(self, *operands: Any) -> tuple[np.ndarray, ...]:
         """The outputs of the operator.
@@ -54,19 +53,24 @@ class Numbers:
             found = self._run(given)
         return tuple(np.asarray(item) for item in found)
 
+    def _model(self, inputs: Sequence[Any]) -> Any:
+        """A model of this node alone."""
+        onnx = library("onnx")
+        outputs = [onnx.ValueInfoProto(name=name) for name in self._node.output if name]
+        graph = onnx.helper.make_graph([self._node], "numbers", inputs, outputs)
+        return onnx.helper.make_model(graph, opset_imports=self._imports, ir_version=self._ir_version)
+
     def _run(self, given: dict[str, np.ndarray]) -> list[Any]:
-        """The outputs by onnxruntime, which computes some nodes that ONNX's own evaluator fails on."""
-        onnx, runtime = library("onnx"), library("onnxruntime")
+        """The outputs by onnxruntime, which needs the inputs' types and shapes."""
+        helper = library("onnx").helper
         try:
-            kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
-            inputs = [onnx.helper.make_tensor_value_info(name, kinds[name], given[name].shape) for name in given]
-            outputs = [onnx.ValueInfoProto(name=name) for name in self._node.output if name]
-            graph = onnx.helper.make_graph([self._node], "numbers", inputs, outputs)
-            made = onnx.helper.make_model(graph, opset_imports=self._imports, ir_version=self._ir_version)
-            options = runtime.SessionOptions()
-            options.log_severity_level = 4
-            session = runtime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            return session.run(None, given)
+            inputs = [
+                helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+                for name, array in given.items()
+            ]
+            return session(self._model(inputs).SerializeToString()).run(None, given)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(f"node {self._name} can't be computed: {type(error).__name__}: {error}") from error
 
