@@ -719,5 +719,16 @@ class Pooled(nn.Module):
         return self.b((y @ y.transpose(1, 2)).flatten(1))
 
 
-def test_what_cannot_be_cut_says_why() -> None:
-    assert "multiplied with each other" in str(reasons(settle(Pooled()), images(2, 3, 4, 4))["a"])
+def test_a_product_goes_with_either_of_its_channels() -> None:
+    result = cut(settle(Pooled()), images(2, 3, 4, 4))
+    assert widths(result) == {"a": (8, 4)}
+    keep = next(group.keep for group in result.plan.groups if group.name == "a")
+    columns = next(item.keep for item in result.plan.cuts if item.parameter == "b.weight")
+    assert columns == tuple(8 * i + j for i in keep for j in keep)
+
+
+def test_the_cost_of_products_falls_with_the_square() -> None:
+    x, net = images(2, 3, 4, 4), settle(Pooled())
+    result = lbyl.compress(net, x, budget=lbyl.Budget(params=0.3), restore="prune", forecast=False)
+    share = sum(p.numel() for p in result.model.parameters()) / sum(p.numel() for p in net.parameters())
+    assert 0.2 <= share <= 0.3

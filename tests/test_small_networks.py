@@ -689,6 +689,24 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ROW,
     ),
     "one head": (lambda: attention(one_head, q=L(10, 6), k=L(10, 6), v=L(10, 7), out=L(7, 10), scale=0.3), TOKENS),
+    "bilinear pooling": (
+        lambda: Net(
+            lambda n, x: n.b((n.a(x).flatten(2) @ n.a(x).flatten(2).mT).flatten(1)),
+            a=S(C(3, 9, 3), nn.BatchNorm2d(9), nn.ReLU(), C(9, 7, 3)),
+            b=L(49, 5),
+        ),
+        IMAGE,
+    ),
+    "bilinear pooling with roots and a norm": (
+        lambda: Net(
+            lambda n, x: n.b(
+                F.normalize((g := torch.einsum("nchw,ndhw->ncd", y := n.a(x), y).flatten(1)).sign() * g.abs().sqrt())
+            ),
+            a=S(C(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU()),
+            b=S(nn.BatchNorm1d(49), L(49, 8), nn.ReLU(), L(8, 5)),
+        ),
+        IMAGE,
+    ),
     "one fused head": (
         lambda: attention(
             lambda n, x: n.out(F.scaled_dot_product_attention(n.q(x), n.k(x), n.v(x), scale=0.3)),
@@ -1094,10 +1112,20 @@ REASONS: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
         ROW,
         "they are selected by their indices",
     ),
-    "bilinear pooling": (
-        S(L(6, 8), Net(lambda n, x: (x.mT @ x).flatten(1)), L(64, 3)),
+    "attention among channels": (
+        S(L(6, 8), Net(lambda n, x: x @ (x.mT @ x).softmax(-1)), L(8, 3)),
         TOKENS,
-        "its channels can only be cut all together: they are multiplied with each other in '0.1'",
+        "its channels can only be cut all together: products of two of them are used by softmax in '0.1'",
+    ),
+    "a Gram matrix row by row": (
+        S(L(6, 8), Net(lambda n, x: x.mT @ x), L(8, 3)),
+        TOKENS,
+        "its channels can only be cut all together: products of two of them are used by linear in '0.2'",
+    ),
+    "bilinear pooling of a fixed size": (
+        S(L(6, 8), Net(lambda n, x: (x.mT @ x).reshape(-1, 64)), L(64, 3)),
+        TOKENS,
+        "found by verification: without them the code fails",
     ),
     "random numbers": (
         S(L(6, 8), Net(lambda n, x: x + torch.randn_like(x)), L(8, 3)),

@@ -61,14 +61,16 @@ def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
 
     The cost named "" is that of products of activations. It is divided evenly among the groups in these products.
     """
-    dims: dict[str, dict[int, tuple[int, int, dict[int, float]]]] = defaultdict(dict)
+    dims: dict[str, dict[tuple[int, int], tuple[int, int, dict[int, float]]]] = defaultdict(dict)
     for index, group in enumerate(graph.groups):
         for slot in (*group.carriers, *group.consumers):
             length = len(slot.channels)
             ours = sum(channel != NOT_OURS for channel in slot.channels)
-            _, free, groups = dims[slot.parameter].get(slot.dim, (length, length, {}))
+            # A second slot of the group holds the other channels of products of two: its share is another factor.
+            second = index in dims[slot.parameter].get((slot.dim, 0), (0, 0, {}))[2]
+            _, free, groups = dims[slot.parameter].get((slot.dim, second), (length, length, {}))
             groups[index] = ours / group.width
-            dims[slot.parameter][slot.dim] = (length, free - ours, groups)
+            dims[slot.parameter][slot.dim, second] = (length, free - ours, groups)
     terms = []
     costs = dict(costs)
     rest = costs.pop("", 0.0)

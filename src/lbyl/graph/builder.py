@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lbyl.graph.pairs import Pairs
 from lbyl.graph.types import Depthwise, LayerNorm, Norm, Step
 from lbyl.graph.union_find import NOBODY, Ids, compact, small, varies
 from lbyl.runtime.reductions import Reduction, aten_name
@@ -88,6 +89,8 @@ class Builder:
     ids: Ids = field(default_factory=Ids)
     slots: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
     """By parameter name and dimension."""
+    seconds: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
+    """The second channels along dimensions whose indices are pairs, see `lbyl.graph.pairs`; the first are in slots."""
     producers: dict[tuple[str, int], ProducerRecord] = field(default_factory=dict)
     """By weight name and output dimension."""
     consumers: dict[str, ConsumerRecord] = field(default_factory=dict)
@@ -137,6 +140,9 @@ class Builder:
     pieces: list[tuple[fx.Node, list[fx.Node]]] = field(default_factory=list)
     """These values, and the views of each of these parts, from the last one to the first."""
     _free: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pairs = Pairs(self.ids)
 
     # -- ids ------------------------------------------------------------------------------------------
 
@@ -196,6 +202,8 @@ class Builder:
 
     def slot(self, parameter: str, dim: int, ids: Tensor, role: str, blocks: int = 1) -> Tensor:
         """Record that ``ids`` run along a parameter's dimension; a second use merges with the first."""
+        if self.pairs.among(ids):
+            return self._slot_of_pairs(parameter, dim, ids)
         known = self.slots.get((parameter, dim))
         if known is None:
             self.slots[parameter, dim] = SlotRecord(parameter, dim, ids, role, blocks)
@@ -215,6 +223,20 @@ class Builder:
             known.ids = torch.where(known.ids == NOBODY, ids, known.ids)
         self.ids.union(known.ids, ids)
         return known.ids
+
+    def _slot_of_pairs(self, parameter: str, dim: int, pairs: Tensor) -> Tensor:
+        """Record that pairs run along a parameter's dimension, as two slots that a cut only removes indices from."""
+        known, place = self.seconds.get((parameter, dim)), (parameter, dim)
+        if known is None and place in self.slots:
+            self.pairs.merge([pairs])
+            return self.slot(parameter, dim, self.ids.find(pairs), "carrier")
+        first, second = self.pairs.split(pairs)
+        if known is None:
+            self.seconds[place] = SlotRecord(parameter, dim, second, "carrier")
+        else:
+            self.ids.union(known.ids, second)
+        self.slot(parameter, dim, first, "carrier")
+        return pairs
 
     def produce(
         self, node: fx.Node, layer: str, weight: str, bias: str | None, count: int, dim: int = 0, blocks: int = 1
@@ -251,6 +273,9 @@ class Builder:
         experts: int = 0,
     ) -> None:
         """Record that a layer mixes these channels along a dimension of its weight."""
+        if self.pairs.among(ids):
+            self.tie(weight, dim, ids)
+            return
         if (weight, dim) in self.producers and blocks == 1:
             self.slot(weight, dim, ids, "producer")
             self.tied.append((weight, dim))
@@ -346,7 +371,7 @@ class Builder:
             # What was not read, such as positions after the last one, is cut with what was.
             self.ids.union(roots.movedim(dim, -1), ids.expand(roots.movedim(dim, -1).shape))
             self.slots.setdefault((name, dim), SlotRecord(name, dim, ids, "carrier"))
-        for record in self.slots.values():
+        for record in (*self.slots.values(), *self.seconds.values()):
             if record.parameter in self.whole:
                 self.pin(record.ids, self.whole[record.parameter])
 

@@ -91,6 +91,7 @@ class _Channels:
 
     def __init__(self, builder: Builder) -> None:
         self.find = builder.ids.find
+        self.pairs = builder.pairs
         self.group_of = torch.full((len(builder.ids),), NOT_OURS, dtype=torch.int64)
         self.channel_of = torch.full((len(builder.ids),), NOT_OURS, dtype=torch.int64)
         self.drafts: list[_Draft] = []
@@ -108,7 +109,7 @@ class _Channels:
 
     def drafts_with(self, ids: Tensor) -> list[_Draft]:
         """The groups that some of these ids belong to."""
-        found = set(self.group_of.take(self.find(ids).reshape(-1)).tolist()) - {NOT_OURS}
+        found = set(self.group_of.take(self.find(self.pairs.channels(ids)).reshape(-1)).tolist()) - {NOT_OURS}
         return [self.drafts[index] for index in sorted(found)]
 
     def columns(self, ids: Tensor) -> tuple[tuple[int, int], ...]:
@@ -121,7 +122,7 @@ class _Channels:
 
 
 def _add_slots(builder: Builder, channels: _Channels) -> None:
-    for record in builder.slots.values():
+    for record in (*builder.slots.values(), *builder.seconds.values()):
         roots = channels.find(record.ids)
         owners, places = channels.group_of[roots], channels.channel_of[roots]
         alone = bool((owners == owners[:1]).all())  # the usual case
@@ -276,6 +277,8 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
     sizes: dict[Size, None] = {}
     broken = []
     for shadow, module in builder.shapes:
+        if builder.pairs.among(shadow):
+            continue  # a size of pairs is no multiple of a number of channels; verification finds code that gives one
         final = _cuttable(builder, shadow)
         moving = _moving(final)
         if len(moving) > 1:

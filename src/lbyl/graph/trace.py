@@ -150,6 +150,7 @@ def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     everything = [*_flat(args), *_flat(list(kwargs.values()))]
     if rule is None:
         return builder.barrier(node, everything, f"{place} has no rule")
+    _separate(builder, name, place, everything)
     try:
         found = rule(builder, node, args, kwargs)
     except Exception as error:  # the rule does not handle this call; some rules come from users
@@ -158,6 +159,17 @@ def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     if not _fits(found, node):
         return builder.barrier(node, everything, f"{place} is called in a way that its rule does not handle")
     return found
+
+
+def _separate(builder: Builder, name: str, place: str, values: Sequence[Any]) -> None:
+    """Merge the channels of pairs that an operation does not leave by themselves (see `lbyl.graph.pairs`)."""
+    having = [value for value in values if isinstance(value, Tensor) and builder.pairs.among(value)]
+    if not having:
+        return
+    layers = name in ("linear", "batch_norm")  # the only ones that read a parameter pair by pair
+    shadows = [value if layers else builder.shadow(value) for value in values]
+    if not builder.pairs.stay(name.rstrip("_"), [shadow for shadow in shadows if isinstance(shadow, Tensor)]):
+        builder.joins.append((builder.pairs.merge(having), f"products of two of them are used by {place}"))
 
 
 def _fits(found: Any, node: fx.Node) -> bool:

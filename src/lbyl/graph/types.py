@@ -132,8 +132,8 @@ class Group:
         coupled_with: the name of a group that must lose exactly the same share of its channels; "" for none.
         tied: carriers that also read the channels, such as an output layer that shares the embedding's table. They
             lose columns, and restoration can't compensate for the loss there.
-        products: the modules that add up products of pairs of these channels (the scores of attention with one head);
-            dropped channels must be zero there.
+        products: the modules that multiply pairs of these channels, and add the products up (the scores of attention
+            with one head) or do not (bilinear pooling); dropped channels must be zero there.
         multiple: every block keeps a multiple of this number of channels, as the operation that reads them requires.
         statistics: other reductions over these channels; after a cut they are taken over the kept ones.
     """

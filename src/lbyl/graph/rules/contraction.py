@@ -61,7 +61,12 @@ def contract(
         else:
             kept = [x in out for x in space]
             batch = [x in out and all(x in other for _, other in operands) for x in space]
-            result, view = _outer(builder, *_unshared(builder, result, view, kept, layer), kept, batch, layer)
+            result, view = _unshared(builder, result, view, kept, layer)
+            pairs = _pairs(builder, result, view, kept, layer) if len(operands) == 2 else None
+            if pairs is not None:
+                result = pairs
+                continue
+            result, view = _outer(builder, result, view, kept, batch, layer)
             result = _together(builder, result, view, whole)
     result = compact(builder.ids.find(result.expand(extent)))
     summed = [d for d, x in enumerate(space) if x not in out]
@@ -70,7 +75,7 @@ def contract(
         builder.products.append((small(result).reshape(-1), layer))
         builder.step(small(result).reshape(-1), str(node.target).split(".")[1], layer, parametric=True)
         return torch.full((), NOBODY).expand(whole_shape)
-    for shadow, _ in operands:
+    for shadow, _ in operands if not builder.pairs.among(result) else ():
         builder.joins.append((small(shadow).reshape(-1), f"they are multiplied with each other in {layer!r}"))
     result = builder.join(result, summed)
     for d in summed:
@@ -157,6 +162,22 @@ def _outer(
     builder.keep(sides[1 - free], _SHARED.format(layer))
     sides[1 - free] = torch.full_like(small(sides[1 - free]), NOBODY).expand(sides[1 - free].shape)
     return sides[0], sides[1]
+
+
+def _pairs(builder: Builder, a: Tensor, b: Tensor, kept: Sequence[bool], layer: str) -> Tensor | None:
+    """The products of a layer's channels with each other (bilinear pooling of one layer); None for other factors."""
+    sides = [compact(builder.ids.find(x)) for x in (a, b)]
+    axes = [[d for d in range(x.dim()) if varies(x, d)] for x in sides]
+    if [len(each) for each in axes] != [1, 1] or axes[0] == axes[1] or not all(kept[each[0]] for each in axes):
+        return None
+    rows, columns = (small(x).reshape(-1) for x in sides)
+    every = torch.unique(rows)
+    if not torch.equal(every, torch.unique(columns)) or not bool(builder.ids.issued(every).all()):
+        return None
+    pairs = builder.pairs.make(small(sides[0]), small(sides[1]))
+    if pairs is not None:
+        builder.products.append((every, layer))
+    return pairs
 
 
 def _everywhere(operands: Sequence[_Labeled], label: str) -> bool:

@@ -134,6 +134,8 @@ def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     if any(varies(x, d) for d in dims):
         if not any(varies(x, d) for d in range(x.dim()) if d not in dims):
             along = [d for d in dims if varies(x, d)]
+            if builder.pairs.among(x):
+                return nobody_like(node)  # a sum, to which products of channels that are zero add nothing
             if not bool(builder.ids.issued(small(x)).any()):
                 # The weights of a sum, say, that are a parameter.
                 builder.pin(x, f"{name} in {layer_name(node)!r} is taken over a parameter")
