@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -121,6 +122,49 @@ def test_attention_that_computes_more_is_left() -> None:
         "blocks.0.attn",
         "blocks.1.attn",
     ]
+
+
+def vision(kind: str) -> Any:
+    """A small vision transformer of transformers."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = getattr(transformers, f"{kind}Config")(**shape, image_size=8, patch_size=4)
+    name = {"ViT": "ViTForImageClassification", "CLIPVision": "CLIPVisionModel"}.get(kind, f"{kind}Model")
+    net = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return net
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Beit", "CLIPVision"])
+def test_heads_with_three_layers_get_smaller_and_transformers_loads_what_it_can_say(kind: str, tmp_path: Path) -> None:
+    net, x = vision(kind), {"pixel_values": images()}
+    budget = lbyl.Budget(params=0.9, head_dim=True)
+    data = lbyl.LeastSquares(moments=lbyl.Data([{"pixel_values": images(seed, 16)} for seed in (1, 2)]))
+    result = lbyl.compress(net, x, budget=budget, restore=data, forecast=False)
+    assert (result.report.verified or 1.0) < 1e-5
+    assert result.report.assessment is not None
+    assert result.report.assessment.restored < 0.7 * result.report.assessment.pruned
+    result.save(tmp_path / "out")
+    expected = result.model(pixel_values=images(7))[0]
+    torch.testing.assert_close(lbyl.load(tmp_path / "out", vision(kind))(pixel_values=images(7))[0], expected)
+    if kind == "CLIPVision":
+        assert any("model.config still has the unpruned widths" in note for note in result.report.notes)
+        return
+    again = type(net).from_pretrained(tmp_path / "out").eval()
+    assert again.config.head_dim == result.model.config.head_dim == result.report.rows[0].after
+    assert not hasattr(net.config, "head_dim")
+    torch.testing.assert_close(again(pixel_values=images(7))[0], expected)
+
+
+def test_rotated_queries_are_refused_by_name() -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=50)).eval()
+    tokens = {"input_ids": torch.arange(8)[None]}
+    with pytest.raises(InputError, match=r"layers.0.self_attn: it computes more than plain attention: rotary"):
+        lbyl.compress(net, tokens, budget=HALF, forecast=False)
 
 
 def test_a_wrong_cut_is_seen() -> None:

@@ -31,7 +31,7 @@ CONFIG = "config.json"
 _WIDTH = re.compile(
     r"intermediate|inner|ffn|d_ff|mlp_dim|hidden_dim|hidden_size|n_embd|d_model|(^|_)heads?$|(^|_)experts$"
 )
-"""Numbers of hidden neurons, heads, experts and channels of residual connections. Sizes within heads are never cut."""
+"""Numbers of hidden neurons, heads, experts and channels of residual connections."""
 
 _HEADS = re.compile(r"(^|_)heads?$")
 """Numbers that count heads."""
@@ -182,6 +182,11 @@ def _fitting(model: nn.Module, before: _Shapes) -> Any:
     base = _attempt(model, settings)
     if base is None or architecture_of(base) != before:
         raise _Unsayable(f"a model built from its {name} is not the unpruned one")
+    if inside := _smaller_heads(model, settings):
+        plain, settings = _with(plain, inside), _with(settings, inside)
+        if (base := _attempt(model, settings)) is None:
+            raise _Unsayable(f"its {name} does not allow heads of {next(iter(inside.values()))} channels")
+        before = architecture_of(base)
     decided = {field: _decides(model, settings, *field, before) for field in _fields(settings)}
     new, left = _solved(decided, _sizes(before), _sizes(after))
     if left:
@@ -336,6 +341,13 @@ def _fewer_heads(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...],
     numbers = {v for m in model.modules() for name, v in vars(m).items() if _HEADS.search(name) and type(v) is int}
     paths = [path for path, _ in _fields(settings) if _HEADS.search(path[-1])]
     return {paths[0]: numbers.pop()} if len(numbers) == len(paths) == 1 else {}
+
+
+def _smaller_heads(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...], int]:
+    """The new size of heads, if it is the same in all layers and differs from that of the configuration."""
+    sizes = {size for module in model.modules() if type(size := vars(module).get("head_dim")) is int}
+    size = sizes.pop() if len(sizes) == 1 else None
+    return {("head_dim",): size} if size is not None and settings.get("head_dim", size) != size else {}
 
 
 def _other_attribute(model: nn.Module, built: nn.Module) -> str:

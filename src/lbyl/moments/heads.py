@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lbyl.graph.heads import HeadActivations, Heads
+from lbyl.graph.heads import HeadActivations, Heads, tokens_given
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import module_hooks
@@ -63,11 +63,14 @@ def head_moments(model: nn.Module, layers: Sequence[Heads], batches: Sequence[Ex
     found = {each.path: HeadMoments(Sums.zeros(each), Sums.zeros(each), Sums.zeros(each)) for each in layers}
 
     def enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        made = HeadActivations.of(module, args[0])
+        x = tokens_given(args, kwargs)
+        assert x is not None
+        made = HeadActivations.of(described[path], module, x)
         found[path].queries.add(made.queries)
         found[path].keys.add(made.keys)
         found[path].mixed.add(made.mixed)
 
+    described = {each.path: each for each in layers}
     modules = {each.path: model.get_submodule(each.path) for each in layers}
     with undisturbed(model), torch.no_grad(), module_hooks(modules, enter):
         for batch in batches:

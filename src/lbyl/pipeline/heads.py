@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lbyl.errors import BudgetError, InputError
 from lbyl.graph.heads import Heads, find_heads
+from lbyl.io.huggingface import follow_widths
 from lbyl.io.report.rows import Row
 from lbyl.moments.heads import HeadMoments, head_moments
 from lbyl.pipeline.ground import Ground, after_earlier, effect_on, probed
@@ -23,7 +24,7 @@ from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.progress import Clock
 from lbyl.surgery.cuts import cut_copy
 from lbyl.surgery.heads import head_attributes, plan_heads, rescaled, verify_heads
-from lbyl.surgery.plan import GroupPlan, Plan
+from lbyl.surgery.plan import GroupPlan, Plan, architecture_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def ground_for_heads(prepared: Prepared, request: CompressionRequest, clock: Clo
         layers, others = find_heads(model, inputs)
     layers = tuple(each for each in layers if not any(fnmatchcase(each.path, glob) for glob in budget.exclude))
     if not layers:
-        why = next((f"{path}: {why}" for path, why in others.items()), "no layer has fused queries, keys and values")
+        why = next(
+            (f"{path}: {why}" for path, why in others.items()), "no layer is known to make queries, keys and values"
+        )
         raise InputError(
             f"{type(model).__name__} has no attention whose heads could get smaller inside ({why}); leave out head_dim "
             "(--head-dim)"
@@ -139,10 +142,11 @@ def compress_heads(prepared: Prepared, request: CompressionRequest, clock: Clock
     if request.verify:
         with clock("verify"):
             verified = verify_heads(sharing_copy(ground.model, values), smaller, prepared.inputs)
+    told = follow_widths(smaller, architecture_of(ground.model))
     report = ground.report(
         smaller,
         clock,
-        _notes(ground, bool(layers), effects),
+        [*_notes(ground, bool(layers), effects), *([told] if told else [])],
         ground.others,
         verified,
         ground.assessed((errors[0], errors[1])) if layers else None,

@@ -76,12 +76,17 @@ def values_inside(
     """
     layer = model.get_submodule(heads.path)
     state = {name: tensor.detach().double().cpu() for name, tensor in layer.named_parameters()}
-    weight, out = state["qkv.weight"], state["proj.weight"]
-    fused = torch.cat([weight, state["qkv.bias"][:, None]], 1) if "qkv.bias" in state else weight
-    fused = fused.reshape(3, heads.count, heads.size, -1)
+    out = state[f"{heads.out}.weight"]
+    # Biases are one more column of the weights, which is zero for layers that have none.
+    full = [
+        torch.cat([weight, state.get(f"{part}.bias", torch.zeros(len(weight)).double())[:, None]], 1)
+        for part in (heads.parts[:1] if heads.fused else heads.parts)
+        for weight in (state[f"{part}.weight"],)
+    ]
+    fused = torch.cat(full).reshape(3, heads.count, heads.size, -1)
     new, made = torch.zeros_like(fused), torch.zeros_like(out)
     shift = torch.zeros(len(out), dtype=torch.float64)
-    biased = "proj.bias" in state
+    biased = f"{heads.out}.bias" in state
     q, k = moments.queries.moments(centered=False), moments.keys.moments(centered=True)
     v, mean = moments.mixed.moments(centered=biased), moments.mixed.mean
     for head in range(heads.count):
@@ -98,10 +103,15 @@ def values_inside(
             new[part, head, :size] = matrix.T @ fused[part, head]
         made[:, place][:, :size] = w.T
         shift += mean[head] @ (columns - c @ w) if solved and biased else 0
-    new = new.flatten(0, 2)
-    width = weight.shape[1]
-    values = {"qkv.weight": new[:, :width], "proj.weight": made}
-    values |= {"qkv.bias": new[:, width]} if "qkv.bias" in state else {}
-    values |= {"proj.bias": state["proj.bias"] + shift} if biased else {}
+    values = {f"{heads.out}.weight": made}
+    if biased:
+        values[f"{heads.out}.bias"] = state[f"{heads.out}.bias"] + shift
+    parts = (
+        {heads.parts[0]: new.flatten(0, 2)} if heads.fused else dict(zip(heads.parts, new.flatten(1, 2), strict=True))
+    )
+    for part, rows in parts.items():
+        values[f"{part}.weight"] = rows[:, :-1]
+        if f"{part}.bias" in state:
+            values[f"{part}.bias"] = rows[:, -1]
     own = dict(layer.named_parameters())
     return {f"{heads.path}.{name}": value.to(own[name].dtype).to(own[name].device) for name, value in values.items()}

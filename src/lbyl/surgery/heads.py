@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import SurgeryError, VerificationError
-from lbyl.graph.heads import Heads
+from lbyl.graph.heads import SIZES, Heads
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.surgery.attributes import Attribute
@@ -20,33 +20,42 @@ def plan_heads(model: nn.Module, layers: Sequence[Heads], size: int) -> tuple[Cu
     """The cuts after which each head has ``size`` channels, its first ones."""
     cuts = []
     for each in layers:
-        names = [name for name, _ in model.get_submodule(each.path).qkv.named_parameters()]  # pyright: ignore
-        rows = tuple(part * each.size + channel for part in range(3 * each.count) for channel in range(size))
-        columns = tuple(head * each.size + channel for head in range(each.count) for channel in range(size))
-        cuts += [Cut(f"{each.path}.qkv.{name}", 0, 3 * each.count * each.size, rows) for name in names]
-        cuts.append(Cut(f"{each.path}.proj.weight", 1, each.count * each.size, columns))
+        layer, parts = model.get_submodule(each.path), 3 if each.fused else 1
+        rows, columns = (
+            tuple(head * each.size + channel for head in range(heads) for channel in range(size))
+            for heads in (parts * each.count, each.count)
+        )
+        for part in dict.fromkeys(each.parts):
+            names = [f"{part}.{name}" for name, _ in layer.get_submodule(part).named_parameters()]
+            cuts += [Cut(f"{each.path}.{name}", 0, parts * each.count * each.size, rows) for name in names]
+        cuts.append(Cut(f"{each.path}.{each.out}.weight", 1, each.count * each.size, columns))
     return tuple(cuts)
+
+
+_WIDTHS = ("attn_dim", "all_head_size", "inner_dim")
+_SCALES = ("scale", "scaling")
+"""How code calls the width of all heads together, and the factor of their products."""
 
 
 def head_attributes(model: nn.Module, layers: Sequence[Heads], size: int) -> tuple[Attribute, ...]:
     """The changed numbers: sizes of heads, of all together, and the scale of their products.
 
     Raises:
-        SurgeryError: a layer does not hold the size of its heads, or scales products in another way.
+        SurgeryError: a layer scales products in another way.
     """
-    found = []
+    found: list[Attribute] = []
     for each in layers:
         own = vars(model.get_submodule(each.path))
-        if own.get("head_dim") != each.size:
-            raise SurgeryError(f"{each.path} has no head_dim of {each.size}, by which its heads could get smaller")
-        found.append(Attribute(each.path, "head_dim", None, each.size, size))
+        found += [Attribute(each.path, name, None, each.size, size) for name in SIZES if own.get(name) == each.size]
         whole = each.count * each.size
-        if own.get("attn_dim") == whole:
-            found.append(Attribute(each.path, "attn_dim", None, whole, each.count * size))
-        if isinstance(scale := own.get("scale"), float):
-            if abs(scale * each.size**0.5 - 1) > 1e-6:
-                raise SurgeryError(f"{each.path} multiplies its products by {scale}, and not by head_dim ** -0.5")
-            found.append(Attribute(each.path, "scale", None, scale, size**-0.5))
+        found += [
+            Attribute(each.path, name, None, whole, each.count * size) for name in _WIDTHS if own.get(name) == whole
+        ]
+        for name in _SCALES:
+            if isinstance(scale := own.get(name), float):
+                if abs(scale * each.size**0.5 - 1) > 1e-6:
+                    raise SurgeryError(f"{each.path} multiplies its products by {scale}, and not by head_dim ** -0.5")
+                found.append(Attribute(each.path, name, None, scale, size**-0.5))
     return tuple(found)
 
 
@@ -54,7 +63,7 @@ def rescaled(values: Mapping[str, Tensor], layers: Sequence[Heads], size: int) -
     """The same values with queries that make up for the other scale of products: ``sqrt(size / size before)``."""
     new = dict(values)
     for each in layers:
-        for name in (f"{each.path}.qkv.weight", f"{each.path}.qkv.bias"):
+        for name in (f"{each.path}.{each.parts[0]}.weight", f"{each.path}.{each.parts[0]}.bias"):
             if name in new:
                 factor = torch.ones(len(new[name]), dtype=torch.float64)
                 factor[: each.count * each.size] = (size / each.size) ** 0.5
