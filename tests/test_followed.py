@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,26 @@ def test_a_note_says_so(verb: str) -> None:
         note = "\n".join(lbyl.compress(net, x, ratio=0.5, restore="prune").report.notes)
     assert "branches on values that it computes" in note
     assert "early did not run" in note
+
+
+class Helped(Base):
+    """An auxiliary head that only runs in training, as in GoogLeNet, and an argument that the example leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.helper, self.kinds = nn.Linear(16, 4), nn.Embedding(3, 16)
+        self.register_buffer("unused", torch.ones(3))
+
+    def forward(self, x: Tensor, kind: Tensor | None = None) -> Any:
+        hidden = self.a(x).relu() if kind is None else self.a(x).relu() + self.kinds(kind)
+        found = self.c(self.b(hidden))
+        return (found, self.helper(hidden)) if self.training else found
+
+
+def test_layers_that_only_run_otherwise_are_named() -> None:
+    notes = lbyl.compress(Helped().eval(), images(3, 6), ratio=0.5, restore="prune", forecast=False).report.notes
+    assert any(note.startswith("early, helper, kinds did not run and may no longer fit") for note in notes)
+    assert any("left whole" in note and "no operation used it on the example inputs" in note for note in notes)
 
 
 class Normed(Base):

@@ -274,3 +274,17 @@ def test_the_command_line_says_it(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, [*args, "--ratio", ratio, "-o", str(tmp_path / str(number))])
         assert result.exit_code == 0, result.output
         assert words in re.sub(r"\s+", " ", result.stdout)
+
+
+def test_encoder_and_decoder_keep_their_own_configurations() -> None:
+    shape = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 24, "num_layers": 1}
+    torch.manual_seed(0)
+    net = transformers.T5ForConditionalGeneration(transformers.T5Config(**shape)).eval()
+    inputs = {"input_ids": torch.arange(3, 9)[None], "decoder_input_ids": torch.arange(3, 7)[None]}
+    model = lbyl.compress(net, inputs, ratio=0.5, restore="prune", forecast=False).model
+    for own, before in ((model.decoder, net.decoder), (model.encoder, net.encoder)):
+        assert own.config.d_ff == model.config.d_ff == 12
+        assert (own.config.is_decoder, own.config.use_cache) == (before.config.is_decoder, before.config.use_cache)
+    assert net.decoder.config.d_ff == 24
+    assert model(**inputs).logits.shape == (1, 4, 32)
+    assert model.generate(inputs["input_ids"], max_new_tokens=3, decoder_start_token_id=0).shape[1] <= 4

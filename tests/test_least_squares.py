@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nets import settle
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import lbyl
@@ -489,3 +489,30 @@ def test_errors_of_outputs_with_a_large_mean_are_those_without_it() -> None:
         assert row.errors
         found.append(row.errors)
     assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+
+class OnGraph(nn.Module):
+    """A network on the nodes of a graph, of which no part stands alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        source, target = edges
+        hidden = self.a(x).relu()
+        return self.b(torch.zeros_like(hidden).index_add(0, target, hidden[source]))
+
+
+def test_the_nodes_of_a_graph_are_not_split() -> None:
+    generator = torch.Generator().manual_seed(0)
+    graphs = [
+        (torch.randn(20, 6, generator=generator), torch.randint(20, (2, 60), generator=generator)) for _ in range(6)
+    ]
+    torch.manual_seed(0)
+    net = OnGraph().eval()
+    result = lbyl.compress(net, graphs[0], ratio=0.5, restore=lbyl.LeastSquares(lbyl.Data(graphs)), forecast=False)
+    assert result.report.assessment is not None
+    assert result.report.assessment.restored < result.report.assessment.pruned
+    budgeted = lbyl.compress(net, graphs[0], budget=lbyl.Budget(params=0.6), forecast=False)
+    assert not any("can't restore" in note for note in budgeted.report.notes)

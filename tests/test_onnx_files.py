@@ -440,6 +440,20 @@ def test_program_of_torch_export(tmp_path: Path) -> None:
     assert result.report.parameters[1] < result.report.parameters[0]
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["with its inputs", "without"])
+def test_the_command_line_takes_a_program_as_it_is(kept: bool, tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+    sizes = {0: torch.export.Dim("batch", min=1, max=64)}
+    program = torch.export.export(net, (torch.randn(2, 3, 9, 9),), dynamic_shapes=(sizes,))
+    program.example_inputs = program.example_inputs if kept else None
+    torch.export.save(program, tmp_path / "net.pt2")
+    asked = ["compress", str(tmp_path / "net.pt2"), "--ratio", "0.5", "--restore", "prune", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    smaller = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    assert smaller(torch.randn(2, 3, 9, 9)).shape == (2, 4, 5, 5)
+
+
 def test_torchscript_is_told_how_to_export(tmp_path: Path) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(4, 3))
     torch.jit.trace(net, torch.randn(1, 4)).save(tmp_path / "net.pt")

@@ -707,6 +707,23 @@ def test_what_a_layer_remembers_of_its_width_follows(layer: nn.Module, name: str
     assert getattr(result.model[1], name) == 4  # pyright: ignore
 
 
+@pytest.mark.parametrize("compare", [F.pairwise_distance, F.cosine_similarity, torch.cdist])
+def test_what_distances_are_taken_of_is_cut_on_request_only(compare: Any) -> None:
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return compare(self.b(self.a(x).relu()), self.b(self.a(y).relu()))
+
+    net, x = settle(Twins()), (images(3, 6), images(3, 6) + 1)
+    inner = lbyl.compress(net, x, ratio=0.5, restore="prune", forecast=False)
+    assert widths(inner) == {"a": (12, 6)}
+    assert any(name == "b" and "is taken over it" in why for name, why in inner.report.left)
+    assert widths(cut(net, x)) == {"a": (12, 6), "b": (8, 4)}
+
+
 class Pooled(nn.Module):
     """Products of all pairs of channels (bilinear pooling)."""
 

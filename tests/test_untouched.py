@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,3 +181,15 @@ def test_the_layer_that_reads_numbers_without_a_square_is_named() -> None:
     data = lbyl.LeastSquares(lbyl.Data([images(8, 6) * 1e5 for _ in range(3)]))
     with pytest.raises(lbyl.RestorationError, match="'1' reads NaN, or numbers whose squares are infinite"):
         lbyl.compress(net, images(2, 6), restore=data, ratio={"0": 0.5}, forecast=False)
+
+
+def test_what_imports_draw_from_the_global_generator_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "draws_when_imported.py").write_text("import random\nmade = random.random()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(lbyl.HOME, "made", "draws_when_imported")
+    before = random.getstate()
+    assert 0 <= lbyl.made < 1
+    assert random.getstate() == before
+    delattr(lbyl, "made")

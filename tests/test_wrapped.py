@@ -100,3 +100,9 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
     torch.save(under("module.")(mlp(6, 9).state_dict()), tmp_path / "weights.pth")
     with pytest.raises(lbyl.InputError, match="does not fit Sequential"):
         load_weights(mlp(), tmp_path / "weights.pth")
+
+
+def test_the_module_of_an_exported_program_is_refused() -> None:
+    program = torch.export.export(mlp(), (torch.zeros(1, 6),)).module()
+    with pytest.raises(lbyl.InputError, match=r"exported program.*load_source"):
+        lbyl.compress(program, torch.zeros(1, 6), ratio=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 from typing import TYPE_CHECKING, Any
 
 from lbyl._public import HOME
@@ -20,7 +21,11 @@ def __getattr__(name: str) -> Any:
         return library_version()
     if name not in HOME:
         raise AttributeError(f"module 'lbyl' has no attribute {name!r}")
-    value = getattr(importlib.import_module(HOME[name]), name)
+    state = random.getstate()
+    try:
+        value = getattr(importlib.import_module(HOME[name]), name)
+    finally:
+        random.setstate(state)  # some packages draw random numbers when they are imported
     globals()[name] = value
     return value
 

@@ -17,10 +17,10 @@ from lbyl.graph.types import last_to_run
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import ChannelSums, Moments, WholeSums
 from lbyl.runtime.attended import at_attended, attended_positions
-from lbyl.runtime.batches import batch_size, split
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.macs import count_macs
+from lbyl.runtime.memory import a_few
 from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.progress import Progress, counted
 from lbyl.runtime.seeding import generator_for
@@ -186,8 +186,7 @@ def _from_probes(
     progress: Progress | None,
     room: int,
 ) -> tuple[list[Curve], str]:
-    some = min(_TRIED, available := batch_size(probes.held_out))
-    probes = replace(probes, held_out=split(probes.held_out, [some, available - some])[0])
+    probes = replace(probes, held_out=a_few(model, probes.held_out, _TRIED))
     shares = _affordable(model, inputs, probes.held_out, len(orders))
     expected = _outputs(model, probes, {}) if shares else None
     curves: list[Curve] = []

@@ -56,6 +56,7 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
 
     from lbyl.errors import InputError
     from lbyl.io.comparison import described_inputs
+    from lbyl.io.network_files import example_of_program
     from lbyl.io.onnx.network import OnnxNetwork
     from lbyl.surgery.plan import remembered
 
@@ -65,6 +66,8 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, OnnxNetwork):
         return model.example_inputs([spec.shape for spec in specs] or None, generator)
+    if not specs and model is not None and (own := example_of_program(model)) is not None:
+        return own
     if not specs and model is not None and source.startswith("hf:"):
         from lbyl.io.texts import example_tokens
 

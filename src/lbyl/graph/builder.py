@@ -123,6 +123,8 @@ class Builder:
     """Channels, and a layer norm that takes its statistics over them."""
     products: list[tuple[Tensor, str]] = field(default_factory=list)
     """Channels that a layer multiplies in pairs and adds up, and the name of that layer."""
+    distances: list[tuple[Tensor, str]] = field(default_factory=list)
+    """Channels over which a distance or similarity is taken, and its name and layer."""
     joins: list[tuple[Tensor, str]] = field(default_factory=list)
     """Channels that were merged into one, and why."""
     statistics: dict[Reduction, Tensor] = field(default_factory=dict)

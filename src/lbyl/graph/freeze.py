@@ -69,6 +69,7 @@ class _Draft:
     statistics: list[Statistic] = field(default_factory=list)
     equal: list[tuple[Tensor, int]] = field(default_factory=list)
     products: list[str] = field(default_factory=list)
+    compared: str = ""
     joined: str = ""
     reason: str | None = None
 
@@ -140,6 +141,9 @@ def _add_operations(builder: Builder, channels: _Channels) -> None:
     for ids, layer in builder.products:
         for draft in channels.drafts_with(ids):
             draft.products.append(layer)
+    for ids, name in builder.distances:
+        for draft in channels.drafts_with(ids):
+            draft.compared = draft.compared or readable(name)
     for ids, why in builder.joins:
         for draft in channels.drafts_with(ids):
             draft.joined = draft.joined or why
@@ -220,6 +224,7 @@ def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]
         tied=tied,
         statistics=tuple(draft.statistics),
         products=tuple(dict.fromkeys(draft.products)),
+        compared=draft.compared,
     )
 
 

@@ -71,6 +71,7 @@ class _Recorder(OperatorInterceptor):
         self._depends: set[fx.Node] = set()
         self._stack: list[tuple[str, type]] = []
         self._parameters: dict[fx.Node, str] = {}
+        self._own: set[fx.Node] = set()  # parameters, and no buffers
         self._storages: set[int] = set()
         constants = {
             f"{path}.{name}".lstrip(".")
@@ -82,6 +83,8 @@ class _Recorder(OperatorInterceptor):
         for name, tensor in {id(tensor): (name, tensor) for name, tensor in everything}.values():
             node = self.place(tensor, depends=name not in constants)
             remember(node, tensor)
+            if isinstance(tensor, nn.Parameter):
+                self._own.add(node)
             if name not in constants:
                 self._parameters[node] = name
                 self._storages.add(_storage(tensor))
@@ -114,18 +117,20 @@ class _Recorder(OperatorInterceptor):
             where = ", ".join(repr(path) for path in list(dict.fromkeys(self._seen))[:3])
             notes += (
                 f"the network branches on values that it computes (in {where}): it was traced, cut and verified only "
-                f"for the branches that the example inputs take{self._idle()}",
+                f"for the branches that the example inputs take" + (f"; {self._idle()}" if self._idle() else ""),
             )
+        elif self._idle():
+            notes += (f"{self._idle()}: in training, say, or with other inputs",)
         return Program(self._graph, self._parameters, counter.total, notes)
 
     def _idle(self) -> str:
-        """The end of a note that names layers whose parameters this run did not use."""
-        owners = {node: name.rpartition(".")[0] or name for node, name in self._parameters.items()}
+        """What to say of layers whose parameters this run did not use; "" if there are none."""
+        owners = {node: name.rpartition(".")[0] or name for node, name in self._parameters.items() if node in self._own}
         # A layer may run without some of its tensors: a batch norm does not use its count of batches.
         used = {owner for node, owner in owners.items() if node.users}
         layers = list(dict.fromkeys(owner for owner in owners.values() if owner not in used))
         more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-        return f"; {', '.join(layers[:3])}{more} did not run and may no longer fit the cut network" if layers else ""
+        return f"{', '.join(layers[:3])}{more} did not run and may no longer fit the cut network" if layers else ""
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)

@@ -89,6 +89,8 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
         if node.op == "placeholder":
             name = program.parameters.get(node)
             env[node] = nobody_like(node) if name is None else ParameterRef(name, tuple(node.meta["val"].shape))
+            if name is not None and not node.users:
+                builder.whole[name] = "no operation used it on the example inputs"
         elif node.op == "call_function":
             env[node] = _call(builder, node, value(node.args), value(node.kwargs))
             write_back(builder, env, node)

@@ -134,6 +134,7 @@ class Group:
             lose columns, and restoration can't compensate for the loss there.
         products: the modules that multiply pairs of these channels, and add the products up (the scores of attention
             with one head) or do not (bilinear pooling); dropped channels must be zero there.
+        compared: a distance or similarity of such channels (cdist, cosine_similarity), by name and module; "" for none.
         multiple: every block keeps a multiple of this number of channels, as the operation that reads them requires.
         statistics: other reductions over these channels; after a cut they are taken over the kept ones.
     """
@@ -153,6 +154,7 @@ class Group:
     tied: tuple[Slot, ...] = ()
     statistics: tuple[Statistic, ...] = ()
     products: tuple[str, ...] = ()
+    compared: str = ""
     multiple: int = 1
 
     @property
@@ -165,6 +167,8 @@ class Group:
         if self.statistics:
             first = self.statistics[0].reduction
             return f"{first.op} in {first.module!r} is taken over it"
+        if self.compared:
+            return f"{self.compared} is taken over it"
         if self.coupled_with:
             return f"{self.coupled_with!r} has to lose the same share"
         return None

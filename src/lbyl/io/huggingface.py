@@ -126,16 +126,32 @@ def follow_widths(model: nn.Module, before: Mapping[str, Sequence[int]]) -> str:
 
 
 def _adopt(model: nn.Module, config: Any) -> None:
-    """Replace the model's configuration, and those inside it, in all of its modules."""
+    """Replace the model's configuration, and those inside it, in all of its modules.
+
+    A part may have a copy that differs, such as the decoder of T5. It gets a copy of the new one that differs likewise.
+    """
     old: Any = model.config
-    twins = {type(value): getattr(config, name) for name, value in vars(old).items() if hasattr(value, "to_dict")}
-    twins[type(old)] = config
+    nested = {name: value for name, value in vars(old).items() if hasattr(value, "to_dict")}
+    twins: dict[type, tuple[Any, Any]] = {type(value): (value, getattr(config, name)) for name, value in nested.items()}
+    twins[type(old)] = old, config
+    new = {id(before): after for before, after in twins.values()}
+    held = [before for before, _ in twins.values()]  # so that no other object gets its id
     for name in ("_name_or_path", "_attn_implementation", "_experts_implementation"):  # these are not stored in files
         if hasattr(old, name):
             setattr(config, name, getattr(old, name))
     for module in model.modules():
-        if type(getattr(module, "config", None)) in twins:
-            module.config = twins[type(module.config)]
+        own: Any = getattr(module, "config", None)
+        if type(own) not in twins:
+            continue
+        if id(own) not in new:
+            before, after = twins[type(own)]
+            new[id(own)] = copy.deepcopy(after)
+            held.append(own)
+            missing = object()
+            for name, value in vars(own).items():
+                if vars(before).get(name, missing) != value:
+                    setattr(new[id(own)], name, value)
+        module.config = new[id(own)]
 
 
 def _copy_companions(folder: Path, model: Any) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lbyl.errors import ArtifactError, InputError, first_line
@@ -53,9 +54,40 @@ def read_network(path: Path) -> nn.Module:
         )
     try:
         with quiet():
-            return _as_called(torch.export.load(path).module())
+            program = torch.export.load(path)
+            network = _as_called(program.module())
+            _EXAMPLES[network] = _example_of(program)
+            return network
     except Exception as error:
         raise InputError(f"{path} is not a file of torch.export, or is damaged: {first_line(error)}") from error
+
+
+_EXAMPLES: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...] | None] = weakref.WeakKeyDictionary()
+"""Example inputs of networks that were read from files of torch.export."""
+
+
+def example_of_program(network: nn.Module) -> tuple[Any, ...] | None:
+    """Example inputs of a network that was read from ``model.pt2``; None for other networks.
+
+    They are those that the file holds, or else normal values, and zeros for whole numbers, in the sizes that it was
+    exported for.
+    """
+    return _EXAMPLES.get(network)
+
+
+def _example_of(program: Any) -> tuple[Any, ...] | None:
+    if program.example_inputs is not None and not program.example_inputs[1]:
+        return tuple(program.example_inputs[0])
+    names = set(program.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    if len(values) != len(names) or not all(isinstance(value, Tensor) for value in values):
+        return None
+    generator, made = torch.Generator().manual_seed(0), []
+    for value in values:
+        shape = [size if isinstance(size, int) else size.node.hint or 2 for size in value.shape]
+        drawn = torch.randn(shape, generator=generator) if value.is_floating_point() else torch.zeros(shape)
+        made.append(drawn.to(value.dtype))
+    return tuple(made)
 
 
 _CALLED = {

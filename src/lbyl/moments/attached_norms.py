@@ -19,11 +19,10 @@ from torch.nn import functional
 
 from lbyl.graph import Graph, Norm, Producer
 from lbyl.runtime.batch_norms import norms_cover
-from lbyl.runtime.batches import first_rows
 from lbyl.runtime.copying import sharing_copy, tensors_of
 from lbyl.runtime.forward import run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
-from lbyl.runtime.memory import give_back
+from lbyl.runtime.memory import a_few, give_back
 
 LayerStatistics = Mapping[str, tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]]
 """Mean and variance of each layer's output channels, by the layer's name."""
@@ -91,7 +90,7 @@ def measure_statistics(model: nn.Module, batches: Sequence[ExampleInputs]) -> La
     if norms_cover(model):
         return {}
     copy = sharing_copy(model)
-    names = _layers_that_run_once(copy, first_rows(batches[0]))
+    names = _layers_that_run_once(copy, a_few(copy, batches[0]))
     if not names:
         return {}
     for name in names:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lbyl.moments.integers import find_integers
 from lbyl.moments.scale import UNIT, InputScales, Scale
 from lbyl.moments.synthesis import pink
 from lbyl.runtime.batch_norms import batch_norms
@@ -55,7 +56,9 @@ def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
         if scale is not UNIT:
             numbers = f"mean {_said(scale.mean)} and deviation {_said(scale.deviation)}"
             told.append(f"probes have {numbers}, estimated from {whence}")
-    return InputScales(tuple(scales), "; ".join(dict.fromkeys(told)))
+    integers, note = find_integers(model, inputs)
+    told += [note] if note else []
+    return InputScales(tuple(scales), "; ".join(dict.fromkeys(told)), integers)
 
 
 def _takes(model: nn.Module, inputs: ExampleInputs, index: int, scale: Scale) -> bool:

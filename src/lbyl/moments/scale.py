@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lbyl.moments.integers import Integers
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -51,10 +53,17 @@ UNIT = Scale(torch.zeros(1, dtype=torch.float32, device="cpu"), torch.ones(1, dt
 
 @dataclass(frozen=True)
 class InputScales:
-    """The scale of each input tensor, and a note for the user ("" for none)."""
+    """What each input tensor is like.
+
+    Attributes:
+        scales: the scale of each tensor.
+        note: what the user should know; usually "".
+        integers: how whole numbers vary, for each tensor; None for one that has none, or that is the same for all.
+    """
 
     scales: tuple[Scale, ...]
     note: str = ""
+    integers: tuple[Integers | None, ...] = ()
 
     @torch.no_grad()
     def clamp_(self, tensors: Sequence[Tensor]) -> None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lbyl.moments.scale import InputScales
 from lbyl.runtime.batches import channels_last
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.intercept import FunctionInterceptor, leading_arguments
 
 Maker = Callable[[Sequence[int], torch.Generator], Tensor]
 """A function that makes a floating-point input of a given shape, whose first axis is the batch axis."""
@@ -260,7 +257,7 @@ def synthesize(
     generator: torch.Generator,
     scales: InputScales,
 ) -> ExampleInputs:
-    """Make ``count`` inputs like the example: floats from ``make``, random token ids, and all else repeated.
+    """Make ``count`` inputs like the example: floats from ``make``, and whole numbers as ``scales`` says.
 
     Floats are converted to their scales, one for each tensor of the example.
 
@@ -268,41 +265,22 @@ def synthesize(
     """
     tensors = inputs.tensors()
     batch = tensors[0].shape[0] if tensors[0].dim() else 0
-    vocabulary = _vocabularies(model, inputs) if any(not t.is_floating_point() for t in tensors) else {}
-
     as_stored = channels_last if takes_channels_last(model, inputs) else Tensor.contiguous
 
-    scale_of = iter(scales.scales)
+    scale_of, integers_of = iter(scales.scales), iter(scales.integers or [None] * len(tensors))
 
     def replace(tensor: Tensor) -> Tensor:
-        scale = next(scale_of)
+        scale, integers = next(scale_of), next(integers_of)
         if not tensor.dim() or tensor.shape[0] != batch:
             return tensor
         shape = (count, *tensor.shape[1:])
         if tensor.is_floating_point():
             return as_stored(scale.of(make(shape, generator)).to(tensor))
-        size = vocabulary.get(tensor.untyped_storage().data_ptr())
-        if size is not None and tensor.dtype in (torch.int32, torch.int64):
-            return _tokens(size, shape, generator).to(tensor)
+        if integers is not None:
+            return integers.draw(count, generator).to(tensor)
         return tensor[:1].expand(shape).clone() if batch else tensor
 
     return inputs.map(replace)
-
-
-def _tokens(size: int, shape: Sequence[int], generator: torch.Generator) -> Int[Tensor, "..."]:
-    """Random rows of a table. In a large table, early rows are more frequent, by the Zipf-Mandelbrot law.
-
-    Most vocabularies list common words first, and a few common words make up most of a text.
-    """
-    if size < _VOCABULARY:
-        return torch.randint(size, tuple(shape), generator=generator)
-    offset = size / 30
-    drawn = offset * (size / offset + 1) ** torch.rand(tuple(shape), generator=generator) - offset
-    return drawn.long().clamp_max(size - 1)
-
-
-_VOCABULARY = 1000
-"""Smaller tables are taken to hold positions, kinds or categories, and not words."""
 
 
 def takes_channels_last(model: nn.Module, inputs: ExampleInputs) -> bool:
@@ -316,27 +294,3 @@ def takes_channels_last(model: nn.Module, inputs: ExampleInputs) -> bool:
     except Exception:  # a user's model may raise anything
         return False
     return True
-
-
-class _Lookups(FunctionInterceptor):
-    """Records the number of rows of the table in which integers are looked up, by the address of these integers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-
-    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is functional.embedding:
-            ids, table = leading_arguments(args, kwargs, "input", "weight")
-            # By address, because models reshape ids before they look them up, and a view has the same address.
-            self.sizes[ids.untyped_storage().data_ptr()] = table.shape[0]
-        return func(*args, **kwargs)
-
-
-def _vocabularies(model: nn.Module, inputs: ExampleInputs) -> dict[int, int]:
-    own = inputs.cloned()
-    with torch.no_grad(), _Lookups() as lookups:
-        own.call(model)
-    places = zip(inputs.tensors(), own.tensors(), strict=True)
-    found = [(tensor, lookups.sizes.get(twin.untyped_storage().data_ptr())) for tensor, twin in places]
-    return {tensor.untyped_storage().data_ptr(): size for tensor, size in found if size is not None}

@@ -17,7 +17,7 @@ from lbyl.moments.forecast_probes import SENTENCES, ForecastProbes, forecast_pro
 from lbyl.moments.generated import Generated, text_losses, writes_text
 from lbyl.moments.sentences import Sentences, takes_sentences
 from lbyl.restore.base import Restorer
-from lbyl.runtime.batches import batch_size, first_rows, in_parts, join
+from lbyl.runtime.batches import batch_size, in_parts, join
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.forecast import (
     AGREEMENT,
@@ -38,7 +38,7 @@ from lbyl.runtime.forecast import (
     with_real_answers,
 )
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
-from lbyl.runtime.memory import ROOM, give_back, held_at_once, held_bytes
+from lbyl.runtime.memory import ROOM, give_back, held_at_once, held_by_each
 from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.probabilities import scores_of
 from lbyl.runtime.progress import Progress
@@ -156,7 +156,7 @@ class Forecaster:
 
     def _outputs(self, model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
         """A model's outputs for a batch, computed in parts that fit into memory."""
-        most = held_at_once(ROOM, held_bytes(model, first_rows(inputs)))
+        most = held_at_once(ROOM, held_by_each(model, inputs))
         found = [
             [tensor.detach() for tensor in output_tensors(part.cloned().call(model))] for part in in_parts(inputs, most)
         ]

@@ -21,11 +21,11 @@ from lbyl.restore.base import Restorer
 from lbyl.restore.depth.effect import Effect
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.registry import choose_restorer, fallbacks
-from lbyl.runtime.batches import first_rows, in_parts, split
+from lbyl.runtime.batches import in_parts, split
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_macs, count_parameters
-from lbyl.runtime.memory import ROOM, held_at_once, held_bytes
+from lbyl.runtime.memory import ROOM, a_few, held_at_once, held_by_each
 from lbyl.runtime.output_error import Assessment
 from lbyl.runtime.progress import Clock
 from lbyl.runtime.settings import described
@@ -200,10 +200,10 @@ def effect_on(network: nn.Module, inputs: ExampleInputs, held_out: ExampleInputs
         rows: how many of them to use; None for as many as there is memory for their outputs.
     """
     with undisturbed(network):
-        first = first_rows(held_out)
+        first = a_few(network, held_out)
         if rows is None:
             rows = held_at_once(_OUTPUTS, Effect.bytes_of(network, first))
         size = held_out.size
         used = split(held_out, [rows, size - rows])[0] if rows < size else held_out
-        most = held_at_once(ROOM, 2 * held_bytes(network, first_rows(used)))
+        most = held_at_once(ROOM, 2 * held_by_each(network, used))
         return Effect.of(network, inputs, tuple(in_parts(used, most)))

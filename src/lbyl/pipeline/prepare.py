@@ -137,11 +137,21 @@ def restoring(restorer: Restorer) -> Iterator[None]:
     except (VerificationError, SurgeryError, RestorationError, ArtifactError):
         raise
     except Exception as error:  # a user's model may raise anything on inputs that it was not made for
-        name = type(restorer.settings).__name__
         why = first_line(error)
         own = isinstance(error, LbylError)
-        text = why if own else f"{name} can't restore this network: {why}. restore='lbyl' only needs the weights"
+        name, moments = _named(restorer)
+        whence = f" with moments from {moments}" if moments else ""
+        text = why if own else f"{name} can't restore this network{whence}: {why}{_ADVICE}"
         raise RestorationError(text) from error
+
+
+_ADVICE = ". restore='lbyl' only needs the weights"
+
+
+def _named(restorer: Restorer) -> tuple[str, str]:
+    """The name of a restorer, and that of its source of moments ("" for none)."""
+    moments = getattr(restorer.settings, "moments", None)
+    return type(restorer.settings).__name__, "" if moments is None else type(moments).__name__
 
 
 def first_that_restores(
@@ -155,7 +165,9 @@ def first_that_restores(
     failed: list[str] = []
     for attempt in subject.attempts(request):
         if failed:
-            told = f"{failed[-1]}; {type(attempt.restorer).__name__} was used instead"
+            name, moments = _named(attempt.restorer)
+            used = f"{name} with moments from {moments}" if moments else name
+            told = f"{failed[-1].removesuffix(_ADVICE)}; {used} was used instead"
             attempt = replace(attempt, why=(*subject.why, told))
         try:
             return attempt, work(attempt)
@@ -260,6 +272,11 @@ def _uncuttable(module: nn.Module) -> str:
     """Why a module can't be cut, and what to pass instead; "" if it can be cut."""
     if isinstance(module, torch.jit.ScriptModule):
         return "a TorchScript module, which can't be cut; pass the nn.Module that was scripted or traced"
+    if "eval" in vars(module):  # torch.export replaces the method by one that raises an error
+        return (
+            "the module of an exported program, whose mode can't be set; pass the nn.Module that was exported, or "
+            "lbyl.load_source('model.pt2') after torch.export.save(program, 'model.pt2')"
+        )
     own = (*module._parameters.values(), *module._buffers.values())
     if any(tensor is not None and is_lazy(tensor) for tensor in own):
         return "lazy: its width is not known yet; run the model once on the example inputs, then pass it"
@@ -278,7 +295,8 @@ def check_weights(model: nn.Module) -> None:
     """Raise InputError for weights and statistics that are not finite or too large, and for negative variances."""
     buffers = dict(model.named_buffers())
     for name, tensor in tensors_of(model).items():
-        if isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and not tensor.numel():
+        is_weight = isinstance(tensor, nn.Parameter) and name.rpartition(".")[2] == "weight"
+        if is_weight and tensor.dim() > 1 and not tensor.numel():
             raise InputError(f"{name} is {shape_and_dtype(tensor)}: there is nothing to cut in a width of zero")
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device, where it has no values; {_how_to_load(model)}")

@@ -49,10 +49,10 @@ def join_all(batches: Sequence[ExampleInputs]) -> ExampleInputs:
     return batches[0].map(lambda _: next(whole))
 
 
-def first_rows(inputs: ExampleInputs) -> ExampleInputs:
-    """The first two inputs of a batch. Some networks do not run on a single one."""
+def first_rows(inputs: ExampleInputs, count: int = 2) -> ExampleInputs:
+    """The first inputs of a batch, by default two: some networks do not run on a single one."""
     size = batch_size(inputs)
-    return split(inputs, [2, size - 2])[0] if size > 2 else inputs
+    return split(inputs, [count, size - count])[0] if size > count else inputs
 
 
 def alike(size: int, most: int, least: int = 1) -> list[int]:

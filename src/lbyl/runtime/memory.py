@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lbyl.runtime.batches import first_rows
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import CONVOLUTIONS, frozen, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
@@ -77,6 +78,24 @@ def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
     with torch.no_grad(), held:
         own.call(model)
     return _each(held.most, inputs)
+
+
+def a_few(model: nn.Module, inputs: ExampleInputs, count: int = 2) -> ExampleInputs:
+    """The first inputs of a batch, or all if the network does not run on these, as with the nodes of a graph."""
+    few = first_rows(inputs, count)
+    if few is inputs:
+        return inputs
+    try:
+        with torch.no_grad():
+            few.cloned().call(model)
+    except Exception:  # whatever somebody's code raises on rows that do not stand alone
+        return inputs
+    return few
+
+
+def held_by_each(model: nn.Module, inputs: ExampleInputs) -> int:
+    """As :func:`held_bytes`, measured on a few rows of the batch."""
+    return held_bytes(model, a_few(model, inputs))
 
 
 class InputsForgotten(FunctionInterceptor):

@@ -256,6 +256,7 @@ def compare(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
         if bool((small(other) == NOBODY).all()):
             builder.fix(one, [labels.index(inner)], f"{name} in {layer!r} compares them with a value of fixed size")
     found = contract(builder, node, [(a, first), (b, second)], out, shape)
+    builder.distances += [(small(side).reshape(-1), f"{name} in {layer!r}") for side in (a, b)]
     return found if tuple(found.shape) == output_shape(node) else found.reshape(output_shape(node))
 
 

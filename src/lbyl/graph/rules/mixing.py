@@ -57,6 +57,7 @@ def mix(
     if x.shape[-1] > 1 and not varies(x, -1) and any(varies(x, d) for d in range(x.dim() - 1)):
         # It mixes positions, and every channel in the same way (the token mixing of MLP-Mixer).
         builder.step(small(x).reshape(-1), "linear over positions", _layer(node, weight))
+        builder.whole.setdefault(weight.name, f"linear in {layer_name(node)!r} mixes positions, and no channels")
         return x.narrow(-1, 0, 1).expand(output_shape(node))
     ids = builder.gather(x, -1)
     if ids is None:

@@ -45,11 +45,11 @@ from lbyl.restore.least_squares.solve import (
 from lbyl.restore.least_squares.whole_sums import planned_sums, with_cluster
 from lbyl.restore.targets import Target, find_targets, knowing_taps, masked
 from lbyl.runtime.batch_norms import batch_norms
-from lbyl.runtime.batches import FEWEST, batch_size, first_rows, in_parts
+from lbyl.runtime.batches import FEWEST, batch_size, in_parts
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import ConsumerCall, OnConsumer, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.memory import give_back, held_at_once, held_bytes
+from lbyl.runtime.memory import give_back, held_at_once, held_by_each
 from lbyl.runtime.output_error import Assessment
 from lbyl.runtime.progress import Progress, counted
 from lbyl.runtime.seeding import generator_for
@@ -245,7 +245,7 @@ def make_probes(
     assert isinstance(settings.moments, ProbeSource)
     probes = settings.moments.probes(model, inputs, generator_for(seed, "probes"), progress)
     # Measured on the probes, because a user's own inputs may be larger than the example.
-    most = max(FEWEST, held_at_once(settings.memory, held_bytes(model, first_rows(probes.batches[0]))))
+    most = max(FEWEST, held_at_once(settings.memory, held_by_each(model, probes.batches[0])))
     parts = [in_parts(batch, most, FEWEST) for batch in probes.batches]
     if settings.attach_norms and not probes.statistics:
         statistics = measure_statistics(model, [each for part in parts for each in part])

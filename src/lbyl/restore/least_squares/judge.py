@@ -11,12 +11,12 @@ from lbyl.moments import Probes
 from lbyl.restore.least_squares.recalibrate import Look, Statistics, averaged, transplant
 from lbyl.restore.least_squares.solve import LeastSquaresProblem
 from lbyl.runtime.attended import at_attended, attended_positions
-from lbyl.runtime.batches import first_rows, in_parts
+from lbyl.runtime.batches import in_parts
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.layer_norms import NormMasks
-from lbyl.runtime.memory import give_back, held_at_once, held_bytes
+from lbyl.runtime.memory import give_back, held_at_once, held_by_each
 from lbyl.runtime.output_error import error_of_parts
 from lbyl.selection.filters import State
 from lbyl.surgery.masking import norm_masks
@@ -45,7 +45,7 @@ class Judge:
         if probes.batch_statistics and looks:
             world = averaged([looks[number] for number in evaluated_batches(probes)])
         model, state = problem.model, tensors_of(problem.model)
-        most = held_at_once(problem.settings.memory, held_bytes(model, first_rows(probes.held_out)))
+        most = held_at_once(problem.settings.memory, held_by_each(model, probes.held_out))
         parts = tuple(in_parts(probes.held_out, most))
         where = "held-out probes" if probes.holds_out else "what was solved on"
         judge = Judge(model, state, parts, norm_masks(problem.selection), world, [], where)

@@ -16,9 +16,9 @@ from lbyl.restore.least_squares.recalibrate import renormalize, shifted
 from lbyl.restore.least_squares.solve import Findings, LeastSquaresProblem, empty_sums, solve_patches
 from lbyl.restore.targets import Target, following_norms, target_of
 from lbyl.runtime.attended import attended_positions
-from lbyl.runtime.batches import first_rows, join, thinned
+from lbyl.runtime.batches import join, thinned
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.memory import give_back, held_at_once, held_bytes
+from lbyl.runtime.memory import give_back, held_at_once, held_by_each
 from lbyl.selection.filters import State
 from lbyl.surgery.masking import norm_masks
 
@@ -101,7 +101,7 @@ def solve_sequentially(
         return NotApplicable(why, possible=False)
     if norm_masks(selection):
         return NotApplicable("there are layer norms over pruned channels")
-    most = held_at_once(settings.memory, 2 * held_bytes(problem.model, first_rows(probes.batches[0])))
+    most = held_at_once(settings.memory, 2 * held_by_each(problem.model, probes.batches[0]))
     # Batches of one kind are joined if parts of each batch would be too small for statistics.
     batches = thinned(probes.batches, most) or thinned(_by_kind(probes), most)
     if not batches:
