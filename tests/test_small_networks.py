@@ -218,6 +218,16 @@ def decoder(n: Any, x: Tensor) -> Tensor:
     return n.out(out)
 
 
+def pooled_by(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Attention that pools positions with a vector of its own."""
+
+    def run(n: Any, x: Tensor) -> Tensor:
+        hidden = n.a(x).relu()
+        return n.b((product(n.w(hidden).tanh(), n.v).softmax(1)[..., None] * hidden).sum(1))
+
+    return run
+
+
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 0, 2], [1, 2, 3, 4, 0, 3, 0]])
 
 
@@ -689,6 +699,16 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ROW,
     ),
     "one head": (lambda: attention(one_head, q=L(10, 6), k=L(10, 6), v=L(10, 7), out=L(7, 10), scale=0.3), TOKENS),
+    "pooled by a vector": (
+        lambda: Net(pooled_by(torch.matmul), a=L(6, 8), w=L(8, 7), v=torch.randn(7), b=L(8, 3)),
+        TOKENS,
+    ),
+    "pooled by a vector in einsum": (
+        lambda: Net(
+            pooled_by(lambda u, v: torch.einsum("btc,c->bt", u, v)), a=L(6, 8), w=L(8, 7), v=torch.randn(7), b=L(8, 3)
+        ),
+        TOKENS,
+    ),
     "bilinear pooling": (
         lambda: Net(
             lambda n, x: n.b((n.a(x).flatten(2) @ n.a(x).flatten(2).mT).flatten(1)),

@@ -264,9 +264,10 @@ def paper_form_applies(group: Group, state: State) -> str | None:
 def columns_second(weight: Tensor, slot: Slot) -> Tensor:
     """A view of a consumer's weight with its input dimension second, as in convolutions and linear layers.
 
-    Experts look like a grouped convolution with a single filter each, whose taps are the expert's outputs.
+    Experts look like a grouped convolution with a single filter each, whose taps are the expert's outputs, and a vector
+    looks like the weight of a single output.
     """
-    return weight.movedim(slot.dim, 1)
+    return weight[None] if weight.dim() == 1 else weight.movedim(slot.dim, 1)
 
 
 def _rows(tensor: Tensor, slot: Slot, width: int) -> Tensor:

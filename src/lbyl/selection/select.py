@@ -73,7 +73,9 @@ def checked_ratio(ratio: Ratio) -> Ratio:
     for key, share in ratio.items() if isinstance(ratio, Mapping) else [("ratio", ratio)]:
         if not isinstance(key, str):
             raise InputError(f"ratio has the key {key!r}; keys are globs of group and layer names, such as 'layer4.*'")
-        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share < 1:
+        if isinstance(share, bool) or not isinstance(share, Real):
+            raise InputError(f"{key}={share!r}: the share of channels to drop must be a number, such as 0.5")
+        if not 0 <= share < 1:
             raise InputError(f"{key}={share!r}: the share of channels to drop must be at least 0 and below 1")
     if isinstance(ratio, Mapping):
         return {key: _number(share) for key, share in ratio.items()}

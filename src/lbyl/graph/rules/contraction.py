@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
+from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like, output_shape
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.rules.mixing import mix
@@ -199,12 +199,14 @@ def _operand(builder: Builder, value: Any, other: Any) -> Tensor | None:
     return builder.shadow(value)
 
 
-@rule("matmul", "bmm", "mm")
+@rule("matmul", "bmm", "mm", "mv")
 def matmul(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """C = A B. With a parameter as the right factor it is a linear layer whose weight is stored input first."""
     a, b = args[:2]
     if isinstance(a, Tensor) and isinstance(b, ParameterRef) and len(b.shape) == 2:
         return mix(builder, node, a, b, None, dim=0)
+    if isinstance(a, Tensor) and isinstance(b, ParameterRef) and len(b.shape) == 1:
+        return _weighed(builder, node, a, b, -1)
     if (
         isinstance(a, ParameterRef)
         and isinstance(b, Tensor)
@@ -218,6 +220,15 @@ def matmul(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     lead = string.ascii_lowercase[: rank - 2]
     first, second = lead[rank - left.dim() :] + "XY", lead[rank - right.dim() :] + "YZ"
     return contract(builder, node, [(left, first), (right, second)], lead + "XZ")
+
+
+def _weighed(builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, axis: int) -> Any:
+    """The sum of channels times the entries of a vector, as where attention pools positions: one value for each."""
+    ids = builder.gather(x, axis)
+    if ids is None:
+        return builder.barrier(node, [x, weight], f"matmul in {layer_name(node)!r} on mixed axes")
+    builder.tie(weight.name, 0, ids)
+    return nobody_like(node)
 
 
 def _mixed_from_left(builder: Builder, node: fx.Node, weight: ParameterRef, x: Tensor) -> Tensor | None:
@@ -305,6 +316,8 @@ def _mixed(
     """
     read = [label for label in names[1] if label in names[0] and label not in out]
     made = [label for label in names[1] if label in out and label not in names[0]]
+    if len(read) == 1 and names[1] == read[0] and out == names[0].replace(read[0], ""):
+        return _weighed(builder, node, x, weight, names[0].index(read[0]))
     each = [label for label in names[1] if label in names[0] and label in out]
     if len(set(names[1])) != len(read) + len(made) + len(each) or len(read) != 1 or len(made) != 1:
         return None
