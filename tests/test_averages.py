@@ -148,3 +148,21 @@ def test_a_constant_of_the_size_of_a_rounding_error_needs_no_correction() -> Non
     assert {row.group: row.after for row in result.report.rows}["table"] == 8
     assert result.report.verified is not None
     assert result.report.verified < 1e-6
+
+
+class ResponseOfItsOwn(Response):
+    """As transformers writes it: eps is a number in the code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(p=2, dim=(2, 3), keepdim=True)
+        relative = size / (size.mean(dim=1, keepdim=True) + 1e-6)
+        return self.weight.view(1, -1, 1, 1) * (x * relative) + self.bias.view(1, -1, 1, 1) + x
+
+
+def test_a_response_norm_with_a_literal_eps_is_relative_to_the_kept_channels() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.GELU(), ResponseOfItsOwn(12), nn.Conv2d(12, 4, 1), nn.Flatten()).eval()
+    result = lbyl.compress(net, torch.randn(2, 3, 6, 6), ratio=0.5, restore="prune", forecast=False)
+    assert [(row.group, row.before, row.after) for row in result.report.rows] == [("0", 12, 6)]
+    assert (result.report.verified or 0.0) < 1e-9
+    assert any("are taken over the kept channels" in note for note in result.report.notes)

@@ -129,6 +129,8 @@ class Builder:
     """Channels that were merged into one, and why."""
     statistics: dict[Reduction, Tensor] = field(default_factory=dict)
     """Channels that an operation reduces over, by operation."""
+    relative: set[Reduction] = field(default_factory=set)
+    """Those of them that are a mean by which channels are divided, so that only their relations count."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How often each operation was called in each module up to and including the current node."""
     scaled: dict[fx.Node, Any] = field(default_factory=dict)

@@ -94,6 +94,8 @@ def settle(builder: Builder, model: nn.Module) -> None:
     for record in builder.averages:
         if record.reduction is not None and record.eps and len(attributes_with(model, record.module, record.eps)) != 1:
             builder.statistics[record.reduction] = record.ids
+            if record.power == 1:  # a global response norm divides by it
+                builder.relative.add(record.reduction)
     builder.averages = [record for record in builder.averages if record.reduction not in builder.statistics]
 
 

@@ -187,7 +187,7 @@ def _add_statistics(builder: Builder, channels: _Channels) -> None:
         over = channels.drafts_with(ids)
         for draft in over:
             carried = torch.where(owners == draft.index, channels.channel_of[roots], NOT_OURS)
-            draft.statistics.append(Statistic(reduction, tuple(carried.tolist())))
+            draft.statistics.append(Statistic(reduction, tuple(carried.tolist()), reduction in builder.relative))
             if not _some_stay(channels, ids):
                 draft.exclude(f"{reduction.op} in {reduction.module!r} is taken over only some of its channels")
 

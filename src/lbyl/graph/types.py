@@ -105,11 +105,13 @@ class LayerNorm:
 class Statistic:
     """An operation that reduces over channels of a group, and over the kept ones after a cut.
 
-    ``channels[j]`` is the channel of the group at index ``j`` of the reduced axis, or ``NOT_OURS``.
+    ``channels[j]`` is the channel of the group at index ``j`` of the reduced axis, or ``NOT_OURS``. ``relative`` says
+    that channels are divided by this mean of theirs, which hardly changes with the number of channels.
     """
 
     reduction: Reduction
     channels: tuple[int, ...]
+    relative: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,8 @@ class Group:
             return "a residual connection couples it"
         if self.layer_norms:
             return f"layer_norm {self.layer_norms[0].layer!r} takes statistics over it"
-        if self.statistics:
-            first = self.statistics[0].reduction
+        first = next((each.reduction for each in self.statistics if not each.relative), None)
+        if first is not None:
             return f"{first.op} in {first.module!r} is taken over it"
         if self.compared:
             return f"{self.compared} is taken over it"
