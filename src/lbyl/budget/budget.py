@@ -58,8 +58,8 @@ class Budget:
             token still gets as many of them. Those that stay take over in closed form. ``min_keep``, ``max_ratio`` and
             ``exclude`` apply to them; all mixtures keep the same share unless ``uniform_layers=False``.
         head_dim: whether the heads of attention get fewer channels inside, and nothing else is cut (a budget of macs,
-            params or size_mb): all heads of a network the same number. For attention with plain products and fused
-            queries, keys and values, as in timm's vision transformers.
+            params or size_mb): all heads of a network the same number. For attention with plain products of queries and
+            keys, as in the vision transformers of timm and of transformers.
         runtime: how a latency is measured: "torch", or "onnxruntime", in which many networks are deployed, and in which
             odd widths cost more time (``round_to=8`` avoids them).
         best_effort: with ``agreement`` or ``accuracy_drop``, return the tried network that loses least, with a note, if
