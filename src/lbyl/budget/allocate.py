@@ -99,7 +99,33 @@ def allocate(
         cost = sum(term.at(widths) for term in terms)
         for other in neighbors[group] & steps.keys():
             steps[other] = best(other)
+    _widen(widths, bundles, offered, terms, error, target)
     return {group: widths[group] for group in first_of}
+
+
+def _widen(
+    widths: dict[int, int],
+    bundles: Mapping[int, Sequence[int]],
+    offered: Mapping[int, Sequence[int]],
+    terms: Sequence[Term],
+    error: Callable[[int, int], float],
+    target: float,
+) -> None:
+    """Give back, in place, what a coarse last step took below the target, where it saves the most error for its cost."""
+    cost = sum(term.at(widths) for term in terms)
+    while cost < target * (1 - REACHED_WITHIN):
+        found: tuple[float, int, int, float] | None = None
+        for first, bundle in bundles.items():
+            now = widths[first]
+            for width in (width for width in offered[first] if width > now):
+                after = sum(term.at(widths | dict.fromkeys(bundle, width)) for term in terms)
+                if cost < after <= target:
+                    rate = (error(first, now) - error(first, width)) / (after - cost)
+                    found = max(found or (-math.inf, 0, 0, 0.0), (rate, first, width, after))
+        if found is None:
+            return
+        _, first, width, cost = found
+        widths |= dict.fromkeys(bundles[first], width)
 
 
 def bundled(graph: Graph, curves: Sequence[Curve], budget: Budget) -> dict[int, tuple[int, ...]]:

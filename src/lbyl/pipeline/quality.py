@@ -60,6 +60,9 @@ def evaluated(result: Result, judge: Judge, before: float | None) -> Result:
     return replace(result, report=replace(result.report, evaluation=Evaluation(judge.name, before, after)))
 
 
+_LEAST = 1e-9
+"""The smallest drop of accuracy that losses are measured by."""
+
 Loss = Callable[[Result], float]
 """A function that returns the loss of a result relative to the allowed loss: up to 1 is allowed."""
 
@@ -74,7 +77,7 @@ def _loss(prepared: Prepared, budget: Budget, judge: Judge, before: float | None
     if name == "accuracy_drop":
         if judge.evaluate is None or before is None:
             raise InputError("Budget(accuracy_drop=...) needs evaluate, a function that measures accuracy")
-        return lambda result: (before - (judge(result.model, "a smaller network") or 0.0)) / max(amount, 1e-9)
+        return lambda result: (before - (judge(result.model, "a smaller network") or 0.0)) / max(amount, _LEAST)
     if prepared.forecaster is None:
         raise InputError(f"the agreement of this network can't be forecast (forecasts are switched off); {_WAY_OUT}")
 
@@ -154,13 +157,14 @@ class _Search:
         if gentlest is None:
             raise unreachable or InputError(f"no cut was found; {_WAY_OUT}")
         if not self.budget.best_effort:
-            raise InputError(f"{self._missed()}; lower this budget, or give a ratio or a budget of cost")
+            advice = "lower" if self.budget.limited[0] == "agreement" else "raise"
+            raise InputError(f"{self._missed()}; {advice} this budget, or give a ratio or a budget of cost")
         return self._told(gentlest, f"{self._missed()}: this is the cut that loses least of those that were tried")
 
     def _missed(self) -> str:
         name, amount = self.budget.limited
         share, lost = min(self.tried, key=lambda each: (each[1], -each[0]))
-        found = f"{1 - lost * (1 - amount):.3f}" if name == "agreement" else f"{lost * amount:.3g}"
+        found = f"{1 - lost * (1 - amount):.3f}" if name == "agreement" else f"{lost * max(amount, _LEAST):.3g}"
         return f"{name}={amount:g} can't be kept: with {share:.0%} of the {self.budget.minimize} left, it is {found}"
 
     def _told(self, best: Result, *notes: str) -> Result:

@@ -136,6 +136,8 @@ class ByCriterion:
             scores = self.criterion.score(ChannelView(part, readings, generator))  # pyright: ignore[reportCallIssue, reportArgumentType]
         else:
             scores = self.criterion.score(part.raw, generator)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if not isinstance(scores, Tensor):
+            raise InputError(f"{name}.score returned a {type(scores).__name__}; return a tensor with a score per row")
         if scores.shape != (len(members),):
             raise InputError(
                 f"{name}.score returned shape {tuple(scores.shape)} for {len(members)} filters; return a score per row"
