@@ -15,6 +15,8 @@ import lbyl
 from lbyl.budget.allocate import allocate
 from lbyl.budget.costs import Term, cost_terms, widths_of
 from lbyl.budget.curves import Curve, at_the_outputs, error_curve
+from lbyl.graph import Graph, Group, Slot
+from lbyl.graph.types import Producer
 from lbyl.runtime.macs import count_parameters
 
 PROBED = lbyl.LeastSquares(moments=lbyl.Noise(images=16))
@@ -247,3 +249,48 @@ def test_a_network_somewhat_below_a_budget_meets_it() -> None:
     assert result.report.macs == (80, 50)
     with pytest.raises(lbyl.BudgetError, match=r"within 2%: the nearest .* \(0\.625\)"):
         lbyl.compress(net, torch.randn(1, 6), budget=lbyl.Budget(macs=0.68), **asked)  # pyright: ignore
+
+
+def test_a_coarse_last_step_is_made_up_for_elsewhere() -> None:
+    """Heads are a third of the cost each. After one goes, neurons come back until the budget is met."""
+    coarse = Curve(0, (0, 1), torch.tensor([9.0, 0.5, 0.0]).double())
+    fine = Curve(1, tuple(range(100)), torch.linspace(1, 0, 101).double().square())
+    groups = tuple(
+        Group(name, width, (producer(name, width),), (), (), (0,) * width, False, (), (), None)
+        for name, width in (("heads", 2), ("neurons", 100))
+    )
+    graph = Graph(groups, (), ())
+    terms = [Term(60.0, ((0, {0: 1}),), (2,)), Term(40.0, ((0, {1: 1}),), (100,))]
+    kept = allocate(graph, [coarse, fine], terms, 60.0, lbyl.Budget(macs=0.6))
+    assert kept[0] == 1
+    cost = sum(term.at(kept) for term in terms)
+    assert 60 * 0.98 <= cost <= 60
+
+
+def producer(name: str, width: int) -> Producer:
+    return Producer(name, Slot(f"{name}.weight", 0, tuple(range(width))), None, ())
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        (lbyl.Budget(size_mb=100), "there is nothing to cut"),
+        (lbyl.Budget(macs=1.0), "there is nothing to cut"),
+        (lbyl.Budget(macs=0.5, exclude=("layr*",)), r"exclude: 'layr\*' matches no group or layer"),
+    ],
+)
+def test_budgets_that_mean_nothing_are_refused(budget: lbyl.Budget, told: str) -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    with pytest.raises(lbyl.InputError, match=told):
+        lbyl.compress(net, torch.randn(1, 6), budget=budget, restore="prune", forecast=False)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.01])
+def test_a_missed_drop_of_accuracy_says_what_it_is(amount: float) -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+
+    def accuracy(model: nn.Module) -> float:
+        return 0.9 if model[0].out_features == 8 else 0.6  # pyright: ignore
+
+    with pytest.raises(lbyl.InputError, match=r"it is 0\.3; raise this budget"):
+        lbyl.compress(net, torch.randn(1, 6), budget=lbyl.Budget(accuracy_drop=amount), evaluate=accuracy)

@@ -104,3 +104,16 @@ def test_misuse_is_one_clear_error() -> None:
         compress(mlp(), images(2, 6), criterion="l3")
     with pytest.raises(lbyl.InputError, match="no score"):
         compress(mlp(), images(2, 6), criterion=object())  # pyright: ignore[reportArgumentType]
+
+
+class Listed:
+    """A criterion whose scores are no tensor."""
+
+    def score(self, filters: Tensor, generator: torch.Generator) -> list[float]:
+        return filters.norm(dim=1).tolist()
+
+
+def test_scores_that_are_no_tensor_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    with pytest.raises(lbyl.InputError, match=r"Listed.score returned a list; return a tensor with a score per row"):
+        lbyl.compress(net, torch.randn(1, 6), ratio=0.5, criterion=Listed(), restore="prune", forecast=False)

@@ -288,3 +288,18 @@ def test_encoder_and_decoder_keep_their_own_configurations() -> None:
     assert net.decoder.config.d_ff == 24
     assert model(**inputs).logits.shape == (1, 4, 32)
     assert model.generate(inputs["input_ids"], max_new_tokens=3, decoder_start_token_id=0).shape[1] <= 4
+
+
+def test_a_pooler_stays_whole_so_that_from_pretrained_loads_the_result(tmp_path: Path) -> None:
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    net = transformers.BertForSequenceClassification(transformers.BertConfig(**shape, vocab_size=40)).eval()
+    inputs, asked = {"input_ids": torch.arange(3, 9)[None]}, {"restore": "prune", "forecast": False}
+    result = lbyl.compress(net, inputs, budget=lbyl.Budget(params=0.9, exclude=("*attention*",)), **asked)
+    assert any(note.startswith("bert.pooler.dense: left whole") for note in result.report.notes)
+    assert {row.group for row in result.report.rows} == {f"bert.encoder.layer.{i}.intermediate.dense" for i in (0, 1)}
+    result.save(tmp_path / "out")
+    again = type(net).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(again(**inputs).logits, result.model(**inputs).logits)
+    free = lbyl.Budget(params=0.9, exclude=("*attention*",), uniform_layers=False)
+    assert not any("left whole, for" in note for note in lbyl.compress(net, inputs, budget=free, **asked).report.notes)

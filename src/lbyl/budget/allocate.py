@@ -111,7 +111,7 @@ def _widen(
     error: Callable[[int, int], float],
     target: float,
 ) -> None:
-    """Give back, in place, what a coarse last step took below the target, where it saves the most error for its cost."""
+    """Widen groups, in place, where a coarse last step went far below the target: those that save most for the cost."""
     cost = sum(term.at(widths) for term in terms)
     while cost < target * (1 - REACHED_WITHIN):
         found: tuple[float, int, int, float] | None = None
@@ -227,13 +227,24 @@ def _chosen(
     """Choose the widths with one way to round; a count may be this share ``below`` the budget."""
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
     budget = budget.on(inputs.tensors()[0].device)
+    notes = measured.notes
     if budget.uniform_layers is None:
         budget = replace(budget, uniform_layers=is_pretrained_model(model))
+        if budget.uniform_layers:
+            curves, told = _of_layers(graph, curves)
+            notes += told
     if budget.latency is None:
         costing: Costing = counted(model, inputs, graph, budget)
     else:
         costing = timed(model, inputs, graph, curves, budget, lambda kept: cut(Widths(kept).counts(graph)))
     terms, target = costing.terms, costing.target
+    whole = {index: group.width for index, group in enumerate(graph.groups)}
+    total = sum(term.at(whole) for term in terms)
+    if budget.latency is None and total <= target:
+        raise BudgetError(
+            f"the network has {total:,.0f} {budget.unit}, and the budget allows {target:,.0f}: there is nothing to cut",
+            1.0,
+        )
     smallest = smallest_cost(graph, curves, terms, budget)
     # Counts are exact. The smallest latency is only predicted, so it is tried even if it is above the target.
     aim = target if budget.latency is None else max(target, smallest)
@@ -244,21 +255,32 @@ def _chosen(
         kept = allocate(graph, curves, terms, aim, budget)
         cost = costing.of(cut(Widths(kept).counts(graph)))
         if abs(cost.amount - target) <= max(REACHED_WITHIN * target, min(cost.margin, _LOUDEST * target)):
-            return Widths(kept, (*measured.notes, *cost.notes))
+            return Widths(kept, (*notes, *cost.notes))
         tried.append((aim, cost))
         if least <= cost.amount and _is_below(cost, target) and (not saving or cost.amount > saving[0].amount):
-            saving = cost, Widths(kept, measured.notes)
+            saving = cost, Widths(kept, notes)
         aim = max(_next_aim(tried, target), smallest)
         if any(aim == earlier for earlier, _ in tried):
             break
-    whole = {index: group.width for index, group in enumerate(graph.groups)}
-    total = sum(term.at(whole) for term in terms)
     if saving:
         cost, widths = saving
         told = (_told_below(cost, target, total),) if budget.latency is not None else ()
         return replace(widths, notes=(*widths.notes, *told))
     closest = min((cost for _, cost in tried), key=lambda cost: abs(cost.amount - target))
     raise BudgetError(_missed(closest, target, total, budget), closest.amount / total)
+
+
+def _of_layers(graph: Graph, curves: list[Curve]) -> tuple[list[Curve], tuple[str, ...]]:
+    """The curves of groups inside of a model's layers, and a note on others, such as a pooler; all if there are none.
+
+    Configurations of transformers have numbers for the widths in layers. The others have that of the stream.
+    """
+    inside = [curve for curve in curves if _LAYER.search(graph.groups[curve.group].name)]
+    others = [name for curve in curves if not _LAYER.search(name := graph.groups[curve.group].name)]
+    if not inside or not others:
+        return curves, ()
+    told = f"{', '.join(others)}: left whole, for configurations have no width for what is outside of layers"
+    return inside, (f"{told} (uniform_layers=False cuts it as well)",)
 
 
 def _is_below(cost: Cost, target: float) -> bool:
