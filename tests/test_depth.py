@@ -439,3 +439,19 @@ def test_equal_seeds_give_equal_networks() -> None:
     first, second = without_some_blocks("cnn"), dropped("cnn")
     assert first.plan == replace(second.plan)
     assert all(map(torch.equal, outputs(first.model, "cnn"), outputs(second.model, "cnn")))
+
+
+def test_the_stages_of_a_backbone_follow(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    net = transformers.Dinov2Model(transformers.Dinov2Config(**shape)).eval()
+    x = {"pixel_values": torch.randn(4, 3, 8, 8)}
+    budget = lbyl.Budget(params=0.6, depth=True, max_ratio=0.05)
+    result = lbyl.compress(net, x, budget=budget, restore="prune", forecast=False)
+    layers = result.model.config.num_hidden_layers
+    assert layers < 4
+    assert result.model.config.stage_names == ["stem", *(f"stage{i + 1}" for i in range(layers))]
+    assert net.config.stage_names[-1] == "stage4"
+    result.model.save_pretrained(tmp_path / "out")
+    again = type(net).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(again(**x)[0], result.model(**x)[0])

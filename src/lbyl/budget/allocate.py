@@ -36,9 +36,8 @@ def allocate(
 ) -> dict[int, int]:
     """Choose the kept channels of every group that has a curve, such that the cost is at most ``target``.
 
-    The search is greedy: each step shrinks the group that adds the least error for each unit of cost that it saves. All
-    smaller widths of a group are candidates, and not only the next one, because an error curve may first be steep and
-    then flat.
+    The search is greedy: each step shrinks the group that adds the least error for each unit of cost that it saves, to
+    any of its smaller widths, because an error curve may first be steep and then flat.
 
     Raises:
         BudgetError: even the smallest widths cost more than ``target``; the message says how much.
@@ -77,8 +76,7 @@ def allocate(
         for width in offered[first]:
             if width >= now:
                 continue
-            after = widths | dict.fromkeys(bundles[first], width)
-            saved = before - sum(term.at(after) for term in touching[first])
+            saved = before - sum(term.at(widths | dict.fromkeys(bundles[first], width)) for term in touching[first])
             # The last step must not go far below the target.
             if saved <= 0 or (cost - saved < target * (1 - REACHED_WITHIN / 2) and width < _next(offered[first], now)):
                 continue
@@ -227,7 +225,8 @@ def _chosen(
     """Choose the widths with one way to round; a count may be this share ``below`` the budget."""
     curves = [curve for curve in measured.curves if not budget.excludes(graph.groups[curve.group])]
     budget = budget.on(inputs.tensors()[0].device)
-    notes = measured.notes
+    names = (name for group in graph.groups for name in (group.name, *group.layers))
+    notes = (*measured.notes, *budget.unmatched((*names, *(path for path, _ in model.named_modules()))))
     if budget.uniform_layers is None:
         budget = replace(budget, uniform_layers=is_pretrained_model(model))
         if budget.uniform_layers:

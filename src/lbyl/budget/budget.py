@@ -177,12 +177,13 @@ class Budget:
             return int(self.round_to)
         return next((multiple for multiple in (128, 64, 32, 16, 8, 4, 2) if multiple * _FEWEST_STEPS <= width), 1)
 
-    def check_exclude(self, names: Iterable[str]) -> None:
-        """Raise InputError for a pattern of ``exclude`` that matches none of these names of groups and layers."""
+    def unmatched(self, names: Iterable[str]) -> tuple[str, ...]:
+        """A note for each pattern of ``exclude`` that matches none of these names of groups and layers."""
         names = list(names)
-        for pattern in self.exclude:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise InputError(f"exclude: {pattern!r} matches no group or layer; lbyl.inspect lists their names")
+        alone = [pattern for pattern in self.exclude if not any(fnmatchcase(name, pattern) for name in names)]
+        return tuple(
+            f"exclude: {pattern!r} matches no group or layer; lbyl.inspect lists their names" for pattern in alone
+        )
 
     def excludes(self, group: Group) -> bool:
         """Whether a pattern matches the group or one of its layers."""

@@ -28,6 +28,7 @@ from lbyl.graph.rules import find_rule
 from lbyl.graph.types import Graph, Group
 from lbyl.graph.written import settle, write_back
 from lbyl.runtime.contexts import uncollected, undisturbed
+from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 
 _NO_EFFECT = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_set_grad_enabled")
@@ -83,13 +84,13 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
     def value(argument: Any) -> Any:
         return map_arg(argument, lambda node: env[node])
 
-    uses = _last_uses(program.graph)
+    uses, idle = _last_uses(program.graph), _idle(model, program)
     lengths = {name: tuple(node.meta["val"].shape) for node, name in program.parameters.items()}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             name = program.parameters.get(node)
             env[node] = nobody_like(node) if name is None else ParameterRef(name, tuple(node.meta["val"].shape))
-            if name is not None and not node.users:
+            if name is not None and name in idle:
                 builder.whole[name] = "no operation used it on the example inputs"
         elif node.op == "call_function":
             env[node] = _call(builder, node, value(node.args), value(node.kwargs))
@@ -109,6 +110,13 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
     channel_means.settle(builder, model)
     graph = by_expert(freeze(builder), builder.experts, lengths)
     return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs, notes=program.notes)
+
+
+def _idle(model: nn.Module, program: Program) -> set[str]:
+    """Parameters and buffers that no operation of a program uses, under any of their names."""
+    state = tensors_of(model)
+    used = {id(state[name]) for node, name in program.parameters.items() if node.users and name in state}
+    return {name for name in program.parameters.values() if name in state and id(state[name]) not in used}
 
 
 def _coupled_with(model: nn.Module, groups: Sequence[Group]) -> tuple[Group, ...]:

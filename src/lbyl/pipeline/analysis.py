@@ -137,9 +137,6 @@ def analyze(
     graph, inputs, restorer, seed = subject.graph, subject.inputs, subject.restorer, request.seed
     cache, work = cache or NoCache(), sharing_copy(subject.model)
 
-    if budget:
-        groups = (name for group in graph.groups for name in (group.name, *group.layers))
-        budget.check_exclude((*groups, *(path for path, _ in subject.model.named_modules())))
     with clock("verify"):
         cuttable = cache.cuttable(lambda: find_cuttable(subject, request))
     wanted = [index for index in cuttable.groups if not (budget and budget.excludes(graph.groups[index]))]

@@ -74,7 +74,7 @@ def checked_ratio(ratio: Ratio) -> Ratio:
         if not isinstance(key, str):
             raise InputError(f"ratio has the key {key!r}; keys are globs of group and layer names, such as 'layer4.*'")
         if isinstance(share, bool) or not isinstance(share, Real):
-            raise InputError(f"{key}={share!r}: the share of channels to drop must be a number, such as 0.5")
+            raise InputError(f"{key}={share!r}: the share of channels to drop must be a number, at least 0 and below 1")
         if not 0 <= share < 1:
             raise InputError(f"{key}={share!r}: the share of channels to drop must be at least 0 and below 1")
     if isinstance(ratio, Mapping):

@@ -173,7 +173,20 @@ def _follow(model: nn.Module, cut: BlockCut) -> None:
             if isinstance(value, list | tuple) and len(value) == size and "layer" in name:
                 setattr(config, name, type(value)(value[index] for index in cut.keep))
         config.num_hidden_layers = len(cut.keep)
+        _follow_stages(config, cut)
         return
+
+
+def _follow_stages(config: Any, cut: BlockCut) -> None:
+    """Let the configuration of a backbone follow, which names the stem and the output of each layer."""
+    names, size = getattr(config, "stage_names", None), len(cut.children)
+    if not isinstance(names, list) or len(names) != size + 1:
+        return
+    # An output after a dropped layer is that of the last layer before it that stays.
+    after = [sum(index < stage for index in cut.keep) for stage in range(size + 1)]
+    given = sorted({after[index % (size + 1)] for index in getattr(config, "out_indices", None) or [size]})
+    config.stage_names = names[: len(cut.keep) + 1]
+    config._out_indices, config._out_features = given, [names[place] for place in given]
 
 
 @contextmanager
