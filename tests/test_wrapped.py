@@ -106,3 +106,19 @@ def test_the_module_of_an_exported_program_is_refused() -> None:
     program = torch.export.export(mlp(), (torch.zeros(1, 6),)).module()
     with pytest.raises(lbyl.InputError, match=r"exported program.*load_source"):
         lbyl.compress(program, torch.zeros(1, 6), ratio=0.5)
+
+
+def test_weights_that_torchao_has_quantized_are_refused() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    net = mlp()
+    quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(lbyl.InputError, match=r"0.weight is quantized \(a \w+\); compress the float model first"):
+        lbyl.compress(net, torch.zeros(1, 6), ratio=0.5)
+
+
+def test_an_empty_parameter_that_is_no_weight_is_left_alone() -> None:
+    net = mlp()
+    net.register_parameter("middle", torch.nn.Parameter(torch.zeros(0, 1, 6)))
+    result = lbyl.compress(net, torch.zeros(1, 6), ratio=0.5, restore="prune", forecast=False)
+    assert result.model.middle.shape == (0, 1, 6)
+    assert result.report.parameters[1] < result.report.parameters[0]

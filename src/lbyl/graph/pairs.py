@@ -53,11 +53,7 @@ class Pairs:
 
     def those(self, ids: Tensor) -> Tensor:
         """Which of these ids are pairs."""
-        roots = self.ids.find(ids)
-        found = torch.zeros_like(roots, dtype=torch.bool)
-        for start, first in zip(self.starts, self.first, strict=True):
-            found |= (roots >= start) & (roots < start + len(first))
-        return found
+        return self.split(ids)[1] != NOBODY
 
     def among(self, shadow: Tensor) -> bool:
         """Whether a shadow has pairs."""

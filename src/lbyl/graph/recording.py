@@ -112,15 +112,15 @@ class _Recorder(OperatorInterceptor):
     def finish(self, outputs: list[Tensor], counter: MacCounter) -> Program:
         """The program that returns these tensors."""
         self._graph.output([self._node(tensor) for tensor in outputs])
-        notes = counter.notes
+        notes, idle = counter.notes, self._idle()
         if self._seen:
             where = ", ".join(repr(path) for path in list(dict.fromkeys(self._seen))[:3])
             notes += (
                 f"the network branches on values that it computes (in {where}): it was traced, cut and verified only "
-                f"for the branches that the example inputs take" + (f"; {self._idle()}" if self._idle() else ""),
+                f"for the branches that the example inputs take{'; ' if idle else ''}{idle}",
             )
-        elif self._idle():
-            notes += (f"{self._idle()}: in training, say, or with other inputs",)
+        elif idle:
+            notes += (f"{idle}: in training, say, or with other inputs",)
         return Program(self._graph, self._parameters, counter.total, notes)
 
     def _idle(self) -> str:

@@ -134,8 +134,7 @@ def _adopt(model: nn.Module, config: Any) -> None:
     nested = {name: value for name, value in vars(old).items() if hasattr(value, "to_dict")}
     twins: dict[type, tuple[Any, Any]] = {type(value): (value, getattr(config, name)) for name, value in nested.items()}
     twins[type(old)] = old, config
-    new = {id(before): after for before, after in twins.values()}
-    held = [before for before, _ in twins.values()]  # so that no other object gets its id
+    adopted = {id(before): (before, after) for before, after in twins.values()}  # old ones too, so that ids stay theirs
     for name in ("_name_or_path", "_attn_implementation", "_experts_implementation"):  # these are not stored in files
         if hasattr(old, name):
             setattr(config, name, getattr(old, name))
@@ -143,15 +142,13 @@ def _adopt(model: nn.Module, config: Any) -> None:
         own: Any = getattr(module, "config", None)
         if type(own) not in twins:
             continue
-        if id(own) not in new:
+        if id(own) not in adopted:
             before, after = twins[type(own)]
-            new[id(own)] = copy.deepcopy(after)
-            held.append(own)
-            missing = object()
+            adopted[id(own)] = own, copy.deepcopy(after)
             for name, value in vars(own).items():
-                if vars(before).get(name, missing) != value:
-                    setattr(new[id(own)], name, value)
-        module.config = new[id(own)]
+                if name not in vars(before) or vars(before)[name] != value:
+                    setattr(adopted[id(own)][1], name, value)
+        module.config = adopted[id(own)][1]
 
 
 def _copy_companions(folder: Path, model: Any) -> None:

@@ -13,7 +13,7 @@ from lbyl.moments.synthesis import pink
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
-from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.inputs import ExampleInputs, outputs_if_taken
 
 _FAR = 3.0
 """In a network with batch norms, inputs keep unit scale unless the estimate differs by more than this factor."""
@@ -65,12 +65,10 @@ def _takes(model: nn.Module, inputs: ExampleInputs, index: int, scale: Scale) ->
     """Whether the network runs on noise of this scale, and gives finite numbers."""
     example = inputs.tensors()[index]
     unit = scale.of(pink(tuple(example.shape), torch.Generator().manual_seed(0))).to(example)
-    try:
-        with torch.no_grad():
-            found = output_tensors(inputs.map(lambda t: unit if t is example else t).cloned().call(model))
-    except Exception:  # whatever somebody's code raises on inputs that it refuses
-        return False
-    return all(bool(torch.isfinite(tensor).all()) for tensor in found if tensor.is_floating_point())
+    found = outputs_if_taken(model, inputs.map(lambda t: unit if t is example else t))
+    return found is not None and all(
+        bool(torch.isfinite(tensor).all()) for tensor in found if tensor.is_floating_point()
+    )
 
 
 def _said(values: Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.inputs import ExampleInputs, outputs_if_taken
 from lbyl.runtime.intercept import FunctionInterceptor, leading_arguments
 
 
@@ -76,37 +76,41 @@ def find_integers(model: nn.Module, inputs: ExampleInputs) -> tuple[tuple[Intege
     if not any(whole):
         return (None,) * len(tensors), ""
     lookups = _looked_up(model, inputs)
-    wide: list[Integers | None] = []
-    narrow: list[Integers | None] = []
-    for tensor, is_whole, sizes in zip(tensors, whole, lookups, strict=True):
-        wide.append(_varying(tensor.cpu().long(), sizes) if is_whole else None)
-        narrow.append(_varying(tensor[:1].cpu().long(), sizes, constant=True) if is_whole else None)
-    if all(own is None or own.table for own in wide):
-        return tuple(wide), ""
-    told = [
-        f"{int(own.low.min())} to {int(own.high.max())}"
-        for own, sizes in zip(wide, lookups, strict=True)
-        if own is not None and bool(((own.low < own.high) & (sizes.reshape(-1, *own.low.shape)[0] == 0)).any())
+    varied = [
+        _varying(tensor.cpu().long(), sizes) if own else None
+        for tensor, own, sizes in zip(tensors, whole, lookups, strict=True)
     ]
-    if _runs(model, inputs, wide):
-        return tuple(wide), f"probes have whole numbers from {', '.join(told)}, as the example does" if told else ""
+    free = [
+        own is not None and bool(((own.low < own.high) & (sizes == 0)).any())
+        for own, sizes in zip(varied, lookups, strict=True)
+    ]
+    spans = [
+        f"{int(own.low.min())} to {int(own.high.max())}"
+        for own, is_free in zip(varied, free, strict=True)
+        if own and is_free
+    ]
+    if all(own is None or own.table for own in varied):
+        return tuple(varied), ""
+    if outputs_if_taken(model, _drawn(inputs, varied)) is not None:
+        return tuple(varied), f"probes have whole numbers from {', '.join(spans)}, as the example does" if spans else ""
+    kept = tuple(
+        None if own is None else _as_in(tensor[0].cpu().long(), own, sizes)
+        for tensor, own, sizes in zip(tensors, varied, lookups, strict=True)
+    )
     refused = "the network refuses other whole numbers than the example's, which are the same in all probes; what "
-    return tuple(narrow), f"{refused}depends on them can't be judged: pass lbyl.Data" if told else ""
+    return kept, f"{refused}depends on them can't be judged: pass lbyl.Data" if spans else ""
 
 
 def _is_whole(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex()
 
 
-def _varying(values: Int[Tensor, "rows *positions"], sizes: Tensor, constant: bool = False) -> Integers:
+def _varying(values: Int[Tensor, "rows *positions"], sizes: Int[Tensor, "*positions"]) -> Integers:
     """How a tensor varies, given the number of rows of the table in which each position is looked up, or 0."""
-    sizes = sizes.reshape(-1, *values.shape[1:])[0]
     if bool((sizes > 0).all()) and bool((sizes == sizes.flatten()[:1]).all()):
         return Integers(torch.zeros_like(sizes), sizes - 1, table=int(sizes.flatten()[0]))
     low, high, rows = values[0], values[0], None
-    if constant:
-        pass
-    elif int(values.min()) >= 0 and int(values.max()) <= 1:  # flags, such as a mask
+    if int(values.min()) >= 0 and int(values.max()) <= 1:  # flags, such as a mask
         rows = values if len(values) > 1 and not bool((sizes > 0).any()) else None
     elif len(values) > 1:
         low, high = values.amin(0), values.amax(0)
@@ -115,29 +119,33 @@ def _varying(values: Int[Tensor, "rows *positions"], sizes: Tensor, constant: bo
     return Integers(torch.where(sizes > 0, 0, low), torch.where(sizes > 0, sizes - 1, high), rows=rows)
 
 
-def _runs(model: nn.Module, inputs: ExampleInputs, integers: Sequence[Integers | None]) -> bool:
-    """Whether the network runs on such numbers, and gives finite ones."""
-    generator = torch.Generator().manual_seed(0)
-    each = iter(integers)
+def _as_in(row: Int[Tensor, "*positions"], varied: Integers, sizes: Int[Tensor, "*positions"]) -> Integers:
+    """The same, but as in this row where nothing is looked up in a table."""
+    low, high = (torch.where(sizes > 0, bound, row) for bound in (varied.low, varied.high))
+    return replace(varied, low=low, high=high, rows=None)
 
-    def replaced(tensor: Tensor) -> Tensor:
+
+def _drawn(inputs: ExampleInputs, integers: Sequence[Integers | None]) -> ExampleInputs:
+    """The inputs with other whole numbers."""
+    generator, each = torch.Generator().manual_seed(0), iter(integers)
+
+    def drawn(tensor: Tensor) -> Tensor:
         own = next(each)
         return tensor if own is None else own.draw(len(tensor), generator).to(tensor)
 
-    try:
-        with torch.no_grad():
-            inputs.map(replaced).cloned().call(model)
-    except Exception:  # whatever somebody's code raises on inputs that it refuses
-        return False
-    return True
+    return inputs.map(drawn)
 
 
-def _looked_up(model: nn.Module, inputs: ExampleInputs) -> list[Int[Tensor, "..."]]:
-    """For each element of each tensor, the number of rows of the smallest table in which it is looked up, or 0."""
+def _looked_up(model: nn.Module, inputs: ExampleInputs) -> list[Int[Tensor, "*positions"]]:
+    """For each position of each tensor, the number of rows of the smallest table in which it is looked up, or 0.
+
+    What holds for the first row of a batch holds for all.
+    """
     own = inputs.cloned()
     with torch.no_grad(), _Lookups(own.tensors()) as lookups:
         own.call(model)
-    return [sizes.reshape(tensor.shape) for sizes, tensor in zip(lookups.sizes, own.tensors(), strict=True)]
+    pairs = zip(lookups.sizes, own.tensors(), strict=True)
+    return [sizes.reshape(tensor.shape)[0] if tensor.dim() else sizes for sizes, tensor in pairs]
 
 
 _COPIES = ("long", "int", "to", "clone", "contiguous", "reshape", "flatten", "type_as", "__getitem__", "squeeze")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lbyl.moments.scale import InputScales
 from lbyl.runtime.batches import channels_last
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.inputs import ExampleInputs, outputs_if_taken
 
 Maker = Callable[[Sequence[int], torch.Generator], Tensor]
 """A function that makes a floating-point input of a given shape, whose first axis is the batch axis."""
@@ -288,9 +288,4 @@ def takes_channels_last(model: nn.Module, inputs: ExampleInputs) -> bool:
     moved = inputs.map(lambda t: channels_last(t) if t.is_floating_point() else t)
     if all(a.stride() == b.stride() for a, b in zip(inputs.tensors(), moved.tensors(), strict=True)):
         return True
-    try:
-        with torch.no_grad():
-            moved.cloned().call(model)
-    except Exception:  # a user's model may raise anything
-        return False
-    return True
+    return outputs_if_taken(model, moved) is not None

@@ -306,7 +306,7 @@ def check_weights(model: nn.Module) -> None:
 
 def check_weight(name: str, tensor: torch.Tensor, is_buffer: bool = False) -> None:
     """Raise InputError for a weight or statistic that is not finite or too large, and for negative variances."""
-    if type(tensor) not in (torch.Tensor, nn.Parameter) and type(tensor).__module__.startswith("torchao"):
+    if type(tensor).__module__.startswith("torchao"):
         kind = type(tensor).__name__
         raise InputError(f"{name} is quantized (a {kind}); compress the float model first, then quantize the result")
     low, high = (float(value) for value in tensor.aminmax())

@@ -332,6 +332,14 @@ def _is_cache(value: Any) -> bool:
     return any(kind.__module__ == "transformers.cache_utils" for kind in type(value).__mro__)
 
 
+def outputs_if_taken(model: nn.Module, inputs: ExampleInputs) -> list[Tensor] | None:
+    """As :func:`outputs`, for inputs that a network was not made for; None if it refuses them."""
+    try:
+        return outputs(model, inputs)
+    except LbylError:
+        return None
+
+
 def outputs(model: nn.Module, inputs: ExampleInputs, given_away: bool = False) -> list[Tensor]:
     """Run the model and return its output tensors, detached. Only inputs that are ``given_away`` may be changed.
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lbyl.runtime.batches import first_rows
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import CONVOLUTIONS, frozen, run_intercepted
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.inputs import ExampleInputs, outputs_if_taken
 from lbyl.runtime.intercept import FunctionInterceptor
 
 ROOM = 5 * 2**29
@@ -83,19 +83,18 @@ def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
 def a_few(model: nn.Module, inputs: ExampleInputs, count: int = 2) -> ExampleInputs:
     """The first inputs of a batch, or all if the network does not run on these, as with the nodes of a graph."""
     few = first_rows(inputs, count)
-    if few is inputs:
-        return inputs
-    try:
-        with torch.no_grad():
-            few.cloned().call(model)
-    except Exception:  # whatever somebody's code raises on rows that do not stand alone
-        return inputs
-    return few
+    return inputs if few is not inputs and outputs_if_taken(model, few) is None else few
 
 
 def held_by_each(model: nn.Module, inputs: ExampleInputs) -> int:
-    """As :func:`held_bytes`, measured on a few rows of the batch."""
-    return held_bytes(model, a_few(model, inputs))
+    """As :func:`held_bytes`, measured on a few rows of the batch, or on all if these do not stand alone."""
+    few = first_rows(inputs)
+    try:
+        return held_bytes(model, few)
+    except Exception:  # whatever somebody's code raises; a fault of the whole batch is raised below
+        if few is inputs:
+            raise
+    return held_bytes(model, inputs)
 
 
 class InputsForgotten(FunctionInterceptor):

@@ -226,7 +226,9 @@ def _weighed(builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, a
     """The sum of channels times the entries of a vector, as where attention pools positions: one value for each."""
     ids = builder.gather(x, axis)
     if ids is None:
-        return builder.barrier(node, [x, weight], f"matmul in {layer_name(node)!r} on mixed axes")
+        return builder.barrier(
+            node, [x, weight], f"{str(node.target).split('.')[1]} in {layer_name(node)!r} on mixed axes"
+        )
     builder.tie(weight.name, 0, ids)
     return nobody_like(node)
 
