@@ -167,6 +167,13 @@ def test_rotated_queries_are_refused_by_name() -> None:
         lbyl.compress(net, tokens, budget=HALF, forecast=False)
 
 
+def test_a_pattern_to_exclude_that_matches_nothing_is_told_of() -> None:
+    budget = replace(HALF, params=0.95, exclude=("none.*", "blocks.0.*"))
+    notes = smaller(vit(), "prune", budget).report.notes
+    (told,) = (note for note in notes if note.startswith("exclude"))
+    assert told.startswith("exclude: 'none.*' matches no group or layer")
+
+
 def test_a_wrong_cut_is_seen() -> None:
     net = vit()
     masked = sharing_copy(net, {"blocks.0.attn.proj.weight": torch.zeros(24, 24)})

@@ -141,6 +141,7 @@ class Ground:
     ) -> Report:
         """The report, with the costs of both networks; ``left`` says why the rest stays."""
         model, inputs = self.model, self.prepared.inputs
+        unmatched = self.budget.unmatched(path for path, _ in model.named_modules())
         with undisturbed(model), undisturbed(smaller):
             macs = count_macs(model, inputs), count_macs(smaller, inputs)
         return Report(
@@ -151,7 +152,7 @@ class Ground:
             macs=macs,
             verified=verified,
             seconds=dict(clock.seconds),
-            notes=tuple(notes),
+            notes=tuple(dict.fromkeys((*unmatched, *notes))),  # choosing widths tells of it as well
             assessment=assessment,
             blocks=blocks,
         )
