@@ -185,6 +185,25 @@ def test_frequencies_of_llama_3() -> None:
     torch.testing.assert_close(plain / factors, rotary.inv_freq)
 
 
+def test_frequencies_of_smaller_heads(tmp_path: Path) -> None:
+    write(tmp_path)
+    net = HF.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = {"input_ids": torch.arange(8)[None]}
+    smaller = lbyl.compress(
+        net, tokens, budget=lbyl.Budget(params=0.95, head_dim=True), restore="prune", forecast=False
+    )
+    net.save_pretrained(tmp_path)  # keeps the tokenizer beside it
+    smaller.save(tmp_path / "out")
+    found = fields(lbyl.export(tmp_path / "out", format="gguf").file)
+    size = smaller.model.config.head_dim
+    assert found["llama.rope.dimension_count"] == found["llama.attention.key_length"] == size < net.config.head_dim
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    factors = _rope_factors(config["rope_parameters"], size)
+    assert factors is not None
+    plain = config["rope_parameters"]["rope_theta"] ** (-torch.arange(0, size, 2) / size)
+    torch.testing.assert_close(plain / factors, smaller.model.model.rotary_emb.inv_freq)
+
+
 def test_what_llama_cpp_has_no_place_for(tmp_path: Path) -> None:
     gpt = HF.GPT2LMHeadModel(HF.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50))
     gpt.save_pretrained(tmp_path / "gpt")
@@ -236,6 +255,8 @@ def tensor(name: str, value: Tensor | None) -> Callable[[Path], None]:
 
 
 LAYER = "model.layers.1"
+FACTORS = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [1.0]}
+FACTORS |= {"attention_factor": 1.0}
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a text for a size": (config(hidden_size="x"), r"config\.json is damaged: .*hidden_size"),
     "a size below zero": (config(max_position_embeddings=-1), r"config\.json is damaged: .*max_position_embeddings"),
@@ -246,6 +267,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json is damaged"),
     "a text for positions": (config(rope_parameters={"rope_theta": "x"}), "rotary positions is damaged"),
     "no factor": (config(rope_parameters={"rope_type": "linear"}), "rotary positions is damaged: .*factor"),
+    "two kinds of factors": (
+        config(rope_parameters=FACTORS | {"long_factor": [2.0]}),
+        "'longrope' need equal short_factor and long_factor",
+    ),
+    "too few factors": (config(rope_parameters=FACTORS), "short_factor needs 4 numbers for heads of 8 channels"),
     "half of Llama 3": (config(rope_parameters={"rope_type": "llama3"}), "rotary positions is damaged"),
     "no vocabulary": (vocabulary(model={"vocab": None}), r"tokenizer\.json is damaged: .*vocab"),
     "a text for a number": (vocabulary(model={"vocab": {"a": "b"}}), r"tokenizer\.json is damaged: .*vocab"),

@@ -18,7 +18,16 @@ import lbyl
 from lbyl.cli.app import app
 from lbyl.errors import BudgetError, InputError, VerificationError
 from lbyl.graph.heads import find_heads
-from lbyl.restore.heads import roots, smaller_products, smaller_values, strongest
+from lbyl.moments.heads import head_moments
+from lbyl.restore.heads import (
+    best_pairs,
+    pair_gains,
+    pair_products,
+    roots,
+    smaller_products,
+    smaller_values,
+    strongest,
+)
 from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.surgery.heads import verify_heads
@@ -158,13 +167,131 @@ def test_heads_with_three_layers_get_smaller_and_transformers_loads_what_it_can_
     torch.testing.assert_close(again(pixel_values=images(7))[0], expected)
 
 
-def test_rotated_queries_are_refused_by_name() -> None:
+def decoder(kind: str = "Llama", **changes: Any) -> Any:
+    """A small language model of transformers whose positions are rotary."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=50)).eval()
-    tokens = {"input_ids": torch.arange(8)[None]}
-    with pytest.raises(InputError, match=r"layers.0.self_attn: it computes more than plain attention: rotary"):
-        lbyl.compress(net, tokens, budget=HALF, forecast=False)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"intermediate_size": 48, "vocab_size": 60, "max_position_embeddings": 128, "pad_token_id": 0}
+    shape |= {"bos_token_id": 1, "eos_token_id": 2, **changes}
+    net = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape)).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return net
+
+
+def tokens(seed: int = 0, count: int = 2) -> dict[str, Tensor]:
+    ids = torch.randint(3, 60, (count, 16), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def texts() -> lbyl.LeastSquares:
+    return lbyl.LeastSquares(moments=lbyl.Data([tokens(seed, 32) for seed in (1, 2)]))
+
+
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 64}
+ROTARY: dict[str, dict[str, Any]] = {
+    "Llama": {"num_key_value_heads": 4, "attention_bias": True},
+    "Mistral": {},
+    "Qwen2": {},
+    "Gemma": {"head_dim": 8},
+    "Granite": {"attention_multiplier": 0.3},
+    "Llama 3": {"rope_parameters": LLAMA_3},
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+def test_rotated_heads_lose_the_same_pairs_and_transformers_loads_what_is_left(kind: str, tmp_path: Path) -> None:
+    def whole() -> Any:
+        return decoder(kind.split()[0], **ROTARY[kind])
+
+    net = whole()
+    result = lbyl.compress(net, tokens(), budget=replace(HALF, params=0.9), restore=texts(), forecast=False)
+    size = result.report.rows[0].after
+    assert size % 2 == 0
+    assert size < 8
+    assert (result.report.verified or 0.0) < 1e-5
+    assert result.report.assessment is not None
+    assert result.report.assessment.restored < result.report.assessment.pruned
+    rotary = result.model.model.rotary_emb  # pyright: ignore
+    pairs = result.plan.groups[0].keep[: size // 2]
+    assert torch.equal(rotary.inv_freq, net.model.rotary_emb.inv_freq[list(pairs)])
+    assert result.plan.groups[0].keep == (*pairs, *(pair + 4 for pair in pairs))
+    assert any("all heads lose the same of 4 pairs" in note for note in result.report.notes)
+    result.save(tmp_path / "out")
+    expected = result.model(**tokens(7)).logits
+    torch.testing.assert_close(lbyl.load(tmp_path / "out", whole())(**tokens(7)).logits, expected)
+    again = type(net).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(again(**tokens(7)).logits, expected)
+    assert again.config.head_dim == size
+    assert net.config.rope_parameters["rope_type"] != "longrope"
+    written = [model.generate(**tokens(8, 1), max_new_tokens=8, do_sample=False) for model in (again, result.model)]
+    assert torch.equal(*written)
+    with pytest.raises(InputError, match="change with the length of texts \\(longrope\\)"):
+        lbyl.compress(again, tokens(), budget=HALF, forecast=False)
+
+
+def test_pairs_and_their_gains_are_the_best() -> None:
+    q, k = torch.stack([rows(0, 50, 6), rows(1, 50, 6)]), torch.stack([rows(2, 50, 6), rows(3, 50, 6)])
+    products = pair_products(q.transpose(1, 2) @ q / 50, k.transpose(1, 2) @ k / 50)
+    terms = torch.stack([q[..., [i, i + 3]] @ k[..., [i, i + 3]].transpose(1, 2) for i in range(3)], -1).flatten(1, 2)
+    torch.testing.assert_close(products, terms.transpose(1, 2) @ terms / 2500)
+    gains, lost = pair_gains(products, (0, 2))
+    for head in range(2):
+        best = torch.linalg.lstsq(terms[head][:, [0, 2]], terms[head].sum(1)).solution
+        torch.testing.assert_close(gains[head], best, rtol=0.05, atol=0.01)
+        left = (terms[head][:, [0, 2]] @ gains[head] - terms[head].sum(1)).square().mean()
+        torch.testing.assert_close(lost[head], left)
+    each = {pair: float(pair_gains(products, [i for i in range(3) if i != pair])[1].sum()) for pair in range(3)}
+    assert best_pairs(products, 2, solved=True) == tuple(i for i in range(3) if i != min(each, key=lambda p: each[p]))
+    assert best_pairs(products, 3, solved=True) == (0, 1, 2)
+    power = products.diagonal(dim1=1, dim2=2).sum(0)
+    assert best_pairs(products, 1, solved=False) == (int(power.argmax()),)
+
+
+def test_values_that_heads_share_get_one_basis() -> None:
+    net, x = decoder(), tokens()
+    result = lbyl.compress(net, x, budget=replace(HALF, params=0.9), restore=texts(), forecast=False)
+    attention: Any = result.model.model.layers[0].self_attn  # pyright: ignore
+    size = attention.head_dim
+    assert (attention.q_proj.out_features, attention.k_proj.out_features, attention.o_proj.in_features) == (
+        4 * size,
+        2 * size,
+        4 * size,
+    )
+    assert attention.v_proj.out_features == 2 * size
+
+
+def test_padding_does_not_count_in_moments() -> None:
+    net, short = decoder(), tokens(3)
+    pads = torch.zeros(2, 4, dtype=torch.long)
+    padded = {name: torch.cat([value, pads], 1) for name, value in short.items()}
+    layers, _ = find_heads(net, ExampleInputs.of(short))
+    plain, with_pads = (head_moments(net, layers, [ExampleInputs.of(x)]) for x in (short, padded))
+    for path, moments in plain.items():
+        assert moments.queries.count == with_pads[path].queries.count == 32
+        torch.testing.assert_close(moments.queries.second, with_pads[path].queries.second, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(moments.mixed.second, with_pads[path].mixed.second, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("Qwen3", {"head_dim": 8}, "it computes more than plain attention: relative positions, norms"),
+        ("StableLm", {}, "rotate a part of each head only"),
+        ("Cohere", {}, "it computes more than plain attention"),
+    ],
+)
+def test_other_rotations_are_refused_by_name(kind: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=f"layers.0.self_attn: .*{said}"):
+        lbyl.compress(decoder(kind, **changes), tokens(), budget=HALF, forecast=False)
+
+
+def test_a_part_of_the_layers_that_share_frequencies_is_refused() -> None:
+    budget = replace(HALF, exclude=("*.layers.0.*",))
+    with pytest.raises(InputError, match=r"model.rotary_emb rotates model.layers.0.self_attn as well as"):
+        lbyl.compress(decoder(), tokens(), budget=budget, forecast=False)
 
 
 def test_a_pattern_to_exclude_that_matches_nothing_is_told_of() -> None:

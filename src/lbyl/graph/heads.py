@@ -1,9 +1,9 @@
-"""Finds attention whose heads can get fewer channels inside: those that compute plain products."""
+"""Finds attention whose heads can get fewer channels inside: plain products, also of rotated queries and keys."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ class Heads:
         parts: names of the children that make queries, keys and values; three times the same one if that makes all of
             them, one after the other, as in timm's vision transformers.
         out: name of the child that reads what the heads give.
+        groups: the number of keys and values, each of which ``count / groups`` heads share; 0 for one each.
+        rotary: the module whose frequencies rotate pairs of channels (i, i + size / 2) of queries and keys by their
+            positions; "" where nothing is rotated.
+        scale: what products are multiplied by if that does not follow from the size; 0 for ``size ** -0.5``.
     """
 
     path: str
@@ -34,11 +38,65 @@ class Heads:
     size: int
     parts: tuple[str, str, str] = ("qkv", "qkv", "qkv")
     out: str = "proj"
+    groups: int = 0
+    rotary: str = ""
+    scale: float = 0.0
 
     @property
     def fused(self) -> bool:
         """Whether one linear layer makes queries, keys and values."""
         return self.parts[0] == self.parts[1]
+
+    @property
+    def shared(self) -> int:
+        """How many heads share one key and one value."""
+        return self.count // (self.groups or self.count)
+
+
+Pairs = dict[str, tuple[int, ...]]
+"""The pairs of channels of queries and keys that stay, by the module that rotates them: i is i and i + size / 2."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an attention layer is called with.
+
+    Attributes:
+        x: the tokens, ``(batch, tokens, width)``.
+        turns: cosines and sines of the angles by which queries and keys are rotated, ``(batch or 1, tokens, size)``.
+        mask: what is added to the products, or, if boolean, which of them count, ``(batch, heads or 1, tokens, keys)``.
+        causal: whether each token sees only those before it, if there is no mask.
+    """
+
+    x: Tensor
+    turns: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+
+    @staticmethod
+    def of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+        """The call of a layer: its first tensor with three axes, a pair of such tensors, and a mask with four.
+
+        None if there are no tokens.
+        """
+        given = (*args, *kwargs.values())
+        x = next((value for value in given if isinstance(value, Tensor) and value.dim() == 3), None)
+        if x is None:
+            return None
+        turns = next(((pair[0], pair[1]) for pair in given if isinstance(pair, (tuple, list)) and _is_pair(pair)), None)
+        mask = next((value for value in given if isinstance(value, Tensor) and value.dim() == 4), None)
+        return Call(x, turns, mask, vars(layer).get("is_causal") is True)
+
+    def copied(self) -> Call:
+        """The same with tensors of its own."""
+        turns = self.turns and (self.turns[0].detach().clone(), self.turns[1].detach().clone())
+        mask = None if self.mask is None else self.mask.detach().clone()
+        return Call(self.x.detach().clone(), turns, mask, self.causal)
+
+
+def _is_pair(pair: Any) -> bool:
+    tensors = len(pair) == 2 and all(isinstance(each, Tensor) and each.dim() == 3 for each in pair)
+    return tensors and pair[0].shape == pair[1].shape
 
 
 @dataclass(frozen=True)
@@ -46,8 +104,8 @@ class HeadActivations:
     """What the heads of one layer compute.
 
     Attributes:
-        queries: the queries.
-        keys: the keys.
+        queries: the queries, rotated if the layer rotates them.
+        keys: the keys, rotated likewise; those that heads share are repeated.
         mixed: the values, as attention mixes them; these are what the layer after it reads.
     """
 
@@ -56,19 +114,32 @@ class HeadActivations:
     mixed: Float[Tensor, "batch heads tokens channels"]
 
     @staticmethod
-    def of(heads: Heads, layer: nn.Module, x: Float[Tensor, "batch tokens width"]) -> HeadActivations:
-        """Compute ``softmax(Q K^T / sqrt(size)) V`` of a layer."""
-        batch, tokens, _ = x.shape
-        made = [layer.get_submodule(part)(x) for part in (heads.parts[:1] if heads.fused else heads.parts)]
-        shape = (batch, tokens, 3, heads.count, heads.size)
-        q, k, v = torch.cat(made, -1).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        return HeadActivations(q, k, scores.softmax(-1) @ v)
+    def of(heads: Heads, layer: nn.Module, call: Call) -> HeadActivations:
+        """Compute ``softmax(scale Q K^T) V`` of a layer."""
+        batch, tokens, _ = call.x.shape
+        made = [layer.get_submodule(part)(call.x) for part in (heads.parts[:1] if heads.fused else heads.parts)]
+        parts = made[0].chunk(3, -1) if heads.fused else made
+        q, k, v = (part.reshape(batch, tokens, -1, heads.size).transpose(1, 2) for part in parts)
+        k, v = (part.repeat_interleave(heads.shared, 1) for part in (k, v))
+        if call.turns is not None:
+            q, k = (_rotated(part, *call.turns) for part in (q, k))
+        scores = q @ k.transpose(-2, -1) * (heads.scale or heads.size**-0.5)
+        return HeadActivations(q, k, _masked(scores, call).softmax(-1).to(v.dtype) @ v)
 
 
-def tokens_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The tokens that an attention layer is called with: the first tensor with three axes."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() == 3), None)
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cosines.unsqueeze(1) + torch.cat([-second, first], -1) * sines.unsqueeze(1)
+
+
+def _masked(scores: Tensor, call: Call) -> Tensor:
+    mask = call.mask
+    if mask is None:
+        if not call.causal:
+            return scores
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask.clamp(min=lowest)
 
 
 _SEPARATE = (
@@ -78,8 +149,11 @@ _SEPARATE = (
 _OUT = ("proj", "o_proj", "out_proj", "out", "to_out", "o", "wo", "W_o", "out_lin", "dense", "proj_out")
 SIZES = ("head_dim", "head_size", "attention_head_size", "dim_head")
 _COUNT = ("num_heads", "num_attention_heads", "n_heads", "heads", "n_head", "nhead")
-"""How code that is known calls the layers of attention, and the size and the number of heads."""
-
+SCALES = ("scale", "scaling")
+FREQUENCIES = ("inv_freq", "original_inv_freq")
+"""How known code calls the layers of attention, the size and number of heads, their scale, and rotary frequencies."""
+_CHANGING = ("dynamic", "longrope")
+"""Kinds of rotary positions whose frequencies are computed again in each call."""
 _CLOSE = 1e-3
 """Largest relative difference between what a layer gives and what plain attention gives."""
 
@@ -88,8 +162,8 @@ def find_heads(model: nn.Module, inputs: ExampleInputs) -> tuple[tuple[Heads, ..
     """Find attention layers whose heads can get smaller, and why others can't.
 
     A layer counts if its children have names by which they are known, and if its output on the example inputs is that
-    of plain attention: with rotary positions, biases of positions, norms or masks, a change of basis of queries and
-    keys would change more than their product.
+    of attention: with biases of positions or norms, a change of basis of queries and keys would change more than their
+    product.
 
     Args:
         model: the network; it is not changed.
@@ -100,51 +174,96 @@ def find_heads(model: nn.Module, inputs: ExampleInputs) -> tuple[tuple[Heads, ..
     with undisturbed(model), torch.no_grad():
         work = sharing_copy(model)
         layers = {path: heads for path, m in work.named_modules() if (heads := _described(path, m))}
-        calls: dict[str, tuple[Any, Any]] = {}
-        given: dict[str, Any] = {}
+        given: dict[str, Call | None] = {}
+        calls: dict[str, tuple[Call | None, Tensor | None]] = {}
 
         def enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = tokens_given(args, kwargs) if path not in given else None
-            given[path] = None if x is None else x.detach().clone()
+            call = Call.of(module, args, kwargs) if path not in given else None
+            given[path] = call and call.copied()
 
         def leave(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             calls[path] = given[path], next(iter(output_tensors(output)), None)
 
         with module_hooks({path: work.get_submodule(path) for path in layers}, enter, leave):
             inputs.cloned().call(work)
-        for path, (x, output) in calls.items():
-            heads, layer = layers[path], work.get_submodule(path)
-            if x is None or output is None:
+        rotaries = _rotaries(work)
+        for path, (call, output) in calls.items():
+            layer, heads = work.get_submodule(path), layers[path]
+            if call is None or output is None:
                 others[path] = "it is not called once with tokens"
-                continue
-            mixed = HeadActivations.of(heads, layer, x).mixed.transpose(1, 2).flatten(2)
-            if not _alike(layer.get_submodule(heads.out)(mixed), output):
-                others[path] = "it computes more than plain attention: rotary or relative positions, norms, or masks"
-                continue
-            if not any(vars(layer).get(name) == heads.size for name in SIZES):
-                others[path] = f"it holds no size of its heads ({SIZES[0]}) that could change"
-                continue
-            found.append(heads)
+            elif why := _beyond(heads, layer, call, output):
+                others[path] = why
+            elif call.turns is None:
+                found.append(heads)
+            elif len(here := rotaries.get(heads.size, [])) != 1:
+                others[path] = f"{len(here)} modules hold frequencies ({FREQUENCIES[0]}) of its rotary positions"
+            elif (kind := vars(work.get_submodule(here[0])).get("rope_type")) in _CHANGING:
+                others[path] = f"the frequencies of its rotary positions change with the length of texts ({kind})"
+            else:
+                found.append(replace(heads, rotary=here[0]))
     return tuple(found), others
+
+
+def _beyond(heads: Heads, layer: nn.Module, call: Call, output: Tensor) -> str:
+    """What a layer computes that smaller heads would not; "" if there is nothing."""
+    if call.turns is not None and (heads.fused or call.turns[0].shape[-1] != heads.size or heads.size % 2):
+        return "its rotary positions rotate a part of each head only, or one layer makes queries, keys and values"
+    try:
+        mixed = HeadActivations.of(heads, layer, call).mixed.transpose(1, 2).flatten(2)
+    except RuntimeError:  # keys of other tokens, or a mask of another kind
+        return "it computes more than plain attention: its keys or its mask have other sizes"
+    if not _alike(layer.get_submodule(heads.out)(mixed), output):
+        return "it computes more than plain attention: relative positions, norms, other rotations, or other scales"
+    if not any(vars(layer).get(name) == heads.size for name in SIZES):
+        return f"it holds no size of its heads ({SIZES[0]}) that could change"
+    return ""
+
+
+def _rotaries(model: nn.Module) -> dict[int, list[str]]:
+    """Paths of the modules that hold rotary frequencies, by the size of the heads that they rotate."""
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        frequencies = dict(module.named_buffers(recurse=False)).get(FREQUENCIES[0])
+        if frequencies is not None and frequencies.dim() == 1:
+            found.setdefault(2 * len(frequencies), []).append(path)
+    return found
 
 
 def _described(path: str, module: nn.Module) -> Heads | None:
     """The attention layer that a module is, by the names and sizes of its children; None if it is none."""
+    children = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    out = next((name for name in _OUT if name in children), None)
+    if out is None:
+        return None
+    width = children[out].in_features
+    count = _count(module, width)
+    if not count:
+        return None
+    size = width // count
+    scale = next((scale for name in SCALES if isinstance(scale := vars(module).get(name), float)), 0.0)
+    scale = 0.0 if abs(scale * size**0.5 - 1) < 1e-6 else scale
+    if "qkv" in children and children["qkv"].out_features == 3 * width:
+        return Heads(path, count, size, out=out, scale=scale)
+    for parts in _SEPARATE:
+        if all(part in children for part in parts):
+            q, k, v = (children[part].out_features for part in parts)
+            if q == width and k == v and k % size == 0 and width % k == 0:
+                return Heads(path, count, size, parts, out, groups=0 if k == width else k // size, scale=scale)
+    return None
+
+
+def _count(module: nn.Module, width: int) -> int:
+    """The number of heads: what the layer's own size of them makes, or as it or its configuration says; 0 if unknown.
+
+    A layer that lost some heads has fewer than its configuration says.
+    """
+    size = next((size for name in SIZES if type(size := vars(module).get(name)) is int and size > 0), 0)
+    if size and width % size == 0:
+        return width // size
     holders = (module, getattr(module, "config", None))
     numbers = (getattr(holder, name, None) for holder in holders for name in _COUNT)
     count = next((number for number in numbers if type(number) is int and number > 0), 0)
-    children = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
-    out = next((name for name in _OUT if name in children), None)
-    if not count or out is None or children[out].in_features % count:
-        return None
-    width = children[out].in_features
-    size = width // count
-    if "qkv" in children and children["qkv"].out_features == 3 * width:
-        return Heads(path, count, size, out=out)
-    for parts in _SEPARATE:
-        if all(part in children and children[part].out_features == width for part in parts):
-            return Heads(path, count, size, parts, out)
-    return None
+    return count if count and width % count == 0 else 0
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -24,6 +24,7 @@ from torch import nn
 
 from lbyl.errors import first_line
 from lbyl.io.quiet import quiet
+from lbyl.io.rotary import other_frequencies, said_as_factors
 from lbyl.surgery.plan import architecture_of
 
 CONFIG = "config.json"
@@ -199,6 +200,9 @@ def _fitting(model: nn.Module, before: _Shapes) -> Any:
         plain, settings = _with(plain, inside), _with(settings, inside)
         if (base := _attempt(model, settings)) is None:
             raise _Unsayable(f"its {name} does not allow heads of {next(iter(inside.values()))} channels")
+        if rotary := said_as_factors(model, _config(model, settings)):
+            turned: dict[tuple[str, ...], Any] = {("rope_parameters",): dict(rotary)}
+            plain, settings = _with(plain, turned), _with(settings, turned)
         before = architecture_of(base)
     decided = {field: _decides(model, settings, *field, before) for field in _fields(settings)}
     new, left = _solved(decided, _sizes(before), _sizes(after))
@@ -222,7 +226,10 @@ def _trouble(model: nn.Module, settings: _Settings) -> str | None:
     built = _attempt(model, settings)
     if built is None or architecture_of(built) != architecture_of(model):
         return None
-    return _other_attribute(model, built)
+    trouble = _other_attribute(model, built)
+    if not trouble and other_frequencies(model, _config(model, settings)):
+        trouble = "it can't say which rotary frequencies stay"
+    return trouble
 
 
 def _constants(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...], float]:
@@ -323,7 +330,7 @@ def _fields(settings: _Settings) -> Iterator[tuple[tuple[str, ...], int]]:
     return ((path, value) for path, value in _numbers(settings, int) if _WIDTH.search(path[-1]))
 
 
-def _with(settings: _Settings, values: Mapping[tuple[str, ...], float]) -> _Settings:
+def _with(settings: _Settings, values: Mapping[tuple[str, ...], Any]) -> _Settings:
     changed = copy.deepcopy(settings)
     for path, value in values.items():
         place = changed

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lbyl.graph.heads import HeadActivations, Heads, tokens_given
+from lbyl.graph.heads import Call, HeadActivations, Heads
+from lbyl.runtime.attended import Attended, attended_positions
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import module_hooks
@@ -31,9 +32,12 @@ class Sums:
         size = heads.size
         return Sums(0, torch.zeros(heads.count, size).double(), torch.zeros(heads.count, size, size).double())
 
-    def add(self, x: Float[Tensor, "batch heads tokens channels"]) -> None:
-        """Add positions."""
+    def add(
+        self, x: Float[Tensor, "batch heads tokens channels"], counts: Bool[Tensor, " positions"] | None = None
+    ) -> None:
+        """Add positions: all, or those that count, which padding does not."""
         rows = x.detach().double().cpu().transpose(0, 1).flatten(1, 2)
+        rows = rows if counts is None else rows[:, counts.cpu()]
         self.count += rows.shape[1]
         self.first += rows.sum(1)
         self.second += rows.transpose(1, 2) @ rows
@@ -63,17 +67,20 @@ def head_moments(model: nn.Module, layers: Sequence[Heads], batches: Sequence[Ex
     found = {each.path: HeadMoments(Sums.zeros(each), Sums.zeros(each), Sums.zeros(each)) for each in layers}
 
     def enter(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        x = tokens_given(args, kwargs)
-        assert x is not None
-        made = HeadActivations.of(described[path], module, x)
-        found[path].queries.add(made.queries)
-        found[path].keys.add(made.keys)
-        found[path].mixed.add(made.mixed)
+        call = Call.of(module, args, kwargs)
+        assert call is not None
+        made = HeadActivations.of(described[path], module, call)
+        counts = attended.get((call.x.shape[0], call.x.shape[1]))
+        found[path].queries.add(made.queries, counts)
+        found[path].keys.add(made.keys, counts)
+        found[path].mixed.add(made.mixed, counts)
 
+    attended: Attended = {}
     described = {each.path: each for each in layers}
     modules = {each.path: model.get_submodule(each.path) for each in layers}
     with undisturbed(model), torch.no_grad(), module_hooks(modules, enter):
         for batch in batches:
+            attended = attended_positions(model, batch)
             batch.cloned().call(model)
             give_back()
     return found

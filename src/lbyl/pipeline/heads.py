@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from lbyl.errors import BudgetError, InputError
-from lbyl.graph.heads import Heads, find_heads
+from lbyl.graph.heads import Heads, Pairs, find_heads
 from lbyl.io.huggingface import follow_widths
 from lbyl.io.report.rows import Row
 from lbyl.moments.heads import HeadMoments, head_moments
@@ -19,12 +19,29 @@ from lbyl.pipeline.prepare import Prepared
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.restore.depth.effect import Effect
-from lbyl.restore.heads import values_inside
+from lbyl.restore.heads import pairs_to_keep, values_inside
 from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.progress import Clock
 from lbyl.surgery.cuts import cut_copy
 from lbyl.surgery.heads import head_attributes, plan_heads, rescaled, verify_heads
 from lbyl.surgery.plan import GroupPlan, Plan, architecture_of
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Smaller heads.
+
+    Attributes:
+        values: new weights in the whole network; empty if nothing is cut.
+        pairs: the pairs of rotated channels that stay.
+        network: the smaller network.
+        effect: its effect on held-out probes.
+    """
+
+    values: Mapping[str, Tensor]
+    pairs: Pairs
+    network: nn.Module
+    effect: float
 
 
 @dataclass(frozen=True)
@@ -51,11 +68,12 @@ class HeadGround(Ground):
         """
         count, whole, limit, size = self.count, self.whole, self.limit * (1 + 1e-9), self.layers[0].size
         step = self.budget.round_to if isinstance(self.budget.round_to, int) else 1
+        step = math.lcm(step, 2) if self.rotates else step  # pairs of channels go together
         least = max(self.budget.min_keep, math.ceil(size * (1 - self.budget.max_ratio) - 1e-9), 1)
         sizes = [n for n in range(step, size, step) if n >= least] + [size]
         if whole <= limit:
             return size
-        smallest = count(self.cut({}, sizes[0]))
+        smallest = count(self.cut({}, sizes[0], self.some_pairs(sizes[0])))
         if smallest > limit:
             raise BudgetError(
                 f"{self.layers[0].path}: with {sizes[0]} of {size} channels in each head (round_to, min_keep, "
@@ -67,20 +85,36 @@ class HeadGround(Ground):
         low, high = 0, len(sizes) - 1
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if count(self.cut({}, sizes[middle])) <= limit else (low, middle)
+            smaller = self.cut({}, sizes[middle], self.some_pairs(sizes[middle]))
+            low, high = (middle, high) if count(smaller) <= limit else (low, middle)
         return sizes[low]
 
-    def cut(self, values: Mapping[str, Tensor], size: int) -> nn.Module:
-        """The network with heads of this size, whose first channels have these values."""
-        model = sharing_copy(self.model, rescaled(values, self.layers, size)) if values else self.model
-        return cut_copy(model, plan_heads(model, self.layers, size), head_attributes(model, self.layers, size)).eval()
+    @property
+    def rotates(self) -> bool:
+        """Whether positions rotate pairs of channels."""
+        return any(each.rotary for each in self.layers)
 
-    def values(self, size: int, solved: bool) -> dict[str, Tensor]:
-        """New weights for heads of this size, in the whole network."""
-        found: dict[str, Tensor] = {}
+    def some_pairs(self, size: int) -> Pairs:
+        """As many pairs as heads of this size have; which ones does not matter for costs."""
+        return {each.rotary: tuple(range(size // 2)) for each in self.layers if each.rotary}
+
+    def cut(self, values: Mapping[str, Tensor], size: int, pairs: Pairs) -> nn.Module:
+        """The network with heads of this size, whose channels that stay have these values."""
+        model = sharing_copy(self.model, rescaled(values, self.layers, size)) if values else self.model
+        cuts = plan_heads(model, self.layers, size, pairs)
+        return cut_copy(model, cuts, head_attributes(model, self.layers, size)).eval()
+
+    def made(self, size: int, solved: bool) -> Inside:
+        """Heads of this size, whose values are solved, or are those with the most power."""
+        if size == self.layers[0].size:
+            return Inside({}, {}, sharing_copy(self.model), 0.0)
+        pairs = pairs_to_keep(self.layers, self.moments, size, solved)
+        values: dict[str, Tensor] = {}
         for each in self.layers:
-            found |= values_inside(self.model, each, self.moments[each.path], size, solved)
-        return found
+            own = self.moments[each.path]
+            values |= values_inside(self.model, each, own, size, solved, pairs.get(each.rotary, ()))
+        network = self.cut(values, size, pairs)
+        return Inside(values, pairs, network, self.effect(network))
 
 
 def ground_for_heads(prepared: Prepared, request: CompressionRequest, clock: Clock) -> HeadGround:
@@ -98,7 +132,15 @@ def ground_for_heads(prepared: Prepared, request: CompressionRequest, clock: Clo
         )
     with clock("trace"):
         layers, others = find_heads(model, inputs)
-    layers = tuple(each for each in layers if not any(fnmatchcase(each.path, glob) for glob in budget.exclude))
+    excluded = {each for each in layers if any(fnmatchcase(each.path, glob) for glob in budget.exclude)}
+    turned = {each.rotary: each.path for each in layers if each.rotary and each not in excluded}
+    for each in layers if excluded else ():
+        if each in excluded and each.rotary in turned:
+            raise InputError(
+                f"exclude: {each.rotary} rotates {each.path} as well as {turned[each.rotary]}, so that both lose the "
+                "same pairs of channels; exclude all of these layers, or none"
+            )
+    layers = tuple(each for each in layers if each not in excluded)
     if not layers:
         why = next(
             (f"{path}: {why}" for path, why in others.items()), "no layer is known to make queries, keys and values"
@@ -129,24 +171,19 @@ def compress_heads(prepared: Prepared, request: CompressionRequest, clock: Clock
     size = ground.choose()
     layers = ground.layers if size < ground.layers[0].size else ()
     with clock("restore"):
-        plain = ground.values(size, solved=False)
-        values, smaller = plain, ground.cut(plain, size)
-        effects, errors = [ground.effect(smaller)] * 2, [ground.effect.error(smaller)] * 2
-        if ground.solves and layers:
-            best = ground.values(size, solved=True)
-            network = ground.cut(best, size)
-            if (effect := ground.effect(network)) < effects[0]:
-                values, smaller = best, network
-                effects[1], errors[1] = effect, ground.effect.error(network)
-    verified = None
+        plain = ground.made(size, solved=False)
+        best = ground.made(size, solved=True) if ground.solves and layers else plain
+        done = best if best.effect < plain.effect else plain
+        errors = [ground.effect.error(each.network) for each in (plain, done)] if layers else []
+    verified, smaller = None, done.network
     if request.verify:
         with clock("verify"):
-            verified = verify_heads(sharing_copy(ground.model, values), smaller, prepared.inputs)
+            verified = verify_heads(sharing_copy(ground.model, done.values), smaller, prepared.inputs)
     told = follow_widths(smaller, architecture_of(ground.model))
     report = ground.report(
         smaller,
         clock,
-        [*_notes(ground, bool(layers), effects), *([told] if told else [])],
+        [*_notes(ground, bool(layers), plain, done), *([told] if told else [])],
         ground.others,
         verified,
         ground.assessed((errors[0], errors[1])) if layers else None,
@@ -155,25 +192,36 @@ def compress_heads(prepared: Prepared, request: CompressionRequest, clock: Clock
             for each in layers
         ),
     )
-    return ground.finished(Result(smaller, after_earlier(ground.model, _plan(ground, layers, size)), report))
+    return ground.finished(
+        Result(smaller, after_earlier(ground.model, _plan(ground, layers, size, done.pairs)), report)
+    )
 
 
-def _plan(ground: HeadGround, layers: tuple[Heads, ...], size: int) -> Plan:
+def _plan(ground: HeadGround, layers: tuple[Heads, ...], size: int, pairs: Pairs) -> Plan:
+    def kept(each: Heads) -> tuple[int, ...]:
+        own = pairs.get(each.rotary)
+        return tuple(range(size)) if own is None else (*own, *(pair + each.size // 2 for pair in own))
+
     return ground.plan(
-        groups=tuple(GroupPlan(f"{each.path}.head_dim", each.size, tuple(range(size))) for each in layers),
-        cuts=plan_heads(ground.model, layers, size),
+        groups=tuple(GroupPlan(f"{each.path}.head_dim", each.size, kept(each)) for each in layers),
+        cuts=plan_heads(ground.model, layers, size, pairs),
         attributes=head_attributes(ground.model, layers, size),
     )
 
 
-def _notes(ground: HeadGround, smaller: bool, effects: list[float]) -> Iterator[str]:
+def _notes(ground: HeadGround, smaller: bool, plain: Inside, done: Inside) -> Iterator[str]:
     if not smaller:
         yield "heads stay as large as they are for this budget"
         return
-    told = f"inside of heads: {ground.effect.told} on held-out probes is {effects[0]:.3g} "
+    told = f"inside of heads: {ground.effect.told} on held-out probes is {plain.effect:.3g} "
     told += "with the channels that have the most power"
-    if effects[1] < effects[0]:
-        told += f", {effects[1]:.3g} with the best products of queries and keys, and the best values, of this size"
+    if done is not plain:
+        told += f", {done.effect:.3g} with the best products of queries and keys, and the best values, of this size"
     yield told
+    for rotary, pairs in done.pairs.items():
+        count = next(each.size for each in ground.layers if each.rotary == rotary) // 2
+        gone = ", ".join(str(pair) for pair in range(count) if pair not in pairs)
+        told = f"rotary positions: all heads lose the same of {count} pairs of channels"
+        yield f"{told}, and {rotary} their frequencies: {gone}"
     if ground.probes.note:
         yield ground.probes.note

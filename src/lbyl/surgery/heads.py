@@ -1,4 +1,4 @@
-"""Cuts the inside of heads, of which the first channels stay, and verifies what is left."""
+"""Cuts the inside of heads, of which the first channels or some rotated pairs stay, and verifies what is left."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lbyl.errors import SurgeryError, VerificationError
-from lbyl.graph.heads import SIZES, Heads
+from lbyl.errors import VerificationError
+from lbyl.graph.heads import FREQUENCIES, SCALES, SIZES, Heads, Pairs
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.surgery.attributes import Attribute
@@ -16,33 +16,35 @@ from lbyl.surgery.cuts import Cut
 from lbyl.surgery.verification import allowed_difference, difference
 
 
-def plan_heads(model: nn.Module, layers: Sequence[Heads], size: int) -> tuple[Cut, ...]:
-    """The cuts after which each head has ``size`` channels, its first ones."""
+def plan_heads(model: nn.Module, layers: Sequence[Heads], size: int, pairs: Pairs) -> tuple[Cut, ...]:
+    """The cuts after which each head has ``size`` channels: its first ones, or the pairs that stay of rotated ones."""
     cuts = []
     for each in layers:
-        layer, parts = model.get_submodule(each.path), 3 if each.fused else 1
-        rows, columns = (
-            tuple(head * each.size + channel for head in range(heads) for channel in range(size))
-            for heads in (parts * each.count, each.count)
-        )
-        for part in dict.fromkeys(each.parts):
+        layer, groups = model.get_submodule(each.path), each.count // each.shared
+        first = range(size)
+        turned = [pair + half for half in (0, each.size // 2) for pair in pairs[each.rotary]] if each.rotary else first
+        wanted = dict(zip(each.parts, ((each.count, turned), (groups, turned), (groups, first)), strict=True))
+        if each.fused:
+            wanted = {each.parts[0]: (3 * each.count, first)}
+        for part, (heads, channels) in wanted.items():
+            rows = tuple(head * each.size + channel for head in range(heads) for channel in channels)
             names = [f"{part}.{name}" for name, _ in layer.get_submodule(part).named_parameters()]
-            cuts += [Cut(f"{each.path}.{name}", 0, parts * each.count * each.size, rows) for name in names]
+            cuts += [Cut(f"{each.path}.{name}", 0, heads * each.size, rows) for name in names]
+        columns = tuple(head * each.size + channel for head in range(each.count) for channel in first)
         cuts.append(Cut(f"{each.path}.{each.out}.weight", 1, each.count * each.size, columns))
+    for rotary, kept in pairs.items():
+        held = dict(model.get_submodule(rotary).named_buffers(rotary, recurse=False))
+        whole = next(each.size for each in layers if each.rotary == rotary) // 2
+        cuts += [Cut(name, 0, whole, kept) for name in held if name.rpartition(".")[2] in FREQUENCIES]
     return tuple(cuts)
 
 
 _WIDTHS = ("attn_dim", "all_head_size", "inner_dim")
-_SCALES = ("scale", "scaling")
-"""How code calls the width of all heads together, and the factor of their products."""
+"""How code calls the width of all heads together."""
 
 
 def head_attributes(model: nn.Module, layers: Sequence[Heads], size: int) -> tuple[Attribute, ...]:
-    """The changed numbers: sizes of heads, of all together, and the scale of their products.
-
-    Raises:
-        SurgeryError: a layer scales products in another way.
-    """
+    """The changed numbers: sizes of heads, of all together, and the scale of their products if it follows from them."""
     found: list[Attribute] = []
     for each in layers:
         own = vars(model.get_submodule(each.path))
@@ -51,11 +53,8 @@ def head_attributes(model: nn.Module, layers: Sequence[Heads], size: int) -> tup
         found += [
             Attribute(each.path, name, None, whole, each.count * size) for name in _WIDTHS if own.get(name) == whole
         ]
-        for name in _SCALES:
-            if isinstance(scale := own.get(name), float):
-                if abs(scale * each.size**0.5 - 1) > 1e-6:
-                    raise SurgeryError(f"{each.path} multiplies its products by {scale}, and not by head_dim ** -0.5")
-                found.append(Attribute(each.path, name, None, scale, size**-0.5))
+        scales = [name for name in SCALES if isinstance(own.get(name), float)] if not each.scale else []
+        found += [Attribute(each.path, name, None, own[name], size**-0.5) for name in scales]
     return tuple(found)
 
 
@@ -63,6 +62,8 @@ def rescaled(values: Mapping[str, Tensor], layers: Sequence[Heads], size: int) -
     """The same values with queries that make up for the other scale of products: ``sqrt(size / size before)``."""
     new = dict(values)
     for each in layers:
+        if each.scale:
+            continue
         for name in (f"{each.path}.{each.parts[0]}.weight", f"{each.path}.{each.parts[0]}.bias"):
             if name in new:
                 factor = torch.ones(len(new[name]), dtype=torch.float64)

@@ -85,7 +85,16 @@ class _Llama3Rope(_LinearRope):
     original_max_position_embeddings: Count
 
 
-_ROPES = {"default": _Rope, "linear": _LinearRope, "llama3": _Llama3Rope}
+@dataclass(frozen=True)
+class _FactorRope(_Rope):
+    """Rotary positions that are each divided by a factor of their own."""
+
+    short_factor: list[Positive]
+    long_factor: list[Positive]
+    attention_factor: Positive | None = None
+
+
+_ROPES = {"default": _Rope, "linear": _LinearRope, "llama3": _Llama3Rope, "longrope": _FactorRope}
 """What is read of each type of rotary positions."""
 
 
@@ -289,7 +298,7 @@ def _add_sizes(writer: Any, config: Mapping[str, Any], layout: _Layout) -> str:
         writer.add_rope_scaling_type(_package().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
     elif kind not in _ROPES:
-        raise ExportError(f"gguf: rotary positions of type {kind!r} are not supported; default, linear, llama3 are")
+        raise ExportError(f"gguf: rotary positions of type {kind!r} are not supported; {', '.join(_ROPES)} are")
     return note
 
 
@@ -303,14 +312,26 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         read_as(_ROPES[kind], found, "config.json, rotary positions")
     if kind == "llama3" and not found["low_freq_factor"] < found["high_freq_factor"]:
         raise ExportError("gguf: in config.json, low_freq_factor must be below high_freq_factor")
+    if kind == "longrope" and (found["short_factor"] != found["long_factor"] or found.get("attention_factor") != 1):
+        # Smaller heads have equal ones: they say which frequencies are left.
+        raise ExportError(
+            "gguf: rotary positions of type 'longrope' need equal short_factor and long_factor, and an "
+            "attention_factor of 1, in config.json"
+        )
     return found
 
 
 def _rope_factors(rope: Mapping[str, Any], head: int) -> Tensor | None:
-    """What llama.cpp divides each frequency by, in Llama 3; None elsewhere.
+    """What llama.cpp divides each frequency by, in Llama 3 and where heads lost some frequencies; None elsewhere.
 
     Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models" (arXiv 2407.21783), as transformers computes it.
     """
+    if rope["rope_type"] == "longrope":
+        if len(rope["short_factor"]) != head // 2:
+            raise ExportError(
+                f"gguf: in config.json, short_factor needs {head // 2} numbers for heads of {head} channels"
+            )
+        return torch.tensor(rope["short_factor"], dtype=torch.float32)
     if rope["rope_type"] != "llama3":
         return None
     low, high, whole = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
