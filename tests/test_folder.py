@@ -393,3 +393,52 @@ def test_a_source_that_changes_meanwhile(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(lbyl.InputError, match="has changed meanwhile; remove"):
         lbyl.compress_folder(tmp_path / "source", tmp_path / "smaller", ratio=0.25, data=batches(), progress=change)
     assert not (tmp_path / "smaller").exists()
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80},
+    "DeepseekV3": {
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 48},
+        **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+        **{"num_key_value_heads": 4, "first_k_dense_replace": 1},
+    },
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures_of_experts(kind: str, tmp_path: Path) -> None:
+    """Files hold each expert for itself; models hold them stacked."""
+    write(tmp_path / "whole", kind, **MIXTURES[kind])
+    restorer = lbyl.LeastSquares(renorm=False, sequential=False)
+    ratio = {"*.mlp.*": 0.25}
+    expected = in_memory(tmp_path / "whole", restorer, ratio=ratio)
+    found = lbyl.compress_folder(tmp_path / "whole", tmp_path / "out", ratio=ratio, data=batches(), restore=restorer)
+    loaded = HF.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert close(loaded.state_dict(), expected.model.state_dict(), 1e-4)
+    assert found.plan.groups == expected.plan.groups
+    assert same(lbyl.load(tmp_path / "out").state_dict(), loaded.state_dict())
+    budget = lbyl.compress_folder(tmp_path / "whole", tmp_path / "b", budget=lbyl.Budget(params=0.9), data=batches())
+    before, after = budget.report.parameters
+    assert 0.84 < after / before <= 0.9
+
+
+def test_an_expert_that_is_missing_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "whole", "Mixtral", **MIXTURES["Mixtral"])
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name] = tensors[name][:, :-1].clone()
+            save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(lbyl.InputError, match=r"layers.1.mlp.experts.gate_up_proj is .* in the file, but 4x320x64"):
+        lbyl.compress_folder(tmp_path / "whole", tmp_path / "out", ratio=0.25, data=batches())
+    index = tmp_path / "whole" / "model.safetensors.index.json"
+    written = json.loads(index.read_text())
+    del written["weight_map"][name]
+    index.write_text(json.dumps(written))
+    with pytest.raises(lbyl.InputError, match=r"the weights hold no model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        lbyl.compress_folder(tmp_path / "whole", tmp_path / "out", ratio=0.25, data=batches())

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from lbyl.graph.types import NOT_OURS, Consumer, Graph, Group, Producer, Slot
 
-_ALIGNED = 8
+ALIGNED = 8
 """Grouped products need rows of a multiple of 16 bytes, which are 8 numbers in half precision."""
 
 
@@ -60,7 +60,7 @@ def _expanded(group: Group, experts: int) -> Group:
         carriers=tuple(own(slot) for slot in group.carriers),
         consumers=tuple(own(slot) for slot in group.consumers),
         blocks=tuple(expert for expert in range(experts) for _ in range(group.width)),
-        multiple=math.gcd(group.width, _ALIGNED),
+        multiple=math.gcd(group.width, ALIGNED),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
 from lbyl.io import artifact
+from lbyl.io.experts import StackedShards
 from lbyl.io.files import digest as files_digest
 from lbyl.io.files import finish, writing
 from lbyl.io.report.report import Report
@@ -80,11 +81,12 @@ def compress_folder(
 
     Args:
         source: a folder that ``save_pretrained`` wrote, with weights as safetensors, of a causal language model in the
-            form of Llama (Llama, Mistral, Qwen2, Qwen3); it is not changed.
+            form of Llama (Llama, Mistral, Qwen2, Qwen3), also with mixtures of experts (Mixtral, Qwen-MoE, OLMoE,
+            DeepSeek, gpt-oss); it is not changed.
         target: the new folder.
         ratio: share of the heads and hidden neurons that each layer loses; or ``{glob: share}`` over groups and layers.
-        budget: ``Budget(params=...)`` or ``Budget(size_mb=...)`` in place of a ratio: the widest feed-forward layers,
-            equal in all layers, with which the model keeps it. Heads are left whole.
+        budget: ``Budget(params=...)`` or ``Budget(size_mb=...)`` in place of a ratio: the widest feed-forward layers
+            with which the model keeps it, all narrower by the same share. Heads are left whole.
         data: a folder of texts, or batches of tokens (the last one is held out). None takes English sentences that
             come with lbyl. The model writes no text itself, because that takes the whole model.
         criterion: as for :func:`lbyl.compress`.
@@ -106,7 +108,8 @@ def compress_folder(
     artifact.check_free(place)
     if not is_folder(folder):
         raise InputError(f"{folder} is not a folder; pass one that save_pretrained wrote")
-    stored, skeleton = Shards.of(folder), Skeleton.of(folder)
+    skeleton = Skeleton.of(folder)
+    stored = StackedShards.over(Shards.of(folder), {n: tuple(t.shape) for n, t in skeleton.model.state_dict().items()})
     check_plan_fits(skeleton.base.layers)
     check_stored(skeleton, stored)
     skeleton.model.to(stored_dtype(skeleton, stored))

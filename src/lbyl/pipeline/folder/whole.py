@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.errors import BudgetError, InputError
+from lbyl.graph.experts import ALIGNED
+from lbyl.graph.mixtures import stacked_experts
 from lbyl.io.huggingface import write_config
 from lbyl.io.report.report import Report
 from lbyl.io.shards import write_index
@@ -53,18 +57,26 @@ def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[s
             "layer by layer, a budget is Budget(params=...) or Budget(size_mb=...), with one width for all layers and "
             "without depth, experts, head_dim or exclude; give a ratio, or use lbyl.compress"
         )
-    model, layers = skeleton.model, skeleton.base.layers
+    model = skeleton.model
     size = next(p.element_size() for p in model.parameters())
-    whole = count_parameters(model)
+    whole, neurons = count_parameters(model), list(_hidden_neurons(skeleton.base.layers))
+    if not neurons:
+        raise InputError(
+            f"{type(model).__name__} has no feed-forward layers that are known by their names; give a ratio"
+        )
     most = whole * amount if name == "params" else amount * 1e6 / size
-    parts = [p for n, p in layers[0].named_parameters() if ".mlp." in f".{n}"]
-    width = next(p.shape[0] for n, p in layers[0].named_parameters() if ".mlp." in f".{n}" and p.dim() == 2)
-    each = len(layers) * sum(p.numel() // width for p in parts if width in p.shape)
+    width = max(each.width for each in neurons)
+
+    def left(kept: int) -> int:
+        """The parameters that are left if all layers keep this share of their neurons."""
+        return whole - sum((each.width - each.kept(1 - kept / width)) * each.cost for each in neurons)
+
     multiple = budget.multiple(width)
-    kept = int((most - (whole - width * each)) // each) // multiple * multiple
+    steps = range(0, width + 1, multiple)
+    kept = steps[max(0, bisect_right(steps, most, key=left) - 1)]
     least = max(budget.min_keep, kept_count(width, budget.max_ratio))
-    if kept < least:
-        reached = (whole - (width - least) * each) / whole
+    if kept < least or left(kept) > most:
+        reached = left(least) / whole
         raise BudgetError(
             f"Budget({name}={amount:g}): with {least} of {width} hidden neurons in each layer, {reached:.1%} of the "
             "parameters are left; give a ratio, which takes heads as well, or a larger budget",
@@ -72,8 +84,54 @@ def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[s
         )
     if kept >= width:
         raise InputError(f"Budget({name}={amount:g}): the model keeps this already, so there is nothing to drop")
-    told = f"{kept} of {width} hidden neurons in each layer keep the budget; heads are left whole"
+    alike = all(each.width == width for each in neurons)
+    what = "in each layer" if alike else "in the widest layers, and the same share in all others,"
+    told = f"{kept} of {width} hidden neurons {what} keep the budget; heads are left whole"
     return {_NEURONS: 1 - kept / width}, (told,)
+
+
+@dataclass(frozen=True)
+class _Neurons:
+    """Hidden neurons of a feed-forward layer; those of all experts of a mixture count as one.
+
+    Attributes:
+        width: how many there are.
+        cost: the parameters of each.
+        multiple: what their number is rounded to, up or down.
+    """
+
+    width: int
+    cost: int
+    multiple: int
+
+    def kept(self, share: float) -> int:
+        """The most that stay if this share goes."""
+        return min(self.width, math.ceil(kept_count(self.width, share) / self.multiple) * self.multiple)
+
+
+def _hidden_neurons(layers: nn.Module) -> Iterator[_Neurons]:
+    """The hidden neurons of each feed-forward layer, by the names that layers in the form of Llama have."""
+    mixtures = [path for path, module in layers.named_modules() if stacked_experts(module)]
+    for path, module in layers.named_modules():
+        if ".mlp" not in f".{path}":
+            continue
+        # Experts keep a multiple, and layers beside them may follow.
+        beside = any(path.startswith(mixture.rpartition(".")[0]) for mixture in mixtures)
+        multiple = ALIGNED if beside else 1
+        own = dict(module.named_parameters(recurse=False))
+        if stacked_experts(module) and {"gate_up_proj", "down_proj"} <= own.keys():
+            inner, outer = sorted(own["down_proj"].shape[1:]), own["gate_up_proj"].shape[1:]
+            width = next((n for n in inner if 2 * n in outer), 0)
+            if width:
+                cost = sum(p.numel() for p in own.values() if {width, 2 * width} & {*p.shape[1:]}) // width
+                yield _Neurons(width, cost, multiple)
+        elif isinstance(down := getattr(module, "down_proj", None), nn.Linear):
+            width = down.in_features
+            into = [
+                child for child in module.children() if isinstance(child, nn.Linear) and child.out_features == width
+            ]
+            cost = (sum(p.numel() for child in into for p in child.parameters()) + down.weight.numel()) // width
+            yield _Neurons(width, cost, multiple)
 
 
 def check_plan_fits(layers: nn.Module) -> None:

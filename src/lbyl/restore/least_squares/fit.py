@@ -317,7 +317,7 @@ def _with_renorm(
     moved = renormalize(state, found.values, averaged(theirs), averaged(ours))
     error = judge(moved)
     if error >= found.error:
-        note = f"batch norms not recalibrated: error on {judge.where} {found.error:.3g} without, {error:.3g} with it"
+        note = f"recalibration left out: error on {judge.where} {found.error:.3g} without, {error:.3g} with it"
         return replace(found, notes=found.plus(note))
     values = recenter(moved, state, theirs, ours, norms)
     return replace(found, values=values, error=error, on_probes=moved, renorm=True)
