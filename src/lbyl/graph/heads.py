@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ class Heads:
         parts: names of the children that make queries, keys and values; three times the same one if that makes all of
             them, one after the other, as in timm's vision transformers.
         out: name of the child that reads what the heads give.
-        groups: the number of keys and values, each of which ``count / groups`` heads share; 0 for one each.
+        shared: how many heads share one key and one value.
         rotary: the module whose frequencies rotate pairs of channels (i, i + size / 2) of queries and keys by their
             positions; "" where nothing is rotated.
         scale: what products are multiplied by if that does not follow from the size; 0 for ``size ** -0.5``.
@@ -38,7 +38,7 @@ class Heads:
     size: int
     parts: tuple[str, str, str] = ("qkv", "qkv", "qkv")
     out: str = "proj"
-    groups: int = 0
+    shared: int = 1
     rotary: str = ""
     scale: float = 0.0
 
@@ -48,9 +48,15 @@ class Heads:
         return self.parts[0] == self.parts[1]
 
     @property
-    def shared(self) -> int:
-        """How many heads share one key and one value."""
-        return self.count // (self.groups or self.count)
+    def groups(self) -> int:
+        """The number of keys and values."""
+        return self.count // self.shared
+
+    def turned(self, size: int, pairs: Pairs) -> tuple[int, ...]:
+        """The channels of queries and keys that stay: the first ``size``, or both of each pair that is rotated."""
+        if not self.rotary:
+            return tuple(range(size))
+        return tuple(pair + half for half in (0, self.size // 2) for pair in pairs[self.rotary])
 
 
 Pairs = dict[str, tuple[int, ...]]
@@ -186,7 +192,9 @@ def find_heads(model: nn.Module, inputs: ExampleInputs) -> tuple[tuple[Heads, ..
 
         with module_hooks({path: work.get_submodule(path) for path in layers}, enter, leave):
             inputs.cloned().call(work)
-        rotaries = _rotaries(work)
+        rotaries: dict[int, list[str]] = {}
+        for path, frequencies in rotaries_of(work):
+            rotaries.setdefault(2 * len(frequencies), []).append(path)
         for path, (call, output) in calls.items():
             layer, heads = work.get_submodule(path), layers[path]
             if call is None or output is None:
@@ -219,14 +227,12 @@ def _beyond(heads: Heads, layer: nn.Module, call: Call, output: Tensor) -> str:
     return ""
 
 
-def _rotaries(model: nn.Module) -> dict[int, list[str]]:
-    """Paths of the modules that hold rotary frequencies, by the size of the heads that they rotate."""
-    found: dict[int, list[str]] = {}
+def rotaries_of(model: nn.Module) -> Iterator[tuple[str, Float[Tensor, " pairs"]]]:
+    """The paths of the modules that hold rotary frequencies, with these: one for each pair of channels."""
     for path, module in model.named_modules():
         frequencies = dict(module.named_buffers(recurse=False)).get(FREQUENCIES[0])
         if frequencies is not None and frequencies.dim() == 1:
-            found.setdefault(2 * len(frequencies), []).append(path)
-    return found
+            yield path, frequencies
 
 
 def _described(path: str, module: nn.Module) -> Heads | None:
@@ -248,7 +254,7 @@ def _described(path: str, module: nn.Module) -> Heads | None:
         if all(part in children for part in parts):
             q, k, v = (children[part].out_features for part in parts)
             if q == width and k == v and k % size == 0 and width % k == 0:
-                return Heads(path, count, size, parts, out, groups=0 if k == width else k // size, scale=scale)
+                return Heads(path, count, size, parts, out, width // k, scale=scale)
     return None
 
 

@@ -7,19 +7,24 @@ is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lbyl.io.shards import FLOATING, Shards
 
-_BLOCKS = (("", ""), (".mlp.", ".block_sparse_moe."))
+_BLOCK = ".mlp.", ".block_sparse_moe."
 """What the block of a mixture is called by the model, and by files of Mixtral."""
 
 _PIECES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 """The matrices of an expert, by the stacked tensor that holds them, as two kinds of files call them."""
+
+_T = TypeVar("_T")
+_Experts = tuple[tuple[str, ...], ...]
+_Header = tuple[tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,12 @@ class StackedShards(Shards):
     """The weights of a folder, by the names that the model has for them.
 
     Attributes:
-        parts: the tensors of the files that make up one of the model: for each expert, those that are stacked with each
-            other; a single name for a tensor that is only called otherwise.
+        parts: for tensors of the model that are stacked: the tensors of the files that make up each expert.
+        renamed: for tensors that are only called otherwise: their names in the files.
     """
 
-    parts: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    parts: Mapping[str, _Experts] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def over(stored: Shards, shapes: Mapping[str, tuple[int, ...]]) -> Shards:
@@ -41,57 +47,51 @@ class StackedShards(Shards):
             stored: the weights.
             shapes: the names and shapes of the model's tensors.
         """
-        parts = {
-            name: found
-            for name, shape in shapes.items()
-            if name not in stored.files and (found := _parts(name, shape, stored))
-        }
-        if not parts:
+        missing = {name: shape for name, shape in shapes.items() if name not in stored.files}
+        renamed = {name: there for name in missing if (there := name.replace(*_BLOCK)) in stored.files}
+        parts = {name: found for name, shape in missing.items() if (found := _parts(name, shape, stored))}
+        firsts = {**renamed, **{name: found[0][0] for name, found in parts.items()}}
+        if not firsts:
             return stored
-        files = {**stored.files, **{name: stored.files[found[0][0]] for name, found in parts.items()}}
-        return StackedShards(stored.folder, files, parts)
+        files = {**stored.files, **{name: stored.files[first] for name, first in firsts.items()}}
+        return StackedShards(stored.folder, files, parts, renamed)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some tensors, see :meth:`Shards.read`; those that are stacked are copies."""
-        names = list(names)
-        found = super().read(name for name in names if name not in self.parts)
-        for name in names:
-            if (parts := self.parts.get(name)) is None:
-                continue
-            pieces = super().read(piece for expert in parts for piece in expert)
-            if len(parts) == len(parts[0]) == 1:
-                found[name] = pieces[parts[0][0]]
-            else:
-                found[name] = torch.stack([torch.cat([pieces[piece] for piece in expert]) for expert in parts])
-        return {name: found[name] for name in names}
+        return self._combined(super().read, names, lambda experts: torch.stack([torch.cat(each) for each in experts]))
 
-    def headers(self, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    def headers(self, names: Iterable[str]) -> dict[str, _Header]:
         """Shape and type of some tensors, see :meth:`Shards.headers`; experts that differ have no shape."""
-        names = list(names)
-        found = super().headers(name for name in names if name not in self.parts)
-        for name in names:
-            if (parts := self.parts.get(name)) is None:
-                continue
-            told = super().headers(piece for expert in parts for piece in expert)
-            own = [[told[piece] for piece in expert] for expert in parts]
-            rows = {sum(shape[0] for shape, _ in expert if shape) for expert in own}
-            columns = {shape[1:] for expert in own for shape, _ in expert}
-            kinds = {kind for expert in own for _, kind in expert}
-            single = len(parts) == len(parts[0]) == 1
-            shape = (min(rows), *min(columns)) if len(rows) == len(columns) == 1 else ()
-            found[name] = (
-                (own[0][0][0] if single else (len(parts), *shape)),
-                max(kinds, key=lambda k: k not in FLOATING),
-            )
-        return {name: found[name] for name in names}
+        return self._combined(super().headers, names, _stacked_header)
+
+    def _combined(
+        self,
+        get: Callable[[Iterable[str]], Mapping[str, _T]],
+        names: Iterable[str],
+        combine: Callable[[list[list[_T]]], _T],
+    ) -> dict[str, _T]:
+        """What the files hold for these names; for stacked tensors it is combined."""
+        stored = {name: self.parts.get(name, ((self.renamed.get(name, name),),)) for name in names}
+        found = get(piece for experts in stored.values() for pieces in experts for piece in pieces)
+        return {
+            name: combine([[found[piece] for piece in pieces] for pieces in experts])
+            if name in self.parts
+            else found[experts[0][0]]
+            for name, experts in stored.items()
+        }
 
 
-def _parts(name: str, shape: tuple[int, ...], stored: Shards) -> tuple[tuple[str, ...], ...]:
+def _stacked_header(experts: list[list[_Header]]) -> _Header:
+    rows = {sum(shape[0] for shape, _ in pieces if shape) for pieces in experts}
+    columns = {shape[1:] for pieces in experts for shape, _ in pieces}
+    kinds = {kind for pieces in experts for _, kind in pieces}
+    shape = (min(rows), *min(columns)) if len(rows) == len(columns) == 1 else ()
+    return (len(experts), *shape), max(kinds, key=lambda kind: kind not in FLOATING)
+
+
+def _parts(name: str, shape: tuple[int, ...], stored: Shards) -> _Experts:
     """The stored tensors that make up one of the model; none if they are not all there."""
-    for ours, theirs in _BLOCKS:
-        there = name.replace(ours, theirs) if ours else name
-        if there != name and there in stored.files:
-            return ((there,),)
+    for there in (name, name.replace(*_BLOCK)):
         place, _, last = there.rpartition(".")
         if len(shape) != 3 or not place.endswith("experts"):
             continue

@@ -200,7 +200,7 @@ def _fitting(model: nn.Module, before: _Shapes) -> Any:
         plain, settings = _with(plain, inside), _with(settings, inside)
         if (base := _attempt(model, settings)) is None:
             raise _Unsayable(f"its {name} does not allow heads of {next(iter(inside.values()))} channels")
-        if rotary := said_as_factors(model, _config(model, settings)):
+        if rotary := said_as_factors(model, base.config):
             turned: dict[tuple[str, ...], Any] = {("rope_parameters",): dict(rotary)}
             plain, settings = _with(plain, turned), _with(settings, turned)
         before = architecture_of(base)
@@ -227,7 +227,7 @@ def _trouble(model: nn.Module, settings: _Settings) -> str | None:
     if built is None or architecture_of(built) != architecture_of(model):
         return None
     trouble = _other_attribute(model, built)
-    if not trouble and other_frequencies(model, _config(model, settings)):
+    if not trouble and other_frequencies(model, built.config):
         trouble = "it can't say which rotary frequencies stay"
     return trouble
 

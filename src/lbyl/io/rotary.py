@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lbyl.graph.heads import FREQUENCIES
+from lbyl.graph.heads import FREQUENCIES, rotaries_of
 
 _CLOSE = 1e-5
 """Largest relative difference of frequencies that are the same, computed in float32 in two ways."""
-
-
-def rotaries_of(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
-    """The modules that hold rotary frequencies, with these."""
-    for module in model.modules():
-        frequencies = dict(module.named_buffers(recurse=False)).get(FREQUENCIES[0])
-        if frequencies is not None and frequencies.dim() == 1 and not frequencies.is_meta:
-            yield module, frequencies
 
 
 def other_frequencies(model: nn.Module, config: Any) -> bool:
@@ -28,8 +20,8 @@ def other_frequencies(model: nn.Module, config: Any) -> bool:
 
     Only modules that are built from a configuration of this class alone are compared.
     """
-    for module, frequencies in rotaries_of(model):
-        built = _built(module, config)
+    for path, frequencies in rotaries_of(model):
+        built = None if frequencies.is_meta else _built(model.get_submodule(path), config)
         if built is not None and not _same(built, frequencies):
             return True
     return False
@@ -48,7 +40,7 @@ def said_as_factors(model: nn.Module, config: Any) -> Mapping[str, Any] | None:
     old = getattr(config, "rope_parameters", None)
     if not isinstance(old, Mapping) or "rope_theta" not in old or not other_frequencies(model, config):
         return None
-    module, frequencies = next(iter(rotaries_of(model)))
+    path, frequencies = next(iter(rotaries_of(model)))
     size = 2 * len(frequencies)
     plain = float(old["rope_theta"]) ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     factors = (plain / frequencies.double().cpu()).tolist()
@@ -58,7 +50,7 @@ def said_as_factors(model: nn.Module, config: Any) -> Mapping[str, Any] | None:
         "short_factor": factors,
         "long_factor": factors,
         "factor": 1.0,
-        "attention_factor": float(getattr(module, "attention_scaling", 1.0)),
+        "attention_factor": float(getattr(model.get_submodule(path), "attention_scaling", 1.0)),
         "original_max_position_embeddings": config.max_position_embeddings,
     }
 

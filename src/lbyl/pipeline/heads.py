@@ -66,14 +66,14 @@ class HeadGround(Ground):
         Raises:
             BudgetError: the smallest heads that may be are too large.
         """
-        count, whole, limit, size = self.count, self.whole, self.limit * (1 + 1e-9), self.layers[0].size
+        whole, limit, size = self.whole, self.limit * (1 + 1e-9), self.layers[0].size
         step = self.budget.round_to if isinstance(self.budget.round_to, int) else 1
         step = math.lcm(step, 2) if self.rotates else step  # pairs of channels go together
         least = max(self.budget.min_keep, math.ceil(size * (1 - self.budget.max_ratio) - 1e-9), 1)
         sizes = [n for n in range(step, size, step) if n >= least] + [size]
         if whole <= limit:
             return size
-        smallest = count(self.cut({}, sizes[0], self.some_pairs(sizes[0])))
+        smallest = self.cost(sizes[0])
         if smallest > limit:
             raise BudgetError(
                 f"{self.layers[0].path}: with {sizes[0]} of {size} channels in each head (round_to, min_keep, "
@@ -85,8 +85,7 @@ class HeadGround(Ground):
         low, high = 0, len(sizes) - 1
         while high - low > 1:
             middle = (low + high) // 2
-            smaller = self.cut({}, sizes[middle], self.some_pairs(sizes[middle]))
-            low, high = (middle, high) if count(smaller) <= limit else (low, middle)
+            low, high = (middle, high) if self.cost(sizes[middle]) <= limit else (low, middle)
         return sizes[low]
 
     @property
@@ -94,9 +93,10 @@ class HeadGround(Ground):
         """Whether positions rotate pairs of channels."""
         return any(each.rotary for each in self.layers)
 
-    def some_pairs(self, size: int) -> Pairs:
-        """As many pairs as heads of this size have; which ones does not matter for costs."""
-        return {each.rotary: tuple(range(size // 2)) for each in self.layers if each.rotary}
+    def cost(self, size: int) -> int:
+        """The cost of the network with heads of this size; which pairs stay does not matter for it."""
+        some = {each.rotary: tuple(range(size // 2)) for each in self.layers if each.rotary}
+        return self.count(self.cut({}, size, some))
 
     def cut(self, values: Mapping[str, Tensor], size: int, pairs: Pairs) -> nn.Module:
         """The network with heads of this size, whose channels that stay have these values."""
@@ -198,12 +198,8 @@ def compress_heads(prepared: Prepared, request: CompressionRequest, clock: Clock
 
 
 def _plan(ground: HeadGround, layers: tuple[Heads, ...], size: int, pairs: Pairs) -> Plan:
-    def kept(each: Heads) -> tuple[int, ...]:
-        own = pairs.get(each.rotary)
-        return tuple(range(size)) if own is None else (*own, *(pair + each.size // 2 for pair in own))
-
     return ground.plan(
-        groups=tuple(GroupPlan(f"{each.path}.head_dim", each.size, kept(each)) for each in layers),
+        groups=tuple(GroupPlan(f"{each.path}.head_dim", each.size, each.turned(size, pairs)) for each in layers),
         cuts=plan_heads(ground.model, layers, size, pairs),
         attributes=head_attributes(ground.model, layers, size),
     )
@@ -219,7 +215,7 @@ def _notes(ground: HeadGround, smaller: bool, plain: Inside, done: Inside) -> It
         told += f", {done.effect:.3g} with the best products of queries and keys, and the best values, of this size"
     yield told
     for rotary, pairs in done.pairs.items():
-        count = next(each.size for each in ground.layers if each.rotary == rotary) // 2
+        count = ground.layers[0].size // 2
         gone = ", ".join(str(pair) for pair in range(count) if pair not in pairs)
         told = f"rotary positions: all heads lose the same of {count} pairs of channels"
         yield f"{told}, and {rotary} their frequencies: {gone}"

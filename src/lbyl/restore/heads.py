@@ -153,7 +153,7 @@ def values_inside(
     shift = torch.zeros(len(out), dtype=torch.float64)
     biased = f"{heads.out}.bias" in state
     columns = out.T.reshape(heads.count, heads.size, -1)
-    for group in range(heads.count // heads.shared):
+    for group in range(heads.groups):
         members = slice(group * heads.shared, (group + 1) * heads.shared)
         c, w = _values(moments.mixed, members, columns[members], size, solved, biased)
         a, b = _products(moments, members, heads, size, solved, pairs)

@@ -20,10 +20,9 @@ def plan_heads(model: nn.Module, layers: Sequence[Heads], size: int, pairs: Pair
     """The cuts after which each head has ``size`` channels: its first ones, or the pairs that stay of rotated ones."""
     cuts = []
     for each in layers:
-        layer, groups = model.get_submodule(each.path), each.count // each.shared
-        first = range(size)
-        turned = [pair + half for half in (0, each.size // 2) for pair in pairs[each.rotary]] if each.rotary else first
-        wanted = dict(zip(each.parts, ((each.count, turned), (groups, turned), (groups, first)), strict=True))
+        layer, first, turned = model.get_submodule(each.path), range(size), each.turned(size, pairs)
+        kept = (each.count, turned), (each.groups, turned), (each.groups, first)
+        wanted = dict(zip(each.parts, kept, strict=True))
         if each.fused:
             wanted = {each.parts[0]: (3 * each.count, first)}
         for part, (heads, channels) in wanted.items():
@@ -32,10 +31,9 @@ def plan_heads(model: nn.Module, layers: Sequence[Heads], size: int, pairs: Pair
             cuts += [Cut(f"{each.path}.{name}", 0, heads * each.size, rows) for name in names]
         columns = tuple(head * each.size + channel for head in range(each.count) for channel in first)
         cuts.append(Cut(f"{each.path}.{each.out}.weight", 1, each.count * each.size, columns))
-    for rotary, kept in pairs.items():
-        held = dict(model.get_submodule(rotary).named_buffers(rotary, recurse=False))
-        whole = next(each.size for each in layers if each.rotary == rotary) // 2
-        cuts += [Cut(name, 0, whole, kept) for name in held if name.rpartition(".")[2] in FREQUENCIES]
+    for rotary, stay in pairs.items():
+        held = model.get_submodule(rotary).named_buffers(rotary, recurse=False)
+        cuts += [Cut(name, 0, len(each), stay) for name, each in held if name.rpartition(".")[2] in FREQUENCIES]
     return tuple(cuts)
 
 

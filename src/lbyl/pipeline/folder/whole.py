@@ -75,7 +75,7 @@ def ratio_for_budget(skeleton: Skeleton, budget: Budget) -> tuple[Ratio, tuple[s
     steps = range(0, width + 1, multiple)
     kept = steps[max(0, bisect_right(steps, most, key=left) - 1)]
     least = max(budget.min_keep, kept_count(width, budget.max_ratio))
-    if kept < least or left(kept) > most:
+    if kept < least:
         reached = left(least) / whole
         raise BudgetError(
             f"Budget({name}={amount:g}): with {least} of {width} hidden neurons in each layer, {reached:.1%} of the "
