@@ -1,11 +1,13 @@
 """Whole blocks against narrower layers, at equal cost and without data.
 
-    python benchmarks/depth.py --data DIR [--model FOLDER] [--networks resnet56,vit,smollm2] [--fresh]
+    python benchmarks/depth.py --data DIR [--model FOLDER] [--networks resnet56,vit,smollm2,smollm2_read] [--fresh]
 
 `DIR` is as for `language.py` and `accuracy.py`. ResNet-56 is the network of `accuracy.py`; the small ViT is trained
 here on scikit-learn's digits, without batch norms; SmolLM2-135M is the network of `language.py`. ResNet-56 and the ViT
 give up a share of their multiply-accumulates, SmolLM2 a share of its decoder layers' parameters. Every method looks at
-the same probes, which the default makes for the network; what SmolLM2 writes itself is kept in `--probes`.
+the same probes, which the default makes for the network; what SmolLM2 writes itself is kept in `--probes`. As
+`smollm2_read` it reads as many texts of WikiText-2's validation set in their place. How fast it writes is measured in
+turns with the unpruned model, with one text at a time and with sixteen.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ from lbyl.graph.blocks import child_path, first_float
 from lbyl.moments import Probes
 from lbyl.pipeline.depth.drop import shallower
 from lbyl.pipeline.depth.ground import DepthGround, ground_for_depth
-from lbyl.pipeline.depth.together import attempt
 from lbyl.pipeline.prepare import prepare
 from lbyl.pipeline.request import CompressionRequest
+from lbyl.pipeline.together import Way, attempt
 from lbyl.restore.registry import choose_restorer
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import module_hooks
+from lbyl.runtime.latency import interleaved
 from lbyl.runtime.progress import Clock
 from lbyl.selection.blocks import Chosen, influence
 from lbyl.surgery.blocks import without_blocks
@@ -46,7 +49,13 @@ from lbyl.surgery.blocks import without_blocks
 METHODS = ("Plain", "Restored", "ShortGPT", "ReplaceMe", "Width", "Both")
 WAYS = {"Restored": "depth", "Both": "both", "Width": "width"}
 """What `lbyl.Budget(depth=True)` chooses from."""
-NAMES = {"resnet56": "ResNet-56", "vit": "ViT on digits", "smollm2": "SmolLM2-135M"}
+NAMES = {
+    "resnet56": "ResNet-56",
+    "vit": "ViT on digits",
+    "smollm2": "SmolLM2-135M",
+    "smollm2_read": "SmolLM2-135M, on real text",
+}
+TEXTS = ("smollm2", "smollm2_read")
 
 
 def digits_vit(epochs: int = 40) -> nn.Module:
@@ -117,7 +126,7 @@ class Subject:
     model: nn.Module
     example: Any
     kind: str
-    score: Callable[[nn.Module], dict[str, float]]
+    score: Callable[[Any], dict[str, float]]
     shares: Sequence[float]
     free: float = 0.0
     probes: Callable[[ExampleInputs], Probes] | None = None
@@ -214,7 +223,7 @@ class Subject:
             return (done.model, len(names), done.effect) if done else None
         blocks = {"Restored": count, "Width": 0, "Both": count // 2}[method]
         try:
-            made = attempt(ground, self.chosen.first(blocks), Clock())
+            made = attempt(ground, Way(self.chosen.first(blocks)), Clock())
         except lbyl.LbylError as error:
             Console().print(f"{self.name} {method} {share}: {error}")
             return None
@@ -238,17 +247,54 @@ def subjects(named: Sequence[str], data: Path, model: Path | None, probes: Path 
         made.append(
             Subject("resnet56", net, test.pixels[:1], "macs", lambda n: {"accuracy": test.accuracy(n)}, (0.2, 0.3, 0.5))
         )
-    if "smollm2" in named:
+    for name in (each for each in TEXTS if each in named):
         net, tokenizer = load(model)
         text = next(folder for folder in (data, data / "data") if (folder / "wikitext2_test.txt").is_file())
-        read = tokenizer((text / "wikitext2_test.txt").read_text(), return_tensors="pt", verbose=False).input_ids[0]
-        scores = Scores(spread(read, 16, WINDOW))
+        tokens = {
+            split: tokenizer((text / f"wikitext2_{split}.txt").read_text(), return_tensors="pt", verbose=False)
+            for split in ("test", "valid")
+        }
+        read = tokens["test"].input_ids[0]
         example = {"input_ids": read[:64][None], "attention_mask": torch.ones(1, 64, dtype=torch.long)}
         total = sum(p.numel() for p in net.parameters())
         free = 1 - sum(p.numel() for p in net.model.layers.parameters()) / total
-        source = lambda inputs: written(net, inputs, texts, probes)  # noqa: E731
-        made.append(Subject("smollm2", net, example, "params", scores, (0.2, 0.1, 0.3), free, source))
+        source = lambda inputs, net=net: written(net, inputs, texts, probes)  # noqa: E731
+        if name == "smollm2_read":
+            rows = spread(tokens["valid"].input_ids[0], texts, LENGTH)
+            parts = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(8)]
+            restorer = lbyl.LeastSquares(moments=lbyl.Data(parts, len(parts)))
+            source = lambda inputs, net=net, own=restorer: own.make_probes(net, inputs, 0)  # noqa: E731
+        score = TextScore(net, Scores(spread(read, 16, WINDOW)))
+        made.append(Subject(name, net, example, "params", score, (0.2, 0.1, 0.3, 0.4), free, source))
     return made
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Perplexity and next words of a language model, and how fast it writes beside the unpruned one."""
+
+    whole: Any
+    scores: Scores
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """The scores, and the tokens a second with one text at a time and with sixteen."""
+        return {**self.scores(model), **{f"pace_{rows}": pace(model, self.whole, rows) for rows in (1, 16)}}
+
+
+def pace(model: Any, whole: Any, rows: int, tokens: int = 24, runs: int = 5) -> float:
+    """How many times as fast as the unpruned model one writes, greedily with a cache: the median over runs in turns."""
+    ids = torch.arange(rows * 32).reshape(rows, 32) % 1000 + 100
+    settings: dict[str, Any] = {
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "do_sample": False,
+        "use_cache": True,
+    }
+    settings |= {"attention_mask": torch.ones_like(ids), "use_cache": True}
+    calls = [lambda net=net: net.generate(ids, **settings) for net in (whole, model)]
+    with torch.no_grad():
+        before, after = interleaved(calls, [time.perf_counter] * 2, runs, 1)
+    return before.over(after).median
 
 
 def main(
@@ -288,11 +334,12 @@ def main(
 def tables(cells: Sequence[dict[str, Any]]) -> list[Table]:
     """A table a network: a row a share, a column a method, and what the budget chooses."""
     made = []
-    for network, title in NAMES.items():
-        found = {(c["method"], c["share"]): c for c in cells if c["network"] == network}
+    measures = [(n, "perplexity" if n in TEXTS else "accuracy") for n in NAMES]
+    measures += [(n, m) for n in TEXTS for m in ("agreement", "pace_1", "pace_16")]
+    for network, measure in measures:
+        found = {(c["method"], c["share"]): c for c in cells if c["network"] == network and measure in c}
         if ("Unpruned", 0.0) not in found:
             continue
-        measure = "perplexity" if network == "smollm2" else "accuracy"
         rows = []
         for share in sorted({share for _, share in found} - {0.0}):
             values = [found.get((method, share), {}).get(measure) for method in METHODS]
@@ -303,12 +350,18 @@ def tables(cells: Sequence[dict[str, Any]]) -> list[Table]:
             known = {way: effect for way, effect in effects.items() if effect is not None}
             best = min(known, key=lambda way: known[way]) if len(known) == len(WAYS) else None
             rows.append([f"{share:.0%}", blocks, found["Unpruned", 0.0][measure], *values, best])
-        text = "perplexity, lower is better" if measure == "perplexity" else "accuracy (%)"
         columns = ["removed", "blocks", "unpruned", *METHODS, "chosen"]
-        made.append(Table(f"{title}: {text}", columns, rows, _NOTE if not made else ""))
+        made.append(Table(f"{NAMES[network]}: {_MEASURES[measure]}", columns, rows, _NOTE if not made else ""))
     return made
 
 
+_MEASURES = {
+    "perplexity": "perplexity, lower is better",
+    "accuracy": "accuracy (%)",
+    "agreement": "share of next words that are the unpruned model's",
+    "pace_1": "times as many tokens a second, one text at a time",
+    "pace_16": "times as many tokens a second, sixteen texts at a time",
+}
 _NOTE = (
     "Removed is the share of the multiply-accumulates, and for SmolLM2 of the decoder layers' parameters. Plain: the "
     "blocks that lbyl chooses are dropped. Restored: what they did is left to the layer before them. ShortGPT: the "

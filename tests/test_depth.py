@@ -34,6 +34,7 @@ from lbyl.restore.depth.fit import RunProblem, restore_runs
 from lbyl.restore.depth.solve import folded, solve_stream
 from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
+from lbyl.runtime.latency import Runs, measure_modules
 from lbyl.selection.blocks import Chosen, choose_blocks, choose_run, influence
 from lbyl.surgery.blocks import (
     BlockCut,
@@ -414,10 +415,42 @@ def test_a_run_is_of_neighbors_in_one_list() -> None:
     assert choose_run(Chosen(), names, lambda blocks: True, lambda blocks: len(blocks) == 3, effect).blocks == ()
 
 
-@pytest.mark.parametrize("wrong", [{"latency": 0.5}, {"agreement": 0.9}])
+@pytest.mark.parametrize("wrong", [{"accuracy_drop": 0.5}, {"agreement": 0.9}])
 def test_depth_needs_a_budget_of_cost(wrong: dict[str, float]) -> None:
-    with pytest.raises(InputError, match="macs, params or size_mb"):
+    with pytest.raises(InputError, match="macs, params, size_mb or latency"):
         lbyl.Budget(**wrong, depth=True)  # pyright: ignore[reportArgumentType]
+
+
+def test_blocks_go_until_a_latency_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that counts parameters, so that what is met does not depend on the machine."""
+
+    def size(module: nn.Module) -> float:
+        return sum(p.numel() for p in module.parameters()) * 1e-6
+
+    def whole(models: Any, inputs: Any, *, runs: int, **settings: Any) -> Any:
+        return tuple(Runs((size(model),) * runs) for model in models)
+
+    def modules(model: nn.Module, inputs: Any, names: Any, *, runs: int) -> Any:
+        return size(model), {name: size(model.get_submodule(name)) for name in names}
+
+    monkeypatch.setattr("lbyl.budget.latency.measure_whole", whole)
+    monkeypatch.setattr("lbyl.budget.latency.measure_modules", modules)
+    budgets = [lbyl.Budget(depth=True, exclude=("*",), **limit) for limit in ({"latency": 0.75}, {"params": 0.75})]  # pyright: ignore
+    restore = lbyl.LeastSquares(moments=lbyl.Data(batches("llama"), 4))
+    timed, counted = (
+        lbyl.compress(build("llama"), inputs_of("llama"), budget=budget, restore=restore, forecast=False)
+        for budget in budgets
+    )
+    assert timed.plan.blocks == counted.plan.blocks != ()
+    (told,) = [note for note in timed.report.notes if note.startswith("latency:")]
+    assert told.endswith("asked for 0.75")
+
+
+def test_modules_are_timed_with_all_that_they_hold() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 8)))
+    total, parts = measure_modules(net, ExampleInputs.of(torch.ones(64, 8)), ["0", "1", "1.0"], runs=3)
+    assert 0 < parts["1.0"] < parts["1"] < total
+    assert not any(module._forward_hooks for module in net.modules())
 
 
 def test_the_command_line_drops_blocks(tmp_path: Path) -> None:

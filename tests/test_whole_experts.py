@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -221,6 +222,37 @@ def test_experts_and_neurons_in_turn_load_from_the_first_model(tmp_path: Path) -
     assert Plan.from_json(result.plan.to_json()).cuts == result.plan.cuts
 
 
+def test_layers_get_narrower_where_experts_can_not_save_enough(tmp_path: Path) -> None:
+    model, x = build("mixtral"), tokens()
+    budget = lbyl.Budget(params=0.42, experts=True)
+    result = lbyl.compress(model, x, budget=budget, restore=text(), forecast=False)
+    experts = [layer.mlp.experts for layer in result.model.model.layers]  # pyright: ignore
+    assert {each.down_proj.shape[0] for each in experts} == {2}
+    assert {each.down_proj.shape[2] < build("mixtral").config.intermediate_size for each in experts} == {True}
+    before, after = result.report.parameters
+    assert 0.4 < after / before <= 0.42
+    assert {row.group for row in result.report.rows} > {f"model.layers.{i}.mlp.gate" for i in (0, 1)}
+    assert (before, result.report.macs) != (after, None)
+    result.save(tmp_path / "out")
+    for loaded in (lbyl.load(tmp_path / "out", build("mixtral")), type(model).from_pretrained(tmp_path / "out")):
+        assert torch.equal(logits(loaded, x), logits(result.model, x))
+
+
+def test_blocks_experts_and_channels_are_weighed_against_each_other(tmp_path: Path) -> None:
+    model, x = build("mixtral", num_hidden_layers=3), tokens()
+    budget = lbyl.Budget(params=0.6, experts=True, depth=True)
+    result = lbyl.compress(model, x, budget=budget, restore=text(), forecast=False)
+    (told,) = [note for note in result.report.notes if note.startswith("depth against experts and width")]
+    for way in (r"without 0 blocks and with narrower layers", r"without \d+ experts?", r"without \d+ blocks?(,|$)"):
+        assert re.search(way, told), told
+    effects = [float(found) for found in re.findall(r"([\d.e-]+) without", told)]
+    assert effects == sorted(effects)
+    assert result.report.parameters[1] <= 0.6 * result.report.parameters[0]
+    result.save(tmp_path / "out")
+    loaded = lbyl.load(tmp_path / "out", build("mixtral", num_hidden_layers=3))
+    assert torch.equal(logits(loaded, x), logits(result.model, x))
+
+
 def test_layers_may_keep_different_numbers() -> None:
     model, x = build("mixtral"), tokens()
     with torch.no_grad():
@@ -260,11 +292,11 @@ def test_cuts_within_experts_are_composed_with_dropped_ones() -> None:
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "fewer than a token needs": (
-        lambda: without_few(lbyl.Budget(params=0.3, experts=True)),
-        r"layers.0.mlp.experts: 2 of 4 experts must stay \(2 for each token.*the budget allows 14,",
+        lambda: without_few(lbyl.Budget(params=0.1, experts=True)),
+        r"layers.0.mlp.experts: 2 of 4 experts must stay \(2 for each token.*can't",
     ),
     "macs": (lambda: lbyl.Budget(macs=0.5, experts=True), "each token gets as many experts as before"),
-    "depth": (lambda: lbyl.Budget(params=0.5, experts=True, depth=True), "give one of depth and experts"),
+    "heads": (lambda: lbyl.Budget(params=0.5, experts=True, head_dim=True), "give head_dim or experts, but not both"),
     "a number": (lambda: lbyl.Budget(params=0.5, experts=2), r"Budget\(experts=2\)"),  # pyright: ignore
     "criterion": (lambda: without_few(THREE, criterion="l2"), "leave out criterion"),
     "submodule": (lambda: without_few(THREE, submodule="model"), "give only one"),
@@ -295,7 +327,7 @@ def test_what_can_not_be_is_refused(name: str) -> None:
     [
         (["--budget", "macs=0.5"], "budget of size"),
         (["--ratio", "0.5"], "budget of size"),
-        (["--budget", "params=0.5", "--depth"], "give one of them"),
+        (["--budget", "params=0.5", "--head-dim"], "give --experts or --head-dim"),
         (["--budget", "params=0.5", "--low-memory"], "--experts"),
     ],
 )

@@ -23,7 +23,7 @@ _UNITS = {"macs": "MACs", "params": "parameters", "size_mb": "bytes", "latency":
 _QUALITIES = ("agreement", "accuracy_drop")
 _SHARES = ("macs", "params", "latency")
 BEYOND_WIDTH = ("depth", "experts", "head_dim")
-"""Settings by which something else than the channels of layers is cut; one of them can be given."""
+"""Settings by which something else than the channels of layers is cut; the last one is given alone."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ class Budget:
             width, as configurations of transformers require. None does so for models that have a configuration. With
             False each layer gets its own width, which costs less accuracy, but then only ``lbyl.load`` can load the
             saved network.
-        depth: whether whole residual blocks may be dropped as well (a budget of macs, params or size_mb). What they did
-            is left to the layer before them. Of depth alone, width alone and both together, the one is kept that
-            changes the outputs on held-out probes least.
-        experts: whether whole experts of mixtures are dropped (a budget of params or size_mb), and nothing else. Each
-            token still gets as many of them. Those that stay take over in closed form. ``min_keep``, ``max_ratio`` and
-            ``exclude`` apply to them; all mixtures keep the same share unless ``uniform_layers=False``.
+        depth: whether whole residual blocks may be dropped as well (a budget of cost, not of quality). What they did is
+            left to the layer before them. Of depth alone, width alone and both together, the one is kept that
+            changes the outputs on held-out probes least. With ``experts`` as well, so is what experts save.
+        experts: whether whole experts of mixtures are dropped (a budget of params or size_mb), and only then, if they
+            can't save enough, channels. Each token still gets as many experts. Those that stay take over in closed
+            form. ``min_keep``, ``max_ratio`` and ``exclude`` apply to them; all mixtures keep the same share unless
+            ``uniform_layers=False``.
         head_dim: whether the heads of attention get fewer channels inside, and nothing else is cut (a budget of macs,
             params or size_mb): all heads of a network the same number. For attention with plain products of queries and
             keys, as in the vision transformers of timm and of transformers.
@@ -126,19 +127,22 @@ class Budget:
         """Raise InputError for settings about blocks, experts and heads that do not go together."""
         for switch in BEYOND_WIDTH:
             check_switch(f"Budget({switch}={{}})", getattr(self, switch))
-        for switch in ("depth", "head_dim"):
-            if getattr(self, switch) and name not in ("macs", "params", "size_mb"):
-                raise InputError(f"Budget({switch}=True) needs macs, params or size_mb, and not {name}")
+        if self.depth and name in _QUALITIES:
+            raise InputError(f"Budget(depth=True) needs macs, params, size_mb or latency, and not {name}")
+        if self.head_dim and name not in ("macs", "params", "size_mb"):
+            raise InputError(f"Budget(head_dim=True) needs macs, params or size_mb, and not {name}")
         if self.experts and name not in ("params", "size_mb"):
             why = "each token gets as many experts as before" if name in ("macs", "latency") else "it limits no size"
             raise InputError(f"Budget(experts=True) needs params or size_mb, and not {name}: {why}")
         both = [switch for switch in BEYOND_WIDTH if getattr(self, switch)]
-        if len(both) > 1:
-            raise InputError(f"Budget: give one of {' and '.join(both)}, and compress the result once more")
+        if self.head_dim and len(both) > 1:
+            raise InputError(
+                f"Budget: give head_dim or {' and '.join(both[:-1])}, but not both, and compress the result once more"
+            )
 
     @property
     def beyond_width(self) -> str | None:
-        """Which of `BEYOND_WIDTH` is given."""
+        """The first of `BEYOND_WIDTH` that is given."""
         return next((switch for switch in BEYOND_WIDTH if getattr(self, switch)), None)
 
     @property

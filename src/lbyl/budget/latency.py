@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,11 +22,11 @@ from lbyl.budget.budget import REACHED_WITHIN, Budget
 from lbyl.budget.costs import Cost, Term, cost_terms, widths_of
 from lbyl.budget.curves import Curve
 from lbyl.graph import NOT_OURS, Graph
-from lbyl.runtime.bench import bench
+from lbyl.runtime.bench import Bench, bench
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.latency import TORCH, Latency, measure_latencies, measure_whole
+from lbyl.runtime.latency import TORCH, Latency, measure_latencies, measure_modules, measure_whole
 
 _KEPT = (0.75, 0.5, 0.25)
 """Shares of kept channels in the networks that are timed."""
@@ -70,10 +71,61 @@ class LatencyCost:
         found = bench(smaller, self.inputs, against=self.model, runs=2 * self.runs, runtime=self.runtime)
         ratio = found.whole.ratio
         assert ratio
-        notes = [f"latency: {found.latency()}, on {found.place()}; asked for {self.share:.2f}"]
+        notes = [told_latency(found, self.share)]
         if found.no_speed:
             notes.append(f"latency: these layers were cut but are not faster: {found.without_speed()}")
         return Cost(ratio.median * total, ratio.margin * total, tuple(notes))
+
+
+@dataclass(frozen=True)
+class WholeLatency:
+    """Microseconds of whole networks: the unpruned one's, times the ratio that was measured in turns with it.
+
+    Attributes:
+        model: the unpruned network.
+        inputs: the inputs of all networks.
+        runs: how often each is timed.
+        runtime: what they are timed in.
+        micros: the unpruned network's time.
+        known: what was measured already.
+    """
+
+    model: nn.Module
+    inputs: ExampleInputs
+    runs: int
+    runtime: str
+    micros: float
+    known: WeakKeyDictionary[nn.Module, int] = field(default_factory=WeakKeyDictionary)
+    sessions: dict[int, Callable[[], Any]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(model: nn.Module, inputs: ExampleInputs, runtime: str) -> WholeLatency:
+        """Measure the unpruned network."""
+        sessions: dict[int, Callable[[], Any]] = {}
+        once = measure_whole((model,), inputs, runs=3, warm_up=1, runtime=runtime, known=sessions)[0].median
+        runs = min(max(int(_SECONDS / (4 * max(once, 1e-9))), _RUNS[0]), _RUNS[1])
+        return WholeLatency(model, inputs, runs, runtime, once * _MICRO, sessions=sessions)
+
+    def __call__(self, network: nn.Module) -> int:
+        """The time of a network, rounded."""
+        if network is self.model:
+            return round(self.micros)
+        if network not in self.known:
+            before, after = measure_whole(
+                (self.model, network), self.inputs, runs=self.runs, runtime=self.runtime, known=self.sessions
+            )
+            self.known[network] = round(after.over(before).median * self.micros)
+        return self.known[network]
+
+    def of_modules(self, names: Iterable[str]) -> dict[str, int]:
+        """The time of each module of the unpruned network, by its share in PyTorch."""
+        whole, parts = measure_modules(self.model, self.inputs, names, runs=self.runs)
+        return {name: round(self.micros * seconds / whole) for name, seconds in parts.items()}
+
+
+def told_latency(bench: Bench, share: float) -> str:
+    """A measured latency in words, with the share that was asked for."""
+    return f"latency: {bench.latency()}, on {bench.place()}; asked for {share:.2f}"
 
 
 def timed(

@@ -70,8 +70,8 @@ Depth = Annotated[
     bool,
     typer.Option(
         "--depth",
-        help="Whole residual blocks may be dropped as well, with --budget macs=R, params=R or size_mb=X. What they did "
-        "is left to the layer before them.",
+        help="Whole residual blocks may be dropped as well, with --budget macs=R, params=R, latency=R or size_mb=X. "
+        "What they did is left to the layer before them.",
         rich_help_panel=BUDGET,
     ),
 ]
@@ -79,8 +79,9 @@ Experts = Annotated[
     bool,
     typer.Option(
         "--experts",
-        help="Drop whole experts of mixtures, and nothing else, with --budget params=R or size_mb=X. Those that stay "
-        "take over.",
+        help="Drop whole experts of mixtures, and channels only if experts can't save enough, with --budget params=R "
+        "or size_mb=X. Those that stay take over. With --depth, blocks, experts and channels are weighed against each "
+        "other.",
         rich_help_panel=BUDGET,
     ),
 ]
@@ -242,12 +243,17 @@ def _check_whole(options: Mapping[str, bool], ratio: list[str] | None, budget: s
     """Raise a usage error for options that do not go with dropping blocks or experts, or with smaller heads."""
     name = None if ratio else parse_budget(budget or _DEFAULT)[0]
     given = [option for option, is_given in options.items() if is_given]
-    if len(given) > 1:
-        raise typer.BadParameter(f"{' and '.join(given)}: give one of them, and compress the result once more")
+    if "--head-dim" in given and len(given) > 1:
+        others = " and ".join(option for option in given if option != "--head-dim")
+        raise typer.BadParameter(f"give {others} or --head-dim, and compress the result once more with the other")
     for option in given:
         if option == "--experts" and name not in ("params", "size_mb"):
             raise typer.BadParameter("--experts needs a budget of size: --budget params=R or size_mb=X")
-        if name not in ("macs", "params", "size_mb"):
-            raise typer.BadParameter(f"{option} needs a budget of cost: --budget macs=R, params=R or size_mb=X")
+        if option == "--depth" and name not in ("macs", "params", "size_mb", "latency"):
+            raise typer.BadParameter(
+                "--depth needs a budget of cost: --budget macs=R, params=R, latency=R or size_mb=X"
+            )
+        if option == "--head-dim" and name not in ("macs", "params", "size_mb"):
+            raise typer.BadParameter("--head-dim needs a budget of cost: --budget macs=R, params=R or size_mb=X")
         if settings.submodule is not None:
             raise typer.BadParameter(f"{option} and --submodule: this is for whole networks; give only one")

@@ -10,7 +10,6 @@ from torch import nn
 
 from lbyl.budget.budget import Budget
 from lbyl.errors import InputError
-from lbyl.pipeline.depth.together import compress_with_depth
 from lbyl.pipeline.evaluate import Evaluate, Judge
 from lbyl.pipeline.experts import compress_with_experts
 from lbyl.pipeline.heads import compress_heads
@@ -19,6 +18,7 @@ from lbyl.pipeline.prepare import plain_module, prepare
 from lbyl.pipeline.quality import DEFAULT, evaluated, meet
 from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, named_restorer
 from lbyl.pipeline.result import Inputs, Result
+from lbyl.pipeline.together import compress_together
 from lbyl.runtime.contexts import alone, own_settings, uncollected
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.progress import Clock, Progress
@@ -144,4 +144,4 @@ def _check_whole(budget: Budget | None, submodule: str | None, analysis: str | o
         raise InputError(f"analysis and {name}: what is known about {what} is not kept; leave out analysis")
 
 
-_BEYOND_WIDTH = {"depth": compress_with_depth, "experts": compress_with_experts, "head_dim": compress_heads}
+_BEYOND_WIDTH = {"depth": compress_together, "experts": compress_with_experts, "head_dim": compress_heads}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -16,18 +16,20 @@ from lbyl.io.huggingface import follow_widths, is_pretrained_model
 from lbyl.io.report.rows import Row
 from lbyl.moments.mixtures import expert_scores
 from lbyl.pipeline.ground import Ground, after_earlier, effect_on, probed
+from lbyl.pipeline.narrower import narrower, rest_of
 from lbyl.pipeline.prepare import Prepared
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.restore.depth.effect import Effect
 from lbyl.restore.experts import RIDGES, MixtureProblem, RestoredMixture, RestoredMixtures, restore_mixtures
 from lbyl.runtime.copying import copy_model, sharing_copy, tensors_of
+from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
-from lbyl.selection.experts import highest, lowest_shares, same_share, saved
+from lbyl.selection.experts import highest, lowest_shares, same_share
 from lbyl.surgery.attributes import Attribute
 from lbyl.surgery.cuts import Cut, cut_copy
 from lbyl.surgery.experts import Kept, expert_attributes, plan_experts, verify_experts
-from lbyl.surgery.plan import GroupPlan, architecture_of
+from lbyl.surgery.plan import GroupPlan, architecture_of, remember
 
 
 @dataclass(frozen=True)
@@ -46,35 +48,31 @@ class ExpertGround(Ground):
     scores: Mapping[str, Tensor]
     effect: Effect
 
-    def choose(self) -> Kept:
-        """The experts that stay: as many as the budget allows, and those with the highest scores.
+    def choose(self, share: float = 1.0) -> Kept:
+        """The experts that stay: those with the highest scores, and no more than the budget allows, if that is enough.
 
         All mixtures keep the same share, as configurations have one number of experts, unless layers may differ.
 
-        Raises:
-            BudgetError: the budget can't be met with as many experts as each token needs.
+        Args:
+            share: the share of what the budget asks for that experts save.
         """
-        whole, limit = self.whole, self.limit
         counts = {each.experts: each.count for each in self.mixtures}
         fewest = {each.experts: self._fewest(each) for each in self.mixtures}
         costs = {each.experts: self._cost(each) for each in self.mixtures}
-        saving = (whole - limit) * (1 - 1e-9)
+        saving = (self.whole - self.limit) * share * (1 - 1e-9)
         uniform = self.budget.uniform_layers
         if is_pretrained_model(self.model) if uniform is None else uniform:
             kept = same_share(counts, fewest, costs, saving)
         else:
             kept = lowest_shares(self.scores, fewest, costs, saving)
-        if saved(counts, kept, costs) < saving:
-            least, unit = whole - saved(counts, kept, costs), self.budget.unit
-            first = self.mixtures[0]
-            raise BudgetError(
-                f"{first.experts}: {kept[first.experts]} of {first.count} experts must stay ({first.chosen} for each "
-                f"token; min_keep, max_ratio), with which the network has {least:,.0f} {unit}, {least / whole:.1%} of "
-                f"{whole:,}; the budget allows {limit:,.0f}. Give a larger budget, and compress the result once more "
-                "without experts, for narrower layers",
-                least / whole,
-            )
         return {path: highest(self.scores[path], count) for path, count in kept.items()}
+
+    @property
+    def least(self) -> str:
+        """How many experts must stay, and why."""
+        first = self.mixtures[0]
+        why = f"{first.chosen} for each token; min_keep, max_ratio"
+        return f"{first.experts}: {self._fewest(first)} of {first.count} experts must stay ({why})"
 
     def _fewest(self, mixture: Mixture) -> int:
         """The smallest number of experts that a mixture may keep: a token needs so many. Excluded ones keep all."""
@@ -102,8 +100,40 @@ def ground_for_experts(prepared: Prepared, request: CompressionRequest, clock: C
         InputError: there is no mixture that can lose experts.
         RestorationError: the network does not run on the probes.
     """
-    budget, model, inputs = request.budget, prepared.model, prepared.inputs
-    assert budget is not None
+    assert request.budget is not None
+    mixtures, others = _found(prepared.model, prepared.inputs, request, clock)
+    with clock("probe"):
+        restorer, probes = probed(prepared, request)
+        effect = effect_on(prepared.model, prepared.inputs, probes.held_out)
+    ground = Ground(prepared, request, request.budget, restorer, probes)
+    return _scored(ground, mixtures, others, effect, clock)
+
+
+def experts_after(ground: Ground, model: nn.Module | None, effect: Effect, clock: Clock) -> ExpertGround:
+    """The same for a network that has lost blocks, with the probes of the whole one; None for the whole one.
+
+    Args:
+        ground: what is known of the whole network.
+        model: the network that has lost blocks.
+        effect: the effect on the whole network's outputs.
+        clock: measures the time.
+
+    Raises:
+        InputError: there is no mixture that can lose experts.
+    """
+    if model is not None:
+        budget, prepared = rest_of(ground, model), replace(ground.prepared, model=model, forecaster=None)
+        request = replace(ground.request, budget=budget)
+        ground = Ground(prepared, request, budget, ground.restorer, ground.probes)
+    return _scored(ground, *_found(ground.model, ground.prepared.inputs, ground.request, clock), effect, clock)
+
+
+def _found(
+    model: nn.Module, inputs: ExampleInputs, request: CompressionRequest, clock: Clock
+) -> tuple[tuple[Mixture, ...], Mapping[str, str]]:
+    """The mixtures that can lose experts, and why others can't."""
+    assert request.budget is not None
+    budget = request.budget
     if request.criterion is not None:
         raise InputError(
             "criterion and experts: whole experts are ranked by the norm of their outputs, weighted by the router; "
@@ -118,13 +148,16 @@ def ground_for_experts(prepared: Prepared, request: CompressionRequest, clock: C
             f"{type(model).__name__} has no mixture of experts that could lose some ({why}); leave out experts "
             "(--experts)"
         )
-    with clock("probe"):
-        restorer, probes = probed(prepared, request)
+    return mixtures, others
+
+
+def _scored(
+    ground: Ground, mixtures: tuple[Mixture, ...], others: Mapping[str, str], effect: Effect, clock: Clock
+) -> ExpertGround:
     with clock("score experts"):
-        scores = expert_scores(model, mixtures, probes.batches)
-    with clock("probe"):
-        effect = effect_on(model, inputs, probes.held_out)
-    return ExpertGround(prepared, request, budget, restorer, probes, mixtures, others, scores, effect)
+        scores = expert_scores(ground.model, mixtures, ground.probes.batches)
+    own = ground.prepared, ground.request, ground.budget, ground.restorer, ground.probes
+    return ExpertGround(*own, mixtures, others, scores, effect)
 
 
 def excludes(budget: Budget, mixture: Mixture) -> bool:
@@ -185,12 +218,25 @@ def fewer_experts(ground: ExpertGround, kept: Kept, clock: Clock) -> Fewer:
 def compress_with_experts(prepared: Prepared, request: CompressionRequest, clock: Clock) -> Result:
     """Meet a budget by dropping whole experts, and leave what they did to the experts that stay.
 
+    If the budget asks for more than experts can save, layers get narrower as well.
+
     Raises:
         InputError: there is no mixture that can lose experts.
-        BudgetError: the budget can't be met with as many experts as each token needs.
+        BudgetError: the budget can't be met.
     """
     ground = ground_for_experts(prepared, request, clock)
-    done = fewer_experts(ground, ground.choose(), clock)
+    made, _ = without_experts(ground, ground.choose(), clock)
+    if not ground.meets(made.model):
+        try:
+            made = narrower(ground, made, clock)
+        except BudgetError as error:
+            raise BudgetError(f"{ground.least}, and {error}", error.reached) from None
+    return ground.finished(made)
+
+
+def without_experts(ground: ExpertGround, kept: Kept, clock: Clock) -> tuple[Result, int]:
+    """The network with these experts and nothing else cut, with plan and report; and how many were dropped."""
+    done = fewer_experts(ground, kept, clock)
     told = follow_widths(done.model, architecture_of(ground.model))
     fewer = [each for each in ground.mixtures if len(done.kept[each.experts]) < each.count]
     plan = ground.plan(
@@ -206,7 +252,9 @@ def compress_with_experts(prepared: Prepared, request: CompressionRequest, clock
         ground.assessed(done.errors) if fewer else None,
         rows=tuple(_row(each, done.kept[each.experts], by_path[each.experts]) for each in fewer),
     )
-    return ground.finished(Result(done.model, after_earlier(ground.model, plan), report))
+    result = Result(done.model, after_earlier(ground.model, plan), report)
+    remember(result.model, result.plan, result.report)
+    return result, sum(each.count - len(kept[each.experts]) for each in ground.mixtures)
 
 
 def _row(mixture: Mixture, kept: Sequence[int], restored: RestoredMixture) -> Row:
@@ -221,7 +269,8 @@ def _row(mixture: Mixture, kept: Sequence[int], restored: RestoredMixture) -> Ro
 def _notes(ground: ExpertGround, done: Fewer) -> Iterator[str]:
     gone = sum(each.count - len(done.kept[each.experts]) for each in ground.mixtures)
     if not gone:
-        yield "no expert had to be dropped for this budget"
+        met = ground.meets(ground.model)
+        yield "no expert had to be dropped for this budget" if met else f"no expert was dropped: {ground.least}"
         return
     effect, restored = ground.effect, done.restored
     yield (

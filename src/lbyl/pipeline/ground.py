@@ -8,8 +8,9 @@ from functools import cached_property
 
 from torch import nn
 
-from lbyl.budget.budget import Budget
+from lbyl.budget.budget import REACHED_WITHIN, Budget
 from lbyl.budget.costs import counter
+from lbyl.budget.latency import WholeLatency
 from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Dropped, Row
 from lbyl.moments.base import Probes
@@ -64,7 +65,9 @@ class Ground:
 
     @cached_property
     def count(self) -> Callable[[nn.Module], int]:
-        """Counts the budget's cost of a network."""
+        """Counts the budget's cost of a network, or measures it if that is its latency."""
+        if self.budget.latency is not None:
+            return WholeLatency.of(self.model, self.prepared.inputs, self.budget.runtime)
         return counter(self.prepared.inputs, self.budget)
 
     @cached_property
@@ -77,6 +80,11 @@ class Ground:
         """The cost that is allowed."""
         name, amount = self.budget.limited
         return amount * 1e6 if name == "size_mb" else amount * self.whole
+
+    def meets(self, network: nn.Module) -> bool:
+        """Whether a network meets the budget as it is; measurements vary, so a latency need only be near it."""
+        within = 1e-9 if self.budget.latency is None else REACHED_WITHIN
+        return self.count(network) <= self.limit * (1 + within)
 
     def solving(self, ridges: tuple[float, ...]) -> tuple[tuple[float, ...], int]:
         """The ridges to try, where the user names none, and the largest number of positions to solve on.

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -161,6 +161,35 @@ def measure_latencies(
         _latency(model, inputs, seconds, layers, macs)
         for model, seconds, layers, macs in zip(models, whole, apart, counted, strict=True)
     )
+
+
+def measure_modules(
+    model: nn.Module, inputs: ExampleInputs, names: Iterable[str], *, runs: int = RUNS
+) -> tuple[float, dict[str, float]]:
+    """Measure some modules with all that they hold, in seconds: the median of whole runs, and that of each module.
+
+    A module that is called several times gets the sum of its calls.
+    """
+    check_runs(runs)
+    modules = {name: model.get_submodule(name) for name in names}
+    inputs, read = inputs.cloned(), clock_of(model, inputs)
+    spent: dict[str, float] = {}
+    begun: list[float] = []
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        begun.append(read())
+
+    def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        spent[name] += read() - begun.pop()
+
+    found: list[tuple[float, dict[str, float]]] = []
+    with undisturbed(model), module_hooks(modules, enter, leave, leave_first=True):
+        for _ in range(WARM_UP + runs):
+            spent = dict.fromkeys(modules, 0.0)
+            found.append((_timed(partial(outputs, model, inputs, True), read), spent))
+    timed = found[WARM_UP:]
+    whole = statistics.median(total for total, _ in timed)
+    return whole, {name: statistics.median(each[name] for _, each in timed) for name in modules}
 
 
 def check_runtime(runtime: object) -> None:

@@ -1,1 +1,1 @@
-"""Drops whole residual blocks for a budget, alone or together with widths."""
+"""Drops whole residual blocks for a budget."""

@@ -11,6 +11,8 @@ from lbyl.graph.blocks import child_path
 from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Dropped
 from lbyl.pipeline.depth.ground import DepthGround, probe_statistics
+from lbyl.pipeline.ground import after_earlier
+from lbyl.pipeline.result import Result
 from lbyl.restore.depth.fit import RIDGES, RestoredRun, RestoredRuns, RunProblem, restore_runs
 from lbyl.restore.least_squares.recalibrate import renormalize, transplant
 from lbyl.restore.least_squares.restorer import LeastSquares
@@ -19,7 +21,7 @@ from lbyl.runtime.output_error import Assessment
 from lbyl.runtime.progress import Clock
 from lbyl.selection.blocks import Chosen
 from lbyl.surgery.blocks import BlockCut, renamed, verify_blocks, without_blocks
-from lbyl.surgery.plan import Plan
+from lbyl.surgery.plan import remember
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,15 @@ def _recalibrated(
     return copy_model(sharing_copy(smaller, renormalize(tensors_of(smaller), {}, before, after))), effect
 
 
-def depth_plan(ground: DepthGround, done: Shallower) -> Plan:
-    """The plan that drops the blocks and cuts nothing else."""
-    return ground.plan(blocks=done.cuts)
+def depth_result(ground: DepthGround, done: Shallower, clock: Clock) -> Result:
+    """The network that has lost the blocks and nothing else, with plan and report."""
+    plan, report = ground.plan(blocks=done.cuts), _report(ground, done, clock)
+    result = Result(done.model, after_earlier(ground.model, plan), report)
+    remember(result.model, result.plan, result.report)
+    return result
 
 
-def depth_report(ground: DepthGround, done: Shallower, clock: Clock) -> Report:
+def _report(ground: DepthGround, done: Shallower, clock: Clock) -> Report:
     """The report of a network from which blocks were dropped, and nothing else."""
     return ground.report(
         done.model,
@@ -125,11 +130,11 @@ def depth_report(ground: DepthGround, done: Shallower, clock: Clock) -> Report:
         left=ground.bad,
         verified=done.verified,
         assessment=_assessment(ground, done),
-        blocks=dropped_rows(done),
+        blocks=_rows(done),
     )
 
 
-def dropped_rows(done: Shallower) -> tuple[Dropped, ...]:
+def _rows(done: Shallower) -> tuple[Dropped, ...]:
     """A row for each dropped block, in the order of choice."""
     notes = {name: _made_up(run) for run in done.runs.runs for name in run.dropped}
     return tuple(

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from lbyl.budget.latency import WholeLatency
 from lbyl.errors import InputError, VerificationError
 from lbyl.graph.blocks import Block, Blocks, find_blocks
 from lbyl.moments import Probes
@@ -51,6 +52,8 @@ class DepthGround(Ground):
     @cached_property
     def costs(self) -> dict[str, int]:
         """The cost of each block that can be dropped."""
+        if isinstance(self.count, WholeLatency):
+            return self.count.of_modules(each.name for each in self.good)
         return {
             each.name: self.whole - self.count(without_blocks(self.model, self.cuts((each.name,))))
             for each in self.good
