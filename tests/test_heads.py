@@ -310,7 +310,7 @@ def test_a_wrong_cut_is_seen() -> None:
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "latency": (lambda: lbyl.Budget(latency=0.5, head_dim=True), "needs macs, params or size_mb, and not latency"),
-    "two at once": (lambda: lbyl.Budget(params=0.5, head_dim=True, depth=True), "give one of depth and head_dim"),
+    "two at once": (lambda: lbyl.Budget(params=0.5, head_dim=True, depth=True), "give head_dim or depth, but not both"),
     "no attention": (
         lambda: lbyl.compress(nn.Linear(4, 4), torch.ones(1, 4), budget=HALF),
         "Linear has no attention whose heads could get smaller inside .*leave out head_dim",

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import lbyl
 from lbyl.budget.curves import Curve, Curves
 from lbyl.cli.app import app
+from lbyl.io.artifact import read_manifest
 from lbyl.moments import Probes
 from lbyl.pipeline.analysis import Cuttable
 from lbyl.pipeline.sweep.cache import FolderCache
@@ -193,6 +194,23 @@ def test_more_budgets_and_a_judge_are_added_without_doing_anything_again(tmp_pat
     ]
     assert lines(tmp_path / "log") == ["probes"]
     assert snapshot(out / "params-0.8") | snapshot(out / ANALYSIS) == before
+
+
+def test_points_that_were_made_without_a_forecast_get_one_later(tmp_path: Path) -> None:
+    (model, x), out, restore = net(), tmp_path / "out", counting(tmp_path)
+    first = lbyl.sweep(model, x, WIDE, out, restore=restore, forecast=False)
+    weights = snapshot(out / "params-0.8")["model.safetensors"]
+    assert [point.agreement for point in first.made] == [None, None]
+    later = lbyl.sweep(model, x, WIDE, out, restore=restore)
+    wanted = lbyl.sweep(model, x, WIDE, tmp_path / "at once", restore=restore)
+    for point, other in zip(later.made, wanted.made, strict=True):
+        assert (point.agreement, point.low, point.high) == (other.agreement, other.low, other.high) != (None,) * 3
+        saved, made = (read_manifest(place / point.name).report for place in (out, tmp_path / "at once"))
+        assert saved.forecast == made.forecast
+        assert f"{round(100 * point.agreement)} of 100" in (out / point.name / "report.html").read_text()  # pyright: ignore
+        assert json.loads((out / point.name / "report.json").read_text())["report"]["forecast"]["agreement"]
+    assert snapshot(out / "params-0.8")["model.safetensors"] == weights
+    assert lines(tmp_path / "log") == ["probes"] * 2
 
 
 def test_budgets_of_the_same_amount_with_other_widths_get_folders_of_their_own(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 from lbyl.cli.app import Stage, WithExamples, app, out, print_json, working
 from lbyl.cli.folder import LowMemory, check_low_memory, compress_low_memory
 from lbyl.cli.kept import KeepAnalysis, check_keep, keeping
-from lbyl.cli.options import Evaluate, Json, Quiet, Source
+from lbyl.cli.options import Evaluate, Json, NoForecast, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, check_output, prepare
 from lbyl.cli.texts import check_budget, check_ratios, parse_budget, parse_ratio
@@ -45,9 +45,6 @@ OneBudget = Annotated[
         show_default=False,
         rich_help_panel=BUDGET,
     ),
-]
-NoForecast = Annotated[
-    bool, typer.Option("--no-forecast", help="Do not forecast the agreement on real inputs, which saves time.")
 ]
 
 

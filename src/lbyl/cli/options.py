@@ -108,3 +108,6 @@ Evaluate = Annotated[
         "package.module:function or file.py:function. It is code, which is run.",
     ),
 ]
+NoForecast = Annotated[
+    bool, typer.Option("--no-forecast", help="Do not forecast the agreement on real inputs, which saves time.")
+]

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from lbyl.cli.app import WithExamples, app, working
-from lbyl.cli.compress import Cost, Minimize, NoForecast, NoLatency, Output, check_budget_kind, make, show
+from lbyl.cli.compress import Cost, Minimize, NoLatency, Output, check_budget_kind, make, show
 from lbyl.cli.kept import ANALYSIS, kept_settings
-from lbyl.cli.options import Builder, Evaluate, Folder, Json, Quiet, Weights
+from lbyl.cli.options import Builder, Evaluate, Folder, Json, NoForecast, Quiet, Weights
 from lbyl.cli.settings import BUDGET
 from lbyl.cli.sources import check_output
 from lbyl.cli.texts import check_budget, parse_budget

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lbyl.cli.app import WithExamples, app, out, print_json, working
-from lbyl.cli.options import Evaluate, Json, Quiet, Source
+from lbyl.cli.options import Evaluate, Json, NoForecast, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, prepare
 from lbyl.cli.texts import check_budgets, parse_budgets
@@ -50,6 +50,7 @@ def sweep(
     output: Output,
     evaluate: Evaluate = None,
     ray: Ray = None,
+    no_forecast: NoForecast = False,
     settings: Settings,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -76,7 +77,14 @@ def sweep(
         judge = load_function(evaluate) if evaluate else None
         prepared = prepare(source, settings, stage)
         swept = lbyl.sweep(
-            prepared.model, prepared.inputs, budgets, output, evaluate=judge, ray=ray, **prepared.arguments
+            prepared.model,
+            prepared.inputs,
+            budgets,
+            output,
+            evaluate=judge,
+            ray=ray,
+            forecast=not no_forecast,
+            **prepared.arguments,
         )
         if not swept.made:
             reasons = "; ".join(f"{point.asked}: {point.reason}" for point in swept.points)

@@ -19,7 +19,7 @@ from torch import nn
 
 from lbyl.errors import ArtifactError, InputError, SurgeryError, first_line
 from lbyl.graph.computed_weights import apply_folds, fill_folds
-from lbyl.io.files import digest, finish, stage
+from lbyl.io.files import digest, finish, stage, write_whole
 from lbyl.io.huggingface import is_pretrained_model, write_config
 from lbyl.io.network_files import ONNX, with_source, write_network
 from lbyl.io.report.model_card import card
@@ -86,13 +86,26 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
 
 def write_documents(folder: Path, target: Path, plan: Plan, report: Report) -> None:
     """Write ``lbyl.json``, model card and reports beside weights; ``target`` is the folder's later name."""
+    for name, text in _documents(folder, target, plan, report).items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def rewrite_documents(folder: Path, plan: Plan, report: Report) -> None:
+    """Write the same for a folder that is there, each file whole or not at all, and ``lbyl.json`` last."""
+    for name, text in _documents(folder, folder, plan, report).items():
+        write_whole(folder / name, text)
+
+
+def _documents(folder: Path, target: Path, plan: Plan, report: Report) -> dict[str, str]:
     from lbyl.io.report.page import page  # Matplotlib and Jinja take long to import
 
     manifest = {"plan": plan.to_document(), "report": report.to_dict(), "sha256": digest(*weight_files(folder))}
-    (folder / MANIFEST).write_text(document_text(manifest, f"the plan of {target}"), encoding="utf-8", newline="\n")
-    (folder / CARD).write_text(card(plan, report), encoding="utf-8", newline="\n")
-    (folder / PAGE).write_text(page(plan, report), encoding="utf-8", newline="\n")
-    (folder / DOCUMENT).write_text(to_json(document(".", plan, report)), encoding="utf-8", newline="\n")
+    return {
+        CARD: card(plan, report),
+        PAGE: page(plan, report),
+        DOCUMENT: to_json(document(".", plan, report)),
+        MANIFEST: document_text(manifest, f"the plan of {target}"),
+    }
 
 
 def check_free(target: Path) -> None:

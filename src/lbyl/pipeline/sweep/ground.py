@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from lbyl.pipeline.analysis import Analysis, Cuttable, analyze, find_cuttable
 from lbyl.pipeline.prepare import Prepared, first_that_restores, prepare, unless_refused
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.sweep.cache import FolderCache
+from lbyl.runtime.forecast import Forecast
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
 
@@ -70,3 +71,14 @@ class Network:
                 subject, self.request, lambda s, c=cache: analyze(s, self.request, None, self.clock, c)
             )[1]
         return ground
+
+    def forecasts(self, folder: Path, fingerprint: Mapping[str, Any]) -> Callable[[nn.Module], Forecast] | None:
+        """What forecasts for smaller networks, as `compress` does; None if no forecasts are wanted."""
+        forecaster, probes = self.prepared.forecaster, None
+        if forecaster is None:
+            return None
+        if self.prepared.traced.graph is not None and forecaster.asks_for_probes(self.prepared.subjects[0].restorer):
+            analysis = self.ground(folder, fingerprint)[""]
+            if forecaster.asks_for_probes(analysis.restorer):
+                probes = analysis.seen.probes
+        return lambda smaller: forecaster(smaller, probes)

@@ -137,7 +137,8 @@ def sweep(
         submodule: compress only the submodule of this name.
         source: the source of the model.
         progress: called as ``progress(stage, done, total)``.
-        forecast: whether to forecast the agreement of each smaller network on real inputs.
+        forecast: whether to forecast the agreement of each smaller network on real inputs, also of those that an
+            earlier call made without.
         effort: how much time ``restore="auto"`` may take: "low" takes few probes, dreams nothing, and solves all
             consumers at once; "high" makes more probes and steps of dreaming than "default".
         ray: the address of a Ray cluster whose machines make and evaluate the points, or "auto" for the cluster that
@@ -189,7 +190,8 @@ def sweep(
             state = replace(state, unpruned=judge(copy_model(model), "the unpruned network"))
         if state != before:
             state.write(folder)
-        state = _compressed(network, _judged(state, folder, judge, model), folder, judge, ray)
+        state = _foretold(network, _judged(state, folder, judge, model), folder)
+        state = _compressed(network, state, folder, judge, ray)
         _show(state, folder, anew=state != before)
     return Sweep(folder, state.points, state.source, state.unpruned, dict(state.seconds))
 
@@ -261,6 +263,22 @@ def _judged(state: SweepState, folder: Path, judge: Judge, model: nn.Module) -> 
         if judge.evaluate and point.made and point.accuracy is None:
             smaller = artifact.load(folder / point.name, model)
             state = state.having(replace(point, accuracy=judge(smaller, point.asked))).write(folder)
+    return state
+
+
+def _foretold(network: Network, state: SweepState, folder: Path) -> SweepState:
+    """Forecast the points that were made by a call that asked for no forecasts."""
+    if not network.request.forecast:
+        return state
+    found = [(point, artifact.read_manifest(folder / point.name)) for point in state.points if point.made]
+    unknown = [(point, saved) for point, saved in found if saved.report.forecast is None]
+    foretell = network.forecasts(folder / ANALYSIS, state.fingerprint) if unknown else None
+    for point, saved in unknown if foretell else ():
+        assert foretell is not None
+        place = folder / point.name
+        report = replace(saved.report, forecast=foretell(artifact.load(place, network.model)))
+        artifact.rewrite_documents(place, saved.plan, report)
+        state = state.having(filled(point, report, point.seconds)).write(folder)
     return state
 
 
