@@ -431,7 +431,7 @@ def test_blocks_go_until_a_latency_is_met(monkeypatch: pytest.MonkeyPatch) -> No
         return tuple(Runs((size(model),) * runs) for model in models)
 
     def modules(model: nn.Module, inputs: Any, names: Any, *, runs: int) -> Any:
-        return size(model), {name: size(model.get_submodule(name)) for name in names}
+        return {name: size(model.get_submodule(name)) / size(model) for name in names}
 
     monkeypatch.setattr("lbyl.budget.latency.measure_whole", whole)
     monkeypatch.setattr("lbyl.budget.latency.measure_modules", modules)
@@ -448,8 +448,8 @@ def test_blocks_go_until_a_latency_is_met(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_modules_are_timed_with_all_that_they_hold() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 8)))
-    total, parts = measure_modules(net, ExampleInputs.of(torch.ones(64, 8)), ["0", "1", "1.0"], runs=3)
-    assert 0 < parts["1.0"] < parts["1"] < total
+    shares = measure_modules(net, ExampleInputs.of(torch.ones(64, 8)), ["0", "1", "1.0"], runs=3)
+    assert 0 < shares["1.0"] < shares["1"] < 1
     assert not any(module._forward_hooks for module in net.modules())
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from nets import Residual, images, mlp, settle
 from torch import Tensor, nn
@@ -204,6 +205,21 @@ def test_time_is_saved_where_there_is_time_to_be_saved(machine: Machine) -> None
     result = lbyl.compress(model, images(1, 6), budget=lbyl.Budget(latency=0.7), restore="prune", forecast=False)
     kept = {row.group: row.after for row in result.report.rows}
     assert set(kept) <= {"0", "2"}
+
+
+def test_a_transformer_with_heads_meets_a_latency(machine: Machine) -> None:
+    """Products of activations have no parameters, and so no time of their own."""
+    settings: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": 16, "patch_size": 4}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=4, **settings).eval()
+    result = lbyl.compress(
+        model, torch.randn(1, 3, 16, 16), budget=lbyl.Budget(latency=0.75), restore="prune", forecast=False
+    )
+    assert any(re.search(r"latency: .* asked for 0\.75", note) for note in result.report.notes)
+    before, after = (
+        measure_latencies((net,), ExampleInputs.of(torch.randn(1, 3, 16, 16)), runs=3)[0].seconds.median
+        for net in (model, result.model)
+    )
+    assert after / before < 0.78
 
 
 def test_a_latency_that_can_not_be_reached_names_the_nearest(machine: Machine) -> None:

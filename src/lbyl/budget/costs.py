@@ -74,12 +74,13 @@ def cost_terms(graph: Graph, costs: Mapping[str, float]) -> list[Term]:
     terms = []
     costs = dict(costs)
     rest = costs.pop("", 0.0)
-    heads = [index for index, group in enumerate(graph.groups) if any(s.op in _PRODUCTS for s in group.steps)]
-    for index in heads:
-        width = graph.groups[index].width
-        terms.append(Term(rest / len(heads), ((0, {index: 1}),), (width,)))
-    if rest and not heads:
-        terms.append(Term(rest, (), ()))
+    if rest:
+        heads = [index for index, group in enumerate(graph.groups) if any(s.op in _PRODUCTS for s in group.steps)]
+        for index in heads:
+            width = graph.groups[index].width
+            terms.append(Term(rest / len(heads), ((0, {index: 1}),), (width,)))
+        if not heads:
+            terms.append(Term(rest, (), ()))
     for name, cost in costs.items():
         known = dims.get(name, {})
         terms.append(

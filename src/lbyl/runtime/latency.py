@@ -165,8 +165,8 @@ def measure_latencies(
 
 def measure_modules(
     model: nn.Module, inputs: ExampleInputs, names: Iterable[str], *, runs: int = RUNS
-) -> tuple[float, dict[str, float]]:
-    """Measure some modules with all that they hold, in seconds: the median of whole runs, and that of each module.
+) -> dict[str, float]:
+    """The share of each module, with all that it holds, in the time of a run of the model: the median over the runs.
 
     A module that is called several times gets the sum of its calls.
     """
@@ -182,14 +182,13 @@ def measure_modules(
     def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
         spent[name] += read() - begun.pop()
 
-    found: list[tuple[float, dict[str, float]]] = []
+    found: list[dict[str, float]] = []
     with undisturbed(model), module_hooks(modules, enter, leave, leave_first=True):
         for _ in range(WARM_UP + runs):
             spent = dict.fromkeys(modules, 0.0)
-            found.append((_timed(partial(outputs, model, inputs, True), read), spent))
-    timed = found[WARM_UP:]
-    whole = statistics.median(total for total, _ in timed)
-    return whole, {name: statistics.median(each[name] for _, each in timed) for name in modules}
+            total = _timed(partial(outputs, model, inputs, True), read)
+            found.append({name: seconds / total for name, seconds in spent.items()})
+    return {name: statistics.median(each[name] for each in found[WARM_UP:]) for name in modules}
 
 
 def check_runtime(runtime: object) -> None:

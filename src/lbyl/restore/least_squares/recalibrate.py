@@ -82,7 +82,9 @@ def expected_shift(
     """
     y, change = before.double(), (after - before).double()
     y, change = y - y.mean(0), change - change.mean(0)
-    own = y.T @ y
+    # As precise as the activations are, which is far below the ridge; the matrix takes most of the time.
+    rounded = y.to(torch.promote_types(before.dtype, torch.float32))
+    own = (rounded.T @ rounded).double()
     spread = own.diagonal()
     steadied = own + torch.diag(0.01 * spread + 1e-9 * spread.max().clamp_min(1e-30))
     return change.T @ (y @ torch.linalg.solve(steadied, gap.double()))
