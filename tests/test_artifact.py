@@ -106,6 +106,18 @@ class Parts(nn.Module):
         return self.b(self.a(x).relu() + self.turned[0] * self.row * self.whole[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_types_are_those_of_the_saved_network(tmp_path: Path, dtype: torch.dtype) -> None:
+    x = images(2, 6).to(dtype)
+    result = compress(mlp().to(dtype), x, ratio=0.25)
+    result.save(tmp_path / "out")
+    fresh = mlp()
+    loaded = lbyl.load(tmp_path / "out", fresh)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert {p.dtype for p in fresh.parameters()} == {torch.float32}
+    assert torch.equal(loaded(x), result.model(x))
+
+
 def test_parts_of_larger_tensors_are_saved(tmp_path: Path) -> None:
     x, net = images(2, 6), Parts().eval()
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in net.named_buffers()}

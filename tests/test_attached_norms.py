@@ -210,3 +210,35 @@ def test_no_pass_over_all_inputs_where_no_layer_can_have_a_batch_norm() -> None:
     batches = [ExampleInputs.of(torch.randn(16, 4)) for _ in range(3)]
     assert measure_statistics(net, batches) == {}
     assert net.rows <= 2
+
+
+class Fixed(nn.Module):
+    """A network that takes a fixed number of images, or any."""
+
+    def __init__(self, rows: int | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows = rows
+        self.a, self.b, self.out = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.rows is None else x.reshape(self.rows, 3, 8, 8)
+        return self.out(self.b(self.a(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_statistics_do_not_depend_on_how_many_inputs_run_at_a_time(rows: int) -> None:
+    fixed, free, x = Fixed(rows).eval(), Fixed(None).eval(), torch.randn(rows, 3, 8, 8)
+    batches = [ExampleInputs.of(torch.randn(16, 3, 8, 8)) for _ in range(2)]
+    some = ExampleInputs.of(x).with_rows(fixed)
+    ours = measure_statistics(fixed, [replace(batch, rows=some.rows) for batch in batches])
+    theirs = measure_statistics(free, batches)
+    assert ours.keys() == theirs.keys() != set()
+    for name, (mean, var) in theirs.items():
+        torch.testing.assert_close(ours[name][0], mean, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours[name][1], var, rtol=1e-4, atol=1e-6)
+    errors = {}
+    for how in ("auto", "prune"):
+        result = lbyl.compress(fixed, x, ratio=0.25, restore=how, forecast=False)
+        errors[how] = float((fixed(x) - result.model(x)).detach().norm())
+    assert errors["auto"] < errors["prune"]

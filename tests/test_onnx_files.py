@@ -219,6 +219,33 @@ def test_weights_beside_the_file(tmp_path: Path) -> None:
         np.testing.assert_allclose(run(smaller / "model.onnx", x)[0], result.model(x), rtol=1e-4, atol=1e-6)
 
 
+def products(*shown: str) -> onnx.ModelProto:
+    """Two matrix products; the weights in ``shown`` are also outputs."""
+    nodes = [node("MatMul", "x w", "h"), node("Relu", "h", "r"), node("MatMul", "r v", "y")]
+    outputs = {"y": [2, 5], **{name: [6, 32] for name in shown}}
+    return model(nodes, {"w": real(0, 6, 32), "v": real(1, 32, 5)}, {"x": [2, 6]}, outputs)
+
+
+def test_all_weights_beside_the_file_are_cut(tmp_path: Path) -> None:
+    file, x = tmp_path / "net.onnx", torch.ones(2, 6)
+    onnx.save(products(), file, save_as_external_data=True, location="net.weights", size_threshold=0)
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio=0.5, restore="prune", forecast=False)
+    written = result.save(tmp_path / "out")
+    assert (written / "model.onnx.data").stat().st_size >= 4 * 16 * 11
+    assert (written / "model.onnx").stat().st_size < 4 * 16 * 11
+    np.testing.assert_allclose(run(written / "model.onnx", x)[0], result.model(x).detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_that_is_an_output_too_stays_there(tmp_path: Path) -> None:
+    file, x = save(products("w"), tmp_path / "net.onnx"), torch.ones(2, 6)
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio=0.5, restore="prune", forecast=False)
+    written = result.save(tmp_path / "out") / "model.onnx"
+    before, after = run(file, x), run(written, x)
+    assert [each.shape for each in before] == [each.shape for each in after] == [(2, 5), (6, 32)]
+    assert np.array_equal(before[1], after[1])
+    assert onnx.load(written).ByteSize() > 4 * 6 * 32
+
+
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save(convnet(), tmp_path / "net.onnx")

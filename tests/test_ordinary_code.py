@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nets import images
+from test_small_networks import PRODUCTS, product_net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -260,3 +261,53 @@ def test_windows_of_attention_are_cut_with_scope_all() -> None:
     assert result.report.verified is not None
     assert result.report.verified < 1e-9
     assert len(result.report.rows) >= 4
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_sums_of_products_are_restored_like_linear_layers(name: str) -> None:
+    product, shape = PRODUCTS[name]
+    torch.manual_seed(0)
+    net = product_net(product, shape).eval()
+    data = lbyl.Data([torch.randn(64, 6) for _ in range(4)], 4)
+    result = lbyl.compress(net, torch.randn(4, 6), ratio=0.3, restore=lbyl.LeastSquares(moments=data), forecast=False)
+    assert all("not restored" not in row.note for row in result.report.rows)
+    seen = result.report.assessment
+    assert seen is not None
+    assert seen.restored < 0.8 * seen.pruned
+
+
+class Counting(nn.Module):
+    """It counts its calls in all ways that modules do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.count += 1  # pyright: ignore
+        return self.inner(x)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.norm(self.a(x)).relu())
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("budget", [{}, {"macs": 0.8}, {"params": 0.8, "depth": True}], ids=["ratio", "width", "depth"])
+def test_a_network_in_training_mode_stays_as_it_is(budget: dict[str, Any], rows: int) -> None:
+    torch.manual_seed(0)
+    net = Counting(nn.Sequential(*(Block() for _ in range(4)), nn.Linear(8, 3))).train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    how: Any = {"budget": lbyl.Budget(**budget)} if budget else {"ratio": 0.25}
+    result = lbyl.compress(net, torch.randn(rows, 8), forecast=False, effort="low", **how)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert net.calls == 0
+    assert all(module.training for module in net.modules())
+    assert int(result.model.inner[0].norm.num_batches_tracked) == 0  # pyright: ignore

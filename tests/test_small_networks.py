@@ -355,6 +355,25 @@ def up(width: int = 8, out: int = 6, **settings: Any) -> nn.Module:
     return S(C(3, width, 3), nn.ReLU(), nn.ConvTranspose2d(width, out, 4, 2, 1, **settings), nn.ReLU(), C(out, 4, 1))
 
 
+def product_net(product: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, int]) -> nn.Module:
+    """A parameter that mixes channels by a function, between layers."""
+    weight = nn.Parameter(torch.randn(shape))
+    return Net(lambda n, x: n.c(product(n.a(x).relu(), n.w).relu()), a=L(6, 9), w=weight, c=L(7, 3))
+
+
+PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, int]]] = {
+    "einsum": (lambda x, w: torch.einsum("bi,oi->bo", x, w), (7, 9)),
+    "einsum with an ellipsis": (lambda x, w: torch.einsum("...i,io->...o", x, w), (9, 7)),
+    "einsum without a result": (lambda x, w: torch.einsum("bi,oi", x, w), (7, 9)),
+    "einsum with the weight first": (lambda x, w: torch.einsum("oi,bi->bo", w, x), (7, 9)),
+    "einsum by numbers": (lambda x, w: torch.einsum(x, [0, 1], w, [2, 1], [0, 2]), (7, 9)),
+    "tensordot": (lambda x, w: torch.tensordot(x, w, dims=1), (9, 7)),
+    "tensordot with axes": (lambda x, w: torch.tensordot(w, x, dims=([1], [1])).t(), (7, 9)),
+    "inner": (torch.inner, (7, 9)),
+    "a product from the left": (lambda x, w: (w @ x.unsqueeze(-1))[..., 0], (7, 9)),
+}
+
+
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     # convolutions
     "plain": lambda: S(C(3, 8, 3), nn.ReLU(), C(8, 6, 3), nn.ReLU(), C(6, 4, 1)),
@@ -709,6 +728,10 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         TOKENS,
     ),
+    **{
+        f"a product spelled as {how}": (lambda product=product, w=w: product_net(product, w), ROW)
+        for how, (product, w) in PRODUCTS.items()
+    },
     "bilinear pooling": (
         lambda: Net(
             lambda n, x: n.b((n.a(x).flatten(2) @ n.a(x).flatten(2).mT).flatten(1)),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
@@ -201,7 +202,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         with deep_calls(model):
             fresh = without_blocks(model, plan.blocks) if plan.blocks else model
             smaller = cut_copy(apply_folds(fresh, plan.folds), plan.cuts, plan.attributes)
-            _check_shapes(smaller, files)
+            _fit_types(smaller, files)
             fill_folds(smaller, fresh, plan.folds)
             _load_weights(smaller, files)
     except (SafetensorError, SurgeryError, RuntimeError, ValueError, TypeError, IndexError, OSError) as error:
@@ -282,13 +283,25 @@ def _reading(file: Path) -> Iterator[None]:
         raise ArtifactError(f"{file} can't be read: {error.strerror or error}") from error
 
 
-def _check_shapes(model: nn.Module, files: Sequence[Path]) -> None:
-    """Raise SurgeryError unless the tensors of files have the shapes of the model's, without reading the tensors."""
-    found: dict[str, tuple[int, ...]] = {}
+def _fit_types(model: nn.Module, files: Sequence[Path]) -> None:
+    """Give floating-point tensors the types of those in the files, and check shapes, without reading the tensors.
+
+    Raises:
+        SurgeryError: a tensor of the files has another shape than the model's.
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         with safe_open(file, framework="pt") as content:
-            found |= {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+            parts = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118
+            found |= {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     for name, tensor in tensors_of(model).items():
-        if found.get(name, () if tensor.is_meta else tuple(tensor.shape)) != tuple(tensor.shape):
-            shape = "x".join(map(str, found[name])) if name in found else "missing"
-            raise SurgeryError(f"{name} is {shape} in the file, but {shape_and_dtype(tensor)} according to the plan")
+        shape, kind = found.get(name, (() if tensor.is_meta else tuple(tensor.shape), ""))
+        if shape != tuple(tensor.shape):
+            told = "x".join(map(str, shape)) if name in found else "missing"
+            raise SurgeryError(f"{name} is {told} in the file, but {shape_and_dtype(tensor)} according to the plan")
+        if (dtype := _FLOATS.get(kind, tensor.dtype)) != tensor.dtype and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types as safetensors calls them."""

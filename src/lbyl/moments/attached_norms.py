@@ -90,7 +90,9 @@ def measure_statistics(model: nn.Module, batches: Sequence[ExampleInputs]) -> La
     if norms_cover(model):
         return {}
     copy = sharing_copy(model)
-    names = _layers_that_run_once(copy, a_few(copy, batches[0]))
+    first = batches[0]
+    few = a_few(copy, first) if first.rows is None else first.taking([n % first.size for n in range(first.rows)])
+    names = _layers_that_run_once(copy, few)
     if not names:
         return {}
     for name in names:
@@ -100,19 +102,24 @@ def measure_statistics(model: nn.Module, batches: Sequence[ExampleInputs]) -> La
     layer_of = {_names(name)[2]: name for name in names}
     count = 0
     sums: dict[str, tuple[Tensor, Tensor]] = {}
+    # A network that takes a fixed number of inputs runs several times for a batch.
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
         if mean_name in layer_of:
             mean, var = mean.double(), var.double()
-            now = mean * rows, (var + mean.square()) * rows
-            old = sums.get(layer_of[mean_name])
-            sums[layer_of[mean_name]] = now if old is None else (old[0] + now[0], old[1] + now[1])
+            calls.setdefault(layer_of[mean_name], []).append((mean, var + mean.square()))
 
     with torch.no_grad():
         for batch in batches:
             rows = len(batch.tensors()[0])
             count += rows
+            calls.clear()
             run_intercepted(copy, batch, on_norm=on_norm)
+            for name, seen in calls.items():
+                now = [rows * torch.stack(part).mean(0) for part in zip(*seen, strict=True)]
+                old = sums.get(name, (torch.zeros_like(now[0]), torch.zeros_like(now[1])))
+                sums[name] = old[0] + now[0], old[1] + now[1]
             give_back()
     found = {name: (first / count, second / count) for name, (first, second) in sums.items()}
     return {name: (mean, (square - mean.square()).clamp_min(0)) for name, (mean, square) in found.items()}

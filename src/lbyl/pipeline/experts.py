@@ -22,6 +22,7 @@ from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.restore.depth.effect import Effect
 from lbyl.restore.experts import RIDGES, MixtureProblem, RestoredMixture, RestoredMixtures, restore_mixtures
+from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import copy_model, sharing_copy, tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Clock
@@ -139,7 +140,7 @@ def _found(
             "criterion and experts: whole experts are ranked by the norm of their outputs, weighted by the router; "
             "leave out criterion (--criterion)"
         )
-    with clock("trace"):
+    with clock("trace"), undisturbed(model):
         mixtures, others = find_mixtures(model, inputs)
     if all(excludes(budget, each) for each in mixtures):
         why = next((f"{path}: {why}" for path, why in others.items()), "")
@@ -154,7 +155,7 @@ def _found(
 def _scored(
     ground: Ground, mixtures: tuple[Mixture, ...], others: Mapping[str, str], effect: Effect, clock: Clock
 ) -> ExpertGround:
-    with clock("score experts"):
+    with clock("score experts"), undisturbed(ground.model):
         scores = expert_scores(ground.model, mixtures, ground.probes.batches)
     own = ground.prepared, ground.request, ground.budget, ground.restorer, ground.probes
     return ExpertGround(*own, mixtures, others, scores, effect)

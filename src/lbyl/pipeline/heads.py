@@ -20,6 +20,7 @@ from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Result
 from lbyl.restore.depth.effect import Effect
 from lbyl.restore.heads import pairs_to_keep, values_inside
+from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.progress import Clock
 from lbyl.surgery.cuts import cut_copy
@@ -130,7 +131,7 @@ def ground_for_heads(prepared: Prepared, request: CompressionRequest, clock: Clo
         raise InputError(
             "criterion and head_dim: no criterion ranks channels inside heads; leave out criterion (--criterion)"
         )
-    with clock("trace"):
+    with clock("trace"), undisturbed(model):
         layers, others = find_heads(model, inputs)
     excluded = {each for each in layers if any(fnmatchcase(each.path, glob) for glob in budget.exclude)}
     turned = {each.rotary: each.path for each in layers if each.rotary and each not in excluded}
@@ -154,7 +155,8 @@ def ground_for_heads(prepared: Prepared, request: CompressionRequest, clock: Clo
         raise InputError(f"heads have {sizes} channels; exclude all but those of one size (exclude, --exclude)")
     with clock("probe"):
         restorer, probes = probed(prepared, request)
-        moments = head_moments(model, layers, probes.batches)
+        with undisturbed(model):
+            moments = head_moments(model, layers, probes.batches)
         effect = effect_on(model, inputs, probes.held_out)
     return HeadGround(prepared, request, budget, restorer, probes, layers, others, moments, effect)
 

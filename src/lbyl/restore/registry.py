@@ -28,6 +28,7 @@ from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.prune import Prune
 from lbyl.runtime.batch_norms import batch_norms, norms_cover
 from lbyl.runtime.batches import macs_per_input
+from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.registry import make
 
@@ -68,13 +69,14 @@ def check_effort(effort: object) -> None:
 
 def choose_restorer(model: nn.Module, inputs: ExampleInputs, effort: str = DEFAULT) -> tuple[LeastSquares, str]:
     """The restorer for ``restore="auto"`` and an effort, without the user's data, and a note that says why."""
-    restorer, why = _best(model, inputs)
-    if effort == LOW:
-        restorer, what = _quick(restorer, inputs), "low effort: fewer probes, nothing dreamed, one pass"
-    elif effort == HIGH:
-        restorer, what = _thorough(restorer, model, inputs), "high effort: more probes and steps"
-    else:
-        return restorer, why
+    with undisturbed(model):
+        restorer, why = _best(model, inputs)
+        if effort == LOW:
+            restorer, what = _quick(restorer, inputs), "low effort: fewer probes, nothing dreamed, one pass"
+        elif effort == HIGH:
+            restorer, what = _thorough(restorer, model, inputs), "high effort: more probes and steps"
+        else:
+            return restorer, why
     return restorer, f"{why}; {what}"
 
 

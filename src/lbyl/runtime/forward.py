@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from lbyl.runtime.attended import Attended, at_attended, attended_positions
 from lbyl.runtime.contexts import without_checkpoints
+from lbyl.runtime.contractions import factors_of, linear_axes
 from lbyl.runtime.copying import call_with
 from lbyl.runtime.grouped import GROUPED
 from lbyl.runtime.inputs import ExampleInputs
@@ -161,9 +162,16 @@ class _LayerCalls(FunctionInterceptor):
         if func is functional.linear or func in CONVOLUTIONS:
             _, weight = leading_arguments(args, kwargs, "input", "weight")
             self._report(weight, lambda name: consumer_call(func, name, out, *args, **kwargs))
-        elif func in _PRODUCTS and len(args) > _PRODUCTS[func][1] and not kwargs:
+        elif (
+            func in _PRODUCTS
+            and len(args) > _PRODUCTS[func][1]
+            and not kwargs
+            and self._named(args[_PRODUCTS[func][1]])
+        ):
             x, weight = (args[place] for place in _PRODUCTS[func])
             self._report(weight, lambda name: ConsumerCall(name, "linear", x, out))
+        elif factors := factors_of(func, args, kwargs):
+            self._linear(*factors, out)
         elif func is GROUPED and GROUPED is not None:
             self._experts(*args, **kwargs, out=out)
         elif func in _TURNS and isinstance(out, Tensor) and (name := self.name_of(args[0])):
@@ -171,6 +179,20 @@ class _LayerCalls(FunctionInterceptor):
         elif self._waiting and func in _TIMES and args[0] is self._waiting[2]:
             self.finish(args[1])
         return out
+
+    def _linear(self, factors: list[Tensor], names: list[str], labels: str, out: Tensor) -> None:
+        """Report a sum of products if one factor is a named matrix that mixes channels of the other one."""
+        for x, matrix in ((0, 1), (1, 0)):
+            axes = linear_axes(names[x], names[matrix], labels) if self._named(factors[matrix]) else None
+            if axes:
+                read, made = factors[x].movedim(axes.read, -1), out.movedim(axes.made, -1)
+                read = factors[x] if axes.read == factors[x].dim() - 1 else read  # norms know it by its identity
+                self._report(factors[matrix], lambda name, x=read, y=made: ConsumerCall(name, "linear", x, y))
+                return
+
+    def _named(self, weight: Any) -> bool:
+        """Whether a tensor is a named parameter, or a transposed one."""
+        return self.name_of(weight) is not None or id(weight) in self._turned
 
     def _experts(self, x: Tensor, weight: Tensor, *, offs: Tensor | None = None, out: Tensor, **options: Any) -> None:
         """Keep a call of experts until the router's weights are known, by which the model multiplies its output."""

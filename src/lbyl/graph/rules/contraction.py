@@ -14,6 +14,7 @@ from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.rules.mixing import mix
 from lbyl.graph.union_find import NOBODY, compact, small, varies
+from lbyl.runtime.contractions import dotted, linear_axes, spelled_out
 
 _Labeled = tuple[Tensor, str]
 
@@ -239,7 +240,7 @@ def _mixed_from_left(builder: Builder, node: fx.Node, weight: ParameterRef, x: T
     if ids is None or not bool(builder.ids.issued(ids).any()):
         return None
     dim, layer = int(not weight.turned), weight.name.rpartition(".")[0] or layer_name(node)
-    builder.tie(weight.name, dim, ids)
+    builder.read(layer, weight.name, None, "linear", ids, dim=dim)
     made = builder.produce(node, layer, weight.name, None, weight.shape[0], 1 - dim)
     return builder.spread(made, x.dim() - 2, output_shape(node))
 
@@ -294,22 +295,44 @@ def addmm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 @rule("einsum")
 def einsum(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A sum of products, given by its labels."""
-    equation, values = str(args[0]).replace(" ", ""), list(args[1])
-    terms, arrow, out = equation.partition("->")
-    names = terms.split(",")
-    shadows = [_operand(builder, v, next((o for o in values if o is not v), None)) for v in values]
-    plain = arrow and "." not in equation
-    if plain and len(values) == 2 and isinstance(values[0], Tensor) and isinstance(values[1], ParameterRef):
-        mixed = _mixed(builder, node, values[0], values[1], names, out)
-        if mixed is not None:
-            return mixed
-    if not plain or any(shadow is None for shadow in shadows) or any(len(set(n)) < len(n) for n in names):
+    values = list(args[1])
+    ranks = [len(value.shape) if isinstance(value, (Tensor, ParameterRef)) else None for value in values]
+    if any(rank is None for rank in ranks):
         return builder.barrier(node, args, f"einsum in {layer_name(node)!r}")
+    names, out = spelled_out(str(args[0]), [rank for rank in ranks if rank is not None])
+    if any(len(set(each)) < len(each) for each in names):
+        return builder.barrier(node, args, f"einsum in {layer_name(node)!r}")
+    return _product(builder, node, args, values, names, out)
+
+
+def _product(
+    builder: Builder, node: fx.Node, args: tuple[Any, ...], values: Sequence[Any], names: Sequence[str], out: str
+) -> Any:
+    """The sum of products of values: a layer, if one of two is a parameter that mixes the other one's channels."""
+    for x, weight in ((0, 1), (1, 0)) if len(values) == 2 else ():
+        if isinstance(values[x], Tensor) and isinstance(values[weight], ParameterRef):
+            mixed = _mixed(builder, node, values[x], values[weight], [names[x], names[weight]], out)
+            if mixed is not None:
+                return mixed
+    shadows = [_operand(builder, v, next((o for o in values if o is not v), None)) for v in values]
+    if any(shadow is None for shadow in shadows):
+        return builder.barrier(node, args, f"{str(node.target).split('.')[1]} in {layer_name(node)!r}")
     return contract(builder, node, [(s, n) for s, n in zip(shadows, names, strict=True) if s is not None], out)
 
 
+@rule("tensordot", "inner")
+def tensordot(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A sum of products over some axes of two factors; ``inner`` sums over the last axis of each."""
+    name, (a, b) = str(node.target).split(".")[1], args[:2]
+    if not all(isinstance(value, (Tensor, ParameterRef)) for value in (a, b)):
+        return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
+    summed = (args[2], args[3]) if name == "tensordot" else ([-1], [-1])
+    names, out = dotted((len(a.shape), len(b.shape)), summed)
+    return _product(builder, node, args, (a, b), names, out)
+
+
 def _mixed(
-    builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, names: list[str], out: str
+    builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, names: Sequence[str], out: str
 ) -> Tensor | None:
     """The result if the right factor mixes the left one's channels, else None.
 
@@ -326,8 +349,11 @@ def _mixed(
     ids = builder.channels(x, names[0].index(read[0]))
     if ids is None or not bool(builder.ids.issued(ids).any()):
         return None
-    builder.tie(weight.name, names[1].index(read[0]), ids)
     dim, layer = names[1].index(made[0]), weight.name.rpartition(".")[0] or layer_name(node)
+    if linear := linear_axes(names[0], names[1], out):
+        builder.read(layer, weight.name, None, "linear", ids, dim=linear.dim)
+    else:
+        builder.tie(weight.name, names[1].index(read[0]), ids)
     issued = builder.produce(node, layer, weight.name, None, weight.shape[dim], dim)
     return builder.spread(issued, out.index(made[0]), output_shape(node))
 

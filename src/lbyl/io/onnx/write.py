@@ -32,9 +32,10 @@ def write_onnx(network: OnnxNetwork, path: Path) -> None:
     ir: Any = library("onnx_ir")
     program = network.program
     editor = _Editor(content(program.file), Reader(program.file, prepared(program.file)))
+    # Asked first, because weights that are cut are in memory afterwards.
+    external = any(_is_external(value.const_value) for value in editor.graph.initializers.values())
     editor.weights(network, program.links)
     editor.numbers(network, program.numbers)
-    external = any(_is_external(value.const_value) for value in editor.graph.initializers.values())
     editor.refresh()
     if external:
         ir.save(editor.model, path, external_data=f"{path.name}.data")
@@ -77,6 +78,10 @@ class _Editor:
             if alike and self._reshaped(leaf, first, edges):
                 continue
             for link, new in found:
+                if _equal(new, old):
+                    continue  # the original constant stays for the uses that are not cut
+                if link.node < 0:
+                    raise SurgeryError(f"{link.value!r} is an output of the file, and would change with its layer")
                 self._rewire(link.node, link.operand, new)
 
     def _reshaped(self, name: str, new: np.ndarray, edges: set[tuple[int, int]]) -> bool:

@@ -76,7 +76,8 @@ class DepthGround(Ground):
         """The effect on so many held-out probes as all trials may take."""
         held_out = self.probes.held_out
         trials = len(self.good) * 4
-        rows = int(_CALLS / trials / macs_per_input(self.model, held_out))
+        with undisturbed(self.model):
+            rows = int(_CALLS / trials / macs_per_input(self.model, held_out))
         return effect_on(self.judged, self.prepared.inputs, held_out, max(_FEWEST, min(_MOST, rows)))
 
     def choose(self) -> tuple[Chosen, Chosen]:
@@ -111,7 +112,7 @@ def ground_for_depth(prepared: Prepared, request: CompressionRequest, clock: Clo
     """
     assert request.budget is not None
     model, inputs = prepared.model, prepared.inputs
-    with clock("trace"):
+    with clock("trace"), undisturbed(model):
         blocks = find_blocks(model, inputs)
     if not blocks.blocks:
         raise InputError(

@@ -169,12 +169,12 @@ class Observer:
 
     def __init__(self, consumers: Collection[str] = (), positions: int = POSITIONS) -> None:
         self.consumers, self.positions = consumers, positions
-        self.statistics: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self.calls: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
         self.outputs: dict[str, Tensor] = {}
 
     def on_norm(self, mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
         """Record the statistics at a batch norm's input."""
-        self.statistics[mean_name, var_name] = mean.double(), var.double()
+        self.calls.setdefault((mean_name, var_name), []).append((mean.double(), var.double()))
 
     def on_consumer(self, call: ConsumerCall) -> None:
         """Record some of a consumer's outputs."""
@@ -188,7 +188,14 @@ class Observer:
 
     def look(self) -> Look:
         """The measurements."""
-        return Look(self.statistics, self.outputs)
+        return Look({names: _of_all(calls) for names, calls in self.calls.items()}, self.outputs)
+
+
+def _of_all(calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and variance over several calls of equal size: a network with a fixed batch size runs more than once."""
+    means, variances = (torch.stack(each) for each in zip(*calls, strict=True))
+    mean = means.mean(0)
+    return mean, variances.mean(0) + (means - mean).square().mean(0)
 
 
 def look(
