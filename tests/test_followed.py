@@ -105,6 +105,25 @@ def test_layers_that_only_run_otherwise_are_named() -> None:
     assert any("left whole" in note and "no operation used it on the example inputs" in note for note in notes)
 
 
+class Masking(Base):
+    """A parameter that stands in for inputs in training, as in wav2vec 2.0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.a(self.hidden.expand_as(x) if self.training else x).relu())
+
+
+def test_a_parameter_is_named_where_its_module_ran() -> None:
+    net = nn.Sequential(Masking()).eval()
+    result = lbyl.compress(net, images(3, 6), ratio=0.5, restore="prune", forecast=False)
+    (told,) = [note for note in result.report.notes if "may no longer fit" in note]
+    assert "0.hidden" in told
+    assert "were not used" in told
+
+
 class Normed(Base):
     def __init__(self) -> None:
         super().__init__()

@@ -118,6 +118,18 @@ def test_texts_that_can_not_be_taken(
     assert words in " ".join(result.output.split())
 
 
+def test_texts_that_were_left_out_are_named_where_the_others_are_too_few(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n')
+    args = ["compress", f"hf:{places['llama']}", "--data", str(tmp_path), "-o", str(tmp_path / "out")]
+    said = " ".join(CliRunner().invoke(app, args).output.split())
+    assert "fill only" in said
+    assert "1 files were left out" in said
+    assert "bad.jsonl" in said
+
+
 def test_encoders_read_sentences_where_there_is_a_tokenizer(places: dict[str, Path]) -> None:
     net: nn.Module = lbyl.load_source(f"hf:{places['bert']}")
     restorer, why = choose_restorer(net, ExampleInputs.of(ids()))

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import compress, images, mlp, residual, settle
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lbyl
 from lbyl.runtime.seeding import generator_for
@@ -105,3 +106,35 @@ def test_groups_of_equal_width_draw_differently() -> None:
     first, second = (group.keep for group in result.plan.groups)
     assert first != second
     assert generator_for(0, "a").initial_seed() != generator_for(1, "a").initial_seed()
+
+
+def test_parameters_of_the_network_itself_are_called_by_their_names() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.w1, self.w2 = nn.Parameter(torch.randn(24, 16)), nn.Parameter(torch.randn(20, 24))
+            self.w3 = nn.Parameter(torch.randn(5, 20))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(F.linear(x, self.w1).relu(), self.w2).relu(), self.w3)
+
+    x = torch.randn(2, 16)
+    result = lbyl.compress(Bare(), x, ratio={"w1": 0.5}, restore="prune", forecast=False)
+    assert [(row.group, row.after) for row in result.report.rows] == [("w1", 12)]
+    assert dict(result.report.left) == {"w2": "ratio 0", "w3": "the model's output"}
+
+
+def test_what_a_budget_leaves_whole_is_told_so() -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 512), nn.Linear(512, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x).relu()).relu())
+
+    budget = lbyl.Budget(params=0.9, exclude=("a",))
+    result = lbyl.compress(Uneven(), torch.randn(2, 6), budget=budget, restore="prune", forecast=False)
+    assert dict(result.report.left)["a"] == "the budget leaves it at full width"

@@ -159,7 +159,8 @@ class Widths:
 
     def counts(self, graph: Graph) -> KeptCounts:
         """The widths in the form that `select` uses, for groups that lose channels."""
-        return KeptCounts({index: kept for index, kept in self.kept.items() if kept < graph.groups[index].width})
+        counts = {index: kept for index, kept in self.kept.items() if kept < graph.groups[index].width}
+        return KeptCounts(counts, others="the budget leaves it at full width")
 
     def ratios(self, graph: Graph) -> dict[str, float]:
         """The ratio of each group, under a pattern that matches only its name, as stored in the plan."""

@@ -77,6 +77,11 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
     if not specs:
         shape = _default_shape(source, model)
         if shape is None:
+            if model is not None and source.startswith("hf:") and hasattr(model, "get_input_embeddings"):
+                raise InputError(
+                    f"{source} has no tokenizer that could make a default input; pass --input: --input int64:1x32 for "
+                    "a model of texts, --input 1x3x224x224 for one of images"
+                )
             raise InputError(f"{source} has no default input; pass --input, such as --input 1x3x224x224")
         specs = [InputSpec(shape)]
 

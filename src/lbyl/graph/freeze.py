@@ -207,7 +207,9 @@ def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]
         Producer(record.layer, slots[record.weight, record.dim], record.bias, tuple(record.stages))
         for record in draft.producers
     )
-    name = next((p.layer for p in producers if p.layer not in names), f"{producers[0].layer}#{draft.index}")
+    # Parameters of the network itself belong to no layer with a name.
+    called = [p.layer or p.weight.parameter for p in producers]
+    name = next((each for each in called if each not in names), f"{called[0]}#{draft.index}")
     names.add(name)
     return Group(
         name=name,

@@ -70,6 +70,7 @@ class _Recorder(OperatorInterceptor):
         self._nodes: Any = WeakIdKeyDictionary()
         self._depends: set[fx.Node] = set()
         self._stack: list[tuple[str, type]] = []
+        self._ran: set[str] = set()
         self._parameters: dict[fx.Node, str] = {}
         self._own: set[fx.Node] = set()  # parameters, and no buffers
         self._storages: set[int] = set()
@@ -103,6 +104,7 @@ class _Recorder(OperatorInterceptor):
 
         def enter(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             self._stack.append((path, type(module)))
+            self._ran.add(path)
 
         def leave(path: str, module: nn.Module, args: Any, output: Any) -> None:
             self._stack.pop()
@@ -124,13 +126,19 @@ class _Recorder(OperatorInterceptor):
         return Program(self._graph, self._parameters, counter.total, notes)
 
     def _idle(self) -> str:
-        """What to say of layers whose parameters this run did not use; "" if there are none."""
+        """What to say of layers and parameters that this run did not use; "" if there are none."""
         owners = {node: name.rpartition(".")[0] or name for node, name in self._parameters.items() if node in self._own}
         # A layer may run without some of its tensors: a batch norm does not use its count of batches.
         used = {owner for node, owner in owners.items() if node.users}
-        layers = list(dict.fromkeys(owner for owner in owners.values() if owner not in used))
-        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-        return f"{', '.join(layers[:3])}{more} did not run and may no longer fit the cut network" if layers else ""
+        unused = {self._parameters[node]: owner for node, owner in owners.items() if owner not in used}
+        # A module that ran holds a parameter that it only uses in training, say.
+        ran = {name for name, owner in unused.items() if owner in self._ran or owner == name}
+        named = list(dict.fromkeys(name if name in ran else owner for name, owner in unused.items()))
+        if not named:
+            return ""
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        what = ("was not used" if len(named) == 1 else "were not used") if ran else "did not run"
+        return f"{', '.join(named[:3])}{more} {what} and may no longer fit the cut network"
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)

@@ -28,7 +28,7 @@ def described_inputs(plan: Plan, seed: int) -> ExampleInputs:
         dtype = getattr(torch, found[1], None) if found else None
         if found is None or not isinstance(dtype, torch.dtype):
             raise InputError(f"the plan describes the inputs as {plan.inputs!r}, without shapes; pass inputs=")
-        if not dtype.is_floating_point:
+        if not dtype.is_floating_point and not dtype.is_complex:
             raise InputError(
                 f"the network was compressed on {plan.inputs}: {found[1]} can't be made up, because token ids and "
                 "indices have a limited range. Pass the model's inputs as inputs= (--input on the command line)"
@@ -36,7 +36,8 @@ def described_inputs(plan: Plan, seed: int) -> ExampleInputs:
         shape = [int(size) for size in found[2].split("x")] if found[2] != "scalar" else []
         if math.prod(shape) > _LARGEST_INPUT:
             raise InputError(f"the plan describes the inputs as {plan.inputs!r}, which is too large; pass inputs=")
-        made.append(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype))
+        drawn = dtype if dtype.is_complex else torch.float32
+        made.append(torch.randn(shape, generator=generator, dtype=drawn).to(dtype))
     return ExampleInputs(tuple(made))
 
 

@@ -87,7 +87,10 @@ def read_texts(
     length = longest_text(model, LENGTH)
     rows = packed_tokens(tokenizer, texts, BATCH * BATCHES, length)
     if len(rows) < 2:
-        raise InputError(f"the texts in {folder} fill only {len(rows)} sequences of {length} tokens; add more texts")
+        others = f"; {len(left)} files were left out ({left[0]})" if left else ""
+        raise InputError(
+            f"the texts in {folder} fill only {len(rows)} sequences of {length} tokens; add more texts{others}"
+        )
     example = token_ids(inputs)
     assert example is not None
     size = min(BATCH, max(1, len(rows) // 2))

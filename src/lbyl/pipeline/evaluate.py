@@ -12,6 +12,7 @@ from torch import nn
 
 from lbyl.errors import InputError, LbylError
 from lbyl.runtime.checks import named_kind
+from lbyl.runtime.cluster import OWN_FILES
 
 Evaluate = Callable[[nn.Module], float]
 """A user's function that returns a number for a network, larger for better networks."""
@@ -38,7 +39,7 @@ class Judge:
         if self.evaluate is None:
             return None
         named = self.evaluate if hasattr(self.evaluate, "__qualname__") else type(self.evaluate)
-        return f"{named.__module__}:{named.__qualname__}"
+        return f"{named.__module__.removeprefix(OWN_FILES)}:{named.__qualname__}"
 
     def __call__(self, model: nn.Module, what: str) -> float | None:
         """Evaluate a model, in evaluation mode and without gradients; None without a function.

@@ -213,10 +213,12 @@ class KeptCounts:
     Attributes:
         counts: kept channels by group index; groups without an entry are not pruned.
         uneven: why a residual connection and its heads are not pruned, by the name of the residual connection's group.
+        others: why groups without an entry are not pruned.
     """
 
     counts: Mapping[int, int]
     uneven: Mapping[str, str] = field(default_factory=dict)
+    others: str = "ratio 0"
 
 
 def kept_by_ratio(graph: Graph, ratio: Ratio, path: str = "") -> KeptCounts:
@@ -330,7 +332,7 @@ def select(graph: Graph, state: State, kept: KeptCounts, scope: str, choose: Cho
         elif scope == "inner" and group.excluded_from_inner:
             left.append((group.name, f'{group.excluded_from_inner} (scope="all" includes it)'))
         elif index not in kept.counts:
-            left.append((group.name, "ratio 0"))
+            left.append((group.name, kept.others))
         elif kept.counts[index] >= group.width:
             left.append((group.name, f"{group.width} channels: nothing to drop at this ratio"))
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -27,22 +27,29 @@ def left_whole(graph: Graph, parameters: Iterable[tuple[str, Tensor]]) -> str:
         names[id(tensor)].append(name)
         sizes[id(tensor)] = tensor.numel() if tensor.dim() > 1 else 0
     whole = {own[0]: sizes[key] for key, own in names.items() if sizes[key] and not reached & set(own)}
+    tied = {own[0]: own for own in names.values()}
     share = sum(whole.values()) / max(1, sum(sizes.values()))
     if share < _WORTH_TELLING:
         return ""
     largest = sorted(whole, key=lambda name: whole[name], reverse=True)
     more = f" and {len(largest) - 2} more" if len(largest) > 2 else ""
-    return f"{share:.0%} of the weights are left whole ({', '.join(largest[:2])}{more}): {_why(graph, largest[0])}"
+    return (
+        f"{share:.0%} of the weights are left whole ({', '.join(largest[:2])}{more}): {_why(graph, tied[largest[0]])}"
+    )
 
 
-def _why(graph: Graph, name: str) -> str:
-    """Why no group that can be cut has this parameter."""
+def _why(graph: Graph, names: Sequence[str]) -> str:
+    """Why no group that can be cut has the parameter with these names."""
     why: Mapping[str, str] = dict(graph.whole)
-    if name in why:
-        return why[name]
+    if known := next((why[name] for name in names if name in why), ""):
+        return known
     for group in graph.groups:
-        if group.reason and any(slot.parameter == name for slot in (*group.carriers, *group.consumers)):
+        if group.reason and any(slot.parameter in names for slot in (*group.carriers, *group.consumers)):
             return group.reason
-    path = name.rpartition(".")[0]
-    near = [barrier for barrier in graph.barriers if f"{path!r}" in barrier or (not path and "weight" in barrier)]
+    paths = [name.rpartition(".")[0] for name in names]
+    near = [
+        barrier
+        for barrier in graph.barriers
+        if any(f"{path!r}" in barrier or (not path and "weight" in barrier) for path in paths)
+    ]
     return next(iter(near), "no operation that can be followed uses it as a layer's weight, if it is used at all")

@@ -25,8 +25,10 @@ def recurrent(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
         return builder.barrier(node, args, f"{op} in {where!r} on packed sequences")
     has_biases, layers, _, _, bidirectional, _ = args[3:9]
     directions, each = 2 if bidirectional else 1, 4 if has_biases else 2
-    if len(parameters) != layers * directions * each or not all(isinstance(p, ParameterRef) for p in parameters):
-        return builder.barrier(node, args, f"{op} in {where!r} with projections or computed weights")
+    if not all(isinstance(p, ParameterRef) for p in parameters):
+        return builder.barrier(node, args, f"{op} in {where!r} with weights that the code computes")
+    if len(parameters) != layers * directions * each:
+        return builder.barrier(node, args, f"{op} in {where!r} with projections")
     ids = builder.gather(x, -1)
     if ids is None:
         return builder.barrier(node, args, f"{op} in {where!r} on mixed axes")

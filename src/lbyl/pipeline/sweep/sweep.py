@@ -28,7 +28,7 @@ from lbyl.pipeline.sweep.pareto import Point
 from lbyl.pipeline.sweep.points import Made, Work, check_cluster, filled, made_in
 from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occupied
 from lbyl.runtime.checks import as_path, named_kind
-from lbyl.runtime.cluster import connected
+from lbyl.runtime.cluster import OWN_FILES, connected
 from lbyl.runtime.contexts import own_settings
 from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
@@ -284,7 +284,7 @@ def _foretold(network: Network, state: SweepState, folder: Path) -> SweepState:
 
 def _admitted(judge: Judge, state: SweepState) -> SweepState:
     """The state with the function's name; values of two functions must not be mixed in one table."""
-    if judge.name is None or state.evaluate == judge.name:
+    if judge.name is None or (state.evaluate or "").removeprefix(OWN_FILES) == judge.name:
         return state
     if state.evaluate is not None:
         raise InputError(
