@@ -367,7 +367,8 @@ _NOTE = (
     "blocks that lbyl chooses are dropped. Restored: what they did is left to the layer before them. ShortGPT: the "
     "blocks of the least influence are dropped plainly. ReplaceMe: its choice of one run of blocks, restored as ours "
     "are. Width: narrower layers alone. Both: half of the blocks, and narrower layers. Chosen is what "
-    "lbyl.Budget(depth=True) keeps, by held-out probes."
+    "changes held-out probes least of Restored, Width and Both; lbyl.Budget(depth=True) tries a run of blocks as well. "
+    "Tokens a second are beside those of the unpruned model, measured in turns on a CPU."
 )
 
 
