@@ -242,3 +242,32 @@ def test_statistics_do_not_depend_on_how_many_inputs_run_at_a_time(rows: int) ->
         result = lbyl.compress(fixed, x, ratio=0.25, restore=how, forecast=False)
         errors[how] = float((fixed(x) - result.model(x)).detach().norm())
     assert errors["auto"] < errors["prune"]
+
+
+class FixedRows(nn.Module):
+    """Few rows at a time say too little of a layer's mean and variance."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.a, self.b, self.out = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.b(self.a(x).relu().reshape(self.rows, 32)).relu())
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_few_inputs_at_a_time_do_not_make_it_worse_than_plain_pruning(rows: int) -> None:
+    torch.manual_seed(0)
+    net = FixedRows(rows)
+    for parameter in net.parameters():
+        parameter.data = torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+    net, errors = net.eval(), {}
+    for how in ("auto", "prune"):
+        smaller = lbyl.compress(
+            net, torch.randn(rows, 12), ratio=0.4, criterion="l2", restore=how, forecast=False
+        ).model
+        torch.manual_seed(1)
+        given = [torch.randn(rows, 12) for _ in range(40)]
+        errors[how] = sum(float((net(x) - smaller(x)).detach().square().sum()) for x in given)
+    assert errors["auto"] < errors["prune"]

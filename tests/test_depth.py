@@ -446,6 +446,16 @@ def test_blocks_go_until_a_latency_is_met(monkeypatch: pytest.MonkeyPatch) -> No
     assert told.endswith("asked for 0.75")
 
 
+def test_excluded_blocks_stay() -> None:
+    restore = lbyl.LeastSquares(moments=lbyl.Data(batches("llama"), 4))
+    budget = lbyl.Budget(params=0.75, depth=True, exclude=("*", "model.layers.[12]"))
+    result = lbyl.compress(build("llama"), inputs_of("llama"), budget=budget, restore=restore, forecast=False)
+    dropped = {row.block for row in result.report.blocks}
+    assert dropped
+    assert not dropped & {"model.layers.1", "model.layers.2"}
+    assert dict(result.report.left)["model.layers.1"] == "excluded"
+
+
 def test_modules_are_timed_with_all_that_they_hold() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 8)))
     shares = measure_modules(net, ExampleInputs.of(torch.ones(64, 8)), ["0", "1", "1.0"], runs=3)

@@ -220,6 +220,15 @@ def test_the_configuration_of_the_result_says_its_widths(tmp_path: Path) -> None
     assert all(map(torch.equal, again.state_dict().values(), small.state_dict().values()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_frequencies_that_were_rounded_are_those_of_the_configuration(dtype: torch.dtype, tmp_path: Path) -> None:
+    model: Any = build("llama").to(dtype)
+    result = lbyl.compress(model, inputs_of("llama"), ratio=HALF, restore="prune", forecast=False)
+    result.save(tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out", dtype=dtype)
+    assert all(map(torch.equal, again.state_dict().values(), result.model.state_dict().values()))
+
+
 def test_widths_that_no_configuration_says_are_told_of(tmp_path: Path) -> None:
     model: Any = build("llama")
     result = lbyl.compress(model, inputs_of("llama"), ratio={"*layers.0.mlp*": 0.5}, restore="prune", forecast=False)

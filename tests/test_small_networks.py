@@ -370,6 +370,7 @@ PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, int]]] 
     "tensordot": (lambda x, w: torch.tensordot(x, w, dims=1), (9, 7)),
     "tensordot with axes": (lambda x, w: torch.tensordot(w, x, dims=([1], [1])).t(), (7, 9)),
     "inner": (torch.inner, (7, 9)),
+    "a product by its keyword": (lambda x, w: torch.matmul(x, other=w), (9, 7)),
     "a product from the left": (lambda x, w: (w @ x.unsqueeze(-1))[..., 0], (7, 9)),
 }
 
@@ -943,7 +944,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 NETWORKS = {**{name: (build, IMAGE) for name, build in IMAGES.items()}, **OTHERS}
 WHOLE = {
-    "a transposed weight that is tied": "#1",
+    "a transposed weight that is tied": "w#1",
     "response norm": "0",  # windows over neighboring channels
     "a gate for all channels": "2.gate.2",
     "spatial attention": "2.gate.a",

@@ -305,6 +305,14 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: lbyl.compress(nn.Linear(4, 4), torch.ones(1, 4), budget=THREE),
         "Linear has no mixture of experts that could lose some .*leave out experts",
     ),
+    "no mixture, with depth": (
+        lambda: lbyl.compress(
+            nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(3))),
+            torch.ones(2, 4),
+            budget=replace(THREE, depth=True),
+        ),
+        "no residual blocks|no block can be dropped|no mixture of experts",
+    ),
     "all excluded": (lambda: without_few(replace(THREE, exclude=("*",))), "exclude matches all of them"),
 }
 

@@ -46,7 +46,8 @@ class Budget:
             largest of 128, 64, 32, ... that is at most a 48th of the group, if the budget can be met with it.
         min_keep: smallest number of channels that a group keeps.
         max_ratio: largest share of its channels that a group loses.
-        exclude: globs of groups and layers that are not pruned.
+        exclude: globs of groups and layers that are not pruned; with ``depth`` also of blocks that stay. There, "*"
+            is for channels only, so that nothing but blocks is dropped.
         uniform_layers: whether groups of the same name in all layers ("layers.0.mlp.up", "layers.1.mlp.up") get one
             width, as configurations of transformers require. None does so for models that have a configuration. With
             False each layer gets its own width, which costs less accuracy, but then only ``lbyl.load`` can load the

@@ -39,7 +39,7 @@ class Judge:
         if self.evaluate is None:
             return None
         named = self.evaluate if hasattr(self.evaluate, "__qualname__") else type(self.evaluate)
-        return f"{named.__module__.removeprefix(OWN_FILES)}:{named.__qualname__}"
+        return f"{str(named.__module__).removeprefix(OWN_FILES)}:{named.__qualname__}"
 
     def __call__(self, model: nn.Module, what: str) -> float | None:
         """Evaluate a model, in evaluation mode and without gradients; None without a function.

@@ -156,6 +156,10 @@ def _plan(subject: Subject, request: CompressionRequest, clock: Clock, ground: A
     with clock("select"):
         choose = restorer.choose(ByCriterion(subject.criterion, seen.moments))
         selection = select(graph, tensors_of(model), kept, request.scope, choose, request.seed)
+    if request.budget is not None:
+        excluded = {each.name for each in graph.groups if each.reason is None and request.budget.excludes(each)}
+        left = tuple((name, "excluded" if name in excluded else why) for name, why in selection.left)
+        selection = replace(selection, left=left)
     check_selection(selection)
     if restorer.runs_network and request.verify and not request.strict and request.budget is None:
         # Restoration is expensive here, so groups that can't be cut are found before it.

@@ -76,6 +76,7 @@ def compress_together(prepared: Prepared, request: CompressionRequest, clock: Cl
     if run.blocks and {*run.blocks} != {*chosen.blocks}:
         ways.append(Way(run, run=True))
     if ground.budget.experts:
+        experts_after(ground, None, ground.effect, clock)  # raises an error if there are none
         ways += [Way(chosen.first(0), experts=share) for share in (1.0, 0.5)]
         ways += [Way(chosen.first(count), experts=1.0) for count in counts[1:-1]]
     attempts: list[Attempt] = []

@@ -159,6 +159,8 @@ class _LayerCalls(FunctionInterceptor):
             with self:
                 return _ATTENTION(*args, **kwargs)
         out = func(*args, **kwargs)
+        if func in _PRODUCTS and kwargs and kwargs.keys() <= {"other", "mat2"}:
+            args, kwargs = (*args, *kwargs.values()), {}
         if func is functional.linear or func in CONVOLUTIONS:
             _, weight = leading_arguments(args, kwargs, "input", "weight")
             self._report(weight, lambda name: consumer_call(func, name, out, *args, **kwargs))

@@ -346,6 +346,8 @@ def _mixed(
     each = [label for label in names[1] if label in names[0] and label in out]
     if len(set(names[1])) != len(read) + len(made) + len(each) or len(read) != 1 or len(made) != 1:
         return None
+    if weight.shape[names[1].index(read[0])] != x.shape[names[0].index(read[0])]:
+        return None  # one of both is broadcast along this axis
     ids = builder.channels(x, names[0].index(read[0]))
     if ids is None or not bool(builder.ids.issued(ids).any()):
         return None

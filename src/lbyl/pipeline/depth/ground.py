@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 import torch
 from torch import nn
 
+from lbyl.budget.budget import Budget
 from lbyl.budget.latency import WholeLatency
 from lbyl.errors import InputError, VerificationError
 from lbyl.graph.blocks import Block, Blocks, find_blocks
@@ -120,7 +122,7 @@ def ground_for_depth(prepared: Prepared, request: CompressionRequest, clock: Clo
             "nn.Sequential whose output has the shape of their input; leave out depth (--depth)"
         )
     with clock("verify"):
-        good, bad = _droppable(model, inputs, blocks)
+        good, bad = _droppable(model, inputs, blocks, request.budget)
     if not good:
         name, why = next(iter(bad.items()))
         raise InputError(f"no block can be dropped: {name}: {why}; leave out depth (--depth)")
@@ -130,10 +132,16 @@ def ground_for_depth(prepared: Prepared, request: CompressionRequest, clock: Clo
     return DepthGround(prepared, request, request.budget, restorer, probes, blocks, good, bad, judged)
 
 
-def _droppable(model: nn.Module, inputs: ExampleInputs, blocks: Blocks) -> tuple[tuple[Block, ...], dict[str, str]]:
+def _droppable(
+    model: nn.Module, inputs: ExampleInputs, blocks: Blocks, budget: Budget
+) -> tuple[tuple[Block, ...], dict[str, str]]:
     good: list[Block] = []
     bad: dict[str, str] = {}
+    patterns = [pattern for pattern in budget.exclude if pattern != "*"]  # with "*" nothing but blocks may go
     for block in blocks.blocks:
+        if any(fnmatchcase(block.name, pattern) for pattern in patterns):
+            bad[block.name] = "excluded"
+            continue
         cuts = plan_blocks(model, [block])
         if not cuts[0].keep:
             bad[block.name] = "it is the only one of its list"

@@ -235,6 +235,10 @@ def _targets(model: nn.Module, graph: Graph, task: RestorationProblem, settings:
     return targets
 
 
+_ENOUGH = 32
+"""So many inputs at a time suffice for statistics of a batch, where a network takes a fixed number of them."""
+
+
 def make_probes(
     model: nn.Module, inputs: ExampleInputs, settings: Settings, seed: int, progress: Progress | None = None
 ) -> Probes:
@@ -247,7 +251,9 @@ def make_probes(
     # Measured on the probes, because a user's own inputs may be larger than the example.
     most = max(FEWEST, held_at_once(settings.memory, held_by_each(model, probes.batches[0])))
     parts = [in_parts(batch, most, FEWEST) for batch in probes.batches]
-    if settings.attach_norms and not probes.statistics:
+    # Of a few inputs at a time, batches say too little of each layer's mean and variance.
+    few = probes.batches[0].rows is not None and probes.batches[0].rows < _ENOUGH
+    if settings.attach_norms and not probes.statistics and not few:
         statistics = measure_statistics(model, [each for part in parts for each in part])
         matching = probes.matches_training_statistics or bool(statistics)
         probes = replace(probes, statistics=statistics, matches_training_statistics=matching)

@@ -89,7 +89,10 @@ class Findings:
 
     def unseen(self, target: Target, numbers: Iterable[int]) -> None:
         """Note that a consumer did not run on the probes."""
-        self.note(numbers, f"{target.consumer.layer} did not run on the probes: pruned without restoration")
+        self.note(
+            numbers,
+            f"{target.consumer.layer or target.consumer.weight} did not run on the probes: pruned without restoration",
+        )
 
     def singular(self, target: Target, numbers: Iterable[int]) -> None:
         """Note that a consumer's moments were singular."""
