@@ -284,12 +284,7 @@ class TextScore:
 def pace(model: Any, whole: Any, rows: int, tokens: int = 24, runs: int = 5) -> float:
     """How many times as fast as the unpruned model one writes, greedily with a cache: the median over runs in turns."""
     ids = torch.arange(rows * 32).reshape(rows, 32) % 1000 + 100
-    settings: dict[str, Any] = {
-        "max_new_tokens": tokens,
-        "min_new_tokens": tokens,
-        "do_sample": False,
-        "use_cache": True,
-    }
+    settings: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     settings |= {"attention_mask": torch.ones_like(ids), "use_cache": True}
     calls = [lambda net=net: net.generate(ids, **settings) for net in (whole, model)]
     with torch.no_grad():
@@ -332,7 +327,7 @@ def main(
 
 
 def tables(cells: Sequence[dict[str, Any]]) -> list[Table]:
-    """A table a network: a row a share, a column a method, and what the budget chooses."""
+    """A table a network and measure: a row a share, a column a method, and what the budget chooses."""
     made = []
     measures = [(n, "perplexity" if n in TEXTS else "accuracy") for n in NAMES]
     measures += [(n, m) for n in TEXTS for m in ("agreement", "pace_1", "pace_16")]

@@ -103,7 +103,7 @@ class WholeLatency:
         """Measure the unpruned network."""
         sessions: dict[int, Callable[[], Any]] = {}
         once = measure_whole((model,), inputs, runs=3, warm_up=1, runtime=runtime, known=sessions)[0].median
-        runs = min(max(int(_SECONDS / (4 * max(once, 1e-9))), _RUNS[0]), _RUNS[1])
+        runs = _runs(once, 2)
         return WholeLatency(model, inputs, runs, runtime, once * _MICRO, sessions=sessions)
 
     def __call__(self, network: nn.Module) -> int:
@@ -133,6 +133,11 @@ class WholeLatency:
             for same in alike.values()
             for name in same
         }
+
+
+def _runs(seconds: float, networks: int) -> int:
+    """How often to time so many networks, each of which takes about as many seconds."""
+    return min(max(int(_SECONDS / (2 * networks * max(seconds, 1e-9))), _RUNS[0]), _RUNS[1])
 
 
 def told_latency(bench: Bench, share: float) -> str:
@@ -168,7 +173,7 @@ def timed(
             samples.append(whole | kept)
     networks = [model, *(cut({g: kept[g] for g in offered}) for kept in samples[1:])]
     once = measure_whole((model,), inputs, runs=3, warm_up=1)[0].median
-    runs = min(max(int(_SECONDS / (2 * len(networks) * max(once, 1e-9))), _RUNS[0]), _RUNS[1])
+    runs = _runs(once, len(networks))
     latencies = measure_latencies(networks, inputs, runs=runs)
     terms = (
         *_layers(model, graph, samples, latencies),

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
@@ -26,7 +25,7 @@ from lbyl.io.network_files import ONNX, with_source, write_network
 from lbyl.io.report.model_card import card
 from lbyl.io.report.report import Report
 from lbyl.io.report.snippets import load_line
-from lbyl.io.shards import INDEX, WEIGHTS, Shards
+from lbyl.io.shards import FLOATING, INDEX, WEIGHTS, Shards
 from lbyl.io.sources import load_source
 from lbyl.runtime.checks import as_path, check_module
 from lbyl.runtime.copying import shape_and_dtype, tensors_of, unwrapped
@@ -299,9 +298,5 @@ def _fit_types(model: nn.Module, files: Sequence[Path]) -> None:
         if shape != tuple(tensor.shape):
             told = "x".join(map(str, shape)) if name in found else "missing"
             raise SurgeryError(f"{name} is {told} in the file, but {shape_and_dtype(tensor)} according to the plan")
-        if (dtype := _FLOATS.get(kind, tensor.dtype)) != tensor.dtype and tensor.is_floating_point():
+        if (dtype := FLOATING.get(kind, tensor.dtype)) != tensor.dtype and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
-
-
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types as safetensors calls them."""

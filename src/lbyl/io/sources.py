@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lbyl.errors import InputError, LbylError, first_line
 from lbyl.io.network_files import is_file, read_network
 from lbyl.runtime.checks import named_kind
+from lbyl.runtime.cluster import OWN_FILES
 
 FORMS = "timm:NAME, torchvision:NAME, hf:DIR, model.onnx, model.pt2, package.module:factory or file.py:factory"
 
@@ -248,7 +249,7 @@ def load_module(place: str) -> ModuleType:
 def _run_file(file: Path) -> ModuleType:
     if not file.is_file():
         raise InputError(f"no file {file}")
-    spec = importlib.util.spec_from_file_location(f"lbyl_source_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"{OWN_FILES}{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

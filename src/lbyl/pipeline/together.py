@@ -8,7 +8,7 @@ from lbyl.budget.latency import told_latency
 from lbyl.errors import LbylError
 from lbyl.pipeline.depth.drop import depth_result, shallower
 from lbyl.pipeline.depth.ground import DepthGround, ground_for_depth
-from lbyl.pipeline.experts import experts_after, without_experts
+from lbyl.pipeline.experts import ExpertGround, experts_after, without_experts
 from lbyl.pipeline.narrower import joined, narrower
 from lbyl.pipeline.prepare import Prepared
 from lbyl.pipeline.request import CompressionRequest
@@ -75,14 +75,14 @@ def compress_together(prepared: Prepared, request: CompressionRequest, clock: Cl
     ways = [Way(chosen.first(count)) for count in counts]
     if run.blocks and {*run.blocks} != {*chosen.blocks}:
         ways.append(Way(run, run=True))
-    if ground.budget.experts:
-        experts_after(ground, None, ground.effect, clock)  # raises an error if there are none
+    experts = experts_after(ground, None, ground.effect, clock) if ground.budget.experts else None
+    if experts:
         ways += [Way(chosen.first(0), experts=share) for share in (1.0, 0.5)]
         ways += [Way(chosen.first(count), experts=1.0) for count in counts[1:-1]]
     attempts: list[Attempt] = []
     refused: list[tuple[Way, LbylError]] = []
     for way in ways:
-        made = _tried(ground, way, clock)
+        made = _tried(ground, way, clock, experts)
         if isinstance(made, Attempt):
             attempts.append(made)
         else:
@@ -91,10 +91,9 @@ def compress_together(prepared: Prepared, request: CompressionRequest, clock: Cl
         raise refused[0][1]
     best = min(attempts, key=lambda each: each.effect)
     notes = _told(ground, attempts, refused)
-    if (share := ground.budget.latency) is not None:
+    share, told = ground.budget.latency, best.result.report.notes
+    if share is not None and not any(note.startswith("latency:") for note in told):
         found = bench(best.result.model, ground.prepared.inputs, against=ground.model, runtime=ground.budget.runtime)
-        kept = tuple(note for note in best.result.report.notes if not note.startswith("latency:"))
-        best = replace(best, result=replace(best.result, report=replace(best.result.report, notes=kept)))
         notes.append(told_latency(found, share))
     return ground.finished(best.result, notes)
 
@@ -119,23 +118,27 @@ def _gone(way: Way, experts: int = 0) -> str:
     return f"{blocks} and {told}" if count else told
 
 
-def _tried(ground: DepthGround, way: Way, clock: Clock) -> Attempt | LbylError:
+def _tried(ground: DepthGround, way: Way, clock: Clock, experts: ExpertGround | None) -> Attempt | LbylError:
     """The attempt, or the error if it fails."""
     try:
-        return attempt(ground, way, Clock(dict(clock.seconds)))
+        return attempt(ground, way, Clock(dict(clock.seconds)), experts)
     except LbylError as error:
         return error
 
 
-def attempt(ground: DepthGround, way: Way, clock: Clock) -> Attempt:
-    """The network without these blocks and experts, and narrower as far as the budget asks for it."""
+def attempt(ground: DepthGround, way: Way, clock: Clock, experts: ExpertGround | None = None) -> Attempt:
+    """The network without these blocks and experts, and narrower as far as the budget asks for it.
+
+    ``experts`` is what is known of those of the whole network, if any may go.
+    """
     first: Result | None = None
     dropped, effect = 0, None
     if way.blocks.blocks:
         done = shallower(ground, way.blocks, clock)
         first, effect = depth_result(ground, done, clock), done.effect
     if way.experts and not (first and ground.meets(first.model)):
-        experts = experts_after(ground, first.model if first else None, ground.effect, clock)
+        if first or experts is None:
+            experts = experts_after(ground, first.model if first else None, ground.effect, clock)
         then, dropped = without_experts(experts, experts.choose(way.experts), clock)
         first, effect = replace(then, report=joined(ground, first.report, then) if first else then.report), None
     cut = first is None or not ground.meets(first.model)

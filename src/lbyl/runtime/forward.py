@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from lbyl.runtime.attended import Attended, at_attended, attended_positions
 from lbyl.runtime.contexts import without_checkpoints
-from lbyl.runtime.contractions import factors_of, linear_axes
+from lbyl.runtime.contractions import PRODUCTS, factors_of, linear_axes
 from lbyl.runtime.copying import call_with
 from lbyl.runtime.grouped import GROUPED
 from lbyl.runtime.inputs import ExampleInputs
@@ -115,13 +115,7 @@ def run_intercepted(
 
 
 # Positions of the input and of the weight, stored input first, among the arguments of a matrix product.
-_PRODUCTS: dict[Any, tuple[int, int]] = {
-    torch.addmm: (1, 2),
-    torch.matmul: (0, 1),
-    torch.mm: (0, 1),
-    torch.Tensor.matmul: (0, 1),
-    torch.Tensor.__matmul__: (0, 1),
-}
+_PRODUCTS: dict[Any, tuple[int, int]] = {torch.addmm: (1, 2), **dict.fromkeys(PRODUCTS, (0, 1))}
 _TURNS = (
     *(torch.Tensor.t, torch.Tensor.transpose, torch.Tensor.permute, torch.Tensor.swapaxes),
     *(torch.t, torch.transpose, torch.permute, torch.swapaxes),

@@ -296,10 +296,9 @@ def addmm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
 def einsum(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A sum of products, given by its labels."""
     values = list(args[1])
-    ranks = [len(value.shape) if isinstance(value, (Tensor, ParameterRef)) else None for value in values]
-    if any(rank is None for rank in ranks):
+    if not all(isinstance(value, (Tensor, ParameterRef)) for value in values):
         return builder.barrier(node, args, f"einsum in {layer_name(node)!r}")
-    names, out = spelled_out(str(args[0]), [rank for rank in ranks if rank is not None])
+    names, out = spelled_out(str(args[0]), [len(value.shape) for value in values])
     if any(len(set(each)) < len(each) for each in names):
         return builder.barrier(node, args, f"einsum in {layer_name(node)!r}")
     return _product(builder, node, args, values, names, out)

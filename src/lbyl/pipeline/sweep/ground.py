@@ -72,11 +72,10 @@ class Network:
             )[1]
         return ground
 
-    def forecasts(self, folder: Path, fingerprint: Mapping[str, Any]) -> Callable[[nn.Module], Forecast] | None:
-        """What forecasts for smaller networks, as `compress` does; None if no forecasts are wanted."""
+    def forecasts(self, folder: Path, fingerprint: Mapping[str, Any]) -> Callable[[nn.Module], Forecast]:
+        """What forecasts for smaller networks, as `compress` does; the request asks for forecasts."""
         forecaster, probes = self.prepared.forecaster, None
-        if forecaster is None:
-            return None
+        assert forecaster is not None
         if self.prepared.traced.graph is not None and forecaster.asks_for_probes(self.prepared.subjects[0].restorer):
             analysis = self.ground(folder, fingerprint)[""]
             if forecaster.asks_for_probes(analysis.restorer):

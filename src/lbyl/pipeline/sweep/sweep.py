@@ -270,11 +270,13 @@ def _foretold(network: Network, state: SweepState, folder: Path) -> SweepState:
     """Forecast the points that were made by a call that asked for no forecasts."""
     if not network.request.forecast:
         return state
-    found = [(point, artifact.read_manifest(folder / point.name)) for point in state.points if point.made]
+    open_points = [point for point in state.points if point.made and point.agreement is None]
+    found = [(point, artifact.read_manifest(folder / point.name)) for point in open_points]
     unknown = [(point, saved) for point, saved in found if saved.report.forecast is None]
-    foretell = network.forecasts(folder / ANALYSIS, state.fingerprint) if unknown else None
-    for point, saved in unknown if foretell else ():
-        assert foretell is not None
+    if not unknown:
+        return state
+    foretell = network.forecasts(folder / ANALYSIS, state.fingerprint)
+    for point, saved in unknown:
         place = folder / point.name
         report = replace(saved.report, forecast=foretell(artifact.load(place, network.model)))
         artifact.rewrite_documents(place, saved.plan, report)
