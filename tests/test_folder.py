@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 
 import lbyl
 from lbyl.cli.app import app
+from lbyl.pipeline.folder.layers import LayerNetwork
 
 HF: Any = transformers
 SIZES: dict[str, Any] = {
@@ -118,6 +120,22 @@ def test_only_some_layers_lose_neurons(llama: Path, tmp_path: Path) -> None:
     assert same(lbyl.load(tmp_path / "smaller").state_dict(), expected.model.state_dict())
     assert any("from_pretrained can't load" in note for note in found.report.notes)
     assert not (tmp_path / "smaller" / "config.json").exists()
+
+
+def test_finished_layers_leave_memory(llama: Path, tmp_path: Path) -> None:
+    held: list[int] = []
+
+    def told(stage: str, done: int, total: int) -> None:
+        if stage.startswith("layer "):
+            held.append(sum(isinstance(each, LayerNetwork) for each in gc.get_objects()))
+
+    gc.disable()  # which may be long in coming in a process that makes few objects
+    try:
+        lbyl.compress_folder(llama, tmp_path / "smaller", ratio=0.25, data=batches(), progress=told)
+    finally:
+        gc.enable()
+    assert len(held) == 3
+    assert held == held[:1] * 3
 
 
 KILLED = """

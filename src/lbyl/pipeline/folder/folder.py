@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -167,6 +168,7 @@ class _Run:
             solved += known is None
             streams, done = self._layer(index, streams, known)
             found.append(done)
+            gc.collect()  # a traced layer refers to itself, and would keep its weights in memory
             give_back()
         rest = self._read(self.skeleton.rest(self.stored.files))
         write_shard(self.work.shard(self.skeleton.count + 1), rest)
