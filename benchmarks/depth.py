@@ -278,6 +278,8 @@ class TextScore:
 
     def __call__(self, model: Any) -> dict[str, float]:
         """The scores, and the tokens a second with one text at a time and with sixteen."""
+        if not self.scores.choices:
+            self.scores(self.whole)  # what the others are compared with, also where its own cell is known
         return {**self.scores(model), **{f"pace_{rows}": pace(model, self.whole, rows) for rows in (1, 16)}}
 
 

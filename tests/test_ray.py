@@ -70,8 +70,11 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     small = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-    made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-    made.add_node(**small)
+    with pytest.MonkeyPatch.context() as patch:
+        # Tasks usually give way to everything else on a machine, and hardly run where tests keep its cores busy.
+        patch.setenv("RAY_worker_niceness", "0")
+        made = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+        made.add_node(**small)
     ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
     yield made
     ray.shutdown()
