@@ -1,11 +1,13 @@
-"""Memory of `lbyl compress --low-memory`: peaks for random bfloat16 models of the sizes of Llama 3.2.
+"""Memory for language models: peaks for random bfloat16 models of the sizes of Llama 3.2.
 
-    python benchmarks/memory.py [--sizes 1B,3B] [--place DIR] [--sequences 16] [--length 64]
+    python benchmarks/memory.py [--sizes 1B,3B] [--ways folder,memory] [--place DIR] [--sequences 16] [--length 64]
 
 Each model is written layer by layer, so that it is never in memory, and compressed in a process of its own, whose peak
 of resident memory is measured from after the imports. The bound is 1.3 times the needs of one layer (the same
 compression of a model with that one layer and hardly a vocabulary, measured in the same way), the embedding, and the
 residual streams of all sequences. A run that is stopped goes on with the layer where it was when it is repeated.
+That is `lbyl compress --low-memory`. In memory, the same model is loaded by transformers and compressed as a whole, and
+the peak counts the model itself; the bound is 1.5 times the model.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 VOCABULARY, SMALL = 128_256, 256
 RATIO = 0.25
+IN_MEMORY = "-in-memory"
 
 
 def write(folder: Path, size: str, layers: int | None, vocabulary: int) -> None:
@@ -64,8 +67,19 @@ def write(folder: Path, size: str, layers: int | None, vocabulary: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def measure(folder: Path, target: Path, sequences: int, length: int, vocabulary: int) -> dict[str, Any]:
-    """Compress one folder in this process."""
+def compress_in_memory(folder: Path, batches: list[dict[str, Any]]) -> lbyl.Report:
+    """Compress a model that is in memory as a whole, with the settings of :func:`measure`."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    restore = lbyl.LeastSquares(moments=lbyl.Data(batches, len(batches)))
+    first = {name: rows[:1] for name, rows in batches[0].items()}
+    settings: dict[str, Any] = {"criterion": "energy", "restore": restore, "forecast": False}
+    return lbyl.compress(model, first, ratio={"*.mlp.*": RATIO}, **settings).report
+
+
+def measure(folder: Path, target: Path | None, sequences: int, length: int, vocabulary: int) -> dict[str, Any]:
+    """Compress one folder in this process, into another or without one in memory."""
     import transformers  # noqa: F401
 
     generator = torch.Generator().manual_seed(1)
@@ -79,23 +93,28 @@ def measure(folder: Path, target: Path, sequences: int, length: int, vocabulary:
     peak, started = PeakMemory(), time.perf_counter()
     peak.start()
     batches = [{"input_ids": part} for part in tokens.split(4)]
-    ratio = {"*.mlp.*": RATIO}
-    made = lbyl.compress_folder(
-        folder, target, ratio=ratio, data=batches, progress=lambda *told: print(*told, flush=True)
-    )
+    if target is None:
+        report = compress_in_memory(folder, batches)
+    else:
+        ratio = {"*.mlp.*": RATIO}
+        told = lambda *words: print(*words, flush=True)  # noqa: E731
+        report = lbyl.compress_folder(folder, target, ratio=ratio, data=batches, progress=told).report
     return {
         "peak_mib": peak.mebibytes(),
         "seconds": round(time.perf_counter() - started, 1),  # of the last run only, if others were stopped before
-        "before": made.report.parameters[0],
-        "after": made.report.parameters[1],
+        "before": report.parameters[0],
+        "after": report.parameters[1],
     }
 
 
 def tabulate(run: Run) -> None:
-    """One row for each model, with the bound that follows from its layer alone."""
+    """One row for each model and way, with its bound."""
     known = {cell["network"]: cell for cell in run.measurements}
-    rows = []
+    rows, whole = [], []
     for name, cell in known.items():
+        if name.endswith(IN_MEMORY):
+            size = name.removesuffix(IN_MEMORY)
+            whole.append([size, *map(round, (cell["model_mib"], 1.5 * cell["model_mib"], cell["peak_mib"]))])
         layer = known.get(f"{name}-layer")
         if layer is None:
             continue
@@ -105,10 +124,14 @@ def tabulate(run: Run) -> None:
     columns = ("Model", "Weights", "One layer", "Embedding", "Streams", "Bound", "Peak")
     note = "MiB, above what the process had after its imports. Random weights in bfloat16, one thread."
     run.tables = [Table("From folder to folder, layer by layer", columns, rows, note)]
+    if whole:
+        note = "MiB, above what the process had after its imports; the peak counts the model itself."
+        run.tables.append(Table("The whole model in memory", ("Model", "Weights", "Bound", "Peak"), whole, note))
 
 
 def main(
     sizes: Annotated[str, typer.Option(help="Which models.")] = "1B,3B",
+    ways: Annotated[str, typer.Option(help="From folder to folder, in memory, or both.")] = "folder,memory",
     place: Annotated[Path | None, typer.Option(help="Where models are written.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences of random tokens.")] = 16,
     length: Annotated[int, typer.Option(help="Their length.")] = 64,
@@ -118,8 +141,9 @@ def main(
     """Measure what is not known yet."""
     where = place or Path(tempfile.mkdtemp())
     if inner:
-        source, vocabulary = inner.split(":")
-        print(json.dumps(measure(where / source, where / f"{source}-cut", sequences, length, int(vocabulary))))
+        source, way, vocabulary = inner.split(":")
+        target = where / f"{source}-cut" if way == "folder" else None
+        print(json.dumps(measure(where / source, target, sequences, length, int(vocabulary))))
         return
     run = Run(
         "memory",
@@ -129,22 +153,25 @@ def main(
     )
     run.measurements = [] if fresh else known_cells("memory")
     for size in sizes.split(","):
-        for name, layers, vocabulary in ((f"{size}-layer", 1, SMALL), (size, None, VOCABULARY)):
-            if any(cell["network"] == name for cell in run.measurements):
+        cells = [("folder", f"{size}-layer", 1, SMALL), ("folder", size, None, VOCABULARY)]
+        cells.append(("memory", f"{size}{IN_MEMORY}", None, VOCABULARY))
+        for way, name, layers, vocabulary in cells:
+            if way not in ways.split(",") or any(cell["network"] == name for cell in run.measurements):
                 continue
             source = where / name
             if not source.exists():
                 write(source, size, layers, vocabulary)
-            given = ["--sequences", str(sequences), "--length", str(length), "--inner", f"{name}:{vocabulary}"]
+            given = ["--sequences", str(sequences), "--length", str(length), "--inner", f"{name}:{way}:{vocabulary}"]
             found = alone(__file__, "--place", str(where), *given)
             width = SIZES[size]["hidden_size"] * 2 / 2**20
             found["model_mib"] = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 2**20
             found |= {"embedding_mib": vocabulary * width, "streams_mib": sequences * length * width}
+            run.measurements = [cell for cell in run.measurements if cell["network"] != name]
             run.measurements.append({"network": name, "lbyl": version("lbyl"), **found})
             run.pieced = len(run.measurements) > 1
             run.save(tabulate)
-            shutil.rmtree(source)
-            shutil.rmtree(where / f"{name}-cut")
+            for used in (source, where / f"{name}-cut"):
+                shutil.rmtree(used, ignore_errors=True)
     for table in run.tables:
         print(table.columns, *table.rows, sep="\n")
 
