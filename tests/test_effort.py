@@ -48,6 +48,7 @@ def test_high_effort_takes_more_of_the_same() -> None:
 def test_the_report_says_so(effort: str) -> None:
     result = lbyl.compress(residual(), images(2, 3, 8, 8), ratio=0.25, effort=effort, forecast=False)
     assert any(f"{effort} effort" in note for note in result.report.notes)
+    assert any("dreamed probes" in note for note in result.report.notes) == (effort == "high")
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,45 @@ def test_what_stood_in_is_told() -> None:
         assert not any("was used instead" in note for note in result.report.notes)
 
 
+@pytest.mark.parametrize("kind", [NoGrad, Inference])
+def test_code_without_gradients_is_told(kind: type[Base]) -> None:
+    notes = lbyl.compress(kind().eval(), images(2, 3, 12, 12), ratio=0.5, forecast=False).report.notes
+    assert any(note.startswith("nothing can be dreamed: no gradient reaches") for note in notes)
+
+
+def test_a_network_that_keeps_nothing_for_gradients_is_dreamed_for() -> None:
+    net = nn.Sequential(nn.Linear(10, 16), nn.Linear(16, 5)).eval()
+    notes = lbyl.compress(net, images(3, 10), ratio=0.5, forecast=False).report.notes
+    assert any("dreamed for random classes" in note for note in notes)
+    assert not any("was used instead" in note for note in notes)
+
+
+class Gated(nn.Module):
+    """Numbers in, numbers out, by a gated layer in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.gate, self.c, self.d = nn.Linear(10, 32), nn.Linear(32, 96), nn.Linear(48, 32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.a(x).relu()
+        one, other = self.gate(seen).chunk(2, -1)
+        return self.d(seen + self.c(nn.functional.silu(one) * other))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4])
+def test_restoration_that_hurts_on_one_kind_of_probes_is_not_trusted(seed: int) -> None:
+    torch.manual_seed(seed)
+    net, x, fresh = Gated().eval(), torch.randn(3, 10), torch.randn(500, 10)
+    lost = []
+    for settings in ({"restore": "prune"}, {}):
+        result = lbyl.compress(net, x, ratio=0.3, scope="inner", forecast=False, **settings)
+        with torch.no_grad():
+            lost.append(float((result.model(fresh) - net(fresh)).norm()))
+    assert lost[1] < lost[0]
+    assert any("one kind of held-out probes" in note for note in result.report.notes)
+
+
 class Normed(nn.Module):
     """Has group norms; one that is picky runs on ones only."""
 

@@ -526,7 +526,7 @@ def test_computed_weights_become_plain_ones(how: str, tmp_path) -> None:
     result = cut(model, x)
     assert widths(result) == {"0": (8, 4), "2": (8, 4)}
     assert type(result.model[2]) is nn.Conv2d  # pyright: ignore
-    assert any("plain layers" in note for note in result.report.notes)
+    assert any("is a plain layer now" in note for note in result.report.notes)
     assert set(model.state_dict()) == names  # the user's own stays what it was
     result.save(tmp_path / "out")
     assert torch.equal(lbyl.load(tmp_path / "out", make())(x), result.model(x))

@@ -42,9 +42,15 @@ class Net(nn.Module):
         return self.call(self, x)
 
 
-def on(call: Callable[[Tensor], Tensor], *tail: nn.Module) -> nn.Module:
+def on(call: Callable[[Tensor], Tensor], *tail: nn.Module, width: int = 12) -> nn.Module:
     """A function between two convolutions of image channels."""
-    return S(C(3, 12, 3, 1, 1), Net(lambda n, x: call(x)), *(tail or (C(12, 8, 1), nn.ReLU(), C(8, 4, 1))))
+    return S(C(3, width, 3, 1, 1), Net(lambda n, x: call(x)), *(tail or (C(width, 8, 1), nn.ReLU(), C(8, 4, 1))))
+
+
+def written(empty: Tensor, x: Tensor) -> Tensor:
+    """One value after half of it is written into another."""
+    empty[:, :, :4] = x[:, :, :4]
+    return empty
 
 
 def shuffled(groups: int) -> Callable[[Tensor], Tensor]:
@@ -552,6 +558,14 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     ),
     "channel shuffle": lambda: on(shuffled(3)),
     "channel shuffle by its name": lambda: between(nn.ChannelShuffle(2)),
+    "channel shuffle of more groups than places": lambda: on(lambda x: F.channel_shuffle(x, 6)),
+    "channel shuffle of as many groups as places": lambda: on(shuffled(4), width=16),
+    "channel shuffle with a size left open": lambda: on(
+        lambda x: x.view(len(x), 6, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+    ),
+    "swapped": lambda: on(lambda x: x.swapdims(2, 3).rot90(1, (2, 3)).moveaxis(3, 2).sinc()),
+    "stacked side by side": lambda: S(C(3, 6, 3), Net(lambda n, x: torch.hstack([x, x.relu()])), C(12, 4, 1)),
+    "written into new zeros": lambda: on(lambda x: written(x.new_zeros(x.shape), x)),
     "shuffled groups": lambda: S(
         C(3, 12, 1),
         nn.ReLU(),
@@ -1173,6 +1187,11 @@ REASONS: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     ),
     "random numbers": (
         S(L(6, 8), Net(lambda n, x: x + torch.randn_like(x)), L(8, 3)),
+        ROW,
+        "random numbers are drawn for them in '0.1'",
+    ),
+    "dropout in any mode": (
+        S(L(6, 8), Net(lambda n, x: F.dropout(x, 0.2)), L(8, 3)),
         ROW,
         "random numbers are drawn for them in '0.1'",
     ),

@@ -80,6 +80,18 @@ class AverageRecord:
     reduction: Reduction | None = None
 
 
+@dataclass(frozen=True)
+class ShapeRecord:
+    """A shape that the model's code may spell out, the module whose code that is, and a dimension that it leaves open.
+
+    ``free`` is None if it leaves none open.
+    """
+
+    shadow: Tensor
+    module: str
+    free: int | None
+
+
 @dataclass
 class Builder:
     """Everything that the rules find out in one pass over the traced program."""
@@ -109,7 +121,7 @@ class Builder:
     """Channels that are split into a number of blocks of equal size."""
     fixed: list[tuple[Tensor, tuple[int, ...], Tensor, str]] = field(default_factory=list)
     """Shadows, dimensions of them that must keep their size, the channels that stay for it, and why."""
-    shapes: list[tuple[Tensor, str]] = field(default_factory=list)
+    shapes: list[ShapeRecord] = field(default_factory=list)
     """Shadows of values whose shape the model's code may spell out, and the module of that code."""
     computed: list[str] = field(default_factory=list)
     """Layers whose weight the model computes."""
@@ -324,11 +336,14 @@ class Builder:
         rank, stay = shadow.dim(), compact(shadow if part is None else part)
         self.fixed.append((compact(shadow), tuple(d % rank for d in dims), stay, reason))
 
-    def shaped(self, shadow: Tensor, node: fx.Node) -> None:
-        """Record a shape that the model's code may spell out. As with `fix`, it is decided at the end what follows."""
+    def shaped(self, shadow: Tensor, node: fx.Node, free: int | None = None) -> None:
+        """Record a shape that the model's code may spell out. As with `fix`, it is decided at the end what follows.
+
+        ``free`` is the dimension that the code leaves open.
+        """
         shadow = compact(shadow)
         if any(varies(shadow, d) for d in range(shadow.dim())):
-            self.shapes.append((shadow, layer_name(node)))
+            self.shapes.append(ShapeRecord(shadow, layer_name(node), free))
 
     def join(self, shadow: Tensor, dims: Iterable[int], why: str = "") -> Tensor:
         """Merge all channels along these dimensions into one, and return a shadow that is constant along them.

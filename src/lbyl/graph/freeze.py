@@ -264,17 +264,20 @@ def _fixed(builder: Builder) -> Iterator[tuple[Tensor, str]]:
 def _fill_rectangles(builder: Builder) -> None:
     """Merge channels that a view arranges in rows and columns, as a channel shuffle does, so that cuts leave no gaps.
 
-    The longest axis stays free, and the channels along the others, which have one place on it, are cut together.
+    One axis stays free, and the channels along the others, which have one place on it, are cut together. It is the axis
+    that the code leaves open; or else the longest, and of equal ones the last, because groups come before what is in
+    them.
     """
     changed = True
     while changed:
         changed = False
-        for shadow, _ in builder.shapes:
-            final = _cuttable(builder, shadow)
+        for shape in builder.shapes:
+            final = _cuttable(builder, shape.shadow)
             moving = _moving(final)
             if len(moving) < 2 or not bool(builder.ids.issued(small(final)).any()):
                 continue
-            free = max(moving, key=lambda dim: final.shape[dim])
+            longest = max(moving, key=lambda dim: (final.shape[dim], dim))
+            free = shape.free if shape.free in moving else longest
             builder.join(final, [dim for dim in moving if dim != free])
             changed |= not torch.equal(builder.ids.find(final), final)
 
@@ -283,7 +286,8 @@ def _shapes(builder: Builder, channels: _Channels) -> tuple[tuple[Size, ...], li
     """Sizes that the model's code may spell out; and ids that no longer fill a rectangular shape once some are cut."""
     sizes: dict[Size, None] = {}
     broken = []
-    for shadow, module in builder.shapes:
+    for shape in builder.shapes:
+        shadow, module = shape.shadow, shape.module
         if builder.pairs.among(shadow):
             continue  # a size of pairs is no multiple of a number of channels; verification finds code that gives one
         final = _cuttable(builder, shadow)

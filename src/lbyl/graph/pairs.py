@@ -20,7 +20,8 @@ _MOST = 2**20
 
 _MOVES = (
     "view", "reshape", "_unsafe_view", "flatten", "view_as", "reshape_as", "permute", "transpose", "t", "unsqueeze",
-    "squeeze", "mT", "swapaxes", "alias", "clone", "contiguous", "detach", "dropout", "to", "_to_copy", "type_as",
+    "squeeze", "mT", "swapaxes", "swapdims", "alias", "clone", "contiguous", "detach", "dropout", "to", "_to_copy",
+    "type_as",
 )  # fmt: skip
 _ALONE = (
     "relu", "relu6", "hardtanh", "leaky_relu", "elu", "gelu", "silu", "sigmoid", "tanh", "clamp", "clamp_min", "abs",

@@ -12,7 +12,8 @@ from lbyl.graph.union_find import compact, small
 from lbyl.runtime.reductions import aten_name
 
 _VIEWS = (
-    *("slice", "narrow", "select", "view", "unflatten", "transpose", "permute", "movedim", "swapaxes", "t", "mT"),
+    *("slice", "narrow", "select", "view", "unflatten", "transpose", "permute", "movedim", "moveaxis", "swapaxes"),
+    *("swapdims", "t", "mT"),
     *("unsqueeze", "squeeze", "alias", "detach", "expand_as"),
 )
 _LARGEST = 2**24

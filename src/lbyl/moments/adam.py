@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lbyl.errors import RestorationError
+
 _MEAN, _SQUARE, _TINY = 0.9, 0.999, 1e-8
 
 
@@ -22,6 +24,19 @@ class Adam:
         zeros = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t, _ in tensors]
         self._moved = [(t.requires_grad_(True), lr, z, z.clone()) for (t, lr), z in zip(tensors, zeros, strict=True)]
         self._steps = 0
+
+    def descend(self, loss: Tensor, share: float = 1.0) -> None:
+        """Make one step that lowers a loss, with the learning rates times ``share``.
+
+        Raises:
+            RestorationError: the loss does not depend on the inputs.
+        """
+        if not loss.requires_grad:
+            raise RestorationError(
+                "nothing can be dreamed: no gradient reaches the network's inputs, as if its code turned gradients off"
+            )
+        loss.backward()
+        self.step(share)
 
     @torch.no_grad()
     def step(self, share: float = 1.0) -> None:

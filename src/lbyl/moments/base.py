@@ -53,6 +53,8 @@ class Probes:
             the probes.
         holds_out: False if there were too few inputs, so that ``held_out`` is used for solving as well.
         beyond: more batches for sums over the inputs of consumers; None for none.
+        kinds: how many of the held-out inputs are of each kind, in their order, if there are several that are unlike
+            real inputs in different ways. Restoration that hurts on one of them is not trusted.
     """
 
     batches: tuple[ExampleInputs, ...]
@@ -65,6 +67,7 @@ class Probes:
     statistics: LayerStatistics = field(default_factory=dict)
     holds_out: bool = True
     beyond: Beyond | None = None
+    kinds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if any(batch is self.held_out for batch in self.batches):

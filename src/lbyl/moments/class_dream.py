@@ -74,7 +74,8 @@ class ClassDream:
             return [self._moved(model, first, inputs, classes, generator, progress), *rest]
 
         batches = [part for each in started.batches for part in dreamed(each)]
-        return replace(started, batches=tuple(batches), held_out=join(dreamed(started.held_out)))
+        held_out = dreamed(started.held_out)
+        return replace(started, batches=tuple(batches), held_out=join(held_out), kinds=tuple(map(batch_size, held_out)))
 
     def _moved(
         self,
@@ -141,7 +142,7 @@ def dream_classes(
             early when all inputs reach the highest one. If empty, there is one batch, taken after all steps.
     """
     scores = scores or class_scores
-    most = max(FEWEST, held_at_once(memory, saved_bytes(model, inputs) // batch_size(inputs)))
+    most = max(FEWEST, held_at_once(memory, saved_bytes(model, inputs)))
     parts = split(start, alike(batch_size(start), most, FEWEST))
     scales = input_scales(model, inputs)
     moved: list[list[ExampleInputs]] = [[] for _ in sureness or (1.0,)]
@@ -161,8 +162,7 @@ def dream_classes(
                 losses = losses.reshape(len(answers), -1).mean(1)
                 if shots and all([shot.take(batch, losses) for shot in shots]):
                     break
-                losses.mean().backward()
-                optimizer.step()
+                optimizer.descend(losses.mean())
                 scales.clamp_(batch.tensors())
                 if progress:
                     progress("dreaming", number * steps + step + 1, steps * len(parts))

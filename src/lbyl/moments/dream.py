@@ -221,8 +221,7 @@ class Dream:
                 run_intercepted(model, batch, on_norm=on_norm, batch_statistics=batch_statistics)
                 if not terms:
                     raise InputError("Dream: no batch norm with running statistics; use lbyl.Photographs or lbyl.Noise")
-                torch.stack(terms).sum().backward()
-                optimizer.step((1 + math.cos(math.pi * step / steps)) / 2)
+                optimizer.descend(torch.stack(terms).sum(), (1 + math.cos(math.pi * step / steps)) / 2)
                 scales.clamp_(batch.tensors())
                 report(step + 1)
         return batch.map(lambda t: t.detach())

@@ -151,7 +151,8 @@ _ADVICE = ". restore='lbyl' only needs the weights"
 def _named(restorer: Restorer) -> tuple[str, str]:
     """The name of a restorer, and that of its source of moments ("" for none)."""
     moments = getattr(restorer.settings, "moments", None)
-    return type(restorer.settings).__name__, "" if moments is None else type(moments).__name__
+    undreamed = "(steps=0)" if getattr(moments, "steps", None) == 0 else ""
+    return type(restorer.settings).__name__, "" if moments is None else f"{type(moments).__name__}{undreamed}"
 
 
 def first_that_restores(

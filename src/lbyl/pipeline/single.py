@@ -227,9 +227,11 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
     selection, own = planned.selection, restoration.seconds
     kept = norm_masks(selection)
     norms = sum(isinstance(key, str) for key in kept)
-    statistics = f"{norms} layer norms take their statistics over the kept channels" if norms else ""
+    which = "a layer norm takes its" if norms == 1 else f"{norms} layer norms take their"
+    statistics = f"{which} statistics over the kept channels" if norms else ""
     others = len(kept) - norms
-    taken = f"{others} statistics in the model's own code are taken over the kept channels" if others else ""
+    which = "a statistic in the model's own code is" if others == 1 else f"{others} statistics in the model's own code are"
+    taken = f"{which} taken over the kept channels" if others else ""
     pairs = zip(selection.choices, restoration.groups, strict=True)
     return Report(
         rows=tuple(_row(choice.group.width, len(choice.keep), restored) for choice, restored in pairs),

@@ -72,28 +72,28 @@ def choose_restorer(model: nn.Module, inputs: ExampleInputs, effort: str = DEFAU
     with undisturbed(model):
         restorer, why = _best(model, inputs)
         if effort == LOW:
-            restorer, what = _quick(restorer, inputs), "low effort: fewer probes, nothing dreamed, one pass"
-        elif effort == HIGH:
-            restorer, what = _thorough(restorer, model, inputs), "high effort: more probes and steps"
-        else:
-            return restorer, why
-    return restorer, f"{why}; {what}"
+            return _quick(restorer, inputs, why)
+        if effort == HIGH:
+            return _thorough(restorer, model, inputs), f"{why}; high effort: more probes and steps"
+    return restorer, why
 
 
-def _quick(restorer: LeastSquares, inputs: ExampleInputs) -> LeastSquares:
+def _quick(restorer: LeastSquares, inputs: ExampleInputs, why: str) -> tuple[LeastSquares, str]:
     """The same for a few seconds: few probes, none of which is dreamed, and consumers solved all at once."""
     source = restorer.moments
-    if isinstance(source, Dream):
-        source = Photographs(images=64) if takes_photographs(inputs) else replace(source, images=64, steps=0)
+    if isinstance(source, Dream) and takes_photographs(inputs):
+        source, why = Photographs(images=64), "auto: lbyl's own photographs, and nothing dreamed"
+    elif isinstance(source, Dream):
+        source, why = replace(source, images=64, steps=0), "auto: noise and scenes, and nothing dreamed"
     elif isinstance(source, Photographs):
         source = replace(source, images=64)
     elif isinstance(source, ClassDream):
-        source = Noise(images=256)
+        source, why = Noise(images=256), "auto: noise, and nothing dreamed"
     elif isinstance(source, Generated):
         source = replace(source, sequences=16)
     elif isinstance(source, Sentences):
         source = replace(source, sequences=64)
-    return replace(restorer, moments=source, sequential=False)
+    return replace(restorer, moments=source, sequential=False), f"{why}; low effort: fewer probes, one pass"
 
 
 def _thorough(restorer: LeastSquares, model: nn.Module, inputs: ExampleInputs) -> LeastSquares:

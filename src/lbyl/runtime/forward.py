@@ -117,8 +117,8 @@ def run_intercepted(
 # Positions of the input and of the weight, stored input first, among the arguments of a matrix product.
 _PRODUCTS: dict[Any, tuple[int, int]] = {torch.addmm: (1, 2), **dict.fromkeys(PRODUCTS, (0, 1))}
 _TURNS = (
-    *(torch.Tensor.t, torch.Tensor.transpose, torch.Tensor.permute, torch.Tensor.swapaxes),
-    *(torch.t, torch.transpose, torch.permute, torch.swapaxes),
+    *(torch.Tensor.t, torch.Tensor.transpose, torch.Tensor.permute, torch.Tensor.swapaxes, torch.Tensor.swapdims),
+    *(torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.swapdims),
     *(torch.Tensor.T.__get__, torch.Tensor.mT.__get__),  # pyright: ignore
 )
 CONVOLUTIONS: dict[Any, int] = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}

@@ -11,15 +11,13 @@ from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.rules import rule
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 
+DRAWN = "random numbers are drawn for them"
+"""Why channels can't be cut: fewer random numbers are other ones."""
 _SILENT = (
     "alias",
     "clone",
     "contiguous",
     "detach",
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
-    "feature_alpha_dropout",
     "to",
     "type_as",
     "lift_fresh_copy",
@@ -28,7 +26,16 @@ _SILENT = (
 
 @rule(*_SILENT, "_to_copy", "identity")
 def unchanged(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Operations that return their first argument in evaluation mode."""
+    """Operations that return their first argument."""
+    return args[0]
+
+
+@rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+def dropout(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dropout, which returns its first argument in evaluation mode, unless the code drops values in any mode."""
+    x = builder.shadow(args[0])
+    if x is not None and len(args) > 2 and args[1] and args[2]:
+        builder.pin(x, f"{DRAWN} in {layer_name(node)!r}")
     return args[0]
 
 
@@ -40,6 +47,7 @@ def unchanged(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     "isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "tril", "triu", "rrelu", "clip", "absolute", "negative",
     "positive", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "logit", "trunc",
     "frac", "sgn", "log2", "log10", "real", "imag", "angle", "conj", "conj_physical", "resolve_conj", "resolve_neg",
+    "sinc",
 )  # fmt: skip
 def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """y = f(x), element by element. Bounds, as of a clamp, may be tensors."""

@@ -41,7 +41,7 @@ def is_turned_weight(node: fx.Node) -> bool:
     return (
         len(before) == 2
         and tuple(before[::-1]) == output_shape(node)
-        and aten_name(node.target) in ("t", "numpy_T", "mT", "transpose", "permute", "swapaxes")
+        and aten_name(node.target) in ("t", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims")
         and all(place and len(user.args) > place and user.args[place] is node for user, place in readers)
         and all(sum(argument is node for argument in user.args) == 1 for user, _ in readers)
     )

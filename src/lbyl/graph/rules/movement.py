@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.rules import rule
-from lbyl.graph.rules.elementwise import merge
+from lbyl.graph.rules.elementwise import DRAWN, merge
 from lbyl.graph.rules.experts import is_stacked_weight
 from lbyl.graph.rules.mixing import is_turned_weight
 from lbyl.graph.union_find import NOBODY, compact, small, varies
@@ -19,8 +19,8 @@ from lbyl.runtime.reductions import aten_name
 
 
 @rule(
-    "permute", "transpose", "t", "unsqueeze", "squeeze", "flip", "movedim", "swapaxes", "roll", "numpy_T", "mT",
-    "broadcast_to", "pixel_unshuffle", "repeat_interleave",
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "flip", "movedim", "moveaxis", "swapaxes", "swapdims", "roll",
+    "numpy_T", "mT", "rot90", "broadcast_to", "pixel_unshuffle", "repeat_interleave",
 )  # fmt: skip
 def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the operation itself to the shadow."""
@@ -47,9 +47,16 @@ def reshape(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     result = compact(x.reshape(output_shape(node)))
     if "channel_shuffle" in str(node.target):
         result = compact(torch.channel_shuffle(x, args[1]))
-        builder.shaped(x.reshape(x.shape[0], args[1], -1, *x.shape[2:]), node)
-    builder.shaped(result, node)
+        builder.shaped(x.reshape(x.shape[0], args[1], -1, *x.shape[2:]), node, free=2)
+    builder.shaped(result, node, _left_open(node, args))
     return result
+
+
+def _left_open(node: fx.Node, args: tuple[Any, ...]) -> int | None:
+    """The dimension of a view whose size the code leaves open; None if it spells out all of them."""
+    name = aten_name(node.target)
+    first, sizes = (args[1], args[2]) if name == "unflatten" else (0, args[1] if len(args) > 1 else None)
+    return first + list(sizes).index(-1) if isinstance(sizes, list | tuple) and -1 in sizes else None
 
 
 @rule("copy")
@@ -204,7 +211,7 @@ def cat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
     if len(shadows) < len(args[0]):
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    if "stack" in str(node.target):
+    if aten_name(node.target) == "stack":
         dim %= shadows[0].dim() + 1
         shadows = [shadow.unsqueeze(dim) for shadow in shadows]
     shadows = [compact(builder.ids.find(shadow)) for shadow in shadows if shadow.shape != (0,)]
@@ -213,9 +220,18 @@ def cat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
     if any(varies(shadow, d) for shadow in shadows for d in range(shadow.dim()) if d != dim):
         shadows = _aligned(builder, shadows, dim, layer_name(node))
     result = compact(torch.cat(shadows, dim))
-    if "stack" in str(node.target):
+    if aten_name(node.target) == "stack":
         builder.shaped(result, node)
     return result
+
+
+@rule("hstack", "vstack", "dstack", "column_stack", "row_stack")
+def cat_by_name(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Concatenations along a fixed axis of values that have it."""
+    dim = {"hstack": 1, "column_stack": 1, "dstack": 2}.get(aten_name(node.target), 0)
+    if any(len(output_shape(item)) <= max(dim, 1) for item in node.all_input_nodes):
+        return builder.barrier(node, args, f"{node.target} of values with few dimensions in {layer_name(node)!r}")
+    return cat(builder, node, (args[0], dim), {})
 
 
 def _aligned(builder: Builder, shadows: list[Tensor], dim: int, layer: str) -> list[Tensor]:
@@ -322,11 +338,22 @@ def like(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     """A new value of the shape of another one, also after that one is cut. Fewer random numbers are other ones."""
     x = builder.shadow(args[0])
     if x is not None and "rand" in str(node.target):
-        builder.pin(x, f"random numbers are drawn for them in {layer_name(node)!r}")
+        builder.pin(x, f"{DRAWN} in {layer_name(node)!r}")
     return constant(builder, node, args, kwargs) if x is None else x
 
 
-@rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "arange", "empty", "rand", "randn")
+@rule("new_zeros", "new_ones", "new_full", "new_empty")
+def new(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A new value. Where parts of it are written later, code usually takes its shape from the value that has the same.
+
+    Others are filled with values of their own width, such as sums over the neighbors in a graph.
+    """
+    x = builder.shadow(args[0])
+    same = x is not None and x.shape == output_shape(node) and any(is_written(user) for user in node.users)
+    return x if same else constant(builder, node, args, kwargs)
+
+
+@rule("zeros", "ones", "full", "arange", "empty", "rand", "randn")
 def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A value made from a shape alone."""
     return torch.full((), NOBODY, dtype=torch.int64).expand(output_shape(node))

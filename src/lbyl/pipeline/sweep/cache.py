@@ -57,6 +57,7 @@ class _ProbesNote:
     judged_in: tuple[int, ...] = ()
     statistics: tuple[str, ...] = ()
     holds_out: bool = True
+    kinds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class FolderCache:
             "matched": made.matches_training_statistics,
             "judged_in": made.evaluation_batches,
             "holds_out": made.holds_out,
+            "kinds": made.kinds,
             # The memory format is stored, because it changes the last digits of convolutions.
             "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
         }
@@ -300,6 +302,7 @@ class FolderCache:
                     for number, layer in enumerate(note.statistics)
                 },
                 note.holds_out,
+                kinds=note.kinds,
             )
 
     def _same(self, made: Probes) -> Probes:

@@ -98,9 +98,9 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
             found, judge, before = _compared(problem, probes, _known(task, probes, settings), findings, first, seconds)
         else:
             found, judge, before = first.found(problem, probes), first.judge, first.before
-        if found.error > before:
-            # With too few probes for large layers, solutions do not generalize.
-            found = _less(found, _pruned(problem, state), state, before, judge)
+        judges = judge.by_kind(probes.kinds)
+        if len(judges) > 1 or found.error > before:
+            found = _trusted(found, _pruned(problem, state), state, judges, judge)
     real = isinstance(settings.moments, Data)
     return restoration(found, Assessment(before, found.error, probes.holds_out, real))
 
@@ -391,15 +391,27 @@ def _between(
     return {name: torch.lerp(of(first, name), of(second, name), share) for name in {**first, **second}}
 
 
-def _less(found: _Found, pruned: Mapping[str, Tensor], state: State, before: float, judge: Judge) -> _Found:
-    """A partial restoration, between plain pruning and one that raised the held-out error; or plain pruning."""
+def _trusted(
+    found: _Found, pruned: Mapping[str, Tensor], state: State, judges: Sequence[Judge], judge: Judge
+) -> _Found:
+    """A restoration that raises the held-out error of no judge: all of it, a part of it, or plain pruning.
+
+    With too few probes for large layers, solutions do not generalize. Where there are several kinds of probes, each has
+    a judge; ``judge`` sees all of them.
+    """
+    before = [each(pruned) for each in judges]
+    after = [found.error] if len(judges) == 1 else [each(found.values) for each in judges]
+    worse = max(range(len(judges)), key=lambda number: after[number] - before[number])
+    if after[worse] <= before[worse]:
+        return found
+    where = judges[worse].where
     for share in (0.5, 0.25):
         part = _between(state, pruned, found.values, share)
-        if (error := judge(part)) <= before:
-            note = f"only {share:.0%} of the restoration kept, because all of it raised the error on {judge.where}"
-            return replace(found, values=part, error=error, notes=found.plus(note))
-    note = f"restoration left out: error on {judge.where} {before:.3g} without, {found.error:.3g} with it"
-    return replace(found, values=dict(pruned), error=before, notes=found.plus(f"{note}; use more probes"))
+        if all(each(part) <= least for each, least in zip(judges, before, strict=True)):
+            note = f"only {share:.0%} of the restoration kept, because all of it raised the error on {where}"
+            return replace(found, values=part, error=judge(part), notes=found.plus(note))
+    note = f"restoration left out: error on {where} {before[worse]:.3g} without, {after[worse]:.3g} with it"
+    return replace(found, values=dict(pruned), error=judge(pruned), notes=found.plus(f"{note}; use more probes"))
 
 
 def _measured(

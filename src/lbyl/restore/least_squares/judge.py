@@ -11,7 +11,7 @@ from lbyl.moments import Probes
 from lbyl.restore.least_squares.recalibrate import Look, Statistics, averaged, transplant
 from lbyl.restore.least_squares.solve import LeastSquaresProblem
 from lbyl.runtime.attended import at_attended, attended_positions
-from lbyl.runtime.batches import in_parts
+from lbyl.runtime.batches import in_parts, join, split
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
@@ -50,6 +50,14 @@ class Judge:
         where = "held-out probes" if probes.holds_out else "what was solved on"
         judge = Judge(model, state, parts, norm_masks(problem.selection), world, [], where)
         return replace(judge, expected=list(judge.outputs({})))
+
+    def by_kind(self, kinds: Sequence[int]) -> tuple[Judge, ...]:
+        """A judge for each kind of held-out probes, of which there are so many; this one if there is one kind."""
+        if len(kinds) < 2:
+            return (self,)
+        parts = split(join(self.held_out), kinds)
+        judges = [replace(self, held_out=(part,), where="one kind of held-out probes") for part in parts]
+        return tuple(replace(judge, expected=list(judge.outputs({}))) for judge in judges)
 
     def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> Iterator[list[Tensor]]:
         """The network's outputs for all held-out probes, part by part."""
