@@ -37,7 +37,7 @@ from lbyl.pipeline.depth.drop import shallower
 from lbyl.pipeline.depth.ground import DepthGround, ground_for_depth
 from lbyl.pipeline.prepare import prepare
 from lbyl.pipeline.request import CompressionRequest
-from lbyl.pipeline.together import Way, attempt
+from lbyl.pipeline.together import Way, attempt, weighed
 from lbyl.restore.registry import choose_restorer
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import module_hooks
@@ -344,7 +344,11 @@ def tables(cells: Sequence[dict[str, Any]]) -> list[Table]:
                 (c["blocks"] for m in ("Restored", "Plain") if (c := found.get((m, share), {})).get("blocks")), None
             )
             effects = {way: found.get((m, share), {}).get("effect") for m, way in WAYS.items()}
-            known = {way: effect for way, effect in effects.items() if effect is not None}
+            known = {
+                way: weighed(effect, way != "width", network == "smollm2")
+                for way, effect in effects.items()
+                if effect is not None
+            }
             best = min(known, key=lambda way: known[way]) if len(known) == len(WAYS) else None
             rows.append([f"{share:.0%}", blocks, found["Unpruned", 0.0][measure], *values, best])
         columns = ["removed", "blocks", "unpruned", *METHODS, "chosen"]
@@ -363,8 +367,9 @@ _NOTE = (
     "Removed is the share of the multiply-accumulates, and for SmolLM2 of the decoder layers' parameters. Plain: the "
     "blocks that lbyl chooses are dropped. Restored: what they did is left to the layer before them. ShortGPT: the "
     "blocks of the least influence are dropped plainly. ReplaceMe: its choice of one run of blocks, restored as ours "
-    "are. Width: narrower layers alone. Both: half of the blocks, and narrower layers. Chosen is what "
-    "changes held-out probes least of Restored, Width and Both; lbyl.Budget(depth=True) tries a run of blocks as well. "
+    "are. Width: narrower layers alone. Both: half of the blocks, and narrower layers. Chosen is what lbyl keeps of "
+    "Restored, Width and Both: what changes held-out probes least, but where the model wrote the probes itself, blocks "
+    "are only dropped if they change them clearly less. lbyl.Budget(depth=True) tries a run of blocks as well. "
     "Tokens a second are beside those of the unpruned model, measured in turns on a CPU."
 )
 

@@ -29,6 +29,7 @@ from lbyl.graph.writers import find_writer
 from lbyl.io.artifact import MANIFEST
 from lbyl.moments.accumulate import Moments
 from lbyl.moments.stream import add_weighted
+from lbyl.pipeline.together import Attempt, Way, best_of
 from lbyl.restore.depth.effect import Effect, divergence
 from lbyl.restore.depth.fit import RunProblem, restore_runs
 from lbyl.restore.depth.solve import folded, solve_stream
@@ -317,6 +318,24 @@ def test_depth_with_width_is_never_worse_than_the_better_of_both() -> None:
     assert after <= 0.7 * before
     assert after == sum(p.numel() for p in result.model.parameters())
     assert before == sum(p.numel() for p in build("llama").parameters())
+
+
+@pytest.mark.parametrize(
+    ("effects", "own_text", "kept"),
+    [
+        ((0.38, 0.43, 0.41), True, 2),
+        ((0.38, 0.43, 0.41), False, 0),
+        ((0.30, 0.43, 0.41), True, 0),
+        ((0.45, 0.43, 0.41), True, 2),
+    ],
+)
+def test_own_text_has_to_praise_dropped_blocks_clearly(effects: tuple[float, ...], own_text: bool, kept: int) -> None:
+    result: Any = None
+    dropped = ("a", "b"), ("a",), ()
+    attempts = [Attempt(Way(Chosen(names)), True, result, e) for names, e in zip(dropped, effects, strict=True)]
+    best, why = best_of(attempts, own_text)
+    assert best is attempts[kept]
+    assert bool(why) == (best.effect > min(effects))
 
 
 def test_a_network_that_lost_blocks_can_be_compressed_again(tmp_path: Path) -> None:

@@ -230,7 +230,9 @@ def _report(subject: Subject, planned: _Planned, restoration: Restoration, done:
     which = "a layer norm takes its" if norms == 1 else f"{norms} layer norms take their"
     statistics = f"{which} statistics over the kept channels" if norms else ""
     others = len(kept) - norms
-    which = "a statistic in the model's own code is" if others == 1 else f"{others} statistics in the model's own code are"
+    which = (
+        "a statistic in the model's own code is" if others == 1 else f"{others} statistics in the model's own code are"
+    )
     taken = f"{which} taken over the kept channels" if others else ""
     pairs = zip(selection.choices, restoration.groups, strict=True)
     return Report(

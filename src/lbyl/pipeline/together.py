@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lbyl.budget.latency import told_latency
 from lbyl.errors import LbylError
+from lbyl.moments import Generated
 from lbyl.pipeline.depth.drop import depth_result, shallower
 from lbyl.pipeline.depth.ground import DepthGround, ground_for_depth
 from lbyl.pipeline.experts import ExpertGround, experts_after, without_experts
@@ -57,8 +59,36 @@ class Attempt:
         return f"{self.effect:.3g} without {_gone(self.way, self.experts)}" + " and with narrower layers" * self.cut
 
 
+_DOUBT = 0.75
+"""A model's own text praises dropped blocks too much (docs/research.md). There they have to change outputs by no more
+than this share of what others change."""
+
+
+def weighed(effect: float, blocks: int, own_text: bool) -> float:
+    """An effect by which attempts are compared: larger if blocks are dropped and the probes are the model's own text.
+
+    Args:
+        effect: the effect on held-out probes.
+        blocks: how many blocks are dropped.
+        own_text: whether the model wrote the probes itself.
+    """
+    return effect / _DOUBT if own_text and blocks else effect
+
+
+def best_of(attempts: Sequence[Attempt], own_text: bool) -> tuple[Attempt, str]:
+    """The attempt to keep, and a note if it is not the one of the least effect ("" if it is)."""
+    best = min(attempts, key=lambda each: weighed(each.effect, len(each.way.blocks.blocks), own_text))
+    least = min(attempts, key=lambda each: each.effect)
+    if best.effect == least.effect:
+        return best, ""
+    kept = f"{_gone(best.way, best.experts)}{' and with narrower layers' * best.cut}"
+    return best, f"kept: without {kept}, because a model's own text praises dropped blocks too much"
+
+
 def compress_together(prepared: Prepared, request: CompressionRequest, clock: Clock) -> Result:
     """Meet a budget by dropping blocks or experts, by cutting channels, or by several, whichever changes outputs least.
+
+    Text that a model writes itself praises dropped blocks too much; there they have to be clearly better.
 
     Blocks are chosen until they meet the budget alone, one by one and as one run. Then the run is dropped, all of the
     single ones, half of them, and none; channels are cut for what is left of the budget. If experts may go as well,
@@ -89,8 +119,9 @@ def compress_together(prepared: Prepared, request: CompressionRequest, clock: Cl
             refused.append((way, made))
     if not attempts:
         raise refused[0][1]
-    best = min(attempts, key=lambda each: each.effect)
-    notes = _told(ground, attempts, refused)
+    own_text = isinstance(getattr(ground.restorer.settings, "moments", None), Generated)
+    best, why = best_of(attempts, own_text)
+    notes = [*_told(ground, attempts, refused), *([why] if why else [])]
     share, told = ground.budget.latency, best.result.report.notes
     if share is not None and not any(note.startswith("latency:") for note in told):
         found = bench(best.result.model, ground.prepared.inputs, against=ground.model, runtime=ground.budget.runtime)

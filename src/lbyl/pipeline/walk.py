@@ -51,7 +51,9 @@ def _walked(prepared: Prepared, request: CompressionRequest, clock: Clock, groun
         return result
     note = f"{folds[0].module!r}, which computed its weight on the fly, is a plain layer now"
     if len(folds) > 1:
-        note = f"{len(folds)} layers that computed their weight on the fly ({folds[0].module}, ...) are plain layers now"
+        note = (
+            f"{len(folds)} layers that computed their weight on the fly ({folds[0].module}, ...) are plain layers now"
+        )
     return Result(
         result.model,
         replace(result.plan, folds=folds, architecture=architecture_of(model)),

@@ -34,7 +34,8 @@ def unchanged(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
 def dropout(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dropout, which returns its first argument in evaluation mode, unless the code drops values in any mode."""
     x = builder.shadow(args[0])
-    if x is not None and len(args) > 2 and args[1] and args[2]:
+    share_and_mode = args[1:3]
+    if x is not None and len(share_and_mode) == 2 and all(share_and_mode):
         builder.pin(x, f"{DRAWN} in {layer_name(node)!r}")
     return args[0]
 
