@@ -96,7 +96,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], within: float) 
 def test_the_same_as_in_memory(
     kind: str, dtype: torch.dtype, more: dict[str, Any], within: float, tmp_path: Path
 ) -> None:
-    write(tmp_path / "whole", kind, dtype, **more)
+    write(tmp_path / "whole", kind, dtype, num_hidden_layers=2, **more)
     # Whether layers with a bias are recalibrated is judged layer by layer, and may be judged otherwise as a whole.
     restorer = lbyl.LeastSquares(renorm=False, sequential=False)
     expected = in_memory(tmp_path / "whole", restorer, ratio=0.25)
