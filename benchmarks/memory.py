@@ -34,6 +34,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 VOCABULARY, SMALL = 128_256, 256
 RATIO = 0.25
+NEURONS = {"*.mlp.*": RATIO}
 IN_MEMORY = "-in-memory"
 
 
@@ -68,14 +69,13 @@ def write(folder: Path, size: str, layers: int | None, vocabulary: int) -> None:
 
 
 def compress_in_memory(folder: Path, batches: list[dict[str, Any]]) -> lbyl.Report:
-    """Compress a model that is in memory as a whole, with the settings of :func:`measure`."""
+    """Compress a model that is in memory as a whole."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     restore = lbyl.LeastSquares(moments=lbyl.Data(batches, len(batches)))
     first = {name: rows[:1] for name, rows in batches[0].items()}
-    settings: dict[str, Any] = {"criterion": "energy", "restore": restore, "forecast": False}
-    return lbyl.compress(model, first, ratio={"*.mlp.*": RATIO}, **settings).report
+    return lbyl.compress(model, first, ratio=NEURONS, restore=restore, forecast=False).report
 
 
 def measure(folder: Path, target: Path | None, sequences: int, length: int, vocabulary: int) -> dict[str, Any]:
@@ -96,9 +96,8 @@ def measure(folder: Path, target: Path | None, sequences: int, length: int, voca
     if target is None:
         report = compress_in_memory(folder, batches)
     else:
-        ratio = {"*.mlp.*": RATIO}
         told = lambda *words: print(*words, flush=True)  # noqa: E731
-        report = lbyl.compress_folder(folder, target, ratio=ratio, data=batches, progress=told).report
+        report = lbyl.compress_folder(folder, target, ratio=NEURONS, data=batches, progress=told).report
     return {
         "peak_mib": peak.mebibytes(),
         "seconds": round(time.perf_counter() - started, 1),  # of the last run only, if others were stopped before
@@ -166,12 +165,12 @@ def main(
             width = SIZES[size]["hidden_size"] * 2 / 2**20
             found["model_mib"] = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 2**20
             found |= {"embedding_mib": vocabulary * width, "streams_mib": sequences * length * width}
-            run.measurements = [cell for cell in run.measurements if cell["network"] != name]
             run.measurements.append({"network": name, "lbyl": version("lbyl"), **found})
             run.pieced = len(run.measurements) > 1
             run.save(tabulate)
-            for used in (source, where / f"{name}-cut"):
-                shutil.rmtree(used, ignore_errors=True)
+            shutil.rmtree(source)
+            if way == "folder":
+                shutil.rmtree(where / f"{name}-cut")
     for table in run.tables:
         print(table.columns, *table.rows, sep="\n")
 

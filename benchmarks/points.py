@@ -22,7 +22,6 @@ import typer
 from networks import digits_resnet, held_out_digits, resnet56
 from output import Run, Table, known_cells
 from peak import alone
-from provenance import ROOMS
 from rich.console import Console
 
 import lbyl
@@ -44,11 +43,11 @@ def measure(network: str, data: Path | None, forecast: bool, sweep: bool) -> dic
     if sweep:
         with tempfile.TemporaryDirectory() as place:
             budgets = [lbyl.Budget(macs=share) for share in POINTS]
-            made = len(lbyl.sweep(net, x, budgets, Path(place) / "points", forecast=forecast).made)
+            made = lbyl.sweep(net, x, budgets, Path(place) / "points", forecast=forecast).made
+            assert len(made) == len(POINTS)
     else:
         lbyl.compress(net, x, budget=lbyl.Budget(macs=ONE), forecast=forecast)
-        made = 1
-    return {"seconds": round(time.process_time() - started, 2), "points": made}
+    return {"seconds": round(time.process_time() - started, 2)}
 
 
 def tabulate(run: Run) -> None:
@@ -67,7 +66,7 @@ def tabulate(run: Run) -> None:
 
 def main(
     data: Annotated[Path | None, typer.Option(envvar="LBYL_DATA", help="Folder with ResNet-56.")] = None,
-    networks: Annotated[str, typer.Option(help="Which to measure.")] = ",".join(NETWORKS),
+    networks: Annotated[str | None, typer.Option(help="Which to measure; by default, all that are there.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
     inner: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -76,10 +75,11 @@ def main(
         network, forecast, sweep = inner.split(":")
         print(json.dumps(measure(network, data, forecast == "True", sweep == "True")))
         return
-    run = Run("points", "Every size from one run", "python benchmarks/points.py --data DIR", pieced=True, rooms=ROOMS)
-    for name in networks.split(","):
-        if name not in NETWORKS or (name == "resnet56" and data is None):
-            raise typer.BadParameter(f"{name}: choose {', '.join(NETWORKS)}; resnet56 needs --data")
+    run = Run("points", "Every size from one run", "python benchmarks/points.py --data DIR", pieced=True)
+    names = networks.split(",") if networks else list(NETWORKS) if data else ["digits"]
+    if not {*names} <= {*NETWORKS} or ("resnet56" in names and data is None):
+        raise typer.BadParameter(f"--networks {networks}: choose {', '.join(NETWORKS)}; resnet56 needs --data")
+    for name in names:
         for forecast in (False, True):
             for sweep in (False, True):
                 run.measurements = known_cells("points")

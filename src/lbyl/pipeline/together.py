@@ -54,9 +54,14 @@ class Attempt:
     experts: int = 0
 
     @property
+    def what(self) -> str:
+        """The attempt in words."""
+        return f"without {_gone(self.way, self.experts)}" + " and with narrower layers" * self.cut
+
+    @property
     def told(self) -> str:
         """The attempt and its effect in words."""
-        return f"{self.effect:.3g} without {_gone(self.way, self.experts)}" + " and with narrower layers" * self.cut
+        return f"{self.effect:.3g} {self.what}"
 
 
 _DOUBT = 0.75
@@ -64,35 +69,33 @@ _DOUBT = 0.75
 than this share of what others change."""
 
 
-def weighed(effect: float, blocks: int, own_text: bool) -> float:
+def weighed(effect: float, drops_blocks: bool, own_text: bool) -> float:
     """An effect by which attempts are compared: larger if blocks are dropped and the probes are the model's own text.
 
     Args:
         effect: the effect on held-out probes.
-        blocks: how many blocks are dropped.
+        drops_blocks: whether blocks are dropped.
         own_text: whether the model wrote the probes itself.
     """
-    return effect / _DOUBT if own_text and blocks else effect
+    return effect / _DOUBT if own_text and drops_blocks else effect
 
 
 def best_of(attempts: Sequence[Attempt], own_text: bool) -> tuple[Attempt, str]:
     """The attempt to keep, and a note if it is not the one of the least effect ("" if it is)."""
-    best = min(attempts, key=lambda each: weighed(each.effect, len(each.way.blocks.blocks), own_text))
+    best = min(attempts, key=lambda each: weighed(each.effect, bool(each.way.blocks.blocks), own_text))
     least = min(attempts, key=lambda each: each.effect)
     if best.effect == least.effect:
         return best, ""
-    kept = f"{_gone(best.way, best.experts)}{' and with narrower layers' * best.cut}"
-    return best, f"kept: without {kept}, because a model's own text praises dropped blocks too much"
+    return best, f"kept: {best.what}, because a model's own text praises dropped blocks too much"
 
 
 def compress_together(prepared: Prepared, request: CompressionRequest, clock: Clock) -> Result:
     """Meet a budget by dropping blocks or experts, by cutting channels, or by several, whichever changes outputs least.
 
-    Text that a model writes itself praises dropped blocks too much; there they have to be clearly better.
-
     Blocks are chosen until they meet the budget alone, one by one and as one run. Then the run is dropped, all of the
     single ones, half of them, and none; channels are cut for what is left of the budget. If experts may go as well,
-    they are also tried alone, with half of the blocks, and with narrower layers, half of the budget each.
+    they are also tried alone, with half of the blocks, and with narrower layers, half of the budget each. Text that a
+    model writes itself praises dropped blocks too much; there they have to be clearly better.
 
     Raises:
         InputError: there is no block that can be dropped, or there are no experts.

@@ -99,8 +99,8 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
         else:
             found, judge, before = first.found(problem, probes), first.judge, first.before
         judges = judge.by_kind(probes.kinds)
-        if len(judges) > 1 or found.error > before:
-            found = _trusted(found, _pruned(problem, state), state, judges, judge)
+        if judges or found.error > before:
+            found = _trusted(found, _pruned(problem, state), state, before, judge, judges)
     real = isinstance(settings.moments, Data)
     return restoration(found, Assessment(before, found.error, probes.holds_out, real))
 
@@ -392,26 +392,33 @@ def _between(
 
 
 def _trusted(
-    found: _Found, pruned: Mapping[str, Tensor], state: State, judges: Sequence[Judge], judge: Judge
+    found: _Found,
+    pruned: Mapping[str, Tensor],
+    state: State,
+    before: float,
+    judge: Judge,
+    judges: Sequence[Judge],
 ) -> _Found:
-    """A restoration that raises the held-out error of no judge: all of it, a part of it, or plain pruning.
+    """A restoration that raises the held-out error of no kind of probes: all of it, a part of it, or plain pruning.
 
-    With too few probes for large layers, solutions do not generalize. Where there are several kinds of probes, each has
-    a judge; ``judge`` sees all of them.
+    With too few probes for large layers, solutions do not generalize. ``before`` is the error of plain pruning on all
+    held-out probes, which ``judge`` measures; ``judges`` has one for each kind, if there are several.
     """
-    before = [each(pruned) for each in judges]
-    after = [found.error] if len(judges) == 1 else [each(found.values) for each in judges]
-    worse = max(range(len(judges)), key=lambda number: after[number] - before[number])
-    if after[worse] <= before[worse]:
+    least = [each(pruned) for each in judges] or [before]
+    after = [each(found.values) for each in judges] or [found.error]
+    worse = max(range(len(after)), key=lambda number: after[number] - least[number])
+    if after[worse] <= least[worse]:
         return found
-    where = judges[worse].where
+    where = judges[worse].where if judges else judge.where
     for share in (0.5, 0.25):
         part = _between(state, pruned, found.values, share)
-        if all(each(part) <= least for each, least in zip(judges, before, strict=True)):
+        error = judge(part)
+        errors = [each(part) for each in judges] or [error]
+        if all(each <= most for each, most in zip(errors, least, strict=True)):
             note = f"only {share:.0%} of the restoration kept, because all of it raised the error on {where}"
-            return replace(found, values=part, error=judge(part), notes=found.plus(note))
-    note = f"restoration left out: error on {where} {before[worse]:.3g} without, {after[worse]:.3g} with it"
-    return replace(found, values=dict(pruned), error=judge(pruned), notes=found.plus(f"{note}; use more probes"))
+            return replace(found, values=part, error=error, notes=found.plus(note))
+    note = f"restoration left out: error on {where} {least[worse]:.3g} without, {after[worse]:.3g} with it"
+    return replace(found, values=dict(pruned), error=before, notes=found.plus(f"{note}; use more probes"))
 
 
 def _measured(

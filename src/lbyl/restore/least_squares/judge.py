@@ -11,7 +11,7 @@ from lbyl.moments import Probes
 from lbyl.restore.least_squares.recalibrate import Look, Statistics, averaged, transplant
 from lbyl.restore.least_squares.solve import LeastSquaresProblem
 from lbyl.runtime.attended import at_attended, attended_positions
-from lbyl.runtime.batches import in_parts, join, split
+from lbyl.runtime.batches import batch_size, in_parts, join, split
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
@@ -52,11 +52,12 @@ class Judge:
         return replace(judge, expected=list(judge.outputs({})))
 
     def by_kind(self, kinds: Sequence[int]) -> tuple[Judge, ...]:
-        """A judge for each kind of held-out probes, of which there are so many; this one if there is one kind."""
+        """A judge for each kind of held-out probes, of which there are so many; () if there are not several kinds."""
         if len(kinds) < 2:
-            return (self,)
-        parts = split(join(self.held_out), kinds)
-        judges = [replace(self, held_out=(part,), where="one kind of held-out probes") for part in parts]
+            return ()
+        most = max(map(batch_size, self.held_out))  # what memory allows
+        parts = [tuple(in_parts(part, most)) for part in split(join(self.held_out), kinds)]
+        judges = [replace(self, held_out=part, where="one kind of held-out probes") for part in parts]
         return tuple(replace(judge, expected=list(judge.outputs({}))) for judge in judges)
 
     def outputs(self, values: Mapping[str, Tensor], kept: NormMasks | None = None) -> Iterator[list[Tensor]]:
