@@ -33,8 +33,9 @@ class LeastSquares(Settings, Restorer):
         solve: "patch" fits the consumer's whole kernel to the dropped channels' contribution to its output; "mix" fits
             one number for each pair of channels (the delivery matrix S). They are equal for 1x1 kernels.
         ridge: penalty on the change of the kept weights, relative to the mean of the moments' diagonal. None chooses
-            0.3 for measured moments (on texts ``0.03 (1 + k/n)`` for k kept neurons and n tokens), 0.1 for closed
-            forms, which have no sampling error, and 0.001 for measured moments with a prior.
+            0.3 for measured moments (on texts ``0.03 (1 + k/n)`` for k kept neurons and n tokens, and 0.003 on
+            dreams of classes), 0.1 for closed forms, which have no sampling error, and 0.001 for measured moments
+            with a prior.
         prior: weight, between 0 and 1, of the moments that follow from the weights alone (the paper's ``V V^T`` with
             centered filters) in a mixture with measured ones. None chooses 0.5 if the probes are not like real inputs
             and no batch norm normalizes the channels, else 0.

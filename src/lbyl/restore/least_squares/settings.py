@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from lbyl.errors import InputError
-from lbyl.moments import ClosedFormSource, Dream, ProbeSource
+from lbyl.moments import ClassDream, ClosedFormSource, Dream, ProbeSource
 from lbyl.runtime.checks import check_number, check_switch
 from lbyl.runtime.memory import ROOM
 
@@ -68,6 +68,8 @@ class Settings:
             return self.ridge
         if isinstance(self.moments, ClosedFormSource):
             return 0.1
+        if isinstance(self.moments, ClassDream) and not steadied:
+            return 3e-3  # half of these probes are noise, which moves every channel, so little has to be held back
         return 1e-3 if steadied else 0.3
 
 
