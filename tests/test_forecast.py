@@ -19,6 +19,8 @@ from lbyl.cli.app import app
 from lbyl.io.artifact import CARD, PAGE, read_manifest
 from lbyl.io.report.words import expectation
 from lbyl.runtime.forecast import MAPS, Forecast, foretell_agreement, scores_error, with_real_answers
+from lbyl.runtime.inputs import output_tensors
+from lbyl.runtime.output_error import outputs_error
 
 X = images(2, 6)
 
@@ -353,6 +355,48 @@ def test_what_can_t_be_foretold_asks_for_a_ratio_or_a_budget(
 ) -> None:
     with pytest.raises(lbyl.InputError, match=says):
         lbyl.compress(net().eval(), x, **{"restore": "lbyl", **settings})
+
+
+class Answers(nn.Module):
+    """Returns whole numbers in place of the scores of a small network."""
+
+    def __init__(self, answer: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.scores, self.answer = mlp(), answer
+
+    def forward(self, x: Tensor) -> object:
+        return self.answer(self.scores(x))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda y: y.argmax(1), lambda y: (y.topk(2).indices, 3), lambda y: {"label": y.argmax(1).int()}],
+    ids=["class", "best two", "by name"],
+)
+def test_errors_of_whole_numbers_are_the_share_that_differs(answer: Callable[[Tensor], object]) -> None:
+    net = Answers(answer).eval()
+    with pytest.raises(lbyl.InputError, match=r"answers in whole numbers.*give a ratio or a budget"):
+        lbyl.compress(net, X)
+    made = lbyl.compress(net, X, ratio=0.8, restore="prune").model
+    inputs = torch.randn(256, *X.shape[1:], generator=torch.Generator().manual_seed(3))
+    theirs, ours = (output_tensors(each(inputs))[0] for each in (net, made))
+    assert outputs_error(net(inputs), made(inputs)) == float((theirs != ours).double().mean()) > 0.05
+    held = lbyl.LeastSquares(lbyl.Data(list(inputs.split(64))))
+    told = lbyl.compress(net, X, ratio=0.8, restore=held).report
+    assert told.assessment is not None
+    assert told.assessment.pruned > 0
+    assert told.forecast is not None
+    assert told.forecast.real
+    assert told.forecast.agreement == pytest.approx(1 - told.assessment.restored)
+
+
+@pytest.mark.parametrize("answer", [lambda y: y > 0, lambda y: (40 * y + 128).clamp(0, 255).byte()])
+def test_masks_and_bytes_are_amounts(answer: Callable[[Tensor], Tensor]) -> None:
+    report = lbyl.compress(Answers(answer).eval(), X, ratio=0.8, restore="lbyl").report
+    assert report.forecast is not None
+    assert report.forecast.measure == "error"
+    assert report.forecast.error is not None
+    assert report.forecast.error > 0.05
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,8 @@ def _gains_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales)
         made = synthesize(model, inputs, _TRIED, make, generator, scales)
         with torch.no_grad(), undisturbed(model):
             outputs = [out for out in output_tensors(made.call(model)) if out.is_floating_point() and out.numel() > 1]
-        batched = (out.double() if len(out) == _TRIED else out.double().reshape(-1, 1) for out in outputs if out.dim())
+        apart = [out.detach().double() for out in outputs if out.dim()]  # an output may be a parameter of the network
+        batched = (out if len(out) == _TRIED else out.reshape(-1, 1) for out in apart)
         return [float(out.var(0).sum()) for out in batched]
 
     try:

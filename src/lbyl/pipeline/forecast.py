@@ -39,7 +39,7 @@ from lbyl.runtime.forecast import (
 )
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.memory import ROOM, give_back, held_at_once, held_by_each
-from lbyl.runtime.output_error import outputs_error
+from lbyl.runtime.output_error import holds_amounts, outputs_error
 from lbyl.runtime.probabilities import scores_of
 from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
@@ -102,6 +102,8 @@ class Forecaster:
             return _measure_of(self.model, self.inputs)
 
     def _foretold(self, smaller: nn.Module, held_out: ExampleInputs | None) -> Forecast:
+        if self.measure == UNKNOWN:
+            return self._of_answers(smaller, held_out)
         if self.measure == PERPLEXITY:
             texts = held_out or self._texts
             before, after = (text_losses(model, texts) for model in (self.model, smaller))
@@ -109,6 +111,14 @@ class Forecaster:
         if held_out is not None:
             return self._on_real(smaller, held_out)
         return self._on_probes(smaller)
+
+    def _of_answers(self, smaller: nn.Module, held_out: ExampleInputs | None) -> Forecast:
+        """The forecast for a network that returns whole numbers: the share that stays, of the user's own inputs."""
+        if held_out is None:
+            return Forecast(why=_ONLY_ANSWERS)
+        before, after = (self._outputs(model, held_out) for model in (self.model, smaller))
+        share, single = 1 - outputs_error(before, after), all(tensor.dim() < 2 for tensor in before)
+        return with_real_answers(Forecast(), share, batch_size(held_out), measure=AGREEMENT if single else POSITIONS)
 
     def _on_real(self, smaller: nn.Module, held_out: ExampleInputs) -> Forecast:
         """The forecast from the user's own inputs, and also from probes if these inputs are few."""
@@ -222,7 +232,13 @@ def _measure_of(model: nn.Module, inputs: ExampleInputs) -> str:
         return ERROR if features else AGREEMENT
     if _position_scores(outputs, inputs) is not None:
         return POSITIONS
-    return ERROR if any(tensor.is_floating_point() and tensor.dim() for tensor in outputs) else UNKNOWN
+    return ERROR if any(holds_amounts(tensor) and tensor.dim() for tensor in outputs) else UNKNOWN
+
+
+_ONLY_ANSWERS = (
+    "its outputs are answers in whole numbers; give inputs of yours (lbyl.Data), or compress the network that returns "
+    "the scores behind them"
+)
 
 
 _ROUNDING = 1e-3

@@ -51,7 +51,9 @@ def outputs_error(reference: Any, outputs: Any) -> float:
     The mean of each feature is taken over all inputs and positions; features are the second axis of images and the
     last axis of sequences and rows. The common factor ``a`` is free because pruning shrinks outputs, while decisions
     do not depend on it. An error of 0 means that nothing changed, and 1 that nothing is left. Outputs that are
-    probabilities of classes are compared by the scores behind them.
+    probabilities of classes are compared by the scores behind them. Where no output is a floating-point number, bytes
+    and truth values are compared as numbers; and if all are larger integers, such as the numbers of classes, the error
+    is the share of them that differ.
 
     Raises:
         InputError: the reference holds no finite number.
@@ -64,12 +66,14 @@ def error_of_parts(expected: Sequence[Sequence[Tensor]], found: Iterable[Sequenc
 
     One part of ``found`` is asked for at a time, and nothing as large as a part is made.
     """
-    expected = [[t for t in part if t.is_floating_point()] for part in expected]
+    if not any(_has_numbers(part) for part in expected):
+        return _share_that_differs(expected, found)
+    expected = [_numbers(part) for part in expected]
     axes = [_class_axis(same) for same in zip(*expected, strict=True)]
     expected = [_as_scores(part, axes) for part in expected]
     cross = own = theirs = 0.0
     for part, other, means in zip(expected, found, _means(expected), strict=True):
-        floats = _as_scores([t for t in other if t.is_floating_point()], axes)
+        floats = _as_scores(_numbers(other), axes)
         for a, b, mean in zip(part, floats, means, strict=True):
             for x, y in _chunks(a, b):
                 x, y = x - mean, y - mean
@@ -81,6 +85,34 @@ def error_of_parts(expected: Sequence[Sequence[Tensor]], found: Iterable[Sequenc
     if not math.isfinite(cross) or cross <= 0:
         return 1.0
     return math.sqrt(max(0.0, 1 - cross**2 / (own * theirs)))
+
+
+_BYTES = (torch.uint8, torch.bool)
+"""Outputs of these types are images or masks: amounts, and not the numbers of classes or places."""
+
+
+def holds_amounts(tensor: Tensor) -> bool:
+    """Whether the output holds amounts, and not the numbers of classes or places, of which none is close to another."""
+    return tensor.is_floating_point() or tensor.dtype in _BYTES
+
+
+def _has_numbers(part: Sequence[Tensor]) -> bool:
+    return any(map(holds_amounts, part))
+
+
+def _numbers(part: Sequence[Tensor]) -> list[Tensor]:
+    """The floating-point outputs; bytes and truth values as such where there are none."""
+    floats = [tensor for tensor in part if tensor.is_floating_point()]
+    return floats or [tensor.float() for tensor in part if tensor.dtype in _BYTES]
+
+
+def _share_that_differs(expected: Sequence[Sequence[Tensor]], found: Iterable[Sequence[Tensor]]) -> float:
+    """The share of answers that are not the same."""
+    differ = count = 0
+    for part, other in zip(expected, found, strict=True):
+        differ += sum(int((a != b).sum()) for a, b in zip(part, other, strict=True))
+        count += sum(tensor.numel() for tensor in part)
+    return differ / max(1, count)
 
 
 def _class_axis(parts: Sequence[Tensor]) -> int | None:
