@@ -9,6 +9,7 @@ import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 import lbyl
 from lbyl.moments import Probes
 from lbyl.restore.least_squares.fit import make_probes
+from lbyl.runtime import memory
 from lbyl.runtime.batches import first_rows, in_parts, thinned
 from lbyl.runtime.forward import run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.memory import ROOM, InputsForgotten, give_back, held_bytes, saved_bytes
+from lbyl.runtime.memory import ROOM, InputsForgotten, available_bytes, give_back, held_bytes, saved_bytes
 from lbyl.runtime.output_error import error_of_parts, outputs_error
 
 
@@ -315,6 +317,84 @@ def test_memory_is_given_back_after_every_batch_of_dreams(monkeypatch: pytest.Mo
     dream = lbyl.Dream(images=32, photographs=False, steps=1, memory=room_for(10, saved_bytes(net, x)))
     dream.probes(net, x, torch.Generator().manual_seed(0), None)
     assert asked == [0] * 5 * (sys.platform == "linux")
+
+
+_CHURNED = """
+import resource, torch
+from torch import nn
+from lbyl.runtime import memory
+
+memory.available_bytes = lambda: 2**40
+torch.set_num_threads(1)
+net, x = nn.Linear(1, 1), torch.zeros(2**23)
+
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        x + 1
+        memory.give_back()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+anew = pages()
+with memory.reused_memory(net):
+    pages()
+    again = pages()
+print(anew, again, pages())
+"""
+
+
+@pytest.mark.posix
+def test_freed_memory_is_used_again_without_new_pages() -> None:
+    done = subprocess.run([sys.executable, "-c", _CHURNED], check=True, capture_output=True, text=True)
+    anew, again, afterwards = map(int, done.stdout.split())
+    assert again < anew / 10 or sys.platform != "linux"
+    assert afterwards > anew / 2, "everything is as before afterwards"
+
+
+@pytest.mark.parametrize(
+    ("available", "weights", "room", "kept"),
+    [
+        (2**40, 8, ROOM, True),
+        (2**40, 8, ROOM - 1, False),
+        (2**40, ROOM // 4, ROOM, False),
+        (3 * ROOM, 8, ROOM, False),
+    ],
+    ids=["plenty", "less was asked for", "large weights", "little is available"],
+)
+def test_freed_memory_is_only_kept_where_there_is_plenty(
+    monkeypatch: pytest.MonkeyPatch, available: int, weights: int, room: int, kept: bool
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=asked.append))
+    monkeypatch.setattr(memory, "available_bytes", lambda: available)
+    net = nn.Module()
+    net.register_buffer("weights", torch.empty(weights, dtype=torch.uint8, device="meta"))
+    with memory.reused_memory(net, room):
+        give_back()
+    assert len(asked) == (sys.platform == "linux"), "at the end, or at once"
+    asked.clear()
+    with memory.reused_memory(net, room):
+        monkeypatch.setattr(memory, "available_bytes", lambda: ROOM)
+        give_back()
+    assert len(asked) == (1 + kept) * (sys.platform == "linux"), "others need it"
+
+
+def test_what_is_available_is_what_the_system_and_the_container_allow(tmp_path: Path) -> None:
+    assert available_bytes(tmp_path) == 0
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:     4096 kB\n")
+    assert available_bytes(tmp_path) == 2**22
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("1000\n")
+    assert available_bytes(tmp_path) == 2**22
+    (group / "memory.max").write_text("5000\n")
+    assert available_bytes(tmp_path) == 4000
+    (group / "memory").mkdir()
+    (group / "memory/memory.limit_in_bytes").write_text("3000")
+    (group / "memory/memory.usage_in_bytes").write_text("4000")
+    assert available_bytes(tmp_path) == 0
 
 
 _WEIGHED = """

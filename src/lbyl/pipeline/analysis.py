@@ -145,14 +145,14 @@ def analyze(
     seen = look(subject, request, wanted, clock, cache, always=restorer.takes_probes)
     probes = seen.probes if restorer.takes_probes else None
     by = ByCriterion(subject.criterion, seen.moments)
-    with clock("widths"), restoring(restorer):
+    with clock("widths"), restoring(restorer, work):
         curves = cache.curves(
             lambda: measure_curves(work, inputs, graph, wanted, tensors_of(work), by, probes, seed, request.progress)
         )
     moments: Mapping[str, ConsumerMoments] = {}
     if probes is not None:
         shown = probes
-        with clock("solve"), restoring(restorer):
+        with clock("solve"), restoring(restorer, work):
             moments = cache.consumer_moments(
                 lambda: restorer.measure(work, graph, wanted, shown, seed, _ROOM, request.progress)
             )
@@ -181,7 +181,7 @@ def look(
     restorer, cache = subject.restorer, cache or NoCache()
     restorer = restorer if restorer.takes_probes else choose_restorer(subject.model, subject.inputs, request.effort)[0]
     work = sharing_copy(subject.model)
-    with clock("probe"), restoring(restorer):
+    with clock("probe"), restoring(restorer, work):
         probes = cache.probes(lambda: restorer.make_probes(work, subject.inputs, request.seed, request.progress))
         if not needed:
             return Seen(probes)

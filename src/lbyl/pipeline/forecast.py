@@ -38,7 +38,7 @@ from lbyl.runtime.forecast import (
     with_real_answers,
 )
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
-from lbyl.runtime.memory import ROOM, give_back, held_at_once, held_by_each
+from lbyl.runtime.memory import ROOM, give_back, held_at_once, held_by_each, reused_memory
 from lbyl.runtime.output_error import holds_amounts, outputs_error
 from lbyl.runtime.probabilities import scores_of
 from lbyl.runtime.progress import Progress
@@ -74,7 +74,7 @@ class Forecaster:
             probes: the probes of a restorer, if the held-out ones are real inputs or text that the model generated.
         """
         try:
-            with undisturbed(self.model), undisturbed(smaller), torch.no_grad():
+            with undisturbed(self.model), undisturbed(smaller), torch.no_grad(), reused_memory(self.model):
                 return self._foretold(smaller, _held_out(probes))
         except Exception as error:  # a user's model may raise anything on inputs that it was not made for
             return Forecast(why=f"the networks could not be compared on probes: {first_line(error)}")
@@ -88,7 +88,7 @@ class Forecaster:
         if any(map(self.asks_for_probes, restorers)):
             return
         # Whatever fails here fails in each forecast, too, which says why.
-        with suppress(Exception), undisturbed(self.model), torch.no_grad():
+        with suppress(Exception), undisturbed(self.model), torch.no_grad(), reused_memory(self.model):
             self._texts if self.measure == PERPLEXITY else self._original  # noqa: B018
 
     def asks_for_probes(self, restorer: Restorer) -> bool:

@@ -36,6 +36,7 @@ from lbyl.runtime.checks import check_module
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import shape_and_dtype, tensors_of, unwrapped
 from lbyl.runtime.inputs import HUGE, ExampleInputs
+from lbyl.runtime.memory import ROOM, reused_memory
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion, needs_probes
 
@@ -126,14 +127,15 @@ class Subject:
 
 
 @contextmanager
-def restoring(restorer: Restorer) -> Iterator[None]:
-    """Turn any exception of a restorer into one clear error.
+def restoring(restorer: Restorer, model: nn.Module) -> Iterator[None]:
+    """Turn any exception of a restorer into one clear error; memory is used again, as its settings allow.
 
     Raises:
         RestorationError: the restorer failed; the error says what went wrong, and what to do.
     """
     try:
-        yield
+        with reused_memory(model, _memory(restorer)):
+            yield
     except (VerificationError, SurgeryError, RestorationError, ArtifactError):
         raise
     except Exception as error:  # a user's model may raise anything on inputs that it was not made for
@@ -143,6 +145,14 @@ def restoring(restorer: Restorer) -> Iterator[None]:
         whence = f" with moments from {moments}" if moments else ""
         text = why if own else f"{name} can't restore this network{whence}: {why}{_ADVICE}"
         raise RestorationError(text) from error
+
+
+def _memory(restorer: Restorer) -> int:
+    """Bytes that activations may take while restoring and while making probes; 0 if the restorer runs no network."""
+    settings = restorer.settings
+    if not restorer.runs_network:
+        return 0
+    return min(getattr(each, "memory", ROOM) for each in (settings, getattr(settings, "moments", None)))
 
 
 _ADVICE = ". restore='lbyl' only needs the weights"
@@ -196,7 +206,7 @@ def first_probes(
         if not restorer.takes_probes:
             continue
         try:
-            with restoring(restorer):
+            with restoring(restorer, model):
                 return restorer, restorer.make_probes(model, inputs, seed, progress)
         except RestorationError as error:
             failed.append(error)

@@ -99,7 +99,7 @@ def _compressed(
         ground = None
     planned = _plan(subject, request, clock, ground)
     if forecaster and planned.probes is None and forecaster.asks_for_probes(subject.restorer):
-        with clock("probe"), undisturbed(subject.model), restoring(subject.restorer):
+        with clock("probe"), undisturbed(subject.model), restoring(subject.restorer, subject.model):
             made = subject.restorer.make_probes(subject.model, subject.inputs, request.seed, request.progress)
             planned = replace(planned, probes=made)
     selection = planned.selection
@@ -193,7 +193,7 @@ def _restore(subject: Subject, request: CompressionRequest, planned: _Planned) -
     )
     if planned.analysis is not None:
         problem = replace(problem, consumer_moments=planned.analysis.consumer_moments)
-    with undisturbed(subject.model), restoring(subject.restorer):
+    with undisturbed(subject.model), restoring(subject.restorer, subject.model):
         return subject.restorer.restore(problem)
 
 

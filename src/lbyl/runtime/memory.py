@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
+import threading
 import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,11 +162,119 @@ def _each(total: int, inputs: ExampleInputs) -> int:
     return max(1, total // (len(first) if first.dim() else 1))
 
 
+_PLENTY = 4 * ROOM
+"""Freed memory is only kept where at least so many bytes are available."""
+_LIGHT = ROOM // 8
+"""It is only kept for networks whose weights take no more bytes; for others, weights take most of the memory."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+"""The settings of glibc's ``mallopt``, from ``malloc.h``."""
+
+
+@dataclass
+class _Heap:
+    """How the C library's heap treats memory that is freed.
+
+    Attributes:
+        users: how many :func:`reused_memory` are active.
+    """
+
+    users: int = 0
+    lock: Any = field(default_factory=threading.Lock)
+
+    def keep(self) -> None:
+        """Keep what is freed."""
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self._set({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})
+
+    def release(self) -> None:
+        """Return what is freed. The thresholds are those that glibc chooses by itself once large tensors were freed."""
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                self._set({_MMAP_MAX: 2**16, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26})
+                _trim()
+
+    def _set(self, values: Mapping[int, int]) -> None:
+        change = _of_glibc("mallopt")
+        for name, value in values.items() if change else ():
+            change(name, value)
+
+
+_heap = _Heap()
+
+
+def is_plenty(model: nn.Module, memory: int = ROOM) -> bool:
+    """Whether :func:`reused_memory` keeps what is freed."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(model).values())
+    return memory >= ROOM and weights <= _LIGHT and available_bytes() >= _PLENTY
+
+
+@contextmanager
+def reused_memory(model: nn.Module, memory: int = ROOM) -> Iterator[None]:
+    """Use freed memory again in place of returning it to the system, where there is plenty and the C library is glibc.
+
+    glibc returns each tensor of 32 MiB or more when it is freed, and the kernel clears the pages of the next one. For
+    networks with large activations, that takes nearly as long as computing. Pieces that do not fit anew stay unused, so
+    more memory is taken.
+
+    Args:
+        model: the network that is run.
+        memory: bytes that activations may take. If they are fewer than by default, nothing is kept.
+    """
+    if not is_plenty(model, memory):
+        yield
+        return
+    _heap.keep()
+    try:
+        yield
+    finally:
+        _heap.release()
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process may still take, as Linux and the control group of a container say; else 0."""
+    told = _number(root / "proc/meminfo", r"MemAvailable:\s+(\d+) kB")
+    if told is None:
+        return 0
+    least = told * 1024
+    groups = root / "sys/fs/cgroup"
+    for limit, used in (
+        (groups / "memory.max", groups / "memory.current"),
+        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),
+    ):
+        most, now = _number(limit), _number(used)
+        if most is not None and now is not None:
+            least = min(least, max(0, most - now))
+    return least
+
+
+def _number(file: Path, form: str = r"(\d+)") -> int | None:
+    """The number in a file of the kernel; None if there is no such file, or no number in it."""
+    try:
+        found = re.search(form, file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return int(found[1]) if found else None
+
+
 def give_back() -> None:
     """Return freed memory to the system, where the C library is glibc.
 
-    glibc keeps freed blocks below 32 MiB, although the next stage mostly needs larger ones.
+    glibc keeps freed blocks below 32 MiB, although the next stage mostly needs larger ones. Nothing is returned within
+    :func:`reused_memory`, unless other processes need it.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if not _heap.users or available_bytes() < 2 * ROOM:
+        _trim()
+
+
+def _trim() -> None:
+    trim = _of_glibc("malloc_trim")
     if trim:
         trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    """A function of the C library; None if there is no such function, as on other systems."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
