@@ -18,6 +18,8 @@ from lbyl.runtime.seeding import sample_positions
 from lbyl.selection.view import ColumnMoments
 
 _CHUNK_BYTES = 16 * 2**20
+UNFOLDED = frozenset(("conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
+"""Layers of whose inputs no patches are taken: the moments are those among channels."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from lbyl.moments.scale import UNIT, InputScales, Scale
 from lbyl.moments.synthesis import pink
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.copying import tensors_of
-from lbyl.runtime.forward import ConsumerCall, run_intercepted
+from lbyl.runtime.forward import CONVOLVED, ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, outputs_if_taken
 
 _FAR = 3.0
@@ -132,7 +132,7 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
 
     def on_consumer(call: ConsumerCall) -> None:
         # Compared by value, because the network gets a copy.
-        if not seen and not found and call.op.startswith("conv") and torch.equal(call.x, unit):
+        if not seen and not found and call.op in CONVOLVED and torch.equal(call.x, unit):
             seen.append(call)
 
     def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:

@@ -116,7 +116,8 @@ def taps_inside(model: nn.Module, inputs: ExampleInputs) -> dict[str, Float[Tens
     """For each position in each consumer's kernel, the share of output positions at which it lies inside the input.
 
     Positions in the zero padding do not contribute to the mean of the output. For a 3x3 kernel on a map of 2x2, these
-    are on average five of nine. Layers that can't be observed, such as transposed convolutions, are left out.
+    are on average five of nine. In a transposed convolution it is the share of outputs that read an input there. Layers
+    that can't be observed, such as grouped transposed convolutions, are left out.
     """
     found: dict[str, list[Tensor]] = {}
 
@@ -136,8 +137,9 @@ def _inside(call: ConsumerCall, kernel: Sequence[int]) -> Float[Tensor, " taps"]
         return shares
     axes = zip(call.x.shape[2:], call.out.shape[2:], kernel, call.stride, call.padding, call.dilation, strict=True)
     for size, outputs, taps, stride, padding, dilation in axes:
-        place = torch.arange(outputs) * stride - padding + (torch.arange(taps) * dilation)[:, None]
-        within = ((place >= 0) & (place < size)).to(torch.float64).mean(1)
+        places, most = (size, outputs) if call.op.startswith("conv_transpose") else (outputs, size)
+        place = torch.arange(places) * stride - padding + (torch.arange(taps) * dilation)[:, None]
+        within = ((place >= 0) & (place < most)).to(torch.float64).sum(1) / outputs
         shares = (shares[:, None] * within).flatten()
     return shares
 

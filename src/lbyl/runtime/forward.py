@@ -122,6 +122,12 @@ _TURNS = (
     *(torch.Tensor.T.__get__, torch.Tensor.mT.__get__),  # pyright: ignore
 )
 CONVOLUTIONS: dict[Any, int] = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
+CONVOLVED = frozenset(f"conv{axes}d" for axes in CONVOLUTIONS.values())
+TRANSPOSED: dict[Any, int] = {
+    functional.conv_transpose1d: 1,
+    functional.conv_transpose2d: 2,
+    functional.conv_transpose3d: 3,
+}
 _TIMES = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__)
 BATCH_NORM = inspect.signature(functional.batch_norm)
 
@@ -158,6 +164,8 @@ class _LayerCalls(FunctionInterceptor):
         if func is functional.linear or func in CONVOLUTIONS:
             _, weight = leading_arguments(args, kwargs, "input", "weight")
             self._report(weight, lambda name: consumer_call(func, name, out, *args, **kwargs))
+        elif func in TRANSPOSED:
+            self._transposed(func, out, *args, **kwargs)
         elif (
             func in _PRODUCTS
             and len(args) > _PRODUCTS[func][1]
@@ -185,6 +193,26 @@ class _LayerCalls(FunctionInterceptor):
                 read = factors[x] if axes.read == factors[x].dim() - 1 else read  # norms know it by its identity
                 self._report(factors[matrix], lambda name, x=read, y=made: ConsumerCall(name, "linear", x, y))
                 return
+
+    def _transposed(
+        self,
+        func: Any,
+        out: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> None:
+        """Report a transposed convolution, unless it is grouped: each block of inputs then makes other outputs."""
+        if groups == 1:
+            axes = TRANSPOSED[func]
+            reads = [_each(value, axes) for value in (stride, padding, dilation)]
+            op = f"conv_transpose{axes}d"
+            self._report(weight, lambda name: ConsumerCall(name, op, input, out, reads[0], reads[1], reads[2]))
 
     def _named(self, weight: Any) -> bool:
         """Whether a tensor is a named parameter, or a transposed one."""

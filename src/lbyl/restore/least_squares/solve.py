@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lbyl.graph import NOT_OURS, Graph, Slot
 from lbyl.moments import ChannelMoments, ClosedFormSource
-from lbyl.moments.accumulate import ChannelSums, Columns, Moments, PatchSums
+from lbyl.moments.accumulate import UNFOLDED, ChannelSums, Columns, Moments, PatchSums
 from lbyl.restore.base import Restored
 from lbyl.restore.closed_form import activation_of
 from lbyl.restore.least_squares.settings import Settings
@@ -151,7 +151,7 @@ def empty_sums(
     size = sum(len(k) * taps * (len(k) * taps + rows) * 8 for k in keep)
     note = ""
     experts = consumer.experts > 0 and consumer.blocks > 1  # moments among channels of all of them would be too large
-    if (settings.solve == "patch" or experts) and consumer.op != "conv3d":
+    if (settings.solve == "patch" or experts) and consumer.op not in UNFOLDED:
         widest = max(len(k) for k in keep) * taps
         long = taps > _LONG and widest > _MANY
         if (size <= settings.budget or experts) and not long:

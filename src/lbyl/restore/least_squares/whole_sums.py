@@ -12,7 +12,7 @@ from torch import nn
 
 from lbyl.graph import Graph
 from lbyl.graph.types import Consumer, last_to_run
-from lbyl.moments.accumulate import ConsumerMoments, WholeSums
+from lbyl.moments.accumulate import UNFOLDED, ConsumerMoments, WholeSums
 from lbyl.moments.base import Beyond, Probes
 from lbyl.moments.data import usable_batch
 from lbyl.restore.least_squares.settings import Settings
@@ -82,7 +82,7 @@ def planned_sums(
     for consumer in graph.consumers if settings.solve == "patch" else ():
         read_groups = {group for group, _ in consumer.columns if group in groups}
         # After a layer norm, the inputs depend on which channels are kept.
-        if consumer.op == "conv3d" or not read_groups or any(graph.groups[index].layer_norms for index in read_groups):
+        if consumer.op in UNFOLDED or not read_groups or any(graph.groups[index].layer_norms for index in read_groups):
             continue
         size = consumer.blocks * (output_first(consumer, state)[0].numel()) ** 2 * 8
         if size > min(limit, settings.budget):
