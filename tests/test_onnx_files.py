@@ -10,12 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_nets import attention, convnet, model, node, real, run, save
 from typer.testing import CliRunner
 
 import lbyl
 from lbyl.cli.app import app
+from lbyl.io.onnx.write import write_onnx
+from lbyl.runtime.inputs import ExampleInputs
 
 
 def names(graph: onnx.GraphProto) -> list[str]:
@@ -331,6 +333,252 @@ def test_channels_last_images_are_images(tmp_path: Path) -> None:
     assert not any("noise in place of photographs" in note for note in result.report.notes)
 
 
+@pytest.mark.parametrize("operator", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_first_states_are_for_the_batch_at_hand(operator: str, batch: int, tmp_path: Path) -> None:
+    """A file with a fixed batch holds states for that one; PyTorch would read memory beyond them."""
+    gates, states = {"LSTM": (4, "s s"), "GRU": (3, "s"), "RNN": (1, "s")}[operator]
+    stored = {
+        "w": real(0, 1, 4 * gates, 3), "r": real(1, 1, 4 * gates, 4), "b": real(2, 1, 8 * gates),
+        "s": np.repeat(real(3, 1, 1, 4), batch, 1),
+    }  # fmt: skip
+    nodes = [node(operator, f"x w r b _ {states}", "y", hidden_size=4)]
+    made = model(nodes, stored, {"x": (5, batch, 3)}, {"y": (5, 1, batch, 4)})
+    file, x = save(made, tmp_path / "net.onnx"), real(4, 5, 3, batch, 3)
+    with torch.no_grad():
+        found = lbyl.load_source(str(file))(torch.from_numpy(x.reshape(5, 3 * batch, 3)))
+    expected = np.concatenate([run(file, x[:, place])[0] for place in range(3)], 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4), (2, 1, 4), (1, 1, 5)])
+def test_first_states_that_do_not_fit(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    stored = {"w": real(0, 1, 16, 3), "r": real(1, 1, 16, 4), "s": real(3, *shape)}
+    nodes = [node("LSTM", "x w r _ _ s s", "y", hidden_size=4)]
+    file = save(model(nodes, stored, {"x": (5, "n", 3)}, {"y": (5, 1, "n", 4)}), tmp_path / "net.onnx")
+    told = "x".join(map(str, shape))
+    with pytest.raises(lbyl.InputError, match=rf"'make y' .LSTM. has first states of {told}.* needs 1x3x4"):
+        lbyl.load_source(str(file))(torch.randn(5, 3, 3))
+
+
+def unused(file: Path) -> list[str]:
+    """Initializers and nodes that nothing uses."""
+    graph = onnx.load(file).graph
+    used = {name for item in graph.node for name in item.input} | {item.name for item in graph.output}
+    return [item.name for item in graph.initializer if item.name not in used] + [
+        item.name for item in graph.node if not used & set(item.output)
+    ]
+
+
+def through(*nodes: onnx.NodeProto, **stored: np.ndarray) -> onnx.ModelProto:
+    """Two products with weights "a" (6 x 32) and "b" (32 x 5), which other nodes make of what is stored."""
+    layers = [node("MatMul", "x a", "h"), node("Relu", "h", "r"), node("MatMul", "r b", "y")]
+    return model([*nodes, *layers], stored, {"x": ("n", 6)}, {"y": ("n", 5)})
+
+
+def halved(dtype: Any = np.float16) -> onnx.ModelProto:
+    nodes = [node("Cast", f"{name}_half", name, to=TensorProto.FLOAT) for name in "ab"]
+    return through(*nodes, a_half=real(0, 6, 32).astype(dtype), b_half=real(1, 32, 5).astype(dtype))
+
+
+def turned() -> onnx.ModelProto:
+    nodes = [node("Transpose", "a_rows", "a"), node("Cast", "b_half", "b_rows", to=1), node("Transpose", "b_rows", "b")]
+    return through(*nodes, a_rows=real(0, 32, 6), b_half=real(1, 5, 32).astype(np.float16))
+
+
+def normed() -> onnx.ModelProto:
+    nodes = [node("ReduceL2", "v", "n", axes=[0]), node("Div", "v n", "d"), node("Mul", "d g", "a")]
+    return through(*nodes, v=real(0, 6, 32), g=1 + real(2, 1, 32), b=real(1, 32, 5))
+
+
+def reshaped() -> onnx.ModelProto:
+    made = through(
+        node("Reshape", "a_flat a_shape", "a"), a_flat=real(0, 1, 6, 1, 32), a_shape=np.array([6, 32]), b=real(1, 32, 5)
+    )
+    # A row that is repeated for all inputs, and added to the hidden channels.
+    made.graph.node.insert(1, node("Expand", "row sizes", "rows"))
+    made.graph.node.insert(3, node("Add", "h rows", "s"))
+    made.graph.node[4].input[0] = "s"
+    stored = {"row": real(3, 32, 1).T.copy(), "sizes": np.array([40, 32])}
+    made.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in stored.items())
+    made.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 40
+    return made
+
+
+@pytest.mark.parametrize("make", [halved, turned, normed, reshaped])
+def test_weights_that_other_nodes_make_get_smaller(make: Any, tmp_path: Path) -> None:
+    file, x = save(make(), tmp_path / "net.onnx"), torch.from_numpy(real(5, 40, 6))
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio=0.5, restore="prune", forecast=False)
+    assert [(row.before, row.after) for row in result.report.rows] == [(32, 16)]
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    onnx.checker.check_model(onnx.load(written), full_check=True)
+    np.testing.assert_allclose(run(written, x)[0], result.model(x).detach(), rtol=1e-4, atol=1e-5)
+    assert not unused(written)
+    before, after = onnx.load(file).graph, onnx.load(written).graph
+    floats = [sum(len(item.raw_data) for item in graph.initializer) for graph in (before, after)]
+    assert floats[1] <= 0.6 * floats[0]
+    if make is not normed:  # its weight is computed, so that it gets one of its own
+        assert names(after) == names(before)
+        assert [item.data_type for item in after.initializer] == [item.data_type for item in before.initializer]
+
+
+def test_half_precision_stays_where_rounding_is_small(tmp_path: Path) -> None:
+    import ml_dtypes
+
+    torch.manual_seed(0)
+
+    x = torch.from_numpy(real(5, 40, 6))
+    for dtype, kept in ((np.float16, TensorProto.FLOAT16), (ml_dtypes.bfloat16, TensorProto.FLOAT)):
+        network: Any = lbyl.load_source(str(save(halved(dtype), tmp_path / "net.onnx")))
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight.add_(torch.randn(weight.shape) / 100)
+        write_onnx(network, tmp_path / "new.onnx", ExampleInputs.of(x))
+        stored = onnx.load(tmp_path / "new.onnx").graph.initializer
+        assert [item.data_type for item in stored] == [kept] * 2
+        found, expected = run(tmp_path / "new.onnx", x)[0], network(x).detach().numpy()
+        assert np.linalg.norm(found - expected) <= 1e-3 * np.linalg.norm(expected)
+
+
+def test_a_table_that_is_also_turned_stays_one(tmp_path: Path) -> None:
+    stored = {"table": real(0, 50, 12), "up": real(1, 12, 32), "down": real(2, 32, 12)}
+    nodes = [
+        node("Gather", "table ids", "e"), node("MatMul", "e up", "u"), node("Relu", "u", "r"),
+        node("MatMul", "r down", "d"), node("Add", "e d", "s"), node("Transpose", "table", "t"),
+        node("MatMul", "s t", "y"),
+    ]  # fmt: skip
+    made = model(nodes, stored, {"ids": ("n", 6)}, {"y": ("n", 6, 50)}, types={"ids": TensorProto.INT64})
+    network = lbyl.load_source(str(save(made, tmp_path / "net.onnx")))
+    assert sum(weight.numel() for weight in network.parameters()) == 50 * 12 + 2 * 12 * 32
+    ids = torch.arange(12).reshape(2, 6)
+    result = lbyl.compress(network, ids, ratio=0.5, scope="all", restore="prune", forecast=False)
+    assert [(row.before, row.after) for row in result.report.rows] == [(12, 6), (32, 16)]
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    assert {item.name: tuple(item.dims) for item in onnx.load(written).graph.initializer} == {
+        "table": (50, 6), "up": (6, 16), "down": (16, 6)
+    }  # fmt: skip
+    np.testing.assert_allclose(run(written, ids)[0], result.model(ids).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_that_layers_shared_does_not_stay_behind(tmp_path: Path) -> None:
+    stored = {"a": real(0, 8, 3, 3, 3), "b": real(1, 8, 8, 3, 3), "c": real(2, 5, 8, 1, 1), "bias": real(3, 8)}
+    nodes = [
+        node("Conv", "x a bias", "h"), node("Relu", "h", "r"), node("Conv", "r b bias", "i"), node("Relu", "i", "s"),
+        node("Conv", "s c", "y"),
+    ]  # fmt: skip
+    file, x = (
+        save(model(nodes, stored, outputs={"y": ("n", 5, 12, 12)}), tmp_path / "net.onnx"),
+        torch.randn(2, 3, 16, 16),
+    )
+    result = lbyl.compress(
+        lbyl.load_source(str(file)), x, ratio={"make h": 0.5, "make i": 0.25}, restore="prune", forecast=False
+    )
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    assert not unused(written)
+    np.testing.assert_allclose(run(written, x)[0], result.model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factors", [{"beta": 0.0}, {"alpha": 0.0}, {"beta": 1e-30}, {"alpha": 2.0, "beta": 0.5}])
+def test_factors_of_gemm(factors: dict[str, float], tmp_path: Path) -> None:
+    stored = {
+        "a": real(0, 32, 6), "a_bias": real(1, 32), "b": real(2, 24, 32), "b_bias": real(3, 24), "c": real(4, 24, 5)
+    }  # fmt: skip
+    nodes = [
+        node("Gemm", "x a a_bias", "h", transB=1, **factors), node("Relu", "h", "r"),
+        node("Gemm", "r b b_bias", "i", transB=1, **factors), node("Relu", "i", "s"), node("MatMul", "s c", "y"),
+    ]  # fmt: skip
+    file, x = save(model(nodes, stored, {"x": ("n", 6)}, {"y": ("n", 5)}), tmp_path / "net.onnx"), torch.randn(40, 6)
+    result = lbyl.compress(lbyl.load_source(str(file)), x, ratio=0.5, restore="prune", forecast=False)
+    assert result.report.rows
+    with torch.no_grad():  # as restoration does, which adds to biases
+        for weight in result.model.parameters():
+            weight.add_(0.01)
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    with torch.no_grad():
+        np.testing.assert_allclose(run(written, x)[0], result.model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_initializers(tmp_path: Path) -> None:
+    made = through(a=real(0, 6, 32), b=real(1, 32, 5))
+    for place, (shape, index) in enumerate((((6, 32), [0, 40, 191]), ((32, 5), [[0, 1], [7, 3], [31, 4]]))):
+        name = made.graph.initializer[0].name
+        del made.graph.initializer[0]
+        values = numpy_helper.from_array(1 + real(place, 3), name)
+        places = numpy_helper.from_array(np.array(index), f"{name}_places")
+        made.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, shape))
+    file, x = save(made, tmp_path / "net.onnx"), torch.randn(4, 6)
+    network = lbyl.load_source(str(file))
+    np.testing.assert_allclose(run(file, x)[0], network(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_channels_in_the_sizes_of_a_resize_follow(mode: str, tmp_path: Path) -> None:
+    """Exporters of networks with a fixed batch state all sizes, also those of batch and channels."""
+    stored = {"a": real(0, 8, 3, 3, 3), "b": real(1, 5, 8, 1, 1), "sizes": np.array([1, 8, 20, 28])}
+    nodes = [
+        node("Conv", "x a", "h"), node("Relu", "h", "r"), node("Resize", "r _ _ sizes", "s", mode=mode),
+        node("Conv", "s b", "y"),
+    ]  # fmt: skip
+    file = save(model(nodes, stored, {"x": (1, 3, 16, 16)}, {"y": (1, 5, 20, 28)}), tmp_path / "net.onnx")
+    network, x = lbyl.load_source(str(file)), torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = np.concatenate([run(file, image[None])[0] for image in x])
+        np.testing.assert_allclose(network(x), expected, rtol=1e-4, atol=1e-5)
+    result = lbyl.compress(network, x[:1], ratio=0.5, restore="prune", forecast=False)
+    assert [(row.before, row.after) for row in result.report.rows] == [(8, 4)]
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    sizes = next(item for item in onnx.load(written).graph.initializer if item.name == "sizes")
+    assert numpy_helper.to_array(sizes).tolist() == [1, 4, 20, 28]
+    np.testing.assert_allclose(run(written, x[:1])[0], result.model(x[:1]).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_are_those_of_the_file(tmp_path: Path) -> None:
+    """Constants that were computed, as masks, are none, and tables of which a shape says the rows are."""
+    stored = {
+        "a": real(0, 16, 32), "b": real(1, 32, 16), "positions": real(2, 20, 16), "zero": np.array([0.0], np.float32),
+        "causal": np.tril(np.ones((10, 10), bool)), "far": np.array([-1e4], np.float32), "one": np.array(1),
+        "start": np.array(0), "step": np.array(1), "first": np.array([1]),
+    }  # fmt: skip
+    nodes = [
+        node("Where", "causal zero far", "mask"), node("Shape", "x", "sizes"), node("Gather", "sizes one", "length"),
+        node("Range", "start length step", "places"), node("Gather", "positions places", "rows"),
+        node("Add", "x rows", "e"), node("MatMul", "e a", "h"), node("Relu", "h", "r"), node("MatMul", "r b", "v"),
+        node("Transpose", "e", "t", perm=[0, 2, 1]), node("MatMul", "e t", "scores"), node("Add", "scores mask", "m"),
+        node("Softmax", "m", "p"), node("MatMul", "p v", "y"),
+    ]  # fmt: skip
+    file = save(model(nodes, stored, {"x": ("n", 10, 16)}, {"y": ("n", 10, 16)}), tmp_path / "net.onnx")
+    network, x = lbyl.load_source(str(file)), torch.randn(2, 10, 16)
+    assert sum(weight.numel() for weight in network.parameters()) == 2 * 16 * 32 + 20 * 16
+    with torch.no_grad():
+        np.testing.assert_allclose(run(file, x)[0], network(x), rtol=1e-4, atol=1e-5)
+    result = lbyl.compress(network, x, ratio=0.5, restore="prune", forecast=False)
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    np.testing.assert_allclose(run(written, x)[0], result.model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_open_sizes_of_outputs_stay_open(tmp_path: Path) -> None:
+    """They could be inferred, but the file does not promise them."""
+    made = through(a=real(0, 6, 32), b=real(1, 32, 5))
+    made.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 40
+    made.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "rows"
+    made.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
+    x = torch.randn(40, 6)
+    result = lbyl.compress(
+        lbyl.load_source(str(save(made, tmp_path / "net.onnx"))), x, ratio=0.5, restore="prune", forecast=False
+    )
+    written = result.save(tmp_path / "smaller") / "model.onnx"
+    assert list(onnx.load(written).graph.output) == list(made.graph.output)
+
+
+def test_types_of_inputs_are_compared_with_the_file(tmp_path: Path) -> None:
+    network: Any = lbyl.load_source(str(save(convnet(), tmp_path / "net.onnx")))
+    shapes = [(1, 3, 16, 16)]
+    assert network.example_inputs(shapes, dtypes=[torch.float32])[0].dtype == torch.float32
+    assert network.example_inputs(shapes, dtypes=[None])[0].dtype == torch.float32
+    with pytest.raises(lbyl.InputError, match=r"'x': float32 batchx3x16x16 can't be int64; leave the type out"):
+        network.example_inputs(shapes, dtypes=[torch.int64])
+
+
 # -- files that can't be read ---------------------------------------------------------------------------------
 
 
@@ -388,6 +636,16 @@ def unknown() -> onnx.ModelProto:
     return model([node("Det", "x", "y")], {}, outputs={"y": ("n", 3)})
 
 
+def second(operator: str, operands: str, count: int, **attributes: Any) -> onnx.ModelProto:
+    """A node of which another output than the first is used."""
+    names = " ".join(["y", *("_" * (count - 2)), "z"])
+    made = node(operator, operands, names, **attributes)
+    made.output[:] = ["" if name == "_" else name for name in made.output]
+    outputs = {"y": ("n", 3, "h", "w"), "z": ("n", 3, "h", "v")}
+    types = {"z": TensorProto.INT64 if operator == "MaxPool" else TensorProto.FLOAT}
+    return model([made], {"w": real(0, 16)}, outputs=outputs, types=types)
+
+
 def outside(location: str) -> onnx.ModelProto:
     made = convnet()
     tensor = made.graph.initializer[0]
@@ -407,11 +665,12 @@ def outside(location: str) -> onnx.ModelProto:
         (huge_fill, "would make .* elements"),
         (quantized, "'make a' .QuantizeLinear. is part of a quantized network"),
         (branching, "'make y' .If. is control flow"),
-        (foreign, "'make y' .Mystery. has the domain 'com.example'"),
-        (unknown, "'make y' .Det. is an operator that lbyl can't read"),
-        (lambda: recurrent("GRU"), "linear_before_reset"),
+        (foreign, "'make y' .Mystery. has the domain 'com.example'.*; export the network without them"),
+        (unknown, "'make y' .Det. is an operator that lbyl can't read; compress the network in PyTorch"),
+        (lambda: second("MaxPool", "x", 2, kernel_shape=[2, 2]), "its output Indices is used; compress"),
+        (lambda: second("LayerNormalization", "x w", 3), "its output InvStdDev is used"),
         (lambda: recurrent(activations=["Sigmoid", "Relu", "Tanh"]), "its activations are Sigmoid, Relu, Tanh"),
-        (lambda: recurrent(clip=1.0), "clips its gates"),
+        (lambda: recurrent(clip=1.0), "clips its gates.*; compress the network in PyTorch"),
         (lambda: recurrent(operands="x w r _ n"), "lengths of their own"),
         (lambda: recurrent(operands="x w r _ _ _ _ p"), "peepholes"),
         (lambda: outside("../weights"), "outside the file's folder"),

@@ -255,6 +255,23 @@ ROWS = [
     row("Resize", X, None, None, None, constants={3: ints(2, 4, 9, 10)}, mode="linear"),
     row("Resize", real(1, 6, 5, 4), None, None, constants={2: np.array([1, 2, 2, 1], REAL)}),
     row("Upsample", X, None, constants={1: np.array([1, 1, 2, 2], REAL)}, opset=9),
+    *(row("GRU", real(5, 2, 3), *given,
+          constants={1: real(count, 12, 3), 2: real(count, 12, 4)} | ({3: real(count, 24)} if len(given) > 2 else {}),
+          hidden_size=4, direction=direction, outputs=2)
+      for count, direction, given in (
+          (1, "forward", [None] * 3), (1, "reverse", [None] * 2), (2, "bidirectional", [None] * 3),
+          (2, "bidirectional", [None] * 4 + [real(2, 2, 4)]),
+      )),
+    row("RNN", real(5, 2, 3), *[None] * 3, constants={1: real(1, 1, 3), 2: real(1, 1, 1), 3: real(1, 2)},
+        hidden_size=1, outputs=2),
+    row("Gemm", real(3, 4), None, None, constants={1: real(5, 4), 2: real(5)}, transB=1, beta=0.0),
+    row("Gemm", real(3, 4), None, None, constants={1: real(4, 5), 2: real(5)}, alpha=0.0),
+    row("Gemm", real(3, 4), None, None, constants={1: real(4, 5), 2: real(5)}, alpha=1e-30, beta=1e-30),
+    row("Dropout", real(3, 4), outputs=2),
+    row("Resize", X, None, None, None, constants={3: ints(2, 4, 12, 10)}),
+    row("Resize", real(1, 6, 5, 4), None, None, None, constants={3: ints(1, 12, 10, 4)}),
+    row("Resize", X, None, None, constants={2: np.array([2, 1.5], REAL)}, opset=18, axes=[2, 3], mode="linear"),
+    row("Resize", X, None, None, None, constants={3: ints(10, 12)}, opset=18, axes=[3, 2]),
 ]  # fmt: skip
 
 

@@ -65,7 +65,8 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
         return described_inputs(plan, seed)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, OnnxNetwork):
-        return model.example_inputs([spec.shape for spec in specs] or None, generator)
+        types = [getattr(torch, spec.dtype) if spec.stated else None for spec in specs]
+        return model.example_inputs([spec.shape for spec in specs] or None, generator, dtypes=types or None)
     if not specs and model is not None and (own := example_of_program(model)) is not None:
         return own
     if not specs and model is not None and source.startswith("hf:"):

@@ -11,22 +11,23 @@ import typer
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Shape and dtype of one positional input, as written in ``--input``.
+    """Shape and dtype of one positional input, as written in ``--input``, and whether the dtype was written there.
 
     >>> InputSpec.parse("1x3x224x224")
-    InputSpec(shape=(1, 3, 224, 224), dtype='float32')
+    InputSpec(shape=(1, 3, 224, 224), dtype='float32', stated=False)
     >>> InputSpec.parse("int64:1x128")
-    InputSpec(shape=(1, 128), dtype='int64')
+    InputSpec(shape=(1, 128), dtype='int64', stated=True)
     """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
+    stated: bool = False
 
     @staticmethod
     def parse(text: str) -> InputSpec:
         """Parse ``1x3x224x224`` or ``int64:1x128``; anything else is a usage error."""
-        dtype, separator, sizes = text.rpartition(":")
-        dtype = dtype if separator else "float32"
+        named, separator, sizes = text.rpartition(":")
+        dtype = named if separator else "float32"
         if dtype not in _DTYPES:
             raise typer.BadParameter(f"{text!r}: {dtype!r} is not a dtype; write one of {', '.join(_DTYPES)}")
         try:
@@ -35,7 +36,7 @@ class InputSpec:
             shape = (0,)
         if min(shape) < 1:
             raise typer.BadParameter(f"{text!r} is not a shape; write sizes such as 1x3x224x224 or int64:1x128")
-        return InputSpec(shape, dtype)
+        return InputSpec(shape, dtype, bool(separator))
 
 
 def check_source(text: str | None) -> str | None:

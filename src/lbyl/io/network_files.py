@@ -157,7 +157,7 @@ def _write_onnx(folder: Path, network: OnnxNetwork, plan: Plan) -> tuple[str, st
         inputs = ExampleInputs(network.example_inputs(shapes, torch.Generator().manual_seed(0)))
         original = Reader(program.file, prepared(program.file)).network().eval()
         first = compared(program.file.path, program.inputs, original, inputs)
-        write_onnx(network, file)
+        write_onnx(network, file, inputs)
         second = compared(file, program.inputs, network, inputs)
     except (InputError, ValueError) as error:
         raise ArtifactError(f"{ONNX} can't be written: {error}") from error

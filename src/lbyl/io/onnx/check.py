@@ -48,7 +48,9 @@ def feed(inputs: Sequence[FileInput], given: ExampleInputs) -> dict[str, np.ndar
     return {name: as_array(value, np.dtype(value.numpy().dtype)) for name, value in named.items()}
 
 
-def compared(path: Path, inputs: Sequence[FileInput], network: nn.Module, given: ExampleInputs) -> float:
+def compared(
+    path: Path, inputs: Sequence[FileInput], network: nn.Module, given: ExampleInputs, tolerance: float = TOLERANCE
+) -> float:
     """The largest difference between a file's outputs and a network's, relative to the outputs' largest magnitude.
 
     Raises:
@@ -63,7 +65,7 @@ def compared(path: Path, inputs: Sequence[FileInput], network: nn.Module, given:
     largest = 0.0
     for a, b in zip(theirs, ours, strict=True):
         absolute, relative = difference(a, b.to(a.dtype))
-        if not (relative <= TOLERANCE or absolute <= _NOTHING):
+        if not (relative <= tolerance or absolute <= _NOTHING):
             raise InputError(f"{path} and the network that was read from it differ: relative difference {relative:.1e}")
         largest = max(largest, min(relative, absolute / _NOTHING * TOLERANCE if absolute < _NOTHING else relative))
     return largest

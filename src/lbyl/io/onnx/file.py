@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _LARGEST_TENSOR = 2**36
+_LARGEST_FILLED = 2**28
 _INSTALL = "install lbyl[export]"
 
 
@@ -47,10 +48,16 @@ class OnnxFile:
         Raises:
             InputError: the file has changed since it was opened.
         """
-        ir = library("onnx_ir")
+        ir, onnx = library("onnx_ir"), library("onnx")
         if digest(self.path) != self.sha256:
             raise InputError(f"{self.path} has changed since it was read")
-        return ir.load(self.path)
+        proto = onnx.load(self.path, load_external_data=False)
+        if not proto.graph.sparse_initializer:
+            return ir.load(self.path)
+        _fill(self.path, proto)  # the library leaves sparse initializers out
+        model = library("onnx_ir.serde").deserialize_model(proto)
+        library("onnx_ir.external_data").set_base_dir(model.graph, str(self.path.parent))
+        return model
 
 
 def library(name: str) -> Any:
@@ -107,6 +114,22 @@ def open_file(path: Path) -> OnnxFile:
         raise InputError(f"{path} is not a valid ONNX file: {_said(error)}") from error
     versions = {item.domain: item.version for item in proto.opset_import}
     return OnnxFile(path, digest(path), versions.get("", versions.get("ai.onnx", 1)))
+
+
+def _fill(path: Path, proto: onnx.ModelProto) -> None:
+    """Turn sparse initializers into full ones."""
+    helper = library("onnx").numpy_helper
+    for sparse in proto.graph.sparse_initializer:
+        shape = tuple(sparse.dims)
+        if math.prod(shape) > _LARGEST_FILLED:
+            raise InputError(f"{path}: sparse tensor {sparse.values.name!r} has too many elements to be read as full")
+        values, places = (helper.to_array(item, str(path.parent)) for item in (sparse.values, sparse.indices))
+        full = np.zeros(shape, dtype=values.dtype)
+        if places.ndim == 2:
+            places = np.ravel_multi_index(tuple(places.T), shape)
+        full.reshape(-1)[places] = values
+        proto.graph.initializer.append(helper.from_array(full, sparse.values.name))
+    del proto.graph.sparse_initializer[:]
 
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -195,7 +195,10 @@ class OnnxNetwork(nn.Module):
         return outputs[0] if len(outputs) == 1 else outputs
 
     def example_inputs(
-        self, shapes: Sequence[Sequence[int]] | None = None, generator: torch.Generator | None = None
+        self,
+        shapes: Sequence[Sequence[int]] | None = None,
+        generator: torch.Generator | None = None,
+        dtypes: Sequence[torch.dtype | None] | None = None,
     ) -> tuple[Tensor, ...]:
         """Inputs of the shapes that the file states.
 
@@ -206,9 +209,10 @@ class OnnxNetwork(nn.Module):
         Args:
             shapes: shapes of the inputs, if other than the defaults.
             generator: the source of random numbers.
+            dtypes: dtypes that the inputs are expected to have, which are compared with the file's; None for any.
 
         Raises:
-            InputError: the shapes do not fit the file.
+            InputError: the shapes or dtypes do not fit the file.
         """
         asked = self.program.inputs
         if shapes is not None and len(shapes) != len(asked):
@@ -219,6 +223,12 @@ class OnnxNetwork(nn.Module):
             shape = tuple(shapes[place]) if shapes is not None else item.default()
             if not item.takes(shape):
                 raise InputError(f"{self.program.file.path}: {item} can't be {'x'.join(map(str, shape))}")
+            dtype = None if dtypes is None or place >= len(dtypes) else dtypes[place]
+            if dtype not in (None, item.dtype):
+                told = str(dtype).removeprefix("torch.")
+                raise InputError(
+                    f"{self.program.file.path}: {item} can't be {told}; leave the type out, or write its own"
+                )
             if math.prod(shape) > _LARGEST_INPUT:
                 raise InputError(f"{self.program.file.path}: {item} is too large; pass a smaller input")
             made.append(item.make(shape, generator))

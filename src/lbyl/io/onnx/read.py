@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinear", "DynamicQuantize", "ConvInteger", "MatMulInteger")
 _CONTROL = ("If", "Loop", "Scan", "SequenceMap")
 _STANDARD = ("", "ai.onnx")
+_SEVERAL_OUTPUTS = ("Split", "SplitToSequence", "TopK", "LSTM", "GRU", "RNN", "Dropout")
+_WAY_OUT = "compress the network in PyTorch, or only the part in front of this node (onnx.utils.extract_model)"
+_VIEWS = ("Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand")
 _LARGEST_WEIGHT = 1e18
 _LARGEST_APART = 2**16
 
@@ -107,6 +110,7 @@ class Reader:
         self.leaf: dict[str, str] = {}
         self.hosted: set[str] = set()
         self.held: dict[tuple[str, str, float], Tensor] = {}
+        self.views: dict[str, ir.Node] = {}
         self.bare: dict[str, str] = {}
         self.done: set[int] = set()
         self.nodes = list(model.graph)
@@ -164,13 +168,29 @@ class Reader:
             self._fold(node, values)
             return
         hosted = [known or name in self.hosted for known, name in zip(known, values, strict=True)]
-        if all(hosted):
+        if all(hosted) and not self._is_lookup(node, values):
             self._on_numbers(node, values)
             return
         build = find_operator(node.op_type)
         if build is None:
-            raise InputError(f"{self.where(node)} is an operator that lbyl can't read")
-        build(_Node(self, node, place))
+            raise InputError(f"{self.where(node)} is an operator that lbyl can't read; {_WAY_OUT}")
+        made = _Node(self, node, place)
+        extra = next((index for index in range(1, made.outputs) if made.is_used(index)), None)
+        if extra is not None and node.op_type not in _SEVERAL_OUTPUTS:
+            raise made.refuse(f"its output {self._output_of(node, extra)} is used; {_WAY_OUT}")
+        build(made)
+
+    def _is_lookup(self, node: ir.Node, values: Sequence[str | None]) -> bool:
+        """Whether a node looks up rows of a table of weights, as positions, whose indices follow from a shape."""
+        table = self.constants.get(str(values[0])) if node.op_type == "Gather" else None
+        return table is not None and table.ndim == 2 and _is_real(table) and table.size > 64
+
+    def _output_of(self, node: ir.Node, index: int) -> str:
+        """The name that the operator's definition gives to an output."""
+        with suppress(Exception):
+            schema = library("onnx").defs.get_schema(node.op_type, self.opsets.get("", 1), "")
+            return str(schema.outputs[index].name)
+        return str(node.outputs[index].name)
 
     def _pass_on(self, node: ir.Node, name: str) -> None:
         """Record that the node's output is a constant under another name."""
@@ -187,7 +207,10 @@ class Reader:
         if name in _CONTROL:
             raise InputError(f"{where} is control flow, which lbyl can't read; export the network without it")
         if node.domain not in _STANDARD:
-            raise InputError(f"{where} has the domain {node.domain!r}, whose operators lbyl can't read")
+            raise InputError(
+                f"{where} has the domain {node.domain!r}, whose operators lbyl can't read; export the network without "
+                "them, or take the file as it was before a runtime's optimizer wrote them"
+            )
 
     def where(self, node: ir.Node) -> str:
         """The name of a node in errors."""
@@ -210,6 +233,8 @@ class Reader:
             self.constants[name] = array
         self.origins[names[0]] = self._moved(node, values, len(found[0].reshape(-1))) or [None] * found[0].size
         self.leaf[names[0]] = self.leaf[str(values[0])] if node.op_type == "Identity" else names[0]
+        if node.op_type in _VIEWS and values[0] is not None:
+            self.views[names[0]] = node
 
     def _on_numbers(self, node: ir.Node, values: Sequence[str | None]) -> None:
         """Make a step for arithmetic on shapes, which is computed each time the network runs."""
@@ -331,10 +356,43 @@ class Reader:
         self.links.append(Link(path, name, "same", 1.0, node, operand))
         return Held(path)
 
+    def path(self, name: str) -> Iterator[tuple[str, ir.Node]]:
+        """The nodes that turn a constant of the file into this one, from the last to the first, with their outputs."""
+        while name in self.views:
+            yield name, self.views[name]
+            name = str(self.views[name].inputs[0].name)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def stored(self, name: str) -> str:
+        """The name of the constant that this one only is a view of, or copies of; its own name if it was computed."""
+        for _, node in self.path(name):
+            name = str(node.inputs[0].name)  # pyright: ignore[reportOptionalMemberAccess]
+        return name
+
+    def is_stored(self, name: str) -> bool:
+        """Whether a constant is in the file, or is a view of such a constant."""
+        place = self.producers.get(self.stored(name))
+        copied = any(node.op_type == "Expand" for _, node in self.path(name))
+        return not copied and (place is None or self.nodes[place].op_type == "Constant")
+
+    def stored_as(self, name: str, layout: str, axes: int) -> tuple[str, str]:
+        """The constant in the file and the layout of a layer's weight that only was turned and changed in type."""
+        # Layers that use a table as it is and turned have one weight, as the tied layers of language models.
+        start, turned = name, layout == "transposed"
+        for _, node in self.path(name):
+            order = node.attributes.get("perm")
+            if node.op_type == "Transpose" and axes == 2 and (order is None or list(order.value) == [1, 0]):
+                turned = not turned
+            elif node.op_type not in ("Cast", "Identity"):
+                return start, layout
+            name = str(node.inputs[0].name)  # pyright: ignore[reportOptionalMemberAccess]
+        if self.constants[name].dtype != self.constants[start].dtype and not _is_real(self.constants[name]):
+            return start, layout
+        return name, layout if layout == "flat" else "transposed" if turned else "same"
+
     def _hold(self, name: str, tensor: Tensor) -> str:
         path = self.place(name)
         room, leaf = self._room(path)
-        real = tensor.is_floating_point()
+        real = tensor.is_floating_point() and self.is_stored(name)
         if real and bool(torch.isfinite(tensor).all()) and float(tensor.abs().max()) < _LARGEST_WEIGHT:
             room.register_parameter(leaf, nn.Parameter(tensor))
         else:
@@ -395,6 +453,7 @@ class _Node:
         self._bias: ir.Node | None = None
         self._made = tuple(str(value.name or "") for value in node.outputs)
         self._path = ""
+        self.where = reader.where(node)
 
     def _value(self, index: int) -> ir.Value | None:
         return self._node.inputs[index] if index < len(self._node.inputs) else None
@@ -405,11 +464,17 @@ class _Node:
     def constant(self, index: int) -> np.ndarray | None:
         return self._reader.constants.get(self._reader.named(self._value(index)) or "")
 
+    def is_used(self, output: int) -> bool:
+        if output >= self.outputs or not self._node.outputs[output].name:
+            return False
+        value = self._node.outputs[output]
+        return bool(value.uses()) or value.is_graph_output()
+
     def is_constant(self, index: int) -> bool:
         return self.constant(index) is not None
 
     def run(self, function: Callable[..., Any], *sources: Source, floating: bool = False) -> None:
-        self._reader.steps.append(Step(self._where, sources, self._made, "", function, floating))
+        self._reader.steps.append(Step(self.where, sources, self._made, "", function, floating))
 
     def numbers(self, function: Callable[..., Any], *sources: Source) -> None:
         self.run(function, *sources)
@@ -420,7 +485,7 @@ class _Node:
 
     def first(self, function: Callable[..., Any], *sources: Source) -> Source:
         name = f"{self._made[0]} (operand)"
-        self._reader.steps.append(Step(self._where, sources, (name,), "", function))
+        self._reader.steps.append(Step(self.where, sources, (name,), "", function))
         return Value(name)
 
     def layer(self, module: nn.Module, held: Mapping[str, tuple[int, str, float]], *sources: Source) -> None:
@@ -428,7 +493,8 @@ class _Node:
         for name, (operand, layout, scale) in held.items():
             node, value = (self._node, self._value(operand)) if operand >= 0 else self._operand_of_bias(operand)
             constant = reader.named(value) or ""
-            array, key = reader.constants[constant], (reader.leaf[constant], layout, scale)
+            array = reader.constants[constant]
+            key = (*reader.stored_as(reader.leaf[constant], layout, array.ndim), scale)
             held_before = reader.held.get(key)
             if held_before is None:
                 made = from_file(array, layout, scale)
@@ -443,7 +509,7 @@ class _Node:
             place = operand if operand >= 0 else -operand - 1
             link = Link(f"{self._path}.{name}", reader.named(value) or "", layout, scale, reader.order[id(node)], place)
             reader.links.append(link)
-        reader.steps.append(Step(self._where, sources, self._made, self._path))
+        reader.steps.append(Step(self.where, sources, self._made, self._path))
 
     def _operand_of_bias(self, operand: int) -> tuple[ir.Node, ir.Value | None]:
         assert self._bias is not None
@@ -485,7 +551,7 @@ class _Node:
                     found.append((value, link))
         module.sizes = [size for size, _ in found]
         reader.number_links += [link for _, link in found if link is not None]
-        reader.steps.append(Step(self._where, sources, self._made, path))
+        reader.steps.append(Step(self.where, sources, self._made, path))
 
     def bias(self, width: int, axis: int) -> int | None:
         reader, out = self._reader, self._node.outputs[0]
@@ -513,11 +579,7 @@ class _Node:
             self._reader.number_links.append(link)
 
     def refuse(self, why: str) -> Exception:
-        return InputError(f"{self._where} can't be read: {why}")
-
-    @property
-    def _where(self) -> str:
-        return self._reader.where(self._node)
+        return InputError(f"{self.where} can't be read: {why}" + ("" if ";" in why else f"; {_WAY_OUT}"))
 
 
 def _attribute(item: ir.Attr) -> Any:

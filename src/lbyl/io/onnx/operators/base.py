@@ -22,6 +22,7 @@ class Node(Protocol):
         attributes: its attributes by name, as numbers, texts, lists and arrays.
         operands: number of its operands.
         outputs: number of its outputs.
+        where: its name in errors.
     """
 
     operator: str
@@ -29,6 +30,7 @@ class Node(Protocol):
     attributes: Mapping[str, Any]
     operands: int
     outputs: int
+    where: str
 
     def source(self, index: int) -> Source:
         """An operand of any kind; None if it is left out."""
@@ -36,6 +38,10 @@ class Node(Protocol):
 
     def constant(self, index: int) -> np.ndarray | None:
         """The value of an operand that is known before the network runs; None if it is not known, or left out."""
+        ...
+
+    def is_used(self, output: int) -> bool:
+        """Whether another node, or the file's user, reads an output."""
         ...
 
     def is_constant(self, index: int) -> bool:

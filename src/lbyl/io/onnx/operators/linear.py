@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -36,18 +37,24 @@ def _product(a: Any, b: Any) -> Tensor:
 
 @operator("Gemm")
 def gemm(node: Node) -> None:
-    """alpha A B + beta C; a linear layer if B and C are constants of the file."""
+    """alpha A B + beta C; a linear layer if B and C are constants of the file, and the factors can be undone."""
     get = node.attributes.get
     alpha, beta = float(get("alpha", 1.0)), float(get("beta", 1.0))
     first, second = bool(get("transA", 0)), bool(get("transB", 0))
     weight, bias = node.constant(1), node.constant(2)
-    plain = weight is not None and weight.ndim == 2 and not first and (bias is not None or node.operands < 3)
+    last = 2 if beta == 0 else 3  # a bias that is multiplied by zero is none
+    if last == 2:
+        bias = None
+    plain = (
+        weight is not None and weight.ndim == 2 and not first and (bias is not None or node.operands < 3 or last < 3)
+    )
+    plain = plain and _can_be_undone(alpha) and (bias is None or _can_be_undone(beta))
     outputs = 0 if weight is None else weight.shape[0 if second else -1]
     if bias is not None and (bias.size != outputs or bias.shape[-1:] != (outputs,)):
         plain = False
     if not plain or weight is None or node.is_constant(0):
         call = partial(_gemm, alpha=alpha, beta=beta, first=first, second=second)
-        node.run(call, *(node.source(index) for index in range(3)))
+        node.run(call, *(node.source(index) for index in range(last)))
         return
     inputs = weight.shape[1 if second else 0]
     held = {"weight": (1, "same" if second else "transposed", alpha)}
@@ -56,7 +63,16 @@ def gemm(node: Node) -> None:
     node.layer(_linear(outputs, inputs, bias is not None), held, node.source(0))
 
 
-def _gemm(a: Any, b: Any, c: Any, *, alpha: float, beta: float, first: bool, second: bool) -> Tensor:
+def _can_be_undone(factor: float) -> bool:
+    """Whether a weight that was multiplied by a factor can be written again, divided by it."""
+    return math.isfinite(factor) and _SMALLEST_FACTOR <= abs(factor) <= 1 / _SMALLEST_FACTOR
+
+
+_SMALLEST_FACTOR = 1e-4
+"""The smallest factor whose product with a weight in half precision still has most of the weight's digits."""
+
+
+def _gemm(a: Any, b: Any, c: Any = None, *, alpha: float, beta: float, first: bool, second: bool) -> Tensor:
     a, b = tensors(a, b)
     out = torch.matmul(a.t() if first else a, b.t() if second else b)
     out = out if alpha == 1 else out * alpha

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lbyl.io.onnx.arrays import DTYPES, as_tensor
-from lbyl.io.onnx.operators.base import Node, as_floating, number, operator, whole
+from lbyl.io.onnx.operators.base import Node, as_floating, known, number, operator, whole
 
 
 class Sized(nn.Module):
@@ -562,6 +562,36 @@ def _eye(x: Any, *, offset: int, dtype: torch.dtype | None) -> Tensor:
     return torch.triu(torch.tril(ones, offset), offset)
 
 
+class Resize(Sized):
+    """Images of another size, which the file states.
+
+    The sizes of batch and channels, which the file states as well, are those of the input: the file may have been
+    exported for another batch, and channels may have been cut.
+    """
+
+    def __init__(self, axes: list[int] | None, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.axes, self.settings = axes, dict(settings)
+
+    @property
+    def size_axes(self) -> list[int]:
+        """The axis that each of the numbers refers to."""
+        return super().size_axes if self.axes is None else self.axes
+
+    def forward(self, x: Tensor, sizes: Any) -> Tensor:
+        """The images in the size of the file."""
+        wanted, targets = self.numbers(sizes), list(x.shape)
+        for axis, size in zip(range(x.dim()) if self.axes is None else self.axes, wanted, strict=True):
+            targets[axis] = size
+        if self.axes is not None:
+            return _resize(x, scales=None, sizes=targets, **self.settings)
+        channels = 1 if x.dim() < 3 or targets[1] == x.shape[1] or targets[-1] != x.shape[-1] else x.dim() - 1
+        targets[0], targets[channels] = x.shape[0], x.shape[channels]
+        out = _resize(x, scales=None, sizes=targets, **self.settings)
+        # No other size, but told: the number of channels in the file then follows when channels are cut.
+        return out.expand(targets)
+
+
 @operator("Resize", "Upsample")
 def resize(node: Node) -> None:
     """Images of another size."""
@@ -569,28 +599,36 @@ def resize(node: Node) -> None:
     mode = get("mode", "nearest")
     places = "asymmetric" if old else get("coordinate_transformation_mode", "half_pixel")
     rounding = "floor" if old else get("nearest_mode", "round_prefer_floor")
-    if get("exclude_outside", 0) or get("axes") is not None or places == "tf_crop_and_resize":
-        raise node.refuse("it crops, or resizes only some axes")
+    if get("exclude_outside", 0) or places == "tf_crop_and_resize":
+        raise node.refuse("it crops, or leaves out what is outside of the image (exclude_outside)")
+    if get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise node.refuse("it keeps the images' aspect ratio")
     if mode in ("linear", "cubic") and places not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
         raise node.refuse(f"it resizes in mode {mode} with coordinate_transformation_mode {places}")
     if mode == "cubic" and get("cubic_coeff_a", -0.75) != -0.75:
         raise node.refuse("its cubic_coeff_a is not -0.75")
-    call = partial(_resize, mode=mode, places=places, rounding=rounding, smooth=bool(get("antialias", 0)))
+    settings = {"mode": mode, "places": places, "rounding": rounding, "smooth": bool(get("antialias", 0))}
+    axes = get("axes")
+    axes = None if axes is None else whole(axes)
+    call = partial(_resize, **settings)
     if get("scales") is not None:
         node.run(partial(call, sizes=None, scales=np.asarray(get("scales"))), node.source(0))
-    elif old:
-        node.run(partial(_resize_old, call=call), node.source(0), node.source(1))
+    elif old or node.operands < 4 or node.source(3) is None:
+        place = 1 if old else 2
+        scales = node.constant(place)
+        # Constants are numbers here, and no parameters.
+        source = node.source(place) if scales is None else known(scales)
+        node.run(partial(_resize_by, axes=axes, call=call), node.source(0), source)
     else:
-        node.run(partial(_resize_new, call=call), node.source(0), node.source(2), node.source(3))
+        node.sized(Resize(axes, settings), node.source(0), node.source(3), sizes=[(3, "")])
 
 
-def _resize_old(x: Tensor, scales: Any, *, call: Any) -> Tensor:
-    return call(x, scales=scales, sizes=None)
-
-
-def _resize_new(x: Tensor, scales: Any, sizes: Any, *, call: Any) -> Tensor:
-    empty = scales is not None and not math.prod(scales.shape)
-    return call(x, scales=None if empty else scales, sizes=sizes)
+def _resize_by(x: Tensor, scales: Any, *, axes: list[int] | None, call: Any) -> Tensor:
+    factors = np.asarray(scales).reshape(-1)
+    if axes is not None:
+        some, factors = factors, np.ones(x.dim(), dtype=factors.dtype)
+        factors[axes] = some
+    return call(x, scales=factors, sizes=None)
 
 
 def _resize(x: Tensor, *, scales: Any, sizes: Any, mode: str, places: str, rounding: str, smooth: bool) -> Tensor:

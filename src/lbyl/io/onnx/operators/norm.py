@@ -127,5 +127,10 @@ def _mean_variance(x: Tensor, *, axes: list[int]) -> Tensor:
 
 @operator("Dropout")
 def dropout(node: Node) -> None:
-    """Dropout, which does nothing in evaluation mode."""
-    node.run(torch.clone, node.source(0))
+    """Dropout, which does nothing in evaluation mode; its mask is all true."""
+    masks = node.is_used(1)
+    node.run(partial(_with_mask, old=node.opset < 10) if masks else torch.clone, node.source(0))
+
+
+def _with_mask(x: Tensor, *, old: bool) -> tuple[Tensor, Tensor]:
+    return x.clone(), torch.ones_like(x, dtype=x.dtype if old else torch.bool)

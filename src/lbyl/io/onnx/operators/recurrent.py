@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lbyl.io.onnx.operators.base import Node, operator, tensors
+from lbyl.errors import InputError
+from lbyl.io.onnx.arrays import as_tensor
+from lbyl.io.onnx.operators.base import Node, operator
 
 _GATES = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2), "RNN": (0,)}
 """The place in the file of each gate of PyTorch's layers."""
@@ -30,13 +33,13 @@ def recurrent(node: Node) -> None:
     direction = str(get("direction", "forward"))
     count = 2 if direction == "bidirectional" else 1
     asked = [str(name) for name in get("activations", usual * count)]
-    call = _CALLS.get((kind, tuple(asked[: len(usual)])))
+    call: Any = _CALLS.get((kind, tuple(asked[: len(usual)])))
     if call is None or asked != asked[: len(usual)] * count:
         raise node.refuse(f"its activations are {', '.join(asked)}; the usual ones are {', '.join(usual)}")
     if get("clip") or get("input_forget", 0):
         raise node.refuse("it clips its gates, or couples two of them")
     if kind == "GRU" and not get("linear_before_reset", 0):
-        raise node.refuse("its reset gate acts before the product with the state (linear_before_reset=0)")
+        call = _gru_that_resets_first
     if _given(node, 4):
         raise node.refuse("its sequences have lengths of their own")
     if kind == "LSTM" and _given(node, 7):
@@ -45,7 +48,7 @@ def recurrent(node: Node) -> None:
         raise node.refuse("its weights are computed")
     if get("layout", 0):
         raise node.refuse("its batch is the first axis (layout=1), which onnxruntime can't run")
-    settings = {"call": call, "gates": _GATES[kind], "direction": direction}
+    settings = {"call": call, "gates": _GATES[kind], "direction": direction, "name": node.where}
     places = (0, 1, 2, 3, 5, 6) if kind == "LSTM" else (0, 1, 2, 3, 5)
     node.run(partial(_recurrent, **settings), *(node.source(index) for index in places))
 
@@ -65,6 +68,7 @@ def _recurrent(
     call: Any,
     gates: Sequence[int],
     direction: str,
+    name: str,
 ) -> tuple[Tensor, ...]:
     """All outputs of a layer: those of each step, and the last states.
 
@@ -77,9 +81,16 @@ def _recurrent(
         call: PyTorch's function.
         gates: the place of each of its gates.
         direction: "forward", "reverse" or "bidirectional".
+        name: the node's name in errors.
+
+    Raises:
+        InputError: the first states are for another batch, or of another size.
     """
-    x, from_input, from_state, bias, *first_states = tensors(x, from_input, from_state, bias, *states)
+    from_input, from_state, bias, *first_states = (_like(value, x) for value in (from_input, from_state, bias, *states))
     directions, _, units = from_state.shape
+    # PyTorch doesn't check the states' shapes here, and reads memory that is not theirs.
+    wanted = (directions, x.shape[1], units)
+    first_states = [None if state is None else _of_batch(state, wanted, name) for state in first_states]
     x = x.flip(0) if direction == "reverse" else x
     order = torch.as_tensor(np.concatenate([np.arange(gate * units, (gate + 1) * units) for gate in gates]))
     order = order.to(x.device)
@@ -89,9 +100,56 @@ def _recurrent(
         if bias is not None:
             first, second = bias[one].chunk(2)
             parts += [first[order], second[order]]
-    zeros = x.new_zeros(directions, x.shape[1], units)
+    zeros = x.new_zeros(wanted)
     start = [zeros if state is None else state for state in first_states]
     hidden = start if call is torch.lstm else start[0]
     each, *last = call(x, hidden, parts, bias is not None, 1, 0.0, False, directions == 2, False)
     each = each.flip(0) if direction == "reverse" else each
     return each.reshape(*each.shape[:2], directions, units).transpose(1, 2), *last
+
+
+def _like(value: Any, x: Tensor) -> Any:
+    """Weights and states as tensors of the dtype and on the device of ``x``; None stays None."""
+    return as_tensor(value).to(x.device, x.dtype) if isinstance(value, np.ndarray) else value
+
+
+def _of_batch(state: Tensor, wanted: tuple[int, int, int], name: str) -> Tensor:
+    """First states for the batch at hand: a file with a fixed batch holds them for that one."""
+    if tuple(state.shape) == wanted:
+        return state
+    same = state.dim() == 3 and (state.shape[1] == 1 or bool((state == state[:, :1]).all()))
+    if not same or (state.shape[0], state.shape[2]) != (wanted[0], wanted[2]):
+        given, asked = ("x".join(map(str, sizes)) for sizes in (state.shape, wanted))
+        raise InputError(
+            f"{name} has first states of {given}, but runs on a batch that needs {asked}; leave the batch of the "
+            "states open, or store states that are the same for the whole batch"
+        )
+    return state[:, :1].expand(wanted)
+
+
+def _gru_that_resets_first(
+    x: Tensor, hidden: Tensor, parts: Sequence[Tensor], biased: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    """A GRU whose reset gate acts before the product with the state, which PyTorch does not have.
+
+    It takes the arguments of ``torch.gru``; a second direction is run if there are parts for it.
+    """
+    each, last, count = [], [], 4 if biased else 2
+    for one, state in enumerate(hidden):
+        from_input, from_state, *biases = parts[one * count : (one + 1) * count]
+        first, second = biases if biased else (None, None)
+        inputs = functional.linear(x, from_input, first)
+        *gates, new = from_state.chunk(3)
+        *gate_biases, new_bias = (None,) * 3 if second is None else second.chunk(3)
+        steps: list[Tensor] = []
+        for step in inputs.flip(0) if one else inputs:
+            reset, update = (
+                torch.sigmoid(given + functional.linear(state, weight, shift))
+                for given, weight, shift in zip(step.chunk(3, -1), gates, gate_biases, strict=False)
+            )
+            made = torch.tanh(step.chunk(3, -1)[2] + functional.linear(reset * state, new, new_bias))
+            state = (1 - update) * made + update * state
+            steps.append(state)
+        each.append(torch.stack(steps[::-1] if one else steps))
+        last.append(state)
+    return torch.cat(each, -1), torch.stack(last)
