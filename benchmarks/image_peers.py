@@ -278,7 +278,7 @@ def main(
     network: Annotated[list[str] | None, typer.Option(help="One of NETWORKS; may be given again.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="A share of channels to remove; all without.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="One of METHODS; may be given again.")] = None,
-    fresh: Annotated[bool, typer.Option(help="Compute again what is known, for these networks.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Compute again what is known of what was asked for.")] = False,
 ) -> None:
     """Fill the tables cell by cell."""
     torch.set_num_threads(1)
@@ -290,7 +290,10 @@ def main(
                 raise typer.BadParameter(f"{each!r} is not one of: {'; '.join(map(str, there))}")
     run = Run("image_peers", "Beside other methods", "python benchmarks/image_peers.py --data DIR", pieced=True)
     run.settings = {"seen": SEEN, "networks": {name: each.title for name, each in NETWORKS.items()}, "unpruned": {}}
-    run.measurements = [cell for cell in known_cells("image_peers") if not fresh or cell["network"] not in names]
+    asked = [key(name, share, each) for name in names for share in ratio or RATIOS for each in methods]
+    run.measurements = [
+        cell for cell in known_cells("image_peers") if not fresh or all(cell != {**cell, **each} for each in asked)
+    ]
     run.settings["unpruned"] = _unpruned_before()
     for name in names:
         subject(name, data)
