@@ -390,6 +390,26 @@ def test_errors_of_whole_numbers_are_the_share_that_differs(answer: Callable[[Te
     assert told.forecast.agreement == pytest.approx(1 - told.assessment.restored)
 
 
+@pytest.mark.parametrize("answer", [lambda y: (y > 0).nonzero(), lambda y: [row[row > 0] for row in y]])
+def test_outputs_of_other_sizes_are_not_compared(answer: Callable[[Tensor], object]) -> None:
+    net = Answers(answer).eval()
+    (cell,) = lbyl.compare(net, X, restores=["prune"], ratios=[0.9]).rows
+    assert cell.output_error is None
+    assert "can't be compared" in cell.why
+    assert cell.parameters is not None
+    assert cell.parameters < 1
+
+
+def test_both_parts_of_complex_numbers_are_amounts() -> None:
+    a, b = torch.randn(2, 40, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    assert outputs_error(a, a) < 1e-6
+    assert outputs_error(a, a + 0.1 * b) == pytest.approx(0.1, abs=0.02)
+    net = Answers(lambda y: torch.fft.fft(y, dim=-1)).eval()
+    report = lbyl.compress(net, X, ratio=0.5, restore="lbyl").report
+    assert report.forecast is not None
+    assert report.forecast.measure == "error"
+
+
 @pytest.mark.parametrize("answer", [lambda y: y > 0, lambda y: (40 * y + 128).clamp(0, 255).byte()])
 def test_masks_and_bytes_are_amounts(answer: Callable[[Tensor], Tensor]) -> None:
     report = lbyl.compress(Answers(answer).eval(), X, ratio=0.8, restore="lbyl").report

@@ -298,13 +298,17 @@ def _measured(prepared: Prepared, made: Result, cell: Cell, judge: Judge) -> Cel
     """The cell with what was measured on the smaller network."""
     with undisturbed(prepared.model), undisturbed(made.model), torch.no_grad():
         expected, found = (prepared.inputs.cloned().call(net) for net in (prepared.model, made.model))
-        error = outputs_error(expected, found)
+        try:
+            error, why = outputs_error(expected, found), ""
+        except InputError as refused:
+            error, why = None, str(refused)
     report = made.report
     return replace(
         cell,
         parameters=report.parameters[1] / max(1, report.parameters[0]),
         macs=report.macs[1] / report.macs[0] if report.macs and report.macs[0] else None,
         output_error=error,
+        why=why,
         agreement=report.forecast.agreement if report.forecast else None,
         score=judge(made.model, f"{cell.restore} at {cell.ratio:g}"),
     )

@@ -236,8 +236,8 @@ def _measure_of(model: nn.Module, inputs: ExampleInputs) -> str:
 
 
 _ONLY_ANSWERS = (
-    "its outputs are answers in whole numbers; give inputs of yours (lbyl.Data), or compress the network that returns "
-    "the scores behind them"
+    "its outputs are answers in whole numbers, of which only inputs of yours tell something (lbyl.Data, where the "
+    "network is traced as a whole); or compress the network that returns the scores behind them"
 )
 
 

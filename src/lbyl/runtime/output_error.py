@@ -56,7 +56,7 @@ def outputs_error(reference: Any, outputs: Any) -> float:
     is the share of them that differ.
 
     Raises:
-        InputError: the reference holds no finite number.
+        InputError: the reference holds no finite number, or the sizes of both differ.
     """
     return error_of_parts([output_tensors(reference)], [output_tensors(outputs)])
 
@@ -75,6 +75,7 @@ def error_of_parts(expected: Sequence[Sequence[Tensor]], found: Iterable[Sequenc
     for part, other, means in zip(expected, found, _means(expected), strict=True):
         floats = _as_scores(_numbers(other), axes)
         for a, b, mean in zip(part, floats, means, strict=True):
+            _check_sizes(a, b)
             for x, y in _chunks(a, b):
                 x, y = x - mean, y - mean
                 cross += float((x * y).sum())
@@ -93,7 +94,7 @@ _BYTES = (torch.uint8, torch.bool)
 
 def holds_amounts(tensor: Tensor) -> bool:
     """Whether the output holds amounts, and not the numbers of classes or places, of which none is close to another."""
-    return tensor.is_floating_point() or tensor.dtype in _BYTES
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype in _BYTES
 
 
 def _has_numbers(part: Sequence[Tensor]) -> bool:
@@ -101,17 +102,29 @@ def _has_numbers(part: Sequence[Tensor]) -> bool:
 
 
 def _numbers(part: Sequence[Tensor]) -> list[Tensor]:
-    """The floating-point outputs; bytes and truth values as such where there are none."""
-    floats = [tensor for tensor in part if tensor.is_floating_point()]
+    """The floating-point outputs, of complex ones both parts; bytes and truth values as such where there are none."""
+    floats = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in part]
+    floats = [tensor for tensor in floats if tensor.is_floating_point()]
     return floats or [tensor.float() for tensor in part if tensor.dtype in _BYTES]
+
+
+def _check_sizes(expected: Tensor, found: Tensor) -> None:
+    if expected.shape != found.shape:
+        given, other = ("x".join(map(str, tensor.shape)) or "one number" for tensor in (expected, found))
+        raise InputError(
+            f"an output has {given} elements, and {other} after a cut, as lists of what was found do: they can't be "
+            "compared; compress the network that returns the scores behind them"
+        )
 
 
 def _share_that_differs(expected: Sequence[Sequence[Tensor]], found: Iterable[Sequence[Tensor]]) -> float:
     """The share of answers that are not the same."""
     differ = count = 0
     for part, other in zip(expected, found, strict=True):
-        differ += sum(int((a != b).sum()) for a, b in zip(part, other, strict=True))
-        count += sum(tensor.numel() for tensor in part)
+        for a, b in zip(part, other, strict=True):
+            _check_sizes(a, b)
+            differ += int((a != b).sum())
+            count += a.numel()
     return differ / max(1, count)
 
 

@@ -67,7 +67,10 @@ def library(name: str) -> Any:
         InputError: the package is not installed.
     """
     import importlib
+    import logging
 
+    # Where nobody listens, Python writes what this package logs to stderr, tracebacks included. Errors say it better.
+    logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
     try:
         return importlib.import_module(name)
     except ImportError as error:

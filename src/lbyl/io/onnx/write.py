@@ -326,7 +326,9 @@ class _Editor:
             if value.uses() or value.is_graph_output():
                 continue
             if node is None:
-                if value.name in self.graph.initializers and value not in self.graph.inputs:
+                if value.name in self.graph.initializers:
+                    if value in self.graph.inputs:  # as old files list their initializers
+                        self.graph.inputs.remove(value)
                     del self.graph.initializers[str(value.name)]
             elif node.graph is not None and not any(out.uses() or out.is_graph_output() for out in node.outputs):
                 self.left += [item for item in node.inputs if item is not None]
