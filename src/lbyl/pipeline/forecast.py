@@ -89,7 +89,8 @@ class Forecaster:
             return
         # Whatever fails here fails in each forecast, too, which says why.
         with suppress(Exception), undisturbed(self.model), torch.no_grad(), reused_memory(self.model):
-            self._texts if self.measure == PERPLEXITY else self._original  # noqa: B018
+            if self.measure != UNKNOWN:  # of which probes tell nothing
+                self._texts if self.measure == PERPLEXITY else self._original  # noqa: B018
 
     def asks_for_probes(self, restorer: Restorer) -> bool:
         """Whether held-out probes of a restorer can be used: the user's inputs, or text that the model generated."""
@@ -102,8 +103,6 @@ class Forecaster:
             return _measure_of(self.model, self.inputs)
 
     def _foretold(self, smaller: nn.Module, held_out: ExampleInputs | None) -> Forecast:
-        if self.measure == UNKNOWN:
-            return self._of_answers(smaller, held_out)
         if self.measure == PERPLEXITY:
             texts = held_out or self._texts
             before, after = (text_losses(model, texts) for model in (self.model, smaller))
@@ -111,14 +110,6 @@ class Forecaster:
         if held_out is not None:
             return self._on_real(smaller, held_out)
         return self._on_probes(smaller)
-
-    def _of_answers(self, smaller: nn.Module, held_out: ExampleInputs | None) -> Forecast:
-        """The forecast for a network that returns whole numbers: the share that stays, of the user's own inputs."""
-        if held_out is None:
-            return Forecast(why=_ONLY_ANSWERS)
-        before, after = (self._outputs(model, held_out) for model in (self.model, smaller))
-        share, single = 1 - outputs_error(before, after), all(tensor.dim() < 2 for tensor in before)
-        return with_real_answers(Forecast(), share, batch_size(held_out), measure=AGREEMENT if single else POSITIONS)
 
     def _on_real(self, smaller: nn.Module, held_out: ExampleInputs) -> Forecast:
         """The forecast from the user's own inputs, and also from probes if these inputs are few."""
@@ -129,10 +120,15 @@ class Forecaster:
             share = float(same.double().mean())
             prior = self._on_probes(smaller) if count < _MANY and self._has_floats else Forecast()
             return with_real_answers(prior, share, count, measure=self.measure)
+        if self.measure == UNKNOWN:  # whole numbers
+            share, single = 1 - outputs_error(before, after), all(tensor.dim() < 2 for tensor in before)
+            return with_real_answers(Forecast(), share, count, measure=AGREEMENT if single else POSITIONS)
         foretell = foretell_cosine if self.measure == COSINE else foretell_error
         return foretell([outputs_error(before, after)], count, real=True)
 
     def _on_probes(self, smaller: nn.Module) -> Forecast:
+        if self.measure == UNKNOWN:
+            return Forecast(why=_ONLY_ANSWERS)
         made = self._made
         if not made.batches:
             return Forecast(why=made.why)

@@ -25,12 +25,17 @@ ATOMS = frozenset((bool, int, float, str, type(None)))
 CONTAINERS = (dict, list, set)
 
 
-class _Switch:
+class Switch:
     """A setting of the whole process that several threads may hold at one value. The last thread restores it."""
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
         self._read, self._write = read, write
         self._lock, self._users, self._before = threading.Lock(), 0, None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether some thread holds it."""
+        return self._users > 0
 
     @contextmanager
     def held(self, position: Any) -> Iterator[None]:
@@ -126,7 +131,7 @@ def _set_generators(states: tuple[Any, ...] | int) -> None:
         torch.cuda.set_rng_state_all(states[3])
 
 
-_GENERATORS = _Switch(_generators, _set_generators)
+_GENERATORS = Switch(_generators, _set_generators)
 
 
 def seeded(seed: int = 0) -> AbstractContextManager[None]:
@@ -229,8 +234,8 @@ def set_modes(modes: Mapping[nn.Module, bool]) -> None:
             module.training = training
 
 
-_FAST_ATTENTION = _Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
-_COLLECTION = _Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable())
+_FAST_ATTENTION = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
+_COLLECTION = Switch(gc.isenabled, lambda on: gc.enable() if on else gc.disable())
 
 
 class _Straight:
@@ -255,7 +260,7 @@ _STRAIGHT = {
     )
     if hasattr(checkpoint, name)
 }
-_CHECKPOINTS = _Switch(lambda: {name: getattr(checkpoint, name) for name in _STRAIGHT}, checkpoint.__dict__.update)
+_CHECKPOINTS = Switch(lambda: {name: getattr(checkpoint, name) for name in _STRAIGHT}, checkpoint.__dict__.update)
 
 
 def without_checkpoints() -> AbstractContextManager[None]:

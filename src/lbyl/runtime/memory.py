@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lbyl.runtime.batches import first_rows
+from lbyl.runtime.contexts import Switch
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import CONVOLUTIONS, frozen, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, outputs_if_taken
@@ -170,39 +169,19 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 """The settings of glibc's ``mallopt``, from ``malloc.h``."""
 
 
-@dataclass
-class _Heap:
-    """How the C library's heap treats memory that is freed.
-
-    Attributes:
-        users: how many :func:`reused_memory` are active.
-    """
-
-    users: int = 0
-    lock: Any = field(default_factory=threading.Lock)
-
-    def keep(self) -> None:
-        """Keep what is freed."""
-        with self.lock:
-            self.users += 1
-            if self.users == 1:
-                self._set({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})
-
-    def release(self) -> None:
-        """Return what is freed. The thresholds are those that glibc chooses by itself once large tensors were freed."""
-        with self.lock:
-            self.users -= 1
-            if not self.users:
-                self._set({_MMAP_MAX: 2**16, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26})
-                _trim()
-
-    def _set(self, values: Mapping[int, int]) -> None:
-        change = _of_glibc("mallopt")
-        for name, value in values.items() if change else ():
-            change(name, value)
+def _keep_freed(keep: bool) -> None:
+    """Keep what is freed, or return it, with the thresholds that glibc chooses once large tensors were freed."""
+    values = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+    if not keep:
+        values = {_MMAP_MAX: 2**16, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
+    change = _of_glibc("mallopt")
+    for name, value in values.items() if change else ():
+        change(name, value)
+    if not keep:
+        _trim()
 
 
-_heap = _Heap()
+_HEAP = Switch(lambda: False, _keep_freed)
 
 
 def is_plenty(model: nn.Module, memory: int = ROOM) -> bool:
@@ -226,11 +205,8 @@ def reused_memory(model: nn.Module, memory: int = ROOM) -> Iterator[None]:
     if not is_plenty(model, memory):
         yield
         return
-    _heap.keep()
-    try:
+    with _HEAP.held(True):
         yield
-    finally:
-        _heap.release()
 
 
 def available_bytes(root: Path = Path("/")) -> int:
@@ -265,7 +241,7 @@ def give_back() -> None:
     glibc keeps freed blocks below 32 MiB, although the next stage mostly needs larger ones. Nothing is returned within
     :func:`reused_memory`, unless other processes need it.
     """
-    if not _heap.users or available_bytes() < 2 * ROOM:
+    if not _HEAP.is_held or available_bytes() < 2 * ROOM:
         _trim()
 
 

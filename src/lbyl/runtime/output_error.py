@@ -66,7 +66,7 @@ def error_of_parts(expected: Sequence[Sequence[Tensor]], found: Iterable[Sequenc
 
     One part of ``found`` is asked for at a time, and nothing as large as a part is made.
     """
-    if not any(_has_numbers(part) for part in expected):
+    if not any(holds_amounts(tensor) for part in expected for tensor in part):
         return _share_that_differs(expected, found)
     expected = [_numbers(part) for part in expected]
     axes = [_class_axis(same) for same in zip(*expected, strict=True)]
@@ -95,10 +95,6 @@ _BYTES = (torch.uint8, torch.bool)
 def holds_amounts(tensor: Tensor) -> bool:
     """Whether the output holds amounts, and not the numbers of classes or places, of which none is close to another."""
     return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype in _BYTES
-
-
-def _has_numbers(part: Sequence[Tensor]) -> bool:
-    return any(map(holds_amounts, part))
 
 
 def _numbers(part: Sequence[Tensor]) -> list[Tensor]:
