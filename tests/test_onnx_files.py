@@ -71,27 +71,91 @@ def test_a_budget_keeps_whole_vectors_of_channels(tmp_path: Path) -> None:
 class Reader(torch.nn.Module):
     """A reader of lines of text: convolutions, a recurrent layer over the columns, and classes for each."""
 
-    def __init__(self) -> None:
+    def __init__(self, operator: str) -> None:
         super().__init__()
         self.a, self.b = torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.Conv2d(16, 12, 3, 2, 1)
-        self.over, self.out = torch.nn.LSTM(12, 8, bidirectional=True), torch.nn.Linear(16, 5)
+        self.over = getattr(torch.nn, operator)(12, 8, bidirectional=True)
+        self.out = torch.nn.Linear(16, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         columns = self.b(self.a(x).relu()).relu().mean(2)
         return self.out(self.over(columns.permute(2, 0, 1))[0])
 
 
-def test_layers_around_a_recurrent_one_are_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("open_sizes", [False, True])
+@pytest.mark.parametrize("operator", ["LSTM", "GRU", "RNN"])
+def test_recurrent_layers_and_those_around_are_cut(operator: str, open_sizes: bool, tmp_path: Path) -> None:
+    """As in PyTorch: what the layer reads and its units, for which its first states of zeros must not be too wide."""
     torch.manual_seed(0)
-    net, x = Reader().eval(), torch.randn(2, 3, 16, 32)
-    torch.onnx.export(net, (x,), tmp_path / "net.onnx", dynamo=False, opset_version=17)
+    net, x = Reader(operator).eval(), torch.randn(2, 3, 16, 32)
+    axes = {"x": {0: "batch", 3: "width"}} if open_sizes else None
+    names: dict[str, Any] = {"input_names": ["x"], "dynamic_axes": axes}
+    torch.onnx.export(net, (x,), tmp_path / "net.onnx", dynamo=False, opset_version=17, **names)
     network = lbyl.load_source(str(tmp_path / "net.onnx"))
     result = lbyl.compress(network, x, ratio=0.5, restore="prune", forecast=False)
-    assert [(row.before, row.after) for row in result.report.rows if row.after < row.before] == [(16, 8)]
-    assert any("with weights that the code computes" in why for _, why in result.report.left)
-    folder = result.save(tmp_path / "smaller")
+    assert [(row.before, row.after) for row in result.report.rows] == [(16, 8), (12, 6), (8, 4)]
+    file = result.save(tmp_path / "smaller") / "model.onnx"
+    assert not unused(file)
+    for given in (x, torch.randn(3, 3, 16, 48)) if open_sizes else (x,):
+        with torch.no_grad():
+            np.testing.assert_allclose(run(file, given.numpy())[0], result.model(given), rtol=1e-4, atol=1e-5)
+            again = lbyl.load_source(str(file))(given)
+            np.testing.assert_allclose(again, result.model(given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"linear_before_reset": 1}])
+def test_sequences_over_all_steps(settings: dict[str, int], tmp_path: Path) -> None:
+    """As exporters of Keras write it: each sequence's length is the number of steps, taken from the shape."""
+    nodes = [
+        node("Shape", "x", "s"),
+        node("Gather", "s zero", "t"),
+        node("Gather", "s one", "n"),
+        node("Cast", "t", "i", to=TensorProto.INT32),
+        node("Expand", "i n", "lengths"),
+        node("GRU", "x w r _ lengths", "y", hidden_size=4, **settings),
+    ]
+    stored = {"w": real(0, 1, 12, 3), "r": real(1, 1, 12, 4), "zero": np.array([0]), "one": np.array([1])}
+    made = model(nodes, stored, {"x": ("t", "n", 3)}, {"y": ("t", 1, "n", 4)})
+    file, x = save(made, tmp_path / "net.onnx"), real(2, 5, 2, 3)
+    np.testing.assert_allclose(run(file, x)[0], lbyl.load_source(str(file))(torch.from_numpy(x)).detach(), atol=1e-5)
+    made = recurrent(operands="x w r _ n")
+    made.graph.initializer[-1].CopyFrom(numpy_helper.from_array(np.array([4, 4], np.int32), "n"))
+    with pytest.raises(lbyl.InputError, match=r"lengths .4., and 5 steps"):
+        lbyl.load_source(str(save(made, file)))(torch.from_numpy(x))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("states", ["none", "zeros", "numbers", "inputs"])
+def test_units_that_have_first_states_stay(states: str, direction: str, tmp_path: Path) -> None:
+    """Gates that nodes join, as Paddle writes them; and states, whose width is the units' unless all are zero."""
+    count = 2 if direction == "bidirectional" else 1
+    stored = {f"{name}{gate}": real(4 * gate + place, count, 4, size)
+              for gate in range(4) for place, (name, size) in enumerate((("w", 12), ("r", 4)))}  # fmt: skip
+    stored |= {"a": real(30, 12, 3, 1), "b": real(31, count, 32), "o": real(32, 4, 5)}
+    if states in ("zeros", "numbers"):
+        stored["s"] = real(33, count, 2, 4) * (states == "numbers")
+    given = {"none": "", "inputs": "h h"}.get(states, "s s")
+    nodes = [
+        node("Conv", "x a", "c"),
+        node("Relu", "c", "d"),
+        node("Transpose", "d", "e", perm=[2, 0, 1]),
+        *(node("Concat", " ".join(f"{name}{gate}" for gate in range(4)), name, axis=1) for name in "wr"),
+        node("LSTM", f"e w r b _ {given}", "f", hidden_size=4, direction=direction),
+        node("ReduceSum", "f axes", "g", keepdims=0),
+        node("MatMul", "g o", "y"),
+    ]
+    inputs = {"x": ("n", 3, 7)} | ({"h": (count, 2, 4)} if states == "inputs" else {})
+    made = model(nodes, {**stored, "axes": np.array([1])}, inputs, {"y": (7, "n", 5)})
+    network = lbyl.load_source(str(save(made, tmp_path / "net.onnx")))
+    x = (real(40, 2, 3, 7), real(41, count, 2, 4))[: len(inputs)]
+    tensors = tuple(map(torch.from_numpy, x))
+    result = lbyl.compress(network, tensors, ratio=0.5, restore="prune", forecast=False)
+    widths = [(row.before, row.after) for row in result.report.rows if row.after < row.before]
+    assert widths == [(12, 6), *([(4, 2)] if states in ("none", "zeros") else [])]
+    file = result.save(tmp_path / "smaller") / "model.onnx"
+    assert not unused(file)
     with torch.no_grad():
-        np.testing.assert_allclose(run(folder / "model.onnx", x.numpy())[0], result.model(x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(run(file, *x)[0], result.model(*tensors), rtol=1e-4, atol=1e-5)
 
 
 def recurrent(operator: str = "LSTM", operands: str = "x w r", **attributes: Any) -> onnx.ModelProto:
@@ -280,11 +344,74 @@ def test_example_inputs_are_the_files_own(tmp_path: Path) -> None:
         image.example_inputs([(1, 4, 16, 16)])
 
 
-def test_inputs_that_would_be_huge(tmp_path: Path) -> None:
-    made = model([node("Relu", "x", "y")], {}, {"x": (1, 3, 2**20, 2**20)}, {"y": (1, 3, 2**20, 2**20)})
+def test_scalars_need_no_shape(tmp_path: Path) -> None:
+    """As with a network of speech that takes the sample rate: a command line can't write the shape of a scalar."""
+    nodes = [
+        node("Conv", "x w", "a"),
+        node("Cast", "rate", "r", to=TensorProto.FLOAT),
+        node("Add", "a r", "b"),
+        node("Relu", "b", "c"),
+        node("Conv", "c v", "y"),
+    ]
+    stored, inputs = {"w": real(0, 8, 3, 1), "v": real(1, 4, 8, 1)}, {"rate": (), "x": ("n", 3, "t")}
+    made = model(nodes, stored, inputs, {"y": ("n", 4, "t")}, types={"rate": TensorProto.INT64})
     network = lbyl.load_source(str(save(made, tmp_path / "net.onnx")))
-    with pytest.raises(lbyl.InputError, match="too large"):
-        network.example_inputs()
+    for shapes in ([(2, 3, 9)], [(), (2, 3, 9)]):
+        assert [tuple(t.shape) for t in network.example_inputs(shapes)] == [(), (2, 3, 9)]
+    assert network.example_inputs([(2, 3, 9)], dtypes=[torch.float32])[1].dtype == torch.float32
+    with pytest.raises(lbyl.InputError, match="'x': float32 nx3xt can't be int64"):
+        network.example_inputs([(2, 3, 9)], dtypes=[torch.int64])
+    with pytest.raises(lbyl.InputError, match=r"takes 2 inputs .*, but got 3"):
+        network.example_inputs([(), (), (2, 3, 9)])
+    given = network.example_inputs([(2, 3, 9)])
+    file = lbyl.compress(network, given, ratio=0.5, restore="prune", forecast=False).save(tmp_path / "s") / "model.onnx"
+    assert file.stat().st_size < (tmp_path / "net.onnx").stat().st_size
+
+
+def lines(height: int) -> onnx.ModelProto:
+    """Reads lines of text: after the pooling, images of another height would have more than one row."""
+    nodes = [
+        node("Conv", "x w", "a", strides=[height // 2, 4]),
+        node("Squeeze", "a axes", "b"),
+        node("Transpose", "b", "y", perm=[0, 2, 1]),
+    ]
+    stored = {"w": real(0, 6, 3, height, 4), "axes": np.array([2])}
+    return model(nodes, stored, {"x": ("batch", 3, "h", "w")}, {"y": ("batch", "t", 6)})
+
+
+def test_open_sizes_become_those_that_the_file_runs_on(tmp_path: Path) -> None:
+    for height, shape in ((200, (1, 3, 224, 224)), (48, (1, 3, 48, 320)), (32, (1, 3, 32, 320))):
+        network = lbyl.load_source(str(save(lines(height), tmp_path / f"{height}.onnx")))
+        assert network.example_inputs()[0].shape == shape
+    # Channels are found as well, and sizes of one name are equal.
+    made = lines(32)
+    made.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, list("nchw")))
+    assert lbyl.load_source(str(save(made, tmp_path / "bare.onnx"))).example_inputs()[0].shape == (1, 3, 32, 320)
+    nodes = [node("Unsqueeze", "x first", "s"), node("LSTM", "s w r _ _ h h", "y", hidden_size=4)]
+    stored = {"w": real(0, 1, 16, 3), "r": real(1, 1, 16, 4), "first": np.array([0])}
+    made = model(nodes, stored, {"h": (1, "n", 4), "x": ("n", 3)}, {"y": (1, 1, "n", 4)})
+    network = lbyl.load_source(str(save(made, tmp_path / "states.onnx")))
+    assert [tuple(t.shape) for t in network.example_inputs()] == [(1, 1, 4), (1, 3)]
+    made = model([node("Add", "p x", "y")], {}, {"p": ("t",), "x": ("n", "t")}, {"y": ("n", "t")})
+    network = lbyl.load_source(str(save(made, tmp_path / "positions.onnx")))
+    assert [tuple(t.shape) for t in network.example_inputs()] == [(128,), (1, 128)]
+
+
+def test_errors_of_a_node_name_it_and_the_sizes(tmp_path: Path) -> None:
+    network = lbyl.load_source(str(save(lines(32), tmp_path / "net.onnx")))
+    said = r"net.onnx: node 'make b' .Squeeze. does not run on 1x6x3x8: axes .2. are not all of size 1; .*--input"
+    with pytest.raises(lbyl.InputError, match=said):
+        network(torch.randn(1, 3, 64, 32))
+    with pytest.raises(lbyl.InputError, match=r"node 'make a' .Conv. does not run on 1x3x31x32: .*--input"):
+        network(torch.randn(1, 3, 31, 32))
+
+
+def test_inputs_that_would_be_huge(tmp_path: Path) -> None:
+    for width in (2**20, "width"):
+        made = model([node("Relu", "x", "y")], {}, {"x": (1, 3, 2**30, width)}, {"y": (1, 3, 2**30, width)})
+        network = lbyl.load_source(str(save(made, tmp_path / "net.onnx")))
+        with pytest.raises(lbyl.InputError, match="too large"):
+            network.example_inputs()
 
 
 def test_sequences(tmp_path: Path) -> None:
@@ -623,18 +750,20 @@ def quantized() -> onnx.ModelProto:
     return model(nodes, stored, outputs={"y": ("n", 3, 16, 16)})
 
 
-def branching() -> onnx.ModelProto:
+def branching(operator: str = "Identity") -> onnx.ModelProto:
     info = helper.make_tensor_value_info
     branch = [
         helper.make_graph([node(name, "x", out)], name, [], [info(out, TensorProto.FLOAT, None)])
         for name, out in (("Relu", "r"), ("Sigmoid", "t"))
     ]
     nodes = [
-        node("ReduceSum", "x", "s", keepdims=0),
+        node(operator, "x", "v"),
+        node("ReduceSum", "v", "s", keepdims=0),
         node("Greater", "s zero", "c"),
         node("If", "c", "y", then_branch=branch[0], else_branch=branch[1]),
     ]
-    return model(nodes, {"zero": np.array(0, np.float32)}, outputs={"y": ("n", 3, 16, 16)})
+    zero = np.array(0, np.int64 if operator == "Shape" else np.float32)
+    return model(nodes, {"zero": zero}, outputs={"y": ("n", 3, 16, 16)})
 
 
 def foreign() -> onnx.ModelProto:
@@ -674,7 +803,8 @@ def outside(location: str) -> onnx.ModelProto:
         (short, "bytes of it in place of"),
         (huge_fill, "would make .* elements"),
         (quantized, "'make a' .QuantizeLinear. is part of a quantized network"),
-        (branching, "'make y' .If. is control flow"),
+        (branching, "'make y' .If. is control flow.* depends on the values of 'x'; export the network for one"),
+        (lambda: branching("Shape"), "'make y' .If. is control flow.* depends on the sizes of 'x'; fix all sizes"),
         (foreign, "'make y' .Mystery. has the domain 'com.example'.*; export the network without them"),
         (unknown, "'make y' .Det. is an operator that lbyl can't read; compress the network in PyTorch"),
         (lambda: second("MaxPool", "x", 2, kernel_shape=[2, 2]), "its output Indices is used; compress"),

@@ -231,6 +231,15 @@ ROWS = [
     row("Pad", X, None, constants={1: ints(0, 0, 1, 2, 0, 0, 1, 2)}, mode="reflect"),
     row("Pad", X, None, constants={1: ints(0, 0, 1, 2, 0, 0, 1, 2)}, mode="edge"),
     row("Pad", X, None, constants={1: ints(0, 0, -1, -1, 0, 0, -1, -1)}),
+    *(row("Pad", given, None, constants={1: ints(*pads)}, mode=mode, opset=19)
+      for mode in ("reflect", "edge", "wrap")
+      for given, pads in (
+          (real(6), (2, 1)), (real(2, 6), (0, 3, 0, 1)), (real(3, 6), (1, 2, 0, 3)),
+          (real(1, 9, 1), (0, 4, 0, 0, 2, 0)), (real(2, 3, 6), (0, 1, 2, 0, 1, 0)), (X, (1, 0, 0, 2, 0, 0, 0, 0)),
+          (X, (0, 2, 0, 0, 0, 1, 3, 2)), (X, (0, 0, 2, 1, 0, 0, 0, 3)), (X, (0, -1, 0, 2, 0, 0, 1, -1)),
+          (real(1, 2, 3, 4, 5), (0, 0, 1, 0, 2, 0, 1, 1, 3, 0)), (below(9, 2, 6), (0, 2, 0, 1)),
+      )),
+    row("Pad", real(3, 6), None, None, None, constants={1: ints(2, 1), 3: ints(-2)}, opset=19, mode="reflect"),
     row("DepthToSpace", real(2, 8, 2, 3), blocksize=2),
     row("DepthToSpace", real(2, 8, 2, 3), blocksize=2, mode="CRD"),
     row("SpaceToDepth", real(2, 2, 4, 6), blocksize=2),

@@ -351,3 +351,27 @@ def test_a_network_in_training_mode_stays_as_it_is(budget: dict[str, Any], rows:
     assert net.calls == 0
     assert all(module.training for module in net.modules())
     assert int(result.model.inner[0].norm.num_batches_tracked) == 0  # pyright: ignore
+
+
+class LastSteps(nn.Module):
+    """Takes as many steps of a sequence, as many of the best, and so on, as its layers have channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.width, self.memory, self.best, self.till = 16, 16, 16, 16
+        self.a, self.o = nn.Conv1d(4, 32, 3, padding=1), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = torch.split(self.a(x[..., -self.memory :]), [self.width, self.width], 1)
+        made = self.o((value.tanh() * gate.sigmoid())[..., : self.till].transpose(1, 2))
+        return made.topk(min(self.best, made.shape[1]), 1).values + torch.arange(self.best)[: made.shape[1], None]
+
+
+@pytest.mark.parametrize("steps", [6, 16, 40])
+def test_a_number_of_steps_that_equals_a_width_stays(steps: int) -> None:
+    net = LastSteps().eval()
+    smaller = lbyl.compress(net, torch.randn(2, 4, steps), ratio=0.5, restore="prune", forecast=False).model
+    assert (smaller.width, smaller.memory, smaller.best, smaller.till) == (8, 16, 16, 16)
+    assert [type(value) for value in (net.memory, smaller.memory)] == [int, int]
+    assert smaller(torch.randn(2, 4, 30)).shape == net(torch.randn(2, 4, 30)).shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import hypothesis.strategies as st
 import pytest
@@ -369,3 +370,28 @@ def test_zeros_are_laid_on_while_it_runs_and_no_weight_is_changed(model: nn.Modu
     with pytest.raises(lbyl.VerificationError, match=r"^the cut network does not compute what the masked one"):
         verify(model, smaller, inputs, selection, silent=silent, blame=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(model).items())
+
+
+class _LiteralScale(nn.Module):
+    """Attention whose scale and width of heads come from the width of the stream, which is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = 4, nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, steps, width = x.shape
+        parts = self.qkv(x).reshape(rows, steps, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scores = parts[0] @ parts[1].transpose(-1, -2) / math.sqrt(width // self.heads)
+        return x + self.out((scores.softmax(-1) @ parts[2]).transpose(1, 2).reshape(rows, steps, -1))
+
+
+def test_the_tolerance_in_float64_is_that_of_float64() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    notes = lbyl.compress(plain, torch.randn(2, 3, 16, 16), ratio=0.5, restore="prune", forecast=False).report.notes
+    assert not any("float32 inside" in note for note in notes)
+    net = nn.Sequential(nn.Linear(8, 24), _LiteralScale(), nn.Linear(24, 4)).eval()
+    nn.init.trunc_normal_(net[1].qkv.weight, std=0.05)  # so that the wrong scale changes little
+    with pytest.raises(lbyl.VerificationError, match="outputs differ"):
+        lbyl.compress(net, torch.randn(2, 6, 8), ratio=0.4, scope="all", restore="prune", forecast=False)

@@ -45,7 +45,7 @@ def freeze(builder: Builder) -> Graph:
         tuple(_consumers(builder, channels)),
         tuple(dict.fromkeys(map(readable, builder.barriers))),
         sizes,
-        tuple(dict.fromkeys(builder.computed)),
+        computed=tuple(dict.fromkeys(builder.computed)),
         whole=tuple((name, readable(why)) for name, why in builder.whole.items()),
     )
 

@@ -105,6 +105,7 @@ def joined(parts: Iterable[Submodule]) -> Graph:
     consumers: list[Consumer] = []
     barriers: list[str] = []
     sizes: list[Size] = []
+    lengths: set[tuple[str, str]] = set()
     for part in parts:
         first = len(groups)
 
@@ -145,5 +146,6 @@ def joined(parts: Iterable[Submodule]) -> Graph:
         ]
         barriers += [f"{part.path}: {barrier}" for barrier in part.graph.barriers]
         sizes += [replace(size, module=name(size.module), columns=columns(size.columns)) for size in part.graph.sizes]
+        lengths |= {(name(module), attribute) for module, attribute in part.graph.lengths}
     notes = tuple(f"{part.path}: {note}" for part in parts for note in part.graph.notes)
-    return Graph(tuple(groups), tuple(consumers), tuple(barriers), tuple(sizes), notes=notes)
+    return Graph(tuple(groups), tuple(consumers), tuple(barriers), tuple(sizes), frozenset(lengths), notes=notes)

@@ -22,6 +22,7 @@ from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
 from lbyl.graph.experts import by_expert
 from lbyl.graph.exported import export
 from lbyl.graph.freeze import freeze
+from lbyl.graph.lengths import find_lengths
 from lbyl.graph.program import Program
 from lbyl.graph.recording import record
 from lbyl.graph.rules import find_rule
@@ -54,7 +55,8 @@ def trace(model: nn.Module, inputs: ExampleInputs, follow: bool = True) -> Graph
     except Exception:  # `torch.export` decides whether the model can be traced, and says why if it can't
         program = _exported(model, inputs) if follow else export(model, inputs)
     with uncollected():
-        return graph_of(model, program)
+        graph = graph_of(model, program)
+        return replace(graph, lengths=find_lengths(model, inputs, {(size.module, size.value) for size in graph.sizes}))
 
 
 def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:

@@ -236,6 +236,8 @@ class Graph:
         consumers: all consumers, in execution order.
         barriers: operations that the trace can't see through, and why.
         sizes: sizes that the model's code may spell out.
+        lengths: attributes of modules, as their paths and names, that say how much of something to take. They may equal
+            such a size by chance.
         computed: modules whose weight is computed on the fly; `lbyl.graph.computed_weights` can make them plain.
         macs: multiply-accumulates of the traced pass; None where they were not counted.
         notes: what the user should know about that pass.
@@ -246,6 +248,7 @@ class Graph:
     consumers: tuple[Consumer, ...]
     barriers: tuple[str, ...]
     sizes: tuple[Size, ...] = ()
+    lengths: frozenset[tuple[str, str]] = frozenset()
     computed: tuple[str, ...] = ()
     macs: int | None = None
     notes: tuple[str, ...] = ()

@@ -16,10 +16,11 @@ class Adam:
     """Adam (Kingma and Ba 2015, arXiv 1412.6980), with the default decay rates of `torch.optim.Adam`.
 
     Args:
-        tensors: pairs of a tensor and its learning rate; gradients are turned on for these tensors.
+        tensors: pairs of a tensor and its learning rate, which may be a tensor of rates that stretches over it;
+            gradients are turned on for these tensors.
     """
 
-    def __init__(self, tensors: Sequence[tuple[Tensor, float]]) -> None:
+    def __init__(self, tensors: Sequence[tuple[Tensor, float | Tensor]]) -> None:
         # At least float32, because squares of gradients underflow in half precision.
         zeros = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t, _ in tensors]
         self._moved = [(t.requires_grad_(True), lr, z, z.clone()) for (t, lr), z in zip(tensors, zeros, strict=True)]
@@ -51,5 +52,6 @@ class Adam:
             mean.lerp_(gradient, 1 - _MEAN)
             square.mul_(_SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
             spread = (square.sqrt() / biases[1] ** 0.5).add_(_TINY)
-            tensor.copy_(torch.addcdiv(tensor, mean, spread, value=-share * lr / biases[0]))
+            rate, moved = (1.0, mean * lr) if isinstance(lr, Tensor) else (lr, mean)
+            tensor.copy_(torch.addcdiv(tensor, moved, spread, value=-share * rate / biases[0]))
             tensor.grad = None

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lbyl.graph import Graph, Norm, Producer
+from lbyl.runtime.attended import Attended, at_attended, attended_positions
 from lbyl.runtime.batch_norms import norms_cover
 from lbyl.runtime.copying import sharing_copy, tensors_of
-from lbyl.runtime.forward import run_intercepted
+from lbyl.runtime.forward import channel_statistics, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.memory import a_few, give_back
 
@@ -81,41 +82,44 @@ def folded(model: nn.Module, statistics: LayerStatistics, values: Mapping[str, T
     return own
 
 
-def measure_statistics(model: nn.Module, batches: Sequence[ExampleInputs]) -> LayerStatistics:
+def measure_statistics(
+    model: nn.Module, batches: Sequence[ExampleInputs], batch_statistics: bool = False
+) -> LayerStatistics:
     """Measure mean and variance of the outputs of all convolutions and linear layers that have a bias and run once.
 
     Layers whose output is the network's output are left out, because outputs are not recalibrated. The result is empty
     for a network with enough batch norms (see :func:`lbyl.runtime.batch_norms.norms_cover`).
+
+    Args:
+        model: the network in evaluation mode.
+        batches: the probes.
+        batch_statistics: whether the few batch norms that there are normalize with each batch's own statistics. It must
+            be so wherever the network runs on these probes, or recalibration corrects for the difference.
     """
     if norms_cover(model):
         return {}
     copy = sharing_copy(model)
     first = batches[0]
     few = a_few(copy, first) if first.rows is None else first.taking([n % first.size for n in range(first.rows)])
-    names = _layers_that_run_once(copy, few)
-    if not names:
-        return {}
-    for name in names:
-        layer = copy.get_submodule(name)
-        assert isinstance(layer.bias, Tensor)
-        _attach(layer, torch.zeros_like(layer.bias), torch.ones_like(layer.bias))
-    layer_of = {_names(name)[2]: name for name in names}
     count = 0
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     # A network that takes a fixed number of inputs runs several times for a batch.
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    attended: Attended = {}
+    for name in _layers_that_run_once(copy, few):
 
-    def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
-        if mean_name in layer_of:
-            mean, var = mean.double(), var.double()
-            calls.setdefault(layer_of[mean_name], []).append((mean, var + mean.square()))
+        def note(layer: nn.Module, _: object, out: Tensor, name: str = name) -> None:
+            mean, var = channel_statistics(at_attended(attended, _channels_second(layer, out)))
+            calls.setdefault(name, []).append((mean.double(), var.double() + mean.double().square()))
 
+        copy.get_submodule(name).register_forward_hook(note)
     with torch.no_grad():
         for batch in batches:
             rows = len(batch.tensors()[0])
             count += rows
             calls.clear()
-            run_intercepted(copy, batch, on_norm=on_norm)
+            attended = attended_positions(copy, batch)
+            run_intercepted(copy, batch, batch_statistics=batch_statistics)
             for name, seen in calls.items():
                 now = [rows * torch.stack(part).mean(0) for part in zip(*seen, strict=True)]
                 old = sums.get(name, (torch.zeros_like(now[0]), torch.zeros_like(now[1])))
@@ -179,9 +183,14 @@ def _attach(layer: nn.Module, mean: Tensor, var: Tensor) -> None:
 def _normalize(layer: nn.Module, inputs: object, out: Tensor) -> Tensor:
     """A forward hook that applies the attached batch norm to a layer's output."""
     gamma, beta, mean, var = (layer.get_buffer(name) for name in (_GAMMA, _BETA, _MEAN, _VAR))
-    # A linear layer has its channels last. Other outputs are not reshaped, because residual sums are recognized by
-    # the identity of their operands.
-    apart = isinstance(layer, nn.Linear) and out.dim() > 2
-    x = out.flatten(0, -2) if apart else out
+    x = _channels_second(layer, out)
     normed = functional.batch_norm(x, mean, var, gamma, beta, False, 0.0, _EPS)
-    return normed.reshape(out.shape) if apart else normed
+    return normed if x is out else normed.reshape(out.shape)
+
+
+def _channels_second(layer: nn.Module, out: Tensor) -> Tensor:
+    """A layer's output with the channels on axis 1: positions of a linear layer, which has them last, become rows.
+
+    Other outputs are not reshaped, because residual sums are recognized by the identity of their operands.
+    """
+    return out.flatten(0, -2) if isinstance(layer, nn.Linear) and out.dim() > 2 else out

@@ -151,7 +151,7 @@ def dream_classes(
         batch = part.map(lambda t: t.detach().clone())
         pairs = [(t, s) for t, s in zip(batch.tensors(), scales.scales, strict=True) if t.is_floating_point()]
         wanted = torch.randint(classes, (batch_size(batch),), generator=generator).to(pairs[0][0].device)
-        optimizer = Adam([(t, lr * float(s.deviation.mean())) for t, s in pairs])
+        optimizer = Adam([(t, s.step(t, lr)) for t, s in pairs])
         shots = [_Shot(batch, wanted, share) for share in sureness]
         with frozen(model), torch.enable_grad(), InputsForgotten():
             for step in range(steps):

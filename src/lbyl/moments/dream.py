@@ -201,7 +201,7 @@ class Dream:
         batch = start.map(lambda t: t.detach().clone())
         optimizer = Adam(
             [
-                (t, self.lr * float(scale.deviation.mean()))
+                (t, scale.step(t, self.lr))
                 for t, scale in zip(batch.tensors(), scales.scales, strict=True)
                 if t.is_floating_point()
             ]

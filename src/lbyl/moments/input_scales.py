@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from lbyl.moments.feature_scales import feature_scales
 from lbyl.moments.integers import find_integers
+from lbyl.moments.preprocessing import standardization
 from lbyl.moments.scale import UNIT, InputScales, Scale
 from lbyl.moments.synthesis import pink
 from lbyl.runtime.batch_norms import batch_norms
@@ -26,11 +29,15 @@ _RANGES = ((0.0, 1.0), (-0.5, 0.5), (-1.0, 1.0), (0.0, 255.0))
 def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
     """Estimate the scales of a model's inputs.
 
+    Where a batch norm normalizes the input itself, its running statistics are the answer, channel by channel. So are
+    the numbers by which the code standardizes it, if they differ from channel to channel.
+
     Where the first layer is followed by a batch norm, its stored statistics tell: with the weights summed over their
     taps, ``running_mean = W m + b`` gives the mean of each input channel, and the running variance next to the one that
     natural images of unit variance cause gives the deviation. They are used where they are far from 0 and 1, for batch
-    norms bring the rest to scale. Where there are no batch norms, the example has to tell, unless it is constant. So it
-    has to where it is bounded and the network refuses inputs of unit scale: an assertion, or a logarithm.
+    norms bring the rest to scale. Where there are no batch norms, the example has to tell, unless it is constant: one
+    scale for all features, or one for each where they are clearly apart. So it has to where it is bounded and the
+    network refuses inputs of unit scale: an assertion, or a logarithm.
     """
     tensors = inputs.tensors()
     scales = [UNIT] * len(tensors)
@@ -38,9 +45,12 @@ def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
     for index, tensor in enumerate(tensors):
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        told_by_example = _from_example(tensor)
+        told_by_example = feature_scales(tensor) or _from_example(tensor)
         scale, whence = told_by_example, "the example"
-        if batch_norms(model):
+        exact = _standardized(model, inputs, index, told_by_example)
+        if exact is not None:
+            scale, whence = exact
+        elif batch_norms(model):
             first = _from_first_norm(model, inputs, index)
             if first is not None:
                 scale, whence = first, "the first batch norm's statistics"
@@ -85,7 +95,9 @@ def _from_example(tensor: Tensor) -> Scale:
     """Estimate the scale from an example input: unit scale if its values look normalized, or if it is constant.
 
     One example is a poor estimate of mean and deviation, but a good one of the range. For values within a usual range,
-    the deviation is a quarter of that range, and the mean is halfway between the example's mean and the middle of it.
+    the deviation of one example is taken to be a quarter of that range, and the mean halfway between the example's mean
+    and the middle of it. Of n examples, the range counts as one more example for the mean, and as one of n for the
+    variance.
     """
     values = tensor.detach().double()
     if not bool(torch.isfinite(values).all()):
@@ -102,7 +114,10 @@ def _from_example(tensor: Tensor) -> Scale:
         return _scale(mean, deviation)
     fitting = (span for span in _RANGES if span[0] <= low and high <= span[1])
     low, high = next((span for span in fitting if span[1] - span[0] < 2 * (high - low)), (low, high))
-    return _scale((mean + (low + high) / 2) / 2, (high - low) / 4, low, high)
+    rows = len(tensor) if tensor.dim() > 1 else 1
+    middle, quarter = (low + high) / 2, (high - low) / 4
+    mean = (rows * mean + middle) / (rows + 1)
+    return _scale(mean, math.sqrt(((rows - 1) * deviation**2 + quarter**2) / rows), low, high)
 
 
 def _within_example(tensor: Tensor) -> Scale:
@@ -114,9 +129,66 @@ def _within_example(tensor: Tensor) -> Scale:
     return _scale(float(values.mean()), float(values.std(unbiased=False)), low, high)
 
 
-def _scale(mean: float, deviation: float, *bounds: float) -> Scale:
+def _scale(mean: float, deviation: float, low: float = -math.inf, high: float = math.inf) -> Scale:
     numbers = torch.tensor([[mean], [deviation]], dtype=torch.float32)
-    return Scale(numbers[0], numbers[1], *bounds)
+    return Scale(numbers[0], numbers[1], low, high)
+
+
+def _standardized(
+    model: nn.Module, inputs: ExampleInputs, index: int, told_by_example: Scale
+) -> tuple[Scale, str] | None:
+    """The scale by which a batch norm or the code standardizes the input, and where it is from; None if none does."""
+    norm = _from_norm_on_input(model, inputs, index) if batch_norms(model) else None
+    scale = norm or standardization(model, inputs, index)
+    if scale is None:
+        return None
+    # Pixels stay within their range.
+    bounded = replace(scale, low=told_by_example.low, high=told_by_example.high)
+    return bounded, "the batch norm on the input" if norm else "what the code subtracts and divides by"
+
+
+def _with_unit_noise(inputs: ExampleInputs, index: int) -> tuple[ExampleInputs, Tensor]:
+    """The inputs with noise of zero mean and unit variance for one of them, and this noise: at least 4 rows."""
+    example = inputs.tensors()[index]
+    unit = pink((max(4, len(example)), *example.shape[1:]), torch.Generator().manual_seed(0)).to(example)
+    return inputs.map(lambda t: unit if t is example else _as_many(t, example, len(unit))), unit
+
+
+def _from_norm_on_input(model: nn.Module, inputs: ExampleInputs, index: int) -> Scale | None:
+    """The running mean and deviation of the batch norm that normalizes an input itself; None if there is none."""
+    if inputs.tensors()[index].dim() < 2:
+        return None
+    replaced, unit = _with_unit_noise(inputs, index)
+    numbers = {axis: _by_channel(unit, axis) for axis in ((1,) if unit.dim() == 2 else (1, unit.dim() - 1))}
+    found: list[tuple[str, str, int]] = []
+
+    def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
+        # Compared by value, because the input may have been transposed or flattened.
+        for axis, (mean_of, var_of) in numbers.items():
+            same = len(mean) == len(mean_of) and torch.allclose(mean.double(), mean_of, 1e-3, 1e-4)
+            if same and torch.allclose(var.double(), var_of, 1e-3, 1e-4):
+                found.append((mean_name, var_name, axis))
+                return
+
+    try:
+        with torch.no_grad():
+            run_intercepted(model, replaced, on_norm=on_norm)
+    except Exception:  # a user's model may raise anything
+        return None
+    if not found:
+        return None
+    state, (mean_name, var_name, axis) = tensors_of(model), found[0]
+    mean, var = (state[name].detach().float().cpu() for name in (mean_name, var_name))
+    if not bool(var.any()):
+        return None
+    # Of a feature that was always the same, only the mean is known, so it hardly varies.
+    return Scale(mean, var.clamp_min(float(var[var > 0].min())).sqrt(), axis=axis)
+
+
+def _by_channel(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, in float64."""
+    rows = values.double().movedim(axis, -1).flatten(0, -2)
+    return rows.mean(0), rows.var(0, unbiased=False)
 
 
 def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Scale | None:
@@ -124,9 +196,7 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
     example = inputs.tensors()[index]
     if example.dim() < 3:
         return None
-    generator = torch.Generator().manual_seed(0)
-    unit = pink((max(4, len(example)), *example.shape[1:]), generator).to(example)
-    replaced = inputs.map(lambda t: unit if t is example else _as_many(t, example, len(unit)))
+    replaced, unit = _with_unit_noise(inputs, index)
     seen: list[ConsumerCall] = []
     found: list[tuple[str, str, Tensor, Tensor]] = []
 

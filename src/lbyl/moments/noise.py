@@ -51,8 +51,9 @@ class Noise:
 
         def make(shape: Sequence[int], generator: torch.Generator) -> Tensor:
             made = varied_pink(shape, generator, self.spectrum)
-            # Clipped to bounds, strong contrasts have edges and flat regions, as real inputs do.
-            return made if all(scale.usual for scale in scales.scales) else 2 * made
+            # Clipped to bounds, strong contrasts have edges and flat regions, as real inputs do. Features of scales of
+            # their own have no bounds.
+            return made if all(scale.usual or len(scale.deviation) > 1 for scale in scales.scales) else 2 * made
 
         made = synthesize(model, inputs, count + held, make, generator, scales)
         train, test = split(made, [count, held])

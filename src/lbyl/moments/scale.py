@@ -18,24 +18,37 @@ class Scale:
     """Mean, standard deviation and bounds of one input tensor.
 
     Attributes:
-        mean: one number for each channel (axis 1), or a single one for all.
+        mean: one number for each channel, or a single one for all.
         deviation: as for the mean.
         low: smallest value.
         high: largest value.
+        axis: the axis of the channels, which is the last one where inputs are sequences of features.
     """
 
     mean: Float[Tensor, " channels"]
     deviation: Float[Tensor, " channels"]
     low: float = -math.inf
     high: float = math.inf
+    axis: int = 1
 
     def of(self, unit: Float[Tensor, "batch channels *positions"]) -> Float[Tensor, "batch channels *positions"]:
         """Convert a tensor of zero mean and unit variance to this scale."""
         if self.usual:
             return unit
-        shape = (1, -1, *[1] * (unit.dim() - 2)) if unit.dim() > 1 else (-1,)
-        moved = unit * self.deviation.reshape(shape).to(unit) + self.mean.reshape(shape).to(unit)
+        moved = unit * self._along(unit, self.deviation) + self._along(unit, self.mean)
         return moved.clamp(self.low, self.high)
+
+    def step(self, tensor: Tensor, share: float) -> float | Tensor:
+        """A step of this share of a deviation: one number for all values, or one for each channel of the tensor."""
+        if len(self.deviation) == 1:
+            return share * float(self.deviation)
+        return share * self._along(tensor, self.deviation)
+
+    def _along(self, tensor: Tensor, numbers: Float[Tensor, " channels"]) -> Tensor:
+        """One number for each channel, in the shape that stretches over a tensor."""
+        shape = [1] * tensor.dim()
+        shape[self.axis if tensor.dim() > 1 else 0] = -1
+        return numbers.reshape(shape).to(tensor)
 
     @property
     def bounded(self) -> bool:

@@ -86,7 +86,8 @@ def _analyses(ground: Ground, prepared: Prepared, request: CompressionRequest, c
     probes = ground.probes
     if probes.statistics and subject.model is not ground.prepared.subjects[0].model:
         with undisturbed(subject.model):
-            probes = replace(probes, statistics=measure_statistics(subject.model, probes.batches))
+            statistics = measure_statistics(subject.model, probes.batches, probes.batch_statistics)
+            probes = replace(probes, statistics=statistics)
     given = GivenProbes(probes)
 
     def make(attempt: object) -> Analysis:

@@ -255,11 +255,11 @@ class _LayerCalls(FunctionInterceptor):
         watched = self.on_norm if mean_name is not None and var_name is not None and not call["training"] else None
         if not self.batch_statistics or call["training"]:
             if watched:
-                watched(str(mean_name), str(var_name), *_statistics(at_attended(self.attended, call["input"])))
+                watched(str(mean_name), str(var_name), *channel_statistics(at_attended(self.attended, call["input"])))
             return functional.batch_norm(**call)
         seen = at_attended(self.attended, call["input"])
         if seen is not call["input"]:
-            mean, var = _statistics(seen)
+            mean, var = channel_statistics(seen)
             if watched:
                 watched(str(mean_name), str(var_name), mean, var)
             call["running_mean"], call["running_var"] = mean, var
@@ -281,7 +281,7 @@ def at_positions(call: ConsumerCall, attended: Attended) -> ConsumerCall:
     return replace(call, x=at_attended(attended, call.x), out=at_attended(attended, call.out), fed=fed)
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance of each channel, which can be differentiated."""
     if x.numel() and x.device.type in _WITH_KERNEL:
         return _Statistics.apply(x)  # pyright: ignore

@@ -68,6 +68,11 @@ class OperatorInterceptor(Interceptor, TorchDispatchMode):
         return self.on_call(func, args, kwargs or {})
 
 
+def unseen() -> AbstractContextManager[Any]:
+    """Call PyTorch's functions in code of our own that runs inside the model's (a hook), unseen by interceptors."""
+    return torch._C.DisableTorchFunction()
+
+
 def undivided() -> AbstractContextManager[Any]:
     """Run below autograd, so that operator interceptors see composite operations before they are decomposed."""
     return torch._C._AutoDispatchBelowAutograd()

@@ -36,7 +36,7 @@ class Attribute:
 
 _NO_WIDTH = re.compile(
     "window|patch|kernel|stride|pad|dilat|resol|image|img|grid|pool|position|index|depth|seq|bucket|dist|layer|vocab"
-    "|rotary|rope|head_dim|head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
+    "|step|context|horizon|rotary|rope|head_dim|head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
 )
 """Attributes that may equal a width by chance: spatial sizes, and sizes within heads, which are cut as a whole."""
 
@@ -45,8 +45,8 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
     """Find the numbers of modules that their views and splits use: numbers of heads, widths, split sizes.
 
     Modules may state in ``size_axes`` the axis that each of their ``sizes`` refers to. Otherwise, a whole number of the
-    module that equals a size that shrinks is taken to be that size, and verification checks the result. If two equal
-    sizes shrink to different ones, no attribute is changed.
+    module that equals a size that shrinks is taken to be that size, unless the code only takes so many steps or rows of
+    something, and verification checks the result. If two equal sizes shrink to different ones, no attribute is changed.
     """
     index_of = {group.name: index for index, group in enumerate(graph.groups)}
     gone = {(index_of[c.group.name], channel) for c in selection.choices for channel in c.drop}
@@ -66,6 +66,8 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
         candidates: dict[int, list[tuple[str, int | None]]] = defaultdict(list)
         for name, value in vars(module).items():
             if _NO_WIDTH.search(name) and not (_PER_KEY.search(name) and _has_one_key(module)):
+                continue
+            if (path, name) in graph.lengths:
                 continue
             for place, item in enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]:
                 if type(item) is int and shrinking.get((path, item), item) != item:

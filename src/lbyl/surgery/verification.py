@@ -31,6 +31,7 @@ from lbyl.runtime.contexts import plain_attention, undisturbed
 from lbyl.runtime.copying import apply_changes, copy_model, replacements_by_id, tensors_of
 from lbyl.runtime.float64 import LARGE, Float64Mode
 from lbyl.runtime.inputs import ExampleInputs, outputs
+from lbyl.runtime.intercept import unseen
 from lbyl.runtime.layer_norms import NormMasks, statistics_of_kept
 from lbyl.runtime.macs import macs_by_shapes
 from lbyl.selection.select import Choice, Selection
@@ -115,6 +116,10 @@ def _widened(model: nn.Module, names: dict[int, str], silent: Masks, dtype: torc
     unmasked = set(laid)
 
     def widen(module: nn.Module, args: Any) -> None:
+        with unseen():  # or every weight would count as a tensor of low precision that the model's code asked for
+            convert(module)
+
+    def convert(module: nn.Module) -> None:
         tables = module._parameters, module._buffers
         held.append((dict(tables[0]), dict(tables[1])))
         for table in tables:

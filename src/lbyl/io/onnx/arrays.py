@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,3 +54,27 @@ def to_file(held: Tensor, layout: str, scale: float, old: np.ndarray) -> np.ndar
         axis = next((d for d, size in enumerate(old.shape) if size != 1), old.ndim - 1)
         return array.reshape([array.size if d == axis else 1 for d in range(old.ndim)])
     return array
+
+
+def from_gates(array: np.ndarray, direction: int, half: int | None, gates: Sequence[int]) -> Tensor:
+    """The tensor of a recurrent layer for a part of a constant that holds the gates of all directions.
+
+    Args:
+        array: the constant, directions x rows x anything; a bias is directions x (2 x rows).
+        direction: the part's direction.
+        half: which half of a bias; None for a weight.
+        gates: the place in the file of each gate of the tensor.
+    """
+    rows = array[direction] if half is None else np.split(array[direction], 2)[half]
+    blocks = rows.reshape(len(gates), -1, *rows.shape[1:])
+    return as_tensor(np.ascontiguousarray(blocks[list(gates)].reshape(rows.shape)))
+
+
+def to_gates(held: Sequence[Tensor], halves: int, gates: Sequence[int], old: np.ndarray) -> np.ndarray:
+    """The constant for all of its parts, by direction and half: what :func:`from_gates` takes apart."""
+    parts = []
+    for tensor in held:
+        rows = as_array(tensor, old.dtype)
+        blocks = rows.reshape(len(gates), -1, *rows.shape[1:])
+        parts.append(blocks[np.argsort(gates)].reshape(rows.shape))
+    return np.stack([np.concatenate(parts[place : place + halves]) for place in range(0, len(parts), halves)])

@@ -15,9 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import InputError, first_line
-from lbyl.io.onnx.arrays import DTYPES, from_file
+from lbyl.io.onnx.arrays import DTYPES, from_file, from_gates
 from lbyl.io.onnx.file import OnnxFile, library, open_file
-from lbyl.io.onnx.network import FileInput, Held, Known, Link, NumberLink, OnnxNetwork, Program, Source, Step, Value
+from lbyl.io.onnx.network import (
+    UNNAMED,
+    FileInput,
+    Held,
+    Known,
+    Link,
+    NumberLink,
+    OnnxNetwork,
+    Part,
+    Program,
+    Source,
+    Step,
+    Value,
+)
 from lbyl.io.onnx.numbers import Numbers
 from lbyl.io.onnx.operators import find_operator
 
@@ -30,6 +43,9 @@ _STANDARD = ("", "ai.onnx")
 _SEVERAL_OUTPUTS = ("Split", "SplitToSequence", "TopK", "LSTM", "GRU", "RNN", "Dropout")
 _WAY_OUT = "compress the network in PyTorch, or only the part in front of this node (onnx.utils.extract_model)"
 _VIEWS = ("Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand")
+_FIX = "python -m onnxruntime.tools.make_dynamic_shape_fixed"
+_FOLD = "python -m onnxruntime.tools.optimize_onnx_model --opt_level basic"
+_MOVES = (*_VIEWS, "Tile", "Slice", "Gather")
 _LARGEST_WEIGHT = 1e18
 _LARGEST_APART = 2**16
 
@@ -205,12 +221,37 @@ class Reader:
         if name.startswith(_QUANTIZED):
             raise InputError(f"{where} is part of a quantized network; compress the float network, then quantize it")
         if name in _CONTROL:
-            raise InputError(f"{where} is control flow, which lbyl can't read; export the network without it")
+            why = self._decides(node) if name == "If" else "; export the network without it"
+            raise InputError(f"{where} is control flow, which lbyl can't read{why}")
         if node.domain not in _STANDARD:
             raise InputError(
                 f"{where} has the domain {node.domain!r}, whose operators lbyl can't read; export the network without "
                 "them, or take the file as it was before a runtime's optimizer wrote them"
             )
+
+    def _decides(self, node: ir.Node) -> str:
+        """What decides which branch of an If runs, and how to get a file without it."""
+        by_size: set[str] = set()
+        by_value: set[str] = set()
+        inputs = {str(value.name) for value in self.model.graph.inputs} - set(self.model.graph.initializers)
+        left, seen = [(value, False) for value in node.inputs], set()
+        while left:
+            value, sized = left.pop()
+            if value is None or (value.name, sized) in seen:
+                continue
+            seen.add((value.name, sized))
+            if value.name in inputs:
+                (by_size if sized else by_value).add(repr(value.name))
+            made = value.producer()
+            if made is not None:
+                left += [(item, sized or made.op_type in ("Shape", "Size")) for item in made.inputs]
+        if by_value:
+            told = ", ".join(sorted(by_value))
+            return f": which branch runs depends on the values of {told}; export the network for one of them"
+        if not by_size:
+            return f"; {_FOLD} removes it, because constants decide which branch runs"
+        told = ", ".join(sorted(by_size))
+        return f": which branch runs depends on the sizes of {told}; fix all sizes of the inputs ({_FIX}), then {_FOLD}"
 
     def where(self, node: ir.Node) -> str:
         """The name of a node in errors."""
@@ -361,6 +402,22 @@ class Reader:
         while name in self.views:
             yield name, self.views[name]
             name = str(self.views[name].inputs[0].name)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def is_zero(self, value: ir.Value | None) -> bool:
+        """Whether a value holds zeros only, whatever its shape; also if it is left out."""
+        name = self.named(value)
+        if value is None or name is None:
+            return True
+        if name in self.constants:
+            return not self.constants[name].any()
+        node = value.producer()
+        if node is None:
+            return False
+        if node.op_type == "ConstantOfShape":
+            filled = node.attributes.get("value")
+            return filled is None or not _attribute(filled).any()
+        moved = node.inputs if node.op_type == "Concat" else node.inputs[:1] if node.op_type in _MOVES else ()
+        return bool(moved) and all(self.is_zero(item) for item in moved)
 
     def stored(self, name: str) -> str:
         """The name of the constant that this one only is a view of, or copies of; its own name if it was computed."""
@@ -521,6 +578,28 @@ class _Node:
         prefix, _, last = self._reader.leaf[self._reader.named(value) or ""].rpartition(".")
         return prefix if prefix and last in ("weight", "w_0") else self._node.name or self._made[0]
 
+    def recurrent(self, module: nn.RNNBase, gates: Sequence[int], *sources: Source) -> None:
+        reader, path = self._reader, self._reader.add(self._name(1), module)
+        self._path = path
+        for direction in range(2 if module.bidirectional else 1):
+            end = "_reverse" if direction else ""
+            for name, operand, half in _TENSORS:
+                array, value = self.constant(operand), reader.named(self._value(operand))
+                if array is None or value is None:
+                    continue
+                setattr(module, f"{name}{end}", nn.Parameter(from_gates(array, direction, half, gates)))
+                part = Part(direction, half, tuple(gates))
+                reader.links.append(Link(f"{path}.{name}{end}", value, "part", 1.0, self._place, operand, part))
+        self.width("hidden_size", "hidden_size")
+        reader.steps.append(Step(self.where, sources, self._made, path))
+
+    def is_number(self, index: int) -> bool:
+        name = self._reader.named(self._value(index)) or ""
+        return name in self._reader.constants or name in self._reader.hosted
+
+    def is_zero(self, index: int) -> bool:
+        return self._reader.is_zero(self._value(index))
+
     def sized(self, module: Any, *sources: Source, sizes: list[tuple[int, str]]) -> None:
         reader = self._reader
         found: list[tuple[int | None, NumberLink | None]] = []
@@ -582,6 +661,10 @@ class _Node:
         return InputError(f"{self.where} can't be read: {why}" + ("" if ";" in why else f"; {_WAY_OUT}"))
 
 
+_TENSORS = (("weight_ih_l0", 1, None), ("weight_hh_l0", 2, None), ("bias_ih_l0", 3, 0), ("bias_hh_l0", 3, 1))
+"""The tensors of PyTorch's recurrent layers, the operands that hold them, and which half of a bias they are."""
+
+
 def _attribute(item: ir.Attr) -> Any:
     """The value of an attribute, with tensors as arrays."""
     value = item.value
@@ -604,7 +687,7 @@ def _is_real(array: np.ndarray) -> bool:
 
 
 def _symbol(size: Any) -> str:
-    return str(getattr(size, "value", None) or "?")
+    return str(getattr(size, "value", None) or UNNAMED)
 
 
 def _last_uses(steps: Sequence[Step], outputs: Sequence[Source]) -> dict[int, tuple[str, ...]]:

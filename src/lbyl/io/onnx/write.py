@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lbyl.errors import InputError, SurgeryError
-from lbyl.io.onnx.arrays import to_file
+from lbyl.io.onnx.arrays import to_file, to_gates
 from lbyl.io.onnx.check import TOLERANCE, compared
 from lbyl.io.onnx.file import library
 from lbyl.io.onnx.network import Link, NumberLink, OnnxNetwork
@@ -112,8 +112,7 @@ class _Editor:
         """Set constants to the values of the network's tensors."""
         state = tensors_of(network)
         stored: dict[str, dict[str, list[_New]]] = defaultdict(lambda: defaultdict(list))
-        for link in links:
-            new = to_file(state[link.path], link.layout, link.scale, self.reader.constants[link.value])
+        for link, new in self._needed(state, links):
             leaf = self.reader.leaf[link.value]
             stored[self.reader.stored(leaf)][leaf].append((link, new))
         for name, by_leaf in stored.items():
@@ -130,6 +129,31 @@ class _Editor:
                 array = self.reader.constants.get(str(unused.name), np.zeros(2, dtype=np.float32))
                 if array.size > 1:
                     self._rewire(place, 2, np.zeros(1, dtype=array.dtype))
+
+    def _needed(self, state: Mapping[str, torch.Tensor], links: tuple[Link, ...]) -> Iterator[_New]:
+        """Each use of a constant, and the value that it needs now; the parts of one use are put together."""
+        parts: dict[tuple[int, int], list[Link]] = defaultdict(list)
+        for link in links:
+            if link.part is None:
+                yield link, to_file(state[link.path], link.layout, link.scale, self.reader.constants[link.value])
+            else:
+                parts[link.node, link.operand].append(link)
+        for (place, operand), found in parts.items():
+            old, first = self.reader.constants[found[0].value], found[0].part
+            assert first is not None
+            new = to_gates([state[link.path] for link in found], 1 if first.half is None else 2, first.gates, old)
+            if operand == 2 and new.shape != old.shape:
+                self._without_states(place)
+            yield found[0], new
+
+    def _without_states(self, place: int) -> None:
+        """Leave out the first states of a recurrent layer, which are zeros of another width than it has now."""
+        node, before = self.nodes[place], self.reader.nodes[place]
+        for operand in (5, 6):
+            value = node.inputs[operand] if operand < len(node.inputs) else None
+            if value is not None and self.reader.is_zero(before.inputs[operand]):
+                node.replace_input_with(operand, None)
+                self.left.append(value)
 
     def _stored(self, name: str, by_leaf: Mapping[str, Sequence[_New]]) -> bool:
         """Change a constant in the file that is used as it is, or turned, reshaped or in another type.

@@ -254,7 +254,8 @@ def make_probes(
     # Of a few inputs at a time, batches say too little of each layer's mean and variance.
     few = probes.batches[0].rows is not None and probes.batches[0].rows < _ENOUGH
     if settings.attach_norms and not probes.statistics and not few:
-        statistics = measure_statistics(model, [each for part in parts for each in part])
+        pieces = [each for part in parts for each in part]
+        statistics = measure_statistics(model, pieces, probes.batch_statistics)
         matching = probes.matches_training_statistics or bool(statistics)
         probes = replace(probes, statistics=statistics, matches_training_statistics=matching)
     if all(len(part) == 1 for part in parts):

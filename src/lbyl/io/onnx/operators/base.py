@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,6 +62,21 @@ class Node(Protocol):
 
     def layer(self, module: nn.Module, held: Mapping[str, tuple[int, str, float]], *sources: Source) -> None:
         """Compute the node by a module; ``held`` gives (operand, layout, scale) for each of its tensors by name."""
+        ...
+
+    def recurrent(self, module: nn.RNNBase, gates: Sequence[int], *sources: Source) -> None:
+        """Compute the node by a recurrent layer whose tensors are parts of the operands 1 to 3.
+
+        ``gates`` has the place in the file of each gate of the layer.
+        """
+        ...
+
+    def is_number(self, index: int) -> bool:
+        """Whether an operand is a constant, or follows from shapes: an array when the network runs."""
+        ...
+
+    def is_zero(self, index: int) -> bool:
+        """Whether an operand holds zeros only, whatever its shape; also if it is left out."""
         ...
 
     def sized(self, module: Any, *sources: Source, sizes: list[tuple[int, str]]) -> None:

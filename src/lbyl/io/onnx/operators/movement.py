@@ -111,7 +111,11 @@ def squeeze(node: Node) -> None:
 
 
 def _squeeze(x: Tensor, *, axes: list[int] | None) -> Tensor:
-    return x.squeeze() if axes is None else x.squeeze(axes[0]) if len(axes) == 1 else x.squeeze(tuple(axes))
+    if axes is None:
+        return x.squeeze()
+    if any(x.shape[axis] != 1 for axis in axes):  # which PyTorch would keep
+        raise ValueError(f"axes {axes} are not all of size 1")
+    return x.squeeze(axes[0]) if len(axes) == 1 else x.squeeze(tuple(axes))
 
 
 @operator("Unsqueeze")
@@ -414,21 +418,55 @@ def pad(node: Node) -> None:
 _PADDING = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 
 
-def _pad(x: Tensor, pads: Any, *, axes: list[int] | None, mode: str, value: float) -> Tensor:
-    pads = whole(pads)
+def _pad(x: Any, pads: Any, *, axes: list[int] | None, mode: str, value: float) -> Tensor:
+    x, pads = _tensor(x), whole(pads)
     count = len(pads) // 2
     sides = {
-        axis % x.dim(): (pads[place], pads[count + place]) for place, axis in enumerate(axes or list(range(x.dim())))
+        axis % x.dim(): (pads[place], pads[count + place])
+        for place, axis in enumerate(list(range(x.dim())) if axes is None else axes)
     }
-    if not any(side for pair in sides.values() for side in pair):
+    sides = {axis: pair for axis, pair in sides.items() if any(pair)}
+    if not sides:
         return x
-    first = min(axis for axis, pair in sides.items() if any(pair))
-    if mode != "constant":
-        first = max(2, x.dim() - 3) if x.dim() > 2 else 0
-        if any(any(sides.get(axis, ())) for axis in range(first)):
-            raise ValueError(f"padding in mode {mode} over the first axes")
+    if mode != "constant" and not _is_in_torch(x, sides, mode):
+        for axis, pair in sides.items():
+            taken = _padded(x.shape[axis], pair, mode)
+            x = x.index_select(axis, torch.from_numpy(taken).to(x.device))
+        return x
+    # PyTorch takes all of the last axes that a mode can pad, or none of them.
+    first = min(sides) if mode == "constant" else x.dim() - _PADDED_AXES[x.dim()]
     flat = [side for axis in reversed(range(first, x.dim())) for side in sides.get(axis, (0, 0))]
     return functional.pad(x, flat, mode, value if mode == "constant" else None)
+
+
+_PADDED_AXES = {2: 1, 3: 1, 4: 2, 5: 3}
+"""How many of the last axes PyTorch pads in the modes that copy numbers, by the number of all axes."""
+
+
+def _is_in_torch(x: Tensor, sides: Mapping[int, tuple[int, int]], mode: str) -> bool:
+    """Whether PyTorch's own function can pad these sides in a mode that copies numbers."""
+    if x.dim() not in _PADDED_AXES or not x.is_floating_point() or min(sides) < x.dim() - _PADDED_AXES[x.dim()]:
+        return False
+    limits = {axis: x.shape[axis] - 1 if mode == "reflect" else x.shape[axis] for axis in sides}
+    return all(0 <= side <= limits[axis] for axis, pair in sides.items() for side in pair)
+
+
+def _padded(size: int, pair: tuple[int, int], mode: str) -> np.ndarray:
+    """The index of the old element for each element of an axis that was padded."""
+    # A negative side crops, and what is left is padded, so no element that was cropped comes back.
+    start, end = max(0, -pair[0]), size - max(0, -pair[1])
+    left = max(end - start, 0)
+    if not left:
+        raise ValueError(f"padding {pair} leaves nothing of an axis of size {size} that could be copied")
+    at = np.arange(-max(0, pair[0]), left + max(0, pair[1]))
+    if mode == "replicate":
+        taken = np.clip(at, 0, left - 1)
+    elif mode == "circular" or left == 1:
+        taken = at % left
+    else:
+        taken = at % (2 * left - 2)
+        taken = np.minimum(taken, 2 * left - 2 - taken)
+    return (start + taken).astype(np.int64)
 
 
 @operator("DepthToSpace")

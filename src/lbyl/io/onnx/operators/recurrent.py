@@ -1,4 +1,4 @@
-"""Recurrent layers. Their weights stay whole: the file holds all gates and directions of a layer in one array."""
+"""Recurrent layers. The file holds all gates and directions of a layer in one array, which is taken apart here."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lbyl.errors import InputError
 from lbyl.io.onnx.arrays import as_tensor
-from lbyl.io.onnx.operators.base import Node, operator
+from lbyl.io.onnx.network import Source
+from lbyl.io.onnx.operators.base import Node, operator, whole
 
 _GATES = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2), "RNN": (0,)}
 """The place in the file of each gate of PyTorch's layers."""
-_CALLS = {
-    ("LSTM", ("Sigmoid", "Tanh", "Tanh")): torch.lstm,
-    ("GRU", ("Sigmoid", "Tanh")): torch.gru,
-    ("RNN", ("Tanh",)): torch.rnn_tanh,
-    ("RNN", ("Relu",)): torch.rnn_relu,
+_MODES = {
+    ("LSTM", ("Sigmoid", "Tanh", "Tanh")): "LSTM",
+    ("GRU", ("Sigmoid", "Tanh")): "GRU",
+    ("RNN", ("Tanh",)): "RNN_TANH",
+    ("RNN", ("Relu",)): "RNN_RELU",
 }
+_CALLS: dict[str, Any] = {
+    "LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu
+}  # fmt: skip
 
 
 @operator("LSTM", "GRU", "RNN")
@@ -33,14 +37,13 @@ def recurrent(node: Node) -> None:
     direction = str(get("direction", "forward"))
     count = 2 if direction == "bidirectional" else 1
     asked = [str(name) for name in get("activations", usual * count)]
-    call: Any = _CALLS.get((kind, tuple(asked[: len(usual)])))
-    if call is None or asked != asked[: len(usual)] * count:
+    mode = _MODES.get((kind, tuple(asked[: len(usual)])))
+    if mode is None or asked != asked[: len(usual)] * count:
         raise node.refuse(f"its activations are {', '.join(asked)}; the usual ones are {', '.join(usual)}")
     if get("clip") or get("input_forget", 0):
         raise node.refuse("it clips its gates, or couples two of them")
-    if kind == "GRU" and not get("linear_before_reset", 0):
-        call = _gru_that_resets_first
-    if _given(node, 4):
+    lengths = node.constant(4)
+    if _given(node, 4) and (not node.is_number(4) or (lengths is not None and len(set(whole(lengths))) > 1)):
         raise node.refuse("its sequences have lengths of their own")
     if kind == "LSTM" and _given(node, 7):
         raise node.refuse("its gates see the cell (peepholes)")
@@ -48,9 +51,49 @@ def recurrent(node: Node) -> None:
         raise node.refuse("its weights are computed")
     if get("layout", 0):
         raise node.refuse("its batch is the first axis (layout=1), which onnxruntime can't run")
-    settings = {"call": call, "gates": _GATES[kind], "direction": direction, "name": node.where}
-    places = (0, 1, 2, 3, 5, 6) if kind == "LSTM" else (0, 1, 2, 3, 5)
-    node.run(partial(_recurrent, **settings), *(node.source(index) for index in places))
+    # States of zeros are left to PyTorch, because theirs is the width that may be cut.
+    states = [None if node.is_zero(index) else node.source(index) for index in ((5, 6) if kind == "LSTM" else (5,))]
+    if kind == "GRU" and not get("linear_before_reset", 0):
+        call = partial(_reset_first, gates=_GATES[kind], direction=direction, name=node.where)
+        node.run(call, *(node.source(index) for index in range(5)), *states)
+    else:
+        _layer(node, mode, direction, states)
+
+
+def _layer(node: Node, mode: str, direction: str, states: Sequence[Source]) -> None:
+    weight, from_state = node.constant(1), node.constant(2)
+    assert weight is not None
+    assert from_state is not None
+    sizes = weight.shape[2], from_state.shape[2]
+    module = Recurrent(mode, *sizes, bias=_given(node, 3), direction=direction, name=node.where)
+    node.recurrent(module, _GATES[node.operator], node.source(0), node.source(4), *states)
+
+
+class Recurrent(nn.RNNBase):
+    """A recurrent layer that returns what the file's does: the outputs by step and direction, and the last states."""
+
+    def __init__(self, mode: str, inputs: int, units: int, *, bias: bool, direction: str, name: str) -> None:
+        super().__init__(mode, inputs, units, bias=bias, bidirectional=direction == "bidirectional", device="meta")
+        self.direction, self.name = direction, name
+
+    def forward(self, x: Tensor, lengths: Any, *states: Any) -> tuple[Tensor, ...]:
+        """All outputs: those of each step, and the last states.
+
+        Args:
+            x: steps x batch x inputs.
+            lengths: the sequences' lengths, which must be the number of steps; None if the file gives none.
+            states: the first states, directions x batch x units; None for zeros.
+
+        Raises:
+            InputError: the first states are for another batch, or of another size, or a sequence is shorter.
+        """
+        _check_lengths(lengths, x, self.name)
+        ends = ("", "_reverse") if self.bidirectional else ("",)
+        names = ("weight_ih_l0", "weight_hh_l0", *(("bias_ih_l0", "bias_hh_l0") if self.bias else ()))
+        parts = [getattr(self, f"{name}{end}") for end in ends for name in names]
+        call = partial(_CALLS[self.mode], params=parts, has_biases=self.bias, num_layers=1, dropout=0.0, train=False,
+                       bidirectional=self.bidirectional, batch_first=False)  # fmt: skip
+        return _run(call, x, states, (len(ends), x.shape[1], parts[1].shape[1]), self.direction, self.name)
 
 
 def _given(node: Node, index: int) -> bool:
@@ -59,39 +102,38 @@ def _given(node: Node, index: int) -> bool:
     return node.is_constant(index) or node.source(index) is not None
 
 
-def _recurrent(
+def _run(
+    call: Any, x: Tensor, states: Sequence[Any], wanted: tuple[int, int, int], direction: str, name: str
+) -> tuple[Tensor, ...]:
+    """What a layer returns, by PyTorch's function: see :meth:`Recurrent.forward`."""
+    # PyTorch doesn't check the states' shapes here, and reads memory that is not theirs.
+    given = [x.new_zeros(wanted) if state is None else _of_batch(_like(state, x), wanted, name) for state in states]
+    x = x.flip(0) if direction == "reverse" else x
+    each, *last = call(x, hx=given if len(given) > 1 else given[0])
+    each = each.flip(0) if direction == "reverse" else each
+    return each.reshape(*each.shape[:2], wanted[0], wanted[2]).transpose(1, 2), *last
+
+
+def _reset_first(
     x: Tensor,
     from_input: Any,
     from_state: Any,
     bias: Any,
-    *states: Any,
-    call: Any,
+    lengths: Any,
+    state: Any,
+    *,
     gates: Sequence[int],
     direction: str,
     name: str,
 ) -> tuple[Tensor, ...]:
-    """All outputs of a layer: those of each step, and the last states.
+    """What a GRU returns whose reset gate acts before the product with the state.
 
-    Args:
-        x: steps x batch x inputs.
-        from_input: weights, directions x (gates x units) x inputs.
-        from_state: weights, directions x (gates x units) x units.
-        bias: directions x (2 x gates x units), or None.
-        states: the first states, directions x batch x units; None for zeros.
-        call: PyTorch's function.
-        gates: the place of each of its gates.
-        direction: "forward", "reverse" or "bidirectional".
-        name: the node's name in errors.
-
-    Raises:
-        InputError: the first states are for another batch, or of another size.
+    Its weights are taken as they are in the file: directions x (gates x units) x inputs or units, and the bias
+    directions x (2 x gates x units), or None.
     """
-    from_input, from_state, bias, *first_states = (_like(value, x) for value in (from_input, from_state, bias, *states))
+    _check_lengths(lengths, x, name)
+    from_input, from_state, bias = (_like(value, x) for value in (from_input, from_state, bias))
     directions, _, units = from_state.shape
-    # PyTorch doesn't check the states' shapes here, and reads memory that is not theirs.
-    wanted = (directions, x.shape[1], units)
-    first_states = [None if state is None else _of_batch(state, wanted, name) for state in first_states]
-    x = x.flip(0) if direction == "reverse" else x
     order = torch.as_tensor(np.concatenate([np.arange(gate * units, (gate + 1) * units) for gate in gates]))
     order = order.to(x.device)
     parts = []
@@ -100,12 +142,17 @@ def _recurrent(
         if bias is not None:
             first, second = bias[one].chunk(2)
             parts += [first[order], second[order]]
-    zeros = x.new_zeros(wanted)
-    start = [zeros if state is None else state for state in first_states]
-    hidden = start if call is torch.lstm else start[0]
-    each, *last = call(x, hidden, parts, bias is not None, 1, 0.0, False, directions == 2, False)
-    each = each.flip(0) if direction == "reverse" else each
-    return each.reshape(*each.shape[:2], directions, units).transpose(1, 2), *last
+    call = partial(_gru_that_resets_first, params=parts, has_biases=bias is not None)
+    return _run(call, x, [state], (directions, x.shape[1], units), direction, name)
+
+
+def _check_lengths(lengths: Any, x: Tensor, name: str) -> None:
+    """Raise InputError for sequences that end before the last step. Exporters state the lengths of all as well."""
+    if lengths is not None and any(length != x.shape[0] for length in whole(lengths)):
+        raise InputError(
+            f"{name} has sequences of lengths {sorted(set(whole(lengths)))}, and {x.shape[0]} steps; only sequences "
+            "over all steps can be read"
+        )
 
 
 def _like(value: Any, x: Tensor) -> Any:
@@ -127,17 +174,15 @@ def _of_batch(state: Tensor, wanted: tuple[int, int, int], name: str) -> Tensor:
     return state[:, :1].expand(wanted)
 
 
-def _gru_that_resets_first(
-    x: Tensor, hidden: Tensor, parts: Sequence[Tensor], biased: bool, *_: Any
-) -> tuple[Tensor, Tensor]:
+def _gru_that_resets_first(x: Tensor, hx: Tensor, params: Sequence[Tensor], has_biases: bool) -> tuple[Tensor, Tensor]:
     """A GRU whose reset gate acts before the product with the state, which PyTorch does not have.
 
     It takes the arguments of ``torch.gru``; a second direction is run if there are parts for it.
     """
-    each, last, count = [], [], 4 if biased else 2
-    for one, state in enumerate(hidden):
-        from_input, from_state, *biases = parts[one * count : (one + 1) * count]
-        first, second = biases if biased else (None, None)
+    each, last, count = [], [], 4 if has_biases else 2
+    for one, state in enumerate(hx):
+        from_input, from_state, *biases = params[one * count : (one + 1) * count]
+        first, second = biases if has_biases else (None, None)
         inputs = functional.linear(x, from_input, first)
         *gates, new = from_state.chunk(3)
         *gate_biases, new_bias = (None,) * 3 if second is None else second.chunk(3)
