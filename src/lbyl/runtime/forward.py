@@ -7,7 +7,7 @@ with their own padding or functional calls, need no special treatment, and no mo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -128,6 +128,8 @@ TRANSPOSED: dict[Any, int] = {
     functional.conv_transpose2d: 2,
     functional.conv_transpose3d: 3,
 }
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_CELLS = (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
 _TIMES = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__)
 BATCH_NORM = inspect.signature(functional.batch_norm)
 
@@ -180,6 +182,8 @@ class _LayerCalls(FunctionInterceptor):
             self._experts(*args, **kwargs, out=out)
         elif func in _TURNS and isinstance(out, Tensor) and (name := self.name_of(args[0])):
             self._turned[id(out)] = name, out
+        elif func in _RECURRENT or func in _CELLS:
+            self._recurrent(func, out, args, kwargs)
         elif self._waiting and func in _TIMES and args[0] is self._waiting[2]:
             self.finish(args[1])
         return out
@@ -213,6 +217,16 @@ class _LayerCalls(FunctionInterceptor):
             reads = [_each(value, axes) for value in (stride, padding, dilation)]
             op = f"conv_transpose{axes}d"
             self._report(weight, lambda name: ConsumerCall(name, op, input, out, reads[0], reads[1], reads[2]))
+
+    def _recurrent(self, func: Any, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Report what recurrent layers make of their inputs and of their states, where these are known."""
+        of, names = (_of_cell, _CELL) if func in _CELLS else (_of_layers, _LAYERS)
+        named: dict[str, Any] = dict(zip(names, args, strict=False)) | dict(kwargs)
+        given: list[Any] = [named.get(name) for name in names]
+        for x, weight, bias in of(out, *given):
+            self._report(
+                weight, lambda name, x=x, w=weight, b=bias: ConsumerCall(name, "linear", x, functional.linear(x, w, b))
+            )
 
     def _named(self, weight: Any) -> bool:
         """Whether a tensor is a named parameter, or a transposed one."""
@@ -268,6 +282,49 @@ class _LayerCalls(FunctionInterceptor):
         if watched:
             watched(str(mean_name), str(var_name), mean, inverse.square().reciprocal() - call["eps"])
         return out
+
+
+_Products = Iterator[tuple[Tensor, Tensor, Tensor | None]]
+"""Inputs of linear layers, their weights and their biases."""
+
+
+_CELL = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
+_LAYERS = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
+"""The arguments of PyTorch's functions for recurrent cells and layers."""
+
+
+def _of_cell(_: Any, x: Tensor, state: Any, from_input: Any, from_state: Any, *biases: Any) -> _Products:
+    """The products of a recurrent cell: of its input, and of its state."""
+    yield x, from_input, biases[0]
+    yield _first(state), from_state, biases[1]
+
+
+def _of_layers(out: Any, x: Tensor, state: Any, weights: Any, *options: Any) -> _Products:
+    """The products of the first of stacked recurrent layers with its input, and of the last with its earlier state.
+
+    There is one of each in each direction. Packed sequences and projections have none.
+    """
+    if not isinstance(weights, (list, tuple)) or not _first(state).is_floating_point():
+        return  # packed sequences have their lengths here
+    has_biases, layers, _, _, bidirectional, batch_first = options
+    directions, each = 2 if bidirectional else 1, 4 if has_biases else 2
+    if len(weights) != layers * directions * each:
+        return
+    for number in range(directions):
+        own = weights[number * each :]
+        yield x, own[0], own[2] if has_biases else None
+    start, steps = _first(state), 1 if batch_first and x.dim() == 3 else 0
+    for number, units in enumerate(out[0].chunk(directions, -1)):
+        own = weights[(layers * directions - directions + number) * each :]
+        begin = start[number - directions].unsqueeze(steps).to(units)
+        lasting = units.shape[steps] - 1
+        parts = [begin, units.narrow(steps, 0, lasting)] if number == 0 else [units.narrow(steps, 1, lasting), begin]
+        yield torch.cat(parts, steps), own[1], own[3] if has_biases else None
+
+
+def _first(state: Any) -> Tensor:
+    """The hidden state, which LSTM keeps beside another one."""
+    return state[0] if isinstance(state, (list, tuple)) else state
 
 
 def at_positions(call: ConsumerCall, attended: Attended) -> ConsumerCall:

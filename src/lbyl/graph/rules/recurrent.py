@@ -33,10 +33,11 @@ def recurrent(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     if ids is None:
         return builder.barrier(node, args, f"{op} in {where!r} on mixed axes")
     names, units = iter(parameters), None
-    for _ in range(layers):
+    for layer in range(layers):
         made = None
         for _ in range(directions):
-            made = _layer(builder, node, op, ids, [next(names) for _ in range(each)], units)
+            own = [next(names) for _ in range(each)]
+            made = _layer(builder, node, op, ids, own, units, layer == 0, layer == layers - 1)
             units = made
         assert made is not None
         ids = made.repeat(directions)
@@ -67,20 +68,37 @@ def cell(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _layer(
-    builder: Builder, node: fx.Node, op: str, ids: Tensor, parameters: Sequence[ParameterRef], units: Tensor | None
+    builder: Builder,
+    node: fx.Node,
+    op: str,
+    ids: Tensor,
+    parameters: Sequence[ParameterRef],
+    units: Tensor | None,
+    first: bool = True,
+    last: bool = True,
 ) -> Tensor:
-    """The ids of the units that a layer makes from channels ``ids``; they are merged with ``units``, if given."""
+    """The ids of the units that a layer makes from channels ``ids``; they are merged with ``units``, if given.
+
+    The first of stacked layers mixes the channels of its input like a linear layer, once for all steps, and the last
+    one those of its own state. What the others read is only known inside of one call.
+    """
     from_input, from_state, *biases = parameters
     bias = biases[0].name if biases else None
-    builder.tie(from_input.name, 1, ids)
     layer = from_input.name.rpartition(".")[0] or layer_name(node)
+    if first:
+        builder.read(layer, from_input.name, bias, "linear", ids)
+    else:
+        builder.tie(from_input.name, 1, ids)
     rows = builder.produce(node, layer, from_input.name, bias, from_input.shape[0])
     builder.pure.pop(node, None)
     made = builder.join(rows.reshape(_GATES.get(op, 1), -1), [0])[0]
     if units is not None:
         builder.ids.union(made, units)
     builder.slot(from_state.name, 0, rows, "carrier")
-    builder.tie(from_state.name, 1, made)
+    if last:
+        builder.read(layer, from_state.name, biases[1].name if len(biases) > 1 else None, "linear", made)
+    else:
+        builder.tie(from_state.name, 1, made)
     for other in biases[1:]:
         builder.slot(other.name, 0, rows, "carrier")
     return builder.ids.find(made)

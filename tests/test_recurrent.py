@@ -1,0 +1,128 @@
+"""Recurrent layers make up for channels that are gone: those of their inputs, and units of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lbyl
+from lbyl.runtime.forward import ConsumerCall, run_intercepted
+from lbyl.runtime.inputs import ExampleInputs
+
+
+class Layers(nn.Module):
+    """A linear layer, recurrent layers, and a linear layer. Half of all channels and units are copies of the others."""
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.LazyLinear(4)
+        self.layers = getattr(nn, kind)(12, 8, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layers(torch.tanh(self.first(x)))[0])
+
+
+class Cell(nn.Module):
+    """The same with a cell, over the second axis."""
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        super().__init__()
+        self.units = 8
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(8, 4)
+        self.cell = getattr(nn, kind)(12, 8, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = x.new_zeros(len(x), self.units)
+        state = (state, state) if isinstance(self.cell, nn.LSTMCell) else state
+        for step in range(x.shape[1]):
+            state = self.cell(torch.tanh(self.first(x[:, step])), state)
+        return self.last(state[0] if isinstance(state, tuple) else state)
+
+
+NETS = {
+    "LSTM": lambda: Layers("LSTM"),
+    "LSTM, batch first": lambda: Layers("LSTM", batch_first=True),
+    "LSTM, both directions": lambda: Layers("LSTM", bidirectional=True, batch_first=True),
+    "LSTM, without biases": lambda: Layers("LSTM", bias=False),
+    "GRU": lambda: Layers("GRU", batch_first=True),
+    "GRU, both directions": lambda: Layers("GRU", bidirectional=True),
+    "RNN": lambda: Layers("RNN", batch_first=True),
+    "RNN with ReLU": lambda: Layers("RNN", nonlinearity="relu"),
+    "LSTMCell": lambda: Cell("LSTMCell"),
+    "GRUCell": lambda: Cell("GRUCell", bias=False),
+    "RNNCell": lambda: Cell("RNNCell"),
+}
+
+
+def doubled(net: nn.Module, x: Tensor) -> nn.Module:
+    """The network with copies of the first half of the channels and units as the second half."""
+    with torch.no_grad():
+        net(x)
+        for name, parameter in net.named_parameters():
+            if name.startswith("last") or parameter.shape[0] % 4:
+                continue
+            gates = parameter.shape[0] // (12 if name.startswith("first") else 8)
+            rows = parameter.reshape(gates, -1, *parameter.shape[1:])
+            rows[:, rows.shape[1] // 2 :] = rows[:, : rows.shape[1] // 2].clone()
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_copies_leave_all_that_they_did(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 7, 6)
+    net = doubled(NETS[name](), x)
+    settings: dict[str, Any] = {"ratio": 0.5, "criterion": _FirstStay(), "forecast": False}
+    pruned = lbyl.compress(net, x[:2], restore="prune", **settings)
+    restore = lbyl.LeastSquares(lbyl.Data([x[:48], x[48:]]), ridge=1e-9)
+    restored = lbyl.compress(net, x[:2], restore=restore, **settings)
+    assert restored.report.parameters[1] < 0.6 * restored.report.parameters[0]
+    with torch.no_grad():
+        torch.testing.assert_close(restored.model(x), net(x), rtol=1e-4, atol=1e-4)
+        assert float((pruned.model(x) - net(x)).abs().max()) > 1e-2
+
+
+class _FirstStay:
+    """A criterion by which the last channels go."""
+
+    def score(self, filters: Any, generator: torch.Generator) -> Tensor:
+        return -torch.arange(len(filters), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_product_that_is_reported_is_computed_from_what_is_reported(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 6)
+    net = NETS[name]()
+    net(x)
+    state, calls = dict(net.named_parameters()), list[ConsumerCall]()
+    with torch.no_grad():
+        run_intercepted(net.eval(), ExampleInputs.of(x), on_consumer=calls.append)
+    own = [call for call in calls if ".weight_" in call.weight]
+    directions = 2 if "both" in name else 1
+    assert len(own) == (2 * x.shape[1] if "Cell" in name else 2 * directions)
+    for call in own:
+        bias = state.get(call.weight.replace("weight", "bias"))
+        torch.testing.assert_close(call.out, nn.functional.linear(call.x, state[call.weight], bias))
+
+
+def test_states_are_those_before_each_step() -> None:
+    torch.manual_seed(0)
+    net = nn.RNN(3, 4, batch_first=True, bidirectional=True).eval()
+    x, calls = torch.randn(2, 5, 3), dict[str, ConsumerCall]()
+    with torch.no_grad():
+        run_intercepted(net, ExampleInputs.of(x), on_consumer=lambda call: calls.update({call.weight: call}))
+        sums = [calls[f"weight_ih_l0{end}"].out + calls[f"weight_hh_l0{end}"].out for end in ("", "_reverse")]
+        torch.testing.assert_close(torch.tanh(torch.cat(sums, -1)), net(x)[0])
+
+
+def test_layers_in_between_are_only_cut() -> None:
+    """Their inputs are not seen from outside; the first layer's inputs and the last one's states are."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.LSTM(12, 8, 3, batch_first=True)).eval()
+    read = {consumer.weight for consumer in lbyl.inspect(net, torch.randn(2, 5, 6)).graph.consumers}
+    assert {"2.weight_ih_l0", "2.weight_hh_l2"} <= read
+    assert not read & {"2.weight_hh_l0", "2.weight_ih_l1", "2.weight_hh_l1", "2.weight_ih_l2"}
