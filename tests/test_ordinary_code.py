@@ -375,3 +375,25 @@ def test_a_number_of_steps_that_equals_a_width_stays(steps: int) -> None:
     assert (smaller.width, smaller.memory, smaller.best, smaller.till) == (8, 16, 16, 16)
     assert [type(value) for value in (net.memory, smaller.memory)] == [int, int]
     assert smaller(torch.randn(2, 4, 30)).shape == net(torch.randn(2, 4, 30)).shape
+
+
+class Padded(nn.Module):
+    """PyTorch's own encoder, on texts with pads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.embed, self.encoder, self.o = nn.Embedding(30, 32), nn.TransformerEncoder(layer, 2), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor, pads: Tensor) -> Tensor:
+        return self.o(self.encoder(self.embed(x), src_key_padding_mask=pads)[:, 0])
+
+
+def test_an_encoder_with_an_odd_number_of_heads_runs_on_pads() -> None:
+    net = Padded().eval()
+    x, pads = torch.randint(0, 30, (3, 7)), torch.arange(7) > torch.tensor([6, 3, 6])[:, None]
+    smaller = lbyl.compress(net, (x, pads), ratio=0.4, scope="all", restore="prune", forecast=False).model
+    assert smaller.encoder.layers[0].self_attn.num_heads == 3
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x, pads)[1], smaller(x[1:2, :4], pads[1:2, :4])[0], rtol=1e-4, atol=1e-5)

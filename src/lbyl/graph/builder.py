@@ -98,6 +98,8 @@ class Builder:
 
     parameters: Mapping[fx.Node, str] = field(default_factory=dict)
     """Which parameter each placeholder of the program stands for."""
+    origins: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
+    """The inputs of the network that each value comes from, see `lbyl.graph.origins`."""
     ids: Ids = field(default_factory=Ids)
     slots: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
     """By parameter name and dimension."""

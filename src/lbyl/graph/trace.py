@@ -23,6 +23,7 @@ from lbyl.graph.experts import by_expert
 from lbyl.graph.exported import export
 from lbyl.graph.freeze import freeze
 from lbyl.graph.lengths import find_lengths
+from lbyl.graph.origins import origins_of
 from lbyl.graph.program import Program
 from lbyl.graph.recording import record
 from lbyl.graph.rules import find_rule
@@ -92,9 +93,11 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
         if node.op == "placeholder":
             name = program.parameters.get(node)
             env[node] = nobody_like(node) if name is None else ParameterRef(name, tuple(node.meta["val"].shape))
+            builder.origins[node] = frozenset() if name is not None else frozenset({node.name})
             if name is not None and name in idle:
                 builder.whole[name] = "no operation used it on the example inputs"
         elif node.op == "call_function":
+            builder.origins[node] = origins_of(node, builder.origins)
             env[node] = _call(builder, node, value(node.args), value(node.kwargs))
             write_back(builder, env, node)
         elif node.op == "output":

@@ -126,7 +126,8 @@ class Group:
         consumers: input dimensions of the layers that read the channels.
         blocks: a label for each channel; a cut must remove equally many channels of every label (grouped
             convolutions).
-        coupled: whether a sum adds channels of different producers (a residual connection).
+        coupled: whether a sum adds channels of different producers that come from the same input of the network (a
+            residual connection).
         steps: the operations between producers and consumers, in execution order.
         averages: means over all channels that the model divides by; dropped channels must be zero there.
         reason: why the group can't be pruned, or None when it can.

@@ -80,7 +80,20 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
         for name, item in _read_from_configuration(module):
             if shrinking.get((path, item), item) != item:
                 found.append(Attribute(path, f"config.{name}", None, item, shrinking[path, item]))
-    return (*found, *_constants(model, selection))
+    return (*found, *_without_nested_tensors(model, found), *_constants(model, selection))
+
+
+def _without_nested_tensors(model: nn.Module, found: Sequence[Attribute]) -> Iterator[Attribute]:
+    """The switches of encoders that leave out padding in a way that only works for an even number of heads.
+
+    PyTorch looks at this number when such an encoder is made, and fails at its first batch with pads if it is odd.
+    """
+    odd = [each.module for each in found if each.name == "num_heads" and each.new % 2]
+    for path, module in model.named_modules():
+        inside = f"{path}." if path else ""
+        nested = isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
+        if nested and any(name.startswith(inside) for name in odd):
+            yield Attribute(path, "use_nested_tensor", None, 1, 0)
 
 
 _PER_KEY = re.compile("value_groups|n_rep")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
+from lbyl.graph.origins import are_apart
 from lbyl.graph.rules import rule
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 
@@ -82,9 +83,10 @@ def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
         shadows[1] = weight.reshape([1, -1] + [1] * (len(shape) - 2))
     result = shadows[0]
     assert result is not None
+    apart = are_apart(tuple(node.all_input_nodes), builder.origins)
     for other in shadows[1:]:
         assert other is not None
-        result = merge(builder, name, layer_name(node), result, other, shape)
+        result = merge(builder, name, layer_name(node), result, other, shape, apart)
     issued = small(result).reshape(-1)
     builder.step(issued, name, layer_name(node), any(isinstance(o, ParameterRef) for o in operands))
     return result
@@ -94,8 +96,13 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | Pa
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | ParameterRef)]
 
 
-def merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Merge the channels that meet at each element of two values, which broadcast to ``shape``."""
+def merge(
+    builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: tuple[int, ...], apart: bool = False
+) -> Tensor:
+    """Merge the channels that meet at each element of two values, which broadcast to ``shape``.
+
+    Values that are ``apart`` come from different inputs of the network: their sum is no residual connection.
+    """
     a, b = _lift(builder, a, b, len(shape), layer), _lift(builder, b, a, len(shape), layer)
     a, b = a.expand(shape), b.expand(shape)
     # Dimensions along which neither value changes need not be compared.
@@ -107,7 +114,7 @@ def merge(builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: 
     numbers = torch.unique(a.reshape(-1) * count + b.reshape(-1))
     pairs = torch.stack([numbers // count, numbers % count], 1)
     left, right = builder.ids.find(pairs).unbind(1)
-    if name in ("add", "sub", "subtract", "rsub", "lerp", "addcmul"):
+    if name in ("add", "sub", "subtract", "rsub", "lerp", "addcmul") and not apart:
         # A sum of one layer's own channels (as in rotary positions) is not a residual stream.
         summed = builder.ids.different_makers(left, right)
         builder.sums.append(pairs[summed].reshape(-1))

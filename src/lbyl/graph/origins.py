@@ -1,0 +1,39 @@
+"""Follows which of the network's inputs each value comes from, to tell residual connections from other sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, fx
+
+from lbyl.runtime.reductions import aten_name
+
+Origins = Mapping[fx.Node, frozenset[str]]
+"""The names of the inputs that values come from; none for parameters and constants."""
+
+_PRODUCTS = ("mul", "multiply", "div", "divide", "true_divide")
+
+
+def origins_of(node: fx.Node, known: Origins) -> frozenset[str]:
+    """The inputs that the value of an operation comes from, given those of earlier values.
+
+    A factor that is broadcast (a gate, a scale for each channel) does not count.
+    """
+    given = [each for each in node.all_input_nodes if known.get(each)]
+    if aten_name(node.target) in _PRODUCTS and len(given) == 2:
+        one, other = given
+        small, large = sorted((_size(each), place) for place, each in enumerate((one, other)))
+        if small[0] < large[0]:
+            given = [given[large[1]]]
+    return frozenset().union(*(known[each] for each in given))
+
+
+def are_apart(nodes: tuple[fx.Node, ...], known: Origins) -> bool:
+    """Whether values come from inputs that are all different, so that no sum of them passes anything by a layer."""
+    seen = [known.get(node, frozenset()) for node in nodes]
+    return all(seen) and len(frozenset().union(*seen)) == sum(map(len, seen))
+
+
+def _size(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else 0
