@@ -80,20 +80,7 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
         for name, item in _read_from_configuration(module):
             if shrinking.get((path, item), item) != item:
                 found.append(Attribute(path, f"config.{name}", None, item, shrinking[path, item]))
-    return (*found, *_without_nested_tensors(model, found), *_constants(model, selection))
-
-
-def _without_nested_tensors(model: nn.Module, found: Sequence[Attribute]) -> Iterator[Attribute]:
-    """The switches of encoders that leave out padding in a way that only works for an even number of heads.
-
-    PyTorch looks at this number when such an encoder is made, and fails at its first batch with pads if it is odd.
-    """
-    odd = [each.module for each in found if each.name == "num_heads" and each.new % 2]
-    for path, module in model.named_modules():
-        inside = f"{path}." if path else ""
-        nested = isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
-        if nested and any(name.startswith(inside) for name in odd):
-            yield Attribute(path, "use_nested_tensor", None, 1, 0)
+    return (*found, *_constants(model, selection))
 
 
 _PER_KEY = re.compile("value_groups|n_rep")
@@ -206,6 +193,17 @@ def set_attributes(path: str, module: nn.Module, before: Mapping[str, Tensor]) -
         vars(module).update(nx=weight.shape[0], nf=weight.shape[1])
     else:
         _set_by_value(module, before)
+
+
+def turn_off_nested_tensors(model: nn.Module) -> None:
+    """Turn off what leaves out padding in PyTorch's encoders where it does not work: with an odd number of heads.
+
+    PyTorch looks at this number when such an encoder is made, and would fail at its first batch with pads.
+    """
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and getattr(encoder, "use_nested_tensor", False):
+            heads = (m.num_heads for m in encoder.modules() if isinstance(m, nn.MultiheadAttention))
+            encoder.use_nested_tensor = not any(number % 2 for number in heads)
 
 
 def changed_groups(before: nn.Module, after: nn.Module) -> tuple[Attribute, ...]:

@@ -15,7 +15,7 @@ from lbyl.errors import SurgeryError
 from lbyl.runtime.contexts import set_modes
 from lbyl.runtime.copying import copy_model, in_place_of, shape_and_dtype, tensors_of
 from lbyl.selection.select import Selection
-from lbyl.surgery.attributes import Attribute, attribute_of, set_attribute, set_attributes
+from lbyl.surgery.attributes import Attribute, attribute_of, set_attribute, set_attributes, turn_off_nested_tensors
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def _finish(model: nn.Module, attributes: Sequence[Attribute]) -> None:
     modes = {module: module.training for module in modules.values()}
     model.train(model.training)
     set_modes(modes)
+    turn_off_nested_tensors(model)
 
 
 def _sliced(model: nn.Module, cuts: Sequence[Cut]) -> dict[int, Tensor]:
