@@ -397,3 +397,20 @@ def test_an_encoder_with_an_odd_number_of_heads_runs_on_pads() -> None:
     assert smaller.encoder.layers[0].self_attn.num_heads == 3
     with torch.no_grad():
         torch.testing.assert_close(smaller(x, pads)[1], smaller(x[1:2, :4], pads[1:2, :4])[0], rtol=1e-4, atol=1e-5)
+
+
+class Broadcast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.o = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.broadcast_tensors(self.a(x), self.b(x)[:1])
+        return self.o(torch.relu(a * b))
+
+
+def test_values_that_are_brought_to_one_shape_are_cut_together() -> None:
+    result = lbyl.compress(Broadcast().eval(), torch.randn(4, 8), ratio=0.5, restore="prune", forecast=False)
+    assert [result.model.a.out_features, result.model.b.out_features] == [8, 8]
+    assert not result.report.barriers

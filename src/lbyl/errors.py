@@ -61,12 +61,13 @@ class ClusterError(LbylError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's class where it has none.
+    """The first line of an error's message, or the error's class where it has none, and before a missing key.
 
-    >>> first_line(ValueError("no such width\\nand much more"))
-    'no such width'
+    >>> first_line(ValueError("no such width\\nand much more")), first_line(KeyError("width"))
+    ('no such width', "KeyError: 'width'")
     """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) else line
 
 
 def visible(text: str) -> str:

@@ -92,6 +92,19 @@ def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     return result
 
 
+@rule("broadcast_tensors")
+def broadcast_tensors(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Copies of several values, so that all have one shape: as for a product, their channels meet."""
+    shadows = [builder.shadow(value) for value in args[0]]
+    if any(shadow is None for shadow in shadows):
+        return builder.barrier(node, args, f"broadcast_tensors in {layer_name(node)!r} on what can't be followed")
+    known = [shadow for shadow in shadows if shadow is not None]
+    shape, result = tuple(node.meta["val"][0].shape), known[0]
+    for other in known[1:]:
+        result = merge(builder, "broadcast_tensors", layer_name(node), result, other, shape)
+    return [compact(shadow.expand(shape)) for shadow in known]
+
+
 def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | ParameterRef]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor | ParameterRef)]
 

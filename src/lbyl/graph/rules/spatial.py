@@ -44,7 +44,9 @@ def _each_alone(builder: Builder, node: fx.Node, x: Tensor, dims: Iterable[int])
     name, x = str(node.target).split(".")[1], compact(builder.ids.find(x))
     dims = {d % x.dim() for d in dims}
     if any(varies(x, d) for d in dims):
-        if not any(varies(x, d) for d in range(x.dim()) if d not in dims) or bool((small(x) == NOBODY).any()):
+        if bool((small(x) == NOBODY).any()):
+            return builder.barrier(node, [x], f"{name} in {layer_name(node)!r} on a value of which parts have channels")
+        if not any(varies(x, d) for d in range(x.dim()) if d not in dims):
             return builder.barrier(node, [x], f"{name} over channels in {layer_name(node)!r}")
         x = compact(builder.ids.find(builder.join(x, dims)))
     for d in dims:
