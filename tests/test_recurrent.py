@@ -126,3 +126,67 @@ def test_layers_in_between_are_only_cut() -> None:
     read = {consumer.weight for consumer in lbyl.inspect(net, torch.randn(2, 5, 6)).graph.consumers}
     assert {"2.weight_ih_l0", "2.weight_hh_l2"} <= read
     assert not read & {"2.weight_hh_l0", "2.weight_ih_l1", "2.weight_hh_l1", "2.weight_ih_l2"}
+
+
+class ConvLSTM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = 16
+        self.gates, self.last = nn.Conv2d(3 + 16, 64, 3, padding=1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[0], self.hidden, *x.shape[3:])
+        c = torch.zeros_like(h)
+        for frame in x.unbind(1):
+            i, f, o, g = self.gates(torch.cat([frame, h], 1)).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return self.last(h)
+
+
+class StateSpace(nn.Module):
+    """A selective state space as in Mamba: all channels meet all entries of what is written and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.states = 32, 4
+        self.first, self.last = nn.Linear(6, 32), nn.Linear(32, 3)
+        self.write_and_read, self.rate = nn.Linear(32, 8), nn.Linear(32, 32)
+        self.decay = nn.Parameter(torch.rand(32, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = nn.functional.silu(self.first(x))
+        write, read = self.write_and_read(u).chunk(2, -1)
+        rate, h = nn.functional.softplus(self.rate(u)), torch.zeros(len(x), self.inner, self.states)
+        made = []
+        for t in range(x.shape[1]):
+            new = (rate * u)[:, t, :, None] * write[:, t, None]
+            h = torch.exp(-rate[:, t, :, None] * self.decay) * h + new
+            made.append((h * read[:, t, None]).sum(-1))
+        return self.last(torch.stack(made, 1))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = 24
+        self.first, self.again, self.last = nn.Linear(6, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), self.hidden)
+        for step in x.unbind(1):
+            h = torch.tanh(self.first(step) + self.again(h))
+        return self.last(h)
+
+
+@pytest.mark.parametrize("kind", [ConvLSTM, StateSpace, Gated])
+def test_states_that_start_as_zeros_of_a_known_width_are_cut(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    net = kind().eval()
+    x = torch.randn(2, 3, 3, 8, 8) if kind is ConvLSTM else torch.randn(2, 5, 6)
+    result = lbyl.compress(net, x, ratio=0.5, scope="all", restore="prune", forecast=False)
+    width = "inner" if kind is StateSpace else "hidden"
+    assert getattr(result.model, width) == getattr(net, width) // 2
+    assert result.report.parameters[1] < 0.6 * result.report.parameters[0]
+    assert result.model(x[:1]).shape == net(x[:1]).shape
+    assert result.model(x.repeat(3, 2, *[1] * (x.dim() - 2))).shape == net(x.repeat(3, 2, *[1] * (x.dim() - 2))).shape

@@ -100,6 +100,8 @@ class Builder:
     """Which parameter each placeholder of the program stands for."""
     origins: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
     """The inputs of the network that each value comes from, see `lbyl.graph.origins`."""
+    numbers: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """The whole numbers that modules keep as attributes, by the modules' paths."""
     ids: Ids = field(default_factory=Ids)
     slots: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
     """By parameter name and dimension."""

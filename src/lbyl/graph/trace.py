@@ -81,7 +81,7 @@ def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
 
 def graph_of(model: nn.Module, program: Program) -> Graph:
     """The channel groups in a model's program."""
-    builder = Builder(program.parameters)
+    builder = Builder(program.parameters, numbers=_numbers(model))
     env: dict[fx.Node, Any] = {}
 
     def value(argument: Any) -> Any:
@@ -115,6 +115,12 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
     channel_means.settle(builder, model)
     graph = by_expert(freeze(builder), builder.experts, lengths)
     return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs, notes=program.notes)
+
+
+def _numbers(model: nn.Module) -> dict[str, frozenset[int]]:
+    """The whole numbers among each module's attributes, by its path."""
+    kept = {path: vars(module).values() for path, module in model.named_modules()}
+    return {path: frozenset(value for value in values if type(value) is int) for path, values in kept.items()}
 
 
 def _idle(model: nn.Module, program: Program) -> set[str]:

@@ -17,9 +17,9 @@ _CHANCE = 1.5
 """Chance is taken to be this many times as large as it is for normal values."""
 _SHIFTED = 2.0
 """Means of features are apart if they differ by more than this many of the features' deviations."""
-_FEW, _MANY = 4, 1024
-"""Of less than so many rows only the magnitudes of values count, if there are at most so many features: a longer row is
-rather a signal, which may be loud and quiet."""
+_FEW, _ENOUGH, _MANY = 4, 24, 1024
+"""Of less than so many rows only the magnitudes of values count, if there are so many features but not more: few say
+nothing, and a longer row is rather a signal, which may be loud and quiet."""
 _POSITIONS = 8
 """In a sequence or an image, so many values of a feature are needed."""
 _OF_MAGNITUDE = 0.5
@@ -55,7 +55,7 @@ def _by_feature(values: Float[Tensor, "..."], axis: int) -> Float[Tensor, "value
 def _excess(rows: Float[Tensor, "values features"]) -> float:
     """How much further apart scales or means are than they may be by chance; not above zero if they are not."""
     count, features = rows.shape
-    if features < 2 or (count < _FEW and not 8 <= features <= _MANY):
+    if features < 2 or (count < _FEW and not _ENOUGH <= features <= _MANY):
         return -1.0
     seen = rows.std(0, unbiased=False) if count >= _FEW else rows.abs().mean(0)
     seen = seen[seen > 0]

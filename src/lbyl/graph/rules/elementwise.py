@@ -116,6 +116,7 @@ def merge(
 
     Values that are ``apart`` come from different inputs of the network: their sum is no residual connection.
     """
+    a, b = _without_pairs(builder, a, b, len(shape), layer)
     a, b = _lift(builder, a, b, len(shape), layer), _lift(builder, b, a, len(shape), layer)
     a, b = a.expand(shape), b.expand(shape)
     # Dimensions along which neither value changes need not be compared.
@@ -133,6 +134,20 @@ def merge(
         builder.sums.append(pairs[summed].reshape(-1))
     builder.ids.union(left, right)
     return torch.where(a == NOBODY, b, a).expand(shape)
+
+
+def _without_pairs(builder: Builder, a: Tensor, b: Tensor, rank: int, layer: str) -> tuple[Tensor, Tensor]:
+    """Two values; if all channels of one meet all of the other, the fewer are pinned, and count as none from here on."""
+    both = [compact(value.reshape([1] * (rank - value.dim()) + list(value.shape))) for value in (a, b)]
+    along = [[d for d in range(rank) if varies(value, d)] for value in both]
+    one, other = along
+    apart = one and other and all(both[1].shape[d] == 1 for d in one) and all(both[0].shape[d] == 1 for d in other)
+    if not apart or not all(bool(builder.ids.issued(small(value)).all()) for value in both):
+        return a, b
+    few = min((0, 1), key=lambda number: small(both[number]).numel())
+    builder.pin(both[few], f"they are broadcast over other channels in {layer!r}")
+    both[few] = torch.full_like(small(both[few]), NOBODY).expand(both[few].shape)
+    return both[0], both[1]
 
 
 def _lift(builder: Builder, shadow: Tensor, other: Tensor, rank: int, layer: str) -> Tensor:

@@ -355,5 +355,16 @@ def new(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
 
 @rule("zeros", "ones", "full", "arange", "empty", "rand", "randn")
 def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A value made from a shape alone."""
-    return torch.full((), NOBODY, dtype=torch.int64).expand(output_shape(node))
+    """A value made from a shape alone.
+
+    If an axis has a size that the module keeps as a number, it may be the width of a layer, as in a state that starts as
+    zeros. Of several, the longest is more likely to be one. Whoever meets it later then shares its channels.
+    """
+    shape, own = output_shape(node), builder.numbers.get(layer_name(node), ())
+    sizes = {d: shape[d] for d in range(min(1, len(shape) - 1), len(shape)) if shape[d] > 1 and shape[d] in own}
+    longest = [d for d in sizes if sizes[d] == max(sizes.values())]
+    if len(longest) != 1 or any(is_written(user) for user in node.users):
+        return torch.full((), NOBODY, dtype=torch.int64).expand(shape)
+    made = builder.spread(builder.ids.fresh(shape[longest[0]]), longest[0], shape)
+    builder.shaped(made, node)
+    return made
