@@ -137,7 +137,7 @@ def merge(
 
 
 def _without_pairs(builder: Builder, a: Tensor, b: Tensor, rank: int, layer: str) -> tuple[Tensor, Tensor]:
-    """Two values; if all channels of one meet all of the other, the fewer are pinned, and count as none from here on."""
+    """Two values; if all channels of one meet all of the other, the fewer are pinned, and count as none afterwards."""
     both = [compact(value.reshape([1] * (rank - value.dim()) + list(value.shape))) for value in (a, b)]
     along = [[d for d in range(rank) if varies(value, d)] for value in both]
     one, other = along

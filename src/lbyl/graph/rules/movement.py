@@ -357,8 +357,8 @@ def new(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
 def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A value made from a shape alone.
 
-    If an axis has a size that the module keeps as a number, it may be the width of a layer, as in a state that starts as
-    zeros. Of several, the longest is more likely to be one. Whoever meets it later then shares its channels.
+    If an axis has a size that the module keeps as a number, it may be the width of a layer, as in a state that starts
+    as zeros. Of several, the longest is more likely to be one. Whoever meets it later then shares its channels.
     """
     shape, own = output_shape(node), builder.numbers.get(layer_name(node), ())
     sizes = {d: shape[d] for d in range(min(1, len(shape) - 1), len(shape)) if shape[d] > 1 and shape[d] in own}
