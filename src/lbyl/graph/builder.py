@@ -125,6 +125,8 @@ class Builder:
     """Channels that are split into a number of blocks of equal size."""
     fixed: list[tuple[Tensor, tuple[int, ...], Tensor, str]] = field(default_factory=list)
     """Shadows, dimensions of them that must keep their size, the channels that stay for it, and why."""
+    starts: list[tuple[Tensor, fx.Node]] = field(default_factory=list)
+    """Shadows of constants whose channels may be those of a layer, and the calls that made them."""
     shapes: list[ShapeRecord] = field(default_factory=list)
     """Shadows of values whose shape the model's code may spell out, and the module of that code."""
     computed: list[str] = field(default_factory=list)
@@ -380,6 +382,9 @@ class Builder:
 
     def finish(self) -> None:
         """Give each parameter that the code uses directly a slot along the dimension with channels, or pin these."""
+        for shadow, node in self.starts:
+            if bool(self.ids.issued(small(shadow)).any()):  # others are as wide as something else
+                self.shaped(shadow, node)
         for name, shadow in self._free.items():
             roots = self.ids.find(shadow)
             shared = self.ids.issued(roots)

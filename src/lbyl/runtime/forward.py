@@ -223,7 +223,7 @@ class _LayerCalls(FunctionInterceptor):
         of, names = (_of_cell, _CELL) if func in _CELLS else (_of_layers, _LAYERS)
         named: dict[str, Any] = dict(zip(names, args, strict=False)) | dict(kwargs)
         given: list[Any] = [named.get(name) for name in names]
-        for x, weight, bias in of(out, *given):
+        for x, weight, bias in of(func, out, *given):
             self._report(
                 weight, lambda name, x=x, w=weight, b=bias: ConsumerCall(name, "linear", x, functional.linear(x, w, b))
             )
@@ -293,16 +293,17 @@ _LAYERS = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "trai
 """The arguments of PyTorch's functions for recurrent cells and layers."""
 
 
-def _of_cell(_: Any, x: Tensor, state: Any, from_input: Any, from_state: Any, *biases: Any) -> _Products:
+def _of_cell(_: Any, __: Any, x: Tensor, state: Any, from_input: Any, from_state: Any, *biases: Any) -> _Products:
     """The products of a recurrent cell: of its input, and of its state."""
     yield x, from_input, biases[0]
     yield _first(state), from_state, biases[1]
 
 
-def _of_layers(out: Any, x: Tensor, state: Any, weights: Any, *options: Any) -> _Products:
-    """The products of the first of stacked recurrent layers with its input, and of the last with its earlier state.
+def _of_layers(func: Any, out: Any, x: Tensor, state: Any, weights: Any, *options: Any) -> _Products:
+    """The products of stacked recurrent layers in each direction: with their inputs, and with their earlier states.
 
-    There is one of each in each direction. Packed sequences and projections have none.
+    Layers in between are run once more, one by one, because what they give is not known from outside. Packed sequences
+    and projections have no such products.
     """
     if not isinstance(weights, (list, tuple)) or not _first(state).is_floating_point():
         return  # packed sequences have their lengths here
@@ -310,21 +311,34 @@ def _of_layers(out: Any, x: Tensor, state: Any, weights: Any, *options: Any) -> 
     directions, each = 2 if bidirectional else 1, 4 if has_biases else 2
     if len(weights) != layers * directions * each:
         return
-    for number in range(directions):
-        own = weights[number * each :]
-        yield x, own[0], own[2] if has_biases else None
-    start, steps = _first(state), 1 if batch_first and x.dim() == 3 else 0
-    for number, units in enumerate(out[0].chunk(directions, -1)):
-        own = weights[(layers * directions - directions + number) * each :]
-        begin = start[number - directions].unsqueeze(steps).to(units)
-        lasting = units.shape[steps] - 1
-        parts = [begin, units.narrow(steps, 0, lasting)] if number == 0 else [units.narrow(steps, 1, lasting), begin]
-        yield torch.cat(parts, steps), own[1], own[3] if has_biases else None
+    steps = 1 if batch_first and x.dim() == 3 else 0
+    for layer in range(layers):
+        own = weights[layer * directions * each :][: directions * each]
+        states = [part[layer * directions :][:directions] for part in _all(state)]
+        if layer < layers - 1:
+            begin = tuple(states) if len(states) > 1 else states[0]
+            made = func(x, begin, own, has_biases, 1, 0.0, False, bidirectional, batch_first)[0]
+        else:
+            made = out[0]
+        for number, units in enumerate(made.chunk(directions, -1)):
+            parts = own[number * each :]
+            yield x, parts[0], parts[2] if has_biases else None
+            start, lasting = states[0][number].unsqueeze(steps).to(units), units.shape[steps] - 1
+            before = (
+                [start, units.narrow(steps, 0, lasting)] if number == 0 else [units.narrow(steps, 1, lasting), start]
+            )
+            yield torch.cat(before, steps), parts[1], parts[3] if has_biases else None
+        x = made
+
+
+def _all(state: Any) -> Sequence[Tensor]:
+    """The states that a layer keeps from step to step: two for LSTM."""
+    return state if isinstance(state, (list, tuple)) else [state]
 
 
 def _first(state: Any) -> Tensor:
     """The hidden state, which LSTM keeps beside another one."""
-    return state[0] if isinstance(state, (list, tuple)) else state
+    return _all(state)[0]
 
 
 def at_positions(call: ConsumerCall, attended: Attended) -> ConsumerCall:

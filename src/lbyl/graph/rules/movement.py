@@ -363,8 +363,9 @@ def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     shape, own = output_shape(node), builder.numbers.get(layer_name(node), ())
     sizes = {d: shape[d] for d in range(min(1, len(shape) - 1), len(shape)) if shape[d] > 1 and shape[d] in own}
     longest = [d for d in sizes if sizes[d] == max(sizes.values())]
-    if len(longest) != 1 or any(is_written(user) for user in node.users):
+    counts = aten_name(node.target) == "arange"
+    if counts or len(longest) != 1 or any(is_written(user) for user in node.users):
         return torch.full((), NOBODY, dtype=torch.int64).expand(shape)
     made = builder.spread(builder.ids.fresh(shape[longest[0]]), longest[0], shape)
-    builder.shaped(made, node)
+    builder.starts.append((made, node))
     return made

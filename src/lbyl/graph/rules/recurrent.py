@@ -33,11 +33,10 @@ def recurrent(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: di
     if ids is None:
         return builder.barrier(node, args, f"{op} in {where!r} on mixed axes")
     names, units = iter(parameters), None
-    for layer in range(layers):
+    for _ in range(layers):
         made = None
         for _ in range(directions):
-            own = [next(names) for _ in range(each)]
-            made = _layer(builder, node, op, ids, own, units, layer == 0, layer == layers - 1)
+            made = _layer(builder, node, op, ids, [next(names) for _ in range(each)], units)
             units = made
         assert made is not None
         ids = made.repeat(directions)
@@ -74,31 +73,22 @@ def _layer(
     ids: Tensor,
     parameters: Sequence[ParameterRef],
     units: Tensor | None,
-    first: bool = True,
-    last: bool = True,
 ) -> Tensor:
     """The ids of the units that a layer makes from channels ``ids``; they are merged with ``units``, if given.
 
-    The first of stacked layers mixes the channels of its input like a linear layer, once for all steps, and the last
-    one those of its own state. What the others read is only known inside of one call.
+    It mixes the channels of its input like a linear layer, once for all steps, and those of its own state like another.
     """
     from_input, from_state, *biases = parameters
     bias = biases[0].name if biases else None
     layer = from_input.name.rpartition(".")[0] or layer_name(node)
-    if first:
-        builder.read(layer, from_input.name, bias, "linear", ids)
-    else:
-        builder.tie(from_input.name, 1, ids)
+    builder.read(layer, from_input.name, bias, "linear", ids)
     rows = builder.produce(node, layer, from_input.name, bias, from_input.shape[0])
     builder.pure.pop(node, None)
     made = builder.join(rows.reshape(_GATES.get(op, 1), -1), [0])[0]
     if units is not None:
         builder.ids.union(made, units)
     builder.slot(from_state.name, 0, rows, "carrier")
-    if last:
-        builder.read(layer, from_state.name, biases[1].name if len(biases) > 1 else None, "linear", made)
-    else:
-        builder.tie(from_state.name, 1, made)
+    builder.read(layer, from_state.name, biases[1].name if len(biases) > 1 else None, "linear", made)
     for other in biases[1:]:
         builder.slot(other.name, 0, rows, "carrier")
     return builder.ids.find(made)
@@ -111,6 +101,8 @@ def _start(builder: Builder, node: fx.Node, state: Any, units: Tensor) -> None:
     """
     for value, source in zip(_tensors(state), _nodes(node.args[1]), strict=False):
         if not bool(builder.ids.issued(small(value)).any()):
+            if not any(varies(compact(value), d) for d in range(value.dim() - 1)):
+                builder.ids.union(units.expand(value.shape), value)
             made = made_by(source)
             if made is not None and layer_name(made) != layer_name(node):
                 builder.shaped(builder.spread(units, -1, value.shape), made)
