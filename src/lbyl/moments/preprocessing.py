@@ -14,6 +14,8 @@ from lbyl.runtime.inputs import ExampleInputs
 _ROWS = 4
 _EXACT = 1e-3
 """Relative rounding errors of the code's arithmetic are smaller than this."""
+_ROUNDING = 1e-5
+"""What is added is not told apart from rounding errors below this share of the input."""
 _ALIKE, _TOGETHER = 1.05, 0.1
 """Channels are treated alike if divisors differ by less than this factor, and means by less than this many of them."""
 
@@ -39,7 +41,7 @@ def standardization(model: nn.Module, inputs: ExampleInputs, index: int) -> Scal
     noise = pink((_ROWS, *example.shape[1:]), torch.Generator().manual_seed(0)).to(example)
     # Of the example's size, for sums with a mean that is far larger than the input are inexact.
     size = example.detach().abs().amax(0)
-    noise = noise * torch.where(size > 0, size, 1)
+    noise = noise * torch.where(size > 0, size, size[size > 0].median() if bool(size.any()) else 1)
     first, second = (_at_first_layer(model, inputs, index, times * noise) for times in (1, 2))
     if first is None or second is None:
         return None
@@ -95,6 +97,7 @@ def _undone(
     slope = (given * (twice - once)).sum(0) / given.square().sum(0)
     scaled = given * slope
     offset = (once - scaled).mean(0)
+    offset[offset.abs() <= _ROUNDING * scaled.abs().amax(0)] = 0
     size = scaled.abs().amax(0) + offset.abs()
     wrong = torch.maximum((twice - once - scaled).abs().amax(0), (once - scaled - offset).abs().amax(0))
     if not bool((slope.abs() > 0).all()) or not bool((wrong <= _EXACT * size).all()):

@@ -276,6 +276,10 @@ def synthesize(
         shape = (count, *tensor.shape[1:])
         if tensor.is_floating_point():
             return as_stored(scale.of(make(shape, generator)).to(tensor))
+        if tensor.is_complex():
+            size = tensor.detach().abs().square().mean().sqrt().nan_to_num(1.0).item() or 1.0
+            parts = (make(shape, generator).float() for _ in range(2))
+            return (size / math.sqrt(2) * torch.complex(*parts)).to(tensor)
         if integers is not None:
             return integers.draw(count, generator).to(tensor)
         return tensor[:1].expand(shape).clone() if batch else tensor

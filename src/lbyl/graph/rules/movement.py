@@ -358,14 +358,14 @@ def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     """A value made from a shape alone.
 
     If an axis has a size that the module keeps as a number, it may be the width of a layer, as in a state that starts
-    as zeros. Of several, the longest is more likely to be one. Whoever meets it later then shares its channels.
+    as zeros. Of several behind the first, the foremost is more likely to be one. Whoever meets it later then shares its
+    channels.
     """
     shape, own = output_shape(node), builder.numbers.get(layer_name(node), ())
-    sizes = {d: shape[d] for d in range(min(1, len(shape) - 1), len(shape)) if shape[d] > 1 and shape[d] in own}
-    longest = [d for d in sizes if sizes[d] == max(sizes.values())]
+    found = [d for d in range(min(1, len(shape) - 1), len(shape)) if shape[d] > 1 and shape[d] in own]
     counts = aten_name(node.target) == "arange"
-    if counts or len(longest) != 1 or any(is_written(user) for user in node.users):
+    if counts or not found or any(is_written(user) for user in node.users):
         return torch.full((), NOBODY, dtype=torch.int64).expand(shape)
-    made = builder.spread(builder.ids.fresh(shape[longest[0]]), longest[0], shape)
+    made = builder.spread(builder.ids.fresh(shape[found[0]]), found[0], shape)
     builder.starts.append((made, node))
     return made
