@@ -12,6 +12,7 @@ import lbyl
 from lbyl.moments.base import ProbeSource
 from lbyl.moments.feature_scales import feature_scales
 from lbyl.moments.input_scales import input_scales
+from lbyl.moments.preprocessing import standardization
 from lbyl.runtime.inputs import ExampleInputs
 
 
@@ -229,3 +230,40 @@ def test_a_table_with_columns_of_many_scales_is_restored() -> None:
             smaller = lbyl.compress(net, x[:4], ratio=ratio, forecast=False).model
             with torch.no_grad():
                 assert float((net(x).argmax(1) == smaller(x).argmax(1)).float().mean()) > 0.95
+
+
+def test_tiny_inputs_and_features_that_are_zero_have_no_scale_of_their_own() -> None:
+    class Divides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = rows()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x / 1e-20)
+
+    example = 1e-20 * torch.rand(8, 12, generator=torch.Generator().manual_seed(0))
+    example[:, 3] = 0
+    assert standardization(Divides().eval(), ExampleInputs.of(example), 0) is None
+
+
+def test_complex_inputs_vary_at_the_scale_of_the_example() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(torch.view_as_real(x).flatten(1))
+
+    torch.manual_seed(0)
+    net, x = Complex().eval(), 7 * torch.randn(64, 12, dtype=torch.complex64)
+    probes, _ = seen(net, x[:2], lbyl.Noise(64))
+    assert probes.is_complex()
+    assert 3 < float(probes.abs().square().mean().sqrt()) < 20
+    smaller, pruned = (
+        lbyl.compress(net, x[:2], ratio=0.5, forecast=False, **settings).model
+        for settings in ({}, {"restore": "prune"})
+    )
+    with torch.no_grad():
+        errors = [float((model(x) - net(x)).norm()) for model in (smaller, pruned)]
+    assert errors[0] < errors[1]

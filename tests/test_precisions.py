@@ -103,3 +103,24 @@ def test_other_precisions_are_verified_in_float64_where_they_can_be(dtype: torch
     assert result.report.verified is not None
     assert result.report.verified < 1e-9
     assert not result.report.notes
+
+
+class RootMean(nn.Module):
+    """A residual stream under norms without a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.n, self.o, self.f = nn.Linear(8, 32), nn.RMSNorm(32, eps=1e-6), nn.Linear(32, 5), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.i(x)
+        x = x + self.f(self.n(x))
+        return self.o(self.n(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_of_norms_may_be_rounded_to_the_precision_of_the_network(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net, x = RootMean().to(dtype).eval(), torch.randn(2, 8, dtype=dtype)
+    smaller = lbyl.compress(net, x, ratio=0.25, scope="all", restore="prune", forecast=False).model
+    assert smaller.i.out_features == 24

@@ -184,3 +184,23 @@ def test_states_that_start_as_zeros_of_a_known_width_are_cut(kind: type[nn.Modul
     assert result.report.parameters[1] < 0.6 * result.report.parameters[0]
     assert result.model(x[:1]).shape == net(x[:1]).shape
     assert result.model(x.repeat(3, 2, *[1] * (x.dim() - 2))).shape == net(x.repeat(3, 2, *[1] * (x.dim() - 2))).shape
+
+
+def test_a_mask_as_long_as_a_number_of_heads_has_no_channels() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads, self.qkv, self.last = 4, nn.Linear(16, 48), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows, steps, _ = x.shape
+            mask = torch.zeros(steps, steps).masked_fill(torch.ones(steps, steps).triu(1) > 0, -1e9)
+            q, k, v = self.qkv(x).reshape(rows, steps, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            seen = ((q @ k.mT) / 2 + mask).softmax(-1) @ v
+            return self.last(seen.transpose(1, 2).reshape(rows, steps, -1))
+
+    torch.manual_seed(0)
+    net = Masked().eval()
+    smaller = lbyl.compress(net, torch.randn(2, 4, 16), ratio=0.5, restore="prune", forecast=False).model
+    assert smaller.heads == 2
+    assert smaller(torch.randn(3, 7, 16)).shape == (3, 7, 3)

@@ -102,6 +102,8 @@ class Builder:
     """The inputs of the network that each value comes from, see `lbyl.graph.origins`."""
     numbers: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """The whole numbers that modules keep as attributes, by the modules' paths."""
+    batch: int = 0
+    """The number of rows of the network's first input."""
     ids: Ids = field(default_factory=Ids)
     slots: dict[tuple[str, int], SlotRecord] = field(default_factory=dict)
     """By parameter name and dimension."""

@@ -81,7 +81,7 @@ def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
 
 def graph_of(model: nn.Module, program: Program) -> Graph:
     """The channel groups in a model's program."""
-    builder = Builder(program.parameters, numbers=_numbers(model))
+    builder = Builder(program.parameters, numbers=_numbers(model), batch=_batch(program))
     env: dict[fx.Node, Any] = {}
 
     def value(argument: Any) -> Any:
@@ -115,6 +115,13 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
     channel_means.settle(builder, model)
     graph = by_expert(freeze(builder), builder.experts, lengths)
     return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs, notes=program.notes)
+
+
+def _batch(program: Program) -> int:
+    """The number of rows of the first input; 0 if it has none."""
+    inputs = (n for n in program.graph.nodes if n.op == "placeholder" and n not in program.parameters)
+    shapes = (value.shape for node in inputs if isinstance(value := node.meta.get("val"), Tensor))
+    return next((int(shape[0]) for shape in shapes if shape), 0)
 
 
 def _numbers(model: nn.Module) -> dict[str, frozenset[int]]:

@@ -358,11 +358,12 @@ def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     """A value made from a shape alone.
 
     If an axis has a size that the module keeps as a number, it may be the width of a layer, as in a state that starts
-    as zeros. Of several behind the first, the foremost is more likely to be one. Whoever meets it later then shares its
-    channels.
+    as zeros. Of several, the foremost is more likely to be one. Whoever meets it later then shares its channels.
     """
     shape, own = output_shape(node), builder.numbers.get(layer_name(node), ())
-    found = [d for d in range(min(1, len(shape) - 1), len(shape)) if shape[d] > 1 and shape[d] in own]
+    # A state has a row for each input, in front of its channels; masks and grids have none.
+    rows = shape.index(builder.batch) if builder.batch in shape else len(shape)
+    found = [d for d in range(rows + 1, len(shape)) if shape[d] > 1 and shape[d] in own]
     counts = aten_name(node.target) == "arange"
     if counts or not found or any(is_written(user) for user in node.users):
         return torch.full((), NOBODY, dtype=torch.int64).expand(shape)
