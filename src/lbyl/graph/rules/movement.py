@@ -364,7 +364,8 @@ def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     # A state has a row for each input, in front of its channels; masks and grids have none.
     rows = shape.index(builder.batch) if builder.batch in shape else len(shape)
     found = [d for d in range(rows + 1, len(shape)) if shape[d] > 1 and shape[d] in own]
-    counts = aten_name(node.target) == "arange"
+    made_of = [value for each in (node, *node.users) if isinstance(value := each.meta.get("val"), Tensor)]
+    counts = aten_name(node.target) == "arange" or not all(value.is_floating_point() for value in made_of)
     if counts or not found or any(is_written(user) for user in node.users):
         return torch.full((), NOBODY, dtype=torch.int64).expand(shape)
     made = builder.spread(builder.ids.fresh(shape[found[0]]), found[0], shape)
