@@ -174,11 +174,11 @@ def trained(make: Callable[[], nn.Module], seed: int, epochs: int = 25) -> nn.Mo
     return net.eval()
 
 
-def restorer(method: str, seed: int) -> Any:
-    """What goes into ``restore``."""
+def restorer(method: str, seed: int, pixels: Tensor | None = None) -> Any:
+    """What goes into ``restore``; data are some of ``pixels``, by default of the digits."""
     if method != "Data":
         return {"Prune": "prune", "Default": "auto"}[method]
-    pixels = digits().pixels
+    pixels = digits().pixels if pixels is None else pixels
     chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:80]
     return lbyl.LeastSquares(moments=lbyl.Data(list(pixels[chosen].split([32, 32, 16])), batches=3))
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from normless import METHODS, restorer
 from output import Run, Table, known_cells
 from rich.console import Console
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
@@ -28,7 +29,6 @@ from torch.nn import functional
 import lbyl
 
 RATIOS = (0.3, 0.5)
-METHODS = ("Prune", "Default", "Data")
 LOAD = {"cancer": load_breast_cancer, "wine": load_wine, "digits": load_digits}
 
 
@@ -140,14 +140,6 @@ def trained(make: Callable[[], nn.Module], data: str, seed: int, steps: int = 50
     return net.eval()
 
 
-def restorer(method: str, x: Tensor, seed: int) -> Any:
-    """What goes into ``restore``."""
-    if method != "Data":
-        return {"Prune": "prune", "Default": "auto"}[method]
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:80]
-    return lbyl.LeastSquares(moments=lbyl.Data(list(x[chosen].split([32, 32, 16])), batches=3))
-
-
 def tabulate(run: Run) -> None:
     """A row a network, the mean over the seeds; and the seeds one by one."""
     columns = [(ratio, method) for ratio in RATIOS for method in METHODS]
@@ -190,7 +182,7 @@ def main(
             for ratio, method in wanted:
                 smaller = net
                 if ratio:
-                    settings = {"restore": restorer(method, x[:train], seed), "seed": seed, "forecast": False}
+                    settings = {"restore": restorer(method, seed, x[:train]), "seed": seed, "forecast": False}
                     smaller = lbyl.compress(net, x[:4], ratio=ratio, **settings).model
                 with torch.no_grad():
                     right = smaller(x[train:]).argmax(1) == labels[train:]

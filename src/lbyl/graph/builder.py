@@ -383,7 +383,10 @@ class Builder:
         return nobody_like(node)
 
     def finish(self) -> None:
-        """Give each parameter that the code uses directly a slot along the dimension with channels, or pin these."""
+        """Give each parameter that the code uses directly a slot along the dimension with channels, or pin these.
+
+        Constants that turned out to hold a layer's channels get the shape that the code spells out.
+        """
         for shadow, node in self.starts:
             if bool(self.ids.issued(small(shadow)).any()):  # others are as wide as something else
                 self.shaped(shadow, node)

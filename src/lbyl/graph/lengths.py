@@ -38,17 +38,17 @@ def find_lengths(model: nn.Module, inputs: ExampleInputs, sizes: Collection[tupl
         inputs: the example inputs.
         sizes: paths of modules with the sizes that they spell out; only attributes with these values are looked at.
     """
-    copy = sharing_copy(model)
     found = [
-        (module, (path, name), value)
-        for path, module in copy.named_modules()
+        (path, name, value)
+        for path, module in model.named_modules()
         for name, value in vars(module).items()
         if type(value) is int and (path, value) in sizes
     ]
     if not found:
         return frozenset()
-    for module, tag, value in found:
-        vars(module)[tag[1]] = _Marked(value, frozenset({tag}))
+    copy = sharing_copy(model)
+    for path, name, value in found:
+        vars(copy.get_submodule(path))[name] = _Marked(value, frozenset({(path, name)}))
     uses = _Uses()
     try:
         with torch.no_grad(), undisturbed(copy), plain_attention(), uses:

@@ -21,10 +21,8 @@ def origins_of(node: fx.Node, known: Origins) -> frozenset[str]:
     """
     given = [each for each in node.all_input_nodes if known.get(each)]
     if aten_name(node.target) in _PRODUCTS and len(given) == 2:
-        one, other = given
-        small, large = sorted((_size(each), place) for place, each in enumerate((one, other)))
-        if small[0] < large[0]:
-            given = [given[large[1]]]
+        factor, value = sorted(given, key=_size)
+        given = [value] if _size(factor) < _size(value) else given
     return frozenset().union(*(known[each] for each in given))
 
 

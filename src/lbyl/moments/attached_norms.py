@@ -101,12 +101,15 @@ def measure_statistics(
     copy = sharing_copy(model)
     first = batches[0]
     few = a_few(copy, first) if first.rows is None else first.taking([n % first.size for n in range(first.rows)])
+    names = _layers_that_run_once(copy, few)
+    if not names:
+        return {}
     count = 0
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     # A network that takes a fixed number of inputs runs several times for a batch.
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
     attended: Attended = {}
-    for name in _layers_that_run_once(copy, few):
+    for name in names:
 
         def note(layer: nn.Module, _: object, out: Tensor, name: str = name) -> None:
             mean, var = channel_statistics(at_attended(attended, _channels_second(layer, out)))

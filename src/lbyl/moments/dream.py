@@ -91,7 +91,7 @@ class Dream:
         if norms_cover(model):
             return self._made(model, inputs, generator, progress)
         seen = Photographs().probes(model, inputs, generator, progress)
-        statistics = measure_statistics(model, seen.batches)
+        statistics = measure_statistics(model, seen.batches, seen.batch_statistics)
         if not statistics:
             raise InputError("Dream: no layer has statistics to match; use lbyl.Photographs or lbyl.Noise")
         return replace(self._made(with_norms(model, statistics), inputs, generator, progress), statistics=statistics)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lbyl.moments.scale import Scale
+from lbyl.moments.scale import Scale, by_feature, feature_axes
 
 _SPREAD = 0.5
 """Deviations of features are apart if their logarithms differ by more than this on average (a factor of 1.6 both ways),
@@ -37,19 +37,13 @@ def feature_scales(tensor: Tensor) -> Scale | None:
     """
     if tensor.dim() < 2 or not bool(torch.isfinite(tensor).all()):
         return None
-    values = tensor.detach().double().cpu()
-    axes = (1,) if values.dim() == 2 else (1, values.dim() - 1)
-    excess = {axis: _excess(_by_feature(values, axis)) for axis in axes}
-    axis = max(axes, key=lambda each: excess[each])
-    if excess[axis] <= 0:
+    rows = {axis: by_feature(tensor, axis) for axis in feature_axes(tensor)}
+    excess, axis = max(((_excess(values), axis) for axis, values in rows.items()), key=lambda pair: pair[0])
+    if excess <= 0:
         return None
-    mean, deviation = _estimates(_by_feature(values, axis))
-    floor = 0.0 if bool((values >= 0).all()) else -math.inf
+    mean, deviation = _estimates(rows[axis])
+    floor = 0.0 if bool((rows[axis] >= 0).all()) else -math.inf
     return Scale(mean.float(), deviation.float(), low=floor, axis=axis)
-
-
-def _by_feature(values: Float[Tensor, "..."], axis: int) -> Float[Tensor, "values features"]:
-    return values.movedim(axis, -1).reshape(-1, values.shape[axis])
 
 
 def _excess(rows: Float[Tensor, "values features"]) -> float:

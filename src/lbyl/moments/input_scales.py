@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lbyl.moments.feature_scales import feature_scales
 from lbyl.moments.integers import find_integers
 from lbyl.moments.preprocessing import standardization
-from lbyl.moments.scale import UNIT, InputScales, Scale
+from lbyl.moments.scale import UNIT, InputScales, Scale, by_feature, feature_axes
 from lbyl.moments.synthesis import pink
 from lbyl.runtime.batch_norms import batch_norms
+from lbyl.runtime.batches import with_rows
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import CONVOLVED, ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, outputs_if_taken
@@ -151,7 +152,7 @@ def _with_unit_noise(inputs: ExampleInputs, index: int) -> tuple[ExampleInputs, 
     """The inputs with noise of zero mean and unit variance for one of them, and this noise: at least 4 rows."""
     example = inputs.tensors()[index]
     unit = pink((max(4, len(example)), *example.shape[1:]), torch.Generator().manual_seed(0)).to(example)
-    return inputs.map(lambda t: unit if t is example else _as_many(t, example, len(unit))), unit
+    return with_rows(inputs, index, unit), unit
 
 
 def _from_norm_on_input(model: nn.Module, inputs: ExampleInputs, index: int) -> Scale | None:
@@ -159,14 +160,14 @@ def _from_norm_on_input(model: nn.Module, inputs: ExampleInputs, index: int) -> 
     if inputs.tensors()[index].dim() < 2:
         return None
     replaced, unit = _with_unit_noise(inputs, index)
-    numbers = {axis: _by_channel(unit, axis) for axis in ((1,) if unit.dim() == 2 else (1, unit.dim() - 1))}
+    numbers = {axis: torch.var_mean(by_feature(unit, axis), 0, unbiased=False) for axis in feature_axes(unit)}
     found: list[tuple[str, str, int]] = []
 
     def on_norm(mean_name: str, var_name: str, mean: Tensor, var: Tensor) -> None:
         # Compared by value, because the input may have been transposed or flattened.
-        for axis, (mean_of, var_of) in numbers.items():
-            same = len(mean) == len(mean_of) and torch.allclose(mean.double(), mean_of, 1e-3, 1e-4)
-            if same and torch.allclose(var.double(), var_of, 1e-3, 1e-4):
+        for axis, expected in numbers.items():
+            pairs = zip((var.double().cpu(), mean.double().cpu()), expected, strict=True)
+            if all(len(a) == len(b) and torch.allclose(a, b, 1e-3, 1e-4) for a, b in pairs):
                 found.append((mean_name, var_name, axis))
                 return
 
@@ -183,12 +184,6 @@ def _from_norm_on_input(model: nn.Module, inputs: ExampleInputs, index: int) -> 
         return None
     # Of a feature that was always the same, only the mean is known, so it hardly varies.
     return Scale(mean, var.clamp_min(float(var[var > 0].min())).sqrt(), axis=axis)
-
-
-def _by_channel(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, in float64."""
-    rows = values.double().movedim(axis, -1).flatten(0, -2)
-    return rows.mean(0), rows.var(0, unbiased=False)
 
 
 def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Scale | None:
@@ -226,10 +221,3 @@ def _from_first_norm(model: nn.Module, inputs: ExampleInputs, index: int) -> Sca
     shift = torch.linalg.lstsq(sums, missing, driver="gelsd").solution[:, 0]
     ratio = (state[var_name].double() / var.double().clamp_min(1e-12)).sqrt()
     return Scale(shift.float().cpu(), ratio.median().float().reshape(1).cpu())
-
-
-def _as_many(tensor: Tensor, example: Tensor, count: int) -> Tensor:
-    """Another input with ``count`` rows, if it has a row for each example; otherwise unchanged."""
-    if not tensor.dim() or len(tensor) != len(example):
-        return tensor
-    return tensor[:1].expand(count, *tensor.shape[1:])

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lbyl.moments.scale import Scale
+from lbyl.moments.scale import Scale, by_feature, feature_axes
 from lbyl.moments.synthesis import pink
+from lbyl.runtime.batches import with_rows
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
 
@@ -42,11 +43,11 @@ def standardization(model: nn.Module, inputs: ExampleInputs, index: int) -> Scal
     # Of the example's size, for sums with a mean that is far larger than the input are inexact.
     size = example.detach().abs().amax(0)
     noise = noise * torch.where(size > 0, size, size[size > 0].median() if bool(size.any()) else 1)
-    first, second = (_at_first_layer(model, inputs, index, times * noise) for times in (1, 2))
+    first, second = (_at_first_layer(model, with_rows(inputs, index, times * noise), noise.shape) for times in (1, 2))
     if first is None or second is None:
         return None
-    for axis in (1,) if noise.dim() == 2 else (1, noise.dim() - 1):
-        found = _undone(*(_by_channel(each.reshape(noise.shape), axis) for each in (noise, first, second)))
+    for axis in feature_axes(noise):
+        found = _undone(*(by_feature(each.reshape(noise.shape), axis) for each in (noise, first, second)))
         if found is not None:
             return Scale(*found, axis=axis)
     return None
@@ -56,33 +57,22 @@ class _Found(Exception):
     """Raised inside of a forward pass to end it."""
 
 
-def _at_first_layer(model: nn.Module, inputs: ExampleInputs, index: int, given: Tensor) -> Tensor | None:
-    """What the first layer that has weights gets for this input; None if that is something else."""
-    example, seen = inputs.tensors()[index], list[Tensor]()
+def _at_first_layer(model: nn.Module, inputs: ExampleInputs, shape: torch.Size) -> Tensor | None:
+    """What the first layer with weights gets, if that has this shape, flattened or not; None if it has another one."""
+    seen: list[Tensor] = []
 
     def on_consumer(call: ConsumerCall) -> None:
         seen.append(call.x)
         raise _Found
 
-    def rows(tensor: Tensor) -> Tensor:
-        if tensor is example:
-            return given
-        batched = tensor.dim() and len(tensor) == len(example)
-        return tensor[:1].expand(len(given), *tensor.shape[1:]) if batched else tensor
-
     try:
         with torch.no_grad():
-            run_intercepted(model, inputs.map(rows), on_consumer=on_consumer, everywhere=True)
+            run_intercepted(model, inputs, on_consumer=on_consumer, everywhere=True)
     except Exception:  # a user's model may raise anything
         pass
     if not seen:
         return None
-    kept = seen[0].shape == given.shape or (seen[0].dim() == 2 and seen[0].shape == given.flatten(1).shape)
-    return seen[0].detach() if kept else None
-
-
-def _by_channel(values: Tensor, axis: int) -> Float[Tensor, "values channels"]:
-    return values.double().cpu().movedim(axis, -1).flatten(0, -2)
+    return seen[0].detach() if seen[0].shape in (shape, (shape[0], shape[1:].numel())) else None
 
 
 def _undone(

@@ -61,6 +61,16 @@ class Scale:
         return not bool(self.mean.any()) and bool((self.deviation == 1).all())
 
 
+def feature_axes(tensor: Tensor) -> tuple[int, ...]:
+    """The axes along which an input may hold its features: the second one, and the last one of a sequence."""
+    return (1,) if tensor.dim() == 2 else (1, tensor.dim() - 1)
+
+
+def by_feature(values: Float[Tensor, "..."], axis: int) -> Float[Tensor, "values features"]:
+    """The values of each feature, in float64 on the CPU."""
+    return values.detach().double().cpu().movedim(axis, -1).flatten(0, -2)
+
+
 UNIT = Scale(torch.zeros(1, dtype=torch.float32, device="cpu"), torch.ones(1, dtype=torch.float32, device="cpu"))
 
 

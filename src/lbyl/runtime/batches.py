@@ -55,6 +55,19 @@ def first_rows(inputs: ExampleInputs, count: int = 2) -> ExampleInputs:
     return split(inputs, [count, size - count])[0] if size > count else inputs
 
 
+def with_rows(inputs: ExampleInputs, index: int, rows: Tensor) -> ExampleInputs:
+    """The inputs with other rows in place of one of them; others that have a row for each get as many copies of one."""
+    example = inputs.tensors()[index]
+
+    def as_many(tensor: Tensor) -> Tensor:
+        if tensor is example:
+            return rows
+        batched = tensor.dim() and len(tensor) == len(example)
+        return tensor[:1].expand(len(rows), *tensor.shape[1:]) if batched else tensor
+
+    return inputs.map(as_many)
+
+
 def alike(size: int, most: int, least: int = 1) -> list[int]:
     """Sizes of parts of nearly equal size: at most ``most`` each, unless some would then be below ``least``."""
     count = min(-(-size // max(1, most)), max(1, size // least))

@@ -220,6 +220,8 @@ class _LayerCalls(FunctionInterceptor):
 
     def _recurrent(self, func: Any, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Report what recurrent layers make of their inputs and of their states, where these are known."""
+        if self.on_consumer is None and self.stop_after is None:
+            return  # nobody asks, and stacked layers would run once more
         of, names = (_of_cell, _CELL) if func in _CELLS else (_of_layers, _LAYERS)
         named: dict[str, Any] = dict(zip(names, args, strict=False)) | dict(kwargs)
         given: list[Any] = [named.get(name) for name in names]

@@ -67,12 +67,7 @@ def cell(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _layer(
-    builder: Builder,
-    node: fx.Node,
-    op: str,
-    ids: Tensor,
-    parameters: Sequence[ParameterRef],
-    units: Tensor | None,
+    builder: Builder, node: fx.Node, op: str, ids: Tensor, parameters: Sequence[ParameterRef], units: Tensor | None
 ) -> Tensor:
     """The ids of the units that a layer makes from channels ``ids``; they are merged with ``units``, if given.
 
