@@ -25,7 +25,7 @@ def test_low_effort_dreams_nothing_and_solves_once() -> None:
     small = chosen(residual(), images(2, 3, 8, 8), "low")  # too small for photographs
     assert (small.moments, small.sequential) == (lbyl.Dream(images=64, steps=0), False)
     large = chosen(residual(), images(2, 3, 32, 32), "low")
-    assert (large.moments, large.sequential) == (lbyl.Photographs(images=64), False)
+    assert (large.moments, large.sequential) == (lbyl.Photographs(images=48), False)
 
 
 def test_classifiers_without_batch_norms_have_their_own_probes() -> None:
@@ -41,7 +41,7 @@ def test_high_effort_takes_more_of_the_same() -> None:
     assert high.moments == lbyl.Dream(images=192, steps=20)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
     assert chosen(plain, images(1, 3, 64, 64), "high").moments == lbyl.Photographs(images=384)
-    assert chosen(plain, images(1, 3, 64, 64), "low").moments == lbyl.Photographs(images=64)
+    assert chosen(plain, images(1, 3, 64, 64), "low").moments == lbyl.Photographs(images=48)
 
 
 @pytest.mark.parametrize("effort", ["low", "high"])

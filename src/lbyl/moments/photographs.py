@@ -74,7 +74,8 @@ class Photographs:
         count = self.images or affordable(macs_per_input(model, inputs), 3.2e10, 48, 192, ceiling=4e11)
         held = held_out_size(count)
         scales = input_scales(model, inputs)
-        make, told = pictures_for(model, inputs, scales) if self.text is None else (pictures(self.text), "")
+        tried = min(_TRIED, max(_LEAST, count // 8)) if self.images else _TRIED  # as much effort as is asked for
+        make, told = pictures_for(model, inputs, scales, tried) if self.text is None else (pictures(self.text), "")
         made = synthesize(model, inputs, count + held, make, generator, scales)
         train, test = split(made, [count, held])
         note = "; ".join(filter(None, [scales.note, told]))
@@ -86,15 +87,19 @@ def takes_photographs(inputs: ExampleInputs) -> bool:
     return any(t.is_floating_point() and _is_color(t.shape) for t in inputs.tensors())
 
 
-_FAR_MORE, _MORE, _MOSTLY, _TRIED = 4.0, 2.0, 0.75, 16
+_FAR_MORE, _MORE, _MOSTLY = 4.0, 2.0, 0.75
+_TRIED, _LEAST = 16, 8
 
 
-def pictures_for(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -> tuple[Maker, str]:
+def pictures_for(
+    model: nn.Module, inputs: ExampleInputs, scales: InputScales, tried: int = _TRIED
+) -> tuple[Maker, str]:
     """Makes photographs, or mostly text for networks that answer to that; with a note that says so ("" if they don't).
 
     Networks that find or read text get upright lines. Half of the text is upside down for those that tell directions.
+    ``tried`` is how many images of each kind the network is run on.
     """
-    upright, both = _gains_of_text(model, inputs, scales)
+    upright, both = _gains_of_text(model, inputs, scales, tried)
     told = f"{_MOSTLY:.0%} of the probes are lines of text"
     if upright >= _FAR_MORE:
         note = f"{told}, on which the outputs vary {upright:.2g} times as much as on photographs"
@@ -105,7 +110,7 @@ def pictures_for(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -
     return photographs, ""
 
 
-def _gains_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales) -> tuple[float, float]:
+def _gains_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales, tried: int) -> tuple[float, float]:
     """How much larger the outputs' variance is on text, and on text of which half is upside down, than on photographs.
 
     It is the geometric mean over all outputs of the ratio of their variances, each summed over all elements. Both are 1
@@ -114,11 +119,11 @@ def _gains_of_text(model: nn.Module, inputs: ExampleInputs, scales: InputScales)
 
     def variances(make: Maker) -> list[float]:
         generator = generator_for(0, "text or photographs")
-        made = synthesize(model, inputs, _TRIED, make, generator, scales)
+        made = synthesize(model, inputs, tried, make, generator, scales)
         with torch.no_grad(), undisturbed(model):
             outputs = [out for out in output_tensors(made.call(model)) if out.is_floating_point() and out.numel() > 1]
         apart = [out.detach().double() for out in outputs if out.dim()]  # an output may be a parameter of the network
-        batched = (out if len(out) == _TRIED else out.reshape(-1, 1) for out in apart)
+        batched = (out if len(out) == tried else out.reshape(-1, 1) for out in apart)
         return [float(out.var(0).sum()) for out in batched]
 
     try:
@@ -142,8 +147,11 @@ def pictures(text: float, turned: float = 0.0) -> Maker:
     """
 
     def make(shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
-        images, last = photographs(shape, generator), shape[-1] == 3 != shape[1]
-        count = round(text * shape[0])
+        count, last = round(text * shape[0]), shape[-1] == 3 != shape[1]
+        if count == shape[0] and _is_color(shape):
+            images = torch.empty(tuple(shape), dtype=torch.float32)  # no photograph is left
+        else:
+            images = photographs(shape, generator)
         if not count or not _is_color(shape):
             return images
         rows = torch.randperm(shape[0], generator=generator)[:count]

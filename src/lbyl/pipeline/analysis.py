@@ -6,7 +6,7 @@ It takes most of the time. A compression makes and uses it once, and a sweep sto
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lbyl.budget.budget import Budget
@@ -18,7 +18,8 @@ from lbyl.moments.columns import column_moments
 from lbyl.pipeline.prepare import Subject, restoring
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.restore.base import Restorer
-from lbyl.restore.registry import choose_restorer
+from lbyl.restore.registry import LOW, choose_restorer
+from lbyl.runtime.batches import batch_size, thinned
 from lbyl.runtime.copying import sharing_copy, tensors_of
 from lbyl.runtime.progress import Clock
 from lbyl.selection.criteria.base import needs_probes
@@ -187,7 +188,14 @@ def look(
             return Seen(probes)
         products = getattr(subject.criterion, "sees", "") == "products"
         more = {"products": products, "seed": request.seed, "progress": request.progress}
-        return Seen(probes, column_moments(work, subject.graph, groups, probes, **more))
+        shown = _fewer(probes) if request.effort == LOW else probes
+        return Seen(probes, column_moments(work, subject.graph, groups, shown, **more))
+
+
+def _fewer(probes: Probes) -> Probes:
+    """A third of the probes, but at least 16: ranking channels takes fewer of them than solving for their weights."""
+    most = max(16, sum(map(batch_size, probes.batches)) // 3)
+    return replace(probes, batches=tuple(thinned(probes.batches, most)) or probes.batches)
 
 
 def find_cuttable(subject: Subject, request: CompressionRequest) -> Cuttable:

@@ -82,18 +82,20 @@ def _quick(restorer: LeastSquares, inputs: ExampleInputs, why: str) -> tuple[Lea
     """The same for a few seconds: few probes, none of which is dreamed, and consumers solved all at once."""
     source = restorer.moments
     if isinstance(source, Dream) and takes_photographs(inputs):
-        source, why = Photographs(images=64), "auto: lbyl's own photographs, and nothing dreamed"
+        source, why = Photographs(images=48), "auto: lbyl's own photographs, and nothing dreamed"
     elif isinstance(source, Dream):
         source, why = replace(source, images=64, steps=0), "auto: noise and scenes, and nothing dreamed"
     elif isinstance(source, Photographs):
-        source = replace(source, images=64)
+        source = replace(source, images=48)
     elif isinstance(source, ClassDream):
         source, why = Noise(images=256), "auto: noise, and nothing dreamed"
     elif isinstance(source, Generated):
         source = replace(source, sequences=16)
     elif isinstance(source, Sentences):
         source = replace(source, sequences=64)
-    return replace(restorer, moments=source, sequential=False), f"{why}; low effort: fewer probes, one pass"
+    return replace(
+        restorer, moments=source, sequential=False, positions=8192
+    ), f"{why}; low effort: fewer probes, one pass"
 
 
 def _thorough(restorer: LeastSquares, model: nn.Module, inputs: ExampleInputs) -> LeastSquares:

@@ -337,11 +337,15 @@ def _recalibration_batches(probes: Probes) -> Sequence[int]:
 
 def _positions(problem: LeastSquaresProblem, probes: Probes) -> int:
     """How many outputs of each consumer are stored for each batch, so that all take at most 1/8 of the memory."""
-    state = tensors_of(problem.model)
+    settings, state = problem.settings, tensors_of(problem.model)
     channels = sum(len(target.weight(state)) for target in problem.found if target.norm)
-    return min(POSITIONS, held_at_once(problem.settings.memory, 32 * max(1, channels))) // len(
-        _recalibration_batches(probes)
-    )
+    wanted = min(POSITIONS, max(_FEWEST_POSITIONS, settings.positions))
+    fitting = held_at_once(settings.memory, 32 * max(1, channels))
+    return min(wanted, fitting) // len(_recalibration_batches(probes))
+
+
+_FEWEST_POSITIONS = 4096
+"""So many outputs are stored for recalibration where fewer positions enter the moments."""
 
 
 def _with_turns(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lbyl.selection.view import ChannelView, Reading
@@ -36,20 +37,25 @@ class OBS:
 
     def score(self, view: ChannelView) -> Float[Tensor, " channels"]:
         """One score for each channel: its position in the order in which channels are removed."""
-        left, gone = torch.arange(len(view)), 0
-        scores = torch.zeros(len(view), dtype=torch.float64)
         readers = [_reader(reading, self.ridge, self.centered) for reading in view.readings]
-        while len(left):
-            lost = torch.zeros(len(left), dtype=torch.float64)
+        scores, places = torch.zeros(len(view), dtype=torch.float64), torch.arange(len(view))
+        gone = torch.zeros(len(view), dtype=torch.bool)
+        for first, last in _rounds(len(view)):
+            lost = torch.zeros(len(places), dtype=torch.float64)
             for reader in readers:
-                lost += reader.lost()
-            worst = torch.argsort(lost, stable=True)[: max(1, len(left) // _ROUNDS)]
-            scores[left[worst]] = torch.arange(gone, gone + len(worst), dtype=torch.float64)
-            gone += len(worst)
-            stays = torch.ones(len(left), dtype=torch.bool)
-            stays[worst] = False
-            readers = [reader.without(stays) for reader in readers]
-            left = left[stays]
+                lost += reader.lost(gone)
+            worst = torch.argsort(lost.masked_fill_(gone, float("inf")), stable=True)[: last - first]
+            scores[places[worst]] = torch.arange(first, last, dtype=torch.float64)
+            if last == len(view):
+                break
+            gone[worst] = True
+            for reader in readers:
+                reader.remove(worst)
+            # Channels that are gone stay in the matrices for a while, because copying these takes longer than
+            # computing with a few columns too many.
+            if 4 * (len(view) - last) <= 3 * len(places):
+                kept = (~gone).nonzero().flatten()
+                readers, places, gone = [reader.only(kept) for reader in readers], places[kept], gone[kept]
         return scores
 
 
@@ -59,77 +65,96 @@ _COLUMNS = 4096
 """Largest number of columns whose moments are inverted."""
 
 
+def _rounds(channels: int) -> Iterator[tuple[int, int]]:
+    """The numbers of the first channel that each round removes, and of the first that it leaves."""
+    first = 0
+    while first < channels:
+        last = first + max(1, (channels - first) // _ROUNDS)
+        yield first, last
+        first = last
+
+
 @dataclass(frozen=True)
 class _Uncorrelated:
     """A consumer whose columns count as uncorrelated: too many, or constant on the probes.
 
     Attributes:
-        errors: the errors from removing each of the channels that are left.
+        errors: the errors from removing each of the channels.
     """
 
     errors: Float[Tensor, " channels"]
 
-    def lost(self) -> Float[Tensor, " channels"]:
-        """The error from removing each of the channels that are left."""
+    def lost(self, gone: Bool[Tensor, " channels"]) -> Float[Tensor, " channels"]:
+        """The error from removing each channel."""
         return self.errors
 
-    def without(self, stays: Bool[Tensor, " channels"]) -> _Uncorrelated:
-        """The consumer after some channels are removed."""
-        return _Uncorrelated(self.errors[stays])
+    def remove(self, channels: Int[Tensor, " removed"]) -> None:
+        """Nothing changes: no other channel takes over."""
+
+    def only(self, kept: Int[Tensor, " kept"]) -> _Uncorrelated:
+        """The consumer of these channels."""
+        return _Uncorrelated(self.errors[kept])
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """A consumer and the channels that are left.
+    """A consumer and the channels that it reads.
 
     Attributes:
         inverse: the inverse of the moments of their columns, changed in place.
         gram: ``U U^T``, the products of the consumer's weights for these columns; float64 on the CPU, as the inverse.
         seats: the number of columns of each channel; those of one channel are adjacent.
         total: the energy of all channels, to which errors are relative.
-        left: which of these channels are left. Those that are not stay in the matrices for a while, because copying
-            these takes longer than computing with a few columns too many.
     """
 
     inverse: Float[Tensor, "columns columns"]
     gram: Float[Tensor, "columns columns"]
     seats: int
     total: Float[Tensor, ""]
-    left: Bool[Tensor, " channels"]
 
-    def lost(self) -> Float[Tensor, " channels_left"]:
-        """The error from removing each of the channels that are left."""
+    def lost(self, gone: Bool[Tensor, " channels"]) -> Float[Tensor, " channels"]:
+        """The error from removing each channel; of no meaning for those that are gone."""
         if self.seats == 1:
-            return (self.gram.diagonal() / self.inverse.diagonal())[self.left] / self.total
+            return self.gram.diagonal() / self.inverse.diagonal() / self.total
         blocks, products = (
             matrix.reshape(-1, self.seats, len(matrix) // self.seats, self.seats).diagonal(dim1=0, dim2=2).movedim(2, 0)
             for matrix in (self.inverse, self.gram)
         )
-        return (torch.linalg.inv(blocks[self.left]) * products[self.left]).sum((1, 2)) / self.total
+        left, errors = ~gone, torch.zeros(len(gone), dtype=torch.float64)
+        errors[left] = (torch.linalg.inv(blocks[left]) * products[left]).sum((1, 2)) / self.total
+        return errors
 
-    def without(self, stays: Bool[Tensor, " channels_left"]) -> _Reader:
-        """The consumer after some channels are removed, and the others have taken over.
+    def remove(self, channels: Int[Tensor, " removed"]) -> None:
+        """Remove channels, for which the others take over.
 
         With the inverse ``[[A, B], [B^T, D]]``, in which the removed columns come last, it becomes ``A - B D^-1 B^T``,
         and the weights ``U`` become ``U_K - T U_D`` with ``T = B D^-1``. So ``U U^T`` becomes ``U_K U_K^T - T N^T -
         N T^T`` with ``N = (U_K - T U_D / 2) U_D^T``.
         """
-        removed = self.left.clone()
-        removed[self.left] = ~stays
-        left = self.left & ~removed
-        if not bool(left.any()):
-            return self
-        gone = removed.repeat_interleave(self.seats).nonzero().flatten()
+        if self.seats == len(channels) == 1:  # most rounds, for which there is nothing to solve
+            column = int(channels)
+            cross, products = self.inverse[:, column].clone(), self.gram[:, column].clone()
+            taken = cross / cross[column]
+            half = products - taken * (products[column] / 2)
+            self.inverse.addr_(taken, cross, alpha=-1)
+            self.gram.addr_(taken, half, alpha=-1).addr_(half, taken, alpha=-1)
+            return
+        gone = self._columns(channels)
         cross, products = self.inverse[:, gone], self.gram[:, gone]
         taken = torch.linalg.solve(cross[gone], cross.T).T
         half = products - taken @ products[gone] / 2
         self.inverse.addmm_(taken, cross.T, alpha=-1)
         self.gram.addmm_(torch.cat([taken, half], 1), torch.cat([half, taken], 1).T, alpha=-1)
-        if 4 * int(left.sum()) > 3 * len(left):
-            return replace(self, left=left)
-        kept = left.repeat_interleave(self.seats).nonzero().flatten()
-        inverse, gram = (matrix[kept][:, kept] for matrix in (self.inverse, self.gram))
-        return replace(self, inverse=inverse, gram=gram, left=left[left])
+
+    def only(self, kept: Int[Tensor, " kept"]) -> _Reader:
+        """The consumer of these channels."""
+        columns = self._columns(kept)
+        inverse, gram = (matrix[columns][:, columns] for matrix in (self.inverse, self.gram))
+        return replace(self, inverse=inverse, gram=gram)
+
+    def _columns(self, channels: Int[Tensor, " some"]) -> Int[Tensor, " columns"]:
+        """The columns of some channels."""
+        return (channels[:, None] * self.seats + torch.arange(self.seats)).flatten()
 
 
 def _reader(reading: Reading, ridge: float, centered: bool) -> _Reader | _Uncorrelated:
@@ -150,5 +175,4 @@ def _reader(reading: Reading, ridge: float, centered: bool) -> _Reader | _Uncorr
     if int(failed) or float(diagonal.max()) < 1e-12 * float(reading.square.max()):
         return uncorrelated  # nothing varies
     inverse = torch.cholesky_inverse(factor)
-    everything = torch.ones(len(reading.index), dtype=torch.bool)
-    return _Reader(inverse, gram, reading.index.shape[1], total, everything)
+    return _Reader(inverse, gram, reading.index.shape[1], total)
