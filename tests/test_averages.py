@@ -127,8 +127,23 @@ class Literal(RootMeanSquare):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.3))
 
 
+class ByHand(RootMeanSquare):
+    """A layer norm written by hand: where channels are gone, differences to the mean are not zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = x - x.mean(-1, keepdim=True)
+        return self.weight * apart / torch.sqrt(apart.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class Gated(RootMeanSquare):
+    """A mean of what is one half where channels are gone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(torch.sigmoid(x).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
 @pytest.mark.parametrize("restore", ["prune", lbyl.LeastSquares(moments=lbyl.Noise(images=16))], ids=["prune", "fit"])
-@pytest.mark.parametrize("norm", [Shifted, Literal])
+@pytest.mark.parametrize("norm", [Shifted, Literal, ByHand, Gated])
 def test_where_no_weight_makes_up_for_it_the_mean_is_of_what_stays(norm, restore) -> None:
     model, x = built(lambda: Stream(norm)), images(2, 5, 6)
     group = lbyl.inspect(model, x).graph.group("table")

@@ -8,12 +8,15 @@ from typing import ClassVar
 
 import pytest
 import torch
+from nets import images
 from torch import Tensor, nn
 
 import lbyl
+from lbyl.graph import Slot
 from lbyl.moments import Probes
 from lbyl.moments.columns import column_moments
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.selection.view import Reading
 
 
 def two_layers(hidden: int = 12) -> nn.Sequential:
@@ -83,6 +86,39 @@ def test_obs_removes_all_columns_of_a_channel_together() -> None:
     while len(left) > 1:
         left.remove(min(left, key=missed))
         assert kept(net, x, lbyl.OBS(ridge=1e-9), 1 - len(left) / 6) == tuple(left)
+
+
+class Crossing(nn.Module):
+    """A grouped convolution and a layer over each quarter of the channels read the same ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv1d(3, 16, 1), nn.Conv1d(16, 16, 3, padding=1, groups=2)
+        self.quarter, self.head = nn.Linear(4, 6), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        each = self.quarter(y.transpose(1, 2).unflatten(-1, (4, -1))).relu().mean(-1)
+        return self.head((self.b(y).transpose(1, 2) * each.mean(-1, keepdim=True)).relu())
+
+
+def test_obs_ranks_channels_together_that_a_grouped_convolution_reads_apart() -> None:
+    result = lbyl.compress(Crossing().eval(), images(4, 3, 10), ratio=0.5, criterion="obs", forecast=False)
+    assert {row.group: (row.before, row.after) for row in result.report.rows}["a"] == (4, 2)
+
+
+def test_columns_of_several_blocks_are_read_by_outputs_of_their_own() -> None:
+    weight = torch.arange(1, 25, dtype=torch.float64).reshape(4, 2, 3)  # two blocks of two columns, three taps
+    reading = Reading(Slot("w", 1, (0, 1, 2, 3), 2), weight, torch.tensor([[0, 2], [3, -1]]), None)
+    columns = reading.columns
+    assert columns.shape == (2, 2, 4 * 3)
+    whole = torch.zeros(4, 4, 3, dtype=torch.float64)
+    whole[:2, :2], whole[2:, 2:] = weight[:2], weight[2:]
+    assert torch.equal(columns[0, 0], whole[:, 0].flatten())
+    assert torch.equal(columns[0, 1], whole[:, 2].flatten())
+    assert torch.equal(columns[1, 0], whole[:, 3].flatten())
+    assert not columns[1, 1].any()
 
 
 def test_obs_of_very_many_columns_is_their_energy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,15 @@ def test_a_shared_expert_stays_a_multiple_of_the_others() -> None:
     assert apart.model.model.layers[0].mlp.shared_expert.down_proj.in_features == 19  # pyright: ignore
 
 
+def test_the_stream_keeps_rows_that_grouped_products_take() -> None:
+    model, x = build("mixtral"), tokens()
+    width = model.config.hidden_size
+    result = lbyl.compress(model, x, ratio=0.3, scope="all", restore="prune", strict=True, forecast=False)
+    kept = {row.group: row.after for row in result.report.rows}["model.embed_tokens"]
+    assert kept % 8 == 0
+    assert kept < width
+
+
 def test_what_is_cut_together_and_counted() -> None:
     model, x = build("mixtral"), tokens()
     graph = lbyl.inspect(model, x).graph

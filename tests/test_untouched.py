@@ -60,6 +60,39 @@ class KeepsArray(Base):
         return super().forward(x) * float(self.history[0]) * self.last[0]
 
 
+class InstallsHooks(Base):
+    """As models of transformers do when they first run; a hook that is there twice would double twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.installed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.installed:
+            self.installed = True
+            self.a.register_forward_hook(lambda module, args, output: 2 * output)
+        return super().forward(x)
+
+
+class CachesBiases(Base):
+    """As LeViT keeps what it computes from its weights, until it is trained again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.cache = nn.Parameter(torch.ones(12)), {}
+
+    def train(self, mode: bool = True) -> CachesBiases:
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias.view(1, -1, 1, 1) * 2
+        return self.b(self.a(x) + self.cache["bias"])
+
+
 class Noisy(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -97,6 +130,23 @@ def test_inspection_leaves_no_trace(kind: type[Base]) -> None:
     lbyl.inspect(net, x)
     assert torch.equal(x, seen)
     assert all(torch.equal(tensor, before[name]) for name, tensor in content(net).items())
+
+
+@pytest.mark.parametrize("run_before", [False, True])
+@pytest.mark.parametrize("kind", [InstallsHooks, CachesBiases])
+def test_what_a_first_run_leaves_in_modules_is_of_no_matter(kind: type[Base], run_before: bool) -> None:
+    net, x = kind().eval(), images(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = kind().eval()(x)
+        if run_before:
+            net(x)
+        for _ in range(2):
+            lbyl.inspect(net, x)
+        result = lbyl.compress(net, x, ratio=0.5, restore="prune", strict=True)
+        assert torch.equal(net(x), expected)
+        twice = [result.model(x) for _ in range(2)]
+    assert result.report.rows[0].after == 6
+    assert torch.equal(*twice)
 
 
 def folded(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:

@@ -225,6 +225,25 @@ def test_the_way_out_that_the_error_names_works() -> None:
     assert [group.name for group in result.plan.groups] == ["first"]
 
 
+def test_each_of_several_layers_of_a_kind_is_tried_by_itself() -> None:
+    class Layer(nn.Module):
+        def __init__(self, size: int | None) -> None:
+            super().__init__()
+            # By this name it is no width, and stays.
+            self.up, self.down, self.grid = nn.Linear(6, 8), nn.Linear(8, 6), size
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x).relu()
+            return self.down(y if self.grid is None else y.view(-1, self.grid))
+
+    known = [None, 8, None, 8, None, None]
+    net = settle(nn.Sequential(*(Layer(size) for size in known)))
+    result = compress(net, images(2, 6), restore="prune")
+    whole = {f"{number}.up" for number, size in enumerate(known) if size}
+    assert {name for name, why in result.report.left if why.startswith("found by verification")} == whole
+    assert {row.group for row in result.report.rows if row.group.endswith("up")} == {"0.up", "2.up", "4.up", "5.up"}
+
+
 def test_a_view_of_a_fixed_size_names_the_group() -> None:
     class Viewing(nn.Module):
         def __init__(self) -> None:

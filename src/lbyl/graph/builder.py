@@ -155,6 +155,8 @@ class Builder:
     """How often each operation was called in each module up to and including the current node."""
     scaled: dict[fx.Node, Any] = field(default_factory=dict)
     """Values that depend on how many channels there are, see `lbyl.graph.channel_means`."""
+    shifted: set[fx.Node] = field(default_factory=set)
+    """Values that may not be zero where the channels that they come from are, see `lbyl.graph.channel_means`."""
     experts: dict[str, int] = field(default_factory=dict)
     """How many matrices a weight stacks along its first dimension, by the weight's name."""
     pure: dict[fx.Node, ProducerRecord] = field(default_factory=dict)

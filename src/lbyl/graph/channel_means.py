@@ -7,7 +7,8 @@ multiplies that weight by the inverse. The cut network then computes exactly wha
 dropped channels.
 
 Some means have no such weight (a pixel norm, a layer norm written by hand), or their eps is not an attribute that could
-be changed. These are taken over the kept channels, as in a layer norm.
+be changed. Others are taken where dropped channels are not zero: of squared differences to a mean, or behind a sigmoid.
+These are taken over the kept channels, as in a layer norm.
 """
 
 from __future__ import annotations
@@ -24,6 +25,17 @@ _SAME = (
     "view", "reshape", "to", "_to_copy", "type_as", "clone", "contiguous", "expand", "alias", "detach", "dropout",
     "unsqueeze", "squeeze", "permute", "transpose",
 )  # fmt: skip
+_FROM_ZERO = frozenset((
+    "sigmoid", "hardsigmoid", "log_sigmoid", "softplus", "exp", "exp2", "log", "log2", "log10", "cos", "cosh", "acos",
+    "erfc", "logit", "reciprocal", "rsqrt", "softmax", "_softmax", "log_softmax", "fill", "logical_not", "eq", "ge",
+    "le",
+))  # fmt: skip
+"""Operations that do not return zero for zero."""
+_SUMS = frozenset(("add", "sub", "rsub", "subtract", "clamp_min", "maximum", "fmax"))
+_ELEMENTWISE = frozenset((
+    *_SAME, *_SUMS, "mul", "multiply", "div", "divide", "pow", "square", "abs", "neg", "relu", "gelu", "silu", "tanh",
+    "sqrt", "leaky_relu", "elu", "clamp", "sign", "softsign", "mish", "hardswish", "where", "masked_fill", "flatten",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,8 @@ class Scaled:
 
 def follow(builder: Builder, node: fx.Node) -> None:
     """Follow scaled values through a node. Where no weight can correct the factor, the mean is over kept channels."""
+    if node.op == "call_function" and _is_shifted(builder, node):
+        builder.shifted.add(node)
     for source in dict.fromkeys(node.all_input_nodes):
         scaled = builder.scaled.get(source)
         if scaled is None:
@@ -86,7 +100,38 @@ def _parameter(builder: Builder, value: Any) -> str | None:
 
 def start(builder: Builder, node: fx.Node, ids: Tensor, dim: int) -> None:
     """Record a mean over the channels along an axis."""
-    builder.scaled[node] = Scaled(ids, layer_name(node), builder.reduction(node, dim))
+    reduction = builder.reduction(node, dim)
+    if any(source in builder.shifted for source in node.all_input_nodes):
+        builder.statistics[reduction] = ids
+        return
+    builder.scaled[node] = Scaled(ids, layer_name(node), reduction)
+
+
+def _is_shifted(builder: Builder, node: fx.Node) -> bool:
+    """Whether a value may not be zero where the channels that it comes from are."""
+    name, sources = _name(node), node.all_input_nodes
+    if name in _FROM_ZERO:
+        return True
+    if name not in _ELEMENTWISE:
+        return False
+    if name in _SUMS:
+        added = any(isinstance(value, (int, float)) and value for value in node.args[:2])
+        if added or any(source in builder.scaled or _is_spread(builder, source, node) for source in sources):
+            return True
+        return any(source in builder.shifted for source in sources)
+    if name in ("mul", "multiply"):
+        # One factor that is zero suffices, as in x * sigmoid(x).
+        sources = [each for each in sources if each not in builder.parameters and not _is_spread(builder, each, node)]
+        return bool(sources) and all(source in builder.shifted for source in sources)
+    return bool(sources) and sources[0] in builder.shifted
+
+
+def _is_spread(builder: Builder, source: fx.Node, node: fx.Node) -> bool:
+    """Whether a value, which is no parameter, is the same along an axis of the result."""
+    if source in builder.parameters:
+        return False
+    given, made = (getattr(each.meta.get("val"), "shape", ()) for each in (source, node))
+    return len(given) == len(made) and any(a == 1 != b for a, b in zip(given, made, strict=True))
 
 
 def settle(builder: Builder, model: nn.Module) -> None:

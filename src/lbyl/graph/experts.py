@@ -28,7 +28,8 @@ def by_expert(graph: Graph, stacked: Mapping[str, int], lengths: Mapping[str, tu
     counts = {index: _experts(group, stacked, lengths) for index, group in enumerate(graph.groups)}
     counts = {index: count for index, count in counts.items() if count}
     groups = tuple(
-        _expanded(group, counts[index]) if index in counts else group for index, group in enumerate(graph.groups)
+        _expanded(group, counts[index]) if index in counts else _aligned(group, stacked)
+        for index, group in enumerate(graph.groups)
     )
     consumers = tuple(_reading(consumer, counts, graph) for consumer in graph.consumers)
     return replace(graph, groups=groups, consumers=consumers)
@@ -62,6 +63,14 @@ def _expanded(group: Group, experts: int) -> Group:
         blocks=tuple(expert for expert in range(experts) for _ in range(group.width)),
         multiple=math.gcd(group.width, ALIGNED),
     )
+
+
+def _aligned(group: Group, stacked: Mapping[str, int]) -> Group:
+    """The group, which keeps rows of a size that grouped products take if they read or make its channels."""
+    slots = (*(producer.weight for producer in group.producers), *group.consumers)
+    if not any(slot.parameter in stacked for slot in slots):
+        return group
+    return replace(group, multiple=math.gcd(group.width // len(set(group.blocks)), ALIGNED))
 
 
 def _for_all(channels: tuple[int, ...], experts: int, width: int) -> tuple[int, ...]:

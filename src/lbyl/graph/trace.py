@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +81,8 @@ def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
 
 def graph_of(model: nn.Module, program: Program) -> Graph:
     """The channel groups in a model's program."""
-    builder = Builder(program.parameters, numbers=_numbers(model), batch=_batch(program))
+    again = dict(program.parameters)
+    builder = Builder(again, numbers=_numbers(model), batch=_batch(program))
     env: dict[fx.Node, Any] = {}
 
     def value(argument: Any) -> Any:
@@ -100,6 +101,8 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
             builder.origins[node] = origins_of(node, builder.origins)
             env[node] = _call(builder, node, value(node.args), value(node.kwargs))
             write_back(builder, env, node)
+            if name := _parameter_again(node, again):
+                env[node], again[node] = ParameterRef(name, lengths[name]), name
         elif node.op == "output":
             for item in _flat(value(node.args)):
                 if isinstance(item, Tensor):
@@ -115,6 +118,22 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
     channel_means.settle(builder, model)
     graph = by_expert(freeze(builder), builder.experts, lengths)
     return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs, notes=program.notes)
+
+
+_RESHAPES = frozenset((
+    "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "flatten", "unflatten", "contiguous", "alias", "detach",
+))  # fmt: skip
+
+
+def _parameter_again(node: fx.Node, parameters: Mapping[fx.Node, str]) -> str | None:
+    """The name of the parameter that a value is after it was given another shape and then its own shape again."""
+    source: Any = node
+    while isinstance(source, fx.Node) and source.op == "call_function" and _name(source) in _RESHAPES:
+        source = source.args[0]
+    if source is node or not isinstance(source, fx.Node) or source not in parameters:
+        return None
+    given, made = (getattr(each.meta.get("val"), "shape", None) for each in (source, node))
+    return parameters[source] if given == made is not None else None
 
 
 def _batch(program: Program) -> int:

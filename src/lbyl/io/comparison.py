@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lbyl.errors import InputError
 from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.sentinels import meaningful
 from lbyl.surgery.plan import Plan
 
 _LARGEST_INPUT = 2**28
@@ -42,11 +43,14 @@ def described_inputs(plan: Plan, seed: int) -> ExampleInputs:
 
 
 def difference(expected: Tensor, found: Tensor) -> tuple[float, float]:
-    """The largest absolute difference, and this difference relative to the largest finite magnitude of ``expected``."""
+    """The largest absolute difference, and this difference relative to the largest magnitude of ``expected``.
+
+    Masked values (`lbyl.runtime.sentinels`) do not count as magnitudes.
+    """
     a, b = expected.detach().double(), found.detach().double()
     same = (a == b) | (a.isnan() & b.isnan())  # the difference of equal infinities is NaN
     apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf)
     largest = float(apart.max()) if apart.numel() else 0.0
-    finite = a[a.isfinite()].abs()
+    finite = a[meaningful(a)].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
     return largest, largest / scale if scale else largest

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from lbyl.moments.feature_scales import feature_scales
 from lbyl.moments.integers import find_integers
 from lbyl.moments.preprocessing import standardization
-from lbyl.moments.scale import UNIT, InputScales, Scale, by_feature, feature_axes
+from lbyl.moments.scale import KEPT, UNIT, InputScales, Scale, by_feature, feature_axes
 from lbyl.moments.synthesis import pink
 from lbyl.runtime.batch_norms import batch_norms
 from lbyl.runtime.batches import with_rows
 from lbyl.runtime.copying import tensors_of
 from lbyl.runtime.forward import CONVOLVED, ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs, outputs_if_taken
+from lbyl.runtime.sentinels import meaningful
 
 _FAR = 3.0
 """In a network with batch norms, inputs keep unit scale unless the estimate differs by more than this factor."""
@@ -38,13 +39,16 @@ def input_scales(model: nn.Module, inputs: ExampleInputs) -> InputScales:
     natural images of unit variance cause gives the deviation. They are used where they are far from 0 and 1, for batch
     norms bring the rest to scale. Where there are no batch norms, the example has to tell, unless it is constant: one
     scale for all features, or one for each where they are clearly apart. So it has to where it is bounded and the
-    network refuses inputs of unit scale: an assertion, or a logarithm.
+    network refuses inputs of unit scale: an assertion, or a logarithm. Masks that are added to scores stay as they are.
     """
     tensors = inputs.tensors()
     scales = [UNIT] * len(tensors)
     told: list[str] = []
     for index, tensor in enumerate(tensors):
         if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not bool(meaningful(tensor).all()):
+            scales[index] = KEPT  # a mask that is added to scores
             continue
         told_by_example = feature_scales(tensor) or _from_example(tensor)
         scale, whence = told_by_example, "the example"

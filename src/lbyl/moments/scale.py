@@ -56,6 +56,11 @@ class Scale:
         return self.low > -math.inf or self.high < math.inf
 
     @property
+    def kept(self) -> bool:
+        """Whether the example is taken as it is, because nothing varies."""
+        return not bool(self.deviation.any())
+
+    @property
     def usual(self) -> bool:
         """Whether this is zero mean and unit variance."""
         return not bool(self.mean.any()) and bool((self.deviation == 1).all())
@@ -71,7 +76,8 @@ def by_feature(values: Float[Tensor, "..."], axis: int) -> Float[Tensor, "values
     return values.detach().double().cpu().movedim(axis, -1).flatten(0, -2)
 
 
-UNIT = Scale(torch.zeros(1, dtype=torch.float32, device="cpu"), torch.ones(1, dtype=torch.float32, device="cpu"))
+_ZERO, _ONE = torch.tensor([[0.0], [1.0]], dtype=torch.float32, device="cpu")
+UNIT, KEPT = Scale(_ZERO, _ONE), Scale(_ZERO, _ZERO)
 
 
 @dataclass(frozen=True)

@@ -274,6 +274,8 @@ def synthesize(
         if not tensor.dim() or tensor.shape[0] != batch:
             return tensor
         shape = (count, *tensor.shape[1:])
+        if tensor.is_floating_point() and scale.kept:
+            return tensor[:1].expand(shape).clone()
         if tensor.is_floating_point():
             return as_stored(scale.of(make(shape, generator)).to(tensor))
         if tensor.is_complex():

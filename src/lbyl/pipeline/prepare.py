@@ -28,6 +28,7 @@ from lbyl.graph.submodules import Submodule, submodule_of, traceable_submodules
 from lbyl.io.network_files import check_network
 from lbyl.moments.base import Probes
 from lbyl.pipeline.forecast import Forecaster
+from lbyl.pipeline.parts_data import on_parts
 from lbyl.pipeline.request import CompressionRequest
 from lbyl.pipeline.result import Inputs
 from lbyl.restore.base import Restorer
@@ -255,6 +256,9 @@ def prepare(
         found = [(part.path, model.get_submodule(part.path), part.inputs, part.graph) for part in traced.parts]
     subjects = tuple(Subject.of(*each, request) for each in found)
     subjects = tuple(replace(subject, why=(*told, *subject.why)) for subject in subjects)
+    if traced.graph is None:
+        seen = on_parts({each.path: each.restorer for each in subjects}, model, inputs)
+        subjects = tuple(replace(subject, restorer=seen[subject.path]) for subject in subjects)
     if traced.graph is not None and (request.forecast or subjects[0].may_probe):
         # Only probes have other batch sizes than the example inputs.
         with undisturbed(traced.model):

@@ -9,7 +9,7 @@ from torch import nn
 
 from lbyl.budget.allocate import Widths, choose_widths
 from lbyl.budget.budget import Budget
-from lbyl.errors import InputError, SurgeryError, VerificationError
+from lbyl.errors import InputError, SurgeryError, VerificationError, first_line
 from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Row
 from lbyl.moments import Probes
@@ -102,7 +102,7 @@ def _compressed(
         with clock("probe"), undisturbed(subject.model), restoring(subject.restorer, subject.model):
             made = subject.restorer.make_probes(subject.model, subject.inputs, request.seed, request.progress)
             planned = replace(planned, probes=made)
-    selection = planned.selection
+    selection, why = planned.selection, ""
     for _ in range(_ATTEMPTS):
         with clock("restore"):
             restoration = _restore(subject, request, replace(planned, selection=selection))
@@ -111,9 +111,10 @@ def _compressed(
             restoration = replace(restoration, values={})
         try:
             done = _cut(subject, request, clock, selection, work, restoration.masks)
-        except (VerificationError, SurgeryError):
+        except (VerificationError, SurgeryError) as error:
             if request.strict or not request.verify:
                 raise
+            why = first_line(error)
             with clock("verify"):
                 if restoration.masks:
                     work = apply_changes(copy_model(work).eval(), restoration.masks)
@@ -121,7 +122,10 @@ def _compressed(
             continue
         break
     else:
-        raise VerificationError("no groups were found that can be cut together; lbyl.inspect lists all groups")
+        raise VerificationError(
+            f"no groups were found that can be cut together: {why}. Leave groups out, with a ratio by group names that "
+            "is 0 for them or with Budget(exclude=...); lbyl.inspect lists all groups"
+        )
     parts = dict(done.model.named_modules())
     set_modes({parts[name]: module.training for name, module in subject.model.named_modules()})
     planned = replace(planned, selection=selection)

@@ -95,6 +95,7 @@ def _one_by_one(
         check_patterns(request.ratio, (path + name for path, group in groups for name in (group.name, *group.layers)))
     results: list[tuple[str, Result]] = []
     left = [(path, f"not traced: {why}") for path, why in prepared.traced.untraced]
+    failed: list[str] = []
     for subject in subjects:
         known = ground.get(subject.path)
         try:
@@ -103,6 +104,8 @@ def _one_by_one(
             if request.strict or len(subjects) == 1:
                 raise
             left.append((subject.path, str(error)))
+            failed.append(f"{subject.path}: {error}")
     if not results:
-        raise InputError("no group of any traceable submodule can be pruned: " + "; ".join(why for _, why in left[:3]))
+        whys = dict.fromkeys([*failed, *(f"{path}: {why}" for path, why in left)])
+        raise InputError("no group of any traceable submodule can be pruned: " + "; ".join([*whys][:3]))
     return results, left

@@ -6,7 +6,7 @@ import gc
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from operator import is_
 from typing import Any
@@ -23,6 +23,14 @@ MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """The attributes that every module has."""
 ATOMS = frozenset((bool, int, float, str, type(None)))
 CONTAINERS = (dict, list, set)
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+"""The tables of hooks that modules may register while they run."""
 
 
 class Switch:
@@ -143,9 +151,10 @@ def seeded(seed: int = 0) -> AbstractContextManager[None]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, and afterwards restore it and the global random generators.
 
-    Every module's mode, plain attributes, buffers and arrays are restored. Some modules cache values that they compute
-    from their weights (attention biases, masks). After a run in another precision, or a trace with fake tensors, the
-    cached values would be wrong. Other modules count their calls. Experts run as `lbyl.runtime.experts` says.
+    Every module's mode, plain attributes, buffers, arrays and hooks are restored. Some modules cache values that they
+    compute from their weights (attention biases, masks). After a run in another precision, or a trace with fake
+    tensors, the cached values would be wrong. Other modules count their calls, or register hooks when they first run
+    and note that in an attribute. Experts run as `lbyl.runtime.experts` says.
     """
     with alone(model), seeded():
         modes = {module: module.training for module in model.modules()}
@@ -156,8 +165,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for name, value in own.items()
             if type(value) not in ATOMS and isinstance(value, CONTAINERS) and name not in MODULE_ATTRIBUTES
         }
-        buffers = [(module._buffers, module._buffers.copy()) for module in modes]
+        tables = [(module._buffers, module._buffers.copy()) for module in modes]
+        hooks = [vars(module)[name] for module in modes for name in HOOKS if name in vars(module)]
+        tables += [(table, table.copy() if table else {}) for table in hooks]
         written = _Written(modes)
+        forget_cached(model)
         model.eval()  # even in evaluation mode, because it makes some modules clear their caches
         choose_grouped(modes)
         try:
@@ -176,11 +188,29 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     container.extend(content)
                 else:
                     container.update(content)
-            for table, tensors in buffers:
-                if table.keys() != tensors.keys() or not all(map(is_, table.values(), tensors.values())):
+            for table, content in tables:
+                if table.keys() != content.keys() or not all(map(is_, table.values(), content.values())):
                     table.clear()
-                    table.update(tensors)
+                    table.update(content)
             written.put_back()
+
+
+def forget_cached(model: nn.Module) -> None:
+    """Let modules drop the tensors that they once computed from their weights and keep in a dictionary.
+
+    They do so when they are put into training mode (attention biases of LeViT). The modes stay as they are.
+    """
+    for module in model.modules():
+        if type(module).train is nn.Module.train:
+            continue
+        tables = (
+            value for name, value in vars(module).items() if name not in MODULE_ATTRIBUTES and type(value) is dict
+        )
+        if any(table and all(isinstance(value, Tensor) for value in table.values()) for table in tables):
+            modes = {part: part.training for part in module.modules()}
+            with suppress(Exception):  # a user's code may do anything here
+                module.train(True)
+            set_modes(modes)
 
 
 class _Written:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lbyl.errors import InputError, SurgeryError
-from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, alone, uncollected
+from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, alone, forget_cached, uncollected
 from lbyl.runtime.inputs import ExampleInputs
 
 
@@ -38,9 +38,11 @@ def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn
     try:
         with alone(model), uncollected():
             _copy_modules(model, memo)
-            return copy.deepcopy(model, memo)
+            twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"{type(model).__name__} can't be copied ({error}); lbyl only works on a copy") from error
+    forget_cached(twin)  # after a cut it would be wrong
+    return twin
 
 
 def _parts_alone(tensors: Iterable[Tensor]) -> dict[int, Tensor]:

@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from lbyl.runtime.sentinels import meaningful
 
 AGREEMENT, POSITIONS, PERPLEXITY, COSINE, ERROR, UNKNOWN = (
     "agreement",
@@ -138,7 +141,10 @@ def scores_error(reference: Float[Tensor, "inputs classes ..."], found: Float[Te
     Unlike in :func:`~lbyl.runtime.output_error.outputs_error`, a shift of single classes' scores counts as an error,
     because it changes answers.
     """
-    f, g = (t.double() - t.double().mean(1, keepdim=True) for t in (reference, found))
+    here = meaningful(reference)
+    count = here.sum(1, keepdim=True).clamp_min(1)
+    scores = (torch.where(here, t, 0).double() for t in (reference, found))  # masked classes are no answers
+    f, g = (torch.where(here, t - t.sum(1, keepdim=True) / count, 0) for t in scores)
     factor = float((f * g).sum()) / max(float(g.square().sum()), 1e-30)
     axes = [axis for axis in range(f.dim()) if axis != 1]
     own = float((f - f.mean(axes, keepdim=True)).square().sum())

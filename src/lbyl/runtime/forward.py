@@ -121,6 +121,12 @@ _TURNS = (
     *(torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.swapdims),
     *(torch.Tensor.T.__get__, torch.Tensor.mT.__get__),  # pyright: ignore
 )
+_VIEWS = frozenset(
+    getattr(place, name)
+    for place in (torch, torch.Tensor)
+    for name in ("squeeze", "unsqueeze", "view", "reshape", "flatten", "unflatten", "contiguous", "detach")
+    if hasattr(place, name)
+)
 CONVOLUTIONS: dict[Any, int] = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
 CONVOLVED = frozenset(f"conv{axes}d" for axes in CONVOLUTIONS.values())
 TRANSPOSED: dict[Any, int] = {
@@ -152,6 +158,7 @@ class _LayerCalls(FunctionInterceptor):
         self.batch_statistics, self.stop_after = batch_statistics, stop_after
         self.ahead, self.attended = ahead, attended
         self._turned: dict[int, tuple[str, Tensor]] = {}  # transposed weights, by their ids
+        self._shaped: dict[int, tuple[str, Tensor, Tensor]] = {}  # names, weights, and views of them, by the views' ids
         self._waiting: tuple[str, Tensor, Tensor, Tensor] | None = None  # a call of experts
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,6 +189,8 @@ class _LayerCalls(FunctionInterceptor):
             self._experts(*args, **kwargs, out=out)
         elif func in _TURNS and isinstance(out, Tensor) and (name := self.name_of(args[0])):
             self._turned[id(out)] = name, out
+        elif func in _VIEWS and isinstance(out, Tensor):
+            self._view(args[0], out)
         elif func in _RECURRENT or func in _CELLS:
             self._recurrent(func, out, args, kwargs)
         elif self._waiting and func in _TIMES and args[0] is self._waiting[2]:
@@ -229,6 +238,15 @@ class _LayerCalls(FunctionInterceptor):
             self._report(
                 weight, lambda name, x=x, w=weight, b=bias: ConsumerCall(name, "linear", x, functional.linear(x, w, b))
             )
+
+    def _view(self, source: Any, out: Tensor) -> None:
+        """Remember a view of a named parameter, which may get the parameter's shape again later."""
+        name = self.name_of(source)
+        name, weight, _ = (name, source, out) if name else self._shaped.get(id(source), ("", out, out))
+        if name:
+            self._shaped[id(out)] = name, weight, out
+            if out.shape == weight.shape:
+                self._turned[id(out)] = name, out
 
     def _named(self, weight: Any) -> bool:
         """Whether a tensor is a named parameter, or a transposed one."""

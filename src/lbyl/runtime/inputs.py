@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lbyl.errors import InputError, LbylError, first_line
 from lbyl.runtime.contexts import users_device
+from lbyl.runtime.sentinels import meaningful
 
 HUGE = 1e18
 """Squares of larger numbers are infinite in float32."""
@@ -228,9 +229,9 @@ class ExampleInputs:
         return not all(bool((t < math.inf).all()) for t in real)
 
     def largest(self) -> float:
-        """The largest magnitude of all finite numbers that are not in float64."""
+        """The largest magnitude of all numbers that are not in float64, without those of masks."""
         real = [t for t in self.tensors() if t.is_floating_point() and t.numel() and t.dtype != torch.float64]
-        return max((float(t.abs().nan_to_num(posinf=0.0).max()) for t in real), default=0.0)
+        return max((float(t.abs().where(meaningful(t), 0).max()) for t in real), default=0.0)
 
     def describe(self) -> str:
         """Dtypes and shapes, for messages."""

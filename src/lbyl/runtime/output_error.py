@@ -13,6 +13,7 @@ from torch import Tensor
 from lbyl.errors import InputError
 from lbyl.runtime.inputs import output_tensors
 from lbyl.runtime.probabilities import class_axis, to_scores
+from lbyl.runtime.sentinels import meaningful
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,12 @@ _CHUNK = 2**22
 
 
 def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two tensors in float64, some rows at a time, where the first one is finite."""
+    """Two tensors in float64, some rows at a time, where the first one holds what is no sentinel."""
     if not a.dim():
         a, b = a[None], b[None]
     rows = max(1, _CHUNK * len(a) // max(1, a.numel()))
     for x, y in zip(a.split(rows), b.split(rows), strict=True):
-        here = torch.isfinite(x)  # masked outputs are -inf on purpose
+        here = meaningful(x)  # others are masked on purpose
         x, y = x.double(), y.double()
         yield (x, y) if bool(here.all()) else (x[here], y[here])
 
@@ -160,11 +161,11 @@ def _means(parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:
-    """The mean of every feature; of all together where each of them is there only once or some are not finite."""
+    """The mean of every feature; of all together where each is there only once, or some values are sentinels."""
     first, count = parts[0], sum(tensor.numel() for tensor in parts)
     axis = 1 if first.dim() > 3 else first.dim() - 1
     others = [dim for dim in range(first.dim()) if dim != axis]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in parts):
+    if not all(bool(meaningful(tensor).all()) for tensor in parts):
         finite = [x for tensor in parts for x, _ in _chunks(tensor, tensor)]
         if not any(x.numel() for x in finite):
             raise InputError("the network's outputs on the probes are not finite")

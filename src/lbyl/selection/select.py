@@ -276,7 +276,7 @@ def _beside_experts(graph: Graph, shares: Mapping[str, float], counts: Mapping[i
     found = dict[int, int]()
     for index, experts in enumerate(graph.groups):
         blocks = len(set(experts.blocks))
-        if experts.multiple == 1 or index not in counts:
+        if experts.multiple == 1 or blocks == 1 or index not in counts:
             continue
         width, beside = experts.width // blocks, f"{experts.name.rpartition('.')[0]}."
         for other, group in enumerate(graph.groups):

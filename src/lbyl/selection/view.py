@@ -86,10 +86,22 @@ class Reading:
 
     @cached_property
     def columns(self) -> Float[Tensor, "channels seats fan_out"]:
-        """The consumer's weights for each seat."""
+        """The consumer's weights for each seat; of a grouped convolution, zeros for the outputs of other blocks."""
+        if self.slot.blocks > 1 and self._block is None:
+            return self._columns_of_blocks()
         flat, first = self.index.clamp_min(0).cpu(), (self._block or 0) * self.weight.shape[1]
         part = self._rows.transpose(0, 1).flatten(1)
         return part[flat - first].double().cpu() * (self.index >= 0)[..., None]
+
+    def _columns_of_blocks(self) -> Float[Tensor, "channels seats fan_out"]:
+        """The same of channels in several blocks, each of which is read by outputs of its own."""
+        blocks, width = self.slot.blocks, self.weight.shape[1]
+        kernels = self.weight.detach().double().cpu().unflatten(0, (blocks, -1)).transpose(1, 2).flatten(2)
+        index = self.index.clamp_min(0).cpu()
+        found = torch.zeros(*index.shape, blocks, kernels.shape[2], dtype=torch.float64)
+        at = torch.meshgrid(*map(torch.arange, index.shape), indexing="ij")
+        found[(*at, index // width)] = kernels[index // width, index % width] * (self.index >= 0).cpu()[..., None]
+        return found.flatten(2)
 
     @cached_property
     def _block(self) -> int | None:

@@ -36,7 +36,7 @@ class Attribute:
 
 _NO_WIDTH = re.compile(
     "window|patch|kernel|stride|pad|dilat|resol|image|img|grid|pool|position|index|depth|seq|bucket|dist|layer|vocab"
-    "|step|context|horizon|rotary|rope|head_dim|head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
+    "|step|context|horizon|rotary|rope|head_dim|(?<!all_)head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
 )
 """Attributes that may equal a width by chance: spatial sizes, and sizes within heads, which are cut as a whole."""
 

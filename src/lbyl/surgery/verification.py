@@ -34,6 +34,7 @@ from lbyl.runtime.inputs import ExampleInputs, outputs
 from lbyl.runtime.intercept import unseen
 from lbyl.runtime.layer_norms import NormMasks, statistics_of_kept
 from lbyl.runtime.macs import macs_by_shapes
+from lbyl.runtime.sentinels import meaningful
 from lbyl.selection.select import Choice, Selection
 from lbyl.surgery.attributes import Attribute, plan_attributes
 from lbyl.surgery.cuts import cut_copy, plan_cuts
@@ -231,7 +232,8 @@ def _gap(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) 
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """The largest ratio of absolute difference to largest magnitude over all tensors; inf if shapes differ.
 
-    If all outputs are whole numbers, it is the largest share of numbers that differ.
+    Masked values (`lbyl.runtime.sentinels`) must be in the same places. If all outputs are whole numbers, it is the
+    largest share of numbers that differ.
     """
     if [t.shape for t in expected] != [t.shape for t in found]:
         return float("inf")
@@ -243,6 +245,10 @@ def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
         if not _has_fraction(a):
             continue
         a, b = ((t.to(torch.complex128 if t.is_complex() else torch.float64)) for t in (a, b))
+        here = meaningful(a)
+        if not bool((here == meaningful(b)).all()):
+            return float("inf")
+        a, b = (a, b) if bool(here.all()) else (a[here], b[here])
         gap = (a - b).abs().max() / a.abs().max().clamp_min(1e-300) if a.numel() else torch.zeros(())
         worst = max(worst, float(gap) if bool(torch.isfinite(gap)) else float("inf"))
     return worst
@@ -316,8 +322,8 @@ def cuttable(
     """Find the part of a selection that can be cut, and for each other group what goes wrong.
 
     Groups at the same place in modules of one class share their code. So if one of them can't be cut, the others are
-    only tried together, in halves. Groups that can only be cut together, such as a residual connection and the heads
-    that its width is divided into, are found by trying a residual connection with everything that it feeds.
+    tried together, in halves, and so on. Groups that can only be cut together, such as a residual connection and the
+    heads that its width is divided into, are found by trying a residual connection with everything that it feeds.
 
     Args:
         masked: the uncut network in which the dropped columns of the whole selection are zero.
@@ -350,11 +356,11 @@ def cuttable(
         good = [choice for choice in good if choice is not culprit]
         kind = _kind(culprit, modules)
         suspects = [c for c in good if _kind(c, modules) == kind and c.group.name not in settled]
-        if alone is None or not suspects or tried(suspects) is None:
+        if alone is None:
             continue
-        guilty = _guilty_halves(suspects, tried)
-        bad |= {choice.group.name: alone for choice in guilty}
-        good = [choice for choice in good if choice not in guilty]
+        guilty = _guilty(suspects, tried)
+        bad |= guilty
+        good = [choice for choice in good if choice.group.name not in guilty]
     names = {choice.group.name for choice in good}
     return Selection(tuple(c for c in selection.choices if c.group.name in names), selection.left), bad
 
@@ -374,11 +380,23 @@ def _kind(choice: Choice, modules: Mapping[str, nn.Module]) -> tuple[Any, ...]:
     return type(modules.get(above)), type(modules.get(parent)), name
 
 
-def _guilty_halves(suspects: Sequence[Choice], tried: Callable[[Sequence[Choice]], str | None]) -> list[Choice]:
-    """The choices in halves that can't be cut."""
+_FEW = 4
+
+
+def _guilty(suspects: Sequence[Choice], tried: Callable[[Sequence[Choice]], str | None]) -> dict[str, str]:
+    """The names of the groups that can't be cut, and what goes wrong.
+
+    Of many that fail together, all count as guilty if the first and the last one fail by themselves.
+    """
+    why = tried(suspects) if suspects else None
+    if why is None:
+        return {}
+    if len(suspects) == 1:
+        return {suspects[0].group.name: why}
+    if len(suspects) > _FEW and (first := tried(suspects[:1])) and tried(suspects[-1:]):
+        return {choice.group.name: first for choice in suspects}
     half = len(suspects) // 2
-    pieces = [piece for piece in (suspects[:half], suspects[half:]) if piece]
-    return [choice for piece in pieces if tried(piece) is not None for choice in piece]
+    return {**_guilty(suspects[:half], tried), **_guilty(suspects[half:], tried)}
 
 
 def _families(choices: Sequence[Choice]) -> list[list[Choice]]:
@@ -578,7 +596,15 @@ def _count(model: nn.Module, inputs: ExampleInputs) -> int:
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors if _has_fraction(t))
+    """Whether outputs can be compared: neither NaN nor infinity, but minus infinity where something is masked."""
+    return all(_comparable(t) for t in tensors if _has_fraction(t))
+
+
+def _comparable(tensor: Tensor) -> bool:
+    if bool(torch.isfinite(tensor).all()):
+        return True
+    masked = not tensor.is_complex() and not bool(tensor.isnan().any()) and not bool(tensor.isposinf().any())
+    return masked and bool(meaningful(tensor).any())
 
 
 def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribute: Follow) -> str | None:
