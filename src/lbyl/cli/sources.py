@@ -74,7 +74,7 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
 
         tokens = example_tokens(model)
         if tokens is not None:
-            return tokens
+            return _with_decoder_tokens(model, tokens)
     if not specs:
         shape = _default_shape(source, model)
         if shape is None:
@@ -102,7 +102,46 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
         raise InputError(f"there is no memory for inputs of {shapes}; pass a smaller --input") from error
     if type(model).__module__.startswith(_DETECTORS) and all(image.dim() == 3 for image in made):
         return (list(made),)
-    return made
+    return _with_decoder_tokens(model, made) if model is not None and source.startswith("hf:") else made
+
+
+_DECODED = "decoder_input_ids"
+_BEGUN = 8
+"""Number of tokens that a decoder is given where the encoder is not given tokens, but images or sound."""
+
+
+def _with_decoder_tokens(model: nn.Module, inputs: tuple[Tensor, ...] | dict[str, Tensor]) -> Any:
+    """The inputs of a model of transformers, and tokens of its decoder if it runs only with them.
+
+    These are all its start token, so that they fit texts of any length. Some models make tokens from those of the
+    encoder instead, and are left to do so.
+    """
+    import inspect
+
+    import torch
+
+    names = list(inspect.signature(model.forward).parameters)
+    given = dict(zip(names, inputs, strict=False)) if isinstance(inputs, tuple) else inputs
+    if _DECODED not in names or _DECODED in given or len(given) < len(inputs) or _runs(model, given):
+        return inputs
+    first = next(iter(given.values()))
+    shape = first.shape if first.dim() == 2 and not first.is_floating_point() else (len(first), _BEGUN)
+    settings = [getattr(model, name, None) for name in ("config", "generation_config")]
+    starts = [getattr(own, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad") for own in settings]
+    start = next((token for token in starts if isinstance(token, int)), 0)
+    more = {**given, _DECODED: torch.full(shape, start, dtype=torch.int64)}
+    return more if _runs(model, more) else inputs
+
+
+def _runs(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception:  # a model's own checks may raise anything
+        return False
+    return True
 
 
 _DETECTORS = "torchvision.models.detection"

@@ -1,8 +1,7 @@
 """Finds a configuration with the widths of a pruned Hugging Face model, so that ``from_pretrained`` can load it.
 
-A configuration has a few numbers for widths. Each applies to all layers, and some widths have no number. Which number
-decides which sizes is not taken from a list of architectures. Instead, the model is built on the meta device, where
-nothing is allocated, with one number changed. The sizes that change as well are those that the number decides.
+A configuration has a few numbers for widths. Each applies to all layers or to a stage, and some widths have no number.
+Which number decides which sizes is not taken from a list of architectures, but found out by building the model.
 
 Nothing here imports transformers: if a model has a configuration, transformers is imported already.
 """
@@ -10,12 +9,9 @@ Nothing here imports transformers: if a model has a configuration, transformers 
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +19,27 @@ import torch
 from torch import nn
 
 from lbyl.errors import first_line
+from lbyl.io.config_numbers import (
+    HEADS,
+    Place,
+    Settings,
+    Shapes,
+    Unbuildable,
+    Unsayable,
+    attempt,
+    built_from,
+    config_from,
+    fields,
+    name_at,
+    numbers,
+    solved,
+    with_values,
+)
 from lbyl.io.quiet import quiet
 from lbyl.io.rotary import other_frequencies, said_as_factors
 from lbyl.surgery.plan import architecture_of
 
 CONFIG = "config.json"
-
-_WIDTH = re.compile(
-    r"intermediate|inner|ffn|d_ff|mlp_dim|hidden_dim|hidden_size|n_embd|d_model|(^|_)heads?$|(^|_)experts$"
-)
-"""Numbers of hidden neurons, heads, experts and channels of residual connections."""
-
-_HEADS = re.compile(r"(^|_)heads?$")
-"""Numbers that count heads."""
 
 _WITHIN = re.compile(r"head_dim|(?<!all_)head_size|scal|groups|n_rep|eps")
 """Attributes that change how a head or a norm computes. Shapes do not distinguish 8 heads of 4 from 4 heads of 8."""
@@ -52,12 +56,11 @@ _COMPANIONS = (
 )
 """Files beside a model that describe how text and images become its inputs, and how it generates text."""
 
-_Settings = dict[str, Any]
-_Shapes = Mapping[str, tuple[int, ...]]
+_PARAMETRIZED = re.compile(r"\.parametrizations\b.*")
+"""The part of a parameter's name that follows its layer, where PyTorch computes a weight from it."""
 
-
-class _Unsayable(Exception):
-    """Why no configuration can express these widths."""
+_NAMED = 2
+"""Number of layers that a sentence names."""
 
 
 def is_pretrained_model(model: nn.Module) -> bool:
@@ -97,7 +100,7 @@ def write_config(folder: Path, model: nn.Module, before: Mapping[str, Sequence[i
             file.write_text(config.to_json_string(), encoding="utf-8", newline="\n")
             if not any(parameter.is_meta for parameter in model.parameters()):
                 _check_loaded(folder, model)
-    except _Unsayable as error:
+    except Unsayable as error:
         file.unlink(missing_ok=True)
         return f"{name}.from_pretrained can't load this folder ({error}); lbyl.load can"
     return f"transformers loads this folder as well: {name}.from_pretrained(folder)"
@@ -120,7 +123,7 @@ def follow_widths(model: nn.Module, before: Mapping[str, Sequence[int]]) -> str:
     try:
         with quiet():
             config = _fitting(model, {parameter: tuple(shape) for parameter, shape in before.items()})
-    except _Unsayable as error:
+    except Unsayable as error:
         return f"model.config still has the unpruned widths, because it can't express the new ones: {error}"
     _adopt(model, config)
     return ""
@@ -132,10 +135,12 @@ def _adopt(model: nn.Module, config: Any) -> None:
     A part may have a copy that differs, such as the decoder of T5. It gets a copy of the new one that differs likewise.
     """
     old: Any = model.config
-    nested = {name: value for name, value in vars(old).items() if hasattr(value, "to_dict")}
-    twins: dict[type, tuple[Any, Any]] = {type(value): (value, getattr(config, name)) for name, value in nested.items()}
-    twins[type(old)] = old, config
-    adopted = {id(before): (before, after) for before, after in twins.values()}  # old ones too, so that ids stay theirs
+    pairs: list[tuple[Any, Any]] = [
+        *((value, getattr(config, name)) for name, value in vars(old).items() if hasattr(value, "to_dict")),
+        (old, config),
+    ]
+    twins = {type(before): (before, after) for before, after in pairs}
+    adopted = {id(before): (before, after) for before, after in pairs}  # old ones too, so that ids stay theirs
     for name in ("_name_or_path", "_attn_implementation", "_experts_implementation"):  # these are not stored in files
         if hasattr(old, name):
             setattr(config, name, getattr(old, name))
@@ -170,7 +175,7 @@ def _check_loaded(folder: Path, model: nn.Module) -> None:
     try:
         loaded: nn.Module = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise _Unsayable(f"{type(error).__name__}: {first_line(error)}") from error
+        raise Unsayable(f"{type(error).__name__}: {first_line(error)}") from error
     state, found = model.state_dict(), loaded.state_dict()
     for name in sorted(state.keys() | found.keys()):
         if (
@@ -178,52 +183,52 @@ def _check_loaded(folder: Path, model: nn.Module) -> None:
             or name not in found
             or not torch.equal(state[name].cpu(), found[name].cpu().to(state[name].dtype))
         ):
-            raise _Unsayable(f"{name} differs after loading")
+            raise Unsayable(f"{name} differs after loading")
 
 
-def _fitting(model: nn.Module, before: _Shapes) -> Any:
+def _fitting(model: nn.Module, before: Shapes) -> Any:
     """A configuration with the widths of ``model``: its own, or a changed copy."""
     config: Any = model.config
     name, after = type(config).__name__, architecture_of(model)
     if after.keys() != before.keys():
-        raise _Unsayable("some layers were replaced by plain ones, which its class does not build")
+        raise Unsayable(_replaced(before, after))
     plain = {**copy.deepcopy(config.to_dict()), "architectures": [type(model).__name__]}
     for key in plain.keys() & {"dtype", "torch_dtype"}:  # the weights may have been converted since
         plain[key] = str(next(t for t in model.parameters() if t.is_floating_point()).dtype).removeprefix("torch.")
     if after != before and _trouble(model, plain) == "":
-        return _config(model, plain)
-    settings = _explicit(plain)
-    base = _attempt(model, settings)
-    if base is None or architecture_of(base) != before:
-        raise _Unsayable(f"a model built from its {name} is not the unpruned one")
+        return config_from(model, plain)
+    try:
+        if architecture_of(built_from(model, plain)) != before:
+            raise Unsayable(f"a model built from its {name} is not the unpruned one")
+    except Unbuildable as error:
+        raise Unsayable(f"no model can be built from its {name}: {error}") from error
+    settings = _explicit(model, plain, before)
     if inside := _smaller_heads(model, settings):
-        plain, settings = _with(plain, inside), _with(settings, inside)
-        if (base := _attempt(model, settings)) is None:
-            raise _Unsayable(f"its {name} does not allow heads of {next(iter(inside.values()))} channels")
+        plain, settings = with_values(plain, inside), with_values(settings, inside)
+        if (base := attempt(model, settings)) is None:
+            raise Unsayable(f"its {name} does not allow heads of {next(iter(inside.values()))} channels")
         if rotary := said_as_factors(model, base.config):
-            turned: dict[tuple[str, ...], Any] = {("rope_parameters",): dict(rotary)}
-            plain, settings = _with(plain, turned), _with(settings, turned)
+            turned: dict[Place, Any] = {("rope_parameters",): dict(rotary)}
+            plain, settings = with_values(plain, turned), with_values(settings, turned)
         before = architecture_of(base)
-    decided = {field: _decides(model, settings, *field, before) for field in _fields(settings)}
-    new, left = _solved(decided, _sizes(before), _sizes(after))
-    if left:
-        parameter, dim = min(left)
-        raise _Unsayable(f"no number in {name} sets dimension {dim} of {parameter} to {after[parameter][dim]}")
-    # A number is written only if it does not follow from others. The number of heads may decide no size at all.
-    trouble: str | None = None
-    for numbers in (new, {**_fewer_heads(model, settings), **new}):
-        for candidate in (_with(plain, numbers), _with(settings, numbers)):
-            candidate = _with(candidate, _constants(model, candidate))
-            found = _trouble(model, candidate)
-            if found == "":
-                return _config(model, candidate)
-            trouble = trouble or found
-    raise _Unsayable(trouble or f"no model with these shapes can be built from its {name}")
+    new, missed = solved(model, settings, before, after)
+    # A number is written only if it does not follow from others. The number of heads may decide no size at all. It may
+    # also divide a width that decides sizes with it, and then what was solved for is wrong.
+    heads, trouble = _fewer_heads(model, settings), None
+    choices = (new, {**heads, **new}, {**new, **heads})
+    tries = [with_values(start, values) for values in choices for start in (plain, settings)]
+    for candidate in (one for index, one in enumerate(tries) if one not in tries[:index]):
+        candidate = with_values(candidate, _constants(model, candidate))
+        found = _trouble(model, candidate)
+        if found == "":
+            return config_from(model, candidate)
+        trouble = trouble or found
+    raise Unsayable(trouble or missed or f"no model with these shapes can be built from its {name}")
 
 
-def _trouble(model: nn.Module, settings: _Settings) -> str | None:
+def _trouble(model: nn.Module, settings: Settings) -> str | None:
     """How a model with these settings computes differently; "" if it does not, None if its shapes differ."""
-    built = _attempt(model, settings)
+    built = attempt(model, settings)
     if built is None or architecture_of(built) != architecture_of(model):
         return None
     trouble = _other_attribute(model, built)
@@ -232,138 +237,76 @@ def _trouble(model: nn.Module, settings: _Settings) -> str | None:
     return trouble
 
 
-def _constants(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...], float]:
+def _constants(model: nn.Module, settings: Settings) -> dict[Place, float]:
     """New values of the numbers that norms add, where all norms that use a number of the configuration agree."""
-    built = _attempt(model, settings)
-    modules = dict(built.named_modules()) if built is not None else {}
-    now: dict[float, set[float]] = {}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            old = getattr(modules.get(path), name, None)
-            if _EPS.search(name) and type(value) is float and type(old) is float:
-                now.setdefault(old, set()).add(value)
+    now = _attributes(model, settings, _EPS, float)
     return {
         path: next(iter(now[value]))
-        for path, value in _numbers(settings, float)
-        if _EPS.search(path[-1]) and len(now.get(value, ())) == 1
+        for path, value in numbers(settings, float)
+        if _EPS.search(name_at(path)) and len(now.get(value, ())) == 1
     }
 
 
-def _sizes(shapes: _Shapes) -> dict[tuple[str, int], int]:
-    return {(parameter, dim): size for parameter, shape in shapes.items() for dim, size in enumerate(shape)}
+def _attributes(model: nn.Module, settings: Settings, pattern: re.Pattern[str], kind: type) -> dict[Any, set[Any]]:
+    """Values of attributes of one type, by what they are in a model with these settings.
 
-
-def _decides(
-    model: nn.Module, settings: _Settings, path: tuple[str, ...], value: int, before: _Shapes
-) -> dict[tuple[str, int], Fraction]:
-    """The sizes that a number decides, and by how much each changes when the number grows by one."""
-    # Configurations check divisibility. These values pass: 1 divides all numbers, and divisors of a number divide its
-    # double.
-    probe, probed = 1, None
-    for probe in (1, 2 * value) if value != 1 else (2,):
-        probed = _attempt(model, _with(settings, {path: probe}))
-        if probed is not None:
-            break
-    sizes = _sizes(architecture_of(probed)) if probed is not None else {}
-    return {
-        axis: Fraction(size - sizes[axis], value - probe)
-        for axis, size in _sizes(before).items()
-        if axis in sizes and sizes[axis] != size
-    }
-
-
-def _solved(
-    decided: Mapping[tuple[tuple[str, ...], int], Mapping[tuple[str, int], Fraction]],
-    before: Mapping[tuple[str, int], int],
-    after: Mapping[tuple[str, int], int],
-) -> tuple[dict[tuple[str, ...], int], set[tuple[str, int]]]:
-    """The values that numbers must have to give the new sizes, and the sizes that no number explains.
-
-    A size may depend on several numbers, as for queries, keys and values in one layer. Numbers that decide a size alone
-    are solved first, and the others from what remains.
+    Attributes of a module whose parts have such attributes too are left out. It may count heads that are in its layers,
+    and its own number is not changed when these are cut.
     """
-    left = {axis: Fraction(after[axis] - size) for axis, size in before.items() if after[axis] != size}
-    times = Counter(axis for slopes in decided.values() for axis in slopes)
-    new: dict[tuple[str, ...], int] = {}
-    for path, value in sorted(decided, key=lambda field: all(times[axis] > 1 for axis in decided[field])):
-        slopes, name = decided[path, value], ".".join(path)
-        if not slopes.keys() & left.keys():
-            continue
-        own = [axis for axis in slopes if times[axis] == 1] or list(slopes)
-        wanted = {value + left.get(axis, 0) / slopes[axis] for axis in own}
-        if len(wanted) > 1:
-            raise _Unsayable(f"{name} is one number for all layers, but layers keep {min(wanted)} to {max(wanted)}")
-        (number,) = wanted
-        if number.denominator != 1:
-            raise _Unsayable(f"{name} would be {number}, which is not a whole number")
-        rest = {axis: left.pop(axis, Fraction(0)) - slope * (number - value) for axis, slope in slopes.items()}
-        left |= {axis: size for axis, size in rest.items() if size}
-        if number != value:
-            new[path] = int(number)
-    return new, set(left)
+    built = attempt(model, settings)
+    modules = dict(built.named_modules()) if built is not None else {}
+    now = {
+        path: [(name, value) for name, value in vars(module).items() if pattern.search(name) and type(value) is kind]
+        for path, module in model.named_modules()
+    }
+    inside = [path.split(".") for path, mine in now.items() if path and mine]
+    around = {".".join(parts[:end]) for parts in inside for end in range(len(parts))}
+    found: dict[Any, set[Any]] = {}
+    for path in now.keys() - around:
+        for name, value in now[path]:
+            if type(old := getattr(modules.get(path), name, None)) is kind:
+                found.setdefault(old, set()).add(value)
+    return found
 
 
-def _explicit(settings: _Settings) -> _Settings:
-    """The same settings, with explicit values for numbers that follow from others."""
-    settings = copy.deepcopy(settings)
+def _replaced(before: Shapes, after: Shapes) -> str:
+    """The sentence for layers with other parameters than before, such as one whose weight was computed from two."""
+    others = [name for name in (*before, *after) if (name in before) != (name in after)]
+    layers = list(dict.fromkeys(_PARAMETRIZED.sub("", name.rpartition(".")[0]) for name in others))
+    more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+    were = "was replaced by a plain one" if len(layers) == 1 else "were replaced by plain ones"
+    return f"{', '.join(layers[:_NAMED])}{more} {were}, which its class does not build"
+
+
+def _explicit(model: nn.Module, settings: Settings, before: Shapes) -> Settings:
+    """The same settings, with explicit values for numbers that follow from others, if the model stays the same."""
     hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
+    follow: dict[str, Any] = {}
     if settings.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
-        settings["head_dim"] = hidden // heads
+        follow["head_dim"] = hidden // heads
     if settings.get("num_key_value_heads", 0) is None:
-        settings["num_key_value_heads"] = heads
+        follow["num_key_value_heads"] = heads
     if settings.get("n_inner", 0) is None and "n_embd" in settings:
-        settings["n_inner"] = 4 * settings["n_embd"]
+        follow["n_inner"] = 4 * settings["n_embd"]
+    for name, value in follow.items():  # a class may compute such a number itself, or from other ones
+        explicit = with_values(settings, {(name,): value})
+        built = attempt(model, explicit)
+        if built is not None and architecture_of(built) == before:
+            settings = explicit
     return settings
 
 
-def _numbers(settings: _Settings, kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Numbers of one type, including those in nested configurations."""
-    for name, value in settings.items():
-        if isinstance(value, dict) and name.endswith("config"):
-            yield from _numbers(value, kind, (*path, name))
-        elif type(value) is kind:
-            yield (*path, name), value
+def _fewer_heads(model: nn.Module, settings: Settings) -> dict[Place, int]:
+    """The new numbers of heads, where all layers that use a number of the configuration have the same."""
+    now = _attributes(model, settings, HEADS, int)
+    return {
+        path: next(iter(now[value]))
+        for path, value in fields(settings)
+        if HEADS.search(str(path[-1])) and len(now.get(value, ())) == 1  # not of single stages
+    }
 
 
-def _fields(settings: _Settings) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Whole numbers that may be a width."""
-    return ((path, value) for path, value in _numbers(settings, int) if _WIDTH.search(path[-1]))
-
-
-def _with(settings: _Settings, values: Mapping[tuple[str, ...], Any]) -> _Settings:
-    changed = copy.deepcopy(settings)
-    for path, value in values.items():
-        place = changed
-        for name in path[:-1]:
-            place = place[name]
-        place[path[-1]] = value
-    return changed
-
-
-def _config(model: nn.Module, settings: _Settings) -> Any:
-    """A configuration made from settings as if read from ``config.json``, with all checks of its class."""
-    kind: Any = type(model.config)
-    return kind.from_dict(json.loads(kind.from_dict(copy.deepcopy(settings)).to_json_string()))
-
-
-def _attempt(model: nn.Module, settings: _Settings) -> nn.Module | None:
-    """A model with these settings on the meta device; None if the configuration or the model refuses them."""
-    kind: Any = type(model)
-    try:
-        with torch.device("meta"):
-            return kind(_config(model, settings))
-    except Exception:  # a model's own checks may raise anything
-        return None
-
-
-def _fewer_heads(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...], int]:
-    """The new number of heads, if it is the same in all layers and a number of the configuration."""
-    numbers = {v for m in model.modules() for name, v in vars(m).items() if _HEADS.search(name) and type(v) is int}
-    paths = [path for path, _ in _fields(settings) if _HEADS.search(path[-1])]
-    return {paths[0]: numbers.pop()} if len(numbers) == len(paths) == 1 else {}
-
-
-def _smaller_heads(model: nn.Module, settings: _Settings) -> dict[tuple[str, ...], int]:
+def _smaller_heads(model: nn.Module, settings: Settings) -> dict[Place, int]:
     """The new size of heads, if it is the same in all layers and differs from that of the configuration."""
     sizes = {size for module in model.modules() if type(size := vars(module).get("head_dim")) is int}
     size = sizes.pop() if len(sizes) == 1 else None

@@ -40,6 +40,7 @@ from lbyl.runtime.inputs import HUGE, ExampleInputs
 from lbyl.runtime.memory import ROOM, reused_memory
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion, needs_probes
+from lbyl.surgery.coupling import with_coupled_heads
 
 Made = TypeVar("Made")
 
@@ -62,7 +63,7 @@ def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule
         return Traced(model, None, parts=(submodule_of(model, inputs, submodule),))
     try:
         with undisturbed(model):
-            graph = trace(model, inputs, follow=not strict)
+            graph = with_coupled_heads(model, inputs, trace(model, inputs, follow=not strict))
     except TraceError as error:
         if strict:
             raise

@@ -472,7 +472,7 @@ class _Reference:
     kept: NormMasks
     whole: ExampleInputs
     thinned: bool
-    outline: _Outline
+    outline: Outline
     precision: _Precision
     tolerance: float
     dtype: str
@@ -485,7 +485,7 @@ class _Reference:
         return f"{text}: the network does not run in float64 ({self.why})" if self.why else text
 
 
-class _Outline:
+class Outline:
     """A network on the meta device, which only has shapes; it is made at its first use."""
 
     def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
@@ -561,7 +561,7 @@ def _reference_in(
     kept = norm_masks(selection)
     device = next((p.device for p in masked.parameters()), torch.device("cpu"))
     whole, thinned = inputs.to(device), inputs.thinned(_THINNED)
-    outline = _Outline(masked, whole)
+    outline = Outline(masked, whole)
 
     if torch.finfo(_own_dtype(masked)).bits < 32:
         # The weights of norms that a cut corrects are rounded to this precision, in whichever one the network runs.
