@@ -35,8 +35,9 @@ class Attribute:
 
 
 _NO_WIDTH = re.compile(
-    "window|patch|kernel|stride|pad|dilat|resol|image|img|grid|pool|position|index|depth|seq|bucket|dist|layer|vocab"
-    "|step|context|horizon|rotary|rope|head_dim|(?<!all_)head_size|dim_head|per_head|key_dim|d_kv|value_groups|n_rep"
+    "window|patch|kernel|stride|pad|dilat|resol|image|img|grid|pool|position|(?<!split_)index|depth|seq|bucket|dist"
+    "|layer|vocab|step|context|horizon|rotary|rope|head_dim|(?<!all_)head_size|dim_head|per_head|key_dim|d_kv"
+    "|value_groups|n_rep"
 )
 """Attributes that may equal a width by chance: spatial sizes, and sizes within heads, which are cut as a whole."""
 
@@ -77,10 +78,24 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
             heads = [(name, place) for name, place in names if _counts_heads(name) or _PER_KEY.search(name)]
             for name, place in heads or names:
                 found.append(Attribute(path, name, place, old, shrinking[path, old]))
+        found += _of_children(path, module, shrinking)
         for name, item in _read_from_configuration(module):
             if shrinking.get((path, item), item) != item:
                 found.append(Attribute(path, f"config.{name}", None, item, shrinking[path, item]))
     return (*found, *_constants(model, selection))
+
+
+def _of_children(path: str, module: nn.Module, shrinking: Mapping[tuple[str, int], int]) -> list[Attribute]:
+    """Shapes that children keep for methods that the module itself calls, as tables of relative positions do."""
+    found = []
+    for child, part in module.named_children():
+        for name, value in vars(part).items():
+            if "shape" in name and isinstance(value, (list, tuple)):
+                for place, item in enumerate(value):
+                    if type(item) is int and shrinking.get((path, item), item) != item:
+                        where = f"{path}.{child}" if path else child
+                        found.append(Attribute(where, name, place, item, shrinking[path, item]))
+    return found
 
 
 _PER_KEY = re.compile("value_groups|n_rep")

@@ -31,7 +31,7 @@ def with_coupled_heads(model: nn.Module, inputs: ExampleInputs, graph: Graph) ->
     modules = dict(model.named_modules())
     suspects: dict[int, list[int]] = defaultdict(list)
     for number, group in enumerate(graph.groups):
-        stream = _stream_of(graph, group, modules)
+        stream = _stream_of(graph, group)
         if stream is not None:
             suspects[stream].append(number)
     if not suspects:
@@ -43,9 +43,8 @@ def with_coupled_heads(model: nn.Module, inputs: ExampleInputs, graph: Graph) ->
         choices = tuple(_less(graph.groups[number], share) for number, share in parts.items())
         return outline.trouble(Selection(choices, ()), attribute) is not None
 
-    groups = list(graph.groups)
+    groups, kinds = list(graph.groups), dict[type[nn.Module], bool]()
     for stream, heads in suspects.items():
-        kinds: dict[type[nn.Module], bool] = {}
         for number in heads:
             kind = _kind(groups[number], modules)
             if kind not in kinds:
@@ -58,15 +57,13 @@ def with_coupled_heads(model: nn.Module, inputs: ExampleInputs, graph: Graph) ->
     return replace(graph, groups=tuple(groups))
 
 
-def _stream_of(graph: Graph, group: Group, modules: Mapping[str, nn.Module]) -> int | None:
+def _stream_of(graph: Graph, group: Group) -> int | None:
     """The number of the group that heads read, if all heads together are as wide; None for other groups."""
     if not group.prunable or group.coupled_with or group.width < 2 or not group.consumers:
         return None
     sizes = {_evenly(slot.channels, group.width) for slot in group.consumers}
     size = max(sizes) if all(sizes) else 0  # layers between heads read one number of each
-    known = vars(_parent(group, modules)).values()
-    # Code whose modules keep the size of a head as a number does not divide for it.
-    if size < 2 or any(type(value) is int and value == size for value in known):
+    if size < 2:
         return None
     weights = {producer.weight.parameter for producer in group.producers}
     read = {
@@ -85,12 +82,9 @@ def _evenly(channels: Sequence[int], width: int) -> int:
     return next(iter(counts.values())) if len(counts) == width and len(set(counts.values())) == 1 else 0
 
 
-def _parent(group: Group, modules: Mapping[str, nn.Module]) -> nn.Module:
-    return modules.get(group.name.rpartition(".")[0], modules[""])
-
-
 def _kind(group: Group, modules: Mapping[str, nn.Module]) -> type[nn.Module]:
-    return type(_parent(group, modules))
+    """The class of the module that contains a group's layers: all of one class share their code."""
+    return type(modules.get(group.name.rpartition(".")[0], modules[""]))
 
 
 def _less(group: Group, share: int) -> Choice:
