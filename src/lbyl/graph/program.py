@@ -17,6 +17,21 @@ def remember(node: fx.Node, tensor: Tensor) -> None:
         node.meta["whole numbers"] = tensor.detach().to("cpu", torch.int64, copy=True)
 
 
+def filters_channels(node: fx.Node) -> bool:
+    """Whether a buffer is used for nothing but to filter each channel by itself, as in blurred pooling.
+
+    Such a buffer loses channels with the layer before it. It need not be saved, because nothing else in it changes.
+    """
+
+    def each_by_itself(user: fx.Node) -> bool:
+        weight, groups = user.args[1:2], user.args[6:7] or (user.kwargs.get("groups"),)
+        shape = getattr(node.meta.get("val"), "shape", ())
+        filters = str(user.target).startswith("aten.conv") and not user.kwargs.get("weight")
+        return filters and weight == (node,) and len(shape) > 2 and shape[1] == 1 and groups == (shape[0],)
+
+    return bool(node.users) and all(map(each_by_itself, node.users))
+
+
 @dataclass(frozen=True)
 class Program:
     """The ATen operations of one forward pass, before composite ones are decomposed.
@@ -25,7 +40,8 @@ class Program:
         graph: one node for each operation; ``node.meta`` holds the outputs as tensors without data (``val``) and the
             modules that the operation ran in (``nn_module_stack``).
         parameters: the parameter or buffer that each placeholder stands for. Placeholders that are not listed are
-            inputs, constants, and buffers that are not saved with the model (masks, rotary frequencies).
+            inputs, constants, and buffers that are not saved with the model (masks, rotary frequencies), but for
+            those of :func:`filters_channels`.
             Their ``node.meta`` also holds the ``whole numbers`` in short constants and buffers, which may be indices.
         macs: multiply-accumulates of the pass; None where it was not run with real tensors.
         notes: what the user should know about the pass.

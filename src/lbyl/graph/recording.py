@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lbyl.graph.program import Program, remember
+from lbyl.graph.program import Program, filters_channels, remember
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
 from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
@@ -72,6 +72,7 @@ class _Recorder(OperatorInterceptor):
         self._stack: list[tuple[str, type]] = []
         self._ran: set[str] = set()
         self._parameters: dict[fx.Node, str] = {}
+        self._unsaved: dict[fx.Node, str] = {}  # buffers that are not saved with the model
         self._own: set[fx.Node] = set()  # parameters, and no buffers
         self._storages: set[int] = set()
         constants = {
@@ -86,7 +87,9 @@ class _Recorder(OperatorInterceptor):
             remember(node, tensor)
             if isinstance(tensor, nn.Parameter):
                 self._own.add(node)
-            if name not in constants:
+            if name in constants:
+                self._unsaved[node] = name
+            else:
                 self._parameters[node] = name
                 self._storages.add(_storage(tensor))
 
@@ -123,7 +126,8 @@ class _Recorder(OperatorInterceptor):
             )
         elif idle:
             notes += (f"{idle}: in training, say, or with other inputs",)
-        return Program(self._graph, self._parameters, counter.total, notes)
+        filters = {node: name for node, name in self._unsaved.items() if filters_channels(node)}
+        return Program(self._graph, {**self._parameters, **filters}, counter.total, notes)
 
     def _idle(self) -> str:
         """What to say of layers and parameters that this run did not use; "" if there are none."""

@@ -58,7 +58,7 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
     places = {path for path, _ in wanted}
     found = []
     for path, module in model.named_modules():
-        if path not in places:
+        if path not in places or isinstance(module, nn.modules.conv._ConvNd):  # whose own numbers surgery changes
             continue
         axes = getattr(module, "size_axes", None)
         if axes is not None:
@@ -78,23 +78,28 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
             heads = [(name, place) for name, place in names if _counts_heads(name) or _PER_KEY.search(name)]
             for name, place in heads or names:
                 found.append(Attribute(path, name, place, old, shrinking[path, old]))
-        found += _of_children(path, module, shrinking)
+        idle = {name: part for name, part in module.named_children() if f"{path}.{name}".lstrip(".") not in places}
+        found += _of_children(path, idle, shrinking)
         for name, item in _read_from_configuration(module):
             if shrinking.get((path, item), item) != item:
                 found.append(Attribute(path, f"config.{name}", None, item, shrinking[path, item]))
     return (*found, *_constants(model, selection))
 
 
-def _of_children(path: str, module: nn.Module, shrinking: Mapping[tuple[str, int], int]) -> list[Attribute]:
-    """Shapes that children keep for methods that the module itself calls, as tables of relative positions do."""
+def _of_children(
+    path: str, children: Mapping[str, nn.Module], shrinking: Mapping[tuple[str, int], int]
+) -> list[Attribute]:
+    """Shapes and numbers of heads that children keep for methods that the module itself calls (relative positions)."""
     found = []
-    for child, part in module.named_children():
+    for child, part in children.items():
+        where = f"{path}.{child}".lstrip(".")
         for name, value in vars(part).items():
-            if "shape" in name and isinstance(value, (list, tuple)):
-                for place, item in enumerate(value):
-                    if type(item) is int and shrinking.get((path, item), item) != item:
-                        where = f"{path}.{child}" if path else child
-                        found.append(Attribute(where, name, place, item, shrinking[path, item]))
+            shape = "shape" in name and isinstance(value, (list, tuple))
+            if not shape and not _counts_heads(name):
+                continue
+            for place, item in enumerate(value) if shape else [(None, value)]:
+                if type(item) is int and shrinking.get((path, item), item) != item:
+                    found.append(Attribute(where, name, place, item, shrinking[path, item]))
     return found
 
 

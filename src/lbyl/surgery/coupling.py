@@ -50,8 +50,10 @@ def with_coupled_heads(model: nn.Module, inputs: ExampleInputs, graph: Graph) ->
             if kind not in kinds:
                 kinds[kind] = fails({number: groups[number].width})
         bound = [number for number in heads if kinds[_kind(groups[number], modules)]]
-        share = math.gcd(groups[stream].width, *(groups[number].width for number in bound))
-        if bound and share > 1 and not fails({number: share for number in (stream, *bound)}):
+        most = math.gcd(groups[stream].width, *(groups[number].width for number in bound))
+        # A trial may also fail by chance, where a number of the code equals another size.
+        shares = [most, *(share for share in (2, 3) if most % share == 0 and share < most)] if most > 1 else []
+        if bound and any(not fails({number: share for number in (stream, *bound)}) for share in shares):
             for number in bound:
                 groups[number] = replace(groups[number], coupled_with=groups[stream].name)
     return replace(graph, groups=tuple(groups))

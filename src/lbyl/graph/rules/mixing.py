@@ -218,7 +218,9 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
         ids = builder.slot(weight.name, 0, ids, "carrier")
         if bias_name:
             builder.slot(bias_name, 0, ids, "carrier")
-        return builder.spread(ids, axis, shape)
+        out = builder.spread(ids, axis, shape)
+        builder.shaped(out, node)  # code that calls a function may spell out the number of channels
+        return out
     builder.read(layer, weight.name, bias_name, op, ids, blocks)
     out = builder.produce(node, layer, weight.name, bias_name, weight.shape[0])
     if blocks > 1:
