@@ -79,7 +79,7 @@ def config_from(model: nn.Module, settings: Settings) -> Any:
     # Only reading a file undoes how infinity is written.
     with TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        file.write_text(kind.from_dict(copy.deepcopy(settings)).to_json_string(), encoding="utf-8")
+        file.write_text(kind.from_dict(copy.deepcopy(settings)).to_json_string(), encoding="utf-8", newline="\n")
         return kind.from_json_file(file)
 
 
