@@ -102,3 +102,34 @@ def test_a_budget_in_scope_all_is_met_without_them() -> None:
     assert result.report.macs is not None
     assert result.report.macs[1] <= 0.72 * result.report.macs[0]
     assert any("must lose the same share" in note for note in result.report.notes)
+
+
+class Reduced(nn.Module):
+    """As in pyramid vision transformers: keys and values are made from fewer positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_heads, self.embed, self.head = 4, nn.Linear(5, 32), nn.Linear(32, 3)
+        self.reduce, self.norm, self.first = nn.Conv1d(32, 32, 2, 2), nn.LayerNorm(32), nn.LayerNorm(32)
+        self.q, self.kv, self.proj = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        count, tokens, width = x.shape
+        y = self.first(x)
+        fewer = self.norm(self.reduce(y.transpose(1, 2)).reshape(count, width, -1).transpose(1, 2))
+        q = self.q(y).reshape(count, tokens, self.num_heads, width // self.num_heads).transpose(1, 2)
+        kv = self.kv(fewer).reshape(count, -1, 2, self.num_heads, width // self.num_heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        x = x + self.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
+        return self.head(x.mean(1))
+
+
+def test_reduced_positions_go_with_them() -> None:
+    net, x = Reduced().eval(), images(2, 8, 5)
+    result = lbyl.compress(net, x, ratio=0.3, scope="all", restore="prune", strict=True, forecast=False)
+    assert counts(result) == {"embed": (32, 24), "q": (4, 3), "reduce": (32, 24)}
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-6

@@ -298,15 +298,16 @@ def _same_share(family: Sequence[Group], share: float) -> tuple[dict[str, int], 
     All lose the same share, which is at most ``share``.
     """
     stream, *heads = family
-    parts = {Fraction(math.ceil(group.width * (1 - share) - 1e-9), group.width) for group in heads}
-    if len(parts) > 1 or max(parts) == 1:
-        counts = ", ".join(str(count) for count in sorted({group.width for group in heads}))
-        return {}, f"{stream.name!r} and its {counts} heads can't lose the same share at this ratio"
-    part = parts.pop()
-    together = {group.name: _evenly_kept(group, float(1 - part)) for group in family}
-    if any(together[group.name] != part * group.width for group in family):
+    together = math.gcd(*(group.width for group in heads))
+    part = Fraction(math.ceil(together * (1 - share) - 1e-9), together)
+    if part == 1:
+        # Keys may be made from a twin of the residual connection at fewer positions, which goes with it as well.
+        said = ", ".join(str(count) for count in sorted({group.width for group in heads} - {stream.width}))
+        return {}, f"{stream.name!r} and its {said} heads can't lose the same share at this ratio"
+    counts = {group.name: _evenly_kept(group, float(1 - part)) for group in family}
+    if any(counts[group.name] != part * group.width for group in family):
         return {}, f"{stream.name!r} has blocks, which can't lose {float(1 - part):.1%} each as its heads do"
-    return together, ""
+    return counts, ""
 
 
 def select(graph: Graph, state: State, kept: KeptCounts, scope: str, choose: Choose, seed: int) -> Selection:

@@ -1,8 +1,9 @@
 """Finds heads that can only be cut together with the residual connection that they read.
 
 Code such as ``qkv.view(batch, tokens, 3, self.num_heads, width // self.num_heads)`` takes the size of a head from the
-width of the layer's input. Heads can then only go if the input loses the same share. A trace can't see where a number
-comes from, so the network is tried on the meta device, where it has shapes but no values.
+width of the layer's input. Heads can then only go if the input loses the same share. So it is with keys and values that
+are made from fewer positions, ``reduce(x).reshape(batch, width, -1)``. A trace can't see where a number comes from, so
+the network is tried on the meta device, where it has shapes but no values.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def with_coupled_heads(model: nn.Module, inputs: ExampleInputs, graph: Graph) ->
         choices = tuple(_less(graph.groups[number], share) for number, share in parts.items())
         return outline.trouble(Selection(choices, ()), attribute) is not None
 
-    groups, kinds = list(graph.groups), dict[type[nn.Module], bool]()
+    groups, kinds = list(graph.groups), dict[tuple[type[nn.Module], bool], bool]()
     for stream, heads in suspects.items():
         for number in heads:
             kind = _kind(groups[number], modules)
@@ -60,22 +61,31 @@ def with_coupled_heads(model: nn.Module, inputs: ExampleInputs, graph: Graph) ->
 
 
 def _stream_of(graph: Graph, group: Group) -> int | None:
-    """The number of the group that heads read, if all heads together are as wide; None for other groups."""
+    """The number of the group that heads, or reduced positions, are made from, if both are equally wide; or None."""
     if not group.prunable or group.coupled_with or group.width < 2 or not group.consumers:
         return None
+    if group.layer_norms and not group.coupled:
+        sources = _read_by(graph, group, group.width)
+        return sources.pop() if len(sources) == 1 else None
     sizes = {_evenly(slot.channels, group.width) for slot in group.consumers}
     size = max(sizes) if all(sizes) else 0  # layers between heads read one number of each
-    if size < 2:
-        return None
+    sources = _read_by(graph, group, group.width * size) if size > 1 else set()
+    # Queries are made from the stream itself, and keys from the stream at fewer positions.
+    first = {number for number in sources if any(_read_by(graph, graph.groups[n], 0) & {number} for n in sources)}
+    sources = first if len(sources) == 2 else sources
+    return sources.pop() if len(sources) == 1 else None
+
+
+def _read_by(graph: Graph, group: Group, width: int) -> set[int]:
+    """The groups of this width (0 for any) that the layers read which make a group's channels."""
     weights = {producer.weight.parameter for producer in group.producers}
-    read = {
+    return {
         number
         for number, other in enumerate(graph.groups)
         if other.prunable and other is not group
         for slot in other.consumers
-        if slot.parameter in weights and len(slot.channels) == group.width * size
+        if slot.parameter in weights and width in (0, len(slot.channels))
     }
-    return read.pop() if len(read) == 1 else None
 
 
 def _evenly(channels: Sequence[int], width: int) -> int:
@@ -84,9 +94,9 @@ def _evenly(channels: Sequence[int], width: int) -> int:
     return next(iter(counts.values())) if len(counts) == width and len(set(counts.values())) == 1 else 0
 
 
-def _kind(group: Group, modules: Mapping[str, nn.Module]) -> type[nn.Module]:
-    """The class of the module that contains a group's layers: all of one class share their code."""
-    return type(modules.get(group.name.rpartition(".")[0], modules[""]))
+def _kind(group: Group, modules: Mapping[str, nn.Module]) -> tuple[type[nn.Module], bool]:
+    """The class of the module that contains a group's layers, and which part of its code: equal ones behave alike."""
+    return type(modules.get(group.name.rpartition(".")[0], modules[""])), bool(group.layer_norms)
 
 
 def _less(group: Group, share: int) -> Choice:
