@@ -282,9 +282,13 @@ class _PairedForward(FunctionInterceptor):
         """How many rows the tensor has for each probe."""
         rows, rest = divmod(len(x), 2 * self.half) if x.dim() else (0, 0)
         if rest or rows not in self.multiples:
+            count = len(x) if x.dim() else 0
+            if count < 2:
+                raise NotPairable(
+                    f"a layer sees the same for all of {2 * self.half} probes, such as a table of positions"
+                )
             raise NotPairable(
-                f"a layer sees {len(x) if x.dim() else 0} rows of {2 * self.half} probes: the batch is not its first "
-                "dimension"
+                f"a layer sees {count} rows of {2 * self.half} probes: the batch is not its first dimension"
             )
         return rows
 
