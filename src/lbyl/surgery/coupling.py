@@ -29,7 +29,6 @@ def with_coupled_heads(model: nn.Module, inputs: ExampleInputs, graph: Graph) ->
         inputs: the example inputs.
         graph: its channel graph.
     """
-    modules = dict(model.named_modules())
     suspects: dict[int, list[int]] = defaultdict(list)
     for number, group in enumerate(graph.groups):
         stream = _stream_of(graph, group)
@@ -37,7 +36,17 @@ def with_coupled_heads(model: nn.Module, inputs: ExampleInputs, graph: Graph) ->
             suspects[stream].append(number)
     if not suspects:
         return graph
-    outline, attribute = Outline(model, inputs), follower(model, graph)
+    try:
+        return replace(graph, groups=_coupled(model, inputs, graph, suspects))
+    except Exception:  # on the meta device, a user's code or tensors may do anything; verification then finds out
+        return graph
+
+
+def _coupled(
+    model: nn.Module, inputs: ExampleInputs, graph: Graph, suspects: Mapping[int, Sequence[int]]
+) -> tuple[Group, ...]:
+    """The groups, of which those suspects are coupled that only run if both lose the same share."""
+    modules, outline, attribute = dict(model.named_modules()), Outline(model, inputs), follower(model, graph)
 
     def fails(parts: Mapping[int, int]) -> bool:
         """Whether a cut of some groups to one part in so many less does not run."""
@@ -57,7 +66,7 @@ def with_coupled_heads(model: nn.Module, inputs: ExampleInputs, graph: Graph) ->
         if bound and any(not fails({number: share for number in (stream, *bound)}) for share in shares):
             for number in bound:
                 groups[number] = replace(groups[number], coupled_with=groups[stream].name)
-    return replace(graph, groups=tuple(groups))
+    return tuple(groups)
 
 
 def _stream_of(graph: Graph, group: Group) -> int | None:
