@@ -6,6 +6,7 @@ import pytest
 import torch
 from nets import images
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import lbyl
 from lbyl.runtime.output_error import outputs_error
@@ -69,6 +70,17 @@ def test_both_lose_the_same_share_at_any_ratio(ratio: float, left: tuple[int, in
     assert found.get(STREAM) == (None if whole else (48, left[1]))
     assert result.report.verified is not None
     assert result.report.verified < 1e-6
+
+
+@pytest.mark.parametrize("how", ["a part", "a weight that is computed"])
+def test_so_it_is_in_parts_and_beside_layers_that_compute_their_weight(how: str) -> None:
+    net, x = Transformer().eval(), images(2, 7, 5)
+    part, prefix, whole = ("0", "0.", nn.Sequential(net)) if how == "a part" else (None, "", net)
+    if part is None:
+        weight_norm(net.blocks[0].get_submodule("up"))
+    result = lbyl.compress(whole, x, ratio=0.3, scope="all", restore="prune", submodule=part, forecast=False)
+    found = counts(result)
+    assert [found[prefix + name] for name in (*HEADS, STREAM)] == [(6, 5), (6, 5), (48, 40)]
 
 
 def test_restoration_takes_part() -> None:

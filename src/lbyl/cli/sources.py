@@ -120,9 +120,14 @@ def _with_decoder_tokens(model: nn.Module, inputs: tuple[Tensor, ...] | dict[str
 
     import torch
 
+    from lbyl.runtime.inputs import ExampleInputs, outputs_if_taken
+
+    def runs(inputs: Mapping[str, Tensor]) -> bool:
+        return outputs_if_taken(model, ExampleInputs.of(inputs)) is not None
+
     names = list(inspect.signature(model.forward).parameters)
     given = dict(zip(names, inputs, strict=False)) if isinstance(inputs, tuple) else inputs
-    if _DECODED not in names or _DECODED in given or len(given) < len(inputs) or _runs(model, given):
+    if _DECODED not in names or _DECODED in given or len(given) < len(inputs) or runs(given):
         return inputs
     first = next(iter(given.values()))
     shape = first.shape if first.dim() == 2 and not first.is_floating_point() else (len(first), _BEGUN)
@@ -130,18 +135,7 @@ def _with_decoder_tokens(model: nn.Module, inputs: tuple[Tensor, ...] | dict[str
     starts = [getattr(own, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad") for own in settings]
     start = next((token for token in starts if isinstance(token, int)), 0)
     more = {**given, _DECODED: torch.full(shape, start, dtype=torch.int64)}
-    return more if _runs(model, more) else inputs
-
-
-def _runs(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    import torch
-
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    except Exception:  # a model's own checks may raise anything
-        return False
-    return True
+    return more if runs(more) else inputs
 
 
 _DETECTORS = "torchvision.models.detection"

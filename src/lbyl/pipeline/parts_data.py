@@ -21,16 +21,12 @@ def on_parts(restorers: Mapping[str, Restorer], model: nn.Module, inputs: Exampl
 
     Every batch is run through the whole model once, however many parts there are.
     """
-    found = dict(restorers)
-    with_data = {path: (each, each.moments) for path, each in found.items() if isinstance(each, LeastSquares)}
-    of_user = {
-        path: (each, data) for path, (each, data) in with_data.items() if isinstance(data, Data) and not data.ray
-    }
-    if not of_user:
-        return found
-    first = next(iter(of_user.values()))[1]
-    reads = _Reads(iter(first.source), model, inputs, tuple(of_user))
-    for path, (restorer, data) in of_user.items():
+    found, reads = dict(restorers), None
+    for path, restorer in restorers.items():
+        if not isinstance(restorer, LeastSquares) or not isinstance(restorer.moments, Data) or restorer.moments.ray:
+            continue
+        data = restorer.moments  # the same for all parts
+        reads = reads or _Reads(iter(data.source), model, inputs, tuple(restorers))
         found[path] = replace(restorer, moments=replace(data, source=_OfPart(reads, path)))
     return found
 

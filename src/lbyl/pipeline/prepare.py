@@ -58,12 +58,25 @@ class Traced:
 
 
 def trace_model(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule: str | None) -> Traced:
-    """Trace a model, or else those of its submodules that can be traced."""
+    """Trace a model, or else those of its submodules that can be traced.
+
+    Heads that can only be cut together with what they read are coupled with it.
+    """
+    found = _traced(model, inputs, strict, submodule)
+    graph = None if found.graph is None else with_coupled_heads(found.model, inputs, found.graph)
+    parts = tuple(
+        replace(part, graph=with_coupled_heads(model.get_submodule(part.path), part.inputs, part.graph))
+        for part in found.parts
+    )
+    return replace(found, graph=graph, parts=parts)
+
+
+def _traced(model: nn.Module, inputs: ExampleInputs, strict: bool, submodule: str | None) -> Traced:
     if submodule is not None:
         return Traced(model, None, parts=(submodule_of(model, inputs, submodule),))
     try:
         with undisturbed(model):
-            graph = with_coupled_heads(model, inputs, trace(model, inputs, follow=not strict))
+            graph = trace(model, inputs, follow=not strict)
     except TraceError as error:
         if strict:
             raise

@@ -93,9 +93,8 @@ def _quick(restorer: LeastSquares, inputs: ExampleInputs, why: str) -> tuple[Lea
         source = replace(source, sequences=16)
     elif isinstance(source, Sentences):
         source = replace(source, sequences=64)
-    return replace(
-        restorer, moments=source, sequential=False, positions=8192
-    ), f"{why}; low effort: fewer probes, one pass"
+    quick = replace(restorer, moments=source, sequential=False, positions=8192)
+    return quick, f"{why}; low effort: fewer probes, one pass"
 
 
 def _thorough(restorer: LeastSquares, model: nn.Module, inputs: ExampleInputs) -> LeastSquares:

@@ -23,14 +23,15 @@ MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """The attributes that every module has."""
 ATOMS = frozenset((bool, int, float, str, type(None)))
 CONTAINERS = (dict, list, set)
-HOOKS = (
+TABLES = (
+    "_buffers",
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
-"""The tables of hooks that modules may register while they run."""
+"""The tables of modules that a forward pass may write to."""
 
 
 class Switch:
@@ -165,9 +166,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for name, value in own.items()
             if type(value) not in ATOMS and isinstance(value, CONTAINERS) and name not in MODULE_ATTRIBUTES
         }
-        tables = [(module._buffers, module._buffers.copy()) for module in modes]
-        hooks = [vars(module)[name] for module in modes for name in HOOKS if name in vars(module)]
-        tables += [(table, table.copy() if table else {}) for table in hooks]
+        there = (vars(module)[name] for module in modes for name in TABLES if name in vars(module))
+        tables = [(table, table.copy()) for table in there]
         written = _Written(modes)
         forget_cached(model)
         model.eval()  # even in evaluation mode, because it makes some modules clear their caches
