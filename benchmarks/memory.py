@@ -6,8 +6,8 @@ Each model is written layer by layer, so that it is never in memory, and compres
 of resident memory is measured from after the imports. The bound is 1.3 times the needs of one layer (the same
 compression of a model with that one layer and hardly a vocabulary, measured in the same way), the embedding, and the
 residual streams of all sequences. A run that is stopped goes on with the layer where it was when it is repeated.
-That is `lbyl compress --low-memory`. In memory, the same model is loaded by transformers and compressed as a whole, and
-the peak counts the model itself; the bound is 1.5 times the model.
+That is `lbyl compress --low-memory`. In memory, the same model is loaded by transformers and compressed in its place,
+and the peak counts the model itself; the bound is 1.5 times the model.
 """
 
 from __future__ import annotations
@@ -69,13 +69,12 @@ def write(folder: Path, size: str, layers: int | None, vocabulary: int) -> None:
 
 
 def compress_in_memory(folder: Path, batches: list[dict[str, Any]]) -> lbyl.Report:
-    """Compress a model that is in memory as a whole."""
+    """Compress a model that is in memory, in its place."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    restore = lbyl.LeastSquares(moments=lbyl.Data(batches, len(batches)))
-    first = {name: rows[:1] for name, rows in batches[0].items()}
-    return lbyl.compress(model, first, ratio=NEURONS, restore=restore, forecast=False).report
+    told = lambda *words: print(*words, flush=True)  # noqa: E731
+    return lbyl.compress_in_place(model, ratio=NEURONS, data=batches, progress=told).report
 
 
 def measure(folder: Path, target: Path | None, sequences: int, length: int, vocabulary: int) -> dict[str, Any]:
@@ -125,12 +124,12 @@ def tabulate(run: Run) -> None:
     run.tables = [Table("From folder to folder, layer by layer", columns, rows, note)]
     if whole:
         note = "MiB, above what the process had after its imports; the peak counts the model itself."
-        run.tables.append(Table("The whole model in memory", ("Model", "Weights", "Bound", "Peak"), whole, note))
+        run.tables.append(Table("A model in memory, in its place", ("Model", "Weights", "Bound", "Peak"), whole, note))
 
 
 def main(
     sizes: Annotated[str, typer.Option(help="Which models.")] = "1B,3B",
-    ways: Annotated[str, typer.Option(help="From folder to folder, in memory, or both.")] = "folder,memory",
+    ways: Annotated[str, typer.Option(help="From folder to folder, in memory in place, or both.")] = "folder,memory",
     place: Annotated[Path | None, typer.Option(help="Where models are written.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences of random tokens.")] = 16,
     length: Annotated[int, typer.Option(help="Their length.")] = 64,

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import lbyl
 from lbyl.cli.app import app
-from lbyl.pipeline.folder.layers import LayerNetwork
+from lbyl.pipeline.layerwise.layers import LayerNetwork
 
 HF: Any = transformers
 SIZES: dict[str, Any] = {
@@ -163,10 +163,10 @@ def test_a_killed_run_goes_on(llama: Path, tmp_path: Path, monkeypatch: pytest.M
         lbyl.compress_folder(llama, target, ratio=0.5, data=batches())
     with pytest.raises(lbyl.InputError, match="another data"):
         lbyl.compress_folder(llama, target, ratio=0.25, data=batches(1))
-    from lbyl.pipeline.folder import folder
+    from lbyl.pipeline.layerwise import run
 
-    solved, inner = [], folder.compress
-    monkeypatch.setattr(folder, "compress", lambda *args, **kwargs: solved.append(1) or inner(*args, **kwargs))
+    solved, inner = [], run.compress
+    monkeypatch.setattr(run, "compress", lambda *args, **kwargs: solved.append(1) or inner(*args, **kwargs))
     lbyl.compress_folder(llama, target, ratio=0.25, data=batches())
     assert len(solved) == 1
     assert not work.exists()
@@ -302,7 +302,7 @@ def test_faults_of_the_source_are_told_before_a_layer_takes_time(
     damage, words = FAULTS[name]
     shutil.copytree(llama, tmp_path / "source")
     damage(tmp_path / "source")
-    monkeypatch.setattr("lbyl.pipeline.folder.folder.compress", lambda *args, **kwargs: pytest.fail("a layer is cut"))
+    monkeypatch.setattr("lbyl.pipeline.layerwise.run.compress", lambda *args, **kwargs: pytest.fail("a layer is cut"))
     with pytest.raises(lbyl.InputError, match=words):
         lbyl.compress_folder(tmp_path / "source", tmp_path / "smaller", ratio=0.25, data=batches())
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -14,7 +14,7 @@ from nets import images, mlp
 from torch import nn
 
 import lbyl
-from lbyl.pipeline.folder.whole import check_plan_fits
+from lbyl.pipeline.layerwise.whole import check_plan_fits
 from lbyl.runtime.documents import document_text, parse_json
 from lbyl.surgery.cuts import Cut
 from lbyl.surgery.packed import SHORT, Unpacking, packed

@@ -41,10 +41,11 @@ if TYPE_CHECKING:
     from lbyl.pipeline.compare import Comparison as Comparison
     from lbyl.pipeline.compare import compare as compare
     from lbyl.pipeline.compress import compress as compress
-    from lbyl.pipeline.folder.folder import CompressedFolder as CompressedFolder
-    from lbyl.pipeline.folder.folder import compress_folder as compress_folder
     from lbyl.pipeline.inspection import Inspection as Inspection
     from lbyl.pipeline.inspection import inspect as inspect
+    from lbyl.pipeline.layerwise.folder import CompressedFolder as CompressedFolder
+    from lbyl.pipeline.layerwise.folder import compress_folder as compress_folder
+    from lbyl.pipeline.layerwise.in_place import compress_in_place as compress_in_place
     from lbyl.pipeline.result import Result as Result
     from lbyl.pipeline.sweep.sweep import Sweep as Sweep
     from lbyl.pipeline.sweep.sweep import sweep as sweep

@@ -18,6 +18,8 @@ from lbyl.runtime.seeding import sample_positions
 from lbyl.selection.view import ColumnMoments
 
 _CHUNK_BYTES = 16 * 2**20
+_ROWS = 2048
+"""Rows of second moments that are added to at once."""
 UNFOLDED = frozenset(("conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
 """Layers of whose inputs no patches are taken: the moments are those among channels."""
 
@@ -60,7 +62,8 @@ class Moments:
             p, r = p.float(), r.float()
         self.p += p.sum(0)
         self.r += r.sum(0)
-        self.pp += p.T @ p
+        for rows, part in zip(self.pp.split(_ROWS), p.split(_ROWS, 1), strict=True):
+            rows += part.T @ p  # in parts, because all products of a wide layer are as large as half of its sums
         self.pr += p.T @ r
         self.rr += r.square().sum(0)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import nn
+
 from lbyl.io.huggingface import follow_widths
 from lbyl.pipeline.analysis import Analysis
 from lbyl.pipeline.prepare import Prepared
@@ -15,7 +17,7 @@ from lbyl.pipeline.submodules import compress_submodules
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.progress import Clock
 from lbyl.surgery.attributes import changed_groups
-from lbyl.surgery.plan import architecture_of, remember, remembered
+from lbyl.surgery.plan import Plan, architecture_of, remember, remembered
 
 
 def walk(
@@ -29,17 +31,28 @@ def walk(
     result, first = _walked(prepared, request, clock, ground or {}), remembered(prepared.model)
     if told := follow_widths(result.model, architecture_of(prepared.model)):
         result = replace(result, report=replace(result.report, notes=(*result.report.notes, told)))
-    if first is not None:
-        both = result.plan.after(first, changed_groups(prepared.model, result.model))
-        told = "the network was compressed before; the plan starts from its unpruned architecture"
-        told += "; the weights contain the training in between" * first.trained
-        if both is None:
-            told = "the network was compressed before, and this plan starts from that result: load it into that network"
-        result = replace(
-            result, plan=both or result.plan, report=replace(result.report, notes=(*result.report.notes, told))
-        )
+    result = from_the_start(result, prepared.model, first)
     remember(result.model, result.plan, result.report)
     return result
+
+
+def from_the_start(result: Result, before: nn.Module, first: Plan | None) -> Result:
+    """The result with a plan that starts from the unpruned network, where that of an earlier compression is known.
+
+    Args:
+        result: the outcome of a compression.
+        before: the network that was compressed.
+        first: the plan that it was cut by.
+    """
+    if first is None:
+        return result
+    both = result.plan.after(first, changed_groups(before, result.model))
+    told = "the network was compressed before; the plan starts from its unpruned architecture"
+    told += "; the weights contain the training in between" * first.trained
+    if both is None:
+        told = "the network was compressed before, and this plan starts from that result: load it into that network"
+    report = replace(result.report, notes=(*result.report.notes, told))
+    return replace(result, plan=both or result.plan, report=report)
 
 
 def _walked(prepared: Prepared, request: CompressionRequest, clock: Clock, ground: Mapping[str, Analysis]) -> Result:

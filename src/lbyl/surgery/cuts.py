@@ -74,6 +74,20 @@ def cut(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribute] =
     return model
 
 
+@torch.no_grad()
+def cut_in_place(
+    model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribute], values: Mapping[str, Tensor]
+) -> None:
+    """Cut ``model`` in place as :func:`cut` does, and give some of its tensors these values, by name.
+
+    Raises:
+        SurgeryError: a cut does not fit the model; nothing has been changed then.
+    """
+    state = tensors_of(cut(model, cuts, attributes))
+    for name, value in values.items():
+        state[name].copy_(value)
+
+
 def cut_copy(model: nn.Module, cuts: Sequence[Cut], attributes: Sequence[Attribute] = ()) -> nn.Module:
     """A cut copy of a model, which is not changed. Tensors that are cut are never copied as a whole.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 
 from lbyl.errors import InputError
 from lbyl.io.shards import FLOATING, Shards
-from lbyl.pipeline.folder.layers import Skeleton
+from lbyl.pipeline.layerwise.layers import Skeleton
 from lbyl.pipeline.prepare import check_weight
 from lbyl.runtime.progress import Progress
 
@@ -37,14 +40,13 @@ def stored_dtype(skeleton: Skeleton, stored: Shards) -> torch.dtype:
     return next(FLOATING[kind] for _, kind in stored.headers(skeleton.embedding).values())
 
 
-def check_values(skeleton: Skeleton, stored: Shards, progress: Progress | None) -> None:
+def check_values(names: Sequence[str], read: Callable[[str], Tensor], progress: Progress | None) -> None:
     """Read all weights once, one at a time, and check their values.
 
     Raises:
         InputError: one is not finite or too large, or a file is damaged.
     """
-    names = skeleton.all_names(stored.files)
     for number, name in enumerate(names):
         if progress:
             progress("checking the weights", number, len(names))
-        check_weight(name, stored.read([name])[name])
+        check_weight(name, read(name))

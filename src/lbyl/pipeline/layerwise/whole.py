@@ -18,8 +18,8 @@ from lbyl.graph.mixtures import stacked_experts
 from lbyl.io.huggingface import write_config
 from lbyl.io.report.report import Report
 from lbyl.io.shards import write_index
-from lbyl.pipeline.folder.layers import Skeleton
-from lbyl.pipeline.folder.work import Done
+from lbyl.pipeline.layerwise.layers import Skeleton
+from lbyl.pipeline.layerwise.work import Done
 from lbyl.runtime.checks import named_kind
 from lbyl.runtime.documents import LARGEST
 from lbyl.runtime.macs import count_parameters
@@ -151,31 +151,35 @@ _BESIDE = 600
 """Bytes that plan and report need for a parameter beside its channels, at most: its names, sizes and errors."""
 
 
-def assembled(
-    model: nn.Module, done: Sequence[Done], folder: Path, files: Sequence[str], source: str, inputs: str
-) -> tuple[Plan, Report]:
-    """The plan and the report of all layers together. Index and configuration are written into the folder.
+@dataclass(frozen=True)
+class Joined:
+    """What was done to all layers together.
+
+    Attributes:
+        plan: the cuts of all layers.
+        smaller: the smaller model without weights.
+        report: a row for each group, totals and notes.
+    """
+
+    plan: Plan
+    smaller: nn.Module
+    report: Report
+
+
+def joined(model: nn.Module, done: Sequence[Done], source: str | None, inputs: str) -> Joined:
+    """The plan and the report of all layers together.
 
     Args:
         model: the unpruned model, on the meta device.
         done: what was done to each layer.
-        folder: the folder of the weights.
-        files: the names of their files.
         source: the source of the unpruned model.
         inputs: dtype and shape of the model's inputs.
-
-    Raises:
-        InputError: the stored weights do not have the shapes of the smaller model.
     """
     plans = [each.plan for each in done if each.plan is not None]
     reports = [each.report for each in done if each.report is not None]
     cuts = tuple(cut for plan in plans for cut in plan.cuts)
     attributes = tuple(attribute for plan in plans for attribute in plan.attributes)
     smaller = cut_copy(model, cuts, attributes)
-    stored, expected = write_index(folder, files).shapes(), {n: tuple(t.shape) for n, t in smaller.state_dict().items()}
-    for name in stored:
-        if stored[name] != expected.get(name):
-            raise InputError(f"{name} was written as {stored[name]}, but the smaller model has {expected.get(name)}")
     plan = replace(
         plans[0],
         groups=tuple(group for each in plans for group in each.groups),
@@ -186,11 +190,29 @@ def assembled(
         inputs=inputs,
         network=type(model).__name__,
     )
-    note = write_config(folder, smaller, plan.widths_before)
-    return plan, _summed(reports, count_parameters(model), count_parameters(smaller), note)
+    return Joined(plan, smaller, _summed(reports, count_parameters(model), count_parameters(smaller)))
 
 
-def _summed(reports: Sequence[Report], before: int, after: int, note: str) -> Report:
+def written_config(all_layers: Joined, folder: Path, files: Sequence[str]) -> str:
+    """Write index and configuration of the smaller model into its folder, and return a note for the report.
+
+    Args:
+        all_layers: what was done to all layers.
+        folder: the folder of the weights.
+        files: the names of their files.
+
+    Raises:
+        InputError: the stored weights do not have the shapes of the smaller model.
+    """
+    stored = write_index(folder, files).shapes()
+    expected = {n: tuple(t.shape) for n, t in all_layers.smaller.state_dict().items()}
+    for name in stored:
+        if stored[name] != expected.get(name):
+            raise InputError(f"{name} was written as {stored[name]}, but the smaller model has {expected.get(name)}")
+    return write_config(folder, all_layers.smaller, all_layers.plan.widths_before)
+
+
+def _summed(reports: Sequence[Report], before: int, after: int) -> Report:
     """The reports of all layers as one."""
     verified = [each.verified for each in reports if each.verified is not None]
     seconds: dict[str, float] = {}
@@ -206,5 +228,5 @@ def _summed(reports: Sequence[Report], before: int, after: int, note: str) -> Re
         macs=None,
         verified=max(verified) if verified else None,
         seconds=seconds,
-        notes=(*notes, note),
+        notes=tuple(notes),
     )

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from lbyl.errors import InputError
 from lbyl.io.texts import example_tokens, read_texts
+from lbyl.moments.base import Probes
+from lbyl.moments.generated import Generated
 from lbyl.moments.sentences import LENGTH, Sentences, affordable_sequences
 from lbyl.moments.token_inputs import longest_text, token_ids
 from lbyl.runtime.checks import named_kind
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_parameters
 from lbyl.runtime.output_error import error_of_parts
+from lbyl.runtime.progress import Progress
 from lbyl.runtime.seeding import generator_for
 
 Batches = str | os.PathLike[str] | Sequence[Any] | None
@@ -44,11 +47,9 @@ class Text:
         Raises:
             InputError: there are fewer than two batches, they hold no tokens, or there is no tokenizer in the folder.
         """
-        if data is not None and (isinstance(data, bytes) or not isinstance(data, (str, os.PathLike, Sequence))):
-            raise InputError(f"data is {named_kind(data)}; pass a folder of texts, or a list of batches of tokens")
+        _check_kind(data)
         if isinstance(data, Sequence) and not isinstance(data, str):
-            given = [_named(batch, number, model) for number, batch in enumerate(data)]
-            return _checked(given, f"{len(given)} batches of yours")
+            return _given(data, model)
         tokens = example_tokens(model)
         if tokens is None:
             raise InputError(f"{folder} has no tokenizer that can be read; put it there, or pass batches of tokens")
@@ -57,14 +58,51 @@ class Text:
             # A model without weights does not run, but nearly every parameter is used once for each token.
             length = longest_text(model, LENGTH)
             source = Sentences(affordable_sequences(count_parameters(model) * length), length, folder)
-            probes = source.probes(model, inputs, generator_for(seed, "probes"), None)
-            return _checked([*probes.batches, probes.held_out], probes.note)
-        read, left = read_texts(Path(data), model, inputs, seed)
-        rows = sum(batch.size for batch in read)
-        note = f"{rows} sequences of the texts in {Path(data).name}" + (
-            f"; left out: {'; '.join(left)}" if left else ""
+            return _made(source.probes(model, inputs, generator_for(seed, "probes"), None))
+        return _read(Path(data), model, inputs, seed)
+
+    @staticmethod
+    def in_memory(data: Batches, model: nn.Module, seed: int, progress: Progress | None) -> Text:
+        """The batches of a folder of texts, the given batches, or text that a model with weights writes itself.
+
+        Raises:
+            InputError: there are fewer than two batches, they hold no tokens, or there is no tokenizer for texts.
+        """
+        _check_kind(data)
+        if isinstance(data, Sequence) and not isinstance(data, str):
+            return _given(data, model)
+        place = next(model.parameters()).device
+        first = torch.zeros(1, 8, dtype=torch.int64)
+        inputs = ExampleInputs.of(
+            example_tokens(model) or {"input_ids": first, "attention_mask": torch.ones_like(first)}
         )
-        return _checked(read, note)
+        if data is None:
+            return _made(Generated().probes(model, inputs.to(place), generator_for(seed, "probes"), progress))
+        return _read(Path(data), model, inputs, seed)
+
+
+def _check_kind(data: Batches) -> None:
+    if data is not None and (isinstance(data, bytes) or not isinstance(data, (str, os.PathLike, Sequence))):
+        raise InputError(f"data is {named_kind(data)}; pass a folder of texts, or a list of batches of tokens")
+
+
+def _given(data: Sequence[Any], model: nn.Module) -> Text:
+    """The user's own batches."""
+    batches = [_named(batch, number, model) for number, batch in enumerate(data)]
+    return _checked(batches, f"{len(batches)} batches of yours")
+
+
+def _made(probes: Probes) -> Text:
+    """What a source of moments made."""
+    return _checked([*probes.batches, probes.held_out], probes.note)
+
+
+def _read(folder: Path, model: nn.Module, inputs: ExampleInputs, seed: int) -> Text:
+    """The texts of a folder."""
+    read, left = read_texts(folder, model, inputs, seed)
+    rows = sum(batch.size for batch in read)
+    note = f"{rows} sequences of the texts in {folder.name}" + (f"; left out: {'; '.join(left)}" if left else "")
+    return _checked(read, note)
 
 
 def _named(batch: Any, number: int, model: nn.Module) -> ExampleInputs:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lbyl.errors import InputError, first_line
+from lbyl.io.huggingface import is_language_model
 from lbyl.io.quiet import quiet
 from lbyl.io.sources import load_source
+from lbyl.runtime.copying import copy_model, in_place_of, tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 
 _STACK, _EMBEDDING, _NORM, _ROTARY = "layers", "embed_tokens", "norm", "rotary_emb"
@@ -64,9 +66,26 @@ class Skeleton:
                 last norm, output layer, with nothing else that changes the residual stream.
         """
         with torch.device("meta"), quiet():
-            model: Any = load_source(f"hf:{folder}", pretrained=False, task="causal-lm")
+            model = load_source(f"hf:{folder}", pretrained=False, task="causal-lm")
+        return Skeleton._checked(model, str(folder))
+
+    @staticmethod
+    def of_model(model: nn.Module) -> Skeleton:
+        """The same for a model in memory, which is not changed.
+
+        Raises:
+            InputError: the model is not in the form of Llama.
+        """
+        if not is_language_model(model):
+            raise InputError(f"{type(model).__name__} {_OTHERWISE}")
+        nothing = {id(t): in_place_of(t, t.detach().to("meta")) for t in tensors_of(model).values()}
+        return Skeleton._checked(copy_model(model, nothing).eval(), type(model).__name__)
+
+    @staticmethod
+    def _checked(model: Any, where: str) -> Skeleton:
+        """The skeleton, or InputError if the model has another form."""
         if getattr(model.config, "quantization_config", None):
-            raise InputError(f"{folder} holds quantized weights by its config.json; pass the folder of the whole ones")
+            raise InputError(f"{where} holds quantized weights by its configuration; pass the whole ones")
         prefix = str(getattr(model, "base_model_prefix", ""))
         base: Any = getattr(model, prefix, None)
         name = type(model).__name__
@@ -75,7 +94,7 @@ class Skeleton:
             raise InputError(f"{name} {_OTHERWISE}")
         stack = getattr(base, _STACK, None)
         if isinstance(stack, nn.ModuleList) and not len(stack):
-            raise InputError(f"{folder}: by its config.json, the model has no layers")
+            raise InputError(f"{where}: by its configuration, the model has no layers")
         if not isinstance(stack, nn.ModuleList):
             raise InputError(f"{name} {_OTHERWISE}")
         found = Skeleton(model, prefix)
