@@ -204,3 +204,23 @@ def test_a_mask_as_long_as_a_number_of_heads_has_no_channels() -> None:
     smaller = lbyl.compress(net, torch.randn(2, 4, 16), ratio=0.5, restore="prune", forecast=False).model
     assert smaller.heads == 2
     assert smaller(torch.randn(3, 7, 16)).shape == (3, 7, 3)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell])
+def test_a_state_as_wide_as_its_input_is_cut_by_itself(kind: Any) -> None:
+    class AsWide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 3)
+            self.layer = kind(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen = self.layer(self.norm(self.first(x)))[0]
+            return self.last(seen)
+
+    torch.manual_seed(0)
+    net, x = AsWide().eval(), torch.randn(5, 6)
+    result = lbyl.compress(net, x, ratio=0.25, restore="prune", forecast=False)
+    assert (result.model.layer.input_size, result.model.layer.hidden_size) == (12, 9)
+    assert [name for name, _ in result.report.left] == ["first", "last"]
+    assert result.model(x[:3]).shape == (3, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +148,40 @@ def test_what_a_first_run_leaves_in_modules_is_of_no_matter(kind: type[Base], ru
         twice = [result.model(x) for _ in range(2)]
     assert result.report.rows[0].after == 6
     assert torch.equal(*twice)
+
+
+class Frozen(OrderedDict[str, int]):
+    """A configuration that refuses to be changed, as those of diffusers do."""
+
+    def refuse(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("frozen")
+
+    __delitem__ = update = clear = pop = refuse  # pyright: ignore[reportAssignmentType]
+
+
+class Grows(Base):
+    """Writes into a list, a set and a dictionary of its own at each run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Frozen(width=12)
+        self.listed, self.chosen, self.named = [1], {1}, {"a": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.listed.append(2)
+        self.chosen.add(2)
+        self.named["b"] = 2
+        return super().forward(x)
+
+
+def test_containers_hold_what_they_held() -> None:
+    net, x = Grows().eval(), images(2, 3, 8, 8)
+    before = [net.config, net.listed, net.chosen, net.named]
+    lbyl.inspect(net, x)
+    smaller = lbyl.compress(net, x, ratio=0.5, restore="prune", forecast=False).model
+    for each in (net, smaller):
+        assert (dict(each.config), each.listed, each.chosen, each.named) == ({"width": 12}, [1], {1}, {"a": 1})
+    assert all(now is then for now, then in zip([net.config, net.listed, net.chosen, net.named], before, strict=True))
 
 
 def folded(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:

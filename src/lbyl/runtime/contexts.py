@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -161,7 +162,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         modes = {module: module.training for module in model.modules()}
         before = [(vars(module), vars(module).copy()) for module in modes]
         held = {
-            id(value): (value, value.copy())
+            id(value): (value, _content(value))
             for _, own in before
             for name, value in own.items()
             if type(value) not in ATOMS and isinstance(value, CONTAINERS) and name not in MODULE_ATTRIBUTES
@@ -183,16 +184,39 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     del now[name]
                 now.update({name: value for name, value in own.items() if name not in MODULE_ATTRIBUTES})
             for container, content in held.values():
-                container.clear()
-                if isinstance(container, list):
-                    container.extend(content)
-                else:
-                    container.update(content)
+                _refill(container, content)
             for table, content in tables:
                 if table.keys() != content.keys() or not all(map(is_, table.values(), content.values())):
                     table.clear()
                     table.update(content)
             written.put_back()
+
+
+def _content(container: Any) -> list[Any]:
+    """What a list, set or dictionary holds."""
+    return list(dict.items(container)) if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, content: list[Any]) -> None:
+    """Give a list, set or dictionary what it held, unless it holds that still.
+
+    The methods are those of Python's own types, for a class of the user's may refuse to be changed (configurations of
+    diffusers).
+    """
+    now = _content(container)
+    if isinstance(container, dict):
+        if len(now) == len(content) and all(a is b and x is y for (a, x), (b, y) in zip(now, content, strict=True)):
+            return
+        kind = OrderedDict if isinstance(container, OrderedDict) else dict
+        kind.clear(container)
+        for key, value in content:
+            kind.__setitem__(container, key, value)
+    elif len(now) != len(content) or not all(map(is_, now, content)):
+        if isinstance(container, list):
+            list.__setitem__(container, slice(None), content)
+        else:
+            set.clear(container)
+            set.update(container, content)
 
 
 def forget_cached(model: nn.Module) -> None:

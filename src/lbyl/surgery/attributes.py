@@ -42,6 +42,10 @@ _NO_WIDTH = re.compile(
 """Attributes that may equal a width by chance: spatial sizes, and sizes within heads, which are cut as a whole."""
 
 
+_KNOWN = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
+"""Modules whose numbers follow from their weights (:func:`set_attributes`), also where two of them are equal."""
+
+
 def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tuple[Attribute, ...]:
     """Find the numbers of modules that their views and splits use: numbers of heads, widths, split sizes.
 
@@ -58,7 +62,7 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
     places = {path for path, _ in wanted}
     found = []
     for path, module in model.named_modules():
-        if path not in places or isinstance(module, nn.modules.conv._ConvNd):  # whose own numbers surgery changes
+        if path not in places or isinstance(module, _KNOWN):
             continue
         axes = getattr(module, "size_axes", None)
         if axes is not None:
