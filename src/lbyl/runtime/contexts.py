@@ -207,7 +207,7 @@ def _refill(container: Any, content: list[Any]) -> None:
     if isinstance(container, dict):
         if len(now) == len(content) and all(a is b and x is y for (a, x), (b, y) in zip(now, content, strict=True)):
             return
-        kind = OrderedDict if isinstance(container, OrderedDict) else dict
+        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
         kind.clear(container)
         for key, value in content:
             kind.__setitem__(container, key, value)
