@@ -324,14 +324,14 @@ def test_inspect_says_which_scope_a_norm_asks_for() -> None:
 
 
 class Sliced(nn.Module):
-    """A norm over a half of the channels, which could all go."""
+    """A norm over a part of the channels, of which one at least stays."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.head = nn.Linear(7, 8), norm(4), nn.Linear(8, 3)
+        self.first, self.norm, self.head, self.sizes = nn.Linear(7, 8), norm(3), nn.Linear(8, 3), [3, 5]
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right = self.first(x).split([4, 4], -1)
+        left, right = self.first(x).split(self.sizes, -1)
         return self.head(torch.cat([self.norm(left), right], -1))
 
 
@@ -356,7 +356,7 @@ class Computed(Functional):
 )
 def test_other_layer_norms_are_refused_by_name(model: nn.Module, shape: tuple[int, ...]) -> None:
     group = lbyl.inspect(settle(model), images(*shape)).graph.groups[0]
-    if group.prunable:  # tokens and channels flattened into one axis: whole channels can go
+    if group.prunable:  # whole channels can go where tokens and channels are flattened, and those of a part
         result = lbyl.compress(
             model, images(*shape), ratio=0.25, scope="all", restore="prune", strict=True, forecast=False
         )

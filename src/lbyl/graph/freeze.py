@@ -175,9 +175,6 @@ def _add_layer_norms(builder: Builder, channels: _Channels) -> None:
         for draft in over:
             if norm not in draft.layer_norms:
                 draft.layer_norms.append(norm)
-        if not _some_stay(channels, ids):
-            for draft in over:
-                draft.exclude(f"layer_norm {norm.layer!r} takes statistics over only some of its channels")
 
 
 def _add_statistics(builder: Builder, channels: _Channels) -> None:
@@ -188,8 +185,6 @@ def _add_statistics(builder: Builder, channels: _Channels) -> None:
         for draft in over:
             carried = torch.where(owners == draft.index, channels.channel_of[roots], NOT_OURS)
             draft.statistics.append(Statistic(reduction, tuple(carried.tolist()), reduction in builder.relative))
-            if not _some_stay(channels, ids):
-                draft.exclude(f"{reduction.op} in {reduction.module!r} is taken over only some of its channels")
 
 
 def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]) -> Group:
@@ -331,18 +326,6 @@ def _evenly(channels: _Channels, ids: Tensor, width: int) -> bool:
     if bool((channels.group_of[roots] == NOT_OURS).any()):
         return False
     return len(set(torch.bincount(channels.channel_of[roots], minlength=width).tolist())) == 1
-
-
-def _some_stay(channels: _Channels, ids: Tensor) -> bool:
-    """Whether every cut leaves some of these: because some can't be cut, or because a whole group is among them."""
-    roots = channels.find(ids)
-    owners = channels.group_of[roots]
-    if bool((owners == NOT_OURS).any()):
-        return True
-    return any(
-        len(torch.unique(channels.channel_of[roots[owners == draft.index]])) == draft.width
-        for draft in channels.drafts_with(ids)
-    )
 
 
 def _blocks(channels: _Channels, draft: _Draft) -> tuple[tuple[int, ...], str | None]:

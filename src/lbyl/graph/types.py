@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from lbyl.runtime.reductions import Reduction
 
@@ -175,6 +176,14 @@ class Group:
         if self.coupled_with:
             return f"{self.coupled_with!r} has to lose the same share"
         return None
+
+    @cached_property
+    def parts(self) -> tuple[frozenset[int], ...]:
+        """The channels of layers and reductions that have only some of the group's; each of these must keep one."""
+        held = [slot.channels for slot in (*self.carriers, *self.consumers)]
+        held += [statistic.channels for statistic in self.statistics]
+        found = dict.fromkeys(frozenset(channels) - {NOT_OURS} for channels in dict.fromkeys(held))
+        return tuple(part for part in found if 0 < len(part) < self.width)
 
     @property
     def prunable(self) -> bool:

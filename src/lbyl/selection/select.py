@@ -364,10 +364,44 @@ def check_selection(selection: Selection) -> None:
 def _choice(group: Group, state: State, count: int, choose: Choose, seed: int) -> Choice:
     if isinstance(choose, ByCriterion):
         ranking = ranked(group, state, choose, seed)
-        return Choice(group, ranking.kept(count // len(ranking.blocks)), ranking.filters)
+        best = ranking.blocks.tolist()
+        return Choice(group, _in_every_part(group, best, count // len(best)), ranking.filters)
     filters, blocks = describe(group, state), blocks_of(group)
-    keep = []
+    best = []
     for members in blocks:
         generator = generator_for(seed, f"{group.name}#{group.blocks[int(members[0])]}")
-        keep.append(members[choose(subset(filters, members), count // len(blocks), generator)])
-    return Choice(group, tuple(sorted(torch.cat(keep).tolist())))
+        chosen = members[choose(subset(filters, members), count // len(blocks), generator)].tolist()
+        best.append([*chosen, *(channel for channel in members.tolist() if channel not in set(chosen))])
+    return Choice(group, _in_every_part(group, best, count // len(best)))
+
+
+def _in_every_part(group: Group, best: Sequence[Sequence[int]], count: int) -> tuple[int, ...]:
+    """The kept channels, ascending: the best of each block, but at least one of each layer's (``group.parts``).
+
+    A layer that would lose all of its channels keeps its best one, in place of the worst kept one that no other layer
+    needs. All blocks keep more if that is not possible.
+
+    Args:
+        group: the group.
+        best: the channels of each block, best first.
+        count: how many each block keeps.
+    """
+    kept = [list(block[:count]) for block in best]
+    for part in group.parts:
+        if any(channel in part for block in kept for channel in block):
+            continue
+        places = ((place, number) for number, block in enumerate(best) for place, c in enumerate(block) if c in part)
+        for place, number in sorted(places):
+            spare = next((c for c in reversed(kept[number]) if _is_spare(c, kept, group.parts)), None)
+            if spare is not None:
+                kept[number][kept[number].index(spare)] = best[number][place]
+                break
+        else:
+            return _in_every_part(group, best, count + group.multiple)
+    return tuple(sorted(channel for block in kept for channel in block))
+
+
+def _is_spare(channel: int, kept: Sequence[Sequence[int]], parts: Sequence[frozenset[int]]) -> bool:
+    """Whether no part has only this one of the kept channels."""
+    others = {each for block in kept for each in block} - {channel}
+    return all(part & others for part in parts if channel in part)
