@@ -69,6 +69,10 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "a list of moments": (lambda: lbyl.LeastSquares([X] * 1000), r"is a list: choose Weights"),  # pyright: ignore
     "NumPy inputs": (compress(x=X.numpy()), "example_inputs is a"),
     "a width of zero": (compress(model=nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 2))), "0.weight is 0x6"),
+    "a width of zero to inspect": (
+        lambda: lbyl.inspect(nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 2)), X),
+        "0.weight is 0x6",
+    ),
     "data of no batches": (lambda: lbyl.Data([X], batches=0), r"Data\(batches=0\)"),
     "data that is no source": (lambda: lbyl.Data(3), "source is an int"),  # pyright: ignore[reportArgumentType]
     "class of a loader": (lambda: lbyl.Data(list), "source is the class list"),

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from lbyl.errors import TraceError, first_line
-from lbyl.graph.program import Program, filters_channels, remember
+from lbyl.graph.program import Program, loses_channels, remember
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
 _INSIDE = "model"
@@ -66,7 +66,7 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
             remember(node, held)
         if spec is None or spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
             continue
-        if spec.persistent is False and not filters_channels(node):
+        if spec.persistent is False and not loses_channels(node):
             continue
         if isinstance(node.meta.get("val"), Tensor):
             parameters[node] = str(spec.target).removeprefix(f"{_INSIDE}.")

@@ -17,19 +17,52 @@ def remember(node: fx.Node, tensor: Tensor) -> None:
         node.meta["whole numbers"] = tensor.detach().to("cpu", torch.int64, copy=True)
 
 
-def filters_channels(node: fx.Node) -> bool:
-    """Whether a buffer is used for nothing but to filter each channel by itself, as in blurred pooling.
+def loses_channels(node: fx.Node) -> bool:
+    """Whether a buffer that is not saved with the model loses channels with the layers before it.
 
-    Such a buffer loses channels with the layer before it. It need not be saved, because nothing else in it changes.
+    This is so if it is used for nothing but to filter each channel by itself, as in blurred pooling, or to be added, as
+    a table of positions is. It need not be saved, because nothing else in it changes: a new model makes the same.
     """
+    return bool(node.users) and all(_filters_each(user, node) or _adds(user, node) for user in node.users)
 
-    def each_by_itself(user: fx.Node) -> bool:
-        weight, groups = user.args[1:2], user.args[6:7] or (user.kwargs.get("groups"),)
-        shape = getattr(node.meta.get("val"), "shape", ())
-        filters = str(user.target).startswith("aten.conv") and not user.kwargs.get("weight")
-        return filters and weight == (node,) and len(shape) > 2 and shape[1] == 1 and groups == (shape[0],)
 
-    return bool(node.users) and all(map(each_by_itself, node.users))
+def _filters_each(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operation filters each channel with its own part of a buffer."""
+    weight, groups = user.args[1:2], user.args[6:7] or (user.kwargs.get("groups"),)
+    shape = getattr(node.meta.get("val"), "shape", ())
+    filters = str(user.target).startswith("aten.conv") and not user.kwargs.get("weight")
+    return filters and weight == (node,) and len(shape) > 2 and shape[1] == 1 and groups == (shape[0],)
+
+
+_RESTATED = tuple(
+    f"aten.{name}."
+    for name in (
+        *(
+            "slice",
+            "select",
+            "narrow",
+            "index",
+            "index_select",
+            "unsqueeze",
+            "squeeze",
+            "expand",
+            "transpose",
+            "permute",
+        ),
+        *("_to_copy", "to", "clone", "detach", "alias"),
+    )
+)
+"""Operations that take a part of a table, or give it another type or another order of its axes."""
+
+
+def _adds(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operation adds a table of numbers to something, perhaps after taking a part of it."""
+    value, name = node.meta.get("val"), str(user.target)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if name.startswith(_RESTATED):
+        return user.args[0] is node and bool(user.users) and all(_adds(after, user) for after in user.users)
+    return name == "aten.add.Tensor" or (name == "aten.add_.Tensor" and user.args[0] is not node)
 
 
 @dataclass(frozen=True)
@@ -41,7 +74,7 @@ class Program:
             modules that the operation ran in (``nn_module_stack``).
         parameters: the parameter or buffer that each placeholder stands for. Placeholders that are not listed are
             inputs, constants, and buffers that are not saved with the model (masks, rotary frequencies), but for
-            those of :func:`filters_channels`.
+            those of :func:`loses_channels`.
             Their ``node.meta`` also holds the ``whole numbers`` in short constants and buffers, which may be indices.
         macs: multiply-accumulates of the pass; None where it was not run with real tensors.
         notes: what the user should know about the pass.

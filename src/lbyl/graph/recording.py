@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lbyl.graph.program import Program, filters_channels, remember
+from lbyl.graph.program import Program, loses_channels, remember
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
 from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
@@ -126,8 +126,8 @@ class _Recorder(OperatorInterceptor):
             )
         elif idle:
             notes += (f"{idle}: in training, say, or with other inputs",)
-        filters = {node: name for node, name in self._unsaved.items() if filters_channels(node)}
-        return Program(self._graph, {**self._parameters, **filters}, counter.total, notes)
+        cut = {node: name for node, name in self._unsaved.items() if loses_channels(node)}
+        return Program(self._graph, {**self._parameters, **cut}, counter.total, notes)
 
     def _idle(self) -> str:
         """What to say of layers and parameters that this run did not use; "" if there are none."""

@@ -13,7 +13,7 @@ from torch import nn
 from lbyl.graph import Graph
 from lbyl.graph.submodules import joined
 from lbyl.io.report.format import shown
-from lbyl.pipeline.prepare import plain_module, trace_model
+from lbyl.pipeline.prepare import check_widths, plain_module, trace_model
 from lbyl.pipeline.result import Inputs
 from lbyl.runtime.contexts import alone, own_settings
 from lbyl.runtime.inputs import ExampleInputs
@@ -100,6 +100,7 @@ def inspect(
         TraceError: ``torch.export`` can't trace the model on them.
     """
     model = plain_module(model)
+    check_widths(model)
     with deep_calls(model), alone(model):
         found = trace_model(model, ExampleInputs.of(example_inputs), strict, submodule)
     if found.graph is not None:

@@ -320,13 +320,19 @@ def _uncuttable(module: nn.Module) -> str:
 _QUANTIZED = ("torch.ao.quantization", "torch.ao.nn.qat", "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.q")
 
 
-def check_weights(model: nn.Module) -> None:
-    """Raise InputError for weights and statistics that are not finite or too large, and for negative variances."""
-    buffers = dict(model.named_buffers())
+def check_widths(model: nn.Module) -> None:
+    """Raise InputError for a layer without inputs or outputs."""
     for name, tensor in tensors_of(model).items():
         is_weight = isinstance(tensor, nn.Parameter) and name.rpartition(".")[2] == "weight"
         if is_weight and tensor.dim() > 1 and not tensor.numel():
             raise InputError(f"{name} is {shape_and_dtype(tensor)}: there is nothing to cut in a width of zero")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise InputError for weights and statistics that are not finite or too large, and for negative variances."""
+    check_widths(model)
+    buffers = dict(model.named_buffers())
+    for name, tensor in tensors_of(model).items():
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device, where it has no values; {_how_to_load(model)}")
         if tensor.is_floating_point() and tensor.numel():

@@ -178,9 +178,16 @@ class Plan:
         )
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ArtifactError unless ``model`` has the unpruned shapes that the plan was made for."""
-        found = architecture_of(model)
+        """Raise ArtifactError unless ``model`` has the unpruned shapes that the plan was made for.
+
+        Buffers that are not saved, and that the plan does not cut, may be missing or different: some modules make them
+        when they first run, for the inputs that they then see.
+        """
+        found, cut = architecture_of(model), {cut.parameter for cut in self.cuts}
+        free = _unsaved(model) - cut
         for name, shape in self.architecture.items():
+            if name in free:
+                continue
             if name not in found:
                 raise ArtifactError(
                     f"the plan is for another architecture: {type(model).__name__} has no {name!r}; "
@@ -192,7 +199,7 @@ class Plan:
                     f"{type(model).__name__}, the plan expects {'x'.join(map(str, shape))}; "
                     "pass a fresh, unpruned instance"
                 )
-        extra = sorted(found.keys() - self.architecture.keys())
+        extra = sorted(found.keys() - self.architecture.keys() - free)
         if extra:
             raise ArtifactError(f"the plan is for another architecture: it does not know {extra[0]!r}")
 
@@ -301,6 +308,15 @@ def remembered(model: nn.Module) -> Plan | None:
     if known is None or known.architecture != architecture_of(model):
         return None
     return dataclasses.replace(known.plan, trained=known.plan.trained or known.is_changed(model))
+
+
+def _unsaved(model: nn.Module) -> set[str]:
+    """The names of buffers that are not saved with the model, also of those that do not exist yet."""
+    return {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
 
 
 def architecture_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
