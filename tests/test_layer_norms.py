@@ -603,3 +603,50 @@ def test_a_stream_is_cut_with_the_heads_that_its_width_is_divided_into(biased: b
     assert report.verified < 1e-9
     computed = [x for x in runs if x.dtype is torch.float64 and not x.is_meta]
     assert 0 < len(computed) < 10  # shapes find them, and few networks are compared: without them it takes 36 runs
+
+
+class Modulated(nn.Module):
+    """A stream under a norm without a weight, as in diffusion transformers: shift and scale are computed."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.condition, self.norm = nn.Linear(6, 12), nn.Linear(6, 24), norm
+        self.inner, self.last = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift, scale = self.condition(x).chunk(2, -1)
+        x = self.first(x)
+        return self.last(x + self.inner(self.norm(x) * (1 + scale) + shift).tanh())
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm(12, elementwise_affine=False),
+        nn.RMSNorm(12, elementwise_affine=False),
+        lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6),
+    ],
+    ids=["layer norm", "RMS norm", "function"],
+)
+def test_norms_without_a_weight_are_taken_over_the_kept(norm: Any) -> None:
+    net, x = Modulated(norm).eval(), torch.randn(2, 5, 6)
+    result = lbyl.compress(net, x, ratio=0.5, scope="all", restore="prune", strict=True, forecast=False)
+    assert result.model.first.out_features == result.model.last.in_features == 6
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-9
+    kept = list(next(group.keep for group in result.plan.groups if group.name == "condition"))
+    with torch.no_grad():
+        stream, (shift, scale) = net.first(x)[..., kept], net.condition(x).chunk(2, -1)
+        normed = F.rms_norm(stream, (6,)) if isinstance(norm, nn.RMSNorm) else F.layer_norm(stream, (6,), eps=1e-6)
+        seen = normed * (1 + scale[..., kept]) + shift[..., kept]
+        inner = torch.tanh(seen @ net.inner.weight[kept][:, kept].T + net.inner.bias[kept])
+        expected = (stream + inner) @ net.last.weight[:, kept].T + net.last.bias
+    torch.testing.assert_close(result.model(x), expected, rtol=1e-4, atol=1e-4)
+    assert lbyl.inspect(net, x).graph.groups[0].excluded_from_inner is not None
+
+
+def test_a_norm_with_a_spelled_out_width_is_found_by_verification() -> None:
+    net, x = Modulated(lambda x: F.layer_norm(x, (12,))).eval(), torch.randn(2, 5, 6)
+    with pytest.raises(lbyl.VerificationError, match=r"normalized_shape=\[12\]"):
+        lbyl.compress(net, x, ratio=0.5, scope="all", restore="prune", forecast=False)

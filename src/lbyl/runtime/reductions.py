@@ -2,7 +2,8 @@
 
 Examples are a layer norm or a pixel norm written by hand, a normalization over channels, and the mean and maximum of
 spatial attention. Zeros at dropped channels would change a mean or a maximum. So the masked network, which a cut
-network is compared with, leaves them out, as the cut network does.
+network is compared with, leaves them out, as the cut network does. Layer norms and RMS norms without a weight are among
+them; their outputs are zero at dropped channels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
@@ -34,6 +36,10 @@ class Reduction:
     op: str
     call: int
     dim: int
+
+
+_NORMS = ("layer_norm", "rms_norm")
+"""Operations that return all that they normalize."""
 
 
 def aten_name(func: Any) -> str:
@@ -83,5 +89,9 @@ class _Reductions(OperatorInterceptor):
                 mask = self.kept.get(Reduction(*place, number, dim))
                 if mask is not None and mask.numel() == args[0].shape[dim]:
                     stay = mask.nonzero().flatten().to(args[0].device)
-                    return func(args[0].index_select(dim, stay), *args[1:], **kwargs)
+                    part = args[0].index_select(dim, stay)
+                    if name in _NORMS:
+                        whole = torch.zeros_like(args[0])
+                        return whole.index_copy_(dim, stay, func(part, [len(stay)], *args[2:], **kwargs))
+                    return func(part, *args[1:], **kwargs)
         return func(*args, **kwargs)

@@ -10,6 +10,7 @@ from lbyl.graph.builder import AverageRecord, Builder, ParameterRef, layer_name
 from lbyl.graph.rules import rule
 from lbyl.graph.types import LayerNorm, Norm
 from lbyl.graph.union_find import small
+from lbyl.runtime.reductions import aten_name
 
 
 @rule("batch_norm")
@@ -54,6 +55,8 @@ def layer_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     x = _learned(builder, args[0])
     weight, bias = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias")))
     ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
+    if ids is not None and weight is None and bias is None:
+        return _without_weight(builder, node, x, ids)
     if ids is None or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
         return _fixed(builder, node, args)
     for tensor in (weight, bias):
@@ -73,12 +76,22 @@ def rms_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     """
     x, (weight, eps) = _learned(builder, args[0]), (args[i] if len(args) > i else None for i in (2, 3))
     ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
+    if ids is not None and weight is None:
+        return _without_weight(builder, node, x, ids)
     if ids is None or not isinstance(weight, ParameterRef):
         return _fixed(builder, node, args)
     builder.slot(weight.name, 0, ids, "carrier")
     builder.averages.append(AverageRecord(ids, layer_name(node), eps if eps is None else float(eps), weight.name, 0.5))
     builder.shaped(x, node)
     builder.step(ids, "rms_norm", layer_name(node), parametric=True)
+    return x
+
+
+def _without_weight(builder: Builder, node: fx.Node, x: Tensor, ids: Tensor) -> Tensor:
+    """A norm without a weight, by whose name it could be known: see `lbyl.runtime.reductions`."""
+    builder.statistics[builder.reduction(node, x.dim() - 1)] = ids
+    builder.shaped(x, node)
+    builder.step(ids, aten_name(node.target), layer_name(node), parametric=True)
     return x
 
 
