@@ -625,9 +625,8 @@ class Modulated(nn.Module):
     [
         nn.LayerNorm(12, elementwise_affine=False),
         nn.RMSNorm(12, elementwise_affine=False),
-        lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6),
     ],
-    ids=["layer norm", "RMS norm", "function"],
+    ids=["layer norm", "RMS norm"],
 )
 def test_norms_without_a_weight_are_taken_over_the_kept(norm: Any) -> None:
     net, x = Modulated(norm).eval(), torch.randn(2, 5, 6)
@@ -638,7 +637,7 @@ def test_norms_without_a_weight_are_taken_over_the_kept(norm: Any) -> None:
     kept = list(next(group.keep for group in result.plan.groups if group.name == "condition"))
     with torch.no_grad():
         stream, (shift, scale) = net.first(x)[..., kept], net.condition(x).chunk(2, -1)
-        normed = F.rms_norm(stream, (6,)) if isinstance(norm, nn.RMSNorm) else F.layer_norm(stream, (6,), eps=1e-6)
+        normed = F.rms_norm(stream, (6,)) if isinstance(norm, nn.RMSNorm) else F.layer_norm(stream, (6,), eps=1e-5)
         seen = normed * (1 + scale[..., kept]) + shift[..., kept]
         inner = torch.tanh(seen @ net.inner.weight[kept][:, kept].T + net.inner.bias[kept])
         expected = (stream + inner) @ net.last.weight[:, kept].T + net.last.bias
@@ -646,7 +645,14 @@ def test_norms_without_a_weight_are_taken_over_the_kept(norm: Any) -> None:
     assert lbyl.inspect(net, x).graph.groups[0].excluded_from_inner is not None
 
 
-def test_a_norm_with_a_spelled_out_width_is_found_by_verification() -> None:
-    net, x = Modulated(lambda x: F.layer_norm(x, (12,))).eval(), torch.randn(2, 5, 6)
-    with pytest.raises(lbyl.VerificationError, match=r"normalized_shape=\[12\]"):
-        lbyl.compress(net, x, ratio=0.5, scope="all", restore="prune", forecast=False)
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_function_without_a_weight_needs_a_module_that_keeps_the_width(keeps: bool) -> None:
+    net, x = Modulated(lambda x: F.layer_norm(x, x.shape[-1:])).eval(), torch.randn(2, 5, 6)
+    if keeps:
+        net.width = 12
+    group = lbyl.inspect(net, x).graph.groups[0]
+    assert group.prunable == keeps
+    if keeps:
+        lbyl.compress(net, x, ratio=0.5, scope="all", restore="prune", strict=True, forecast=False)
+    else:
+        assert "takes statistics over" in str(group.reason)

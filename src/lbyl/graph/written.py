@@ -27,7 +27,7 @@ def write_back(builder: Builder, env: dict[fx.Node, Any], node: fx.Node) -> None
         env: the shadows of all values that are used later, which are changed.
         node: an operation, whose own result is in ``env``. Nothing happens if it does not write to its first argument.
     """
-    if not _writes(node) or not isinstance(env.get(node), Tensor):
+    if not writes(node) or not isinstance(env.get(node), Tensor):
         return
     target, views = node.args[0], list[fx.Node]()
     while isinstance(target, fx.Node) and target.op == "call_function" and aten_name(target.target) in _VIEWS:
@@ -73,10 +73,10 @@ def settle(builder: Builder) -> None:
 
 def is_written(node: fx.Node) -> bool:
     """Whether a part of a value is only taken to write to it."""
-    return bool(node.users) and all(_writes(user) and user.args[0] is node for user in node.users)
+    return bool(node.users) and all(writes(user) and user.args[0] is node for user in node.users)
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     """Whether an operation writes to its first argument."""
     schema = getattr(node.target, "_schema", None)
     told = schema.arguments[0].alias_info if schema is not None and schema.arguments else None

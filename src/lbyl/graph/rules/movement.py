@@ -14,7 +14,7 @@ from lbyl.graph.rules.elementwise import DRAWN, merge
 from lbyl.graph.rules.experts import is_stacked_weight
 from lbyl.graph.rules.mixing import is_turned_weight
 from lbyl.graph.union_find import NOBODY, compact, small, varies
-from lbyl.graph.written import is_written
+from lbyl.graph.written import is_written, writes
 from lbyl.runtime.reductions import aten_name
 
 
@@ -176,8 +176,10 @@ def pick(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     where = args[2] if len(args) > 2 and isinstance(args[2], int) else None
     stay = x if where is None else _up_to(x, dim, [where])
-    builder.fix(x, [dim], f"one of them is selected by its index in {layer_name(node)!r}", stay)
     picked = node.target(x, *args[1:], **kwargs)
+    # A place that is still empty is filled: of results that are collected one by one, say.
+    if not (is_written(node) and isinstance(picked, Tensor) and bool((small(picked) == NOBODY).all())):
+        builder.fix(x, [dim], f"one of them is selected by its index in {layer_name(node)!r}", stay)
     return [compact(item) for item in picked] if isinstance(picked, (list, tuple)) else compact(picked)
 
 
@@ -366,7 +368,9 @@ def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     found = [d for d in range(rows + 1, len(shape)) if shape[d] > 1 and shape[d] in own]
     made_of = [value for each in (node, *node.users) if isinstance(value := each.meta.get("val"), Tensor)]
     counts = aten_name(node.target) == "arange" or not all(value.is_floating_point() for value in made_of)
-    if counts or not found or any(is_written(user) for user in node.users):
+    # Sums are written to the whole of a value, which is no reason against channels in it.
+    in_parts = any(is_written(user) and not writes(user) for user in node.users)
+    if counts or not found or in_parts:
         return torch.full((), NOBODY, dtype=torch.int64).expand(shape)
     made = builder.spread(builder.ids.fresh(shape[found[0]]), found[0], shape)
     builder.starts.append((made, node))

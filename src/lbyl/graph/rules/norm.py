@@ -55,7 +55,7 @@ def layer_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     x = _learned(builder, args[0])
     weight, bias = (args[i] if len(args) > i else kwargs.get(key) for i, key in ((2, "weight"), (3, "bias")))
     ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
-    if ids is not None and weight is None and bias is None:
+    if ids is not None and weight is None and bias is None and _keeps_width(builder, node, len(ids)):
         return _without_weight(builder, node, x, ids)
     if ids is None or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
         return _fixed(builder, node, args)
@@ -76,7 +76,7 @@ def rms_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     """
     x, (weight, eps) = _learned(builder, args[0]), (args[i] if len(args) > i else None for i in (2, 3))
     ids = builder.channels(x, -1) if isinstance(x, Tensor) and len(args[1]) == 1 else None
-    if ids is not None and weight is None:
+    if ids is not None and weight is None and _keeps_width(builder, node, len(ids)):
         return _without_weight(builder, node, x, ids)
     if ids is None or not isinstance(weight, ParameterRef):
         return _fixed(builder, node, args)
@@ -85,6 +85,13 @@ def rms_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     builder.shaped(x, node)
     builder.step(ids, "rms_norm", layer_name(node), parametric=True)
     return x
+
+
+def _keeps_width(builder: Builder, node: fx.Node, width: int) -> bool:
+    """Whether the module that runs a norm keeps its width, so that a cut can change it; code may spell it out."""
+    kinds = [str(kind) for _, kind in node.meta.get("nn_module_stack", {}).values()]
+    own = bool(kinds) and any(name in kinds[-1] for name in ("LayerNorm", "RMSNorm"))
+    return own or width in builder.numbers.get(layer_name(node), ())
 
 
 def _without_weight(builder: Builder, node: fx.Node, x: Tensor, ids: Tensor) -> Tensor:

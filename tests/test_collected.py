@@ -1,0 +1,95 @@
+"""Results of several layers that the code collects one by one: summed into zeros, or written to places of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lbyl
+
+
+def into_zeros(net: Net, x: Tensor) -> Tensor:
+    out = torch.zeros(x.shape[0], net.width, *x.shape[2:])
+    for layer in net.layers:
+        out += layer(x)
+    return out
+
+
+def onto_zeros(net: Net, x: Tensor) -> Tensor:
+    out = torch.zeros(x.shape[0], net.width, *x.shape[2:])
+    for layer in net.layers:
+        out = out + layer(x)
+    return out
+
+
+def like_the_first(net: Net, x: Tensor) -> Tensor:
+    out = torch.zeros_like(net.layers[0](x))
+    for layer in net.layers:
+        out += layer(x)
+    return out
+
+
+def onto_nothing(net: Net, x: Tensor) -> Tensor:
+    out = None
+    for layer in net.layers:
+        out = layer(x) if out is None else out + layer(x)
+    assert out is not None
+    return out
+
+
+def rows_first(net: Net, x: Tensor) -> Tensor:
+    out = torch.empty(len(net.layers), x.shape[0], net.width, *x.shape[2:])
+    for place, layer in enumerate(net.layers):
+        out[place] = layer(x)
+    return out.sum(0)
+
+
+def beside_each_other(net: Net, x: Tensor) -> Tensor:
+    out = torch.zeros(x.shape[0], len(net.layers), net.width, *x.shape[2:])
+    for place, layer in enumerate(net.layers):
+        out[:, place] = layer(x)
+    return out.amax(1)
+
+
+class Net(nn.Module):
+    def __init__(self, collect: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.collect, self.width = collect, 12
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(12, 2, 1)
+        self.layers = nn.ModuleList([nn.Conv2d(8, 12, 3, padding=1) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.collect(self, self.first(x).relu()).relu())
+
+
+@pytest.mark.parametrize(
+    "collect", [into_zeros, onto_zeros, like_the_first, onto_nothing, rows_first, beside_each_other]
+)
+def test_layers_whose_results_are_collected_are_cut_together(collect: Callable[[Net, Tensor], Tensor]) -> None:
+    net, x = Net(collect).eval(), torch.randn(2, 3, 8, 8)
+    result = lbyl.compress(net, x, ratio=0.25, scope="all", restore="prune", strict=True, forecast=False)
+    assert [(row.group, row.after) for row in result.report.rows] == [("first", 6), ("layers.0", 9)]
+    assert [layer.out_channels for layer in result.model.layers] == [9, 9, 9]
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-6
+    assert result.model(torch.randn(5, 3, 12, 12)).shape == (5, 2, 10, 10)
+
+
+def test_a_channel_that_is_written_by_its_index_stays_where_it_is() -> None:
+    class Marked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x[:, 3] = 1.0
+            return self.last(x)
+
+    found = lbyl.inspect(Marked().eval(), torch.randn(2, 6)).graph.groups[0]
+    assert "selected by its index" in str(found.reason)
