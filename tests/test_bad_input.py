@@ -475,6 +475,7 @@ PYTHON = [
     load("a module that is not there", attribute(module="nobody"), "nobody"),
     load("a layer in place of the model", plan(folds=[{"module": "", "op": "linear", "arguments": {}}]), "linear"),
     load("a layer of no kind", plan(folds=[{"module": "0", "op": "system", "arguments": {}}]), "system"),
+    load("a layer that computes nothing", plan(folds=[{"module": "0", "op": "itself", "arguments": {}}]), "computes"),
     load(
         "a layer that fills the memory",
         plan(folds=[{"module": "0", "op": "linear", "arguments": {"in_features": 10**9, "out_features": 10**9}}]),

@@ -377,6 +377,53 @@ def test_a_number_of_steps_that_equals_a_width_stays(steps: int) -> None:
     assert smaller(torch.randn(2, 4, 30)).shape == net(torch.randn(2, 4, 30)).shape
 
 
+class Parts(nn.Module):
+    """A gate that is the second half of a layer's channels, told apart by a number that the module keeps."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.n = how, 16
+        self.a, self.b = nn.Linear(8, 2 * self.n), nn.Linear(self.n, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, n = self.a(x), self.n
+        if self.how == "ellipsis":
+            return self.b(x[..., :n] * x[..., n:].sigmoid())
+        if self.how == "axes":
+            return self.b(x[:, :, :n] * x[:, None, :, -n:].sigmoid().squeeze(1))
+        if self.how == "first axis":
+            x = x.movedim(-1, 0)
+            return self.b((x[:n] * x[n:].sigmoid()).movedim(0, -1))
+        return self.b(x.narrow(-1, 0, n) * torch.narrow(x, dim=2, start=n, length=n).sigmoid())
+
+
+@pytest.mark.parametrize("how", ["ellipsis", "axes", "first axis", "narrow"])
+def test_a_range_of_channels_is_as_wide_as_what_is_left_of_them(how: str) -> None:
+    result = lbyl.compress(Parts(how).eval(), images(2, 5, 8), ratio=0.25, restore="prune", forecast=False)
+    assert [row.group for row in result.report.rows] == ["a"]
+    assert (result.model.n, result.model.b.in_features) == (12, 12)
+
+
+class Directions(nn.Module):
+    """A recurrent layer whose two directions the code adds, as a speech recognizer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.n, self.rnn = 16, nn.RNN(8, 16, bidirectional=True, batch_first=True)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.rnn(x)
+        return self.out(x[:, :, : self.n] + x[:, :, self.n :])
+
+
+def test_two_directions_that_the_code_adds_are_cut() -> None:
+    result = lbyl.compress(Directions().eval(), images(2, 5, 8), ratio=0.25, restore="prune", forecast=False)
+    assert (result.model.n, result.model.rnn.hidden_size) == (12, 12)
+
+
 class Padded(nn.Module):
     """PyTorch's own encoder, on texts with pads."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -331,6 +332,28 @@ def test_transposed_convolutions(dims: int) -> None:
     assert result.model.depthwise.groups == 3  # pyright: ignore
 
 
+class Unpooling(nn.Module):
+    """Values go back to the places that a pooling layer has found, as in SegNet."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.a, self.b, self.c = conv(3, 8, 3, padding=1), conv(8, 8, 3, padding=1), conv(8, 2, 3, padding=1)
+        self.pool = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[dims - 1](2, return_indices=True)
+        self.unpool = (nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d)[dims - 1](2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, places = self.pool(self.a(x).relu())
+        return self.c(self.unpool(self.b(x).relu(), places))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_values_and_the_places_that_they_go_back_to_are_cut_together(dims: int) -> None:
+    result = cut(settle(Unpooling(dims)), images(2, 3, *[8] * dims))
+    assert widths(result) == {"a": (8, 4)}
+    assert (result.model.a.out_channels, result.model.b.out_channels) == (4, 4)  # pyright: ignore
+
+
 def test_channels_that_become_space_go_together() -> None:
     model = settle(nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.Flatten()))
     result = cut(model, images(2, 3, 3, 3))
@@ -530,6 +553,84 @@ def test_computed_weights_become_plain_ones(how: str, tmp_path) -> None:
     assert set(model.state_dict()) == names  # the user's own stays what it was
     result.save(tmp_path / "out")
     assert torch.equal(lbyl.load(tmp_path / "out", make())(x), result.model(x))
+
+
+def old(norm: Any) -> Any:
+    """A norm of an earlier PyTorch, which computes the weight in a hook."""
+
+    def apply(layer: nn.Module) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return norm(layer)
+
+    return apply
+
+
+NORMS: dict[str, Any] = {
+    "weight": nn.utils.parametrizations.weight_norm,
+    "spectral": nn.utils.parametrizations.spectral_norm,
+    "old weight": old(nn.utils.weight_norm),
+    "old spectral": old(nn.utils.spectral_norm),
+}
+
+
+class Causal(nn.Conv1d):
+    """Pads by itself, as convolutions of networks for sequences do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (2, 0)))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_layers_whose_weight_pytorch_computes_keep_their_own_forward(norm: str, tmp_path) -> None:
+    def make() -> nn.Module:
+        up = NORMS[norm](nn.ConvTranspose1d(8, 6, 4, 2, 1))
+        layers = (NORMS[norm](Causal(3, 8, 3)), nn.ReLU(), up, nn.ReLU(), NORMS[norm](Causal(6, 8, 3)), nn.ReLU())
+        return settle(nn.Sequential(*layers, nn.Conv1d(8, 3, 1)))
+
+    model, x = make(), images(2, 3, 8)
+    expected = model(x)
+    result = cut(model, x)
+    assert widths(result) == {"0": (8, 4), "2": (6, 3), "4": (8, 4)}
+    assert type(result.model[0]) is Causal  # pyright: ignore
+    assert (result.model[2].in_channels, result.model[2].out_channels) == (4, 3)  # pyright: ignore
+    assert torch.equal(model(x), expected)  # the user's own still computes its weights
+    result.save(tmp_path / "out")
+    assert torch.equal(lbyl.load(tmp_path / "out", make())(x), result.model(x))
+    with pytest.raises(lbyl.ArtifactError):
+        lbyl.load(tmp_path / "out", settle(nn.Sequential(*(nn.Conv1d(3, 3, 1) for _ in range(7)))))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_transposed_convolutions_that_compute_their_weight_become_plain_ones(dims: int) -> None:
+    conv, up = ((nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))[
+        dims - 1
+    ]
+
+    class Scaled(up):
+        def forward(self, input: Tensor) -> Tensor:  # pyright: ignore
+            function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+            weight = self.weight / self.weight.norm()
+            return function(input, weight, self.bias, self.stride, self.padding, self.output_padding, dilation=2)
+
+    net = nn.Sequential(conv(3, 8, 1), nn.ReLU(), Scaled(8, 6, 3, 2, 1, 1), nn.ReLU(), conv(6, 2, 1))
+    x = images(2, 3, *[5] * dims)
+    result = lbyl.compress(settle(net), x, ratio=0.5, restore="prune", forecast=False)
+    assert widths(result) == {"0": (8, 4), "2": (6, 3)}
+    assert type(result.model[2]) is up  # pyright: ignore
+    assert result.model(x).shape == net(x).shape
+
+
+def test_layers_whose_weight_stays_computed_are_named_with_the_reason() -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.conv2d(F.pad(input, (1, 1, 1, 1)), self.weight / self.weight.norm(), self.bias)
+
+    net = settle(nn.Sequential(Padded(3, 8, 3), nn.ReLU(), Padded(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1)))
+    found = reasons(net, images(2, 3, 6, 6))
+    assert {name: found[name] for name in ("0", "2")} == {
+        name: f"conv2d in '{name}' with a weight that the model computes" for name in ("0", "2")
+    }
 
 
 def test_folding_alone_changes_nothing() -> None:

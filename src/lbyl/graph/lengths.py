@@ -1,7 +1,7 @@
 """Finds numbers of modules that say how much of something to take: a number of steps, and not how wide a layer is.
 
 A network may keep the last 64 steps of a sequence and also have layers of 64 channels. If these get narrower, the
-number of steps must not.
+number of steps must not. A range of the channels themselves is as wide as what is left of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lbyl.graph.types import Size
 from lbyl.runtime.contexts import plain_attention, undisturbed
 from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs
@@ -27,8 +28,11 @@ _TAKING = frozenset({
 })  # fmt: skip
 """Functions whose numbers say what to take of something."""
 
+_INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+_NARROWING = (torch.Tensor.narrow, torch.narrow)
 
-def find_lengths(model: nn.Module, inputs: ExampleInputs, sizes: Collection[tuple[str, int]]) -> frozenset[Name]:
+
+def find_lengths(model: nn.Module, inputs: ExampleInputs, sizes: Collection[Size]) -> frozenset[Name]:
     """Attributes of modules that only say how much to take, on the example inputs.
 
     The model runs once with numbers that remember whose they are.
@@ -36,20 +40,22 @@ def find_lengths(model: nn.Module, inputs: ExampleInputs, sizes: Collection[tupl
     Args:
         model: the network; it is not changed.
         inputs: the example inputs.
-        sizes: paths of modules with the sizes that they spell out; only attributes with these values are looked at.
+        sizes: the sizes that modules spell out, and the axes that channels run along; only attributes of these modules
+            with these values are looked at.
     """
+    spelled = {(size.module, size.value) for size in sizes}
     found = [
         (path, name, value)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
-        if type(value) is int and (path, value) in sizes
+        if type(value) is int and (path, value) in spelled
     ]
     if not found:
         return frozenset()
     copy = sharing_copy(model)
     for path, name, value in found:
         vars(copy.get_submodule(path))[name] = _Marked(value, frozenset({(path, name)}))
-    uses = _Uses()
+    uses = _Uses(sizes)
     try:
         with torch.no_grad(), undisturbed(copy), plain_attention(), uses:
             inputs.cloned().call(copy)
@@ -98,19 +104,58 @@ class _Marked(int):
 
 
 class _Uses(FunctionInterceptor):
-    """Notes which marked numbers are given to functions that take something, and which to all others."""
+    """Notes which marked numbers are given to functions that take something, and which to all others.
 
-    def __init__(self) -> None:
+    A bound along an axis that channels run along is no number of steps.
+    """
+
+    def __init__(self, sizes: Collection[Size]) -> None:
         super().__init__()
         self.taken: set[Name] = set()
         self.wide: set[Name] = set()
+        self._channels = {(size.module, size.value, size.axis, size.rank) for size in sizes}
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note the marks in the arguments, and make the call."""
-        seen = self.taken if func in _TAKING else self.wide
-        for mark in _marks((args, kwargs)):
-            seen |= mark.tags
+        for axis, given in _by_axis(func, args, kwargs):
+            for mark in _marks(given):
+                for tag in mark.tags:
+                    along = axis is not None and self._carries(tag[0], args[0], axis)
+                    (self.wide if along or func not in _TAKING else self.taken).add(tag)
         return func(*args, **kwargs)
+
+    def _carries(self, module: str, value: torch.Tensor, axis: int) -> bool:
+        """Whether channels run along an axis of a value, of which the module takes a part."""
+        axis %= value.dim()
+        return (module, value.shape[axis], axis, value.dim()) in self._channels
+
+
+def _by_axis(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[int | None, Any]]:
+    """The arguments of a call, with the axis of the first one that each says something of; None where it is open."""
+    if func in _INDEXING:
+        yield from _items(args[1], args[0].dim())
+        yield None, args[2:]
+    elif func in _NARROWING and args:
+        given = dict(zip(("dim", "start", "length"), args[1:], strict=False)) | kwargs
+        yield given.pop("dim"), given
+    else:
+        yield None, (args, kwargs)
+
+
+def _items(index: Any, rank: int) -> Iterator[tuple[int, Any]]:
+    """The items of an index into a value with so many axes, and the axis that each is for."""
+    items = index if isinstance(index, tuple) else (index,)
+    axis, left = 0, rank - sum(map(_spanned, items))
+    for item in items:
+        yield axis, item
+        axis += left if item is Ellipsis else _spanned(item)
+
+
+def _spanned(item: Any) -> int:
+    """How many axes one item of an index is for."""
+    if isinstance(item, torch.Tensor) and item.dtype in (torch.bool, torch.uint8):
+        return item.dim()
+    return 0 if item is None or item is Ellipsis or isinstance(item, bool) else 1
 
 
 def _marks(value: Any) -> Iterator[_Marked]:

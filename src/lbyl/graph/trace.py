@@ -57,7 +57,7 @@ def trace(model: nn.Module, inputs: ExampleInputs, follow: bool = True) -> Graph
         program = _exported(model, inputs) if follow else export(model, inputs)
     with uncollected():
         graph = graph_of(model, program)
-        return replace(graph, lengths=find_lengths(model, inputs, {(size.module, size.value) for size in graph.sizes}))
+        return replace(graph, lengths=find_lengths(model, inputs, graph.sizes))
 
 
 def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:

@@ -16,6 +16,7 @@ from lbyl.errors import SurgeryError
 from lbyl.graph import Graph, Size
 from lbyl.graph.channel_means import attributes_with
 from lbyl.selection.select import Selection
+from lbyl.surgery.rearranging import is_rearranging, set_length, shrinking_lengths
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Attribute:
     """The change of a number that a module stores, or of one item in a list of numbers.
 
     Whole numbers are widths, and other numbers are constants that a module adds to a mean over channels. A name with a
-    dot refers to a number in an object of the module, such as ``config.num_attention_heads``; the module gets its own
-    copy of that object.
+    dot refers to a number in an object of the module, such as ``config.num_attention_heads``, or in a dictionary of a
+    module that rearranges axes, such as ``axes_lengths.h``; the module gets its own copy of that object.
     """
 
     module: str
@@ -67,6 +68,9 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
         axes = getattr(module, "size_axes", None)
         if axes is not None:
             found += _along_axes(path, module, axes, [size for size in graph.sizes if size.module == path], gone)
+            continue
+        if is_rearranging(module):
+            found += _in_pattern(path, module, [size for size in graph.sizes if size.module == path], gone)
             continue
         candidates: dict[int, list[tuple[str, int | None]]] = defaultdict(list)
         for name, value in vars(module).items():
@@ -134,6 +138,9 @@ def _read_from_configuration(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 def attribute_of(module: nn.Module, name: str) -> Any:
     """The value of a module's attribute, or of an attribute of its attribute; None if there is none."""
+    holder, _, inner = name.rpartition(".")
+    if holder == _LENGTHS and is_rearranging(module):
+        return vars(module)[_LENGTHS].get(inner)
     value: Any = module
     for part in name.split("."):
         value = getattr(value, "__dict__", {}).get(part)
@@ -146,9 +153,24 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> None:
     if not holder:
         setattr(module, name, value)
         return
+    if holder == _LENGTHS and is_rearranging(module):
+        set_length(module, inner, value)
+        return
     own = copy.copy(getattr(module, holder))
     setattr(own, inner, value)
     setattr(module, holder, own)
+
+
+_LENGTHS = "axes_lengths"
+"""The attribute in which a module that rearranges axes keeps the lengths of some of them, by name."""
+
+
+def _in_pattern(
+    path: str, module: Any, sizes: Sequence[Size], gone: Collection[tuple[int, int]]
+) -> Iterator[Attribute]:
+    """The lengths of axes that a module keeps which rearranges them by a pattern."""
+    for name, old, new in shrinking_lengths(module, sizes, gone):
+        yield Attribute(path, f"{_LENGTHS}.{name}", None, old, new)
 
 
 def _along_axes(

@@ -77,8 +77,7 @@ def linear(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
         builder.pin(small(own).reshape(-1), f"{x.name} is a parameter that {layer_name(node)!r} takes as its input")
         x = torch.full((), NOBODY).expand(x.shape)
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
-        builder.computed.append(layer_name(node))
-        return builder.barrier(node, args, f"linear in {layer_name(node)!r} with a weight that the model computes")
+        return _with_computed_weight(builder, node, args, -1)
     if isinstance(bias, Tensor):
         # A bias computed from parameters (Swin V2 zeroes a part of it) is treated as a value added to the output.
         out = mix(builder, node, x, weight, None)
@@ -128,7 +127,7 @@ def transposed(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: d
     blocks = _argument(args, kwargs, 6, "groups", 1)
     op = str(node.target).split(".")[1]
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
-        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a weight that the model computes")
+        return _with_computed_weight(builder, node, args, 1 - len(weight.shape), dim=1, blocks=blocks)
     ids = builder.gather(x, x.dim() - len(weight.shape) + 1)
     if ids is None:
         return builder.barrier(node, args, f"{op} in {layer_name(node)!r} on mixed axes")
@@ -190,8 +189,7 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     if isinstance(x, Tensor) and isinstance(weight, Tensor) and 1 < blocks == weight.shape[0] and bias is None:
         return _computed_depthwise(builder, node, x, weight)
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef) or not isinstance(bias, ParameterRef | None):
-        builder.computed.append(layer_name(node))
-        return builder.barrier(node, args, f"{op} in {layer_name(node)!r} with a weight that the model computes")
+        return _with_computed_weight(builder, node, args, 1 - len(weight.shape))
     axis = x.dim() - len(weight.shape) + 1
     layer, bias_name, shape = _layer(node, weight), bias.name if bias else None, output_shape(node)
     ids = builder.gather(x, axis)
@@ -226,6 +224,39 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     if blocks > 1:
         builder.equal += [(ids, blocks), (out, blocks)]
     return builder.spread(out, axis, shape)
+
+
+def _with_computed_weight(
+    builder: Builder, node: fx.Node, args: tuple[Any, ...], axis: int, dim: int = 0, blocks: int = 1
+) -> Any:
+    """A layer whose weight the model computes: what it makes can't be cut, and is named after that layer.
+
+    ``axis`` is the axis of its channels, and ``dim`` the dimension of the weight that holds them.
+    """
+    where, op, weight = layer_name(node), str(node.target).split(".")[1], args[1]
+    why = f"{op} in {where!r} with a weight that the model computes"
+    builder.computed.append(where)
+    nobody = builder.barrier(node, args, why)
+    name = weight.name if isinstance(weight, ParameterRef) else _computed_from(builder, node.args[1])
+    if name is None or len(weight.shape) < 2 or (name, dim) in builder.slots:
+        return nobody
+    out = builder.produce(node, where, name, None, weight.shape[dim] * blocks, dim, blocks)
+    builder.pure.pop(node, None)  # its filters are not what is stored
+    builder.pin(out, why)
+    return builder.spread(out, axis, output_shape(node))
+
+
+def _computed_from(builder: Builder, weight: Any) -> str | None:
+    """The parameter of a weight's own shape that it is computed from, and from no input of the network."""
+    if not isinstance(weight, fx.Node) or builder.origins.get(weight):
+        return None
+    shape, found = weight.meta["val"].shape, {weight: None}
+    for node in (queue := [weight]):
+        if node in builder.parameters and node.meta["val"].shape == shape:
+            return builder.parameters[node]
+        queue += [source for source in node.all_input_nodes if source not in found]
+        found |= dict.fromkeys(node.all_input_nodes)
+    return None
 
 
 def _computed_depthwise(builder: Builder, node: fx.Node, x: Tensor, weight: Tensor) -> Any:

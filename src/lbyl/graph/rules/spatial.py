@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from lbyl.graph import channel_means as averages
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like, output_shape
 from lbyl.graph.rules import rule
-from lbyl.graph.rules.elementwise import combine
+from lbyl.graph.rules.elementwise import combine, merge
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 
 _POOLS = [
@@ -61,6 +61,16 @@ def _results(node: fx.Node, x: Tensor) -> Any:
     if isinstance(val, Tensor):
         return x.expand(val.shape) if val.dim() == x.dim() else x.reshape(val.shape)
     return [x.expand(item.shape) if item.dim() == x.dim() else x.reshape(item.shape) for item in val]
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The reverse of max pooling: the values of each channel go to the places that the same channel's indices name."""
+    name, (x, places) = str(node.target).split(".")[1], map(builder.shadow, args[:2])
+    if x is None or places is None:
+        return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
+    both = merge(builder, name, layer_name(node), x, places, tuple(x.shape))
+    return _each_alone(builder, node, both, range(-int(name[-2]), 0))
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
