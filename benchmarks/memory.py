@@ -12,8 +12,10 @@ and the peak counts the model itself; the bound is 1.5 times the model.
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -68,17 +70,19 @@ def write(folder: Path, size: str, layers: int | None, vocabulary: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def compress_in_memory(folder: Path, batches: list[dict[str, Any]]) -> lbyl.Report:
-    """Compress a model that is in memory, in its place."""
+def loaded(folder: Path) -> Any:
+    """A model in memory of its own: what transformers loads lies in the files until it is used."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    told = lambda *words: print(*words, flush=True)  # noqa: E731
-    return lbyl.compress_in_place(model, ratio=NEURONS, data=batches, progress=told).report
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def measure(folder: Path, target: Path | None, sequences: int, length: int, vocabulary: int) -> dict[str, Any]:
-    """Compress one folder in this process, into another or without one in memory."""
+    """Compress one folder in this process, into another, or its model in place if there is none."""
     import transformers  # noqa: F401
 
     generator = torch.Generator().manual_seed(1)
@@ -89,16 +93,20 @@ def measure(folder: Path, target: Path | None, sequences: int, length: int, voca
     lbyl.compress_folder(tiny, tiny.with_name("warm-cut"), ratio=RATIO, data=[{"input_ids": tokens[:4] % SMALL}] * 2)
     for used in (tiny, tiny.with_name("warm-cut")):
         shutil.rmtree(used)
+    model = loaded(folder) if target is None else None
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20 if model is not None else 0
+    gc.collect()
     peak, started = PeakMemory(), time.perf_counter()
     peak.start()
     batches = [{"input_ids": part} for part in tokens.split(4)]
+    told = lambda *words: print(*words, file=sys.stderr, flush=True)  # noqa: E731
     if target is None:
-        report = compress_in_memory(folder, batches)
+        report = lbyl.compress_in_place(model, ratio=NEURONS, data=batches, progress=told).report
     else:
-        told = lambda *words: print(*words, flush=True)  # noqa: E731
         report = lbyl.compress_folder(folder, target, ratio=NEURONS, data=batches, progress=told).report
+    rise = peak.mebibytes()
     return {
-        "peak_mib": peak.mebibytes(),
+        "peak_mib": None if rise is None else round(held + rise, 1),
         "seconds": round(time.perf_counter() - started, 1),  # of the last run only, if others were stopped before
         "before": report.parameters[0],
         "after": report.parameters[1],
