@@ -100,9 +100,10 @@ def measure(folder: Path, target: Path | None, sequences: int, length: int, voca
     peak.start()
     batches = [{"input_ids": part} for part in tokens.split(4)]
     told = lambda *words: print(*words, file=sys.stderr, flush=True)  # noqa: E731
-    if target is None:
+    if model is not None:
         report = lbyl.compress_in_place(model, ratio=NEURONS, data=batches, progress=told).report
     else:
+        assert target is not None
         report = lbyl.compress_folder(folder, target, ratio=NEURONS, data=batches, progress=told).report
     rise = peak.mebibytes()
     return {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lbyl.budget.budget import Budget
 from lbyl.graph import NOT_OURS, Graph, Group
 from lbyl.runtime.contexts import undisturbed
-from lbyl.runtime.copying import tensors_of
+from lbyl.runtime.copying import named_once, tensors_of
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.macs import count_parameters, macs_by_parameter, macs_by_shapes
 
@@ -165,17 +165,17 @@ def counted(model: nn.Module, inputs: ExampleInputs, graph: Graph, budget: Budge
         graph: its channel graph.
         budget: the budget.
     """
-    named: dict[str, Tensor] = dict(model.named_parameters())
+    named = named_once(model)
     count = counter(inputs, budget)
     if budget.macs is not None:
         total = count(model)
         costs = macs_by_parameter(model, inputs, total)
         return Counted(tuple(cost_terms(graph, costs)), budget.macs * total, count)
     if budget.params is not None:
-        costs = {name: float(p.numel()) for name, p in named.items()}
+        costs = {name: float(p.numel()) for name, p in named.items() if isinstance(p, nn.Parameter)}
         return Counted(tuple(cost_terms(graph, costs)), budget.params * count(model), count)
     assert budget.size_mb is not None
-    costs = {name: float(_bytes([t])) for name, t in {**named, **dict(model.named_buffers())}.items()}
+    costs = {name: float(_bytes([t])) for name, t in named.items()}
     terms = tuple(cost_terms(graph, costs))
     return Counted(terms, budget.size_mb * 1e6, count)
 

@@ -24,6 +24,7 @@ from lbyl.budget.curves import Curve
 from lbyl.graph import NOT_OURS, Graph
 from lbyl.runtime.bench import Bench, bench
 from lbyl.runtime.contexts import undisturbed
+from lbyl.runtime.copying import named_once
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import TORCH, Latency, measure_latencies, measure_modules, measure_whole
@@ -187,7 +188,7 @@ def _layers(
     model: nn.Module, graph: Graph, samples: Sequence[Mapping[int, int]], latencies: Sequence[Latency]
 ) -> list[Term]:
     """A term for every layer, under the largest of its parameters that loses channels."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in named_once(model).items()}
     cut = {slot.parameter for group in graph.groups for slot in (*group.carriers, *group.consumers)}
     taken: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(latencies))
     for place, latency in enumerate(latencies):

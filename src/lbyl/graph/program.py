@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 
 _LONGEST = 2**14
+CONSTANT = "constant"
+"""Marks in ``node.meta`` a tensor that is neither an input nor a parameter or buffer, and turns up during the run."""
 
 
 def remember(node: fx.Node, tensor: Tensor) -> None:

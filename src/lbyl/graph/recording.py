@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lbyl.graph.program import Program, loses_channels, remember
+from lbyl.graph.program import CONSTANT, Program, loses_channels, remember
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
 from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
@@ -187,7 +187,8 @@ class _Recorder(OperatorInterceptor):
             return self._nodes[tensor]
         if tensor.numel() and _storage(tensor) in self._storages:
             raise Unseen("a weight is used under another name")
-        node = self.place(tensor)  # a constant that turns up while the program runs
+        node = self.place(tensor)
+        node.meta[CONSTANT] = True
         remember(node, tensor)
         return node
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 
 from lbyl.errors import ArtifactError, InputError, SurgeryError, first_line
 from lbyl.graph.computed_weights import apply_folds, fill_folds
@@ -64,6 +65,12 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     """
     target = as_path(path)
     check_free(target)
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise InputError(
+                f"{name} is sparse, and files of weights (safetensors) hold no sparse tensors; register it as a dense "
+                "tensor (to_dense()), or with persistent=False if the code makes it"
+            )
     try:
         with stage(target) as folder:
             plan = with_source(plan, model)

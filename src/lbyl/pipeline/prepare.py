@@ -335,7 +335,7 @@ def check_weights(model: nn.Module) -> None:
     for name, tensor in tensors_of(model).items():
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device, where it has no values; {_how_to_load(model)}")
-        if tensor.is_floating_point() and tensor.numel():
+        if tensor.is_floating_point() and tensor.numel() and tensor.layout == torch.strided:
             check_weight(name, tensor.detach(), is_buffer=name in buffers)
 
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lbyl.errors import InputError, SurgeryError
-from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, alone, forget_cached, uncollected
+from lbyl.runtime.contexts import ATOMS, MODULE_ATTRIBUTES, TABLES, alone, forget_cached, uncollected
 from lbyl.runtime.inputs import ExampleInputs
 
 
@@ -39,10 +40,78 @@ def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn
         with alone(model), uncollected():
             _copy_modules(model, memo)
             twin = copy.deepcopy(model, memo)
+            _rebind_functions(twin, memo)
     except Exception as error:
         raise InputError(f"{type(model).__name__} can't be copied ({error}); lbyl only works on a copy") from error
+    _check_names(model, twin)
     forget_cached(twin)  # after a cut it would be wrong
     return twin
+
+
+def _check_names(model: nn.Module, twin: nn.Module) -> None:
+    """Raise InputError if a copy has other names, as of a network that builds itself anew when it is copied."""
+    if lost := sorted(tensors_of(model).keys() - tensors_of(twin).keys()):
+        raise InputError(
+            f"{type(model).__name__} can't be copied: its copy has no {lost[0]!r}, because it is built under other "
+            "names; lbyl only works on a copy, so pass a network that copy.deepcopy copies as it is"
+        )
+
+
+def _rebind_functions(twin: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Let functions that a copy holds refer to the copy: hooks, and functions in attributes.
+
+    `copy.deepcopy` does not copy functions, so a hook that stores features in its network would store those of a copy
+    in the original, and the copy would go on with what it was copied with.
+
+    Args:
+        twin: the copy.
+        memo: what was copied, by the ids of the originals.
+    """
+    for module in twin.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, FunctionType):
+                vars(module)[name] = _rebound(value, memo)
+            elif name in TABLES and value:
+                value.update(
+                    {key: _rebound(hook, memo) for key, hook in value.items() if isinstance(hook, FunctionType)}
+                )
+
+
+def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
+    """The function itself, or a copy of it where it refers to something that was copied.
+
+    It may do so in its closure, in its defaults, or by a global name of a container that a module holds as well.
+    """
+
+    def twin_of(value: Any) -> Any:
+        if isinstance(value, FunctionType) and value is not function:
+            return _rebound(value, memo)
+        copied = isinstance(value, (nn.Module, Tensor, dict, list, set)) and id(value) in memo
+        return memo[id(value)] if copied else value
+
+    def now(cell: CellType) -> Any:
+        try:
+            return cell.cell_contents
+        except ValueError:  # an empty cell
+            return None
+
+    cells, known = function.__closure__ or (), function.__globals__
+    shared = {name: known[name] for name in function.__code__.co_names if name in known}
+    shared = {name: twin_of(value) for name, value in shared.items() if isinstance(value, (dict, list, set))}
+    shared = {name: value for name, value in shared.items() if value is not known[name]}
+    defaults, named = function.__defaults__ or (), function.__kwdefaults__ or {}
+    values = [now(cell) for cell in cells]
+    given = [*values, *defaults, *named.values()]
+    if not shared and all(twin_of(value) is value for value in given):
+        return function
+    closed = tuple(
+        cell if twin_of(value) is value else CellType(twin_of(value)) for cell, value in zip(cells, values, strict=True)
+    )
+    made = FunctionType(function.__code__, {**known, **shared} if shared else known, function.__name__, None, closed)
+    made.__defaults__ = tuple(map(twin_of, defaults)) or None
+    made.__kwdefaults__ = {name: twin_of(value) for name, value in named.items()} or None
+    vars(made).update(vars(function))
+    return made
 
 
 def _parts_alone(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
@@ -137,6 +206,12 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def named_once(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers under one name each, the last one of several: that which the channel graph uses."""
+    last = {id(tensor): (name, tensor) for name, tensor in tensors_of(model).items()}
+    return dict(last.values())
+
+
 @torch.no_grad()
 def apply_changes(model: nn.Module, changes: Mapping[str, Sequence[Callable[[Tensor], object]]]) -> nn.Module:
     """Make in-place changes to parameters and buffers, given by name, and return the model itself."""
@@ -197,7 +272,7 @@ def imprint(model: nn.Module) -> str:
     """A digest of a few values of every tensor: training changes it, and another device does not."""
     sample: list[Tensor] = []
     for tensor in tensors_of(model).values():
-        if not tensor.is_meta and tensor.numel():
+        if not tensor.is_meta and tensor.numel() and tensor.layout == torch.strided:
             flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().reshape(-1)
             sample.append(flat[:: -(-len(flat) // _SAMPLE)].to("cpu", torch.float64))
     values = torch.cat(sample) if sample else torch.zeros(0)

@@ -8,6 +8,7 @@ largest tensor of all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,6 +93,19 @@ def _linear(
     return out if bias is None else out.add_(bias)
 
 
+def _norm(func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A norm in its input's precision, which the model's own code may have made lower than that of the weights."""
+
+    def narrowed(value: Any) -> Any:
+        wider = isinstance(value, Tensor) and value.dtype.itemsize > input.dtype.itemsize
+        return value.to(input.dtype) if wider else value
+
+    try:
+        return func(input, *args, **kwargs)  # others may know the weight by its identity, and take mixed precisions
+    except RuntimeError:
+        return func(input, *map(narrowed, args), **{name: narrowed(value) for name, value in kwargs.items()})
+
+
 class Float64Mode(FunctionInterceptor):
     """While active, replaces depthwise convolutions and linear layers in float64 by the functions of this module.
 
@@ -118,4 +132,10 @@ class Float64Mode(FunctionInterceptor):
         return result
 
 
-_OURS: dict[Any, Any] = {torch.conv2d: _conv2d, functional.linear: _linear, GROUPED: grouped_product}
+_NORMS = (functional.layer_norm, functional.rms_norm, functional.group_norm)
+_OURS: dict[Any, Any] = {
+    torch.conv2d: _conv2d,
+    functional.linear: _linear,
+    GROUPED: grouped_product,
+    **{norm: partial(_norm, norm) for norm in _NORMS},
+}

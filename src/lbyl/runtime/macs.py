@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lbyl.errors import InputError
 from lbyl.runtime.contexts import plain_attention, undisturbed
+from lbyl.runtime.copying import named_once
 from lbyl.runtime.inputs import ExampleInputs, outputs
 from lbyl.runtime.intercept import OperatorInterceptor, undivided
 
@@ -261,8 +262,9 @@ def macs_by_parameter(model: nn.Module, inputs: ExampleInputs, total: int) -> di
         total: the network's multiply-accumulates. Those without a weight, such as of attention scores, are listed
             under the name "".
     """
+    named = {name: tensor for name, tensor in named_once(model).items() if isinstance(tensor, nn.Parameter)}
     with undisturbed(model):
-        counter, _ = _counted(model, inputs, dict(model.named_parameters()))
+        counter, _ = _counted(model, inputs, named)
     return {**counter.by_name, "": max(0.0, total - sum(counter.by_name.values()))}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like, output_shape
+from lbyl.graph.program import CONSTANT
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.types import Depthwise
@@ -234,10 +235,17 @@ def _with_computed_weight(
     ``axis`` is the axis of its channels, and ``dim`` the dimension of the weight that holds them.
     """
     where, op, weight = layer_name(node), str(node.target).split(".")[1], args[1]
-    why = f"{op} in {where!r} with a weight that the model computes"
+    sources = _sources(node.args[1])
+    held = [source for source in sources if source.op == "placeholder"]
+    foreign = bool(held) and all(CONSTANT in source.meta for source in held)
+    why = f"{op} in {where!r} with a weight that " + (
+        "is no parameter of the network (of a layer in a plain list? use nn.ModuleList)"
+        if foreign
+        else "the model computes"
+    )
     builder.computed.append(where)
     nobody = builder.barrier(node, args, why)
-    name = weight.name if isinstance(weight, ParameterRef) else _computed_from(builder, node.args[1])
+    name = weight.name if isinstance(weight, ParameterRef) else _computed_from(builder, sources)
     if name is None or len(weight.shape) < 2 or (name, dim) in builder.slots:
         return nobody
     out = builder.produce(node, where, name, None, weight.shape[dim] * blocks, dim, blocks)
@@ -246,17 +254,26 @@ def _with_computed_weight(
     return builder.spread(out, axis, output_shape(node))
 
 
-def _computed_from(builder: Builder, weight: Any) -> str | None:
-    """The parameter of a weight's own shape that it is computed from, and from no input of the network."""
-    if not isinstance(weight, fx.Node) or builder.origins.get(weight):
+def _computed_from(builder: Builder, sources: Sequence[fx.Node]) -> str | None:
+    """The parameter of a weight's own shape that it is computed from, and from no input of the network.
+
+    ``sources`` holds the weight and all that it is computed from.
+    """
+    if not sources or builder.origins.get(sources[0]):
         return None
-    shape, found = weight.meta["val"].shape, {weight: None}
-    for node in (queue := [weight]):
-        if node in builder.parameters and node.meta["val"].shape == shape:
-            return builder.parameters[node]
-        queue += [source for source in node.all_input_nodes if source not in found]
-        found |= dict.fromkeys(node.all_input_nodes)
-    return None
+    shape = sources[0].meta["val"].shape
+    found = (node for node in sources if node in builder.parameters and node.meta["val"].shape == shape)
+    return next((builder.parameters[node] for node in found), None)
+
+
+def _sources(value: Any) -> list[fx.Node]:
+    """A value, and all that it is computed from, the nearest first."""
+    queue = [value] if isinstance(value, fx.Node) else []
+    known = set(queue)
+    for node in queue:
+        queue += [source for source in node.all_input_nodes if source not in known]
+        known.update(node.all_input_nodes)
+    return queue
 
 
 def _computed_depthwise(builder: Builder, node: fx.Node, x: Tensor, weight: Tensor) -> Any:
