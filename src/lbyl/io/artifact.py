@@ -65,12 +65,6 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     """
     target = as_path(path)
     check_free(target)
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
-            raise InputError(
-                f"{name} is sparse, and files of weights (safetensors) hold no sparse tensors; register it as a dense "
-                "tensor (to_dense()), or with persistent=False if the code makes it"
-            )
     try:
         with stage(target) as folder:
             plan = with_source(plan, model)
@@ -79,6 +73,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
                 report = replace(report, notes=(*report.notes, file[1]))
             weights = folder / (ONNX if file is not None and file[0] == ONNX else WEIGHTS)
             if weights.name == WEIGHTS:
+                _check_dense(model)
                 save_model(model, str(weights), metadata={"format": "pt"})
             if is_pretrained_model(model):
                 note = write_config(folder, model, plan.widths_before)
@@ -89,6 +84,16 @@ def save(path: str | os.PathLike[str], model: nn.Module, plan: Plan, report: Rep
     except SafetensorError as error:  # its writer raises this where the disk is full
         raise InputError(f"can't write {target}: {error}") from error
     return target
+
+
+def _check_dense(model: nn.Module) -> None:
+    """Raise InputError for a sparse tensor, which files of weights can't hold."""
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise InputError(
+                f"{name} is sparse, and files of weights (safetensors) hold no sparse tensors; register it as a dense "
+                "tensor (to_dense()), or with persistent=False if the code makes it"
+            )
 
 
 def write_documents(folder: Path, target: Path, plan: Plan, report: Report) -> None:

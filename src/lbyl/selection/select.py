@@ -358,9 +358,8 @@ def check_selection(selection: Selection) -> None:
     """Raise InputError, with the reasons, if no channel is dropped."""
     if not selection.choices:
         reasons = "; ".join(f"{name}: {why}" for name, why in selection.left[:3])
-        raise InputError(
-            f"no group can be pruned with these settings ({reasons or 'the model has no layer to cut; layers in a plain list count only in an nn.ModuleList'})"
-        )
+        none = "the model has no layer to cut; layers in a plain list count only in an nn.ModuleList"
+        raise InputError(f"no group can be pruned with these settings ({reasons or none})")
 
 
 def _choice(group: Group, state: State, count: int, choose: Choose, seed: int) -> Choice:
