@@ -93,3 +93,45 @@ def test_a_channel_that_is_written_by_its_index_stays_where_it_is() -> None:
 
     found = lbyl.inspect(Marked().eval(), torch.randn(2, 6)).graph.groups[0]
     assert "selected by its index" in str(found.reason)
+
+
+class Filled(nn.Module):
+    """A residual stream that meets a value which is the same everywhere."""
+
+    def __init__(self, meet: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.meet = meet
+        self.first, self.block, self.last = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.meet(x + self.block(torch.relu(x))).relu())
+
+
+FOLLOWING: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda h: h + torch.ones(h.shape[0], 1, h.shape[-1]).to(h.dtype),
+    "product": lambda h: h * torch.full((h.shape[-1],), 0.5),
+    "largest": lambda h: torch.maximum(h, h.new_zeros(1, 1, h.shape[2])),
+    "where": lambda h: torch.where(h.sum(-1, keepdim=True) > 0, h, torch.zeros(*h.shape)),
+    "shifted": lambda h: h + torch.cat([torch.zeros(h.shape[0], 1, h.shape[2]), h[:, :-1]], 1),
+    "stacked": lambda h: torch.stack([h, torch.zeros(*h.shape)], 1).sum(1),
+}
+
+
+@pytest.mark.parametrize("meet", FOLLOWING.values(), ids=FOLLOWING.keys())
+def test_values_that_are_the_same_everywhere_follow_the_width_that_the_code_asks_for(
+    meet: Callable[[Tensor], Tensor],
+) -> None:
+    result = lbyl.compress(
+        Filled(meet).eval(), torch.randn(2, 5, 6), ratio=0.5, scope="all", restore="prune", forecast=False
+    )
+    assert result.model.first.out_features == 6
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-6
+
+
+def test_a_literal_width_keeps_the_layers_whole() -> None:
+    net = Filled(lambda h: h + torch.zeros(1, 1, 12)).eval()
+    with pytest.raises(lbyl.VerificationError, match="first: without them the code fails"):
+        lbyl.compress(net, torch.randn(2, 5, 6), ratio=0.5, scope="all", restore="prune", forecast=False)

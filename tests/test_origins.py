@@ -44,6 +44,17 @@ class Timed(nn.Module):
         return self.last(x + self.b(functional.silu(self.norm(h))))
 
 
+class TimedTwice(nn.Module):
+    """A second block: there, the image has already met the time step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Timed(), Timed()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.second(self.first(x, y), y)
+
+
 def coupled(net: nn.Module, *inputs: Tensor) -> dict[str, bool]:
     return {group.name: group.coupled for group in lbyl.inspect(net.eval(), inputs).graph.groups}
 
@@ -63,6 +74,10 @@ def test_layers_in_front_of_a_sum_of_two_inputs_are_cut(kind: type[nn.Module]) -
 def test_what_is_passed_by_a_layer_stays_coupled() -> None:
     found = coupled(Timed(), torch.randn(2, 3, 8, 8), torch.randn(2, 4))
     assert found == {"stem": True, "a": False, "time.0": False, "last": False}
+
+    again = coupled(TimedTwice(), torch.randn(2, 3, 8, 8), torch.randn(2, 4))
+    assert again["second.stem"]
+    assert not again["second.a"]
 
     class Mixed(Sum):
         """Both summands come from both inputs."""

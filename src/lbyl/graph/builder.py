@@ -346,14 +346,15 @@ class Builder:
         rank, stay = shadow.dim(), compact(shadow if part is None else part)
         self.fixed.append((compact(shadow), tuple(d % rank for d in dims), stay, reason))
 
-    def shaped(self, shadow: Tensor, node: fx.Node, free: int | None = None) -> None:
+    def shaped(self, shadow: Tensor, node: fx.Node, free: int | None = None, module: str | None = None) -> None:
         """Record a shape that the model's code may spell out. As with `fix`, it is decided at the end what follows.
 
-        ``free`` is the dimension that the code leaves open.
+        ``free`` is the dimension that the code leaves open, and ``module`` the module of that code, if it is not that
+        of the node.
         """
         shadow = compact(shadow)
         if any(varies(shadow, d) for d in range(shadow.dim())):
-            self.shapes.append(ShapeRecord(shadow, layer_name(node), free))
+            self.shapes.append(ShapeRecord(shadow, layer_name(node) if module is None else module, free))
 
     def join(self, shadow: Tensor, dims: Iterable[int], why: str = "") -> Tensor:
         """Merge all channels along these dimensions into one, and return a shadow that is constant along them.

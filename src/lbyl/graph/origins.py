@@ -27,9 +27,16 @@ def origins_of(node: fx.Node, known: Origins) -> frozenset[str]:
 
 
 def are_apart(nodes: tuple[fx.Node, ...], known: Origins) -> bool:
-    """Whether values come from inputs that are all different, so that no sum of them passes anything by a layer."""
+    """Whether values come from inputs that are all different, so that no sum of them passes anything by a layer.
+
+    An example is an image with a number for each channel that follows from the time step of a diffusion. Later in the
+    network, where the image has passed such sums, it comes from both inputs, and the number only from one of them.
+    """
     seen = [known.get(node, frozenset()) for node in nodes]
-    return all(seen) and len(frozenset().union(*seen)) == sum(map(len, seen))
+    if not all(seen):
+        return False
+    apart = len(frozenset().union(*seen)) == sum(map(len, seen))
+    return apart or (len(seen) == 2 and seen[0] != seen[1] and _size(nodes[0]) != _size(nodes[1]))
 
 
 def _size(node: fx.Node) -> int:

@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from lbyl.errors import InputError, TraceError, first_line
 from lbyl.graph import channel_means
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
+from lbyl.graph.compared import Compared, find_compared, note_entering
 from lbyl.graph.experts import by_expert
 from lbyl.graph.exported import export
 from lbyl.graph.freeze import freeze
@@ -56,7 +57,7 @@ def trace(model: nn.Module, inputs: ExampleInputs, follow: bool = True) -> Graph
     except Exception:  # `torch.export` decides whether the model can be traced, and says why if it can't
         program = _exported(model, inputs) if follow else export(model, inputs)
     with uncollected():
-        graph = graph_of(model, program)
+        graph = graph_of(model, program, find_compared(model, inputs))
         return replace(graph, lengths=find_lengths(model, inputs, graph.sizes))
 
 
@@ -79,8 +80,8 @@ def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
             raise error from None
 
 
-def graph_of(model: nn.Module, program: Program) -> Graph:
-    """The channel groups in a model's program."""
+def graph_of(model: nn.Module, program: Program, compared: Compared = frozenset()) -> Graph:
+    """The channel groups in a model's program, in which modules compare these numbers with sizes."""
     again = dict(program.parameters)
     builder = Builder(again, numbers=_numbers(model), batch=_batch(program))
     env: dict[fx.Node, Any] = {}
@@ -101,6 +102,7 @@ def graph_of(model: nn.Module, program: Program) -> Graph:
             builder.origins[node] = origins_of(node, builder.origins)
             env[node] = _call(builder, node, value(node.args), value(node.kwargs))
             write_back(builder, env, node)
+            note_entering(builder, node, env, compared)
             if name := _parameter_again(node, again):
                 env[node], again[node] = ParameterRef(name, lengths[name]), name
         elif node.op == "output":

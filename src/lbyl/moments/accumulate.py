@@ -18,10 +18,25 @@ from lbyl.runtime.seeding import sample_positions
 from lbyl.selection.view import ColumnMoments
 
 _CHUNK_BYTES = 16 * 2**20
-_ROWS = 2048
-"""Rows of second moments that are added to at once."""
+_NARROW, _WIDE, _PARTS = 64, 256, 8
+"""Second moments are added to in strips of so many rows: an eighth of all rows, within these bounds."""
 UNFOLDED = frozenset(("conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
 """Layers of whose inputs no patches are taken: the moments are those among channels."""
+
+
+def add_gram(sums: Float[Tensor, "columns columns"], x: Float[Tensor, "positions columns"]) -> None:
+    """Add ``x^T x``, which is symmetric, so that little more than half of its products are computed.
+
+    Products are in the precision of ``x``, and the sums in their own. The result is exactly symmetric.
+    """
+    width = x.shape[1]
+    # All products of a wide layer at once would also be as large as half of its sums.
+    strip = min(_WIDE, max(_NARROW, width // _PARTS // _NARROW * _NARROW))
+    for start in range(0, width, strip):
+        end = min(start + strip, width)
+        products = x[:, start:end].T @ x[:, start:]
+        sums[start:end, start:] += products
+        sums[end:, start:end] += products[:, end - start :].T
 
 
 @dataclass
@@ -62,8 +77,7 @@ class Moments:
             p, r = p.float(), r.float()
         self.p += p.sum(0)
         self.r += r.sum(0)
-        for rows, part in zip(self.pp.split(_ROWS), p.split(_ROWS, 1), strict=True):
-            rows += part.T @ p  # in parts, because all products of a wide layer are as large as half of its sums
+        add_gram(self.pp, p)
         self.pr += p.T @ r
         self.rr += r.square().sum(0)
 
@@ -362,7 +376,10 @@ class ColumnSums:
         for part in x.split(max(1, _CHUNK_BYTES // (8 * x.shape[1]))):
             wide = part.double()
             self.first += wide.sum(0)
-            self.second += wide.T @ wide if pairs else wide.square().sum(0)
+            if pairs:
+                add_gram(self.second, wide)
+            else:
+                self.second += wide.square().sum(0)
 
     def _add_experts(self, x: Float[Tensor, "positions columns"], ends: Int[Tensor, " experts"]) -> None:
         """Add what experts read: each has its own columns, which are zero at the positions of the others."""
@@ -371,7 +388,7 @@ class ColumnSums:
             own, wide = slice(expert * x.shape[1], (expert + 1) * x.shape[1]), x[rows].double()
             self.first[own] += wide.sum(0)
             if self.second.dim() == 2:
-                self.second[own, own] += wide.T @ wide
+                add_gram(self.second[own, own], wide)
             else:
                 self.second[own] += wide.square().sum(0)
 

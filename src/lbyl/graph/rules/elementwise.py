@@ -11,6 +11,7 @@ from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.origins import are_apart
 from lbyl.graph.rules import rule
 from lbyl.graph.union_find import NOBODY, compact, small, varies
+from lbyl.runtime.reductions import aten_name
 
 DRAWN = "random numbers are drawn for them"
 """Why channels can't be cut: fewer random numbers are other ones."""
@@ -22,10 +23,12 @@ _SILENT = (
     "to",
     "type_as",
     "lift_fresh_copy",
+    "_to_copy",
+    "identity",
 )
 
 
-@rule(*_SILENT, "_to_copy", "identity")
+@rule(*_SILENT)
 def unchanged(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Operations that return their first argument."""
     return args[0]
@@ -74,6 +77,9 @@ def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     name = str(node.target).split(".")[1].rstrip("_")
     operands = _operands(args, kwargs)
     shadows = [builder.shadow(operand) for operand in operands]
+    sources = [each for each in (*node.args, *node.kwargs.values()) if isinstance(each, fx.Node)]
+    if len(sources) == len(shadows):
+        shadows = [as_number(source, shadow) for source, shadow in zip(sources, shadows, strict=True)]
     if not shadows or any(shadow is None for shadow in shadows):
         return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
     shape = output_shape(node)
@@ -103,6 +109,24 @@ def broadcast_tensors(builder: Builder, node: fx.Node, args: tuple[Any, ...], kw
     for other in known[1:]:
         result = merge(builder, "broadcast_tensors", layer_name(node), result, other, shape)
     return [compact(shadow.expand(shape)) for shadow in known]
+
+
+_UNIFORM = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+
+
+def as_number(node: fx.Node, shadow: Tensor | None) -> Tensor | None:
+    """The shadow of a single number for a value without channels that is the same everywhere, such as zeros.
+
+    Code usually takes the width of such a value from another one, so it follows a cut; verification finds out if not.
+    """
+    if shadow is None or bool((small(compact(shadow)) != NOBODY).any()):
+        return shadow
+    while node.op == "call_function" and aten_name(node.target) in _SILENT and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    value = node.meta.get("val")
+    made = node.op == "call_function" and aten_name(node.target) in _UNIFORM
+    uniform = made and isinstance(value, Tensor) and value.is_floating_point()
+    return shadow.new_full([1] * shadow.dim(), NOBODY) if uniform else shadow
 
 
 def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | ParameterRef]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.rules import rule
-from lbyl.graph.rules.elementwise import DRAWN, merge
+from lbyl.graph.rules.elementwise import DRAWN, as_number, merge
 from lbyl.graph.rules.experts import is_stacked_weight
 from lbyl.graph.rules.mixing import is_turned_weight
 from lbyl.graph.union_find import NOBODY, compact, small, varies
@@ -216,11 +216,14 @@ def cat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
     if aten_name(node.target) == "stack":
         dim %= shadows[0].dim() + 1
         shadows = [shadow.unsqueeze(dim) for shadow in shadows]
-    shadows = [compact(builder.ids.find(shadow)) for shadow in shadows if shadow.shape != (0,)]
-    dim %= shadows[0].dim()
-    shadows = [shadow for shadow in shadows if shadow.shape[dim]] or shadows[:1]
+    sources = node.args[0] if isinstance(node.args[0], list | tuple) else [node] * len(shadows)
+    pieces = [(compact(builder.ids.find(s)), source) for s, source in zip(shadows, sources, strict=True)]
+    pieces = [piece for piece in pieces if piece[0].shape != (0,)]
+    dim %= pieces[0][0].dim()
+    pieces = [piece for piece in pieces if piece[0].shape[dim]] or pieces[:1]
+    shadows = [shadow for shadow, _ in pieces]
     if any(varies(shadow, d) for shadow in shadows for d in range(shadow.dim()) if d != dim):
-        shadows = _aligned(builder, shadows, dim, layer_name(node))
+        shadows = _aligned(builder, pieces, dim, layer_name(node))
     result = compact(torch.cat(shadows, dim))
     if aten_name(node.target) == "stack":
         builder.shaped(result, node)
@@ -236,16 +239,16 @@ def cat_by_name(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: 
     return cat(builder, node, (args[0], dim), {})
 
 
-def _aligned(builder: Builder, shadows: list[Tensor], dim: int, layer: str) -> list[Tensor]:
+def _aligned(builder: Builder, pieces: Sequence[tuple[Tensor, fx.Node]], dim: int, layer: str) -> list[Tensor]:
     """Merge the channels of the pieces along all axes except ``dim``."""
     # A parameter (class token, position embedding) has an id for each element until it meets channels.
-    shadows = [s if bool(builder.ids.issued(small(s)).any()) else builder.join(s, [dim]) for s in shadows]
+    shadows = [s if bool(builder.ids.issued(small(s)).any()) else builder.join(s, [dim]) for s, _ in pieces]
     if any(varies(shadow, dim) for shadow in shadows):
         return shadows
-    slices = [shadow.narrow(dim, 0, 1) for shadow in shadows]
-    shared = slices[0]
+    slices = [as_number(source, s.narrow(dim, 0, 1)) for s, (_, source) in zip(shadows, pieces, strict=True)]
+    shape, shared = tuple(shadows[0].narrow(dim, 0, 1).shape), slices[0]
     for other in slices[1:]:
-        shared = merge(builder, "cat", layer, shared, other, tuple(shared.shape))
+        shared = merge(builder, "cat", layer, shared, other, shape)
     return [compact(builder.ids.find(shared)).expand(shadow.shape) for shadow in shadows]
 
 
