@@ -76,22 +76,18 @@ def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     """y = f(a, b, ...), element by element: channels that meet at one element are merged."""
     name = str(node.target).split(".")[1].rstrip("_")
     operands = _operands(args, kwargs)
-    shadows = [builder.shadow(operand) for operand in operands]
+    shadows = [shadow for operand in operands if (shadow := builder.shadow(operand)) is not None]
+    if not shadows or len(shadows) < len(operands):
+        return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
     sources = [each for each in (*node.args, *node.kwargs.values()) if isinstance(each, fx.Node)]
     if len(sources) == len(shadows):
         shadows = [as_number(source, shadow) for source, shadow in zip(sources, shadows, strict=True)]
-    if not shadows or any(shadow is None for shadow in shadows):
-        return builder.barrier(node, args, f"{name} in {layer_name(node)!r} on a value that the trace can't follow")
     shape = output_shape(node)
     if name == "prelu" and isinstance(operands[1], ParameterRef):
-        weight = shadows[1]
-        assert weight is not None
-        shadows[1] = weight.reshape([1, -1] + [1] * (len(shape) - 2))
+        shadows[1] = shadows[1].reshape([1, -1] + [1] * (len(shape) - 2))
     result = shadows[0]
-    assert result is not None
     apart = are_apart(tuple(node.all_input_nodes), builder.origins)
     for other in shadows[1:]:
-        assert other is not None
         result = merge(builder, name, layer_name(node), result, other, shape, apart)
     issued = small(result).reshape(-1)
     builder.step(issued, name, layer_name(node), any(isinstance(o, ParameterRef) for o in operands))
@@ -114,12 +110,12 @@ def broadcast_tensors(builder: Builder, node: fx.Node, args: tuple[Any, ...], kw
 _UNIFORM = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 
 
-def as_number(node: fx.Node, shadow: Tensor | None) -> Tensor | None:
+def as_number(node: fx.Node, shadow: Tensor) -> Tensor:
     """The shadow of a single number for a value without channels that is the same everywhere, such as zeros.
 
     Code usually takes the width of such a value from another one, so it follows a cut; verification finds out if not.
     """
-    if shadow is None or bool((small(compact(shadow)) != NOBODY).any()):
+    if bool((small(compact(shadow)) != NOBODY).any()):
         return shadow
     while node.op == "call_function" and aten_name(node.target) in _SILENT and isinstance(node.args[0], fx.Node):
         node = node.args[0]

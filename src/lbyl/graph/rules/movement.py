@@ -216,7 +216,8 @@ def cat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str
     if aten_name(node.target) == "stack":
         dim %= shadows[0].dim() + 1
         shadows = [shadow.unsqueeze(dim) for shadow in shadows]
-    sources = node.args[0] if isinstance(node.args[0], list | tuple) else [node] * len(shadows)
+    listed = node.args[0] if isinstance(node.args[0], list | tuple) else ()
+    sources = [source if isinstance(source, fx.Node) else node for source in listed]
     pieces = [(compact(builder.ids.find(s)), source) for s, source in zip(shadows, sources, strict=True)]
     pieces = [piece for piece in pieces if piece[0].shape != (0,)]
     dim %= pieces[0][0].dim()
