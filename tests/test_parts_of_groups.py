@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import lbyl
 
@@ -83,3 +85,39 @@ def test_all_blocks_keep_more_if_one_channel_each_is_too_few() -> None:
     )
     assert [row.after for row in result.report.rows] == [3]
     assert [reader.in_features for reader in result.model.readers] == [1, 1, 1]
+
+
+class Padded(nn.Module):
+    """A shortcut without weights: channels of zeros are added to those that there are."""
+
+    def __init__(self, pad: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pad = pad
+        self.first, self.inner, self.wide = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.last = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.inner(x.relu())
+        y = self.wide(x.relu())
+        return self.last((self.pad(x[:, :, ::2, ::2], y) + y).relu())
+
+
+@pytest.mark.parametrize(
+    "pad",
+    [
+        lambda x, y: functional.pad(x, (0, 0, 0, 0, 4, 4)),
+        lambda x, y: functional.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])),
+        lambda x, y: torch.cat([x, torch.zeros(x.shape[0], y.shape[1] - x.shape[1], *x.shape[2:])], 1),
+    ],
+    ids=["a number", "the difference", "zeros"],
+)
+def test_channels_that_a_shortcut_adds_stay_and_the_others_are_cut(pad: Callable[[Tensor, Tensor], Tensor]) -> None:
+    result = lbyl.compress(
+        Padded(pad).eval(), torch.randn(2, 3, 12, 12), ratio=0.5, scope="all", restore="prune", forecast=False
+    )
+    assert result.model.first.out_channels == result.model.inner.out_channels == 4
+    assert result.model.wide.out_channels == 12
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-6

@@ -26,7 +26,7 @@ _Against = Annotated[
         metavar="SOURCE",
         callback=check_source,
         help="The unpruned network: timm:NAME, torchvision:NAME, hf:DIR, model.onnx, package.module:factory or "
-        "file.py:factory. Default: the source that the folder was compressed from, unless it is a factory.",
+        "file.py:factory. Default: the source that the folder was compressed from, unless it is a factory or a .pt2.",
         show_default=False,
     ),
 ]
@@ -42,7 +42,7 @@ _Model = Annotated[
         metavar="SOURCE",
         callback=check_source,
         help="Source of the unpruned model that the folder is loaded into. "
-        "Default: the source that the folder was compressed from, or --against if that is your own factory.",
+        "Default: the source that the folder was compressed from, or --against if that is your own factory or a .pt2.",
         show_default=False,
     ),
 ]

@@ -17,7 +17,7 @@ from lbyl.cli.kept import KeepAnalysis, check_keep, keeping
 from lbyl.cli.options import Evaluate, Json, NoForecast, Quiet, Source
 from lbyl.cli.settings import BUDGET, Settings, with_settings
 from lbyl.cli.sources import check_images, check_output, prepare
-from lbyl.cli.texts import check_budget, check_ratios, parse_budget, parse_ratio
+from lbyl.cli.texts import check_one_budget, check_ratios, parse_budget, parse_ratio
 
 _RUNS = 7
 """How often each network is timed: enough for a median and its margin, and short next to a compression."""
@@ -34,10 +34,11 @@ Ratio = Annotated[
     ),
 ]
 OneBudget = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
+        "--budget",
         metavar="agreement=R|accuracy_drop=X|macs=R|params=R|latency=R|size_mb=X",
-        callback=check_budget,
+        callback=check_one_budget,
         help="Quality to keep or cost to allow, in place of a ratio. The widths of the groups are then chosen for the "
         "least predicted error. agreement: forecast share of real inputs with the same answer. accuracy_drop: needs "
         "--eval. latency: measured on this machine. Default: agreement=0.95, or if no cut keeps it, the cut "
@@ -103,7 +104,7 @@ def compress(
     source: Source,
     output: Output,
     ratio: Ratio = None,
-    budget: OneBudget = None,
+    budgets: OneBudget = None,
     minimize: Minimize = Cost.macs,
     depth: Depth = False,
     experts: Experts = False,
@@ -119,6 +120,7 @@ def compress(
 ) -> None:
     """Drop channels, restore the network by the kept ones, and save the smaller network."""
     settings.check(source)
+    budget = budgets[0] if budgets else None
     _check(ratio, budget, evaluate, minimize, settings)
     whole = {"depth": depth, "experts": experts, "head_dim": head_dim}
     options = {f"--{name.replace('_', '-')}": given for name, given in whole.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +104,7 @@ def kept_settings(folder: Path, **more: Any) -> Settings:
     try:
         for text in stored.input or ():
             InputSpec.parse(text)
-        settings.check("")
+        replace(settings, task=None).check("")  # the source is not known here, and the task only goes with some
     except typer.BadParameter as error:
         raise ArtifactError(f"{file} is damaged: {error}") from error
     return settings

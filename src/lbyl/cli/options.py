@@ -31,7 +31,7 @@ Builder = Annotated[
         metavar="SOURCE",
         callback=check_source,
         help="What builds the unpruned model that a saved folder is loaded into. "
-        "Default: the source that it was compressed from, unless that is a factory of yours.",
+        "Default: the source that it was compressed from, unless that is a factory of yours or a .pt2.",
         show_default=False,
     ),
 ]
@@ -57,7 +57,7 @@ SameInputs = Annotated[
     list[str] | None,
     _shapes("Shape of an example input, as for compress. Default: the inputs that the network was compressed with."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of all random numbers.", show_default=True)]
 NoPretrained = Annotated[
     bool,
     typer.Option("--no-pretrained", help="Random weights instead of the published ones (timm, torchvision)."),

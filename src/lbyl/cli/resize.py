@@ -12,13 +12,14 @@ from lbyl.cli.kept import ANALYSIS, kept_settings
 from lbyl.cli.options import Builder, Evaluate, Folder, Json, NoForecast, Quiet, Weights
 from lbyl.cli.settings import BUDGET
 from lbyl.cli.sources import check_output
-from lbyl.cli.texts import check_budget, parse_budget
+from lbyl.cli.texts import check_one_budget, parse_budget
 
 NewBudget = Annotated[
-    str,
+    list[str],
     typer.Option(
+        "--budget",
         metavar="agreement=R|accuracy_drop=X|macs=R|params=R|latency=R|size_mb=X",
-        callback=check_budget,
+        callback=check_one_budget,
         help="Quality to keep or cost to allow, as for compress.",
         show_default=False,
         rich_help_panel=BUDGET,
@@ -36,7 +37,7 @@ Plugin = Annotated[
 def resize(
     *,
     folder: Folder,
-    budget: NewBudget,
+    budgets: NewBudget,
     output: Output,
     minimize: Minimize = Cost.macs,
     evaluate: Evaluate = None,
@@ -53,6 +54,7 @@ def resize(
     All other settings are those of that compression. The unpruned network is loaded again: from its source, or from
     --model if that is code of yours, and with --weights if it was compressed with weights from a file.
     """
+    (budget,) = budgets
     check_budget_kind(budget, evaluate, minimize)
     with working(f"reading {folder}", quiet) as stage:
         from lbyl.errors import InputError

@@ -167,6 +167,7 @@ class Settings:
         typer.Option(
             metavar="GIB",
             min=0.001,
+            max=2**20,
             help="GiB that activations may take during dreaming and solving. Default: 2.5.",
             show_default=False,
             rich_help_panel=FITTING,

@@ -17,6 +17,7 @@ from lbyl.cli.settings import Settings
 from lbyl.cli.texts import InputSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -58,18 +59,21 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
     from lbyl.io.comparison import described_inputs
     from lbyl.io.network_files import example_of_program
     from lbyl.io.onnx.network import OnnxNetwork
-    from lbyl.surgery.plan import remembered
+    from lbyl.surgery.plan import of_huggingface, remembered
 
     specs = [InputSpec.parse(text) for text in texts or []]
+    own = _precision(model)
     if not specs and model is not None and (plan := remembered(model)):
-        return described_inputs(plan, seed)
+        described = described_inputs(plan, seed)
+        return described if own is None else described.to(torch.device("cpu"), own)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, OnnxNetwork):
         types = [getattr(torch, spec.dtype) if spec.stated else None for spec in specs]
         return model.example_inputs([spec.shape for spec in specs] or None, generator, dtypes=types or None)
-    if not specs and model is not None and (own := example_of_program(model)) is not None:
-        return own
-    if not specs and model is not None and source.startswith("hf:"):
+    if not specs and model is not None and (example := example_of_program(model)) is not None:
+        return example
+    of_transformers = model is not None and of_huggingface(source) is not None
+    if not specs and model is not None and of_transformers:
         from lbyl.io.texts import example_tokens
 
         tokens = example_tokens(model)
@@ -78,7 +82,7 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
     if not specs:
         shape = _default_shape(source, model)
         if shape is None:
-            if model is not None and source.startswith("hf:") and hasattr(model, "get_input_embeddings"):
+            if of_transformers and hasattr(model, "get_input_embeddings"):
                 raise InputError(
                     f"{source} has no tokenizer that could make a default input; pass --input: --input int64:1x32 for "
                     "a model of texts, --input 1x3x224x224 for one of images"
@@ -89,8 +93,8 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
     def make(number: int, spec: InputSpec) -> Tensor:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         if dtype.is_floating_point:
-            return torch.randn(spec.shape, generator=generator).to(dtype)
-        if number == 1 and source.startswith("hf:"):  # the attention mask
+            return torch.randn(spec.shape, generator=generator).to(dtype if spec.stated else own or dtype)
+        if number == 1 and of_huggingface(source) is not None:  # the attention mask
             return torch.ones(spec.shape, dtype=dtype)
         # Zero is a valid token, index and mask in every vocabulary; a random number is not.
         return torch.zeros(spec.shape, dtype=dtype)
@@ -102,7 +106,14 @@ def example_inputs(source: str, model: nn.Module | None, texts: list[str] | None
         raise InputError(f"there is no memory for inputs of {shapes}; pass a smaller --input") from error
     if type(model).__module__.startswith(_DETECTORS) and all(image.dim() == 3 for image in made):
         return (list(made),)
-    return _with_decoder_tokens(model, made) if model is not None and source.startswith("hf:") else made
+    return _with_decoder_tokens(model, made) if model is not None and of_transformers else made
+
+
+def _precision(model: nn.Module | None) -> torch.dtype | None:
+    """The type of a model's weights, if all are floating-point numbers of one type."""
+    weights = model.parameters() if model is not None else ()
+    found = {tensor.dtype for tensor in weights if tensor.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
 
 
 _DECODED = "decoder_input_ids"
@@ -188,7 +199,7 @@ def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
         "verify": not settings.no_verify,
         "strict": settings.strict,
         "submodule": settings.submodule,
-        "source": None if kept else source,
+        "source": None if kept else _with_task(source, settings.task),
         "progress": stage.follow,
     }
     if restorer is None:
@@ -196,6 +207,14 @@ def prepare(source: str, settings: Settings, stage: Stage) -> Prepared:
     else:
         arguments["restore"] = restorer
     return Prepared(model, inputs, arguments, notes)
+
+
+def _with_task(source: str, task: str | None) -> str:
+    """The source with the task of a model of transformers, which is needed to build it again."""
+    from lbyl.surgery.plan import of_huggingface
+
+    found = of_huggingface(source)
+    return source if found is None or task is None else f"hf/{task}:{found[0]}"
 
 
 def origin_of(model: nn.Module, source: str) -> str:
@@ -231,16 +250,18 @@ def _left_out(left: tuple[str, ...]) -> tuple[str, ...]:
     """A note on the files of a folder that could not be read, which is printed as well."""
     if not left:
         return ()
-    more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-    note = f"{len(left)} of the files in --data left out: {'; '.join(left[:_NAMED])}{more}"
+    more = f", and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+    note = f"left out of --data: {'; '.join(left[:_NAMED])}{more}"
     err.print(Text(f"note: {note}"))
     return (note,)
 
 
 def _default_shape(source: str, model: nn.Module | None) -> tuple[int, ...] | None:
+    from lbyl.surgery.plan import of_huggingface
+
     if source.startswith("torchvision:"):
         return (1, 3, 224, 224)
-    if source.startswith("hf:"):
+    if of_huggingface(source) is not None:
         config = getattr(model, "config", None)
         side, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
         return (1, channels, *(side if isinstance(side, list | tuple) else (side, side))) if side else None

@@ -20,10 +20,16 @@ INTERRUPTED = 130
 
 def width() -> int | None:
     """The width of output; None if the terminal determines it."""
+    asked = _columns()
+    if asked is not None:
+        return asked
+    return None if is_terminal(sys.stdout) and not os.environ.get("COLUMNS") else _WIDE
+
+
+def _columns() -> int | None:
+    """The width that the environment asks for; None if it asks for none that can be used."""
     columns = os.environ.get("COLUMNS", "")
-    if columns.isdigit() and int(columns) >= _NARROWEST:
-        return int(columns)
-    return None if is_terminal(sys.stdout) and not columns else _WIDE
+    return int(columns) if columns.isdigit() and int(columns) >= _NARROWEST else None
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -42,7 +48,7 @@ class _Ended(BaseException):
 def run(command: Callable[[], Any]) -> NoReturn:
     """Run a command and exit. Interruptions and streams that can't be written give one line and no traceback."""
     _prepare_streams()
-    if width() == _WIDE:
+    if width() == _WIDE != _columns():
         os.environ.pop("COLUMNS", None)  # Rich and Typer would take a width of 0 for one
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)

@@ -110,11 +110,13 @@ def parse_budget(text: str) -> tuple[str, float]:
         ) from None
 
 
-def check_budget(text: str | None) -> str | None:
-    """Check that a text is a budget."""
-    if text is not None:
+def check_one_budget(texts: list[str] | None) -> list[str]:
+    """Check that there is at most one text, and that it is a budget."""
+    for text in texts or []:
         parse_budget(text)
-    return text
+    if texts and len(texts) > 1:
+        raise typer.BadParameter(f"{' and '.join(texts)}: give only one budget; lbyl sweep takes several")
+    return texts or []  # not None: see above
 
 
 def parse_budgets(texts: list[str]) -> list[tuple[str, float]]:
@@ -140,10 +142,14 @@ def check_budgets(texts: list[str]) -> list[str]:
     return texts
 
 
+_WIDEST = 2**20
+"""No layer is wider, so no multiple of channels is larger."""
+
+
 def check_multiple(text: str | None) -> str | None:
     """Check that a text is a positive whole number or auto; None passes."""
-    if text not in ("auto", None) and not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise typer.BadParameter(f"{text!r}: write a whole number from 1, or auto")
+    if text not in ("auto", None) and not (text.isascii() and text.isdigit() and 0 < int(text) <= _WIDEST):
+        raise typer.BadParameter(f"{text!r}: write a whole number from 1 to {_WIDEST}, or auto")
     return text
 
 

@@ -23,6 +23,7 @@ from lbyl.graph.computed_weights import apply_folds, fill_folds
 from lbyl.io.files import digest, finish, stage, write_whole
 from lbyl.io.huggingface import is_pretrained_model, write_config
 from lbyl.io.network_files import ONNX, with_source, write_network
+from lbyl.io.onnx.network import OnnxNetwork
 from lbyl.io.report.model_card import card
 from lbyl.io.report.report import Report
 from lbyl.io.report.snippets import load_line
@@ -163,7 +164,9 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     file = as_path(path) / MANIFEST
     with _reading(file):
         if not file.is_file():
-            raise ArtifactError(f"{path} is not a folder saved by lbyl: it has no {MANIFEST}")
+            inside = [f"{path}/{each.parent.name}" for each in sorted(as_path(path).glob(f"*/{MANIFEST}"))]
+            points = f"; those in it are {', '.join(inside[:_NAMED])}" if inside else ""
+            raise ArtifactError(f"{path} is not a folder saved by lbyl: it has no {MANIFEST}{points}")
     data = read_json(file)
     if not isinstance(data, dict) or not {"plan", "report", "sha256"} <= data.keys():
         raise ArtifactError(f"{file} is damaged: plan, report or sha256 is missing")
@@ -188,6 +191,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     manifest = read_manifest(path)
     plan = manifest.plan
     if weights_file(path).name == ONNX:
+        if plan.network not in ("", OnnxNetwork.__name__):  # plans of 0.1 do not know it
+            raise ArtifactError(f"{Path(path) / WEIGHTS} is missing; {ONNX} beside it was exported from it")
         return _load_onnx(weights_file(path), manifest)
     if model is None:
         if plan.source is None or not is_rebuildable(plan.source):
@@ -220,6 +225,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         raise ArtifactError(f"{weights} does not fit its plan: {first_line(error)}") from error
     remember(smaller, plan, manifest.report)
     return smaller.eval()
+
+
+_NAMED = 8
+"""So many folders are named that may be meant."""
 
 
 def is_saved(path: str | os.PathLike[str]) -> bool:

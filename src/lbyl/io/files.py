@@ -5,6 +5,7 @@ Symbolic links are never written through, and every file gets the mode that the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -36,7 +37,11 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"can't write {target}: {error.strerror or error}") from error
+        why = "it exists by now: something else has made it" if error.errno in _THERE else error.strerror or error
+        raise InputError(f"can't write {target}: {why}") from error
+
+
+_THERE = (errno.EEXIST, errno.ENOTEMPTY)
 
 
 @contextmanager

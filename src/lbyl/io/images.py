@@ -49,7 +49,7 @@ def read_images(
             break
         try:
             with Image.open(file) as image:
-                made = preprocess(image.convert(mode))
+                made = preprocess(_in_bytes(image).convert(mode))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             left.append(f"{file} can't be read as an image: {first_line(error)}")
             continue
@@ -64,6 +64,25 @@ def read_images(
         raise InputError(f"no image in {folder} can be read: {left[0]}")
     rows = list(images.values())
     return [torch.stack(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)], tuple(left)
+
+
+_GRAY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def _in_bytes(image: Any) -> Any:
+    """An image of 8 bits a channel. Pillow itself would cut off gray values above 255, and fractions.
+
+    Raises:
+        ValueError: its values are neither of 16 bits, nor fractions from 0 to 1.
+    """
+    from PIL import Image
+
+    if image.mode not in (*_GRAY_16, "F"):
+        return image
+    values, most = np.asarray(image, dtype=np.float32), 1.0 if image.mode == "F" else 65535.0
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= most):
+        raise ValueError(f"its gray values are from {values.min():g} to {values.max():g}, and not from 0 to {most:g}")
+    return Image.fromarray((values * (255 / most)).round().astype(np.uint8))
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from lbyl.errors import InputError, LbylError, first_line
 from lbyl.io.network_files import is_file, read_network
 from lbyl.runtime.checks import named_kind
 from lbyl.runtime.cluster import OWN_FILES
+from lbyl.surgery.plan import of_huggingface
 
 FORMS = "timm:NAME, torchvision:NAME, hf:DIR, model.onnx, model.pt2, package.module:factory or file.py:factory"
 
@@ -32,7 +33,7 @@ def load_source(source: str, pretrained: bool = True, task: str | None = None) -
         source: one of ``timm:NAME``, ``torchvision:NAME``, ``hf:DIR``, ``model.onnx``, ``model.pt2``,
             ``package.module:factory``, ``file.py:factory``; a factory is called without arguments and returns the
             module. ``DIR`` is a folder that ``save_pretrained`` wrote, or a name whose files transformers has in its
-            cache; nothing is downloaded.
+            cache; nothing is downloaded. ``hf/TASK:DIR`` also says the task.
         pretrained: load the published weights (``timm`` and ``torchvision`` only).
         task: the task of a model in ``hf:DIR``; one of ``lbyl.io.sources.TASKS``. None uses the architecture that its
             configuration names.
@@ -46,8 +47,8 @@ def load_source(source: str, pretrained: bool = True, task: str | None = None) -
     kind, separator, name = source.rpartition(":") if isinstance(source, str) else ("", "", "")
     if not separator or not kind or not name:
         raise InputError(f"{source!r} names no model; write {FORMS}")
-    if source.startswith(HUGGING_FACE):
-        return _huggingface(source.removeprefix(HUGGING_FACE), pretrained, task).eval()
+    if (found := of_huggingface(source)) is not None:
+        return _huggingface(found[0], pretrained, task or found[1]).eval()
     if task is not None:
         raise InputError(f"task={task!r} is for hf:DIR; {source} has none")
     if kind == "timm":
@@ -75,7 +76,6 @@ def _no_network(made: object) -> str:
     return ""
 
 
-HUGGING_FACE = "hf:"
 TASKS = {
     "base": "AutoModel",
     "causal-lm": "AutoModelForCausalLM",
@@ -94,7 +94,7 @@ def _huggingface(place: str, pretrained: bool, task: str | None) -> nn.Module:
     if task is not None and task not in TASKS:
         raise InputError(f"task={task!r}: choose one of {', '.join(TASKS)}")
     transformers = _library("transformers", "lbyl[language]")
-    source = f"{HUGGING_FACE}{place}"
+    source = f"hf:{place}"
     try:
         config = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
         named = next((n for n in config.architectures or () if hasattr(transformers, n)), None)

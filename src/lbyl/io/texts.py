@@ -79,7 +79,7 @@ def read_texts(
     for file in files:
         found, why = _readable_texts(file)
         texts += found
-        left += [why] if why else []
+        left += why
     if not texts:
         raise InputError(left[0] if left else f"there is no text in {folder}")
     if len(files) == 1 and len(texts) > 1:
@@ -87,7 +87,7 @@ def read_texts(
     length = longest_text(model, LENGTH)
     rows = packed_tokens(tokenizer, texts, BATCH * BATCHES, length)
     if len(rows) < 2:
-        others = f"; {len(left)} files were left out ({left[0]})" if left else ""
+        others = f"; some were left out ({'; '.join(left[:_TOLD])})" if left else ""
         raise InputError(
             f"the texts in {folder} fill only {len(rows)} sequences of {length} tokens; add more texts{others}"
         )
@@ -98,28 +98,29 @@ def read_texts(
     return made, tuple(left)
 
 
-def _readable_texts(file: Path) -> tuple[list[str], str]:
-    """The texts of a file, and why there are none where it can't be read."""
-    try:
-        return _texts_in(file), ""
-    except InputError as error:
-        return [], str(error)
+_TOLD = 3
 
 
-def _texts_in(file: Path) -> list[str]:
+def _readable_texts(file: Path) -> tuple[list[str], list[str]]:
+    """The texts of a file, and what of it was left out, and why: the file, or its first such line and how many."""
     try:
         whole = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} can't be read as a text in UTF-8: {error}") from error
+        return [], [f"{file} can't be read as a text in UTF-8: {error}"]
     if file.suffix.lower() != ".jsonl":
-        return [whole]
-    texts: list[str] = []
-    for number, line in enumerate(whole.splitlines(), 1):
+        return [whole], []
+    texts, faults = list[str](), list[str]()
+    for number, line in enumerate(whole.split("\n"), 1):
         try:
             item = json.loads(line) if line.strip() else {FIELD: ""}
         except ValueError as error:
-            raise InputError(f"{file}, line {number} is not JSON: {error}") from error
-        if not isinstance(item, dict) or not isinstance(item.get(FIELD), str):
-            raise InputError(f'{file}, line {number} has no "{FIELD}"; each line must be an object with this field')
-        texts.append(item[FIELD])
-    return texts
+            faults.append(f"{file}, line {number} is not JSON: {error}")
+            continue
+        if isinstance(item, dict) and isinstance(item.get(FIELD), str):
+            texts.append(item[FIELD])
+        else:
+            faults.append(f'{file}, line {number} has no "{FIELD}"; each line must be an object with this field')
+    if not faults:
+        return texts, []
+    more = f", and so are {len(faults) - 1} other lines" if len(faults) > 1 else ""
+    return texts, [f"{faults[0]}{more}"]

@@ -32,7 +32,6 @@ from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.walk import walk
 from lbyl.runtime.checks import as_path, named_kind
 from lbyl.runtime.contexts import alone, own_settings, undisturbed
-from lbyl.runtime.copying import copy_model
 from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
@@ -222,7 +221,7 @@ def compare(
     judge, model = Judge(evaluate), plain_module(model)
     first = CompressionRequest(ratios[0], None, scope, None, None, seed, verify, False, None, progress, forecast)
     with deep_calls(model), alone(model):
-        before = judge(copy_model(model), "the unpruned network")
+        before = judge(model, "the unpruned network")
         prepared = prepare(model, example_inputs, first, None, Clock())
         rows, probes = list[Cell](), dict[tuple[str, str], Probes]()
         for (restore, restorer), (criterion, scoring) in product(ways, scores):

@@ -20,7 +20,6 @@ from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, 
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.together import compress_together
 from lbyl.runtime.contexts import alone, own_settings, uncollected
-from lbyl.runtime.copying import copy_model
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
@@ -115,7 +114,7 @@ def compress(
     probing = restorer is None or restorer.runs_network
     inner = plain_module(model)
     with deep_calls(inner), alone(inner), nullcontext() if probing else uncollected():
-        before = judge(copy_model(inner), "the unpruned network")
+        before = judge(inner, "the unpruned network")
         if analysis is not None:
             with kept_analysis(inner, example_inputs, request, submodule, analysis, clock) as (prepared, ground):
                 result = meet(prepared, request, clock, ground, judge=judge, before=before)

@@ -13,6 +13,7 @@ from torch import nn
 from lbyl.errors import InputError, LbylError
 from lbyl.runtime.checks import named_kind
 from lbyl.runtime.cluster import OWN_FILES
+from lbyl.runtime.copying import copy_model
 
 Evaluate = Callable[[nn.Module], float]
 """A user's function that returns a number for a network, larger for better networks."""
@@ -42,7 +43,9 @@ class Judge:
         return f"{str(named.__module__).removeprefix(OWN_FILES)}:{named.__qualname__}"
 
     def __call__(self, model: nn.Module, what: str) -> float | None:
-        """Evaluate a model, in evaluation mode and without gradients; None without a function.
+        """Evaluate a copy of a model, in evaluation mode and without gradients; None without a function.
+
+        Whatever the function does to its network, the model stays as it is.
 
         Raises:
             InputError: the function failed, or did not return a finite number; ``what`` names the model in the error.
@@ -54,10 +57,10 @@ class Judge:
                 return said
         try:
             with torch.no_grad():
-                said = float(self.evaluate(model.eval()))
+                said = float(self.evaluate(copy_model(model).eval()))
         except LbylError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{self.name} failed on {what}: {type(error).__name__}: {error}") from error
         if not math.isfinite(said):
             raise InputError(f"{self.name} returned {said} for {what}; it must return a finite number")

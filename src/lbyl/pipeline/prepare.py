@@ -36,7 +36,7 @@ from lbyl.restore.registry import fallbacks
 from lbyl.runtime.checks import check_module
 from lbyl.runtime.contexts import undisturbed
 from lbyl.runtime.copying import shape_and_dtype, tensors_of, unwrapped
-from lbyl.runtime.inputs import HUGE, ExampleInputs
+from lbyl.runtime.inputs import HUGE, ExampleInputs, outputs
 from lbyl.runtime.memory import ROOM, reused_memory
 from lbyl.runtime.progress import Clock, Progress
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion, needs_probes
@@ -257,6 +257,7 @@ def prepare(
     check_device(model, inputs)
     check_values(inputs)
     check_network(model, inputs)
+    _check_precision(model, inputs)
     told: tuple[str, ...] = ()
     with undisturbed(model):
         floats = inputs.with_float_images(model)
@@ -377,6 +378,19 @@ def check_device(model: nn.Module, inputs: ExampleInputs) -> None:
             f"the network or its inputs are on {found}, which has no float64; move both to the CPU first "
             f"(model.cpu()), and then the smaller network back (result.model.to({str(found)!r}))"
         )
+
+
+def _check_precision(model: nn.Module, inputs: ExampleInputs) -> None:
+    """Raise InputError if the inputs have another precision than all weights, and the model does not run on them."""
+    own = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    given = {tensor.dtype for tensor in inputs.tensors() if tensor.is_floating_point()}
+    if len(own) == 1 and given - own:
+        try:
+            with undisturbed(model):
+                outputs(model, inputs)
+        except InputError as error:
+            name = str(own.pop()).removeprefix("torch.")
+            raise InputError(f"{error}; the weights are {name}, so pass inputs of {name}") from error
 
 
 def check_values(inputs: ExampleInputs) -> None:

@@ -396,7 +396,20 @@ def _attribute_fault(attribute: Attribute) -> str:
     return f"from {old} to {new} is not a width that shrinks"
 
 
+def of_huggingface(source: str) -> tuple[str, str | None] | None:
+    """The folder or name, and the task, in ``hf:DIR`` or ``hf/TASK:DIR``; None for other sources.
+
+    >>> of_huggingface("hf/masked-lm:models/bert")
+    ('models/bert', 'masked-lm')
+    """
+    kind, separator, place = source.partition(":")
+    library, slash, task = kind.partition("/")
+    if not separator or library != "hf" or (slash and not task):
+        return None
+    return place, task or None
+
+
 def is_rebuildable(source: str) -> bool:
     """Whether loading may build this source: models of libraries and ONNX files, but not a user's code."""
-    known = source.startswith("hf:") or source.lower().endswith(".onnx")
+    known = of_huggingface(source) is not None or source.lower().endswith(".onnx")
     return known or source.rpartition(":")[0] in ("timm", "torchvision")

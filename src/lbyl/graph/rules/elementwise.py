@@ -189,5 +189,5 @@ def _lift(builder: Builder, shadow: Tensor, other: Tensor, rank: int, layer: str
             builder.fix(other, full, f"they are combined with a value of fixed size in {layer!r}")
     elif bool((small(shadow) == NOBODY).any()):
         mask = (shadow == NOBODY).expand(torch.broadcast_shapes(shadow.shape, other.shape))
-        builder.pin(other.expand(mask.shape)[mask], f"they are combined with a padded value in {layer!r}")
+        builder.keep(other.expand(mask.shape)[mask], f"they are combined with a padded value in {layer!r}")
     return shadow

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.rules import rule
@@ -255,17 +256,28 @@ def _aligned(builder: Builder, pieces: Sequence[tuple[Tensor, fx.Node]], dim: in
 
 @rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
 def pad(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Padding along axes without channels. A padded channel axis can't be cut: the code gives its width."""
+    """Padding. Channels that a constant adds belong to no layer, and stay, with all that meets them."""
     x = args[0]
     if not isinstance(x, Tensor):
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     x, shape = compact(builder.ids.find(x)), output_shape(node)
     changed = [d for d in range(x.dim()) if shape[d] != x.shape[d]]
-    if any(varies(x, d) for d in changed):
+    along = [d for d in changed if varies(x, d)]
+    if along and not _with_constant(node, args, kwargs):
         return builder.barrier(node, args, f"pad along channels in {layer_name(node)!r}")
+    amounts: Any = kwargs["pad"] if "pad" in kwargs else args[1]
     for d in changed:
-        x = x.narrow(d, 0, 1)
-    return x.expand(shape)
+        last = 2 * (x.dim() - 1 - d)  # amounts begin with the last axis
+        x = functional.pad(x, [0] * last + list(amounts[last : last + 2]), value=NOBODY) if d in along else x
+        x = x if d in along else x.narrow(d, 0, 1)
+    return compact(x).expand(shape)
+
+
+def _with_constant(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether padding adds a constant, and not values of its neighbors."""
+    name = aten_name(node.target)
+    mode = args[2] if name == "pad" and len(args) > 2 else kwargs.get("mode", "constant")
+    return name == "constant_pad_nd" or (name == "pad" and mode == "constant")
 
 
 @rule("index_select", "index", "gather", "take_along_dim")

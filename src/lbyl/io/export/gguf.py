@@ -20,6 +20,7 @@ from lbyl.errors import ExportError, InputError
 from lbyl.io.export.gguf_vocabulary import add_vocabulary
 from lbyl.io.shards import FLOATING, Shards
 from lbyl.runtime.documents import read_as, read_json
+from lbyl.surgery.plan import of_huggingface
 
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """The architecture of llama.cpp for each type of model of transformers."""
@@ -248,7 +249,7 @@ def _config(folder: Path) -> dict[str, Any]:
     place = folder / "config.json"
     if not place.is_file() and (folder / "lbyl.json").is_file():
         source = str(read_json(folder / "lbyl.json").get("plan", {}).get("source") or "")
-        place = Path(source.removeprefix("hf:")) / "config.json"
+        place = Path((of_huggingface(source) or (source, None))[0]) / "config.json"
     if not place.is_file():
         raise InputError(f"{folder} has no config.json; gguf takes folders of language models of transformers")
     config = read_json(place)

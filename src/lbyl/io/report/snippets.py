@@ -10,7 +10,7 @@ from typing import Any
 
 from lbyl.io.report.format import line
 from lbyl.runtime.settings import as_call, printed
-from lbyl.surgery.plan import Plan, is_rebuildable
+from lbyl.surgery.plan import Plan, is_rebuildable, of_huggingface
 
 
 def loading(plan: Plan) -> Iterator[str]:
@@ -110,8 +110,8 @@ def shown_source(source: str) -> str:
     if source.lower().endswith((".onnx", ".pt2")):
         return PurePath(source).name
     place, separator, name = source.rpartition(":")
-    if source.startswith("hf:"):
-        return f"hf:{PurePath(name).name}" if PurePath(name).is_absolute() else source
+    if of_huggingface(source) is not None:
+        return f"{place}:{PurePath(name).name}" if PurePath(name).is_absolute() else source
     return f"{PurePath(place).name}{separator}{name}" if place.endswith(".py") else source
 
 

@@ -30,7 +30,6 @@ from lbyl.pipeline.sweep.state import ANALYSIS, SweepState, clear, exists, occup
 from lbyl.runtime.checks import as_path, named_kind
 from lbyl.runtime.cluster import OWN_FILES, connected
 from lbyl.runtime.contexts import own_settings
-from lbyl.runtime.copying import copy_model
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import check_runtime
 from lbyl.runtime.progress import Progress
@@ -187,7 +186,7 @@ def sweep(
         clear(folder, [point.name for point in before.points])
         state = _admitted(judge, _listed(before, budgets, folder))
         if judge.evaluate and state.unpruned is None:
-            state = replace(state, unpruned=judge(copy_model(model), "the unpruned network"))
+            state = replace(state, unpruned=judge(model, "the unpruned network"))
         if state != before:
             state.write(folder)
         state = _foretold(network, _judged(state, folder, judge, model), folder)
@@ -200,7 +199,7 @@ def _first(network: Network, now: Mapping[str, Any], judge: Judge) -> SweepState
     """The state of a new sweep."""
     if not network.cuttable:
         raise InputError("the model has no part with groups that can be cut; lbyl.inspect lists them")
-    unpruned = judge(copy_model(network.model), "the unpruned network")
+    unpruned = judge(network.model, "the unpruned network")
     return SweepState(now, (), network.request.source, judge.name, unpruned)
 
 
