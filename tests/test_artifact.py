@@ -359,3 +359,49 @@ def test_a_user_s_code_is_never_run_from_a_plan(tmp_path: Path) -> None:
     with pytest.raises(lbyl.InputError, match=r"pass lbyl\.load"):
         lbyl.load(result.save(tmp_path / "small"))
     assert not (tmp_path / "ran").exists()
+
+
+class OwnReader(nn.Module):
+    """A class that reads states in its own way, and returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu())
+
+    def load_state_dict(self, state: Any, strict: bool = True) -> None:  # pyright: ignore
+        super().load_state_dict(state, strict=strict)
+
+
+def test_a_class_with_its_own_way_of_reading_states_is_loaded(tmp_path: Path) -> None:
+    result = compress(OwnReader().eval(), images(2, 8))
+    loaded = lbyl.load(result.save(tmp_path / "small"), OwnReader())
+    torch.testing.assert_close(loaded(images(2, 8)), result.model(images(2, 8)))
+
+
+def test_an_exported_file_does_not_stand_for_missing_weights(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "model.onnx")
+    with pytest.raises(lbyl.ArtifactError, match=rf"{WEIGHTS} is missing; model\.onnx beside it was exported"):
+        lbyl.load(folder, residual())
+
+
+def test_a_folder_of_folders_names_those_that_are_meant(result: lbyl.Result, tmp_path: Path) -> None:
+    result.save(tmp_path / "point")
+    with pytest.raises(lbyl.ArtifactError, match=r"not a folder saved by lbyl.*those in it are .*point"):
+        lbyl.load(tmp_path, residual())
+
+
+def test_whoever_saves_second_is_told_that_the_folder_exists(
+    result: lbyl.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_meanwhile(path: Path) -> None:
+        (tmp_path / "small").mkdir()
+        (tmp_path / "small" / "file").touch()
+
+    monkeypatch.setattr(artifact, "finish", made_meanwhile)
+    with pytest.raises(lbyl.InputError, match="something else has made it"):
+        result.save(tmp_path / "small")
+    assert [file.name for file in (tmp_path / "small").iterdir()] == ["file"]

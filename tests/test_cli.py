@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -303,6 +304,11 @@ def test_mistakes_are_one_line_and_exit_code_1(
         ("compress", "SOURCE", "-o", "o", "--mean", "0.5"),
         ("compress", "SOURCE", "-o", "o", "--data", "folder", "--mean", "gray"),
         ("compress", "SOURCE", "-o", "o", "--data", "folder", "--std", "0,1,1"),
+        ("compress", "SOURCE", "-o", "o", "--budget", "macs=0.5", "--budget", "params=0.9"),
+        ("resize", "o", "-o", "p", "--budget", "macs=0.5", "--budget", "params=0.9"),
+        ("compress", "SOURCE", "-o", "o", "--memory", "inf"),
+        ("compress", "SOURCE", "-o", "o", "--budget", "macs=0.5", "--round-to", "9" * 30),
+        ("inspect", "SOURCE", "--seed", "9" * 20),
     ],
 )
 def test_usage_errors_exit_with_2(args: tuple[str, ...]) -> None:
@@ -481,6 +487,39 @@ def test_an_image_that_can_not_be_read_is_left_out(source: str, tmp_path: Path) 
     assert any(
         told in note and "broken.jpg can't be read" in note for note in json.loads(result.stdout)["report"]["notes"]
     )
+
+
+@pytest.mark.parametrize(("mode", "most"), [("I;16", 65535), ("F", 1.0)])
+def test_gray_images_of_more_than_8_bits_keep_their_range(mode: str, most: float, tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    from PIL import Image
+
+    values = np.linspace(0, most, 64).reshape(8, 8).astype(np.uint16 if mode == "I;16" else np.float32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    batches, left = read_images(
+        tmp_path, *preprocessing("f.py:net", torch.nn.Identity(), (1, 1, 8, 8), mean=[0], std=[1])
+    )
+    assert not left
+    torch.testing.assert_close(batches[0].flatten(), torch.linspace(0, 1, 64), atol=1 / 255, rtol=0)
+
+
+def test_float_images_of_another_range_are_left_out(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name, most in (("a.tif", 1.0), ("b.tif", 300.0)):
+        Image.fromarray(np.linspace(0, most, 64).reshape(8, 8).astype(np.float32)).save(tmp_path / name)
+    _, left = read_images(tmp_path, *preprocessing("f.py:net", torch.nn.Identity(), (1, 1, 8, 8), mean=[0], std=[1]))
+    assert ["from 0 to 300" in line for line in left] == [True]
+
+
+def test_inputs_have_the_precision_of_the_weights(tmp_path: Path) -> None:
+    file = tmp_path / "half.py"
+    file.write_text(textwrap.dedent(FACTORY).replace("nn.Linear(6, 4),\n    )", "nn.Linear(6, 4),\n    ).half()"))
+    result = compress(f"{file}:net", tmp_path / "out", "--restore", "prune")
+    assert result.exit_code == 0, result.output
+    result = compress(f"{file}:net", tmp_path / "b", "--input", "float64:1x3x12x12", "--restore", "prune")
+    assert result.exit_code == 1
+    assert "the weights are float16, so pass inputs of float16" in " ".join(result.stderr.split())
 
 
 def test_a_folder_of_broken_images(source: str, tmp_path: Path) -> None:

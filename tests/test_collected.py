@@ -111,6 +111,7 @@ class Filled(nn.Module):
 
 FOLLOWING: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda h: h + torch.ones(h.shape[0], 1, h.shape[-1]).to(h.dtype),
+    "changed": lambda h: h + 2 * torch.ones(h.shape[-1]).sqrt(),
     "product": lambda h: h * torch.full((h.shape[-1],), 0.5),
     "largest": lambda h: torch.maximum(h, h.new_zeros(1, 1, h.shape[2])),
     "where": lambda h: torch.where(h.sum(-1, keepdim=True) > 0, h, torch.zeros(*h.shape)),
@@ -135,3 +136,45 @@ def test_a_literal_width_keeps_the_layers_whole() -> None:
     net = Filled(lambda h: h + torch.zeros(1, 1, 12)).eval()
     with pytest.raises(lbyl.VerificationError, match="first: without them the code fails"):
         lbyl.compress(net, torch.randn(2, 5, 6), ratio=0.5, scope="all", restore="prune", forecast=False)
+
+
+class Settings:
+    width = 0
+
+    def __init__(self) -> None:
+        self.inside = 12
+
+
+class Stateful(nn.Module):
+    """A state of zeros, whose width is in an object of settings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.settings = Settings()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.decay = nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, state = self.first(x), torch.zeros(x.shape[0], self.settings.inside)
+        for step in range(x.shape[1]):
+            state = self.decay * state + u[:, step]
+        return self.last(state)
+
+
+def test_a_width_in_an_object_of_settings_follows() -> None:
+    net = Stateful().eval()
+    result = lbyl.compress(net, torch.randn(2, 5, 6), ratio=0.5, scope="all", restore="prune", forecast=False)
+    assert result.model.first.out_features == result.model.settings.inside == 6
+    assert net.settings.inside == 12
+
+
+def masked_in_part(h: Tensor) -> Tensor:
+    mask = torch.ones(h.shape[-1])
+    mask[5:] = 0
+    return h * mask
+
+
+def test_a_mask_that_the_code_writes_is_no_single_number() -> None:
+    found = lbyl.inspect(Filled(masked_in_part).eval(), torch.randn(2, 5, 6)).graph.groups
+    assert "fixed size" in str(next(group for group in found if group.name == "first").reason)

@@ -208,3 +208,26 @@ def test_a_saved_folder_is_timed_against_the_one_it_came_from(places: dict[str, 
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["against"], found["inputs"][0]) == (source, found["inputs"][1])
+
+
+def test_the_plan_knows_the_task(places: dict[str, Path], tmp_path: Path) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    asked = ["compress", f"hf:{places['bert']}", "--task", "masked-lm", "--budget", "params=0.95", "--restore", "prune"]
+    result = CliRunner().invoke(app, [*asked, "--no-latency", "--no-forecast", "--keep-analysis", "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    assert type(lbyl.load(out)).__name__ == "BertForMaskedLM"
+    assert json.loads((out / "lbyl.json").read_text())["plan"]["source"] == f"hf/masked-lm:{places['bert']}"
+    asked = ["resize", str(out), "--budget", "params=0.9", "--no-latency", "--no-forecast", "-o", str(again)]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert type(lbyl.load(again)).__name__ == "BertForMaskedLM"
+
+
+def test_bad_lines_are_left_out_and_named(places: dict[str, Path], tmp_path: Path) -> None:
+    texts = [json.dumps({"text": text}) for text in ours.sentences()[:300]]
+    (tmp_path / "a.jsonl").write_text("\n".join([*texts, "{", '{"title": "x"}']))
+    args = ["compress", f"hf:{places['llama']}", "--data", str(tmp_path), "--ratio", "*mlp*=0.5", "--no-latency"]
+    result = CliRunner().invoke(app, [*args, "--no-forecast", "-o", str(tmp_path / "out"), "--json"])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)["report"]["notes"]
+    assert any("line 301 is not JSON" in note and "so are 1 other lines" in note for note in said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +122,31 @@ def test_channels_that_a_shortcut_adds_stay_and_the_others_are_cut(pad: Callable
     assert result.model.wide.out_channels == 12
     assert result.report.verified is not None
     assert result.report.verified < 1e-6
+
+
+class Split(nn.Module):
+    """The code takes two parts of a layer's outputs, of sizes that the module keeps."""
+
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.by_name, self.most, self.rest = by_name, 12, 4
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+        with torch.no_grad():
+            self.a.weight[12:].mul_(0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        first, last = (
+            torch.split(y, [self.most, self.rest], 1) if self.by_name else (y[:, : self.most], y[:, self.most :])
+        )
+        return self.b(torch.cat([first, last], 1).relu())
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_each_part_of_a_split_keeps_a_channel(by_name: bool, tmp_path: Path) -> None:
+    x = torch.randn(2, 8)
+    result = lbyl.compress(Split(by_name).eval(), x, ratio=0.25, criterion="l2", restore="prune", forecast=False)
+    assert result.model.b.in_features == 12
+    result.save(tmp_path / "out")
+    torch.testing.assert_close(lbyl.load(tmp_path / "out", Split(by_name).eval())(x), result.model(x))

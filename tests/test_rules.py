@@ -850,3 +850,28 @@ def test_the_cost_of_products_falls_with_the_square() -> None:
     result = lbyl.compress(net, x, budget=lbyl.Budget(params=0.3), restore="prune", forecast=False)
     share = sum(p.numel() for p in result.model.parameters()) / sum(p.numel() for p in net.parameters())
     assert 0.2 <= share <= 0.3
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AdaptiveAvgPool2d((None, 1)),
+        nn.AdaptiveMaxPool2d((None, 1)),
+        nn.MaxPool2d((1, 2)),
+        nn.AvgPool2d((1, 2)),
+    ],
+)
+def test_pooling_that_leaves_the_axis_of_channels_alone(pool: nn.Module) -> None:
+    class Sequence(nn.Module):
+        """The columns of an image as a sequence, as in networks that read text."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.pool, self.last = nn.Conv2d(3, 16, 3), pool, nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.pool(self.first(x).permute(0, 3, 1, 2)).mean(3))
+
+    result = lbyl.compress(Sequence().eval(), torch.randn(1, 3, 8, 8), ratio=0.5, restore="prune", forecast=False)
+    assert result.model.first.out_channels == 8

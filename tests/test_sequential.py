@@ -435,3 +435,24 @@ def test_what_is_clearly_better_in_turn_is_not_compared(ridge: float, ways: set[
         assert free.report.held_out_errors["in turn"] <= 0.75 * free.report.held_out_errors["pruned"]
         for name, tensor in free.model.state_dict().items():
             assert torch.equal(tensor, asked.model.state_dict()[name])
+
+
+class Decoded(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("wide", [16, 24])
+def test_transposed_convolutions_keep_their_solution_in_the_pass(wide: int) -> None:
+    """Their weights have the input dimension first; square ones were used transposed, and others ended the pass."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, wide, 3, padding=1), nn.Tanh(), nn.ConvTranspose2d(wide, 16, 4, 2, 1), Decoded(16)),
+        nn.Conv2d(16, 2, 3, padding=1),
+    ).eval()
+    errors = lbyl.compress(net, torch.randn(1, 3, 16, 16), ratio=0.3, forecast=False).report.held_out_errors
+    assert errors["in turn"] < errors["all at once"] < errors["pruned"]

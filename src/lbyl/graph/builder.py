@@ -101,7 +101,7 @@ class Builder:
     origins: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
     """The inputs of the network that each value comes from, see `lbyl.graph.origins`."""
     numbers: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    """The whole numbers that modules keep as attributes, by the modules' paths."""
+    """The whole numbers that modules keep, by the modules' paths, see `lbyl.graph.numbers`."""
     batch: int = 0
     """The number of rows of the network's first input."""
     ids: Ids = field(default_factory=Ids)

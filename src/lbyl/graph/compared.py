@@ -6,14 +6,14 @@ A traced program has no trace of such a comparison. But the code stops a narrowe
 from __future__ import annotations
 
 import dis
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lbyl.graph.builder import Builder, layer_name
+from lbyl.graph.numbers import codes_of
 from lbyl.graph.union_find import compact, varies
 from lbyl.runtime.contexts import plain_attention, undisturbed
 from lbyl.runtime.copying import sharing_copy
@@ -75,18 +75,8 @@ def _compares_sizes(kind: type[nn.Module]) -> bool:
     """Whether any method of a class outside of PyTorch asks for sizes and compares something."""
     return any(
         {"shape", "size"} & {*code.co_names} and any(step.opname == "COMPARE_OP" for step in dis.get_instructions(code))
-        for code in _codes(kind)
+        for code in codes_of(kind)
     )
-
-
-def _codes(kind: type[nn.Module]) -> Iterator[Any]:
-    for base in kind.__mro__:
-        if base is nn.Module:
-            return
-        if not base.__module__.startswith("torch.nn."):
-            for member in vars(base).values():
-                if inspect.isfunction(member):
-                    yield inspect.unwrap(member).__code__
 
 
 class _Watched(int):

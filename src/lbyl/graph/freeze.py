@@ -41,7 +41,7 @@ def freeze(builder: Builder) -> Graph:
     _add_statistics(builder, channels)
     names: set[str] = set()
     return Graph(
-        tuple(_group(builder, channels, draft, names) for draft in channels.drafts),
+        tuple(_group(builder, channels, draft, names, sizes) for draft in channels.drafts),
         tuple(_consumers(builder, channels)),
         tuple(dict.fromkeys(map(readable, builder.barriers))),
         sizes,
@@ -187,7 +187,7 @@ def _add_statistics(builder: Builder, channels: _Channels) -> None:
             draft.statistics.append(Statistic(reduction, tuple(carried.tolist()), reduction in builder.relative))
 
 
-def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]) -> Group:
+def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str], sizes: Sequence[Size]) -> Group:
     """The frozen group, under a name that is not yet in ``names``."""
     blocks, trouble = _blocks(channels, draft)
     tied = tuple(slot for slot in draft.carriers if (slot.parameter, slot.dim) in builder.tied)
@@ -222,7 +222,16 @@ def _group(builder: Builder, channels: _Channels, draft: _Draft, names: set[str]
         statistics=tuple(draft.statistics),
         products=tuple(dict.fromkeys(draft.products)),
         compared=draft.compared,
+        pieces=tuple(dict.fromkeys(_pieces(draft, sizes))),
     )
+
+
+def _pieces(draft: _Draft, sizes: Sequence[Size]) -> Iterator[tuple[int, ...]]:
+    """The channels of values that have some of a group's channels and no others."""
+    for size in sizes:
+        found = {channel for _, channel in size.columns}
+        if {index for index, _ in size.columns} == {draft.index} and len(found) < draft.width:
+            yield tuple(sorted(found))
 
 
 def _why_unread(draft: _Draft) -> str:

@@ -24,6 +24,7 @@ from lbyl.graph.experts import by_expert
 from lbyl.graph.exported import export
 from lbyl.graph.freeze import freeze
 from lbyl.graph.lengths import find_lengths
+from lbyl.graph.numbers import numbers_of
 from lbyl.graph.origins import origins_of
 from lbyl.graph.program import Program
 from lbyl.graph.recording import record
@@ -83,7 +84,7 @@ def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
 def graph_of(model: nn.Module, program: Program, compared: Compared = frozenset()) -> Graph:
     """The channel groups in a model's program, in which modules compare these numbers with sizes."""
     again = dict(program.parameters)
-    builder = Builder(again, numbers=_numbers(model), batch=_batch(program))
+    builder = Builder(again, numbers=numbers_of(model), batch=_batch(program))
     env: dict[fx.Node, Any] = {}
 
     def value(argument: Any) -> Any:
@@ -143,12 +144,6 @@ def _batch(program: Program) -> int:
     inputs = (n for n in program.graph.nodes if n.op == "placeholder" and n not in program.parameters)
     shapes = (value.shape for node in inputs if isinstance(value := node.meta.get("val"), Tensor))
     return next((int(shape[0]) for shape in shapes if shape), 0)
-
-
-def _numbers(model: nn.Module) -> dict[str, frozenset[int]]:
-    """The whole numbers among each module's attributes, by its path."""
-    kept = {path: vars(module).values() for path, module in model.named_modules()}
-    return {path: frozenset(value for value in values if type(value) is int) for path, values in kept.items()}
 
 
 def _idle(model: nn.Module, program: Program) -> set[str]:

@@ -141,6 +141,7 @@ class Group:
         compared: a distance or similarity of such channels (cdist, cosine_similarity), by name and module; "" for none.
         multiple: every block keeps a multiple of this number of channels, as the operation that reads them requires.
         statistics: other reductions over these channels; after a cut they are taken over the kept ones.
+        pieces: the channels of values with only some of the group's, whose size the code may spell out.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Group:
     products: tuple[str, ...] = ()
     compared: str = ""
     multiple: int = 1
+    pieces: tuple[tuple[int, ...], ...] = ()
 
     @property
     def excluded_from_inner(self) -> str | None:
@@ -179,8 +181,8 @@ class Group:
 
     @cached_property
     def parts(self) -> tuple[frozenset[int], ...]:
-        """The channels of layers and reductions that have only some of the group's; each of these must keep one."""
-        held = [slot.channels for slot in (*self.carriers, *self.consumers)]
+        """The channels of layers, reductions and values that have only some of the group's; each must keep one."""
+        held = [*(slot.channels for slot in (*self.carriers, *self.consumers)), *self.pieces]
         held += [statistic.channels for statistic in self.statistics]
         found = dict.fromkeys(frozenset(channels) - {NOT_OURS} for channels in dict.fromkeys(held))
         return tuple(part for part in found if 0 < len(part) < self.width)

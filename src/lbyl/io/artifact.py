@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -164,7 +164,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     file = as_path(path) / MANIFEST
     with _reading(file):
         if not file.is_file():
-            inside = [f"{path}/{each.parent.name}" for each in sorted(as_path(path).glob(f"*/{MANIFEST}"))]
+            inside = [str(each.parent) for each in sorted(as_path(path).rglob(MANIFEST))]
             points = f"; those in it are {', '.join(inside[:_NAMED])}" if inside else ""
             raise ArtifactError(f"{path} is not a folder saved by lbyl: it has no {MANIFEST}{points}")
     data = read_json(file)
@@ -260,6 +260,19 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
     return [weights_file(path)]
 
 
+class _Plainly:
+    """A module whose weights are read as those of any module, also if its class reads them in its own way."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        return nn.Module.state_dict(self._model)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
+        return nn.Module.load_state_dict(self._model, state, strict=strict)
+
+
 def _load_weights(model: nn.Module, files: Sequence[Path]) -> None:
     """Load the weights of a folder; of several files, one after the other.
 
@@ -267,12 +280,12 @@ def _load_weights(model: nn.Module, files: Sequence[Path]) -> None:
         RuntimeError: they are not all of the model's tensors, or more.
     """
     if len(files) == 1:
-        load_model(model, str(files[0]))
+        load_model(cast(nn.Module, _Plainly(model)), str(files[0]))
         return
     found: set[str] = set()
     for file in files:
         part = load_file(file)
-        if others := model.load_state_dict(part, strict=False).unexpected_keys:
+        if others := _Plainly(model).load_state_dict(part, strict=False).unexpected_keys:
             raise RuntimeError(f"the model has no {others[0]}")
         found |= part.keys()
     state = model.state_dict(keep_vars=True)

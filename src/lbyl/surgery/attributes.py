@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lbyl.errors import SurgeryError
 from lbyl.graph import Graph, Size
 from lbyl.graph.channel_means import attributes_with
+from lbyl.graph.numbers import numbers_of_settings
 from lbyl.selection.select import Selection
 from lbyl.surgery.rearranging import is_rearranging, set_length, shrinking_lengths
 
@@ -88,9 +88,9 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
                 found.append(Attribute(path, name, place, old, shrinking[path, old]))
         idle = {name: part for name, part in module.named_children() if f"{path}.{name}".lstrip(".") not in places}
         found += _of_children(path, idle, shrinking)
-        for name, item in _read_from_configuration(module):
-            if shrinking.get((path, item), item) != item:
-                found.append(Attribute(path, f"config.{name}", None, item, shrinking[path, item]))
+        for name, item in numbers_of_settings(module):
+            if shrinking.get((path, item), item) != item and not _NO_WIDTH.search(name):
+                found.append(Attribute(path, name, None, item, shrinking[path, item]))
     return (*found, *_constants(model, selection))
 
 
@@ -124,16 +124,6 @@ def _has_one_key(module: nn.Module) -> bool:
 
 def _counts_heads(name: str) -> bool:
     return "head" in name and "dim" not in name and "size" not in name
-
-
-def _read_from_configuration(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Numbers of heads that a module reads from its configuration at every run."""
-    kept, forward = vars(module), inspect.unwrap(type(module).forward)
-    read = getattr(getattr(forward, "__code__", None), "co_names", ())
-    if "config" in read:
-        for name, item in vars(kept.get("config", object)).items():
-            if name in read and name not in kept and _counts_heads(name) and type(item) is int:
-                yield name, item
 
 
 def attribute_of(module: nn.Module, name: str) -> Any:

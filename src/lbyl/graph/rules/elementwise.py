@@ -9,8 +9,9 @@ from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.origins import are_apart
-from lbyl.graph.rules import rule
+from lbyl.graph.rules import find_rule, rule
 from lbyl.graph.union_find import NOBODY, compact, small, varies
+from lbyl.graph.written import is_written
 from lbyl.runtime.reductions import aten_name
 
 DRAWN = "random numbers are drawn for them"
@@ -117,12 +118,18 @@ def as_number(node: fx.Node, shadow: Tensor) -> Tensor:
     """
     if bool((small(compact(shadow)) != NOBODY).any()):
         return shadow
-    while node.op == "call_function" and aten_name(node.target) in _SILENT and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    value = node.meta.get("val")
-    made = node.op == "call_function" and aten_name(node.target) in _UNIFORM
-    uniform = made and isinstance(value, Tensor) and value.is_floating_point()
-    return shadow.new_full([1] * shadow.dim(), NOBODY) if uniform else shadow
+    return shadow.new_full([1] * shadow.dim(), NOBODY) if _is_uniform(node) else shadow
+
+
+def _is_uniform(node: fx.Node, depth: int = 8) -> bool:
+    """Whether a value is made by zeros or the like, and changed element by element at most."""
+    value, name = node.meta.get("val"), aten_name(node.target)
+    if node.op != "call_function" or not depth or not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if name.rstrip("_") in ("tril", "triu") or any(is_written(user) for user in node.users):
+        return False
+    alike = find_rule(name) in (unary, combine, unchanged)
+    return name in _UNIFORM or (alike and all(_is_uniform(each, depth - 1) for each in node.all_input_nodes))
 
 
 def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | ParameterRef]:

@@ -36,7 +36,21 @@ def pool(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
     x = builder.shadow(args[0])
     if not isinstance(x, Tensor):
         return builder.barrier(node, args, f"{name} on a value that the trace can't follow")
-    return _each_alone(builder, node, x, range(-int(match[1]), 0))
+    before, after = (tuple(shape)[-int(match[1]) :] for shape in (x.shape, _shape_of(node)))
+    same = [old == new for old, new in zip(before, after, strict=True)]
+    if name.startswith(("max_pool", "avg_pool")):
+        size = args[1] if isinstance(args[1], list | tuple) else [args[1]]
+        kernel = size * len(same) if len(size) == 1 else size
+        same = [s and taps == 1 for s, taps in zip(same, kernel, strict=True)]
+    elif name.startswith("fractional"):
+        same = [False] * len(same)
+    return _each_alone(builder, node, x, [d - len(same) for d, unchanged in enumerate(same) if not unchanged])
+
+
+def _shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's first output."""
+    val = node.meta["val"]
+    return tuple((val if isinstance(val, Tensor) else val[0]).shape)
 
 
 def _each_alone(builder: Builder, node: fx.Node, x: Tensor, dims: Iterable[int]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from lbyl.moments.accumulate import PatchSums
 from lbyl.restore.least_squares.paired_forward import ConsumerDue, NotPairable, run_paired
 from lbyl.restore.least_squares.recalibrate import renormalize, shifted
 from lbyl.restore.least_squares.solve import Findings, LeastSquaresProblem, empty_sums, solve_patches
-from lbyl.restore.targets import Target, following_norms, target_of
+from lbyl.restore.targets import Target, as_stored, following_norms, target_of
 from lbyl.runtime.attended import attended_positions
 from lbyl.runtime.batches import join, thinned
 from lbyl.runtime.inputs import ExampleInputs
@@ -111,6 +112,9 @@ def solve_sequentially(
         return NotApplicable("an attention mask excludes positions, but statistics on the way would contain them")
     again = {target.bias for target in takers.values()}
     findings = Findings(state, {name: value for name, value in done.values.items() if name not in again})
+    # Solved weights have their output dimension first, which is how consumers that are solved here store them as well.
+    others = {target.consumer.weight for target in problem.found} - takers.keys()
+    kept = as_stored(problem.found, {name: findings.values[name] for name in others & findings.values.keys()})
     turns = 0
 
     def solve_one(turn: ConsumerDue) -> None:
@@ -133,7 +137,7 @@ def solve_sequentially(
             problem.model,
             batches,
             takers,
-            findings.values,
+            ChainMap(kept, findings.values),
             solve_one,
             batch_statistics=probes.batch_statistics,
             renorm=renorm,

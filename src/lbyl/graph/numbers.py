@@ -1,0 +1,57 @@
+"""Whole numbers that modules keep, by themselves or in an object of settings, from which their code takes sizes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+
+from torch import Tensor, nn
+
+
+def numbers_of(model: nn.Module) -> dict[str, frozenset[int]]:
+    """The whole numbers that the code of each module may read, by the module's path."""
+    return {
+        path: frozenset(
+            [value for value in vars(module).values() if type(value) is int]
+            + [value for _, value in numbers_of_settings(module)]
+        )
+        for path, module in model.named_modules()
+    }
+
+
+def numbers_of_settings(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The whole numbers that a module reads from objects of settings when it runs, as in ``self.config.width``.
+
+    Names have the form ``config.width``. Numbers that the module also keeps by itself, under the same name, are left
+    out.
+    """
+    kept = vars(module)
+    holders = {name: value for name, value in kept.items() if _is_settings(value)}
+    if not holders:
+        return
+    read = {name for code in codes_of(type(module)) for name in code.co_names}
+    for holder in read & holders.keys():
+        for name, value in vars(holders[holder]).items():
+            if type(value) is int and name in read and name not in kept:
+                yield f"{holder}.{name}", value
+
+
+def codes_of(kind: type[nn.Module]) -> Iterator[CodeType]:
+    """The code of all methods of a class but its constructor, without those of PyTorch."""
+    for base in kind.__mro__:
+        if base is nn.Module:
+            return
+        if base.__module__.startswith("torch.nn."):
+            continue
+        for name, member in vars(base).items():
+            if name != "__init__" and inspect.isfunction(member):
+                inner = inspect.unwrap(member)
+                if isinstance(inner, FunctionType):
+                    yield inner.__code__
+
+
+def _is_settings(value: object) -> bool:
+    """Whether a value is an object of somebody's class that keeps plain values."""
+    plain = isinstance(value, nn.Module | Tensor | type | FunctionType)
+    return not plain and hasattr(value, "__dict__") and not callable(value)
