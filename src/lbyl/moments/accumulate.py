@@ -20,8 +20,6 @@ from lbyl.selection.view import ColumnMoments
 _CHUNK_BYTES = 16 * 2**20
 _NARROW, _WIDE, _PARTS = 64, 256, 8
 """Second moments are added to in strips of so many rows: an eighth of all rows, within these bounds."""
-_FOR_EACH, _FEWEST = 32, 4096
-"""Of images, so many positions a call are enough for each regressor, and so many altogether: neighbors are alike."""
 UNFOLDED = frozenset(("conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
 """Layers of whose inputs no patches are taken: the moments are those among channels."""
 
@@ -271,8 +269,7 @@ def _positions(
     fed = None if call.fed is None else _as_2d(replace(call, x=call.fed), kernel)[0]
     taps = kernel.shape[2:]
     pixels = call.out[0, 0].numel()
-    enough = max(_FEWEST, _FOR_EACH * len(keep) * taps.numel())
-    chosen = sample_positions(pixels, max(1, min(positions, enough) // len(x)), generator)
+    chosen = sample_positions(pixels, max(1, positions // len(x)), generator)
     at = None if chosen is None else chosen.to(x.device)
     read_at = _Window((taps[0], taps[1]), stride, padding, dilation, call.out.shape[-1], at)
     size = max(1, _CHUNK_BYTES // (len(keep) * taps.numel() * (pixels if at is None else len(at)) * 4))
