@@ -123,6 +123,30 @@ def test_grouped_convolutions_label_their_blocks() -> None:
     assert consumer(graph.group("before"), "grouped.weight").blocks == 2
 
 
+class TwoGroupings(nn.Module):
+    """One layer's channels are read in two groups and in three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.two = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, groups=2)
+        self.three, self.last = nn.Conv2d(24, 24, 3, groups=3), nn.Conv2d(48, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.last(F.relu(torch.cat([self.two(x), self.three(x)], 1)))
+
+
+def test_blocks_of_different_sizes_are_cut_in_smaller_ones_of_equal_size() -> None:
+    net, x = settle(TwoGroupings()), images(2, 3, 8, 8)
+    group = graph_of(net, x).group("first")
+    assert group.prunable
+    assert group.blocks == tuple(channel // 4 for channel in range(24))
+    result = lbyl.compress(net, x, ratio={"first": 0.25}, restore="prune", forecast=False)
+    assert result.model.first.out_channels == 18
+    assert result.report.verified is not None
+    assert result.report.verified < 1e-6
+
+
 def test_channels_that_meet_the_padding_of_a_shortcut_belong_to_no_group() -> None:
     class Padded(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -356,10 +357,17 @@ def _blocks(channels: _Channels, draft: _Draft) -> tuple[tuple[int, ...], str | 
             each = iter((seats % blocks).tolist())
             rows = torch.tensor([kinds.setdefault(tuple(islice(each, n)), len(kinds)) for n in counts.tolist()])
         labels = torch.unique(labels * (width + blocks) + rows, return_inverse=True)[1]
+    sizes = torch.bincount(labels)
+    common = math.gcd(*sizes.tolist())
+    if common > 1 and len(set(sizes.tolist())) > 1:
+        # Blocks of different sizes are made of smaller ones of equal size.
+        order = torch.argsort(labels, stable=True)
+        labels[order] = torch.arange(width) // common
+        sizes = torch.bincount(labels)
     # Numbered in order of appearance.
     names = {label: number for number, label in enumerate(dict.fromkeys(labels.tolist()))}
     result = tuple(names[label] for label in labels.tolist())
-    if len(set(torch.bincount(labels).tolist())) > 1:
+    if len(set(sizes.tolist())) > 1:
         return result, "layers or views split these channels into blocks of different sizes"
     return result, None
 
