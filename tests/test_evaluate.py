@@ -66,11 +66,10 @@ def test_the_result_is_what_it_is_without_evaluation(
 
 def test_points_of_a_sweep_are_not_changed_either(tmp_path: Path) -> None:
     x = images(2, 3, 12, 12)
-    for name, judge in (("judged", trains), ("plain", None)):
-        lbyl.sweep(net(), x, [lbyl.Budget(macs=0.625)], tmp_path / name, restore="prune", evaluate=judge, forecast=False)
-    found, expected = (
-        lbyl.load(next((tmp_path / name).rglob("lbyl.json")).parent, net()) for name in ("judged", "plain")
-    )
+    places = [tmp_path / name for name in ("judged", "plain")]
+    for place, judge in zip(places, (trains, None), strict=True):
+        lbyl.sweep(net(), x, [lbyl.Budget(macs=0.625)], place, restore="prune", evaluate=judge, forecast=False)
+    found, expected = (lbyl.load(next(place.rglob("lbyl.json")).parent, net()) for place in places)
     torch.testing.assert_close(state_of(found), state_of(expected), rtol=0, atol=0)
 
 
