@@ -964,7 +964,6 @@ WHOLE = {
     "spatial attention": "2.gate.a",
     "global context": "1.inside.a",
     "pooled by attention": "1.a.2",
-    "groups after groups": "1",  # blocks of six, then of four
     "one key for all heads": "1.inside.k 1.inside.v",
     "one part of the key for all heads": "1.inside.shared",
     "text convolutions": "before",
