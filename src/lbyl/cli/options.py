@@ -57,7 +57,7 @@ SameInputs = Annotated[
     list[str] | None,
     _shapes("Shape of an example input, as for compress. Default: the inputs that the network was compressed with."),
 ]
-Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of all random numbers.", show_default=True)]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of all random numbers.")]
 NoPretrained = Annotated[
     bool,
     typer.Option("--no-pretrained", help="Random weights instead of the published ones (timm, torchvision)."),

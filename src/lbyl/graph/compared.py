@@ -9,14 +9,11 @@ import dis
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from lbyl.graph.builder import Builder, layer_name
-from lbyl.graph.numbers import codes_of
+from lbyl.graph.numbers import codes_of, run_marked
 from lbyl.graph.union_find import compact, varies
-from lbyl.runtime.contexts import plain_attention, undisturbed
-from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs
 
 Compared = frozenset[tuple[str, int]]
@@ -32,24 +29,15 @@ def find_compared(model: nn.Module, inputs: ExampleInputs) -> Compared:
         model: the network; it is not changed.
         inputs: the example inputs.
     """
-    found = [
-        (path, name, value)
+    equal = set[tuple[str, int]]()
+    marks = {
+        (path, name): _Watched(value, path, equal)
         for path, module in model.named_modules()
         if _compares_sizes(type(module))
         for name, value in vars(module).items()
         if type(value) is int and value > 1
-    ]
-    if not found:
-        return frozenset()
-    copy, equal = sharing_copy(model), set[tuple[str, int]]()
-    for path, name, value in found:
-        vars(copy.get_submodule(path))[name] = _Watched(value, path, equal)
-    try:
-        with torch.no_grad(), undisturbed(copy), plain_attention():
-            inputs.cloned().call(copy)
-    except Exception:  # code that takes no other type than int
-        return frozenset()
-    return frozenset(equal)
+    }
+    return frozenset(equal) if marks and run_marked(model, inputs, marks) else frozenset()
 
 
 def note_entering(builder: Builder, node: fx.Node, env: Mapping[fx.Node, Any], compared: Compared) -> None:

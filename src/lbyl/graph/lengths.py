@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lbyl.graph.numbers import run_marked
 from lbyl.graph.types import Size
-from lbyl.runtime.contexts import plain_attention, undisturbed
-from lbyl.runtime.copying import sharing_copy
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.intercept import FunctionInterceptor
 
@@ -44,24 +43,14 @@ def find_lengths(model: nn.Module, inputs: ExampleInputs, sizes: Collection[Size
             with these values are looked at.
     """
     spelled = {(size.module, size.value) for size in sizes}
-    found = [
-        (path, name, value)
+    marks = {
+        (path, name): _Marked(value, frozenset({(path, name)}))
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if type(value) is int and (path, value) in spelled
-    ]
-    if not found:
-        return frozenset()
-    copy = sharing_copy(model)
-    for path, name, value in found:
-        vars(copy.get_submodule(path))[name] = _Marked(value, frozenset({(path, name)}))
+    }
     uses = _Uses(sizes)
-    try:
-        with torch.no_grad(), undisturbed(copy), plain_attention(), uses:
-            inputs.cloned().call(copy)
-    except Exception:  # code that takes no other type than int
-        return frozenset()
-    return frozenset(uses.taken - uses.wide)
+    return frozenset(uses.taken - uses.wide) if marks and run_marked(model, inputs, marks, uses) else frozenset()
 
 
 class _Marked(int):

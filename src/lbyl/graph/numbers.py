@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from types import CodeType, FunctionType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from lbyl.runtime.contexts import plain_attention, undisturbed
+from lbyl.runtime.copying import sharing_copy
+from lbyl.runtime.inputs import ExampleInputs
 
 
 def numbers_of(model: nn.Module) -> dict[str, frozenset[int]]:
@@ -30,11 +38,45 @@ def numbers_of_settings(module: nn.Module) -> Iterator[tuple[str, int]]:
     holders = {name: value for name, value in kept.items() if _is_settings(value)}
     if not holders:
         return
-    read = {name for code in codes_of(type(module)) for name in code.co_names}
+    read = _names_read_by(type(module))
     for holder in read & holders.keys():
         for name, value in vars(holders[holder]).items():
             if type(value) is int and name in read and name not in kept:
                 yield f"{holder}.{name}", value
+
+
+@lru_cache(maxsize=256)
+def _names_read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """The names in the code of a class; remembered, because verification asks for them at every trial."""
+    return frozenset(name for code in codes_of(kind) for name in code.co_names)
+
+
+def run_marked(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    marks: Mapping[tuple[str, str], int],
+    watching: AbstractContextManager[Any] | None = None,
+) -> bool:
+    """Run a copy of a model, in which some attributes are replaced by numbers that take notes of their use.
+
+    Args:
+        model: the network; it is not changed.
+        inputs: the example inputs.
+        marks: the numbers, by a module's path and the name of its attribute.
+        watching: a context that is active during the run.
+
+    Returns:
+        Whether the copy runs; code may take no other type than int.
+    """
+    copy = sharing_copy(model)
+    for (path, name), mark in marks.items():
+        vars(copy.get_submodule(path))[name] = mark
+    try:
+        with torch.no_grad(), undisturbed(copy), plain_attention(), watching or nullcontext():
+            inputs.cloned().call(copy)
+    except Exception:
+        return False
+    return True
 
 
 def codes_of(kind: type[nn.Module]) -> Iterator[CodeType]:

@@ -164,7 +164,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     file = as_path(path) / MANIFEST
     with _reading(file):
         if not file.is_file():
-            inside = [str(each.parent) for each in sorted(as_path(path).rglob(MANIFEST))]
+            folders = sorted(file.parent.iterdir()) if file.parent.is_dir() else []
+            inside = [str(each) for each in folders if is_saved(each)]
             points = f"; those in it are {', '.join(inside[:_NAMED])}" if inside else ""
             raise ArtifactError(f"{path} is not a folder saved by lbyl: it has no {MANIFEST}{points}")
     data = read_json(file)

@@ -89,7 +89,7 @@ def plan_attributes(model: nn.Module, graph: Graph, selection: Selection) -> tup
         idle = {name: part for name, part in module.named_children() if f"{path}.{name}".lstrip(".") not in places}
         found += _of_children(path, idle, shrinking)
         for name, item in numbers_of_settings(module):
-            if shrinking.get((path, item), item) != item and not _NO_WIDTH.search(name):
+            if shrinking.get((path, item), item) != item and not _NO_WIDTH.search(name.rpartition(".")[2]):
                 found.append(Attribute(path, name, None, item, shrinking[path, item]))
     return (*found, *_constants(model, selection))
 
