@@ -61,7 +61,7 @@ def allocate(
         raise BudgetError(
             f"the budget can't be reached: it allows {target:,.0f}, but with every group at its smallest width, "
             f"{floor:,.0f} of {cost:,.0f} {budget.unit} are left ({floor / cost:.1%}); raise the budget or max_ratio, "
-            "or exclude less",
+            f"or {'use a smaller min_keep' if budget.min_keep > 1 else 'exclude less'}",
             floor / cost,
         )
 
@@ -312,7 +312,7 @@ def _missed(nearest: Cost, target: float, total: float, budget: Budget) -> str:
     advice = "use that as the budget, or a smaller round_to"
     if budget.latency is not None:
         advice = "use that as the budget, or another round_to or a larger max_ratio"
-    if nearest.margin > _LOUDEST * target:
+    if nearest.margin > _LOUDEST * target and abs(nearest.amount - target) <= 2 * nearest.margin:
         advice = "the measurements vary too much: close other programs, or measure on a larger batch"
     return (
         f"the budget of {target:,.0f} {budget.unit} can't be met within {REACHED_WITHIN:.0%}: the nearest "

@@ -288,21 +288,25 @@ class Settings:
     ) -> Budget:
         """The budget that limits a cost to an amount, or minimizes a cost for a quality."""
         from lbyl.budget.budget import Budget
+        from lbyl.errors import InputError
 
-        return Budget(
-            **{name: amount},  # pyright: ignore[reportArgumentType]
-            minimize=minimize,
-            best_effort=best_effort,
-            depth=depth,
-            experts=experts,
-            head_dim=head_dim,
-            round_to=self.round_to if self.round_to in ("auto", None) else int(self.round_to),
-            min_keep=self.min_keep,
-            max_ratio=self.max_ratio,
-            exclude=tuple(self.exclude or ()),
-            uniform_layers=self.uniform_layers,
-            runtime=self.runtime.value if "latency" in (name, minimize) else Runtime.torch.value,
-        )
+        try:
+            return Budget(
+                **{name: amount},  # pyright: ignore[reportArgumentType]
+                minimize=minimize,
+                best_effort=best_effort,
+                depth=depth,
+                experts=experts,
+                head_dim=head_dim,
+                round_to=self.round_to if self.round_to in ("auto", None) else int(self.round_to),
+                min_keep=self.min_keep,
+                max_ratio=self.max_ratio,
+                exclude=tuple(self.exclude or ()),
+                uniform_layers=self.uniform_layers,
+                runtime=self.runtime.value if "latency" in (name, minimize) else Runtime.torch.value,
+            )
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from None
 
     def restorer(self, batches: Sequence[Any] | None, model: nn.Module, inputs: Any) -> str | LeastSquares | None:
         """The restorer for the options; None if the library shall choose one.

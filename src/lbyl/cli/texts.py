@@ -17,6 +17,8 @@ class InputSpec:
     InputSpec(shape=(1, 3, 224, 224), dtype='float32', stated=False)
     >>> InputSpec.parse("int64:1x128")
     InputSpec(shape=(1, 128), dtype='int64', stated=True)
+    >>> InputSpec.parse("1,128").shape
+    (1, 128)
     """
 
     shape: tuple[int, ...]
@@ -31,7 +33,7 @@ class InputSpec:
         if dtype not in _DTYPES:
             raise typer.BadParameter(f"{text!r}: {dtype!r} is not a dtype; write one of {', '.join(_DTYPES)}")
         try:
-            shape = tuple(int(size) for size in sizes.split("x"))
+            shape = tuple(int(size) for size in sizes.replace(",", "x").split("x"))
         except ValueError:
             shape = (0,)
         if min(shape) < 1:
