@@ -647,3 +647,13 @@ def test_settings_that_would_be_code_are_damage(settings: dict[str, Any], tmp_pa
 
 def test_the_version_is_there() -> None:
     assert lbyl.__version__ == CliRunner().invoke(app, ["--version"]).stdout.split()[1]
+
+
+def test_a_folder_without_its_weights_says_so(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).with_name("saved_0_1_0") / "own", tmp_path / "own")
+    assert "load it with" in CliRunner().invoke(app, ["show", str(tmp_path / "own")]).stdout
+    (tmp_path / "own" / "model.safetensors").unlink()
+    lacking = CliRunner().invoke(app, ["show", str(tmp_path / "own")])
+    assert lacking.exit_code == 0
+    assert "model.safetensors is missing, so the folder can't be loaded" in " ".join(lacking.stdout.split())
+    assert "load it with" not in lacking.stdout

@@ -13,7 +13,7 @@ from lbyl.cli.sources import setting
 def show(folder: Folder, as_json: Json = False, quiet: Quiet = False) -> None:
     """Print the content of a saved folder: settings, groups, totals, and how to load it."""
     with working(f"reading {folder}", quiet):
-        from lbyl.io.artifact import PAGE, document, read_manifest
+        from lbyl.io.artifact import PAGE, document, missing_weights, read_manifest
         from lbyl.io.report.format import shown
         from lbyl.io.report.snippets import load_line
         from lbyl.surgery.plan import is_rebuildable
@@ -28,5 +28,8 @@ def show(folder: Folder, as_json: Json = False, quiet: Quiet = False) -> None:
     out.print(manifest.report)
     if (folder / PAGE).is_file():
         out.print(shown(f"{folder / PAGE} shows it with pictures"), soft_wrap=True)
+    if lost := missing_weights(folder):
+        out.print(shown(lost), soft_wrap=True)
+        return
     line = load_line(folder, plan.source if is_rebuildable(plan.source or "") else None)
     out.print(Text(f"load it with\n\n    {line}\n"), soft_wrap=True)

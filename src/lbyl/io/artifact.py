@@ -261,6 +261,15 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
     return [weights_file(path)]
 
 
+def missing_weights(path: str | os.PathLike[str]) -> str:
+    """What a saved folder lacks of its weights, in words; "" if every file is there."""
+    try:
+        gone = [file for file in weight_files(path) if not file.is_file()]
+    except ArtifactError as error:
+        return str(error)
+    return f"{gone[0]} is missing, so the folder can't be loaded" if gone else ""
+
+
 class _Plainly:
     """A module whose weights are read as those of any module, also if its class reads them in its own way."""
 
