@@ -301,3 +301,19 @@ def test_a_pattern_to_exclude_that_matches_nothing_is_told_of() -> None:
     notes = lbyl.compress(net, torch.randn(1, 6), budget=budget, restore="prune", forecast=False).report.notes
     assert [note for note in notes if note.startswith("exclude: 'layr*' matches no group or layer")]
     assert not any("'2'" in note for note in notes)
+
+
+@pytest.mark.parametrize("widths", [(8, 16), (8, 8, 8), (8, 32, 8)])
+def test_few_channels_meet_every_budget(widths: tuple[int, ...]) -> None:
+    """Where no single step comes close, one group gets wider and another one narrower."""
+    torch.manual_seed(0)
+    layers, before = list[nn.Module](), 3
+    for width in widths:
+        layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        before = width
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10)).eval()
+    for percent in range(80, 20, -5):
+        share = percent / 100
+        budget = lbyl.Budget(macs=share)
+        report = lbyl.compress(net, images(2, 3, 16, 16), budget=budget, restore="prune", forecast=False).report
+        assert -0.05 <= report.macs[1] / report.macs[0] / share - 1 <= 0.02

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,99 @@ def test_a_layer_in_a_plain_list_is_named_as_the_reason() -> None:
 
     group = lbyl.inspect(Hidden().eval(), torch.randn(2, 6)).graph.groups[0]
     assert "plain list? use nn.ModuleList" in str(group.reason)
+
+
+def _plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+def _by_global(net: nn.Module) -> None:
+    """As in a notebook, where what the function calls is a global name."""
+    names: dict[str, Any] = {"old": net.forward}
+    exec("def forward(x):\n    return old(x)", names)
+    net.forward = names["forward"]
+
+
+def _by_wraps(net: nn.Module) -> None:
+    old = net.forward
+
+    @wraps(old)
+    def forward(x: Tensor) -> Tensor:
+        return old(x)
+
+    net.forward = forward
+
+
+WRAPS: dict[str, Callable[[nn.Sequential], Any]] = {
+    "no_grad": lambda net: setattr(net, "forward", torch.no_grad()(net.forward)),
+    "autocast": lambda net: setattr(net, "forward", torch.autocast("cpu", enabled=False)(net.forward)),
+    "partial": lambda net: setattr(net, "forward", partial(net.forward)),
+    "partial in a closure": lambda net: setattr(net, "forward", torch.no_grad()(partial(net.forward))),
+    "wraps": _by_wraps,
+    "global name": _by_global,
+    "compiled": lambda net: net.compile(backend="eager"),
+    "compiled forward": lambda net: setattr(net, "forward", torch.compile(net.forward, backend="eager")),
+    "a layer": lambda net: setattr(net[2], "forward", torch.no_grad()(net[2].forward)),
+    "a compiled layer": lambda net: net[0].compile(backend="eager"),
+    "a wrapped layer": lambda net: net.__setitem__(2, torch.compile(net[2], backend="eager")),
+}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_forward_that_holds_the_original_is_copied(name: str, tmp_path: Path) -> None:
+    """Otherwise the smaller network computes with the original's layers, and all seems well."""
+    net, x = _plain(), torch.randn(2, 3, 6, 6)
+    WRAPS[name](net)
+    before = net(x)
+    result = lbyl.compress(net, x, ratio=0.75, restore="prune", strict=True, forecast=False)
+    assert result.report.macs[1] < result.report.macs[0] / 4
+    assert torch.equal(net(x), before)
+    assert not torch.allclose(result.model(x), before)
+    if name != "a wrapped layer":  # whose weights have other names
+        plain = lbyl.compress(_plain(), x, ratio=0.75, restore="prune", forecast=False)
+        torch.testing.assert_close(result.model(x), plain.model(x))
+        torch.testing.assert_close(lbyl.load(result.save(tmp_path / "small"), _plain())(x), plain.model(x))
+
+
+class Hidden:
+    """Calls a network, and stays the same object in copies."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return type(self.net).forward(self.net, x)
+
+    def __deepcopy__(self, memo: object) -> Hidden:
+        return self
+
+
+def test_a_network_that_computes_with_the_original_s_weights_is_not_verified() -> None:
+    net = _plain()
+    net.forward = Hidden(net)
+    with pytest.raises(lbyl.VerificationError, match="does not compute with its own weights, but with the original's"):
+        lbyl.compress(net, torch.randn(2, 3, 6, 6), ratio=0.5, restore="prune", forecast=False)
+
+
+def test_a_part_that_is_not_copied_is_refused() -> None:
+    """A frozen teacher, say: a cut would change the user's own."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def __deepcopy__(self, memo: object) -> Frozen:
+            return self
+
+    net = nn.Sequential(Frozen(), nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(lbyl.InputError, match="its copy shares the module '0' with it"):
+        lbyl.compress(net, torch.randn(2, 3, 6, 6), ratio=0.5, forecast=False)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -263,3 +265,70 @@ class Broken:
 def test_criteria_that_are_none(criterion: object, says: str) -> None:
     with pytest.raises(lbyl.InputError, match=says):
         lbyl.compress(two_layers(), torch.randn(1, 6), criterion=criterion, restore="prune", ratio=0.5, forecast=False)  # pyright: ignore
+
+
+class WithoutSees:
+    def score(self, view: object) -> Tensor:
+        return torch.zeros(1)
+
+
+class SeesTooLittle:
+    sees: ClassVar[str] = "consumers"
+
+    def score(self, view: lbyl.ChannelView) -> Tensor:
+        return torch.stack([reading.square.sum() for reading in view.readings])
+
+
+class Complex:
+    def score(self, filters: Tensor, generator: torch.Generator) -> Tensor:
+        return filters.flatten(1).norm(dim=1).to(torch.complex64)
+
+
+class Raises:
+    def score(self, filters: Tensor, generator: torch.Generator) -> Tensor:
+        raise KeyError("mine")
+
+
+class OddNorm(lbyl.L2):
+    norm_order = "two"
+
+
+@pytest.mark.parametrize(
+    ("criterion", "said"),
+    [
+        (WithoutSees(), "for a view it needs the attribute sees"),
+        (SeesTooLittle(), "SeesTooLittle.score failed on 0 .*sees = 'consumers' says what it gets"),
+        (Complex(), "complex numbers"),
+        (Raises(), r"Raises.score failed on 0 \(12 filters\): KeyError: 'mine'$"),
+        (OddNorm(), "norm_order is 'two'"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_a_criterion_that_fails_is_named(criterion: object, said: str) -> None:
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    with pytest.raises(lbyl.InputError, match=said):
+        lbyl.compress(net, torch.randn(4, 6), ratio=0.5, criterion=criterion, restore="prune", forecast=False)  # pyright: ignore[reportArgumentType]
+    found = lbyl.compare(net, torch.randn(4, 6), restores=["prune"], criteria={"l2": "l2", "own": criterion})
+    assert [bool(row.why) for row in found.rows] == [False, False, True, True]
+
+
+def test_a_saved_folder_knows_a_criterion_s_array_by_its_digest(tmp_path: Path) -> None:
+    @dataclass
+    class Weighted:
+        weights: Tensor
+        shape: Callable[[Tensor], Tensor] = torch.abs
+
+        def score(self, filters: Tensor, generator: torch.Generator) -> Tensor:
+            return self.shape(filters.flatten(1) * self.weights).sum(1)
+
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    settings = []
+    for number in range(2):
+        own = Weighted(torch.arange(7.0) + number)
+        result = lbyl.compress(net, torch.randn(4, 6), ratio=0.5, criterion=own, restore="prune", forecast=False)
+        saved = result.save(tmp_path / str(number))
+        settings.append(json.loads((saved / "lbyl.json").read_text())["plan"]["settings"]["criterion"])
+        assert lbyl.load(saved, net)[0].out_features == 6
+    first, second = settings
+    assert first["weights"]["shape"] == [7]
+    assert first["weights"]["sha256"] != second["weights"]["sha256"]

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import combinations, product
 
 from torch import nn
 
@@ -98,6 +99,7 @@ def allocate(
         for other in neighbors[group] & steps.keys():
             steps[other] = best(other)
     _widen(widths, bundles, offered, terms, error, target)
+    _exchange(widths, bundles, offered, terms, error, target)
     return {group: widths[group] for group in first_of}
 
 
@@ -124,6 +126,38 @@ def _widen(
             return
         _, first, width, cost = found
         widths |= dict.fromkeys(bundles[first], width)
+
+
+_MOST_PAIRS = 50_000
+"""So many pairs of widths are tried. Where there are more, single steps are small enough."""
+
+
+def _exchange(
+    widths: dict[int, int],
+    bundles: Mapping[int, Sequence[int]],
+    offered: Mapping[int, Sequence[int]],
+    terms: Sequence[Term],
+    error: Callable[[int, int], float],
+    target: float,
+) -> None:
+    """Change two groups at once, in place, where no single step comes close to the target, as with few channels."""
+
+    def is_close(cost: float) -> bool:
+        return abs(cost - target) <= REACHED_WITHIN * target
+
+    pairs = list(combinations(bundles, 2))
+    if is_close(sum(term.at(widths) for term in terms)):
+        return
+    if sum(len(offered[a]) * len(offered[b]) for a, b in pairs) > _MOST_PAIRS:
+        return
+    found: list[tuple[float, dict[int, int]]] = []
+    for a, b in pairs:
+        for one, other in product(offered[a], offered[b]):
+            tried = widths | dict.fromkeys(bundles[a], one) | dict.fromkeys(bundles[b], other)
+            if is_close(sum(term.at(tried) for term in terms)):
+                found.append((error(a, one) + error(b, other) - error(a, widths[a]) - error(b, widths[b]), tried))
+    if found:
+        widths |= min(found, key=lambda each: each[0])[1]
 
 
 def bundled(graph: Graph, curves: Sequence[Curve], budget: Budget) -> dict[int, tuple[int, ...]]:
@@ -309,7 +343,7 @@ def _next_aim(tried: Sequence[tuple[float, Cost]], target: float) -> float:
 def _missed(nearest: Cost, target: float, total: float, budget: Budget) -> str:
     """The message for a budget that was not met."""
     share = f"{nearest.amount / total:.3f}" + (f" ± {nearest.margin / total:.3f}" if nearest.margin else "")
-    advice = "use that as the budget, or a smaller round_to"
+    advice = "use that as the budget" + (", or a smaller round_to" if budget.round_to not in (None, 1) else "")
     if budget.latency is not None:
         advice = "use that as the budget, or another round_to or a larger max_ratio"
     if nearest.margin > _LOUDEST * target and abs(nearest.amount - target) <= 2 * nearest.margin:

@@ -156,7 +156,7 @@ def _layers_that_run_once(model: nn.Module, inputs: ExampleInputs) -> list[str]:
         hooks.append(module.register_forward_hook(note))
     try:
         with torch.no_grad():
-            outs = output_tensors(inputs.call(model))
+            outs = output_tensors(inputs.cloned().call(model))
     finally:
         for hook in hooks:
             hook.remove()

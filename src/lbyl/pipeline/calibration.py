@@ -15,11 +15,12 @@ from lbyl.runtime.batches import batch_size, join_all, split
 from lbyl.runtime.checks import check_number, check_seed
 from lbyl.runtime.contexts import alone, own_settings, undisturbed
 from lbyl.runtime.inputs import ExampleInputs
-from lbyl.runtime.progress import Progress
+from lbyl.runtime.progress import Progress, cancelable
 from lbyl.runtime.recursion import deep_calls
 from lbyl.runtime.seeding import generator_for
 
 
+@cancelable
 @own_settings()
 def calibration_batches(
     model: nn.Module,

@@ -33,7 +33,7 @@ from lbyl.pipeline.walk import walk
 from lbyl.runtime.checks import as_path, named_kind
 from lbyl.runtime.contexts import alone, own_settings, undisturbed
 from lbyl.runtime.output_error import outputs_error
-from lbyl.runtime.progress import Clock, Progress
+from lbyl.runtime.progress import Clock, Progress, cancelable
 from lbyl.runtime.recursion import deep_calls
 from lbyl.runtime.settings import described, printed
 from lbyl.selection.select import checked_ratio
@@ -168,6 +168,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else percent(value)
 
 
+@cancelable
 @own_settings()
 def compare(
     model: nn.Module,
@@ -217,7 +218,8 @@ def compare(
     if not isinstance(ratios, Sequence) or isinstance(ratios, str) or not ratios:
         raise InputError(f"ratios is {ratios!r}; pass a list, such as [0.25, 0.5]")
     for ratio in ratios:
-        checked_ratio(ratio)
+        if isinstance(checked_ratio(ratio), Mapping):
+            raise InputError(f"ratios has {ratio!r}; pass numbers: each holds for all groups")
     judge, model = Judge(evaluate), plain_module(model)
     first = CompressionRequest(ratios[0], None, scope, None, None, seed, verify, False, None, progress, forecast)
     with deep_calls(model), alone(model):

@@ -20,13 +20,14 @@ from lbyl.pipeline.request import CompressionRequest, Restore, named_criterion, 
 from lbyl.pipeline.result import Inputs, Result
 from lbyl.pipeline.together import compress_together
 from lbyl.runtime.contexts import alone, own_settings, uncollected
-from lbyl.runtime.progress import Clock, Progress
+from lbyl.runtime.progress import Clock, Progress, cancelable
 from lbyl.runtime.recursion import deep_calls
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.selection.select import Ratio, checked_ratio
 from lbyl.surgery.plan import remember
 
 
+@cancelable
 @own_settings()
 def compress(
     model: nn.Module,

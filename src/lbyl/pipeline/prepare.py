@@ -381,14 +381,20 @@ def check_device(model: nn.Module, inputs: ExampleInputs) -> None:
 
 
 def _check_precision(model: nn.Module, inputs: ExampleInputs) -> None:
-    """Raise InputError if the inputs have another precision than all weights, and the model does not run on them."""
+    """Raise InputError if inputs and weights differ in precision, and the model does not run on them for that.
+
+    Tracing does not always see it, and verification runs everything in float64.
+    """
     own = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
     given = {tensor.dtype for tensor in inputs.tensors() if tensor.is_floating_point()}
-    if len(own) == 1 and given - own:
+    if len(own) > 1 or (own and given - own):
         try:
             with undisturbed(model):
                 outputs(model, inputs)
         except InputError as error:
+            if len(own) > 1:
+                names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in own))
+                raise InputError(f"{error}; the weights are {names}") from error
             name = str(own.pop()).removeprefix("torch.")
             raise InputError(f"{error}; the weights are {name}, so pass inputs of {name}") from error
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lbyl.errors import InputError
 from lbyl.io import artifact
 from lbyl.io.report.report import Report
 from lbyl.io.saving import as_trained
+from lbyl.runtime.checks import named_kind
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.surgery.plan import Plan
 
@@ -51,6 +53,10 @@ class Result:
 
     def timed(self, bench: Bench) -> Result:
         """The result, with the latency that :func:`lbyl.bench` measured in its report."""
+        from lbyl.runtime.bench import Bench
+
+        if not isinstance(bench, Bench):
+            raise InputError(f"bench is {named_kind(bench)}; pass what lbyl.bench returned")
         return replace(self, report=replace(self.report, latency=bench.timing()))
 
     def plot(self) -> Figure:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lbyl.budget.allocate import Widths, choose_widths
 from lbyl.budget.budget import Budget
-from lbyl.errors import InputError, SurgeryError, VerificationError, first_line
+from lbyl.errors import InputError, RestorationError, SurgeryError, VerificationError, first_line
 from lbyl.io.report.report import Report
 from lbyl.io.report.rows import Row
 from lbyl.moments import Probes
@@ -198,7 +198,13 @@ def _restore(subject: Subject, request: CompressionRequest, planned: _Planned) -
     if planned.analysis is not None:
         problem = replace(problem, consumer_moments=planned.analysis.consumer_moments)
     with undisturbed(subject.model), restoring(subject.restorer, subject.model):
-        return subject.restorer.restore(problem)
+        restoration = subject.restorer.restore(problem)
+        if not isinstance(restoration, Restoration):
+            kind = type(restoration).__name__
+            raise RestorationError(
+                f"{type(subject.restorer).__name__}.restore returned {kind}, not an lbyl.Restoration"
+            )
+        return restoration
 
 
 def _cut(

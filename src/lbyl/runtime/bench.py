@@ -28,7 +28,7 @@ from lbyl.runtime.latency import (
     measure_whole,
 )
 from lbyl.runtime.macs import count_macs
-from lbyl.runtime.progress import Progress
+from lbyl.runtime.progress import Progress, cancelable
 
 REST = "(no layer's)"
 _FELL = 0.98
@@ -188,6 +188,7 @@ class Bench:
         return ", ".join(named) + (f" and {len(slow) - _NAMED} more" if len(slow) > _NAMED else "")
 
 
+@cancelable
 @own_settings()
 def bench(
     model: nn.Module,

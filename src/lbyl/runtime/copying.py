@@ -6,7 +6,8 @@ import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import CellType, FunctionType
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def copy_model(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn
     except Exception as error:
         raise InputError(f"{type(model).__name__} can't be copied ({error}); lbyl only works on a copy") from error
     _check_names(model, twin)
+    _check_apart(model, twin, instead or {})
     forget_cached(twin)  # after a cut it would be wrong
     return twin
 
@@ -55,6 +57,26 @@ def _check_names(model: nn.Module, twin: nn.Module) -> None:
             f"{type(model).__name__} can't be copied: its copy has no {lost[0]!r}, because it is built under other "
             "names; lbyl only works on a copy, so pass a network that copy.deepcopy copies as it is"
         )
+
+
+def _check_apart(model: nn.Module, twin: nn.Module, instead: Mapping[int, Any]) -> None:
+    """Raise InputError if a copy still holds a part of the original, which a cut would change.
+
+    Args:
+        model: the original.
+        twin: its copy.
+        instead: what replaces parts of the original.
+    """
+    given = {id(part) for part in instead.values()}
+    for what, parts in (("module", dict(model.named_modules())), ("tensor", tensors_of(model))):
+        names = {id(part): name for name, part in parts.items() if id(part) not in given}
+        for part in twin.modules() if what == "module" else tensors_of(twin).values():
+            if id(part) in names:
+                raise InputError(
+                    f"{type(model).__name__} can't be copied: its copy shares the {what} {names[id(part)]!r} with it, "
+                    "as where __deepcopy__ returns the object itself; lbyl only works on a copy, so pass a network "
+                    "that copy.deepcopy copies as a whole"
+                )
 
 
 def _rebind_functions(twin: nn.Module, memo: Mapping[int, Any]) -> None:
@@ -80,12 +102,21 @@ def _rebind_functions(twin: nn.Module, memo: Mapping[int, Any]) -> None:
 def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
     """The function itself, or a copy of it where it refers to something that was copied.
 
-    It may do so in its closure, in its defaults, or by a global name of a container that a module holds as well.
+    It may do so in its closure, in its defaults, or by a global name: of a container that a module holds as well, of a
+    module, or of a module's method, as in a notebook.
     """
 
     def twin_of(value: Any) -> Any:
         if isinstance(value, FunctionType) and value is not function:
             return _rebound(value, memo)
+        if isinstance(value, MethodType) and id(value.__self__) in memo:
+            return MethodType(twin_of(value.__func__), memo[id(value.__self__)])
+        if type(value) is partial:
+            parts = (value.func, *value.args, *value.keywords.values())
+            if all(twin_of(part) is part for part in parts):
+                return value
+            named = {name: twin_of(part) for name, part in value.keywords.items()}
+            return partial(twin_of(value.func), *map(twin_of, value.args), **named)
         copied = isinstance(value, (nn.Module, Tensor, dict, list, set)) and id(value) in memo
         return memo[id(value)] if copied else value
 
@@ -97,7 +128,8 @@ def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
 
     cells, known = function.__closure__ or (), function.__globals__
     shared = {name: known[name] for name in function.__code__.co_names if name in known}
-    shared = {name: twin_of(value) for name, value in shared.items() if isinstance(value, (dict, list, set))}
+    held = (dict, list, set, nn.Module, MethodType, partial)
+    shared = {name: twin_of(value) for name, value in shared.items() if isinstance(value, held)}
     shared = {name: value for name, value in shared.items() if value is not known[name]}
     defaults, named = function.__defaults__ or (), function.__kwdefaults__ or {}
     values = [now(cell) for cell in cells]
@@ -150,9 +182,11 @@ def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
         return memo[id(value)] if id(value) in memo else copy.deepcopy(value, memo)
 
     for module, twin in zip(ours, twins, strict=True):
+        vars(twin).update(vars(module))
+        vars(twin).pop("_compiled_call_impl", None)  # it would call the original, so `nn.Module` leaves it out as well
+    for twin in twins:
         own = vars(twin)
-        own.update(vars(module))
-        for name, value in vars(module).items():
+        for name, value in list(own.items()):
             kind = type(value)
             if kind in ATOMS or (kind is tuple and all(type(item) in ATOMS for item in value)):
                 continue

@@ -143,7 +143,7 @@ def measure_latencies(
         for model in models:
             stack.enter_context(undisturbed(model))
         # Counting comes first, so that a model that does not run fails before anything is timed.
-        counted, inputs = [_macs(model, inputs) for model in models], inputs.cloned()
+        counted, inputs = [_macs(model, inputs.cloned()) for model in models], inputs.cloned()
         for _ in range(warm_up):
             for model in models:
                 outputs(model, inputs, given_away=True)

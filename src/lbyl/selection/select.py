@@ -9,12 +9,13 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cached_property
 from numbers import Real
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lbyl.errors import InputError
+from lbyl.errors import InputError, LbylError, first_line
 from lbyl.graph import Graph, Group
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion, needs_probes
@@ -128,20 +129,33 @@ class ByCriterion:
         if norms is not None:
             return norms[members]
         name = type(self.criterion).__name__
-        if isinstance(sees := getattr(self.criterion, "sees", None), str):
+        seeing = isinstance(sees := getattr(self.criterion, "sees", None), str)
+        given: tuple[Any, ...] = (part.raw, generator)
+        if seeing:
             seen = self.moments if needs_probes(self.criterion) else None
             readings = readings_of(filters, members, seen)
             if sees != "consumers" and not any(bool(reading.square.any()) for reading in readings):
                 return part.norms(2)  # no consumer ran on the probes, or an expert got no token
-            scores = self.criterion.score(ChannelView(part, readings, generator))  # pyright: ignore[reportCallIssue, reportArgumentType]
-        else:
-            scores = self.criterion.score(part.raw, generator)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            given = (ChannelView(part, readings, generator),)
+        try:
+            scores = self.criterion.score(*given)
+        except LbylError:
+            raise
+        except Exception as error:  # a user's criterion may raise anything
+            way = f"; sees = {sees!r} says what it gets (lbyl.SeeingCriterion)" if seeing else ""
+            if isinstance(error, TypeError) and not seeing:
+                way = "; for a view it needs the attribute sees (lbyl.SeeingCriterion)"
+            raise InputError(
+                f"{name}.score failed on {filters.group.name} ({len(members)} filters): {first_line(error)}{way}"
+            ) from error
         if not isinstance(scores, Tensor):
             raise InputError(f"{name}.score returned a {type(scores).__name__}; return a tensor with a score per row")
         if scores.shape != (len(members),):
             raise InputError(
                 f"{name}.score returned shape {tuple(scores.shape)} for {len(members)} filters; return a score per row"
             )
+        if scores.is_complex():
+            raise InputError(f"{name}.score returned complex numbers, which have no order; return real ones")
         if not bool(torch.isfinite(scores).all()):
             raise InputError(f"{name}.score returned NaN or infinity for a channel of {filters.group.name}")
         return scores
@@ -150,7 +164,11 @@ class ByCriterion:
         """The scores if they are norms of the filters, which do not depend on other channels; else None."""
         # Only of the class itself, because derived classes usually have other scores.
         order = vars(type(self.criterion)).get("norm_order")
-        return None if order is None else filters.norms(order)
+        if order is None:
+            return None
+        if not isinstance(order, int) or order < 1:
+            raise InputError(f"{type(self.criterion).__name__}.norm_order is {order!r}; it must be 1, 2 or so")
+        return filters.norms(order)
 
 
 @dataclass(frozen=True)

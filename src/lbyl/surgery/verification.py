@@ -15,6 +15,7 @@ without computing anything, on PyTorch's meta device, if the network runs on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from lbyl.graph import Graph
 from lbyl.runtime.contexts import plain_attention, undisturbed
 from lbyl.runtime.copying import apply_changes, copy_model, replacements_by_id, tensors_of
 from lbyl.runtime.float64 import LARGE, Float64Mode
-from lbyl.runtime.inputs import ExampleInputs, outputs
+from lbyl.runtime.inputs import ExampleInputs, outputs, outputs_if_taken
 from lbyl.runtime.intercept import unseen
 from lbyl.runtime.layer_norms import NormMasks, statistics_of_kept
 from lbyl.runtime.macs import macs_by_shapes
@@ -309,6 +310,11 @@ def verify(
     if gap > reference.tolerance:
         raise wrong(_gap(reference.outputs, found, reference.tolerance) or "")
     before = _count(masked, reference.whole) if macs is None else macs
+    if before == after and _ignores_its_weights(smaller, inputs):
+        raise VerificationError(
+            "the cut network does not compute with its own weights, but with the original's, as where a forward holds "
+            "the original network in a place that a copy does not reach; define it as a method of a class"
+        )
     if not any(t.numel() for t in found):
         note = "not verified: the network's outputs on the example inputs are empty, so nothing was compared"
         return Verification(None, reference.tolerance, reference.dtype, (before, after), note)
@@ -593,6 +599,17 @@ def _reference_in(
 def _count(model: nn.Module, inputs: ExampleInputs) -> int:
     with undisturbed(model):
         return macs_by_shapes(model, inputs)
+
+
+def _ignores_its_weights(model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether a network gives the same finite outputs whatever its weights are."""
+    blank = copy_model(model).eval()
+    weights = [tensor for tensor in tensors_of(blank).values() if tensor.is_floating_point()]
+    with torch.no_grad():
+        for tensor in weights:
+            tensor.fill_(math.nan)
+    found = outputs_if_taken(blank, inputs)
+    return bool(weights) and found is not None and all(bool(torch.isfinite(t).all()) for t in found if _has_fraction(t))
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:

@@ -31,6 +31,6 @@ class Pt2Format:
 
         def run(inputs: ExampleInputs) -> list[Tensor]:
             with torch.no_grad():
-                return output_tensors(inputs.call(module))
+                return output_tensors(inputs.cloned().call(module))
 
         return run

@@ -27,7 +27,7 @@ from lbyl.pipeline.layerwise.work import Done, Work, working_folder
 from lbyl.pipeline.sweep.cache import digest
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.runtime.checks import as_path, is_folder
-from lbyl.runtime.progress import Progress
+from lbyl.runtime.progress import Progress, cancelable
 from lbyl.runtime.settings import described
 from lbyl.runtime.version import library_version
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
@@ -51,6 +51,7 @@ class CompressedFolder:
     report: Report
 
 
+@cancelable
 def compress_folder(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

@@ -22,13 +22,14 @@ from lbyl.pipeline.walk import from_the_start
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.runtime.contexts import own_settings, undisturbed
 from lbyl.runtime.copying import tensors_of
-from lbyl.runtime.progress import Progress
+from lbyl.runtime.progress import Progress, cancelable
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
 from lbyl.selection.select import Ratio
 from lbyl.surgery.cuts import cut_in_place
 from lbyl.surgery.plan import remember, remembered
 
 
+@cancelable
 @own_settings()
 def compress_in_place(
     model: nn.Module,

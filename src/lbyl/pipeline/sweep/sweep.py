@@ -32,7 +32,7 @@ from lbyl.runtime.cluster import OWN_FILES, connected
 from lbyl.runtime.contexts import own_settings
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.latency import check_runtime
-from lbyl.runtime.progress import Progress
+from lbyl.runtime.progress import Progress, cancelable
 from lbyl.runtime.recursion import deep_calls
 from lbyl.runtime.settings import described
 from lbyl.selection.criteria.base import Criterion, SeeingCriterion
@@ -92,6 +92,7 @@ class Sweep:
             yield shown(text)
 
 
+@cancelable
 @own_settings()
 def sweep(
     model: nn.Module,

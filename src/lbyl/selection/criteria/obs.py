@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lbyl.runtime.checks import check_number, check_switch
 from lbyl.selection.view import ChannelView, Reading
 
 
@@ -34,6 +35,10 @@ class OBS:
     ridge: float = 0.3
     centered: bool = False
     sees: ClassVar[str] = "products"
+
+    def __post_init__(self) -> None:
+        check_number("OBS(ridge={})", self.ridge, least=0)
+        check_switch("OBS(centered={})", self.centered)
 
     def score(self, view: ChannelView) -> Float[Tensor, " channels"]:
         """One score for each channel: its position in the order in which channels are removed."""
