@@ -150,14 +150,15 @@ def _exchange(
         return
     if sum(len(offered[a]) * len(offered[b]) for a, b in pairs) > _MOST_PAIRS:
         return
-    found: list[tuple[float, dict[int, int]]] = []
+    found: list[tuple[bool, float, dict[int, int]]] = []
     for a, b in pairs:
         for one, other in product(offered[a], offered[b]):
             tried = widths | dict.fromkeys(bundles[a], one) | dict.fromkeys(bundles[b], other)
-            if is_close(sum(term.at(tried) for term in terms)):
-                found.append((error(a, one) + error(b, other) - error(a, widths[a]) - error(b, widths[b]), tried))
+            if is_close(cost := sum(term.at(tried) for term in terms)):
+                added = error(a, one) + error(b, other) - error(a, widths[a]) - error(b, widths[b])
+                found.append((cost > target, added, tried))
     if found:
-        widths |= min(found, key=lambda each: each[0])[1]
+        widths |= min(found, key=lambda each: each[:2])[-1]
 
 
 def bundled(graph: Graph, curves: Sequence[Curve], budget: Budget) -> dict[int, tuple[int, ...]]:
