@@ -62,7 +62,10 @@ def built_from(model: nn.Module, settings: Settings) -> Any:
         with torch.device("meta"):
             return kind(config_from(model, settings))
     except Exception as error:  # a model's own checks may raise anything
-        raise Unbuildable(f"{type(error).__name__}: {first_line(error)}") from error
+        told = first_line(error)
+        if told.endswith(":"):  # what transformers validates says on the next line what is wrong
+            told = " ".join([told, *(line.strip() for line in str(error).splitlines()[1:2])])
+        raise Unbuildable(f"{type(error).__name__}: {told}") from error
 
 
 def attempt(model: nn.Module, settings: Settings) -> Any:

@@ -223,7 +223,20 @@ def _fitting(model: nn.Module, before: Shapes) -> Any:
         if found == "":
             return config_from(model, candidate)
         trouble = trouble or found
-    raise Unsayable(trouble or missed or f"no model with these shapes can be built from its {name}")
+    if not (trouble or missed):
+        why = next((f" ({refused})" for candidate in tries if (refused := _refused(model, candidate))), "")
+        way = "; ratio={'*mlp*': ...} leaves heads whole" if heads or "head" in why else ""
+        missed = f"no model with these shapes can be built from its {name}{why}{way}"
+    raise Unsayable(trouble or missed)
+
+
+def _refused(model: nn.Module, settings: Settings) -> str:
+    """Why no model can be built with these settings; "" if it can."""
+    try:
+        built_from(model, settings)
+    except Unbuildable as error:
+        return str(error)
+    return ""
 
 
 def _trouble(model: nn.Module, settings: Settings) -> str | None:

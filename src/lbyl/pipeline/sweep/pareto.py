@@ -190,7 +190,8 @@ def markdown(points: Sequence[Point], source: str | None, unpruned: float | None
         lines += ["", f"![Damage against cost, one dot for each point.]({PICTURE})"]
     lines += [
         "",
-        'Each folder is a smaller network: `lbyl show FOLDER` says what was cut, `lbyl.load("FOLDER")` loads it.',
+        'Each folder is a smaller network: `lbyl show FOLDER` says what was cut, `lbyl.load("FOLDER")` loads it',
+        '(`lbyl.load("FOLDER", model)` with a fresh model of your own, where the source is not known).',
         "`sweep.json` holds this table. `groundwork/` holds the probes and error curves that all points share; with",
         "it, running the sweep again with other budgets adds points. It can be deleted.",
     ]
