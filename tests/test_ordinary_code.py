@@ -461,3 +461,18 @@ def test_values_that_are_brought_to_one_shape_are_cut_together() -> None:
     result = lbyl.compress(Broadcast().eval(), torch.randn(4, 8), ratio=0.5, restore="prune", forecast=False)
     assert [result.model.a.out_features, result.model.b.out_features] == [8, 8]
     assert not result.report.barriers
+
+
+def test_masks_that_are_combined_by_operators_follow() -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x * ((x > -1) & (x < 1) | (x > 2) ^ (x < -3)))
+
+    x = torch.randn(4, 8)
+    result = lbyl.compress(Between().eval(), x, ratio=0.5, restore="prune", strict=True, forecast=False)
+    assert [(row.group, row.after) for row in result.report.rows] == [("first", 8)]

@@ -1,12 +1,15 @@
-"""Finds numbers of modules that say how much of something to take: a number of steps, and not how wide a layer is.
+"""Finds numbers of modules that equal a width by chance: a number of steps, a window, a longest sequence.
 
 A network may keep the last 64 steps of a sequence and also have layers of 64 channels. If these get narrower, the
 number of steps must not. A range of the channels themselves is as wide as what is left of them.
+
+Numbers that the code only compares or counts by leave no trace in what PyTorch computes. Verification sees no
+difference if such a number changes, as long as it does not matter on the example inputs. So these stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +17,9 @@ from torch import nn
 
 from lbyl.graph.numbers import run_marked
 from lbyl.graph.types import Size
-from lbyl.runtime.inputs import ExampleInputs
+from lbyl.runtime.contexts import plain_attention, undisturbed
+from lbyl.runtime.copying import sharing_copy
+from lbyl.runtime.inputs import ExampleInputs, outputs_if_taken
 from lbyl.runtime.intercept import FunctionInterceptor
 
 Name = tuple[str, str]
@@ -29,12 +34,19 @@ _TAKING = frozenset({
 
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _NARROWING = (torch.Tensor.narrow, torch.narrow)
+_SHAPING = (torch.Tensor.view, torch.Tensor.reshape, torch.reshape)
+"""Functions whose numbers are the lengths of the axes of what they return."""
+
+_MOST_RUNS = 16
+"""So many kinds of numbers are tried one by one."""
 
 
 def find_lengths(model: nn.Module, inputs: ExampleInputs, sizes: Collection[Size]) -> frozenset[Name]:
-    """Attributes of modules that only say how much to take, on the example inputs.
+    """Attributes of modules that equal a width, but say something else, on the example inputs.
 
-    The model runs once with numbers that remember whose they are.
+    The model runs once with numbers that remember whose they are. A number says something else if it only says how much
+    to take, or only how long axes are that no channels run along. So does one that no function of PyTorch gets, if
+    another one of the module is that width, or if the outputs do not depend on it.
 
     Args:
         model: the network; it is not changed.
@@ -50,7 +62,47 @@ def find_lengths(model: nn.Module, inputs: ExampleInputs, sizes: Collection[Size
         if type(value) is int and (path, value) in spelled
     }
     uses = _Uses(sizes)
-    return frozenset(uses.taken - uses.wide) if marks and run_marked(model, inputs, marks, uses) else frozenset()
+    if not marks or not run_marked(model, inputs, marks, uses):
+        return frozenset()
+    uses.explain_products()
+    explained = {(path, int(marks[path, name])) for path, name in uses.wide}
+    unseen = marks.keys() - uses.wide - uses.taken - uses.placed
+    others = {(path, name) for path, name in unseen if (path, int(marks[path, name])) in explained}
+    idle = _without_effect(model, inputs, unseen - others)
+    return frozenset((uses.taken | uses.placed) - uses.wide) | others | idle
+
+
+def _without_effect(model: nn.Module, inputs: ExampleInputs, names: Collection[Name]) -> frozenset[Name]:
+    """The attributes on which the outputs do not depend: all of them together, or those of each class and name."""
+    modules = dict(model.named_modules())
+    names = [(path, name) for path, name in names if vars(modules[path])[name] > 1]
+    if not names:
+        return frozenset()
+    reference = _outputs_with(model, inputs, ())
+    if reference is None:
+        return frozenset()
+
+    def same(some: Sequence[Name]) -> bool:
+        found = _outputs_with(model, inputs, some)
+        return found is not None and len(found) == len(reference) and all(map(torch.equal, found, reference))
+
+    if same(names):
+        return frozenset(names)
+    kinds: dict[tuple[type[nn.Module], str], list[Name]] = {}
+    for path, name in names:
+        kinds.setdefault((type(modules[path]), name), []).append((path, name))
+    if len(kinds) > _MOST_RUNS:
+        return frozenset()
+    return frozenset(each for some in kinds.values() if len(kinds) > 1 and same(some) for each in some)
+
+
+def _outputs_with(model: nn.Module, inputs: ExampleInputs, names: Collection[Name]) -> list[torch.Tensor] | None:
+    """The outputs of a copy in which these attributes are smaller by one; None if it does not run."""
+    copy = sharing_copy(model)
+    for path, name in names:
+        vars(copy.get_submodule(path))[name] -= 1
+    with undisturbed(copy), plain_attention():
+        return outputs_if_taken(copy, inputs)
 
 
 class _Marked(int):
@@ -91,27 +143,54 @@ class _Marked(int):
     def __floordiv__(self, other: Any) -> Any:
         return self._with(int(self).__floordiv__(other), other)
 
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self._with(int(self).__rfloordiv__(other), other)
+
 
 class _Uses(FunctionInterceptor):
-    """Notes which marked numbers are given to functions that take something, and which to all others.
+    """Notes which marked numbers are given to functions that take something, which to shapes, and which to all others.
 
-    A bound along an axis that channels run along is no number of steps.
+    A bound along an axis that channels run along is no number of steps, and the length of one is a width.
     """
 
     def __init__(self, sizes: Collection[Size]) -> None:
         super().__init__()
         self.taken: set[Name] = set()
         self.wide: set[Name] = set()
+        self.placed: set[Name] = set()
+        self._products: list[set[Name]] = []
         self._channels = {(size.module, size.value, size.axis, size.rank) for size in sizes}
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note the marks in the arguments, and make the call."""
+        if func in _SHAPING:
+            self._note_lengths(args[1:], kwargs)
+            return func(*args, **kwargs)
         for axis, given in _by_axis(func, args, kwargs):
             for mark in _marks(given):
                 for tag in mark.tags:
                     along = axis is not None and self._carries(tag[0], args[0], axis)
                     (self.wide if along or func not in _TAKING else self.taken).add(tag)
         return func(*args, **kwargs)
+
+    def _note_lengths(self, given: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note whether each number in a shape is the length of an axis that channels run along."""
+        given = given or (kwargs.get("shape", ()),)
+        lengths = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+        for axis, length in enumerate(lengths):
+            for mark in _marks(length):
+                along = {tag for tag in mark.tags if (tag[0], int(mark), axis, len(lengths)) in self._channels}
+                self.placed |= mark.tags
+                if len(along) == 1:
+                    self.wide |= along
+                elif along:
+                    self._products.append(along)
+
+    def explain_products(self) -> None:
+        """Of a product that is a width (heads times their size, say), all factors count as one if none is known to."""
+        for tags in self._products:
+            if not tags & self.wide:
+                self.wide |= tags
 
     def _carries(self, module: str, value: torch.Tensor, axis: int) -> bool:
         """Whether channels run along an axis of a value, of which the module takes a part."""

@@ -71,7 +71,7 @@ def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     "masked_fill", "eq", "ne", "gt", "lt", "ge", "le", "logical_and", "logical_or", "bitwise_and", "bitwise_or",
     "remainder", "floor_divide", "fmod", "atan2", "multiply", "divide", "true_divide", "subtract", "fmax", "fmin",
     "logaddexp", "xlogy", "heaviside", "copysign", "hypot", "float_power", "logical_xor", "bitwise_xor", "complex",
-    "polar",
+    "polar", "__and__", "__or__", "__xor__", "ldexp",
 )  # fmt: skip
 def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """y = f(a, b, ...), element by element: channels that meet at one element are merged."""
