@@ -476,3 +476,18 @@ def test_masks_that_are_combined_by_operators_follow() -> None:
     x = torch.randn(4, 8)
     result = lbyl.compress(Between().eval(), x, ratio=0.5, restore="prune", strict=True, forecast=False)
     assert [(row.group, row.after) for row in result.report.rows] == [("first", 8)]
+
+
+def test_the_line_that_spells_out_a_width_is_named() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 16, 3), nn.Linear(16 * 6 * 6, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(x).relu().view(-1, 16 * 6 * 6))
+
+    with pytest.raises(
+        lbyl.VerificationError, match=r"conv: without them the code fails \(.*, in test_ordinary_code.py:\d+\)"
+    ):
+        lbyl.compress(Flat().eval(), torch.randn(2, 3, 8, 8), ratio=0.5, restore="prune", forecast=False)

@@ -393,7 +393,7 @@ def test_points_out_of_reach_do_not_stop_the_others(source: str, tmp_path: Path)
         (("--budget", "macs"), 2, "macs=0.5"),
         (("--budget", "macs=0.9,x"), 2, "macs=0.5"),
         (("--budget", "macs=0.9,0.9"), 2, "given twice"),
-        (("--budget", "macs=1.5"), 1, "must lie above 0"),
+        (("--budget", "macs=1.5"), 2, "must lie above 0"),
         ((), 2, "--budget"),
         (("--budget", "macs=0.8", "--eval", "judge"), 1, "names no function"),
         (("--budget", "macs=0.8", "--eval", "TMP/tiny.py:nobody"), 1, "has no function 'nobody'"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 _LONGEST, _END = 1500, 400
 
 
@@ -68,6 +71,22 @@ def first_line(error: BaseException) -> str:
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) else line
+
+
+def line_of(error: BaseException | None) -> str:
+    """Where in somebody's own code an exception came from, as "net.py:12"; "" if that is not known.
+
+    It is the innermost line outside of lbyl and PyTorch.
+    """
+    found, trace = "", error.__traceback__ if error else None
+    torch = getattr(sys.modules.get("torch"), "__file__", None)  # not imported here, which takes seconds
+    homes = [Path(file).parent for file in (__file__, torch) if file]
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        if file.is_file() and not any(file.is_relative_to(home) for home in homes):
+            found = f"{file.name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
 
 
 def visible(text: str) -> str:

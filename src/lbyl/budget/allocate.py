@@ -43,8 +43,7 @@ def allocate(
     Raises:
         BudgetError: even the smallest widths cost more than ``target``; the message says how much.
     """
-    widths = {index: group.width for index, group in enumerate(graph.groups)}
-    bundles = bundled(graph, curves, budget)
+    widths, bundles = {index: group.width for index, group in enumerate(graph.groups)}, bundled(graph, curves, budget)
     offered = {first: widths_of(graph.groups[first], budget, len(bundle)) for first, bundle in bundles.items()}
     first_of = {group: first for first, bundle in bundles.items() for group in bundle}
     touching: dict[int, list[Term]] = defaultdict(list)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbyl.errors import InputError, LbylError, VerificationError
+from lbyl.errors import InputError, LbylError, VerificationError, line_of
 from lbyl.graph import Graph
 from lbyl.runtime.contexts import plain_attention, undisturbed
 from lbyl.runtime.copying import apply_changes, copy_model, replacements_by_id, tensors_of
@@ -531,7 +531,10 @@ def _shapes(model: nn.Module, inputs: ExampleInputs) -> list[torch.Size]:
 
 def _fails(error: LbylError) -> str:
     """Why a network without some channels does not run."""
-    return f"without them the code fails ({said(error)})" if isinstance(error, InputError) else str(error)
+    if not isinstance(error, InputError):
+        return str(error)
+    place = line_of(error.__cause__)
+    return f"without them the code fails ({said(error).rstrip('.')}{f', in {place}' if place else ''})"
 
 
 def said(error: LbylError) -> str:
