@@ -186,6 +186,107 @@ def test_states_that_start_as_zeros_of_a_known_width_are_cut(kind: type[nn.Modul
     assert result.model(x.repeat(3, 2, *[1] * (x.dim() - 2))).shape == net(x.repeat(3, 2, *[1] * (x.dim() - 2))).shape
 
 
+class ConvCell(nn.Module):
+    def __init__(self, channels: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        self.gates = nn.Conv2d(channels + hidden_dim, 4 * hidden_dim, 3, padding=1)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        i, f, o, g = torch.split(self.gates(torch.cat([x, h], 1)), self.hidden_dim, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+    def start(self, rows: int, size: tuple[int, ...]) -> list[Tensor]:
+        return [torch.zeros(rows, self.hidden_dim, *size, device=self.gates.weight.device) for _ in range(2)]
+
+
+class StartsItsCells(nn.Module):
+    """The network calls a method of its cells that makes their states."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(ConvCell(c, width) for c, width in zip((3, *widths), widths, strict=False))
+        self.last = nn.Conv2d(widths[-1], 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [cell.start(len(x), tuple(x.shape[3:])) for cell in self.cells]  # pyright: ignore
+        h = x[:, 0]
+        for frame in x.unbind(1):
+            h = frame
+            for place, cell in enumerate(self.cells):
+                states[place] = list(cell(h, *states[place]))
+                h = states[place][0]
+        return self.last(h)
+
+
+@pytest.mark.parametrize("widths", [(16, 16), (16, 24), (8, 8)])  # the images are 8 by 8
+def test_states_that_a_part_starts_for_its_caller_are_cut(widths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net, x = StartsItsCells(widths).eval(), torch.randn(2, 3, 3, 8, 8)
+    result = lbyl.compress(net, x, ratio=0.5, restore="prune", forecast=False, strict=True)
+    assert [cell.hidden_dim for cell in result.model.cells] == [width // 2 for width in widths]
+    assert [name for name, _ in result.report.left] == ["last"]
+    assert result.model(torch.randn(1, 4, 3, 6, 10)).shape == (1, 2, 6, 10)
+
+
+class WideAs(nn.Module):
+    """A state as wide as something that the code asks for its width."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.first, self.again, self.last = nn.Linear(6, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = {
+            "layer": lambda: torch.zeros(len(x), self.again.out_features),
+            "weight": lambda: x.new_zeros(len(x), self.again.weight.shape[0]),
+            "value": lambda: x.new_zeros(len(x), self.first(x[:, 0]).shape[-1]),
+        }[self.what]()
+        for step in x.unbind(1):
+            h = torch.tanh(self.first(step) + self.again(h))
+        return self.last(h)
+
+
+@pytest.mark.parametrize("what", ["layer", "weight", "value"])
+def test_states_as_wide_as_something_else_are_cut(what: str) -> None:
+    torch.manual_seed(0)
+    net, x = WideAs(what).eval(), torch.randn(2, 5, 6)
+    result = lbyl.compress(net, x, ratio=0.5, scope="all", restore="prune", forecast=False, strict=True)
+    assert result.model.again.weight.shape == (12, 12)
+    assert result.model(x.repeat(2, 2, 1)).shape == (4, 3)
+
+
+def test_a_width_that_a_part_spells_out_in_another_method_is_cut() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h, self.d = 4, 8
+            self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+        def attend(self, x: Tensor) -> Tensor:
+            rows, steps, _ = x.shape
+            q, k, v = self.qkv(x).view(rows, steps, 3, self.h, self.d).permute(2, 0, 3, 1, 4)
+            mixed = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2)
+            return self.out(mixed.reshape(rows, steps, self.h * self.d))
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.part, self.last = nn.Linear(6, 32), Part(), nn.Linear(32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x + self.part.attend(x))
+
+    torch.manual_seed(0)
+    net, x = Calls().eval(), torch.randn(2, 5, 6)
+    model = lbyl.compress(net, x, ratio=0.5, scope="all", restore="prune", forecast=False, strict=True).model
+    assert (model.part.h, model.part.d, model.first.out_features) == (2, 8, 16)
+    assert model(x[:1]).shape == (1, 5, 3)
+
+
 def test_a_mask_as_long_as_a_number_of_heads_has_no_channels() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:

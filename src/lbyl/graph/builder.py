@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from lbyl.graph.pairs import Pairs
+from lbyl.graph.program import CODE
 from lbyl.graph.types import Depthwise, LayerNorm, Norm, Step
 from lbyl.graph.union_find import NOBODY, Ids, compact, small, varies
 from lbyl.runtime.reductions import Reduction, aten_name
@@ -102,6 +103,8 @@ class Builder:
     """The inputs of the network that each value comes from, see `lbyl.graph.origins`."""
     numbers: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """The whole numbers that modules keep, by the modules' paths, see `lbyl.graph.numbers`."""
+    widths: frozenset[int] = frozenset()
+    """The lengths of all axes of parameters."""
     batch: int = 0
     """The number of rows of the network's first input."""
     ids: Ids = field(default_factory=Ids)
@@ -350,11 +353,11 @@ class Builder:
         """Record a shape that the model's code may spell out. As with `fix`, it is decided at the end what follows.
 
         ``free`` is the dimension that the code leaves open, and ``module`` the module of that code, if it is not that
-        of the node.
+        which made the call.
         """
         shadow = compact(shadow)
         if any(varies(shadow, d) for d in range(shadow.dim())):
-            self.shapes.append(ShapeRecord(shadow, layer_name(node) if module is None else module, free))
+            self.shapes.append(ShapeRecord(shadow, code_of(node) if module is None else module, free))
 
     def join(self, shadow: Tensor, dims: Iterable[int], why: str = "") -> Tensor:
         """Merge all channels along these dimensions into one, and return a shadow that is constant along them.
@@ -453,6 +456,12 @@ def layer_name(node: fx.Node) -> str:
         return ""
     path = list(stack.values())[-1][0]
     return path.split("@")[0]
+
+
+def code_of(node: fx.Node) -> str:
+    """Dotted name of the module whose code made a call: :func:`layer_name`, or a part of it whose method it called."""
+    found = node.meta.get(CODE)
+    return layer_name(node) if found is None else found
 
 
 _SAME = ("to", "_to_copy", "alias", "detach", "clone", "contiguous")

@@ -4,11 +4,13 @@ A network may keep the last 64 steps of a sequence and also have layers of 64 ch
 number of steps must not. A range of the channels themselves is as wide as what is left of them.
 
 Numbers that the code only compares or counts by leave no trace in what PyTorch computes. Verification sees no
-difference if such a number changes, as long as it does not matter on the example inputs. So these stay as they are.
+difference if such a number changes, as long as it does not matter on the example inputs. So these stay as they are,
+unless their name says that they are a width.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +38,12 @@ _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _NARROWING = (torch.Tensor.narrow, torch.narrow)
 _SHAPING = (torch.Tensor.view, torch.Tensor.reshape, torch.reshape)
 """Functions whose numbers are the lengths of the axes of what they return."""
+
+_WIDTHS = re.compile(
+    "heads|features|channels|planes|filters|units|neurons|width|hidden|inner|intermediate|embed_|dim|num_parameters|d_model"
+    "|(head|split|embedding)_size"
+)
+"""Names of attributes that are widths or numbers of heads, also where nothing that runs depends on them."""
 
 _MOST_RUNS = 16
 """So many kinds of numbers are tried one by one."""
@@ -67,6 +75,7 @@ def find_lengths(model: nn.Module, inputs: ExampleInputs, sizes: Collection[Size
     uses.explain_products()
     explained = {(path, int(marks[path, name])) for path, name in uses.wide}
     unseen = marks.keys() - uses.wide - uses.taken - uses.placed
+    unseen = {(path, name) for path, name in unseen if not _WIDTHS.search(name)}
     others = {(path, name) for path, name in unseen if (path, int(marks[path, name])) in explained}
     idle = _without_effect(model, inputs, unseen - others)
     return frozenset((uses.taken | uses.placed) - uses.wide) | others | idle
@@ -106,18 +115,20 @@ def _outputs_with(model: nn.Module, inputs: ExampleInputs, names: Collection[Nam
 
 
 class _Marked(int):
-    """A whole number that knows which attributes it comes from."""
+    """A whole number that knows which attributes it comes from, and whether it is their product."""
 
     tags: frozenset[Name]
+    product: bool
 
-    def __new__(cls, value: int, tags: frozenset[Name]) -> _Marked:
+    def __new__(cls, value: int, tags: frozenset[Name], product: bool = True) -> _Marked:
         made = super().__new__(cls, value)
-        made.tags = tags
+        made.tags, made.product = tags, product
         return made
 
-    def _with(self, value: Any, *others: Any) -> Any:
-        tags = self.tags.union(*(other.tags for other in others if isinstance(other, _Marked)))
-        return _Marked(value, tags) if type(value) is int else value
+    def _with(self, value: Any, *others: Any, product: bool = False) -> Any:
+        marked = [self, *(other for other in others if isinstance(other, _Marked))]
+        tags, product = frozenset().union(*(mark.tags for mark in marked)), product and all(m.product for m in marked)
+        return _Marked(value, tags, product) if type(value) is int else value
 
     def __neg__(self) -> Any:
         return self._with(int(self).__neg__())
@@ -135,10 +146,10 @@ class _Marked(int):
         return self._with(int(self).__rsub__(other), other)
 
     def __mul__(self, other: Any) -> Any:
-        return self._with(int(self).__mul__(other), other)
+        return self._with(int(self).__mul__(other), other, product=True)
 
     def __rmul__(self, other: Any) -> Any:
-        return self._with(int(self).__rmul__(other), other)
+        return self._with(int(self).__rmul__(other), other, product=True)
 
     def __floordiv__(self, other: Any) -> Any:
         return self._with(int(self).__floordiv__(other), other)
@@ -180,7 +191,9 @@ class _Uses(FunctionInterceptor):
         for axis, length in enumerate(lengths):
             for mark in _marks(length):
                 along = {tag for tag in mark.tags if (tag[0], int(mark), axis, len(lengths)) in self._channels}
-                self.placed |= mark.tags
+                self.placed |= (
+                    mark.tags if mark.product else frozenset()
+                )  # others say too little, such as heads per key
                 if len(along) == 1:
                     self.wide |= along
                 elif along:

@@ -11,6 +11,10 @@ from torch import Tensor, fx
 _LONGEST = 2**14
 CONSTANT = "constant"
 """Marks in ``node.meta`` a tensor that is neither an input nor a parameter or buffer, and turns up during the run."""
+CODE = "code"
+"""In ``node.meta``: the path of the module whose code made the call, if Python knows."""
+LITERALS = "literals"
+"""In ``node.meta``: the constants in that code."""
 
 
 def remember(node: fx.Node, tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lbyl.graph.program import CONSTANT, Program, loses_channels, remember
+from lbyl.graph.program import CODE, CONSTANT, LITERALS, Program, loses_channels, remember
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
 from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
@@ -71,6 +72,7 @@ class _Recorder(OperatorInterceptor):
         self._depends: set[fx.Node] = set()
         self._stack: list[tuple[str, type]] = []
         self._ran: set[str] = set()
+        self._paths = {id(module): path for path, module in model.named_modules()}
         self._parameters: dict[fx.Node, str] = {}
         self._unsaved: dict[fx.Node, str] = {}  # buffers that are not saved with the model
         self._own: set[fx.Node] = set()  # parameters, and no buffers
@@ -145,10 +147,14 @@ class _Recorder(OperatorInterceptor):
         return f"{', '.join(named[:3])}{more} {what} and may no longer fit the cut network"
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        code, literals = (
+            self._caller()
+        )  # first: asked for its variables, this frame would hold the result, and PyTorch copy it
         result = func(*args, **kwargs)
         given, named = (self._nodes_in(item) for item in (args, kwargs))
         node = self._graph.call_function(func, given, named)
         node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self._stack}
+        node.meta |= {CODE: code, LITERALS: literals}
         node.meta["val"] = (
             _outline(result) if isinstance(result, Tensor) else pytree.tree_map_only(Tensor, _outline, result)
         )
@@ -171,6 +177,23 @@ class _Recorder(OperatorInterceptor):
                     if depends:
                         self._depends.add(piece)
         return result
+
+    def _caller(self) -> tuple[str | None, tuple[Any, ...]]:
+        """The module whose code makes the call, and what that code spells out.
+
+        The module is the one that runs, or a part of which it calls another method. It is None if Python does not know.
+        """
+        frame, literals = inspect.currentframe(), None
+        frame = frame and frame.f_back
+        while frame is not None:
+            code = frame.f_code
+            if literals is None and not frame.f_globals.get("__name__", "").startswith(("lbyl.", "torch.")):
+                literals = code.co_consts
+            path = self._paths.get(id(frame.f_locals.get(code.co_varnames[0]))) if code.co_argcount else None
+            if path is not None:
+                return path, literals or ()
+            frame = frame.f_back
+        return None, literals or ()
 
     def _nodes_in(self, value: Any) -> Any:
         """The value with nodes in place of tensors, also inside lists, tuples and dicts."""

@@ -84,14 +84,15 @@ def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:
 def graph_of(model: nn.Module, program: Program, compared: Compared = frozenset()) -> Graph:
     """The channel groups in a model's program, in which modules compare these numbers with sizes."""
     again = dict(program.parameters)
-    builder = Builder(again, numbers=numbers_of(model), batch=_batch(program))
+    lengths = {name: tuple(node.meta["val"].shape) for node, name in program.parameters.items()}
+    widths = frozenset(length for shape in lengths.values() for length in shape)
+    builder = Builder(again, numbers=numbers_of(model), widths=widths, batch=_batch(program))
     env: dict[fx.Node, Any] = {}
 
     def value(argument: Any) -> Any:
         return map_arg(argument, lambda node: env[node])
 
     uses, idle = _last_uses(program.graph), _idle(model, program)
-    lengths = {name: tuple(node.meta["val"].shape) for node, name in program.parameters.items()}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             name = program.parameters.get(node)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
+from lbyl.graph.builder import Builder, ParameterRef, code_of, layer_name, output_shape
+from lbyl.graph.program import LITERALS
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import DRAWN, as_number, merge
 from lbyl.graph.rules.experts import is_stacked_weight
@@ -376,12 +377,16 @@ def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     """A value made from a shape alone.
 
     If an axis has a size that the module keeps as a number, it may be the width of a layer, as in a state that starts
-    as zeros. Of several, the foremost is more likely to be one. Whoever meets it later then shares its channels.
+    as zeros. Of several, the foremost is more likely to be one. So may the first axis after the rows, see
+    :func:`_is_derived`. Whoever meets it later then shares its channels.
     """
-    shape, own = output_shape(node), builder.numbers.get(layer_name(node), ())
+    shape, own = output_shape(node), builder.numbers.get(code_of(node), ())
     # A state has a row for each input, in front of its channels; masks and grids have none.
     rows = shape.index(builder.batch) if builder.batch in shape else len(shape)
-    found = [d for d in range(rows + 1, len(shape)) if shape[d] > 1 and shape[d] in own]
+    after = [d for d in range(rows + 1, len(shape)) if shape[d] > 1]
+    found = [d for d in after if shape[d] in own]
+    if not found and rows + 1 in after and _is_derived(builder, node, shape[rows + 1]):
+        found = [rows + 1]
     made_of = [value for each in (node, *node.users) if isinstance(value := each.meta.get("val"), Tensor)]
     counts = aten_name(node.target) == "arange" or not all(value.is_floating_point() for value in made_of)
     # Sums are written to the whole of a value, which is no reason against channels in it.
@@ -391,3 +396,13 @@ def constant(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
     made = builder.spread(builder.ids.fresh(shape[found[0]]), found[0], shape)
     builder.starts.append((made, node))
     return made
+
+
+def _is_derived(builder: Builder, node: fx.Node, size: int) -> bool:
+    """Whether the code seems to take the width of a constant from a parameter or another value.
+
+    This is so if an axis of a parameter is as long, and the code does not spell it out. Zeros that are set beside other
+    channels fill up what is missing.
+    """
+    spelled = any(type(value) is int and value == size for value in node.meta.get(LITERALS, ()))
+    return size in builder.widths and not spelled and all(aten_name(user.target) != "cat" for user in node.users)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lbyl.graph.builder import AverageRecord, Builder, ParameterRef, layer_name
+from lbyl.graph.builder import AverageRecord, Builder, ParameterRef, code_of, layer_name
 from lbyl.graph.rules import rule
 from lbyl.graph.types import LayerNorm, Norm
 from lbyl.graph.union_find import small
@@ -91,7 +91,7 @@ def _keeps_width(builder: Builder, node: fx.Node, width: int) -> bool:
     """Whether the module that runs a norm keeps its width, so that a cut can change it; code may spell it out."""
     kinds = [str(kind) for _, kind in node.meta.get("nn_module_stack", {}).values()]
     own = bool(kinds) and any(name in kinds[-1] for name in ("LayerNorm", "RMSNorm"))
-    return own or width in builder.numbers.get(layer_name(node), ())
+    return own or width in builder.numbers.get(code_of(node), ())
 
 
 def _without_weight(builder: Builder, node: fx.Node, x: Tensor, ids: Tensor) -> Tensor:
