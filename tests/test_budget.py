@@ -317,3 +317,13 @@ def test_few_channels_meet_every_budget(widths: tuple[int, ...]) -> None:
         budget = lbyl.Budget(macs=share)
         report = lbyl.compress(net, images(2, 3, 16, 16), budget=budget, restore="prune", forecast=False).report
         assert -0.05 <= report.macs[1] / report.macs[0] / share - 1 <= 0.02
+
+
+def test_a_wide_group_gets_narrower_than_one_of_its_steps() -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(16, 4096), nn.ReLU(), nn.Linear(4096, 4)).eval()
+    for share in (0.02, 0.01, 0.002):
+        budget = lbyl.Budget(macs=share, max_ratio=0.9999, round_to=None)
+        report = lbyl.compress(wide, torch.randn(2, 16), budget=budget, restore="prune", forecast=False).report
+        assert report.macs is not None
+        assert 0.94 * share <= report.macs[1] / report.macs[0] <= share * 1.02

@@ -80,3 +80,26 @@ def test_a_function_that_ends_the_process_is_named() -> None:
 
 def leaves(model: nn.Module) -> float:
     raise SystemExit(3)
+
+
+def test_a_search_that_ends_early_says_so() -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(16, 4096), nn.ReLU(), nn.Linear(4096, 4)).eval()
+    asked: dict[str, Any] = {"restore": "prune", "forecast": False, "evaluate": lambda model: 1.0}
+    budget = lbyl.Budget(accuracy_drop=0.1, max_ratio=0.9999)
+    result = lbyl.compress(wide, torch.randn(2, 16), budget=budget, **asked)
+    (note,) = (note for note in result.report.notes if "networks of several sizes" in note)
+    assert result.report.macs is not None
+    assert result.report.macs[1] < 0.025 * result.report.macs[0]
+    assert note.endswith("the search ended after 7 tries, and the smallest may have between 0.00 and 0.02")
+
+
+def test_a_search_that_ends_by_itself_does_not_say_so() -> None:
+    asked: dict[str, Any] = {"restore": "prune", "forecast": False}
+    whole = sum(parameter.numel() for parameter in net().parameters())
+
+    def judge(model: nn.Module) -> float:
+        return float(sum(parameter.numel() for parameter in model.parameters()) > 0.7 * whole)
+
+    result = lbyl.compress(net(), images(2, 3, 12, 12), budget=lbyl.Budget(accuracy_drop=0.1), evaluate=judge, **asked)
+    assert "tries" not in " ".join(result.report.notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,9 +105,19 @@ def widths_of(group: Group, budget: Budget, layers: int = 1) -> list[int]:
     if step >= group.width:
         step = labels
     least = max(budget.min_keep, math.ceil(group.width * (1 - budget.max_ratio) - 1e-9), 1)
-    step *= max(1, math.ceil((group.width - least) / step / (_STEPS * min(layers, 4))))
+    unit, steps = step, math.ceil((group.width - least) / step / (_STEPS * min(layers, 4)))
+    step *= max(1, steps)
     choices = [k for k in range(step, group.width, step) if k >= least]
-    return [group.width, *reversed(choices)]
+    # Below one step, each width is a little smaller than the one before.
+    below = _smaller(step // unit, math.ceil(least / unit))
+    return [group.width, *reversed(choices), *(k * unit for k in below)]
+
+
+def _smaller(number: int, least: int) -> Iterator[int]:
+    """Numbers down to the least one, each at most 19 twentieths of the one before."""
+    while number > least:
+        number = max(19 * number // 20, least)
+        yield number
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ _CLOSE = 0.02
 """The search ends when a sufficient share of the cost is this close to an insufficient one."""
 _ENOUGH = 0.2
 """It also ends with a network that uses up all but this share of the allowed loss."""
+_LITTLE = 0.3
+"""A network that loses less than this share of the allowed loss tells little about how much smaller it can get."""
 _ROUNDING = 1e-6
 
 
@@ -107,6 +109,7 @@ class _Search:
 
     Attributes:
         tried: the tried shares of the cost, each with the loss relative to the allowed loss.
+        open: the shares between which the search ended early, because it had tried enough networks.
     """
 
     prepared: Prepared
@@ -116,6 +119,7 @@ class _Search:
     ground: Mapping[str, Analysis]
     loses: Loss
     tried: list[tuple[float, float]] = field(default_factory=list)
+    open: tuple[float, float] | None = None
 
     def __call__(self) -> Result:
         best: Result | None = None
@@ -152,6 +156,8 @@ class _Search:
             if keeps[0] - fails[0] <= _CLOSE:
                 break
             share = _between(keeps, fails)
+        else:
+            self.open = fails[0], keeps[0]
         if best is not None:
             return self._told(best)
         if gentlest is None:
@@ -173,6 +179,11 @@ class _Search:
         measure = best.report.forecast.measure if best.report.forecast else ""
         means = f" ({_MEANS[measure]})" if name == "agreement" and measure in _MEANS else ""
         note = f"{name}={amount:g}{means}: networks of several sizes were tried, {self.budget.minimize} {shares}"
+        if self.open:
+            low, high = self.open
+            note += (
+                f"; the search ended after {_TRIES} tries, and the smallest may have between {low:.2f} and {high:.2f}"
+            )
         seconds = dict(best.report.seconds)
         for stage, value in self.clock.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + value
@@ -188,6 +199,8 @@ def _between(keeps: tuple[float, float], fails: tuple[float, float]) -> float:
     """
     (high, least), (low, most) = keeps, fails
     part = (most - (1 - _ENOUGH / 2)) / max(most - least, 1e-9)
+    if low <= 0 and least < _LITTLE:  # what an empty network loses is not known, and far smaller ones may do
+        part = min(part, 0.5)
     return low + (high - low) * min(0.75, max(0.25, part))
 
 
