@@ -205,6 +205,15 @@ def test_a_check_that_sees_nothing_says_so(tmp_path: Path) -> None:
     )
 
 
+def test_a_check_on_outputs_that_are_not_finite_says_so(tmp_path: Path) -> None:
+    class Endless(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([x, torch.full_like(x, torch.inf)])
+
+    exported = lbyl.export(Endless(), to=tmp_path / "net.pt2", inputs=images(2, 6))
+    assert "some outputs are not finite on these inputs, so the check says little" in exported.note
+
+
 def test_a_format_of_the_user_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Kept:
         """It keeps the program in memory; the file only has a word."""

@@ -124,6 +124,7 @@ def test_a_trained_network_is_exported(tmp_path: Path) -> None:
         ({"to": "net.xyz"}, "names no format"),
         ({"to": "nowhere/net.pt2"}, "not a folder"),
         ({"to": "net.pt2", "model": mlp()}, "for saved folders"),
+        ({"to": "net.onnx", "format": "pt2"}, r"net.onnx would be a file in the format 'pt2': name it .pt2"),
     ],
 )
 def test_where_to_export_must_be_clear(arguments: dict[str, Any], told: str) -> None:

@@ -153,9 +153,11 @@ def _from_files(kind: FolderFormat, source: Any, to: str | os.PathLike[str] | No
 
 def _named_format(format: str | None, to: str | os.PathLike[str] | None) -> str:
     """The format that was named, or that the name of the file ends with."""
+    ending = as_path(to, "to").suffix.lower().removeprefix(".") if to is not None else ""
     if format is None:
-        ending = as_path(to, "to").suffix.lower().removeprefix(".") if to is not None else ""
         format = ending if ending in names("format") else "onnx" if not ending else None
+    elif ending in names("format") and format in names("format") and ending != format:
+        raise InputError(f"{to} would be a file in the format {format!r}: name it .{format}, or leave out the format")
     if format not in names("format"):
         known = " or ".join(map(repr, names("format")))
         raise InputError(f"format is {format!r}; choose {known}" if format else f"{to} names no format; choose {known}")
@@ -259,4 +261,7 @@ class _Attempt:
 
 def _notes(why: str, reference: list[Tensor]) -> str:
     blind = not any(bool(tensor.any()) for tensor in reference)
-    return "; ".join(filter(None, (why, "all outputs are zero on these inputs, so the check says little" * blind)))
+    odd = not all(bool(tensor.isfinite().all()) for tensor in reference)
+    says = "outputs are {} on these inputs, so the check says little"
+    told = (why, "all " + says.format("zero") if blind else "", "some " + says.format("not finite") if odd else "")
+    return "; ".join(filter(None, told))
