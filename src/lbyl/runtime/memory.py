@@ -46,7 +46,7 @@ class _Held(FunctionInterceptor):
         super().__init__()
         self.known = _places(model)
         self.owners: dict[int, int] = {}
-        self.now = self.most = 0
+        self.now = self.most = self.total = 0
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
@@ -63,6 +63,7 @@ class _Held(FunctionInterceptor):
         if place not in self.owners:
             self.owners[place] = 0
             self.now += size
+            self.total += size
             self.most = max(self.most, self.now)
         self.owners[place] += 1
         weakref.finalize(tensor, self._gone, place, size).atexit = False
@@ -79,10 +80,19 @@ def held_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
 
     Temporary memory inside layers is not included.
     """
+    return _each(_held(model, inputs).most, inputs)
+
+
+def made_bytes(model: nn.Module, inputs: ExampleInputs) -> int:
+    """The memory of all tensors between layers if none is freed, as for a backward pass, in bytes for each row."""
+    return _each(_held(model, inputs).total, inputs)
+
+
+def _held(model: nn.Module, inputs: ExampleInputs) -> _Held:
     held, own = _Held(model), inputs.cloned()
     with torch.no_grad(), held:
         own.call(model)
-    return _each(held.most, inputs)
+    return held
 
 
 def a_few(model: nn.Module, inputs: ExampleInputs, count: int = 2) -> ExampleInputs:
