@@ -32,8 +32,8 @@ import lbyl
 from lbyl.moments import Probes
 
 WINDOW, LENGTH = 1024, 256
-METHODS = ("L2", "Energy", "Default", "Data", "Wanda-sp", "FLAP", "GRAIL")
-TELLING = ("Default", "Data", "GRAIL", "Energy")
+METHODS = ("L2", "Energy", "Default", "Budget", "Data", "Wanda-sp", "FLAP", "GRAIL")
+TELLING = ("Default", "Budget", "Data", "GRAIL", "Energy")
 """Methods that are measured first."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -140,15 +140,19 @@ class Bench:
         example = {"input_ids": self.texts[:1, :64], "attention_mask": torch.ones_like(self.texts[:1, :64])}
         batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in self.texts.split(16)]
         own, data = lbyl.LeastSquares(moments=self.own), lbyl.LeastSquares(moments=lbyl.Data(batches, len(batches)))
+        whole = sum(p.numel() for p in self.model.parameters())
+        left = 1 - share * sum(p.numel() for p in layers.parameters()) / whole
         settings: dict[str, dict[str, Any]] = {
             "L2": {"criterion": "l2", "restore": "prune"},
             "Energy": {"restore": lbyl.LeastSquares(moments=self.own, ridge=1e9)},
             "Default": {"restore": own},
+            "Budget": {"restore": own, "budget": lbyl.Budget(params=left, uniform_layers=False)},
             "Data": {"restore": data},
         }
-        return lbyl.compress(
-            self.model, example, ratio={"*mlp*": ratio}, verify=False, **settings[method], forecast=False
-        ).model
+        how = {"verify": False, "forecast": False, **settings[method]}
+        if "budget" not in how:
+            how["ratio"] = {"*mlp*": ratio}
+        return lbyl.compress(self.model, example, **how).model
 
 
 def main(
@@ -205,8 +209,10 @@ def tables(cells: list[dict[str, Any]], settings: dict[str, Any]) -> list[Table]
         f"SmolLM2-135M-Instruct on {settings['tokens']:,} tokens of WikiText-2's test set, in windows of {WINDOW:,}. "
         "Removed is the share of the decoder layers' parameters, as neurons: in each layer alike, but FLAP deals it "
         "out to the layers by itself. "
-        "Default and Energy look at the texts that the model writes itself by default; Data, Wanda-sp, FLAP and GRAIL at "
-        f"{settings['texts']} texts of {settings['length']} tokens of the validation set."
+        "Default, Budget and Energy look at the texts that the model writes itself by default; Data, Wanda-sp, FLAP "
+        f"and GRAIL at {settings['texts']} texts of {settings['length']} tokens of the validation set. Budget is "
+        "Default with as many parameters left by `lbyl.Budget(params=..., uniform_layers=False)`, which chooses "
+        "the width and the number of heads of each layer."
     )
     notes = {
         "perplexity": note,
