@@ -9,6 +9,8 @@ network that requires a size of images is compared on that size.
 
 A network that requires another precision is compared in that one, with a larger tolerance.
 
+Both networks are also compared on inputs of another size, if the network takes such: see `lbyl.surgery.other_sizes`.
+
 Most groups that can't be cut fail by their shapes, because the code takes a width from elsewhere. These are found
 without computing anything, on PyTorch's meta device, if the network runs on it.
 """
@@ -40,6 +42,7 @@ from lbyl.selection.select import Choice, Selection
 from lbyl.surgery.attributes import Attribute, plan_attributes
 from lbyl.surgery.cuts import cut_copy, plan_cuts
 from lbyl.surgery.masking import Masks, norm_masks, still_masked
+from lbyl.surgery.other_sizes import of_another_size
 
 TOLERANCE = 1e-6
 """The tolerance in float64, relative to the output's largest magnitude."""
@@ -47,6 +50,8 @@ _ROUNDINGS = 2**13
 """In other precisions, the tolerance is this many times the rounding error, and at most 0.1."""
 _THINNED = 0.3
 """The share of rows and columns with which large images are compared."""
+_LARGEST = 5e8
+"""Networks with more parameters are not run on inputs of another size."""
 NOTHING: Masks = MappingProxyType({})
 
 Follow = Callable[[Selection], Sequence[Attribute]]
@@ -309,6 +314,8 @@ def verify(
     gap = difference(reference.outputs, found)
     if gap > reference.tolerance:
         raise wrong(_gap(reference.outputs, found, reference.tolerance) or "")
+    if elsewhere := reference.gap_elsewhere(smaller, {}):
+        raise wrong(elsewhere)
     before = _count(masked, reference.whole) if macs is None else macs
     if before == after and _ignores_its_weights(smaller, inputs):
         raise VerificationError(
@@ -463,6 +470,7 @@ class _Reference:
     Attributes:
         inputs: the inputs in that precision.
         outputs: the masked network's outputs.
+        other: inputs of another size and the masked network's outputs for them, if it takes such inputs.
         kept: the kept channels at its layer norms.
         whole: the full example inputs, on which the cut network must run as well.
         thinned: whether ``inputs`` are images with fewer pixels than ``whole``.
@@ -483,6 +491,18 @@ class _Reference:
     tolerance: float
     dtype: str
     why: str = ""
+    other: tuple[ExampleInputs, list[Tensor]] | None = None
+
+    def gap_elsewhere(self, smaller: nn.Module, kept: NormMasks) -> str | None:
+        """How the outputs of a cut network differ for inputs of another size; None if they do not."""
+        if self.other is None:
+            return None
+        inputs, expected = self.other
+        try:
+            gap = _gap(expected, _wide_outputs(smaller, inputs, self.precision, kept), self.tolerance)
+        except InputError as error:
+            gap = _fails(error)
+        return f"on {inputs.describe()}, {gap}" if gap else None
 
     @property
     def note(self) -> str:
@@ -507,6 +527,18 @@ class Outline:
             return ghost, inputs, _shapes(ghost, inputs)
         except InputError:
             return None
+
+    def takes(self, inputs: ExampleInputs) -> bool:
+        """Whether the network's shapes allow other inputs; False where that can't be known."""
+        if self._made is None:
+            return False
+        ghost, own, _ = self._made
+        floating = next((t.dtype for t in own.tensors() if t.is_floating_point()), None)
+        try:
+            _shapes(ghost, inputs.to(torch.device("meta"), floating))
+        except InputError:
+            return False
+        return True
 
     def trouble(self, part: Selection, attribute: Follow) -> str | None:
         """Why shapes do not allow a cut of this part of the selection; None if they do."""
@@ -581,7 +613,8 @@ def _reference_in(
         name = str(dtype).removeprefix("torch.")
         if dtype == torch.float64 and precision.mode.narrower:
             name += f", with {precision.mode.narrowest} inside"
-        return _Reference(made, expected, kept, whole, made is not full, outline, precision, tolerance, name)
+        known = _Reference(made, expected, kept, whole, made is not full, outline, precision, tolerance, name)
+        return replace(known, other=_elsewhere(masked, known, silent))
 
     full = inputs.to(device, precision.dtype)
     if thinned is not None:
@@ -597,6 +630,24 @@ def _reference_in(
     if not _finite(expected):
         raise InputError("the network's output on the example inputs is not finite (NaN or infinity in weights?)")
     return reference(full, expected)
+
+
+def _elsewhere(masked: nn.Module, reference: _Reference, silent: Masks) -> tuple[ExampleInputs, list[Tensor]] | None:
+    """Inputs of another size, and the masked network's outputs for them; None if it does not take such inputs.
+
+    Very large networks are not run once more.
+    """
+    if sum(parameter.numel() for parameter in masked.parameters()) > _LARGEST:
+        return None
+    # Thinned images have another size than those on which the network was traced.
+    other = of_another_size(reference.inputs, reference.outline.takes, lengths=not reference.thinned)
+    if other is None:
+        return None
+    try:
+        expected = _wide_outputs(masked, other, reference.precision, reference.kept, silent)
+    except InputError:  # values do not allow it, such as indices
+        return None
+    return (other, expected) if _finite(expected) else None
 
 
 def _count(model: nn.Module, inputs: ExampleInputs) -> int:
@@ -640,7 +691,7 @@ def _trouble(masked: nn.Module, reference: _Reference, part: Selection, attribut
             _count(smaller, reference.whole)
     except LbylError as error:
         return _fails(error)
-    return gap
+    return gap or reference.gap_elsewhere(smaller, kept)
 
 
 def _first_bad(
