@@ -630,3 +630,14 @@ def test_an_export_without_room_leaves_the_folder_as_it_was(format: str, place: 
     with small_files(1000), pytest.raises(lbyl.InputError, match=rf"can't write .*model\.{format}"):
         lbyl.export("saved", load_source("net.py:net"), format=format)
     assert tree(place) == before
+
+
+@pytest.mark.parametrize("wrapped", [lambda batch: batch, lambda batch: (batch,), lambda batch: {"input": batch}])
+def test_an_object_that_holds_the_tensors_is_refused_with_the_way_out(wrapped: Callable[[object], object]) -> None:
+    class Batch:
+        def __init__(self) -> None:
+            self.x = torch.randn(2, 6)
+
+    given: Any = wrapped(Batch())
+    with pytest.raises(lbyl.InputError, match="only inside of a Batch; wrap the model in a module that takes these"):
+        lbyl.compress(mlp(6, 8), given, ratio=0.5, restore="prune", forecast=False)

@@ -11,6 +11,8 @@ import torch
 from nets import images
 from test_small_networks import PRODUCTS, product_net
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import lbyl
@@ -491,3 +493,46 @@ def test_the_line_that_spells_out_a_width_is_named() -> None:
         lbyl.VerificationError, match=r"conv: without them the code fails \(.*, in test_ordinary_code.py:\d+\)"
     ):
         lbyl.compress(Flat().eval(), torch.randn(2, 3, 8, 8), ratio=0.5, restore="prune", forecast=False)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer", "by hand"])
+def test_norms_that_take_their_width_from_the_value_let_it_be_cut(norm: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 64, bias=False), nn.Linear(64, 16, bias=False)
+
+        def norm(self, x: Tensor) -> Tensor:
+            if norm == "rms":
+                return functional.rms_norm(x, (x.size(-1),))
+            if norm == "layer":
+                return functional.layer_norm(x, x.shape[-1:])
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.up(self.norm(x)).relu())
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), Block(), Block(), nn.Linear(16, 5)).eval()
+    result = lbyl.compress(net, torch.randn(2, 6), ratio=0.5, scope="all", restore="prune", forecast=False)
+    assert result.model[0].out_features == 8
+    assert [name for name, _ in result.report.left] == ["3"]
+    assert result.model(torch.randn(3, 4, 6)).shape == (3, 4, 5)
+
+
+def test_a_network_of_nested_tensors_is_refused_and_leaves_nothing_behind() -> None:
+    class Jagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+
+        def forward(self, rows: list[Tensor]) -> Tensor:
+            x = self.norm(self.first(torch.nested.nested_tensor(rows, layout=torch.jagged)))
+            return self.last(torch.stack([row.mean(0) for row in x.unbind()]))
+
+    net, rows = Jagged().eval(), [torch.randn(3, 8), torch.randn(5, 8)]
+    before = net(rows)
+    with pytest.raises(lbyl.InputError, match="works on nested tensors, which can't be followed"):
+        lbyl.compress(net, (rows,), ratio=0.5, restore="prune", forecast=False)
+    assert not _get_current_dispatch_mode_stack()
+    torch.testing.assert_close(net(rows), before)

@@ -17,6 +17,11 @@ LITERALS = "literals"
 """In ``node.meta``: the constants in that code."""
 
 
+def is_spelled_out(node: fx.Node, number: int) -> bool:
+    """Whether the code that made a call has this whole number in it."""
+    return any(type(value) is int and value == number for value in node.meta.get(LITERALS, ()))
+
+
 def remember(node: fx.Node, tensor: Tensor) -> None:
     """Keep the whole numbers of a constant or a buffer in ``node.meta``."""
     if tensor.dtype in (torch.int64, torch.int32) and tensor.dim() == 1 and tensor.numel() <= _LONGEST:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lbyl.errors import InputError
 from lbyl.graph.program import CODE, CONSTANT, LITERALS, Program, loses_channels, remember
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
@@ -147,9 +148,14 @@ class _Recorder(OperatorInterceptor):
         return f"{', '.join(named[:3])}{more} {what} and may no longer fit the cut network"
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        code, literals = (
-            self._caller()
-        )  # first: asked for its variables, this frame would hold the result, and PyTorch copy it
+        if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in pytree.tree_leaves((args, kwargs))):
+            where = repr(self._stack[-1][0]) if self._stack and self._stack[-1][0] else "the network"
+            raise InputError(
+                f"{where} works on nested tensors, which can't be followed; let it work on padded ones, or pass a part "
+                "of the network that does"
+            )
+        # Before the call: asked for its variables, this frame would hold the result, and PyTorch copy it.
+        code, literals = self._caller()
         result = func(*args, **kwargs)
         given, named = (self._nodes_in(item) for item in (args, kwargs))
         node = self._graph.call_function(func, given, named)

@@ -25,6 +25,11 @@ HUGE = 1e18
 """Squares of larger numbers are infinite in float32."""
 
 
+def _holds_tensors(value: object) -> bool:
+    """Whether an object has a tensor as one of its attributes."""
+    return any(isinstance(each, Tensor) for each in getattr(value, "__dict__", {}).values())
+
+
 def _is_byte_image(tensor: Tensor) -> bool:
     return tensor.dtype == torch.uint8 and tensor.dim() >= 3
 
@@ -68,12 +73,20 @@ class ExampleInputs:
             made = ExampleInputs(tuple(inputs))
         elif isinstance(inputs, Mapping):
             made = ExampleInputs((), dict(inputs))
+        elif _holds_tensors(inputs):
+            made = ExampleInputs((inputs,))
         else:
             raise InputError(
                 f"{name} is a {type(inputs).__name__}; pass a tensor, a tuple of positional inputs, "
                 "or a dict of keyword inputs"
             )
         if not made.tensors():
+            objects = (leaf for leaf in pytree.tree_leaves((made.args, dict(made.kwargs))) if _holds_tensors(leaf))
+            if kind := next((type(leaf).__name__ for leaf in objects), ""):
+                raise InputError(
+                    f"{name} holds tensors only inside of a {kind}; wrap the model in a module that takes these "
+                    f"tensors as its inputs and makes the {kind} of them"
+                )
             raise InputError(f"{name} holds no tensor; pass the inputs that the model is called with")
         if any(tensor.is_inference() for tensor in made.tensors()) and not torch.is_inference_mode_enabled():
             made = made.map(Tensor.clone)  # gradients can't be computed from tensors of inference mode

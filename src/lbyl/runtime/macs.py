@@ -50,6 +50,7 @@ class MacCounter(OperatorInterceptor):
         super().__init__()
         self._flops, self._spare = 0, spare
         self._uncounted: dict[str, None] = {}
+        self._inside: set[Any] = set()  # composite operations that are being decomposed
         # Some operations are given a view of the weight, which has the same storage.
         self._names = {t.untyped_storage().data_ptr(): name for name, t in (named or {}).items() if t.dim() > 1}
         self._by_name: dict[str, float] = defaultdict(float)
@@ -75,10 +76,14 @@ class MacCounter(OperatorInterceptor):
         if self._spare and (zeros := self._spared(func, args, kwargs)) is not None:
             return zeros
         formula = _FORMULAS.get(func.name().partition(".")[0]) or flop_registry.get(func._overloadpacket)
-        if formula is None and _composite(func):
-            # Within inference_mode, composite operations arrive as a whole.
-            with self:
-                return func.decompose(*args, **kwargs)
+        if formula is None and func not in self._inside and _composite(func):
+            # Within inference_mode, composite operations arrive as a whole. Those of nested tensors come back.
+            self._inside.add(func)
+            try:
+                with self:
+                    return func.decompose(*args, **kwargs)
+            finally:
+                self._inside.discard(func)
         result = func(*args, **kwargs)
         if formula is not None:
             self._add(formula(*args, **kwargs, out_val=result), args)

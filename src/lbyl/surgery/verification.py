@@ -502,7 +502,8 @@ class _Reference:
             gap = _gap(expected, _wide_outputs(smaller, inputs, self.precision, kept), self.tolerance)
         except InputError as error:
             gap = _fails(error)
-        return f"on {inputs.describe()}, {gap}" if gap else None
+        sizes = ", ".join("x".join(map(str, tensor.shape)) for tensor in inputs.tensors())
+        return f"on inputs of another size ({sizes}) {gap}" if gap else None
 
     @property
     def note(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lbyl.graph.builder import Builder, ParameterRef, code_of, layer_name, output_shape
-from lbyl.graph.program import LITERALS
+from lbyl.graph.program import is_spelled_out
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import DRAWN, as_number, merge
 from lbyl.graph.rules.experts import is_stacked_weight
@@ -404,5 +404,5 @@ def _is_derived(builder: Builder, node: fx.Node, size: int) -> bool:
     This is so if an axis of a parameter is as long, and the code does not spell it out. Zeros that are set beside other
     channels fill up what is missing.
     """
-    spelled = any(type(value) is int and value == size for value in node.meta.get(LITERALS, ()))
-    return size in builder.widths and not spelled and all(aten_name(user.target) != "cat" for user in node.users)
+    derived = size in builder.widths and not is_spelled_out(node, size)
+    return derived and all(aten_name(user.target) != "cat" for user in node.users)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lbyl.graph.builder import AverageRecord, Builder, ParameterRef, code_of, layer_name
+from lbyl.graph.program import LITERALS, is_spelled_out
 from lbyl.graph.rules import rule
 from lbyl.graph.types import LayerNorm, Norm
 from lbyl.graph.union_find import small
@@ -88,7 +89,12 @@ def rms_norm(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dic
 
 
 def _keeps_width(builder: Builder, node: fx.Node, width: int) -> bool:
-    """Whether the module that runs a norm keeps its width, so that a cut can change it; code may spell it out."""
+    """Whether a norm's width follows a cut: the module keeps it, or the code seems to take it from the value.
+
+    Code that spells it out does not follow.
+    """
+    if LITERALS in node.meta and not is_spelled_out(node, width):
+        return True
     kinds = [str(kind) for _, kind in node.meta.get("nn_module_stack", {}).values()]
     own = bool(kinds) and any(name in kinds[-1] for name in ("LayerNorm", "RMSNorm"))
     return own or width in builder.numbers.get(code_of(node), ())
