@@ -287,6 +287,23 @@ def test_a_width_that_a_part_spells_out_in_another_method_is_cut() -> None:
     assert model(x[:1]).shape == (1, 5, 3)
 
 
+def test_the_last_step_forward_and_the_first_backward_are_cut() -> None:
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = 16
+            self.lstm, self.last = nn.LSTM(5, 16, batch_first=True, bidirectional=True), nn.Linear(32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.lstm(x)[0]
+            return self.last(torch.cat([y[:, -1, : self.hidden], y[:, 0, self.hidden :]], -1))
+
+    torch.manual_seed(0)
+    model = lbyl.compress(Ends().eval(), torch.randn(2, 6, 5), ratio=0.5, restore="prune", forecast=False).model
+    assert (model.hidden, model.lstm.hidden_size, model.last.in_features) == (8, 8, 16)
+    assert model(torch.randn(3, 9, 5)).shape == (3, 3)
+
+
 def test_a_mask_as_long_as_a_number_of_heads_has_no_channels() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:

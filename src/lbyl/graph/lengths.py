@@ -177,10 +177,10 @@ class _Uses(FunctionInterceptor):
         if func in _SHAPING:
             self._note_lengths(args[1:], kwargs)
             return func(*args, **kwargs)
-        for axis, given in _by_axis(func, args, kwargs):
+        for axis, given, gone in _by_axis(func, args, kwargs):
             for mark in _marks(given):
                 for tag in mark.tags:
-                    along = axis is not None and self._carries(tag[0], args[0], axis)
+                    along = axis is not None and self._carries(tag[0], args[0], axis, gone)
                     (self.wide if along or func not in _TAKING else self.taken).add(tag)
         return func(*args, **kwargs)
 
@@ -205,31 +205,35 @@ class _Uses(FunctionInterceptor):
             if not tags & self.wide:
                 self.wide |= tags
 
-    def _carries(self, module: str, value: torch.Tensor, axis: int) -> bool:
-        """Whether channels run along an axis of a value, of which the module takes a part."""
+    def _carries(self, module: str, value: torch.Tensor, axis: int, gone: int) -> bool:
+        """Whether channels run along an axis of a value, of which the module takes a part, after so many axes went."""
         axis %= value.dim()
-        return (module, value.shape[axis], axis, value.dim()) in self._channels
+        return (module, value.shape[axis], axis - gone, value.dim() - gone) in self._channels
 
 
-def _by_axis(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[int | None, Any]]:
-    """The arguments of a call, with the axis of the first one that each says something of; None where it is open."""
+def _by_axis(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[int | None, Any, int]]:
+    """The arguments of a call, each with the axis of the first one that it says something of, None where it is open.
+
+    The last number is how many axes before that one are gone by then, because the call takes a single index of them.
+    """
     if func in _INDEXING:
         yield from _items(args[1], args[0].dim())
-        yield None, args[2:]
+        yield None, args[2:], 0
     elif func in _NARROWING and args:
         given = dict(zip(("dim", "start", "length"), args[1:], strict=False)) | kwargs
-        yield given.pop("dim"), given
+        yield given.pop("dim"), given, 0
     else:
-        yield None, (args, kwargs)
+        yield None, (args, kwargs), 0
 
 
-def _items(index: Any, rank: int) -> Iterator[tuple[int, Any]]:
-    """The items of an index into a value with so many axes, and the axis that each is for."""
+def _items(index: Any, rank: int) -> Iterator[tuple[int, Any, int]]:
+    """The items of an index into a value with so many axes, the axis of each, and how many are gone by then."""
     items = index if isinstance(index, tuple) else (index,)
-    axis, left = 0, rank - sum(map(_spanned, items))
+    axis, left, gone = 0, rank - sum(map(_spanned, items)), 0
     for item in items:
-        yield axis, item
+        yield axis, item, gone
         axis += left if item is Ellipsis else _spanned(item)
+        gone += isinstance(item, int) and not isinstance(item, bool)
 
 
 def _spanned(item: Any) -> int:
