@@ -529,18 +529,6 @@ class Outline:
         except InputError:
             return None
 
-    def takes(self, inputs: ExampleInputs) -> bool:
-        """Whether the network's shapes allow other inputs; False where that can't be known."""
-        if self._made is None:
-            return False
-        ghost, own, _ = self._made
-        floating = next((t.dtype for t in own.tensors() if t.is_floating_point()), None)
-        try:
-            _shapes(ghost, inputs.to(torch.device("meta"), floating))
-        except InputError:
-            return False
-        return True
-
     def trouble(self, part: Selection, attribute: Follow) -> str | None:
         """Why shapes do not allow a cut of this part of the selection; None if they do."""
         if self._made is None:
@@ -640,8 +628,17 @@ def _elsewhere(masked: nn.Module, reference: _Reference, silent: Masks) -> tuple
     """
     if sum(parameter.numel() for parameter in masked.parameters()) > _LARGEST:
         return None
+    floating = next((t.dtype for t in reference.whole.tensors() if t.is_floating_point()), None)
+
+    def taken(inputs: ExampleInputs) -> bool:
+        try:
+            _count(masked, inputs.to(inputs.tensors()[0].device, floating))
+        except InputError:
+            return False
+        return True
+
     # Thinned images have another size than those on which the network was traced.
-    other = of_another_size(reference.inputs, reference.outline.takes, lengths=not reference.thinned)
+    other = of_another_size(reference.inputs, taken, lengths=not reference.thinned)
     if other is None:
         return None
     try:
