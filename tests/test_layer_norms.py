@@ -645,14 +645,24 @@ def test_norms_without_a_weight_are_taken_over_the_kept(norm: Any) -> None:
     assert lbyl.inspect(net, x).graph.groups[0].excluded_from_inner is not None
 
 
+WIDTH = 12
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "from the value": (lambda x: F.layer_norm(x, x.shape[-1:]), True),
+    "spelled out": (lambda x: F.layer_norm(x, (12,)), False),
+    "in a global": (lambda x: F.layer_norm(x, [WIDTH]), False),
+}
+
+
 @pytest.mark.parametrize("keeps", [True, False])
-def test_a_function_without_a_weight_needs_a_module_that_keeps_the_width(keeps: bool) -> None:
-    net, x = Modulated(lambda x: F.layer_norm(x, x.shape[-1:])).eval(), torch.randn(2, 5, 6)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_width_of_a_function_without_a_weight_must_follow(name: str, keeps: bool) -> None:
+    function, follows = FUNCTIONS[name]
+    net, x = Modulated(function).eval(), torch.randn(2, 5, 6)
     if keeps:
         net.width = 12
     group = lbyl.inspect(net, x).graph.groups[0]
-    assert group.prunable == keeps
-    if keeps:
+    assert group.prunable == (keeps or follows)
+    if follows:
         lbyl.compress(net, x, ratio=0.5, scope="all", restore="prune", strict=True, forecast=False)
-    else:
+    elif not keeps:
         assert "takes statistics over" in str(group.reason)

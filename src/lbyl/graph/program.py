@@ -14,12 +14,20 @@ CONSTANT = "constant"
 CODE = "code"
 """In ``node.meta``: the path of the module whose code made the call, if Python knows."""
 LITERALS = "literals"
-"""In ``node.meta``: the constants in that code."""
+"""In ``node.meta``: the constants in that code, and what its free variables and globals hold."""
 
 
 def is_spelled_out(node: fx.Node, number: int) -> bool:
     """Whether the code that made a call has this whole number in it."""
-    return any(type(value) is int and value == number for value in node.meta.get(LITERALS, ()))
+    return _holds(node.meta.get(LITERALS, ()), number)
+
+
+def _holds(values: tuple[object, ...], number: int) -> bool:
+    """Whether a whole number is among values, or in tuples among them."""
+    return any(
+        _holds(value, number) if isinstance(value, tuple) else type(value) is int and value == number
+        for value in values
+    )
 
 
 def remember(node: fx.Node, tensor: Tensor) -> None:
