@@ -146,7 +146,7 @@ class Bench:
             "L2": {"criterion": "l2", "restore": "prune"},
             "Energy": {"restore": lbyl.LeastSquares(moments=self.own, ridge=1e9)},
             "Default": {"restore": own},
-            "Budget": {"restore": own, "budget": lbyl.Budget(params=left, uniform_layers=False)},
+            "Budget": {"restore": own, "budget": lbyl.Budget(params=left)},
             "Data": {"restore": data},
         }
         how = {"verify": False, "forecast": False, **settings[method]}
@@ -211,8 +211,7 @@ def tables(cells: list[dict[str, Any]], settings: dict[str, Any]) -> list[Table]
         "out to the layers by itself. "
         "Default, Budget and Energy look at the texts that the model writes itself by default; Data, Wanda-sp, FLAP "
         f"and GRAIL at {settings['texts']} texts of {settings['length']} tokens of the validation set. Budget is "
-        "Default with as many parameters left by `lbyl.Budget(params=..., uniform_layers=False)`, which chooses "
-        "the width and the number of heads of each layer."
+        "Default with as many parameters left by `lbyl.Budget(params=...)`, which chooses between neurons and heads."
     )
     notes = {
         "perplexity": note,
