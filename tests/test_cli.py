@@ -28,6 +28,7 @@ import lbyl
 from lbyl._public import FAMILIES
 from lbyl.cli.app import Stage, TimeLeft, app
 from lbyl.cli.settings import Settings
+from lbyl.io.files import files_in
 from lbyl.io.images import preprocessing, read_images
 from lbyl.io.sources import load_source
 from lbyl.runtime.memory import ROOM
@@ -657,3 +658,15 @@ def test_a_folder_without_its_weights_says_so(tmp_path: Path) -> None:
     assert lacking.exit_code == 0
     assert "model.safetensors is missing, so the folder can't be loaded" in " ".join(lacking.stdout.split())
     assert "load it with" not in lacking.stdout
+
+
+def test_damaged_and_hidden_images_are_left_out(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("good.png", ".ipynb_checkpoints/good-checkpoint.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    first, second, *others = (tmp_path / "good.png").read_bytes().split(b"IDAT")
+    (tmp_path / "bad.png").write_bytes(b"IDAT".join([first, second]) + b"\0\1\2\3" + b"IDAT".join(others))
+    assert [file.name for file in files_in(tmp_path, (".png",), "image")] == ["bad.png", "good.png"]
+    _, left = read_images(tmp_path, *preprocessing("f.py:net", torch.nn.Identity(), (1, 3, 8, 8), mean=[0], std=[1]))
+    assert ["bad.png can't be read as an image" in line for line in left] == [True]

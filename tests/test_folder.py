@@ -465,3 +465,14 @@ def test_an_expert_that_is_missing_is_told(tmp_path: Path) -> None:
     index.write_text(json.dumps(written))
     with pytest.raises(lbyl.InputError, match=r"the weights hold no model\.layers\.1\.mlp\.experts\.gate_up_proj"):
         lbyl.compress_folder(tmp_path / "whole", tmp_path / "out", ratio=0.25, data=batches())
+
+
+def test_the_caller_s_modes_have_no_effect(llama: Path, tmp_path: Path) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        lbyl.compress_folder(llama, tmp_path / "half", ratio=0.25, data=batches())
+    with torch.inference_mode():
+        lbyl.compress_folder(llama, tmp_path / "inference", ratio=0.25, data=batches())
+    lbyl.compress_folder(llama, tmp_path / "plain", ratio=0.25, data=batches())
+    plain = lbyl.load(tmp_path / "plain").state_dict()
+    for name in ("half", "inference"):
+        assert same(lbyl.load(tmp_path / name).state_dict(), plain)

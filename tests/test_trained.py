@@ -115,6 +115,8 @@ def test_a_trained_network_is_exported(tmp_path: Path) -> None:
     with pytest.raises(lbyl.InputError, match="exists already"):
         lbyl.export(net, to=tmp_path / "net.pt2")
     assert lbyl.export(mlp(), to=tmp_path / "whole.pt2", inputs=X).dynamic
+    asking = X.clone().requires_grad_()
+    assert lbyl.export(mlp(), to=tmp_path / "whole.onnx", inputs=asking).dynamic
 
 
 @pytest.mark.parametrize(

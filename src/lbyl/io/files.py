@@ -179,6 +179,11 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], note: str) -> None:
     write_whole(file, save(plain, {"lbyl": note}))
 
 
+def _is_hidden(path: Path) -> bool:
+    """Whether a file or a folder that it is in has a name that starts with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
     """All files with one of these suffixes in a folder and its subfolders, sorted by name, without hidden ones.
 
@@ -190,7 +195,7 @@ def files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
     files = sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in suffixes and not _is_hidden(file.relative_to(folder)) and file.is_file()
     )
     if not files:
         raise InputError(f"no {what} in {folder} or its subfolders; looked for {', '.join(suffixes)}")

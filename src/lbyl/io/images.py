@@ -50,7 +50,7 @@ def read_images(
         try:
             with Image.open(file) as image:
                 made = preprocess(_in_bytes(image).convert(mode))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
             left.append(f"{file} can't be read as an image: {first_line(error)}")
             continue
         images[file] = made

@@ -271,8 +271,9 @@ def columns_second(weight: Tensor, slot: Slot) -> Tensor:
 
 
 def _rows(tensor: Tensor, slot: Slot, width: int) -> Tensor:
+    """The rows of a weight or a vector, by channel, in float64 on the CPU, wherever the network is."""
     tensor = _channels_first(tensor, slot)
-    flat = tensor.detach().to(torch.float64, copy=True).reshape(tensor.shape[0], -1)
+    flat = tensor.detach().cpu().to(torch.float64, copy=True).reshape(tensor.shape[0], -1)
     if slot.channels == tuple(range(width)):
         return flat  # the usual case, and then no copy of a large weight is made
     index = seats(slot, width)
@@ -379,7 +380,7 @@ def _peak(group: Group, state: State) -> Tensor:
     for slot in group.consumers:
         weight = columns_second(state[slot.parameter], slot).detach().abs()
         per_block = weight.reshape(slot.blocks, -1, *weight.shape[1:]).amax(1)  # blocks, in / blocks, taps
-        column = per_block.reshape(len(slot.channels), -1).amax(1).to(torch.float64)
+        column = per_block.reshape(len(slot.channels), -1).amax(1).cpu().to(torch.float64)
         channels = torch.tensor(slot.channels)
         ours = channels != NOT_OURS
         peak.scatter_reduce_(0, channels[ours], column[ours], "amax")

@@ -146,10 +146,10 @@ def fold(
         here_k, here_d = inside[keep].any(1), inside[drop].any(1)
         columns_k = index[keep[here_k]] - number * per_block
         columns_d = index[drop[here_d]] - number * per_block
-        if not columns_k.numel() or not columns_d.numel():
-            continue
-        s = delivery.matrix[here_k][:, here_d].to(source.device)
         scale = delivery.scale[here_k].to(source.device)
+        if not columns_d.numel() and bool((scale == 1).all()):
+            continue  # nothing changes
+        s = delivery.matrix[here_k][:, here_d].to(source.device)
         for u, target in zip(few_rows(source[out]), few_rows(weight[out]), strict=True):
             # rows, channels, places, taps
             restored, dropped = u[:, columns_k].to(torch.float64), u[:, columns_d].to(torch.float64)

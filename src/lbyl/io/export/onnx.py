@@ -52,7 +52,7 @@ class OnnxFormat:
             tensors = inputs.tensors()
             if len(names) != len(tensors):
                 raise ExportError(f"the exported file takes {len(names)} inputs, but the model {len(tensors)}")
-            feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+            feed = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
             return [torch.from_numpy(array) for array in session.run(None, feed)]
 
         return run
@@ -81,7 +81,9 @@ class OnnxFormat:
             options.log_severity_level, options.intra_op_num_threads = 4, torch.get_num_threads()
             session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
-        return partial(session.run, None, {name: t.numpy() for name, t in zip(names, tensors, strict=True)})
+        return partial(
+            session.run, None, {name: t.detach().cpu().numpy() for name, t in zip(names, tensors, strict=True)}
+        )
 
 
 def _package(name: str) -> Any:

@@ -27,6 +27,7 @@ from lbyl.pipeline.layerwise.work import Done, Work, working_folder
 from lbyl.pipeline.sweep.cache import digest
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.runtime.checks import as_path, is_folder
+from lbyl.runtime.contexts import own_settings
 from lbyl.runtime.progress import Progress, cancelable
 from lbyl.runtime.settings import described
 from lbyl.runtime.version import library_version
@@ -52,6 +53,7 @@ class CompressedFolder:
 
 
 @cancelable
+@own_settings()
 def compress_folder(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
