@@ -89,6 +89,9 @@ def compress(
         InputError: a setting or an input can't be used, or weights are not finite.
         ArtifactError: a file of the analysis is damaged.
         TraceError: ``torch.export`` can't trace the model.
+        BudgetError: no widths come near enough to the budget.
+        RestorationError: the restorer fails on this network.
+        SurgeryError: a cut does not fit the network, as after a rule that names another parameter.
         VerificationError: the cut network does not compute what the masked one computes.
 
     Examples:

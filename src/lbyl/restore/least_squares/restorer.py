@@ -54,7 +54,7 @@ class LeastSquares(Settings, Restorer):
         memory: bytes that activations may take while moments are collected, consumers are solved sequentially, and
             errors are measured. Copies of the model, moments and probes are extra, and :class:`lbyl.Dream` has its own
             setting.
-        positions: largest number of positions of each consumer that enter the moments, for each batch.
+        positions: largest number of positions that enter the moments, for each call of a consumer on a batch.
     """
 
     @property
