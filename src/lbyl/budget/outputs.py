@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -99,8 +100,12 @@ class Trials:
 
     def __call__(self, cuts: Iterable[Cut[Key]]) -> dict[Key, float]:
         """The squared relative errors of the outputs."""
-        expected = self._outputs({})
-        return {key: outputs_error(expected, self._outputs(values)) ** 2 for key, values in cuts}
+        return {key: outputs_error(self._expected, self._outputs(values)) ** 2 for key, values in cuts}
+
+    @cached_property
+    def _expected(self) -> list[Tensor]:
+        """The uncut network's outputs, which are the same for all passes over the probes."""
+        return self._outputs({})
 
     def _outputs(self, values: Mapping[str, Tensor]) -> list[Tensor]:
         """The network's outputs for the held-out probes, at positions that attention masks allow."""
