@@ -191,9 +191,8 @@ class _Uses(FunctionInterceptor):
         for axis, length in enumerate(lengths):
             for mark in _marks(length):
                 along = {tag for tag in mark.tags if (tag[0], int(mark), axis, len(lengths)) in self._channels}
-                self.placed |= (
-                    mark.tags if mark.product else frozenset()
-                )  # others say too little, such as heads per key
+                if mark.product:  # others say too little, such as heads per key
+                    self.placed |= mark.tags
                 if len(along) == 1:
                     self.wide |= along
                 elif along:

@@ -14,7 +14,7 @@ CONSTANT = "constant"
 CODE = "code"
 """In ``node.meta``: the path of the module whose code made the call, if Python knows."""
 LITERALS = "literals"
-"""In ``node.meta``: the constants in that code, and what its free variables and globals hold."""
+"""In ``node.meta``: whole numbers and tuples among that code's constants, free variables and globals."""
 
 
 def is_spelled_out(node: fx.Node, number: int) -> bool:

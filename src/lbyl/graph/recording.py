@@ -195,7 +195,8 @@ class _Recorder(OperatorInterceptor):
             code = frame.f_code
             if literals is None and not frame.f_globals.get("__name__", "").startswith(("lbyl.", "torch.")):
                 free = (frame.f_locals.get(name) for name in code.co_freevars)
-                literals = (*code.co_consts, *free, *(frame.f_globals.get(name) for name in code.co_names))
+                held = (*code.co_consts, *free, *(frame.f_globals.get(name) for name in code.co_names))
+                literals = tuple(value for value in held if isinstance(value, int | tuple))
             path = self._paths.get(id(frame.f_locals.get(code.co_varnames[0]))) if code.co_argcount else None
             if path is not None:
                 return path, literals or ()
