@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from lbyl.moments.neighbors import patch_products, patch_sums, patch_targets
 from lbyl.runtime.forward import ConsumerCall
 from lbyl.runtime.grouped import of_each_expert
 from lbyl.runtime.seeding import sample_positions
@@ -80,6 +81,20 @@ class Moments:
         add_gram(self.pp, p)
         self.pr += p.T @ r
         self.rr += r.square().sum(0)
+
+    def add_maps(
+        self,
+        x: Float[Tensor, "images channels height width"],
+        r: Float[Tensor, "images targets height width"] | None,
+    ) -> None:
+        """Add all pixels, where the regressors are the 3x3 patches of x, as :meth:`add` does in more time."""
+        self.count += x[:, 0].numel()
+        self.p += patch_sums(x)
+        self.pp += patch_products(x)
+        if r is not None:
+            self.r += r.sum((0, 2, 3))
+            self.pr += patch_targets(x, r)
+            self.rr += r.square().sum((0, 2, 3))
 
     def plus(self, other: Moments) -> Moments:
         """The sums over both sets of positions."""
@@ -166,8 +181,7 @@ class PatchSums:
                 part = kernel[:, keep]
             else:
                 part = kernel[:, drop] if call.fed is None else torch.cat([kernel[:, keep], kernel[:, drop]], 1)
-            for p, r in _positions(here, part, *columns, self.positions, self.generator, share):
-                self.blocks[index].add(p, r)
+            _add_positions(self.blocks[index], here, part, *columns, self.positions, self.generator, share)
 
 
 def _of_block(call: ConsumerCall, index: int, blocks: int, width: int) -> tuple[ConsumerCall | None, int]:
@@ -203,8 +217,7 @@ class WholeSums:
                 continue
             columns = torch.arange(first, first + width, device=call.x.device)
             none = columns[:0]
-            for p, r in _positions(here, weight[:, none], columns, none, self.positions, self.generator):
-                self.blocks[index].add(p, r)
+            _add_positions(self.blocks[index], here, weight[:, none], columns, none, self.positions, self.generator)
 
     def reading(self) -> ConsumerMoments | None:
         """The moments; None if the consumer was never called."""
@@ -228,6 +241,55 @@ def _with_output(sums: Sequence[Tensor], call: ConsumerCall) -> list[Tensor]:
         more = [count, wide.sum(dims), wide.square_().sum(dims)]
         sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else more
     return sums
+
+
+def _add_positions(
+    sums: Moments,
+    call: ConsumerCall,
+    kernel: Tensor,
+    keep: Tensor,
+    drop: Tensor,
+    positions: int,
+    generator: torch.Generator,
+    wanted: Tensor | None = None,
+) -> None:
+    """Add the positions of one call for one block; see :func:`_positions`."""
+    if not _has_maps(call, kernel, keep, positions):
+        for p, r in _positions(call, kernel, keep, drop, positions, generator, wanted):
+            sums.add(p, r)
+        return
+    size = max(1, _CHUNK_BYTES // (4 * (len(keep) + len(kernel)) * call.x[0, 0].numel()))
+    pieces = zip(
+        call.x.split(size), _split_like(call.fed, call.x, size), _split_like(wanted, call.x, size), strict=True
+    )
+    for part, ahead, share in pieces:
+        x = (part if ahead is None else ahead)[:, keep]
+        if share is not None:
+            sums.add_maps(x, share - functional.conv2d(x, kernel, padding=1))
+        elif len(drop):
+            sums.add_maps(x, functional.conv2d(_lost(part, ahead, keep, drop), kernel, padding=1))
+        else:
+            sums.add_maps(x, None)
+
+
+_FEWEST_CHANNELS = 8
+"""With fewer channels, patches take no more time than sums for each distance."""
+
+
+def _has_maps(call: ConsumerCall, kernel: Tensor, keep: Tensor, positions: int) -> bool:
+    """Whether all pixels are taken, with the 3x3 patch around each, of enough channels; elsewhere patches are made.
+
+    On other devices than the CPU, convolutions may be rounded more coarsely, and the sums not be the same every time.
+    """
+    return (
+        call.op == "conv2d"
+        and kernel.shape[2:] == (3, 3)
+        and {*call.stride, *call.dilation, *call.padding} == {1}
+        and call.x.dtype == torch.float32
+        and call.x.device.type == "cpu"
+        and len(keep) >= _FEWEST_CHANNELS
+        and call.out[0, 0].numel() <= max(1, positions // len(call.x))
+    )
 
 
 def _positions(
