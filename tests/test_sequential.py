@@ -437,6 +437,31 @@ def test_what_is_clearly_better_in_turn_is_not_compared(ridge: float, ways: set[
             assert torch.equal(tensor, asked.model.state_dict()[name])
 
 
+def test_nothing_is_solved_where_nothing_is_lost() -> None:
+    """Of channels that were never active."""
+    net = residual()
+    for number in range(4):
+        for name in ("conv1.weight", "bn1.weight", "bn1.bias"):
+            net.get_parameter(f"blocks.{number}.{name}").data[:3] = 0
+    parts = [ExampleInputs.of(part) for part in images(256).split(128)]
+    probes = Probes(tuple(parts), ExampleInputs.of(images(16, seed=9)), True, matches_training_statistics=True)
+
+    def result(count: int, restore: lbyl.Restorer | str) -> lbyl.Result:
+        widths = enumerate((8, 8, 12, 12))
+        ratio = {f"blocks.{number}.conv1": count / width for number, width in widths}
+        return lbyl.compress(net, images(1), ratio=ratio, criterion="l1", restore=restore, forecast=False)
+
+    restore = lbyl.LeastSquares(Given(probes))
+    found, pruned, more = result(3, restore), result(3, "prune"), result(4, restore)
+    assert any("nothing to restore" in note for note in found.report.notes)
+    assert found.report.held_out_errors.keys() == {"pruned"}
+    assert found.report.assessment is not None
+    assert found.report.assessment.restored == found.report.assessment.pruned <= 1e-6
+    for name, tensor in found.model.state_dict().items():
+        assert torch.equal(tensor, pruned.model.state_dict()[name])
+    assert "in turn" in more.report.held_out_errors
+
+
 class Decoded(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()

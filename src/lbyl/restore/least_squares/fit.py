@@ -108,6 +108,9 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
 _CLEARLY, _MANY = 0.75, 256
 """Consumers solved in turn are not compared with other solutions if this share of plain pruning's error is left or
 less, on so many probes or more. On fewer, each turn fits them a little too closely, and this adds up."""
+_ROUNDING = 1e-6
+"""Where plain pruning has no larger error than this, which is that of float32, there is nothing to restore: the dropped
+channels were never active. Solutions would be no better, and `_trusted` would leave them out in the end."""
 
 
 @dataclass(frozen=True)
@@ -117,24 +120,31 @@ class _First:
     Attributes:
         judge: measures errors on held-out probes.
         before: the error of plain pruning.
-        turned: the solution, or why there is none.
+        turned: the solution, or why there is none; None if there is nothing to restore.
         error: its error.
         asked: whether the user asked for it.
     """
 
     judge: Judge
     before: float
-    turned: SequentialResult | NotApplicable
+    turned: SequentialResult | NotApplicable | None
     error: float = float("inf")
     asked: bool = False
 
     @property
     def suffices(self) -> bool:
         """Whether there is a solution that is asked for, or so good that others need not be measured."""
+        if self.turned is None:
+            return True
         return isinstance(self.turned, SequentialResult) and (self.asked or self.error <= _CLEARLY * self.before)
 
     def found(self, problem: LeastSquaresProblem, probes: Probes) -> _Found:
-        """The solution, which must exist."""
+        """The solution, which must exist, or plain pruning."""
+        if self.turned is None:
+            state = tensors_of(problem.model)
+            note = f"nothing to restore: error of plain pruning on {self.judge.where} {self.before:.3g}"
+            notes = (*_told(problem, probes, {}), note)
+            return _Found(_pruned(problem, state), Findings(state), notes, self.before)
         assert isinstance(self.turned, SequentialResult)
         note = f"consumers solved in turn: error on {self.judge.where} {self.error:.3g}"
         return _Found(
@@ -161,6 +171,8 @@ def _solved_in_turn(problem: LeastSquaresProblem, probes: Probes) -> _First | No
     looks = {number: look(problem.model, {}, probes.batches[number]) for number in evaluated_batches(probes)}
     judge = Judge.over(problem, probes, looks)
     before = judge(_pruned(problem, state))
+    if before <= _ROUNDING and not asked:
+        return _First(judge, before, None)
     turned = solve_sequentially(problem, probes, Findings(state), problem.settings.renorm)
     give_back()
     if isinstance(turned, NotApplicable):
