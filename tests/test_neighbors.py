@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lbyl.moments import accumulate
 from lbyl.moments.accumulate import Columns, Moments, PatchSums, WholeSums
-from lbyl.moments.neighbors import patch_products, patch_sums, patch_targets
+from lbyl.moments.neighbors import add_patch_products, patch_sums, patch_targets
 from lbyl.runtime.forward import ConsumerCall
 
 SIZES = [(3, 10, 6, 5), (2, 3, 1, 1), (4, 2, 1, 7), (2, 9, 2, 2), (1, 8, 3, 1)]
@@ -31,8 +31,10 @@ def patches(x: Tensor) -> Tensor:
 def test_products_and_sums_are_those_of_patches(size: tuple[int, ...], layout: torch.memory_format) -> None:
     x, r = drawn(*size).contiguous(memory_format=layout), drawn(size[0], 4, *size[2:])
     rows, targets = patches(x.double()), r.double().flatten(2).transpose(1, 2).flatten(0, 1)
-    found = patch_products(x)
-    torch.testing.assert_close(found.double(), rows.T @ rows, rtol=1e-5, atol=1e-4)
+    found = torch.zeros(9 * size[1], 9 * size[1], dtype=torch.float64)
+    for _ in range(2):
+        add_patch_products(found, x)
+    torch.testing.assert_close(found, 2 * rows.T @ rows, rtol=1e-5, atol=1e-4)
     assert torch.equal(found, found.T)
     torch.testing.assert_close(patch_sums(x), rows.sum(0), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(patch_targets(x, r).double(), rows.T @ targets, rtol=1e-5, atol=1e-4)

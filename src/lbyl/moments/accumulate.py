@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from lbyl.moments.neighbors import patch_products, patch_sums, patch_targets
+from lbyl.moments.neighbors import add_patch_products, patch_sums, patch_targets
 from lbyl.runtime.forward import ConsumerCall
 from lbyl.runtime.grouped import of_each_expert
 from lbyl.runtime.seeding import sample_positions
@@ -90,7 +90,7 @@ class Moments:
         """Add all pixels, where the regressors are the 3x3 patches of x, as :meth:`add` does in more time."""
         self.count += x[:, 0].numel()
         self.p += patch_sums(x)
-        self.pp += patch_products(x)
+        add_patch_products(self.pp, x)
         if r is not None:
             self.r += r.sum((0, 2, 3))
             self.pr += patch_targets(x, r)

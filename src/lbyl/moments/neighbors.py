@@ -8,6 +8,8 @@ take longer than the products.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,29 +18,34 @@ from torch.nn.grad import conv2d_weight
 
 _REACH = 2
 """The largest distance of two pixels of a patch along an axis."""
-_GAPS = torch.arange(3) - torch.arange(3)[:, None] + _REACH
-"""Where the distance from one row of a patch (first index) to another one is in a list of all distances."""
 
 
-def patch_products(x: Float[Tensor, "images channels height width"]) -> Float[Tensor, "patch patch"]:
-    """The sum of ``p p^T`` over the patches p around all pixels, where zeros surround each image.
+def add_patch_products(sums: Float[Tensor, "patch patch"], x: Float[Tensor, "images channels height width"]) -> None:
+    """Add ``p p^T`` for the patches p around all pixels, where zeros surround each image.
 
-    The numbers of a patch are sorted by channel, row and column. Products and their sums are in the precision of ``x``,
-    and the result is exactly symmetric.
+    The numbers of a patch are sorted by channel, row and column. Products are in the precision of ``x``, and the
+    sums in their own. What is added is exactly symmetric.
     """
-    gaps = _GAPS.to(x.device)
-    # Channel, channel, row, row, column, column: of the first and of the second number of each pair.
-    pairs = _at_distances(x, _REACH, _REACH)[:, :, gaps[:, :, None, None], gaps]
-    # The first row of patches does not see the last row of an image, and the last one not the first; columns likewise.
-    # This only concerns pairs in one row: in all others, no pixel that is not seen has a partner at their distance.
-    for tap, place in ((0, -1), (2, 0)):
-        row = x.narrow(2, place % x.shape[2], 1)
-        column = x.narrow(3, place % x.shape[3], 1)
-        pairs[:, :, tap, tap] -= _at_distances(row, 0, _REACH)[:, :, 0, gaps]
-        pairs[:, :, :, :, tap, tap] -= _at_distances(column, _REACH, 0)[:, :, gaps, 0]
-        for other, at in ((0, -1), (2, 0)):  # taken away twice
-            pairs[:, :, tap, tap, other, other] += _at_distances(row.narrow(3, at % x.shape[3], 1), 0, 0)[:, :, 0, 0]
-    return pairs.permute(0, 2, 4, 1, 3, 5).reshape(9 * x.shape[1], 9 * x.shape[1])
+    channels, height, width = x.shape[1:]
+    # Channel, row and column of the first and of the second number of each pair.
+    pairs = sums.view(channels, 3, 3, channels, 3, 3)
+    inside = _at_distances(x, _REACH, _REACH)
+    # The first row of a patch is never the last row of an image, and its last one never the first; columns likewise.
+    # This only concerns pairs in one row: in all others, a pixel that is never seen has no partner at their distance.
+    rows = {tap: x.narrow(2, at, 1) for tap, at in ((0, height - 1), (2, 0))}
+    columns = {tap: x.narrow(3, at, 1) for tap, at in ((0, width - 1), (2, 0))}
+    in_rows = {tap: _at_distances(line, 0, _REACH)[:, :, 0] for tap, line in rows.items()}
+    in_columns = {tap: _at_distances(line, _REACH, 0)[:, :, :, 0] for tap, line in columns.items()}
+    for row, column in product(range(3), range(3)):
+        down, across = (slice(_REACH - tap, _REACH - tap + 3) for tap in (row, column))
+        pairs[:, row, column] += inside[:, :, down, across]
+        if row in rows:
+            pairs[:, row, column, :, row] -= in_rows[row][:, :, across]
+        if column in columns:
+            pairs[:, row, column, :, :, column] -= in_columns[column][:, :, down]
+        if row in rows and column in columns:  # taken away twice
+            corner = rows[row].narrow(3, 0 if column else width - 1, 1)
+            pairs[:, row, column, :, row, column] += _at_distances(corner, 0, 0)[:, :, 0, 0]
 
 
 def patch_sums(x: Float[Tensor, "images channels height width"]) -> Float[Tensor, " patch"]:
