@@ -61,6 +61,7 @@ class Analysis:
         curves: the predicted error of each of these groups at each of its widths.
         consumer_moments: moments of their consumers' inputs, by the names of the consumers' weights, up to a limit of
             memory.
+        reference: what the restorer holds all restorations against, made from the probes.
     """
 
     restorer: Restorer
@@ -68,6 +69,7 @@ class Analysis:
     seen: Seen
     curves: Curves
     consumer_moments: Mapping[str, ConsumerMoments]
+    reference: object = None
 
 
 _ROOM = 256 * 2**20
@@ -151,13 +153,15 @@ def analyze(
             lambda: measure_curves(work, inputs, graph, wanted, tensors_of(work), by, probes, seed, request.progress)
         )
     moments: Mapping[str, ConsumerMoments] = {}
+    reference: object = None
     if probes is not None:
         shown = probes
         with clock("solve"), restoring(restorer, work):
             moments = cache.consumer_moments(
                 lambda: restorer.measure(work, graph, wanted, shown, seed, _ROOM, request.progress)
             )
-    return Analysis(restorer, cuttable, seen, curves, moments)
+            reference = restorer.reference(work, shown)
+    return Analysis(restorer, cuttable, seen, curves, moments, reference)
 
 
 def look(

@@ -196,7 +196,8 @@ def _restore(subject: Subject, request: CompressionRequest, planned: _Planned) -
         probes=planned.probes if subject.restorer.takes_probes else None,
     )
     if planned.analysis is not None:
-        problem = replace(problem, consumer_moments=planned.analysis.consumer_moments)
+        shared = planned.analysis
+        problem = replace(problem, consumer_moments=shared.consumer_moments, reference=shared.reference)
     with undisturbed(subject.model), restoring(subject.restorer, subject.model):
         restoration = subject.restorer.restore(problem)
         if not isinstance(restoration, Restoration):

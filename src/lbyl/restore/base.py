@@ -68,6 +68,7 @@ class RestorationProblem:
         progress: called as ``progress(stage, done, total)``.
         probes: probes from an earlier call of :meth:`Restorer.make_probes`; None if they must be made now.
         consumer_moments: the result of :meth:`Restorer.measure` on these probes, by the names of consumers' weights.
+        reference: the result of :meth:`Restorer.reference` on these probes; None if there is none.
     """
 
     model: nn.Module
@@ -78,6 +79,7 @@ class RestorationProblem:
     progress: Progress | None = None
     probes: Probes | None = None
     consumer_moments: Mapping[str, ConsumerMoments] = field(default_factory=dict)
+    reference: object = None
 
 
 class Restorer(ABC):
@@ -136,6 +138,10 @@ class Restorer(ABC):
     ) -> dict[str, ConsumerMoments]:
         """Measure moments of the inputs of some groups' consumers, in at most ``limit`` bytes, for several budgets."""
         return {}
+
+    def reference(self, model: nn.Module, probes: Probes) -> object:
+        """What restorations for all budgets are held against, which may measure it at first use; None for nothing."""
+        return None
 
     @abstractmethod
     def restore(self, problem: RestorationProblem) -> Restoration:

@@ -20,7 +20,7 @@ from lbyl.moments.data import Data
 from lbyl.moments.token_inputs import token_ids
 from lbyl.restore.base import Restoration, RestorationProblem
 from lbyl.restore.closed_form import with_ties
-from lbyl.restore.least_squares.judge import Judge, evaluated_batches
+from lbyl.restore.least_squares.judge import Judge, Reference
 from lbyl.restore.least_squares.recalibrate import (
     POSITIONS,
     Look,
@@ -66,7 +66,10 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
     attached = probes.statistics if probes else {}
     if not closed and is_lifelike(settings.moments, task.inputs):
         settings = settings.for_lifelike_probes(texts=token_ids(task.inputs) is not None)
-    model = with_norms(task.model, attached)
+    reference = task.reference if isinstance(task.reference, Reference) else None
+    if reference is None and probes is not None:
+        reference = Reference.of(task.model, probes, settings.memory)
+    model = with_norms(task.model, attached) if reference is None else reference.model
     graph = normed_graph(task.graph, attached)
     targets = _targets(model, graph, task, settings)
     problem = LeastSquaresProblem(model, graph, selection, targets, settings, task.seed, task.progress)
@@ -85,14 +88,14 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
         )
 
     started = time.perf_counter()
-    if probes is None:
+    if probes is None or reference is None:
         assert isinstance(settings.moments, ClosedFormSource)
         with torch.no_grad():
             solve_closed_form(selection, settings.moments, problem.found, settings.strength(False), findings)
             seconds["solve"] = time.perf_counter() - started
             return restoration(_Found(problem.stored(findings.values, state), findings), None)
     with torch.no_grad():
-        first = _solved_in_turn(problem, probes)
+        first = _solved_in_turn(problem, reference)
         seconds["solve"] = time.perf_counter() - started
         if first is None or not first.suffices:
             found, judge, before = _compared(problem, probes, _known(task, probes, settings), findings, first, seconds)
@@ -157,19 +160,18 @@ class _First:
         )
 
 
-def _solved_in_turn(problem: LeastSquaresProblem, probes: Probes) -> _First | None:
+def _solved_in_turn(problem: LeastSquaresProblem, reference: Reference) -> _First | None:
     """Consumers solved in turn before anything else is measured, which takes about as long again.
 
     Only on many synthesized probes of networks with batch norms, if all consumers can be solved in this way: there it
     was the best solution on all networks on which it was compared (docs/research.md).
     """
-    asked, state = problem.settings.sequential, tensors_of(problem.model)
+    asked, state, probes = problem.settings.sequential, tensors_of(problem.model), reference.probes
     many = sum(map(batch_size, probes.batches)) >= _MANY
     able = asked or (asked is None and probes.matches_training_statistics and many)
     if not (able and probes.batch_statistics and probes.beyond is None and all_in_turn(problem, state)):
         return None
-    looks = {number: look(problem.model, {}, probes.batches[number]) for number in evaluated_batches(probes)}
-    judge = Judge.over(problem, probes, looks)
+    judge = replace(reference.judge, kept=norm_masks(problem.selection))
     before = judge(_pruned(problem, state))
     if before <= _ROUNDING and not asked:
         return _First(judge, before, None)
@@ -202,7 +204,7 @@ def _compared(
     positions = _positions(problem, probes)
     if not looks and (probes.statistics or batch_norms(model)):
         looks = [look(model, {}, batch, norms, positions) for batch in probes.batches]
-    judge = first.judge if first else Judge.over(problem, probes, dict(enumerate(looks)))
+    judge = first.judge if first else _judge(problem, probes, looks)
     before = first.before if first else judge(_pruned(problem, state))
     found = _with_renorm(problem, probes, replace(found, error=judge(found.values)), looks, norms, judge)
     found = replace(found, errors={"all at once": found.error})
@@ -216,6 +218,12 @@ def _compared(
     found = _with_turns(problem, probes, found, judge, turned)
     seconds["solve"] += time.perf_counter() - started
     return found, judge, before
+
+
+def _judge(problem: LeastSquaresProblem, probes: Probes, looks: Sequence[Look]) -> Judge:
+    """The judge of a problem, where all batches of probes were measured already, or none has batch norms to measure."""
+    kept = norm_masks(problem.selection)
+    return Judge.over(problem.model, probes, problem.settings.memory, dict(enumerate(looks)), kept)
 
 
 def _known(task: RestorationProblem, probes: Probes, settings: Settings) -> Mapping[str, ConsumerMoments]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
 from lbyl.moments import Probes
-from lbyl.restore.least_squares.recalibrate import Look, Statistics, averaged, transplant
-from lbyl.restore.least_squares.solve import LeastSquaresProblem
+from lbyl.moments.attached_norms import with_norms
+from lbyl.restore.least_squares.recalibrate import Look, Statistics, averaged, look, transplant
 from lbyl.runtime.attended import at_attended, attended_positions
 from lbyl.runtime.batches import batch_size, in_parts, join, split
 from lbyl.runtime.copying import tensors_of
@@ -19,7 +20,6 @@ from lbyl.runtime.layer_norms import NormMasks
 from lbyl.runtime.memory import give_back, held_at_once, held_by_each
 from lbyl.runtime.output_error import error_of_parts
 from lbyl.selection.filters import State
-from lbyl.surgery.masking import norm_masks
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Judge:
     where: str
 
     @staticmethod
-    def over(problem: LeastSquaresProblem, probes: Probes, looks: Mapping[int, Look]) -> Judge:
+    def over(
+        model: nn.Module, probes: Probes, memory: int, looks: Mapping[int, Look], kept: NormMasks | None = None
+    ) -> Judge:
         """A judge whose batch norms have the statistics of the probes that resemble the held-out ones.
 
         ``looks`` holds measurements of the unpruned network by the number of the batch, at least of
@@ -44,11 +46,11 @@ class Judge:
         world: Statistics = {}
         if probes.batch_statistics and looks:
             world = averaged([looks[number] for number in evaluated_batches(probes)])
-        model, state = problem.model, tensors_of(problem.model)
-        most = held_at_once(problem.settings.memory, held_by_each(model, probes.held_out))
+        state = tensors_of(model)
+        most = held_at_once(memory, held_by_each(model, probes.held_out))
         parts = tuple(in_parts(probes.held_out, most))
         where = "held-out probes" if probes.holds_out else "what was solved on"
-        judge = Judge(model, state, parts, norm_masks(problem.selection), world, [], where)
+        judge = Judge(model, state, parts, kept or {}, world, [], where)
         return replace(judge, expected=list(judge.outputs({})))
 
     def by_kind(self, kinds: Sequence[int]) -> tuple[Judge, ...]:
@@ -73,6 +75,33 @@ class Judge:
     def __call__(self, values: Mapping[str, Tensor]) -> float:
         """The error of these values."""
         return error_of_parts(self.expected, self.outputs(values, self.kept))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an unpruned network gives for probes, measured at first use, which all restorations of it are held against.
+
+    Attributes:
+        model: the network, with attached batch norms if it gets some.
+        probes: the probes.
+        memory: bytes that activations may take.
+    """
+
+    model: nn.Module
+    probes: Probes
+    memory: int
+
+    @staticmethod
+    def of(model: nn.Module, probes: Probes, memory: int) -> Reference:
+        """The reference of a network without attached batch norms."""
+        return Reference(with_norms(model, probes.statistics), probes, memory)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The judge of networks in which no layer norm is over pruned channels."""
+        probes = self.probes
+        looks = {number: look(self.model, {}, probes.batches[number]) for number in evaluated_batches(probes)}
+        return Judge.over(self.model, probes, self.memory, looks)
 
 
 def evaluated_batches(probes: Probes) -> Sequence[int]:

@@ -13,6 +13,7 @@ from lbyl.moments.accumulate import ConsumerMoments
 from lbyl.moments.base import is_lifelike
 from lbyl.restore.base import Restoration, RestorationProblem, Restorer
 from lbyl.restore.least_squares.fit import fit, make_probes, measure
+from lbyl.restore.least_squares.judge import Reference
 from lbyl.restore.least_squares.settings import Settings
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.progress import Progress
@@ -94,6 +95,10 @@ class LeastSquares(Settings, Restorer):
     ) -> dict[str, ConsumerMoments]:
         """Measure moments of the inputs of some groups' consumers, from which :meth:`restore` uses parts."""
         return measure(model, graph, groups, probes, self, seed, limit, progress)
+
+    def reference(self, model: nn.Module, probes: Probes) -> Reference:
+        """The outputs of the unpruned network on probes, which errors are measured against."""
+        return Reference.of(model, probes, self.memory)
 
     def restore(self, problem: RestorationProblem) -> Restoration:
         """Probe the network, solve each consumer, recalibrate the batch norms, and measure the outputs' error."""
