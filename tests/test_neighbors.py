@@ -88,7 +88,7 @@ def test_sums_for_all_channels() -> None:
     assert_same(found.blocks[0], expected.blocks[0])
 
 
-@pytest.mark.parametrize("positions", [20_000, 100])
+@pytest.mark.parametrize("positions", [20_000, 30])
 @pytest.mark.parametrize("changed", [{}, {"stride": (2, 2)}, {"padding": (0, 0)}, {"dilation": (2, 2)}])
 def test_sums_of_layers_that_do_not_read_around_every_pixel(
     changed: dict[str, tuple[int, int]], positions: int
@@ -102,3 +102,13 @@ def test_sums_of_layers_that_do_not_read_around_every_pixel(
     expected.add(wide(call), weight.double())
     assert found.blocks[0].count == 5 * min(call.out[0, 0].numel(), positions // 5)
     assert_same(found.blocks[0], expected.blocks[0])
+
+
+def test_all_pixels_are_taken_where_they_are_four_times_as_many() -> None:
+    """They take no more time than a sample. With more images, a sample is taken, as for other layers."""
+    call, weight = call_of(1, fed=False)
+    few, all_of_them, other = (PatchSums(Columns((KEEP,), (DROP,)), most, torch.Generator()) for most in (50, 55, 55))
+    for sums in (few, all_of_them):
+        sums.add(call, weight)
+    other.add(wide(call), weight.double())
+    assert [sums.blocks[0].count for sums in (few, all_of_them, other)] == [5 * 10, 5 * 42, 5 * 11]

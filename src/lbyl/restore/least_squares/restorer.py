@@ -55,7 +55,8 @@ class LeastSquares(Settings, Restorer):
         memory: bytes that activations may take while moments are collected, consumers are solved sequentially, and
             errors are measured. Copies of the model, moments and probes are extra, and :class:`lbyl.Dream` has its own
             setting.
-        positions: largest number of positions that enter the moments, for each call of a consumer on a batch.
+        positions: largest number of positions that enter the moments, for each call of a consumer on a batch. 3x3
+            convolutions may take all of up to four times as many, which takes no more time.
     """
 
     @property
