@@ -263,13 +263,19 @@ def _add_positions(
         call.x.split(size), _split_like(call.fed, call.x, size), _split_like(wanted, call.x, size), strict=True
     )
     for part, ahead, share in pieces:
-        x = (part if ahead is None else ahead)[:, keep]
+        x = _channels(part if ahead is None else ahead, keep)
         if share is not None:
             sums.add_maps(x, share - functional.conv2d(x, kernel, padding=1))
         elif len(drop):
             sums.add_maps(x, functional.conv2d(_lost(part, ahead, keep, drop), kernel, padding=1))
         else:
             sums.add_maps(x, None)
+
+
+def _channels(x: Float[Tensor, "images channels height width"], keep: Int[Tensor, " kept"]) -> Tensor:
+    """Some channels, in the layout in which convolutions of any number of channels take the least time."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x if len(keep) == x.shape[1] else x.permute(0, 2, 3, 1)[..., keep].permute(0, 3, 1, 2)
 
 
 _FEWEST_CHANNELS = 8

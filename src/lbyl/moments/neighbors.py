@@ -49,9 +49,9 @@ def add_patch_products(sums: Float[Tensor, "patch patch"], x: Float[Tensor, "ima
 
 
 def patch_sums(x: Float[Tensor, "images channels height width"]) -> Float[Tensor, " patch"]:
-    """The sum of the patches around all pixels, in float64."""
+    """The sum of the patches around all pixels, in float64; images are summed in the precision of ``x``."""
     height, width = x.shape[2:]
-    around = functional.pad(x.sum(0, dtype=torch.float64), (1, 1, 1, 1))
+    around = functional.pad(x.sum(0).double(), (1, 1, 1, 1))
     return around.unfold(1, height, 1).unfold(2, width, 1).sum((3, 4)).flatten()
 
 
