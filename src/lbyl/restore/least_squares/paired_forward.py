@@ -494,13 +494,17 @@ def _own(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> t
 
 def _beyond_probes(original: Tensor, asked: Tensor, given: Tensor, gap: Tensor) -> Tensor:
     """How the error of an output changes with the mean of the original output; see `expected_shift`."""
-    rows = [t.flatten(2).transpose(1, 2) if t.dim() > 2 else t[:, None] for t in (original, asked, given)]
-    count, places = rows[0].shape[:2]
+    count, places = len(original), original[0, 0].numel()
     chosen = sample_positions(count * places, _POSITIONS, generator_for(0, "positions"))
     index = (torch.arange(count * places) if chosen is None else chosen).to(original.device)
+    rows, columns = index // places, index % places
+
+    def at(x: Tensor) -> Tensor:
+        return (x.flatten(2).transpose(1, 2) if x.dim() > 2 else x[:, None])[rows, columns]
+
     # Positions are sampled first, because whole outputs are large.
-    y, wanted, found = (t[index // places, index % places] for t in rows)
-    return expected_shift(y, y + (found - wanted), gap)
+    y, found = at(original), at(given)
+    return expected_shift(y, found if asked is original else y + (found - at(asked)), gap)
 
 
 def _mean(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -80,14 +80,16 @@ def expected_shift(
     The change of an output depends on the output itself. A regression on the probes gives the change for another mean:
     ``Cov(after - before, before) Cov(before)^-1 gap``, with a ridge of 1% of each variance.
     """
-    y, change = before.double(), (after - before).double()
+    # As precise as the activations are, which is far below the ridge: this takes most of the time.
+    y = before.to(torch.promote_types(before.dtype, torch.float32))
+    change = after.to(y.dtype) - y
     y, change = y - y.mean(0), change - change.mean(0)
-    # As precise as the activations are, which is far below the ridge; the matrix takes most of the time.
-    rounded = y.to(torch.promote_types(before.dtype, torch.float32))
-    own = (rounded.T @ rounded).double()
+    own = (y.T @ y).double()
     spread = own.diagonal()
     steadied = own + torch.diag(0.01 * spread + 1e-9 * spread.max().clamp_min(1e-30))
-    return change.T @ (y @ torch.linalg.solve(steadied, gap.double()))
+    share = torch.linalg.solve(steadied, gap.double())
+    scale = share.abs().max().clamp_min(1e-30)  # of outputs that hardly vary, it is beyond float32
+    return (change.T @ (y @ (share / scale).to(y.dtype))).double() * scale
 
 
 def recenter(
