@@ -34,18 +34,19 @@ def add_patch_products(sums: Float[Tensor, "patch patch"], x: Float[Tensor, "ima
     # This only concerns pairs in one row: in all others, a pixel that is never seen has no partner at their distance.
     rows = {tap: x.narrow(2, at, 1) for tap, at in ((0, height - 1), (2, 0))}
     columns = {tap: x.narrow(3, at, 1) for tap, at in ((0, width - 1), (2, 0))}
-    in_rows = {tap: _at_distances(line, 0, _REACH)[:, :, 0] for tap, line in rows.items()}
-    in_columns = {tap: _at_distances(line, _REACH, 0)[:, :, :, 0] for tap, line in columns.items()}
+    in_rows = {tap: _at_distances(line, 0, _REACH)[0] for tap, line in rows.items()}
+    in_columns = {tap: _at_distances(line, _REACH, 0)[:, 0] for tap, line in columns.items()}
     for row, column in product(range(3), range(3)):
         down, across = (slice(_REACH - tap, _REACH - tap + 3) for tap in (row, column))
-        pairs[:, row, column] += inside[:, :, down, across]
+        pairs[:, row, column] += inside[down, across].permute(2, 3, 0, 1)
         if row in rows:
-            pairs[:, row, column, :, row] -= in_rows[row][:, :, across]
+            pairs[:, row, column, :, row] -= in_rows[row][across].permute(1, 2, 0)
         if column in columns:
-            pairs[:, row, column, :, :, column] -= in_columns[column][:, :, down]
+            pairs[:, row, column, :, :, column] -= in_columns[column][down].permute(1, 2, 0)
         if row in rows and column in columns:  # taken away twice
-            corner = rows[row].narrow(3, 0 if column else width - 1, 1)
-            pairs[:, row, column, :, row, column] += _at_distances(corner, 0, 0)[:, :, 0, 0]
+            corner = rows[row][:, :, 0, 0 if column else width - 1]
+            again = corner.T @ corner
+            pairs[:, row, column, :, row, column] += (again + again.T) / 2
 
 
 def patch_sums(x: Float[Tensor, "images channels height width"]) -> Float[Tensor, " patch"]:
@@ -65,20 +66,20 @@ def patch_targets(
 
 def _at_distances(
     x: Float[Tensor, "images channels height width"], down: int, across: int
-) -> Float[Tensor, "channels channels rows columns"]:
+) -> Float[Tensor, "rows columns channels channels"]:
     """The sum of the products of all pairs of pixels at each distance up to these, from negative to positive ones.
 
     The distance is that from the first channel's pixel to the second channel's.
     """
     channels = x.shape[1]
     around = functional.pad(x, (across, across, 0, down))
-    ahead = conv2d_weight(around, (channels, channels, down + 1, 2 * across + 1), x)
-    here = ahead[:, :, :1]
+    ahead = conv2d_weight(around, (channels, channels, down + 1, 2 * across + 1), x).permute(2, 3, 0, 1)
+    here = ahead[:1]
     # Sums of the same products may be rounded in two ways.
     here = (here + _reversed(here)) / 2
-    return torch.cat([_reversed(ahead[:, :, 1:]), here, ahead[:, :, 1:]], 2)
+    return torch.cat([_reversed(ahead[1:]), here, ahead[1:]])
 
 
-def _reversed(sums: Float[Tensor, "channels channels rows columns"]) -> Float[Tensor, "channels channels rows columns"]:
+def _reversed(sums: Float[Tensor, "rows columns channels channels"]) -> Float[Tensor, "rows columns channels channels"]:
     """The same sums, of distances in the other direction."""
-    return sums.transpose(0, 1).flip(2, 3)
+    return sums.transpose(2, 3).flip(0, 1)
