@@ -51,9 +51,17 @@ def add_patch_products(sums: Float[Tensor, "patch patch"], x: Float[Tensor, "ima
 
 def patch_sums(x: Float[Tensor, "images channels height width"]) -> Float[Tensor, " patch"]:
     """The sum of the patches around all pixels, in float64; images are summed in the precision of ``x``."""
-    height, width = x.shape[2:]
-    around = functional.pad(x.sum(0).double(), (1, 1, 1, 1))
-    return around.unfold(1, height, 1).unfold(2, width, 1).sum((3, 4)).flatten()
+    images, channels, height, width = x.shape
+    # Pixels with all their channels, as they usually lie in memory: sums over another order take several times as long.
+    sums = x.permute(0, 2, 3, 1).reshape(images, -1).sum(0).double().reshape(height, width, channels)
+    return (_seen(height).to(x.device) @ sums.permute(2, 0, 1) @ _seen(width).to(x.device).T).flatten()
+
+
+def _seen(size: int) -> Float[Tensor, "taps places"]:
+    """1 where a row of the patches sees a row of the image: the first one not the last, and the last not the first."""
+    seen = torch.ones(3, size, dtype=torch.float64)
+    seen[0, -1] = seen[2, 0] = 0
+    return seen
 
 
 def patch_targets(
