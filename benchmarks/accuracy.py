@@ -214,9 +214,17 @@ def middle(network: Network) -> float:
     return network.ratios[len(network.ratios) // 2]
 
 
-def compressed(net: nn.Module, images: Images, network: Network, ratio: float, restore: Any, seed: int) -> lbyl.Result:
+def criterion_of(method: str) -> str:
+    """L2 for methods that are to be compared on the same channels, the default for the rest."""
+    return "l2" if method in SAME_CHANNELS else "auto"
+
+
+def compressed(
+    net: nn.Module, images: Images, network: Network, ratio: float, restore: Any, seed: int, criterion: str = "auto"
+) -> lbyl.Result:
     """One compression."""
-    return lbyl.compress(net, images.pixels[:1], ratio=network.ratio(ratio), restore=restore, seed=seed, forecast=False)
+    how = {"ratio": network.ratio(ratio), "restore": restore, "seed": seed, "criterion": criterion}
+    return lbyl.compress(net, images.pixels[:1], forecast=False, **how)
 
 
 def measure(
@@ -224,7 +232,7 @@ def measure(
 ) -> dict[str, Any]:
     """One cell: compress and test."""
     network = NETWORKS[name]
-    result = compressed(net, images, network, ratio, restore, seed)
+    result = compressed(net, images, network, ratio, restore, seed, criterion_of(method))
     found, report = test.accuracy(result.model, network.batch), result.report
     kept = json.dumps([(group.name, group.keep) for group in result.plan.groups])
     return {
@@ -246,7 +254,7 @@ def cost(name: str, net: nn.Module, images: Images, method: str, restore: Any) -
     ratio = middle(network)
     memory.start()
     started = time.perf_counter()
-    result = compressed(net, images, network, ratio, restore, 0)
+    result = compressed(net, images, network, ratio, restore, 0, criterion_of(method))
     seconds = time.perf_counter() - started
     return {
         **key(name, ratio, method, 0, kind="cost"),
