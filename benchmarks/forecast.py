@@ -39,7 +39,16 @@ from lbyl.moments.photographs import takes_photographs
 from lbyl.restore.least_squares.restorer import LeastSquares
 from lbyl.restore.registry import choose_restorer
 from lbyl.runtime.copying import copy_model
-from lbyl.runtime.forecast import MAPS, Forecast, Map, clearness, foretell_agreement, logit, scores_error
+from lbyl.runtime.forecast import (
+    MAPS,
+    NINE_IN_TEN,
+    Forecast,
+    Map,
+    clearness,
+    foretell_agreement,
+    logit,
+    scores_error,
+)
 from lbyl.runtime.inputs import ExampleInputs
 from lbyl.runtime.output_error import outputs_error
 from lbyl.runtime.seeding import generator_for
@@ -195,15 +204,21 @@ def measure(name: str, data: Path, run: Run, console: Console, seeds: int = 1) -
         run.write()
 
 
-def kind_of(probe: str) -> str:
-    """The map that a kind of probes belongs to."""
-    return probe.split()[0]
+def kinds_of(cell: dict[str, Any]) -> list[str]:
+    """The kinds of probes that a cell was looked at with, each of which has a map."""
+    return list(dict.fromkeys(probe.split()[0] for probe in cell["probes"]))
 
 
-def features(cell: dict[str, Any], probe: str) -> tuple[list[float], float]:
+def seen_on(cell: dict[str, Any], kind: str) -> tuple[list[float], dict[str, float]]:
+    """The errors of the scores on all batches of a kind, and what was seen on the first one."""
+    batches = [seen for probe, seen in cell["probes"].items() if probe.split()[0] == kind]
+    return [seen["scores_error"] for seen in batches], batches[0]
+
+
+def features(cell: dict[str, Any], kind: str) -> tuple[list[float], float]:
     """What the map is given, and the logit that it should give."""
-    seen, real = cell["probes"][probe], cell["real"]
-    row = [1.0, clearness(seen["scores_error"]), logit(seen["agreement"], seen["count"])]
+    (errors, first), real = seen_on(cell, kind), cell["real"]
+    row = [1.0, mean(map(clearness, errors)), logit(first["agreement"], int(first["count"]))]
     return row, logit(real["agreement"], real["count"])
 
 
@@ -217,12 +232,12 @@ PRIOR = Map(1.4, 1.3, 0.25, 0.5)
 
 
 Pairs = Sequence[tuple[dict[str, Any], str]]
-"""Cells, each with one of its probes."""
+"""Cells, each with one of its kinds of probes."""
 
 
 def solved(pairs: Pairs) -> list[float]:
     """Shift and slopes: ridge regression of logits, in which ruins count little."""
-    rows = [features(cell, probe) for cell, probe in pairs]
+    rows = [features(cell, kind) for cell, kind in pairs]
     x = torch.tensor([row for row, _ in rows], dtype=torch.float64).reshape(-1, 3)
     y = torch.tensor([value for _, value in rows], dtype=torch.float64)
     weighed = x * torch.tensor([weight(cell) for cell, _ in pairs], dtype=torch.float64)[:, None]
@@ -236,29 +251,39 @@ def weight(cell: dict[str, Any]) -> float:
     return 1.0 if lost(cell) < 20 else 0.1
 
 
+WITHIN = 0.93
+"""Share of the cells of left-out families within the bounds: a little more than bounds promise, as families are few."""
+
+
 def fitted(found: Sequence[dict[str, Any]], kind: str) -> Map:
-    """The map of one kind of probes; its spread is what families leave over that were left out."""
-    pairs = [(cell, probe) for cell in found for probe in cell["probes"] if kind_of(probe) == kind]
-    families = {cell["family"] for cell, _ in pairs}
-    total = counted = 0.0
-    for family in families:
-        solution = solved([(cell, probe) for cell, probe in pairs if cell["family"] != family])
-        for cell, probe in pairs:
-            if cell["family"] == family:
-                row, value = features(cell, probe)
-                total += weight(cell) * (value - sum(a * b for a, b in zip(solution, row, strict=True))) ** 2
-                counted += weight(cell)
-    spread = (total / counted) ** 0.5 if counted else PRIOR.spread
-    if len(families) < 3:  # which say little of what others would leave over
-        spread *= 1.5
+    """The map of one kind of probes."""
+    pairs = [(cell, kind) for cell in found if kind in kinds_of(cell)]
     shift, error, agreement = solved(pairs)
-    return Map(round(shift, 2), round(error, 2), round(agreement, 2), round(max(PRIOR.spread, spread), 2))
+    return Map(round(shift, 2), round(error, 2), round(agreement, 2), round(spread_of(pairs), 2))
 
 
-def foretold(cell: dict[str, Any], probe: str, chosen: Map) -> Forecast:
+def spread_of(pairs: Pairs) -> float:
+    """What families leave over that were left out: the deviation, or more if residuals have heavy tails."""
+    families, residuals = {cell["family"] for cell, _ in pairs}, []
+    for family in families:
+        solution = solved([pair for pair in pairs if pair[0]["family"] != family])
+        for cell, kind in pairs:
+            if cell["family"] == family:
+                row, value = features(cell, kind)
+                residuals.append((abs(value - sum(a * b for a, b in zip(solution, row, strict=True))), weight(cell)))
+    if not residuals:
+        return PRIOR.spread
+    rests, counts = torch.tensor(sorted(residuals), dtype=torch.float64).T
+    deviation = float((counts @ rests.square() / counts.sum()).sqrt())
+    tail = float(rests[counts.cumsum(0) >= WITHIN * counts.sum()][0])
+    spread = max(PRIOR.spread, deviation, tail / NINE_IN_TEN)
+    return spread * 1.5 if len(families) < 3 else spread  # few families say little of what others would leave over
+
+
+def foretold(cell: dict[str, Any], kind: str, chosen: Map) -> Forecast:
     """The forecast with a map."""
-    seen = cell["probes"][probe]
-    return foretell_agreement(seen["agreement"], seen["scores_error"], seen["count"], chosen)
+    errors, first = seen_on(cell, kind)
+    return foretell_agreement(first["agreement"], errors, int(first["count"]), chosen)
 
 
 def left_out(run: Run) -> list[tuple[dict[str, Any], str, Forecast]]:
@@ -266,7 +291,7 @@ def left_out(run: Run) -> list[tuple[dict[str, Any], str, Forecast]]:
     found: list[tuple[dict[str, Any], str, Forecast]] = []
     for cell in run.measurements:
         others = [each for each in run.measurements if each["family"] != cell["family"]]
-        found += [(cell, probe, foretold(cell, probe, fitted(others, kind_of(probe)))) for probe in cell["probes"]]
+        found += [(cell, kind, foretold(cell, kind, fitted(others, kind))) for kind in kinds_of(cell)]
     return found
 
 
@@ -274,7 +299,7 @@ def tabulate(run: Run) -> None:
     """A row a cell, and what the errors come to where the loss is slight."""
     cells = left_out(run)
     rows: list[list[Any]] = []
-    for cell, probe, forecast in cells:
+    for cell, kind, forecast in cells:
         assert forecast.agreement is not None
         assert forecast.low is not None
         assert forecast.high is not None
@@ -283,10 +308,10 @@ def tabulate(run: Run) -> None:
         real = f"{cell['real']['agreement']:.0%}"
         title = CASES[cell["network"]].title
         what = f"{cell['method']} {cell['ratio']:.0%}"
-        rows.append([title, what, kind_of(probe), told, real, round(100 * forecast.loss, 1), round(lost(cell), 1)])
+        rows.append([title, what, kind, told, real, round(100 * forecast.loss, 1), round(lost(cell), 1)])
     summary: list[list[Any]] = []
-    for kind in MAPS:
-        slight = [(cell, f) for cell, probe, f in cells if kind_of(probe) == kind and lost(cell) < SLIGHT]
+    for kind in (*MAPS, "all"):
+        slight = [(cell, f) for cell, seen, f in cells if kind in (seen, "all") and lost(cell) < SLIGHT]
         if slight:
             losses = mean(abs(100 * (f.loss or 0.0) - lost(cell)) for cell, f in slight)
             answers = mean(abs(100 * (f.agreement or 0.0) - 100 * cell["real"]["agreement"]) for cell, f in slight)

@@ -18,8 +18,9 @@ import lbyl
 from lbyl.cli.app import app
 from lbyl.io.artifact import CARD, PAGE, read_manifest
 from lbyl.io.report.words import expectation
+from lbyl.moments.forecast_probes import forecast_probes
 from lbyl.runtime.forecast import MAPS, Forecast, foretell_agreement, scores_error, with_real_answers
-from lbyl.runtime.inputs import output_tensors
+from lbyl.runtime.inputs import ExampleInputs, output_tensors
 from lbyl.runtime.output_error import outputs_error
 
 X = images(2, 6)
@@ -81,22 +82,39 @@ def bounded(forecast: Forecast) -> bool:
 
 @pytest.mark.parametrize("kind", ["dreamed", "photographs", "sure"])
 def test_more_agreement_and_less_error_on_probes_promise_more(kind: str) -> None:
-    shares = [foretell_agreement(share, 0.3, 100, MAPS[kind]).agreement for share in (0.2, 0.6, 0.9, 1.0)]
-    errors = [foretell_agreement(0.9, error, 100, MAPS[kind]).agreement for error in (1.0, 0.5, 0.2, 0.0)]
+    shares = [foretell_agreement(share, [0.3], 100, MAPS[kind]).agreement for share in (0.2, 0.6, 0.9, 1.0)]
+    errors = [foretell_agreement(0.9, [error], 100, MAPS[kind]).agreement for error in (1.0, 0.5, 0.2, 0.0)]
     assert shares == sorted(shares, key=lambda share: share or 0.0)
     assert errors == sorted(errors, key=lambda share: share or 0.0)
-    assert all(bounded(foretell_agreement(share, 0.3, 100, MAPS[kind])) for share in (0.0, 0.5, 1.0))
+    assert all(bounded(foretell_agreement(share, [0.3], 100, MAPS[kind])) for share in (0.0, 0.5, 1.0))
 
 
 def test_few_probes_leave_more_open() -> None:
-    few, many = (foretell_agreement(0.9, 0.3, count, MAPS["sure"]) for count in (10, 1000))
+    few, many = (foretell_agreement(0.9, [0.3], count, MAPS["sure"]) for count in (10, 1000))
     assert few.low is not None
     assert many.low is not None
     assert few.low < many.low
 
 
+def test_each_batch_of_probes_counts() -> None:
+    alike, apart = (foretell_agreement(0.9, errors, 100, MAPS["sure"]) for errors in ([0.1, 0.1], [0.1, 0.6]))
+    assert alike.agreement is not None
+    assert apart.agreement is not None
+    assert apart.agreement < alike.agreement - 0.02
+
+
+def test_noise_is_looked_at_before_and_after_it_is_optimized() -> None:
+    net = mlp().eval()
+    made = forecast_probes(net, ExampleInputs.of(torch.zeros(1, 6)), torch.Generator().manual_seed(0))
+    after, before = (batch.tensors()[0] for batch in made.batches)
+    assert made.kind == "sure"
+    assert made.wanted is not None
+    reached = [float((net(x).argmax(1) == made.wanted).double().mean()) for x in (before, after)]
+    assert reached[0] + 0.1 < reached[1]
+
+
 def test_real_answers_weigh_the_more_the_more_there_are() -> None:
-    prior = foretell_agreement(0.5, 1.0, 100, MAPS["sure"])
+    prior = foretell_agreement(0.5, [1.0], 100, MAPS["sure"])
     assert prior.agreement is not None
     few, many = (with_real_answers(prior, 0.99, count) for count in (5, 5000))
     assert few.agreement is not None

@@ -41,7 +41,9 @@ class ForecastProbes:
             (crops of photographs, for color images), "sure" (noise, optimized until the network is confident that it
             belongs to a random class), "plain" (scenes and noise), "sentences" (English sentences, as tokens), or "" if
             there are none.
-        batches: the probes; for "plain" one batch of scenes and one of noise, otherwise one batch.
+        batches: the probes; for "plain" one batch of scenes and one of noise, for "sure" also the noise before it was
+            optimized, otherwise one batch. Optimized noise alone makes networks look better than they are, for they
+            are surer of it than of real inputs.
         wanted: the random class of each input, for "sure"; otherwise None.
         why: the reason if there are no probes, else "".
     """
@@ -134,7 +136,7 @@ class _Task:
         (sure,) = dream_classes(
             self.model, start, self.inputs, self.classes, self.generator, self.progress, scores=self.scores, **settings
         )
-        return ForecastProbes(SURE, (sure.inputs,), sure.wanted)
+        return ForecastProbes(SURE, (sure.inputs, start), sure.wanted)
 
     def _pictures(self) -> Maker:
         return pictures_for(self.model, self.inputs, self.scales)[0]

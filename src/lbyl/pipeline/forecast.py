@@ -136,8 +136,11 @@ class Forecaster:
             pairs = [(self._original[index], self._outputs(smaller, each)) for index, each in enumerate(made.batches)]
             foretell = foretell_cosine if self.measure == COSINE else foretell_error
             return foretell([outputs_error(*pair) for pair in pairs], batch_size(made.batches[0]))
-        batch = made.batches[0]
-        before, after = self._scores(self._original[0], batch), self._scores(self._outputs(smaller, batch), batch)
+        pairs = [
+            (self._scores(original, batch), self._scores(self._outputs(smaller, batch), batch))
+            for original, batch in zip(self._original, made.batches, strict=True)
+        ]
+        before, after = pairs[0]
         answers = before.argmax(1)
         telling, share = MAPS.get(made.kind), float(same_answers(before, after).double().mean())
         if made.wanted is not None:
@@ -149,7 +152,7 @@ class Forecaster:
         # Of answers that are all the same, or none that the network is sure of, only the scores tell something.
         return foretell_agreement(
             share if telling else None,
-            scores_error(before, after),
+            [scores_error(*pair) for pair in pairs],
             len(before),
             telling or UNSURE,
             measure=self.measure,
