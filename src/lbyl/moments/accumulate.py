@@ -155,13 +155,16 @@ class PatchSums:
     blocks: list[Moments] = field(default_factory=list)
     output: list[Tensor] = field(default_factory=list)  # count, sum and sum of squares of the consumer's output
 
-    def add(self, call: ConsumerCall, weight: Tensor, wanted: Tensor | None = None) -> None:
-        """Add one call of the consumer.
+    def add(
+        self, call: ConsumerCall, weight: Tensor, wanted: Tensor | None = None, *, with_output: bool = True
+    ) -> None:
+        """Add one call of the consumer; without ``with_output``, the sums of its output are known already.
 
         If ``wanted`` is given (a tensor of the output's shape, without the bias), the target is ``wanted`` minus the
         kept channels' contribution. Otherwise the target is the dropped channels' contribution in this call.
         """
-        self.output = _with_output(self.output, call)
+        if with_output:
+            self.output = _with_output(self.output, call)
         number = len(self.columns.keep)
         rows, width = len(weight) // number, weight.shape[1]
         for index, (keep, drop) in enumerate(zip(self.columns.keep, self.columns.drop, strict=True)):
