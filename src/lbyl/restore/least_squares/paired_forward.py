@@ -47,10 +47,14 @@ class ConsumerDue:
     Attributes:
         calls: its calls in the cut network, batch by batch; ``out`` is the original network's output.
         wanted: the target for its output, batch by batch: the original output, plus the compensation for a sum.
+        whole: the same calls as one.
+        whole_wanted: the target for its output.
     """
 
     calls: tuple[ConsumerCall, ...]
     wanted: tuple[Tensor, ...]
+    whole: ConsumerCall
+    whole_wanted: Tensor
 
 
 @dataclass(frozen=True)
@@ -374,23 +378,25 @@ class _PairedForward(FunctionInterceptor):
         x, weight, bias = item.tensors
         if x._version != item.version:
             raise NotPairable(f"the input of {item.name} was changed in place before its output was used")
-        outs = self._split(self._halves(item.out)[0])
+        out = self._halves(item.out)[0]
+        outs = self._split(out)
         wanted = list(outs)
         if other is not None and tensor is item.last:
             # Part by part into one tensor, because these are as large as any tensor of the network.
-            item.wanted = torch.empty_like(self._halves(item.out)[0])
+            item.wanted = torch.empty_like(out)
             wanted = list(self._split(item.wanted))
             lost = zip(*(self._split(half) for half in self._halves(other)), strict=True)
-            for place, out, (a, b), gain in zip(wanted, outs, lost, item.gains or [None] * len(outs), strict=True):
+            for place, part, (a, b), gain in zip(wanted, outs, lost, item.gains or [None] * len(outs), strict=True):
                 torch.sub(a, b, out=place)
                 if gain is not None:
                     heard = gain.abs() > _FAINT * gain.abs().max()
                     place *= torch.where(heard, 1 / gain, 0).reshape(-1, *[1] * (place.dim() - 2))
-                place += out
+                place += part
             self.made_up.append(item.name)
         cut = self._halves(x)[1]
-        calls = [item.call(part, out) for part, out in zip(self._split(cut), outs, strict=True)]
-        self.solve(ConsumerDue(tuple(calls), tuple(wanted)))
+        calls = [item.call(*pair) for pair in zip(self._split(cut), outs, strict=True)]
+        asked = out if item.wanted is None else item.wanted
+        self.solve(ConsumerDue(tuple(calls), tuple(wanted), item.call(cut, out), asked))
         self.pending = {key: each for key, each in self.pending.items() if each is not item}
         new_weight = self._now(weight)
         assert new_weight is not None

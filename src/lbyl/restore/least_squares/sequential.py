@@ -125,10 +125,14 @@ def solve_sequentially(
         known = recall.get(f"{target.consumer.weight}#output")
         sums.output = list(known or ())
         bias = state[target.consumer.bias].detach() if target.consumer.bias else None
-        for call, wanted in zip(turn.calls, turn.wanted, strict=True):
+        weight, pairs, joined = target.weight(state), [*zip(turn.calls, turn.wanted, strict=True)], 1
+        # Fewer and larger products. A target without the bias would be as large as any tensor of the network.
+        if bias is None and sums.takes_all(turn.whole, weight, len(pairs)):
+            pairs, joined = [(turn.whole, turn.whole_wanted)], len(pairs)
+        for call, wanted in pairs:
             if bias is not None:
                 wanted = wanted - (bias if call.op == "linear" else bias.reshape(-1, *[1] * (wanted.dim() - 2)))
-            sums.add(call, target.weight(state), wanted, with_output=not known)
+            sums.add(call, weight, wanted, joined=joined, with_output=not known)
         if not known:
             recall.keep(f"{target.consumer.weight}#output", sums.output)
         solve_patches(target, sums, selection, settings, findings)
