@@ -80,6 +80,23 @@ def test_sums_for_kept_channels(blocks: int, kind: str, chunk: int, monkeypatch:
         assert_same(mine, theirs)
 
 
+def test_sums_of_several_calls_that_are_joined() -> None:
+    """Joined calls may give as many positions as all of them; where patches are made, they stay apart."""
+    call, weight = call_of(1, fed=False)
+    half = replace(call, x=call.x[:2], out=call.out[:2]), replace(call, x=call.x[2:], out=call.out[2:])
+    wanted = drawn(*call.out.shape)
+    for most, joined in (20, False), (40, True):
+        sums = [PatchSums(Columns((KEEP,), (DROP,)), most, torch.Generator()) for _ in range(2)]
+        assert sums[0].takes_all(call, weight, 2) == joined
+        assert not sums[0].takes_all(call, weight, 1)
+        if joined:
+            sums[0].add(call, weight, wanted, joined=2)
+            for each, part in zip(half, (wanted[:2], wanted[2:]), strict=True):
+                sums[1].add(each, weight, part)
+            assert_same(sums[0].blocks[0], sums[1].blocks[0])
+            assert sums[0].blocks[0].count == 5 * 42
+
+
 def test_sums_for_all_channels() -> None:
     call, weight = call_of(1, fed=False)
     found, expected = (WholeSums(1, 20_000, torch.Generator()) for _ in range(2))

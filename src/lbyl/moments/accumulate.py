@@ -155,13 +155,28 @@ class PatchSums:
     blocks: list[Moments] = field(default_factory=list)
     output: list[Tensor] = field(default_factory=list)  # count, sum and sum of squares of the consumer's output
 
-    def add(self, call: ConsumerCall, weight: Tensor, wanted: Tensor | None = None) -> None:
-        """Add one call of the consumer.
+    def takes_all(self, call: ConsumerCall, weight: Tensor, joined: int) -> bool:
+        """Whether all pixels of a call are taken that joins several, each of which may give its positions."""
+        kernel = weight[: len(weight) // len(self.columns.keep)]
+        return all(_has_maps(call, kernel, keep, joined * self.positions) for keep in self.columns.keep)
 
+    def add(
+        self,
+        call: ConsumerCall,
+        weight: Tensor,
+        wanted: Tensor | None = None,
+        *,
+        joined: int = 1,
+        with_output: bool = True,
+    ) -> None:
+        """Add one call of the consumer, or several that are joined.
+
+        Without ``with_output``, the sums of its output are known already.
         If ``wanted`` is given (a tensor of the output's shape, without the bias), the target is ``wanted`` minus the
         kept channels' contribution. Otherwise the target is the dropped channels' contribution in this call.
         """
-        self.output = _with_output(self.output, call)
+        if with_output:
+            self.output = _with_output(self.output, call)
         number = len(self.columns.keep)
         rows, width = len(weight) // number, weight.shape[1]
         for index, (keep, drop) in enumerate(zip(self.columns.keep, self.columns.drop, strict=True)):
@@ -181,7 +196,7 @@ class PatchSums:
                 part = kernel[:, keep]
             else:
                 part = kernel[:, drop] if call.fed is None else torch.cat([kernel[:, keep], kernel[:, drop]], 1)
-            _add_positions(self.blocks[index], here, part, *columns, self.positions, self.generator, share)
+            _add_positions(self.blocks[index], here, part, *columns, joined * self.positions, self.generator, share)
 
 
 def _of_block(call: ConsumerCall, index: int, blocks: int, width: int) -> tuple[ConsumerCall | None, int]:

@@ -123,6 +123,7 @@ def analyze(
     budget: Budget | None,
     clock: Clock,
     cache: Cache | None = None,
+    several: bool = False,
 ) -> Analysis:
     """Make the analysis from which the widths for a budget are chosen.
 
@@ -132,6 +133,7 @@ def analyze(
         budget: groups that it excludes are left out; None for all groups.
         clock: measures the time.
         cache: stores the analysis for later runs.
+        several: whether the network will be restored for more than one budget.
 
     Raises:
         InputError: no group is in scope, or the restorer chooses channels by itself.
@@ -160,7 +162,7 @@ def analyze(
             moments = cache.consumer_moments(
                 lambda: restorer.measure(work, graph, wanted, shown, seed, _ROOM, request.progress)
             )
-            reference = restorer.reference(work, shown)
+            reference = restorer.reference(work, shown, several)
     return Analysis(restorer, cuttable, seen, curves, moments, reference)
 
 

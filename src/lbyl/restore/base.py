@@ -139,8 +139,11 @@ class Restorer(ABC):
         """Measure moments of the inputs of some groups' consumers, in at most ``limit`` bytes, for several budgets."""
         return {}
 
-    def reference(self, model: nn.Module, probes: Probes) -> object:
-        """What restorations for all budgets are held against, which may measure it at first use; None for nothing."""
+    def reference(self, model: nn.Module, probes: Probes, several: bool = False) -> object:
+        """What restorations for all budgets are held against, which may measure it at first use; None for nothing.
+
+        ``several`` says whether there will be more than one, so that it may keep what all of them compute.
+        """
         return None
 
     @abstractmethod

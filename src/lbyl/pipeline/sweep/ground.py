@@ -52,12 +52,13 @@ class Network:
             raise refusals[0]
         return found
 
-    def ground(self, folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Analysis]:
+    def ground(self, folder: Path, fingerprint: Mapping[str, Any], several: bool = False) -> dict[str, Analysis]:
         """The analysis of each part, from its folder in this one if it is stored there, and else stored.
 
         Args:
             folder: the folder of all parts.
             fingerprint: everything that the analysis depends on.
+            several: whether the network will be restored for more than one budget.
         """
         key = json.dumps(dict(fingerprint), sort_keys=True)
         ground: dict[str, Analysis] = {}
@@ -68,7 +69,7 @@ class Network:
                 continue
             cache.cuttable(lambda path=subject.path: self.cuttable[path])
             ground[subject.path] = first_that_restores(
-                subject, self.request, lambda s, c=cache: analyze(s, self.request, None, self.clock, c)
+                subject, self.request, lambda s, c=cache: analyze(s, self.request, None, self.clock, c, several)
             )[1]
         return ground
 

@@ -209,7 +209,7 @@ def _compressed(network: Network, state: SweepState, folder: Path, judge: Judge,
     waiting = [point for point in state.points if not point.made and not point.reason]
     if not waiting:
         return state
-    ground = network.ground(folder / ANALYSIS, state.fingerprint)
+    ground = network.ground(folder / ANALYSIS, state.fingerprint, several=len(waiting) > 1)
     spent = {stage: state.seconds.get(stage, 0.0) + value for stage, value in network.clock.seconds.items()}
     state = replace(state, seconds={**state.seconds, **spent})
     work = Work(network.prepared, ground, network.request, judge.evaluate, state.unpruned)

@@ -30,6 +30,7 @@ from lbyl.restore.least_squares.recalibrate import (
     recenter,
     renormalize,
 )
+from lbyl.restore.least_squares.recall import Recall
 from lbyl.restore.least_squares.sequential import NotApplicable, SequentialResult, all_in_turn, solve_sequentially
 from lbyl.restore.least_squares.settings import Settings
 from lbyl.restore.least_squares.solve import (
@@ -72,7 +73,8 @@ def fit(task: RestorationProblem, settings: Settings) -> Restoration:
     model = with_norms(task.model, attached) if reference is None else reference.model
     graph = normed_graph(task.graph, attached)
     targets = _targets(model, graph, task, settings)
-    problem = LeastSquaresProblem(model, graph, selection, targets, settings, task.seed, task.progress)
+    recall = Recall() if reference is None else reference.recall
+    problem = LeastSquaresProblem(model, graph, selection, targets, settings, task.seed, task.progress, recall)
     state = tensors_of(model)
     findings = Findings(state)
 

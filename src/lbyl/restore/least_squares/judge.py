@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lbyl.moments import Probes
 from lbyl.moments.attached_norms import with_norms
 from lbyl.restore.least_squares.recalibrate import Look, Statistics, averaged, look, transplant
+from lbyl.restore.least_squares.recall import Recall
 from lbyl.runtime.attended import at_attended, attended_positions
 from lbyl.runtime.batches import batch_size, in_parts, join, split
 from lbyl.runtime.copying import tensors_of
@@ -85,16 +86,19 @@ class Reference:
         model: the network, with attached batch norms if it gets some.
         probes: the probes.
         memory: bytes that activations may take.
+        recall: what is kept of it from one restoration to the next.
     """
 
     model: nn.Module
     probes: Probes
     memory: int
+    recall: Recall = field(default_factory=Recall)
 
     @staticmethod
-    def of(model: nn.Module, probes: Probes, memory: int) -> Reference:
-        """The reference of a network without attached batch norms."""
-        return Reference(with_norms(model, probes.statistics), probes, memory)
+    def of(model: nn.Module, probes: Probes, memory: int, several: bool = False) -> Reference:
+        """The reference of a network without attached batch norms; ``several`` says whether for many restorations."""
+        recall = Recall.within(memory) if several else Recall()
+        return Reference(with_norms(model, probes.statistics), probes, memory, recall)
 
     @cached_property
     def judge(self) -> Judge:

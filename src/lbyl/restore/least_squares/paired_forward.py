@@ -7,6 +7,7 @@ compensate for the error of the other operand.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from lbyl.restore.least_squares.recalibrate import Statistics, expected_shift, variance_change
+from lbyl.restore.least_squares.recalibrate import Regression, Statistics, variance_change
+from lbyl.restore.least_squares.recall import Recall
 from lbyl.runtime.batch_axis import rows_per_input
 from lbyl.runtime.batches import join, layout
 from lbyl.runtime.forward import BATCH_NORM, CONVOLUTIONS, ConsumerCall, consumer_call
@@ -45,10 +47,14 @@ class ConsumerDue:
     Attributes:
         calls: its calls in the cut network, batch by batch; ``out`` is the original network's output.
         wanted: the target for its output, batch by batch: the original output, plus the compensation for a sum.
+        whole: the same calls as one.
+        whole_wanted: the target for its output.
     """
 
     calls: tuple[ConsumerCall, ...]
     wanted: tuple[Tensor, ...]
+    whole: ConsumerCall
+    whole_wanted: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ def run_paired(
     *,
     batch_statistics: bool,
     renorm: bool,
+    recall: Recall | None = None,
 ) -> PairedPass:
     """Run the original and the cut network in one pass, and solve each consumer when it is reached.
 
@@ -98,11 +105,12 @@ def run_paired(
             :func:`lbyl.restore.least_squares.recalibrate.renormalize`. After a solved consumer, the mean is that of its
             target. With batch statistics, the means at these and all later batch norms are corrected by
             :func:`lbyl.restore.least_squares.recalibrate.expected_shift`.
+        recall: what earlier passes over these batches kept of the original network, and this one adds to.
 
     Raises:
         NotPairable: the probes differ in shape, or the network has an operation that can't be run for both at once.
     """
-    both = _PairedForward(model, batches, consumers, values, solve, batch_statistics, renorm)
+    both = _PairedForward(model, batches, consumers, values, solve, batch_statistics, renorm, recall or Recall())
     whole = _joined(batches)
     with both:
         whole.call(model)
@@ -223,13 +231,17 @@ class _PairedForward(FunctionInterceptor):
         solve: Callable[[ConsumerDue], None],
         batch_statistics: bool,
         renorm: bool,
+        recall: Recall,
     ) -> None:
         super().__init__(names_by_id(model))
         self.sizes = [len(batch.tensors()[0]) for batch in batches]
         self.half = sum(self.sizes)
         self.multiples = rows_per_input(model, batches[0])
         self.consumers, self.values, self.solve = set(consumers), values, solve
-        self.batch_statistics, self.renorm = batch_statistics, renorm
+        self.batch_statistics, self.renorm, self.recall = batch_statistics, renorm, recall
+        recall.begin((tuple(self.sizes), frozenset(consumers), frozenset(values), batch_statistics, renorm))
+        self.calls = Counter[str]()
+        self.samples: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.pending: dict[int, _Pending] = {}
         self.original: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self.cut: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
@@ -297,8 +309,13 @@ class _PairedForward(FunctionInterceptor):
         rows = len(half) // self.half
         return half.split([rows * size for size in self.sizes])
 
-    def _twice(self, original: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    def _twice(self, original: Tensor, run: Callable[[Tensor], Tensor], known: Tensor | None = None) -> Tensor:
         """The output of a layer for the original network, followed by as many rows that are not filled in yet."""
+        if known is not None:
+            shape = (2 * len(original), *known.shape[1:])
+            out = torch.empty(shape, dtype=known.dtype, device=known.device, memory_format=layout(known))
+            out[: len(original)] = known
+            return out
         # Batch by batch, because a whole output and its copy would be the largest tensors in memory.
         parts = self._split(original)
         first = run(parts[0])
@@ -333,7 +350,12 @@ class _PairedForward(FunctionInterceptor):
         if not waits and new_weight is weight and new_bias is bias:
             return run(input, weight, bias)
         original, cut = self._halves(input)
-        out = self._twice(original, lambda part: run(part, weight, bias))
+        # A layer that is not solved may run more than once.
+        known = self.recall.get(name) if waits else None
+        out = self._twice(original, lambda part: run(part, weight, bias), known[0] if known else None)
+        if waits and not known:
+            # As many products as give one number of the output.
+            self.recall.keep(name, [out[: len(original)]], weight[0].numel() / out.element_size())
         if not waits:
             self._fill(out, cut, lambda part: run(part, new_weight, new_bias))
             return out
@@ -356,23 +378,25 @@ class _PairedForward(FunctionInterceptor):
         x, weight, bias = item.tensors
         if x._version != item.version:
             raise NotPairable(f"the input of {item.name} was changed in place before its output was used")
-        outs = self._split(self._halves(item.out)[0])
+        out = self._halves(item.out)[0]
+        outs = self._split(out)
         wanted = list(outs)
         if other is not None and tensor is item.last:
             # Part by part into one tensor, because these are as large as any tensor of the network.
-            item.wanted = torch.empty_like(self._halves(item.out)[0])
+            item.wanted = torch.empty_like(out)
             wanted = list(self._split(item.wanted))
             lost = zip(*(self._split(half) for half in self._halves(other)), strict=True)
-            for place, out, (a, b), gain in zip(wanted, outs, lost, item.gains or [None] * len(outs), strict=True):
+            for place, part, (a, b), gain in zip(wanted, outs, lost, item.gains or [None] * len(outs), strict=True):
                 torch.sub(a, b, out=place)
                 if gain is not None:
                     heard = gain.abs() > _FAINT * gain.abs().max()
                     place *= torch.where(heard, 1 / gain, 0).reshape(-1, *[1] * (place.dim() - 2))
-                place += out
+                place += part
             self.made_up.append(item.name)
         cut = self._halves(x)[1]
-        calls = [item.call(part, out) for part, out in zip(self._split(cut), outs, strict=True)]
-        self.solve(ConsumerDue(tuple(calls), tuple(wanted)))
+        calls = [item.call(*pair) for pair in zip(self._split(cut), outs, strict=True)]
+        asked = out if item.wanted is None else item.wanted
+        self.solve(ConsumerDue(tuple(calls), tuple(wanted), item.call(cut, out), asked))
         self.pending = {key: each for key, each in self.pending.items() if each is not item}
         new_weight = self._now(weight)
         assert new_weight is not None
@@ -482,29 +506,40 @@ class _PairedForward(FunctionInterceptor):
         if self.batch_statistics and (item or self.renorm):
             asked = normed.original if item is None or item.wanted is None else item.wanted
             gap = call.running[0].double() - _mean(normed.measured)[0]
-            self.missing[mean_name] = _beyond_probes(normed.original, asked, cut, gap)
+            self.missing[mean_name] = self._beyond_probes(mean_name, normed.original, asked, cut, gap)
         self.original[mean_name, var_name], self.cut[mean_name, var_name] = _mean(normed.used), _mean(used)
+
+    def _beyond_probes(self, name: str, original: Tensor, asked: Tensor, given: Tensor, gap: Tensor) -> Tensor:
+        """How the error of an output changes with the mean of the original output; see `expected_shift`."""
+        rows, columns = self._sampled(original)
+
+        def at(x: Tensor) -> Tensor:
+            return (x.flatten(2).transpose(1, 2) if x.dim() > 2 else x[:, None])[rows, columns]
+
+        # Positions are sampled first, because whole outputs are large.
+        self.calls[name] += 1
+        place = f"{name}#{self.calls[name]}"
+        known = self.recall.get(place)
+        regression = Regression(*known) if known else Regression.on(at(original), gap)
+        if not known:
+            self.recall.keep(place, [regression.along, regression.scale])
+        error = at(given).to(regression.along.dtype) - at(asked).to(regression.along.dtype)
+        return regression.of(error)
+
+    def _sampled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and positions in them that are sampled, the same in all tensors of a size."""
+        size = count, places = len(x), x[0, 0].numel()
+        if size not in self.samples:
+            chosen = sample_positions(count * places, _POSITIONS, generator_for(0, "positions"))
+            index = (torch.arange(count * places) if chosen is None else chosen).to(x.device)
+            self.samples[size] = index // places, index % places
+        return self.samples[size]
 
 
 def _own(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """A batch normalized with its own mean and (biased) variance, followed by both, from a single kernel."""
     out, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     return out, mean, (inverse.square().reciprocal() - eps).clamp_min(0)
-
-
-def _beyond_probes(original: Tensor, asked: Tensor, given: Tensor, gap: Tensor) -> Tensor:
-    """How the error of an output changes with the mean of the original output; see `expected_shift`."""
-    count, places = len(original), original[0, 0].numel()
-    chosen = sample_positions(count * places, _POSITIONS, generator_for(0, "positions"))
-    index = (torch.arange(count * places) if chosen is None else chosen).to(original.device)
-    rows, columns = index // places, index % places
-
-    def at(x: Tensor) -> Tensor:
-        return (x.flatten(2).transpose(1, 2) if x.dim() > 2 else x[:, None])[rows, columns]
-
-    # Positions are sampled first, because whole outputs are large.
-    y, found = at(original), at(given)
-    return expected_shift(y, found if asked is original else y + (found - at(asked)), gap)
 
 
 def _mean(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

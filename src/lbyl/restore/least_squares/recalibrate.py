@@ -80,16 +80,43 @@ def expected_shift(
     The change of an output depends on the output itself. A regression on the probes gives the change for another mean:
     ``Cov(after - before, before) Cov(before)^-1 gap``, with a ridge of 1% of each variance.
     """
-    # As precise as the activations are, which is far below the ridge: this takes most of the time.
-    y = before.to(torch.promote_types(before.dtype, torch.float32))
-    change = after.to(y.dtype) - y
-    y, change = y - y.mean(0), change - change.mean(0)
-    own = (y.T @ y).double()
-    spread = own.diagonal()
-    steadied = own + torch.diag(0.01 * spread + 1e-9 * spread.max().clamp_min(1e-30))
-    share = torch.linalg.solve(steadied, gap.double())
-    scale = share.abs().max().clamp_min(1e-30)  # of outputs that hardly vary, it is beyond float32
-    return (change.T @ (y @ (share / scale).to(y.dtype))).double() * scale
+    return Regression.on(before, gap).of(_precise(after) - _precise(before))
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A regression of changes of an output on the output, as far as it does not depend on the change.
+
+    Attributes:
+        along: ``Cov(before)^-1 gap`` in the direction of each position, without its largest factor.
+        scale: that factor.
+    """
+
+    along: Float[Tensor, " positions"]
+    scale: Float[Tensor, ""]
+
+    @staticmethod
+    def on(before: Float[Tensor, "positions channels"], gap: Float[Tensor, " channels"]) -> Regression:
+        """The regression on an output; see :func:`expected_shift`."""
+        # As precise as the activations are, which is far below the ridge: this takes most of the time.
+        y = _precise(before)
+        y = y - y.mean(0)
+        own = (y.T @ y).double()
+        spread = own.diagonal()
+        steadied = own + torch.diag(0.01 * spread + 1e-9 * spread.max().clamp_min(1e-30))
+        share = torch.linalg.solve(steadied, gap.double())
+        scale = share.abs().max().clamp_min(1e-30)  # of outputs that hardly vary, it is beyond float32
+        return Regression(y @ (share / scale).to(y.dtype), scale)
+
+    def of(self, change: Float[Tensor, "positions channels"]) -> Float[Tensor, " channels"]:
+        """What this change shifts."""
+        change = change - change.mean(0)
+        return (change.T @ self.along).double() * self.scale
+
+
+def _precise(x: Tensor) -> Tensor:
+    """Activations in their own precision, at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def recenter(

@@ -54,7 +54,8 @@ class LeastSquares(Settings, Restorer):
             says so. So are those whose kernels have more than 32 taps and patches of more than 2,048 entries.
         memory: bytes that activations may take while moments are collected, consumers are solved sequentially, and
             errors are measured. Copies of the model, moments and probes are extra, and :class:`lbyl.Dream` has its own
-            setting.
+            setting. A sweep keeps outputs of the unpruned network in two fifths of it more, at most 1 GiB and a quarter
+            of what is available.
         positions: largest number of positions that enter the moments, for each call of a consumer on a batch. 3x3
             convolutions may take all of up to four times as many, which takes no more time.
     """
@@ -97,9 +98,12 @@ class LeastSquares(Settings, Restorer):
         """Measure moments of the inputs of some groups' consumers, from which :meth:`restore` uses parts."""
         return measure(model, graph, groups, probes, self, seed, limit, progress)
 
-    def reference(self, model: nn.Module, probes: Probes) -> Reference:
-        """The outputs of the unpruned network on probes, which errors are measured against."""
-        return Reference.of(model, probes, self.memory)
+    def reference(self, model: nn.Module, probes: Probes, several: bool = False) -> Reference:
+        """The outputs of the unpruned network on probes, which errors are measured against.
+
+        For ``several`` restorations, outputs of its layers are kept as well.
+        """
+        return Reference.of(model, probes, self.memory, several)
 
     def restore(self, problem: RestorationProblem) -> Restoration:
         """Probe the network, solve each consumer, recalibrate the batch norms, and measure the outputs' error."""

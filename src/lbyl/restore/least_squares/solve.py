@@ -15,6 +15,7 @@ from lbyl.moments import ChannelMoments, ClosedFormSource
 from lbyl.moments.accumulate import UNFOLDED, ChannelSums, Columns, Moments, PatchSums
 from lbyl.restore.base import Restored
 from lbyl.restore.closed_form import activation_of
+from lbyl.restore.least_squares.recall import Recall
 from lbyl.restore.least_squares.settings import Settings
 from lbyl.restore.ridge import Prior, Solution, check_finite, solve
 from lbyl.restore.targets import Target, as_stored, masked, on_average
@@ -37,6 +38,7 @@ class LeastSquaresProblem:
         settings: the restorer.
         seed: seed for probes and sampled positions.
         progress: called as ``progress(stage, done, total)``.
+        recall: what earlier restorations on the same probes kept.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class LeastSquaresProblem:
     settings: Settings
     seed: int
     progress: Progress | None
+    recall: Recall = field(default_factory=Recall)
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Report progress."""
