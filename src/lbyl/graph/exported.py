@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
@@ -50,6 +51,7 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
         ) from error
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
     parameters = {}
+    _inline_regions(program.graph_module)
     for node in program.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         inside = {path.removeprefix(_INSIDE).lstrip("."): kind for path, kind in stack.values()}
@@ -71,3 +73,28 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
         if isinstance(node.meta.get("val"), Tensor):
             parameters[node] = str(spec.target).removeprefix(f"{_INSIDE}.")
     return Program(program.graph, parameters)
+
+
+_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+"""Operations that run a program of their own in another state of PyTorch, as ``with torch.autocast(...)`` does."""
+
+
+def _inline_regions(whole: fx.GraphModule) -> None:
+    """Put the operations of such regions in the place of the one that runs them: all shapes are the same outside."""
+    graph = whole.graph
+    for node in [each for each in graph.nodes if getattr(each.target, "__name__", "") in _REGIONS]:
+        place = next(i for i, item in enumerate(node.args) if isinstance(item, fx.Node) and item.op == "get_attr")
+        region = whole.get_submodule(str(node.args[place].target))
+        if not isinstance(region, fx.GraphModule):
+            continue
+        _inline_regions(region)
+        entries = [each for each in region.graph.nodes if each.op == "placeholder"]
+        copies: dict[fx.Node, Any] = dict(zip(entries, node.args[place + 1 :], strict=True))
+        with graph.inserting_before(node):
+            outputs = graph.graph_copy(region.graph, copies)
+        for user in list(node.users):
+            if user.target is operator.getitem:
+                user.replace_all_uses_with(outputs[user.args[1]])  # pyright: ignore[reportIndexIssue, reportOptionalSubscript, reportArgumentType]
+                graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)
