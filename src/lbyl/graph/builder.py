@@ -168,6 +168,8 @@ class Builder:
     """Values of which parts were written in place, as they were after the last one."""
     pieces: list[tuple[fx.Node, list[fx.Node]]] = field(default_factory=list)
     """These values, and the views of each of these parts, from the last one to the first."""
+    alike: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Weights and masks that the code lays over them in place, and the layers where, see `lbyl.graph.rewritten`."""
     _free: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

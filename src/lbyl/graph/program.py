@@ -13,6 +13,8 @@ CONSTANT = "constant"
 """Marks in ``node.meta`` a tensor that is neither an input nor a parameter or buffer, and turns up during the run."""
 CODE = "code"
 """In ``node.meta``: the path of the module whose code made the call, if Python knows."""
+SETTING = "_has_compatible_shallow_copy_type"
+"""The only operation that PyTorch calls for ``tensor.data = value``: it asks whether both are of one kind."""
 LITERALS = "literals"
 """In ``node.meta``: whole numbers and tuples among that code's constants, free variables and globals."""
 
@@ -40,9 +42,26 @@ def loses_channels(node: fx.Node) -> bool:
     """Whether a buffer that is not saved with the model loses channels with the layers before it.
 
     This is so if it is used for nothing but to filter each channel by itself, as in blurred pooling, or to be added, as
-    a table of positions is. It need not be saved, because nothing else in it changes: a new model makes the same.
+    a table of positions is, or to mask a weight in place. It need not be saved, because nothing else in it changes: a
+    new model makes the same.
     """
-    return bool(node.users) and all(_filters_each(user, node) or _adds(user, node) for user in node.users)
+    return bool(node.users) and all(
+        _filters_each(user, node) or _adds(user, node) or _masks(user, node) for user in node.users
+    )
+
+
+def _masks(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operation multiplies a weight, or another value that no operation made, by a mask of its shape."""
+    value, target = node.meta.get("val"), user.args[0] if user.args else None
+    if str(user.target) != "aten.mul_.Tensor" or not isinstance(target, fx.Node) or not isinstance(value, Tensor):
+        return False
+    while target.op == "call_function" and str(target.target).startswith("aten.detach.") and target.args:
+        target = target.args[0]  # weight.data
+        assert isinstance(target, fx.Node)
+    known = target.meta.get("val")
+    return (
+        target is not node and target.op == "placeholder" and isinstance(known, Tensor) and known.shape == value.shape
+    )
 
 
 def _filters_each(user: fx.Node, node: fx.Node) -> bool:

@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lbyl.errors import InputError
-from lbyl.graph.program import CODE, CONSTANT, LITERALS, Program, loses_channels, remember
+from lbyl.graph.program import CODE, CONSTANT, LITERALS, SETTING, Program, loses_channels, remember
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
 from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
 from lbyl.runtime.macs import MacCounter
+from lbyl.runtime.reductions import aten_name
 
 _LIKE_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.argwhere.default, torch.ops.aten.nonzero_numpy.default)
 """Operations that PyTorch does not mark as such, although the size of their result depends on the data."""
@@ -167,7 +168,7 @@ class _Recorder(OperatorInterceptor):
         depends = any(source in self._depends for source in node.all_input_nodes)
         if depends:
             self._depends.add(node)
-            number = isinstance(result, (bool, int, float, complex))
+            number = isinstance(result, (bool, int, float, complex)) and aten_name(func) != SETTING
             if number and self._follow:
                 self._seen.append(self._stack[-1][0] if self._stack else "")
             elif number or _shape_depends(func, args):

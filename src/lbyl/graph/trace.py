@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from lbyl.errors import InputError, TraceError, first_line
-from lbyl.graph import channel_means
+from lbyl.graph import channel_means, rewritten
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
 from lbyl.graph.compared import Compared, find_compared, note_entering
 from lbyl.graph.experts import by_expert
@@ -119,6 +119,7 @@ def graph_of(model: nn.Module, program: Program, compared: Compared = frozenset(
             env.pop(done, None)
     settle(builder)
     builder.finish()
+    rewritten.settle(builder)
     channel_means.settle(builder, model)
     graph = by_expert(freeze(builder), builder.experts, lengths)
     return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs, notes=program.notes)
@@ -193,6 +194,8 @@ def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     builder.calls[where, name] += 1
     place = f"{name} in {where!r}" if where else name
     everything = [*_flat(args), *_flat(list(kwargs.values()))]
+    if (weight := rewritten.rewrite(builder, node, args)) is not None:
+        return weight
     if rule is None:
         return builder.barrier(node, everything, f"{place} has no rule")
     _separate(builder, name, place, everything)
