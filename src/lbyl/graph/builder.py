@@ -103,6 +103,8 @@ class Builder:
     """The inputs of the network that each value comes from, see `lbyl.graph.origins`."""
     numbers: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """The whole numbers that modules keep, by the modules' paths, see `lbyl.graph.numbers`."""
+    factors: frozenset[float] = frozenset()
+    """The numbers with a fraction, or of such a type, that modules keep."""
     widths: frozenset[int] = frozenset()
     """The lengths of all axes of parameters."""
     batch: int = 0

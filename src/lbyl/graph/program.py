@@ -16,18 +16,20 @@ CODE = "code"
 SETTING = "_has_compatible_shallow_copy_type"
 """The only operation that PyTorch calls for ``tensor.data = value``: it asks whether both are of one kind."""
 LITERALS = "literals"
-"""In ``node.meta``: whole numbers and tuples among that code's constants, free variables and globals."""
+"""In ``node.meta``: numbers and tuples among that code's constants, free variables and globals."""
+SIZES = "sizes"
+"""In ``node.meta``: whether that code asks a value for its size."""
 
 
-def is_spelled_out(node: fx.Node, number: int) -> bool:
-    """Whether the code that made a call has this whole number in it."""
+def is_spelled_out(node: fx.Node, number: float) -> bool:
+    """Whether the code that made a call has this number in it, as one of the same type."""
     return _holds(node.meta.get(LITERALS, ()), number)
 
 
-def _holds(values: tuple[object, ...], number: int) -> bool:
-    """Whether a whole number is among values, or in tuples among them."""
+def _holds(values: tuple[object, ...], number: float) -> bool:
+    """Whether a number is among values, or in tuples among them."""
     return any(
-        _holds(value, number) if isinstance(value, tuple) else type(value) is int and value == number
+        _holds(value, number) if isinstance(value, tuple) else type(value) is type(number) and value == number
         for value in values
     )
 

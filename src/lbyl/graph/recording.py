@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lbyl.errors import InputError
-from lbyl.graph.program import CODE, CONSTANT, LITERALS, SETTING, Program, loses_channels, remember
+from lbyl.graph.program import CODE, CONSTANT, LITERALS, SETTING, SIZES, Program, loses_channels, remember
 from lbyl.runtime.contexts import plain_attention
 from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
 from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
@@ -156,12 +156,12 @@ class _Recorder(OperatorInterceptor):
                 "of the network that does"
             )
         # Before the call: asked for its variables, this frame would hold the result, and PyTorch copy it.
-        code, literals = self._caller()
+        code, literals, sizes = self._caller()
         result = func(*args, **kwargs)
         given, named = (self._nodes_in(item) for item in (args, kwargs))
         node = self._graph.call_function(func, given, named)
         node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self._stack}
-        node.meta |= {CODE: code, LITERALS: literals}
+        node.meta |= {CODE: code, LITERALS: literals, SIZES: sizes}
         node.meta["val"] = (
             _outline(result) if isinstance(result, Tensor) else pytree.tree_map_only(Tensor, _outline, result)
         )
@@ -185,24 +185,25 @@ class _Recorder(OperatorInterceptor):
                         self._depends.add(piece)
         return result
 
-    def _caller(self) -> tuple[str | None, tuple[Any, ...]]:
-        """The module whose code makes the call, and what that code spells out.
+    def _caller(self) -> tuple[str | None, tuple[Any, ...], bool]:
+        """The module whose code makes the call, what that code spells out, and whether it asks for sizes.
 
         The module is the one that runs, or a part of which it calls another method. It is None if Python does not know.
         """
-        frame, literals = inspect.currentframe(), None
+        frame, literals, sizes = inspect.currentframe(), None, False
         frame = frame and frame.f_back
         while frame is not None:
             code = frame.f_code
             if literals is None and not frame.f_globals.get("__name__", "").startswith(("lbyl.", "torch.")):
                 free = (frame.f_locals.get(name) for name in code.co_freevars)
                 held = (*code.co_consts, *free, *(frame.f_globals.get(name) for name in code.co_names))
-                literals = tuple(value for value in held if isinstance(value, int | tuple))
+                literals = tuple(value for value in held if isinstance(value, int | float | tuple))
+                sizes = "shape" in code.co_names or "size" in code.co_names
             path = self._paths.get(id(frame.f_locals.get(code.co_varnames[0]))) if code.co_argcount else None
             if path is not None:
-                return path, literals or ()
+                return path, literals or (), sizes
             frame = frame.f_back
-        return None, literals or ()
+        return None, literals or (), sizes
 
     def _nodes_in(self, value: Any) -> Any:
         """The value with nodes in place of tensors, also inside lists, tuples and dicts."""
