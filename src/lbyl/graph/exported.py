@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import re
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -14,10 +16,11 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from lbyl.errors import TraceError, first_line
-from lbyl.graph.program import Program, loses_channels, remember
+from lbyl.graph.program import CONSTANT, LINE, ORIGIN, Program, attribute_text, loses_channels, remember, unsaved_text
 from lbyl.runtime.inputs import ExampleInputs, output_tensors
 
 _INSIDE = "model"
+_LINES = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 class _TensorsOnly(nn.Module):
@@ -56,6 +59,8 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
         stack = node.meta.get("nn_module_stack") or {}
         inside = {path.removeprefix(_INSIDE).lstrip("."): kind for path, kind in stack.values()}
         node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in inside.items()}
+        if lines := _LINES.findall(node.meta.get("stack_trace") or ""):
+            node.meta[LINE] = f"{PurePath(lines[-1][0]).name}:{lines[-1][1]}"
         for item in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(item, Tensor) and not all(isinstance(size, int) for size in item.shape):
                 raise TraceError(
@@ -66,9 +71,15 @@ def export(model: nn.Module, inputs: ExampleInputs) -> Program:
         held = None if spec is None else {**program.constants, **program.state_dict}.get(str(spec.target))
         if isinstance(held, Tensor):
             remember(node, held)
+            if spec is not None and spec.kind is InputKind.CONSTANT_TENSOR:
+                node.meta[CONSTANT] = True
+                path, _, name = str(spec.target).removeprefix(f"{_INSIDE}.").rpartition(".")
+                if not name.startswith("lifted"):
+                    node.meta[ORIGIN] = attribute_text(path, name)
         if spec is None or spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
             continue
         if spec.persistent is False and not loses_channels(node):
+            node.meta[ORIGIN] = unsaved_text(str(spec.target).removeprefix(f"{_INSIDE}."))
             continue
         if isinstance(node.meta.get("val"), Tensor):
             parameters[node] = str(spec.target).removeprefix(f"{_INSIDE}.")

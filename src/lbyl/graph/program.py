@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, fx
 
 _LONGEST = 2**14
+_MOST_BEHIND = 64
 CONSTANT = "constant"
 """Marks in ``node.meta`` a tensor that is neither an input nor a parameter or buffer, and turns up during the run."""
+ORIGIN = "origin"
+"""In ``node.meta`` of a tensor that is no parameter: what it is, and how it could be cut, if it has a name."""
+LINE = "line"
+"""In ``node.meta``: the line of the code that made the call, such as ``net.py:12``."""
 CODE = "code"
 """In ``node.meta``: the path of the module whose code made the call, if Python knows."""
 SETTING = "_has_compatible_shallow_copy_type"
@@ -32,6 +37,32 @@ def _holds(values: tuple[object, ...], number: float) -> bool:
         _holds(value, number) if isinstance(value, tuple) else type(value) is type(number) and value == number
         for value in values
     )
+
+
+def attribute_text(path: str, name: str) -> str:
+    """What to say of a tensor that is an attribute of a module, and neither a parameter nor a buffer."""
+    where = f" of {path!r}" if path else ""
+    return f"the attribute {name!r}{where}, a tensor of fixed size; as a buffer (register_buffer) it would be cut too"
+
+
+def unsaved_text(name: str) -> str:
+    """What to say of a buffer that is not saved with the model."""
+    return f"the buffer {name!r}, of fixed size as it is not saved; with persistent=True it would be cut too"
+
+
+def fixed_text(node: fx.Node) -> str:
+    """What to say of a value of fixed size: which attribute or buffer it is made of, or else which line makes it."""
+    seen, ahead, made = {node}, [node], ""
+    while ahead and len(seen) < _MOST_BEHIND:
+        each = ahead.pop(0)
+        if ORIGIN in each.meta:
+            return str(each.meta[ORIGIN])
+        if each.op == "placeholder" and not each.meta.get(CONSTANT):
+            return ""  # an input, or a parameter
+        made = each.meta.get(LINE) or made
+        ahead += [source for source in each.all_input_nodes if source not in seen]
+        seen.update(each.all_input_nodes)
+    return f"a value of fixed size ({made})" if made else ""
 
 
 def remember(node: fx.Node, tensor: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
-from lbyl.graph.program import CONSTANT, SETTING
+from lbyl.graph.program import CONSTANT, SETTING, fixed_text
 from lbyl.graph.rules import find_rule, rule
 from lbyl.graph.rules.elementwise import combine, unary, unchanged
 from lbyl.graph.written import writes
@@ -49,7 +49,9 @@ def check_of_setting(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwa
     """PyTorch's check before ``weight.data = value``, its only trace. The value may be the weight again."""
     weight, value = args
     if isinstance(weight, ParameterRef) and not (isinstance(value, ParameterRef) and value.name == weight.name):
-        why = f"{weight.name} is set to a value that the code computes, in {layer_name(node)!r}"
+        made = node.args[1].all_input_nodes if isinstance(node.args[1], fx.Node) else []
+        whence = next((f" with {text}" for source in made if (text := fixed_text(source))), "")
+        why = f"{weight.name} is set in {layer_name(node)!r} to a value that the code computes{whence}"
         return builder.barrier(node, args, why)
     return nobody_like(node)
 
@@ -70,7 +72,7 @@ def _parameters_behind(builder: Builder, node: fx.Node, depth: int) -> set[str] 
         value = node.meta.get("val")
         return set() if node.meta.get(CONSTANT) and isinstance(value, Tensor) and value.numel() == 1 else None
     name = aten_name(node.target)
-    if not depth or (find_rule(name) not in (unary, combine, unchanged) and name != "lift_fresh"):
+    if not depth or find_rule(name) not in (unary, combine, unchanged):
         return None
     behind = [_parameters_behind(builder, source, depth - 1) for source in node.all_input_nodes]
     found = [each for each in behind if each is not None]
