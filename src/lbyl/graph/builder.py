@@ -172,6 +172,8 @@ class Builder:
     """These values, and the views of each of these parts, from the last one to the first."""
     alike: dict[tuple[str, str], str] = field(default_factory=dict)
     """Weights and masks that the code lays over them in place, and the layers where, see `lbyl.graph.rewritten`."""
+    read_in_parts: dict[str, str] = field(default_factory=dict)
+    """Parameters whose parts multiply channels, as in ``x @ a[:n]``, and the layers that do so."""
     _free: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -414,6 +416,8 @@ class Builder:
             # What was not read, such as positions after the last one, is cut with what was.
             self.ids.union(roots.movedim(dim, -1), ids.expand(roots.movedim(dim, -1).shape))
             self.slots.setdefault((name, dim), SlotRecord(name, dim, ids, "carrier"))
+            if name in self.read_in_parts:
+                self.tied.append((name, dim))
         for record in (*self.slots.values(), *self.seconds.values()):
             if record.parameter in self.whole:
                 self.pin(record.ids, self.whole[record.parameter])
