@@ -103,6 +103,8 @@ class Builder:
     """The inputs of the network that each value comes from, see `lbyl.graph.origins`."""
     numbers: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """The whole numbers that modules keep, by the modules' paths, see `lbyl.graph.numbers`."""
+    factors: frozenset[float] = frozenset()
+    """The numbers with a fraction, or of such a type, that modules keep."""
     widths: frozenset[int] = frozenset()
     """The lengths of all axes of parameters."""
     batch: int = 0
@@ -168,6 +170,10 @@ class Builder:
     """Values of which parts were written in place, as they were after the last one."""
     pieces: list[tuple[fx.Node, list[fx.Node]]] = field(default_factory=list)
     """These values, and the views of each of these parts, from the last one to the first."""
+    alike: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Weights and masks that the code lays over them in place, and the layers where, see `lbyl.graph.rewritten`."""
+    read_in_parts: dict[str, str] = field(default_factory=dict)
+    """Parameters whose parts multiply channels, as in ``x @ a[:n]``, and the layers that do so."""
     _free: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -410,6 +416,8 @@ class Builder:
             # What was not read, such as positions after the last one, is cut with what was.
             self.ids.union(roots.movedim(dim, -1), ids.expand(roots.movedim(dim, -1).shape))
             self.slots.setdefault((name, dim), SlotRecord(name, dim, ids, "carrier"))
+            if name in self.read_in_parts:
+                self.tied.append((name, dim))
         for record in (*self.slots.values(), *self.seconds.values()):
             if record.parameter in self.whole:
                 self.pin(record.ids, self.whole[record.parameter])

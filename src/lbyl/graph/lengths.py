@@ -115,20 +115,25 @@ def _outputs_with(model: nn.Module, inputs: ExampleInputs, names: Collection[Nam
 
 
 class _Marked(int):
-    """A whole number that knows which attributes it comes from, and whether it is their product."""
+    """A whole number that knows which attributes it comes from, and whether it is their product.
+
+    It is ``divided`` if the attributes only divide a number from elsewhere, as in ``x.shape[1] // self.share``.
+    """
 
     tags: frozenset[Name]
     product: bool
+    divided: bool
 
-    def __new__(cls, value: int, tags: frozenset[Name], product: bool = True) -> _Marked:
+    def __new__(cls, value: int, tags: frozenset[Name], product: bool = True, divided: bool = False) -> _Marked:
         made = super().__new__(cls, value)
-        made.tags, made.product = tags, product
+        made.tags, made.product, made.divided = tags, product, divided
         return made
 
-    def _with(self, value: Any, *others: Any, product: bool = False) -> Any:
+    def _with(self, value: Any, *others: Any, product: bool = False, divided: bool = False) -> Any:
         marked = [self, *(other for other in others if isinstance(other, _Marked))]
         tags, product = frozenset().union(*(mark.tags for mark in marked)), product and all(m.product for m in marked)
-        return _Marked(value, tags, product) if type(value) is int else value
+        divided = all(mark.divided for mark in marked) or (divided and len(marked) == 1)
+        return _Marked(value, tags, product, divided) if type(value) is int else value
 
     def __neg__(self) -> Any:
         return self._with(int(self).__neg__())
@@ -155,7 +160,7 @@ class _Marked(int):
         return self._with(int(self).__floordiv__(other), other)
 
     def __rfloordiv__(self, other: Any) -> Any:
-        return self._with(int(self).__rfloordiv__(other), other)
+        return self._with(int(self).__rfloordiv__(other), other, divided=True)
 
 
 class _Uses(FunctionInterceptor):
@@ -180,7 +185,8 @@ class _Uses(FunctionInterceptor):
         for axis, given, gone in _by_axis(func, args, kwargs):
             for mark in _marks(given):
                 for tag in mark.tags:
-                    along = axis is not None and self._carries(tag[0], args[0], axis, gone)
+                    # A bound that is a share of a width is one, but the number of shares is not.
+                    along = axis is not None and not mark.divided and self._carries(tag[0], args[0], axis, gone)
                     (self.wide if along or func not in _TAKING else self.taken).add(tag)
         return func(*args, **kwargs)
 

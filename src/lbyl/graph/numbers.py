@@ -28,6 +28,13 @@ def numbers_of(model: nn.Module) -> dict[str, frozenset[int]]:
     }
 
 
+def factors_of(model: nn.Module) -> frozenset[float]:
+    """The numbers of type float that modules keep, by themselves or in an object of settings."""
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    kept += [value for held in kept if _is_settings(held) for value in vars(held).values()]
+    return frozenset(value for value in kept if type(value) is float)
+
+
 def numbers_of_settings(module: nn.Module) -> Iterator[tuple[str, int]]:
     """The whole numbers that a module reads from objects of settings when it runs, as in ``self.config.width``.
 

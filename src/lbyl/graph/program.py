@@ -9,25 +9,60 @@ import torch
 from torch import Tensor, fx
 
 _LONGEST = 2**14
+_MOST_BEHIND = 64
 CONSTANT = "constant"
 """Marks in ``node.meta`` a tensor that is neither an input nor a parameter or buffer, and turns up during the run."""
+ORIGIN = "origin"
+"""In ``node.meta`` of a tensor that is no parameter: what it is, and how it could be cut, if it has a name."""
+LINE = "line"
+"""In ``node.meta``: the line of the code that made the call, such as ``net.py:12``."""
 CODE = "code"
 """In ``node.meta``: the path of the module whose code made the call, if Python knows."""
+SETTING = "_has_compatible_shallow_copy_type"
+"""The only operation that PyTorch calls for ``tensor.data = value``: it asks whether both are of one kind."""
 LITERALS = "literals"
-"""In ``node.meta``: whole numbers and tuples among that code's constants, free variables and globals."""
+"""In ``node.meta``: numbers and tuples among that code's constants, free variables and globals."""
+SIZES = "sizes"
+"""In ``node.meta``: whether that code asks a value for its size."""
 
 
-def is_spelled_out(node: fx.Node, number: int) -> bool:
-    """Whether the code that made a call has this whole number in it."""
+def is_spelled_out(node: fx.Node, number: float) -> bool:
+    """Whether the code that made a call has this number in it, as one of the same type."""
     return _holds(node.meta.get(LITERALS, ()), number)
 
 
-def _holds(values: tuple[object, ...], number: int) -> bool:
-    """Whether a whole number is among values, or in tuples among them."""
+def _holds(values: tuple[object, ...], number: float) -> bool:
+    """Whether a number is among values, or in tuples among them."""
     return any(
-        _holds(value, number) if isinstance(value, tuple) else type(value) is int and value == number
+        _holds(value, number) if isinstance(value, tuple) else type(value) is type(number) and value == number
         for value in values
     )
+
+
+def attribute_text(path: str, name: str) -> str:
+    """What to say of a tensor that is an attribute of a module, and neither a parameter nor a buffer."""
+    where = f" of {path!r}" if path else ""
+    return f"the attribute {name!r}{where}, a tensor of fixed size; as a buffer (register_buffer) it would be cut too"
+
+
+def unsaved_text(name: str) -> str:
+    """What to say of a buffer that is not saved with the model."""
+    return f"the buffer {name!r}, of fixed size as it is not saved; with persistent=True it would be cut too"
+
+
+def fixed_text(node: fx.Node) -> str:
+    """What to say of a value of fixed size: which attribute or buffer it is made of, or else which line makes it."""
+    seen, ahead, made = {node}, [node], ""
+    while ahead and len(seen) < _MOST_BEHIND:
+        each = ahead.pop(0)
+        if ORIGIN in each.meta:
+            return str(each.meta[ORIGIN])
+        if each.op == "placeholder" and not each.meta.get(CONSTANT):
+            return ""  # an input, or a parameter
+        made = each.meta.get(LINE) or made
+        ahead += [source for source in each.all_input_nodes if source not in seen]
+        seen.update(each.all_input_nodes)
+    return f"a value of fixed size ({made})" if made else ""
 
 
 def remember(node: fx.Node, tensor: Tensor) -> None:
@@ -40,9 +75,26 @@ def loses_channels(node: fx.Node) -> bool:
     """Whether a buffer that is not saved with the model loses channels with the layers before it.
 
     This is so if it is used for nothing but to filter each channel by itself, as in blurred pooling, or to be added, as
-    a table of positions is. It need not be saved, because nothing else in it changes: a new model makes the same.
+    a table of positions is, or to mask a weight in place. It need not be saved, because nothing else in it changes: a
+    new model makes the same.
     """
-    return bool(node.users) and all(_filters_each(user, node) or _adds(user, node) for user in node.users)
+    return bool(node.users) and all(
+        _filters_each(user, node) or _adds(user, node) or _masks(user, node) for user in node.users
+    )
+
+
+def _masks(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operation multiplies a weight, or another value that no operation made, by a mask of its shape."""
+    value, target = node.meta.get("val"), user.args[0] if user.args else None
+    if str(user.target) != "aten.mul_.Tensor" or not isinstance(target, fx.Node) or not isinstance(value, Tensor):
+        return False
+    while target.op == "call_function" and str(target.target).startswith("aten.detach.") and target.args:
+        target = target.args[0]  # weight.data
+        assert isinstance(target, fx.Node)
+    known = target.meta.get("val")
+    return (
+        target is not node and target.op == "placeholder" and isinstance(known, Tensor) and known.shape == value.shape
+    )
 
 
 def _filters_each(user: fx.Node, node: fx.Node) -> bool:

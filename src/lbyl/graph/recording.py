@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from contextlib import AbstractContextManager
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -13,11 +14,25 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lbyl.errors import InputError
-from lbyl.graph.program import CODE, CONSTANT, LITERALS, Program, loses_channels, remember
-from lbyl.runtime.contexts import plain_attention
+from lbyl.graph.program import (
+    CODE,
+    CONSTANT,
+    LINE,
+    LITERALS,
+    ORIGIN,
+    SETTING,
+    SIZES,
+    Program,
+    attribute_text,
+    loses_channels,
+    remember,
+    unsaved_text,
+)
+from lbyl.runtime.contexts import MODULE_ATTRIBUTES, plain_attention
 from lbyl.runtime.inputs import ExampleInputs, check_output, output_tensors
 from lbyl.runtime.intercept import OperatorInterceptor, module_hooks, undivided
 from lbyl.runtime.macs import MacCounter
+from lbyl.runtime.reductions import aten_name
 
 _LIKE_NONZERO = (torch.ops.aten.where.default, torch.ops.aten.argwhere.default, torch.ops.aten.nonzero_numpy.default)
 """Operations that PyTorch does not mark as such, although the size of their result depends on the data."""
@@ -83,6 +98,14 @@ class _Recorder(OperatorInterceptor):
             for path, module in model.named_modules()
             for name in module._non_persistent_buffers_set
         }
+        self._attributes = {
+            id(item): attribute_text(path, name)
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if name not in MODULE_ATTRIBUTES
+            for item in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,))
+            if isinstance(item, Tensor)
+        }
         # A tied tensor has several names. The last one is used, as in an exported program.
         everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         for name, tensor in {id(tensor): (name, tensor) for name, tensor in everything}.values():
@@ -92,6 +115,7 @@ class _Recorder(OperatorInterceptor):
                 self._own.add(node)
             if name in constants:
                 self._unsaved[node] = name
+                node.meta[ORIGIN] = unsaved_text(name)
             else:
                 self._parameters[node] = name
                 self._storages.add(_storage(tensor))
@@ -155,19 +179,19 @@ class _Recorder(OperatorInterceptor):
                 "of the network that does"
             )
         # Before the call: asked for its variables, this frame would hold the result, and PyTorch copy it.
-        code, literals = self._caller()
+        told = self._caller()
         result = func(*args, **kwargs)
         given, named = (self._nodes_in(item) for item in (args, kwargs))
         node = self._graph.call_function(func, given, named)
         node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self._stack}
-        node.meta |= {CODE: code, LITERALS: literals}
+        node.meta |= told
         node.meta["val"] = (
             _outline(result) if isinstance(result, Tensor) else pytree.tree_map_only(Tensor, _outline, result)
         )
         depends = any(source in self._depends for source in node.all_input_nodes)
         if depends:
             self._depends.add(node)
-            number = isinstance(result, (bool, int, float, complex))
+            number = isinstance(result, (bool, int, float, complex)) and aten_name(func) != SETTING
             if number and self._follow:
                 self._seen.append(self._stack[-1][0] if self._stack else "")
             elif number or _shape_depends(func, args):
@@ -184,24 +208,26 @@ class _Recorder(OperatorInterceptor):
                         self._depends.add(piece)
         return result
 
-    def _caller(self) -> tuple[str | None, tuple[Any, ...]]:
-        """The module whose code makes the call, and what that code spells out.
+    def _caller(self) -> dict[str, Any]:
+        """What is known of the code that makes the call: its module, its line, what it spells out, and more.
 
         The module is the one that runs, or a part of which it calls another method. It is None if Python does not know.
         """
-        frame, literals = inspect.currentframe(), None
-        frame = frame and frame.f_back
+        frame = inspect.currentframe()
+        frame, told = frame and frame.f_back, {CODE: None, LITERALS: (), SIZES: False}
         while frame is not None:
             code = frame.f_code
-            if literals is None and not frame.f_globals.get("__name__", "").startswith(("lbyl.", "torch.")):
+            if LINE not in told and not frame.f_globals.get("__name__", "").startswith(("lbyl.", "torch.")):
                 free = (frame.f_locals.get(name) for name in code.co_freevars)
                 held = (*code.co_consts, *free, *(frame.f_globals.get(name) for name in code.co_names))
-                literals = tuple(value for value in held if isinstance(value, int | tuple))
+                told[LITERALS] = tuple(value for value in held if isinstance(value, int | float | tuple))
+                told[SIZES] = "shape" in code.co_names or "size" in code.co_names
+                told[LINE] = f"{PurePath(code.co_filename).name}:{frame.f_lineno}"
             path = self._paths.get(id(frame.f_locals.get(code.co_varnames[0]))) if code.co_argcount else None
             if path is not None:
-                return path, literals or ()
+                return told | {CODE: path}
             frame = frame.f_back
-        return None, literals or ()
+        return told
 
     def _nodes_in(self, value: Any) -> Any:
         """The value with nodes in place of tensors, also inside lists, tuples and dicts."""
@@ -220,6 +246,8 @@ class _Recorder(OperatorInterceptor):
             raise Unseen("a weight is used under another name")
         node = self.place(tensor)
         node.meta[CONSTANT] = True
+        if id(tensor) in self._attributes:
+            node.meta[ORIGIN] = self._attributes[id(tensor)]
         remember(node, tensor)
         return node
 

@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from lbyl.errors import InputError, TraceError, first_line
-from lbyl.graph import channel_means
+from lbyl.graph import channel_means, rewritten, width_factors
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like
 from lbyl.graph.compared import Compared, find_compared, note_entering
 from lbyl.graph.experts import by_expert
 from lbyl.graph.exported import export
 from lbyl.graph.freeze import freeze
 from lbyl.graph.lengths import find_lengths
-from lbyl.graph.numbers import numbers_of
+from lbyl.graph.numbers import factors_of, numbers_of
 from lbyl.graph.origins import origins_of
 from lbyl.graph.program import Program
 from lbyl.graph.recording import record
@@ -86,7 +86,7 @@ def graph_of(model: nn.Module, program: Program, compared: Compared = frozenset(
     again = dict(program.parameters)
     lengths = {name: tuple(node.meta["val"].shape) for node, name in program.parameters.items()}
     widths = frozenset(length for shape in lengths.values() for length in shape)
-    builder = Builder(again, numbers=numbers_of(model), widths=widths, batch=_batch(program))
+    builder = Builder(again, numbers=numbers_of(model), factors=factors_of(model), widths=widths, batch=_batch(program))
     env: dict[fx.Node, Any] = {}
 
     def value(argument: Any) -> Any:
@@ -105,6 +105,7 @@ def graph_of(model: nn.Module, program: Program, compared: Compared = frozenset(
             env[node] = _call(builder, node, value(node.args), value(node.kwargs))
             write_back(builder, env, node)
             note_entering(builder, node, env, compared)
+            width_factors.note(builder, node, env)
             if name := _parameter_again(node, again):
                 env[node], again[node] = ParameterRef(name, lengths[name]), name
         elif node.op == "output":
@@ -119,6 +120,7 @@ def graph_of(model: nn.Module, program: Program, compared: Compared = frozenset(
             env.pop(done, None)
     settle(builder)
     builder.finish()
+    rewritten.settle(builder)
     channel_means.settle(builder, model)
     graph = by_expert(freeze(builder), builder.experts, lengths)
     return replace(graph, groups=_coupled_with(model, graph.groups), macs=program.macs, notes=program.notes)
@@ -193,6 +195,8 @@ def _call(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     builder.calls[where, name] += 1
     place = f"{name} in {where!r}" if where else name
     everything = [*_flat(args), *_flat(list(kwargs.values()))]
+    if (weight := rewritten.rewrite(builder, node, args)) is not None:
+        return weight
     if rule is None:
         return builder.barrier(node, everything, f"{place} has no rule")
     _separate(builder, name, place, everything)

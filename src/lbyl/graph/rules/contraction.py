@@ -15,6 +15,7 @@ from lbyl.graph.rules.elementwise import merge
 from lbyl.graph.rules.mixing import mix
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 from lbyl.runtime.contractions import dotted, linear_axes, spelled_out
+from lbyl.runtime.reductions import aten_name
 
 _Labeled = tuple[Tensor, str]
 
@@ -214,6 +215,8 @@ def matmul(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
         and (made := _mixed_from_left(builder, node, a, b)) is not None
     ):
         return made
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and (read := _read_by_part(builder, node, a, b)) is not None:
+        return read
     left, right = _operand(builder, a, b), _operand(builder, b, a)
     if left is None or right is None or left.dim() < 2 or right.dim() < 2:
         return builder.barrier(node, args, f"matmul in {layer_name(node)!r} on a value that the trace can't follow")
@@ -231,6 +234,29 @@ def _weighed(builder: Builder, node: fx.Node, x: Tensor, weight: ParameterRef, a
             node, [x, weight], f"{str(node.target).split('.')[1]} in {layer_name(node)!r} on mixed axes"
         )
     builder.tie(weight.name, 0, ids)
+    return nobody_like(node)
+
+
+_PARTS = ("slice", "narrow", "select", "alias", "detach", "to", "_to_copy", "contiguous", "clone")
+
+
+def _read_by_part(builder: Builder, node: fx.Node, x: Tensor, part: Tensor) -> Any:
+    """The product with a part of a parameter, whose rows are cut with the channels; None for other factors.
+
+    An example is ``x @ a[:n] + y @ a[n:]``, which is ``cat([x, y]) @ a``. What such a product makes is not cut.
+    """
+    source: Any = node.args[1]
+    while isinstance(source, fx.Node) and source.op == "call_function" and aten_name(source.target) in _PARTS:
+        source = source.args[0]
+    known = source is not node.args[1] and source in builder.parameters and part.dim() in (1, 2)
+    if not known or bool((small(part) == NOBODY).any()) or bool(builder.ids.issued(small(part)).any()):
+        return None
+    ids = builder.channels(x, -1)
+    if ids is None or not bool(builder.ids.issued(ids).all()):
+        return None
+    rows = part if part.dim() == 1 else builder.join(part, [1])[:, 0]
+    builder.ids.union(ids, rows)
+    builder.read_in_parts[builder.parameters[source]] = layer_name(node)
     return nobody_like(node)
 
 

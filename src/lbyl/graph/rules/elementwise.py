@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, fx
 
 from lbyl.graph.builder import Builder, ParameterRef, layer_name, output_shape
 from lbyl.graph.origins import are_apart
+from lbyl.graph.program import fixed_text
 from lbyl.graph.rules import find_rule, rule
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 from lbyl.graph.written import is_written
@@ -23,6 +25,7 @@ _SILENT = (
     "detach",
     "to",
     "type_as",
+    "lift_fresh",
     "lift_fresh_copy",
     "_to_copy",
     "identity",
@@ -53,7 +56,7 @@ def dropout(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     "isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "tril", "triu", "rrelu", "clip", "absolute", "negative",
     "positive", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "logit", "trunc",
     "frac", "sgn", "log2", "log10", "real", "imag", "angle", "conj", "conj_physical", "resolve_conj", "resolve_neg",
-    "sinc",
+    "sinc", "_conj", "_neg_view",
 )  # fmt: skip
 def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """y = f(x), element by element. Bounds, as of a clamp, may be tensors."""
@@ -88,11 +91,18 @@ def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
         shadows[1] = shadows[1].reshape([1, -1] + [1] * (len(shape) - 2))
     result = shadows[0]
     apart = are_apart(tuple(node.all_input_nodes), builder.origins)
+    fixed = _fixed_operand(shadows, sources) if len(sources) == len(shadows) else ""
     for other in shadows[1:]:
-        result = merge(builder, name, layer_name(node), result, other, shape, apart)
+        result = merge(builder, name, layer_name(node), result, other, shape, apart, fixed)
     issued = small(result).reshape(-1)
     builder.step(issued, name, layer_name(node), any(isinstance(o, ParameterRef) for o in operands))
     return result
+
+
+def _fixed_operand(shadows: Sequence[Tensor], sources: Sequence[fx.Node]) -> str:
+    """What to say of the first operand without channels."""
+    alone = (source for shadow, source in zip(shadows, sources, strict=True) if bool((small(shadow) == NOBODY).all()))
+    return next((text for source in alone if (text := fixed_text(source))), "")
 
 
 @rule("broadcast_tensors")
@@ -137,14 +147,22 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | Pa
 
 
 def merge(
-    builder: Builder, name: str, layer: str, a: Tensor, b: Tensor, shape: tuple[int, ...], apart: bool = False
+    builder: Builder,
+    name: str,
+    layer: str,
+    a: Tensor,
+    b: Tensor,
+    shape: tuple[int, ...],
+    apart: bool = False,
+    fixed: str = "",
 ) -> Tensor:
     """Merge the channels that meet at each element of two values, which broadcast to ``shape``.
 
-    Values that are ``apart`` come from different inputs of the network: their sum is no residual connection.
+    Values that are ``apart`` come from different inputs of the network: their sum is no residual connection. ``fixed``
+    is what is known of a value without channels.
     """
     a, b = _without_pairs(builder, a, b, len(shape), layer)
-    a, b = _lift(builder, a, b, len(shape), layer), _lift(builder, b, a, len(shape), layer)
+    a, b = (_lift(builder, *each, len(shape), layer, fixed) for each in ((a, b), (b, a)))
     a, b = a.expand(shape), b.expand(shape)
     # Dimensions along which neither value changes need not be compared.
     for dim in range(len(shape)):
@@ -177,7 +195,7 @@ def _without_pairs(builder: Builder, a: Tensor, b: Tensor, rank: int, layer: str
     return both[0], both[1]
 
 
-def _lift(builder: Builder, shadow: Tensor, other: Tensor, rank: int, layer: str) -> Tensor:
+def _lift(builder: Builder, shadow: Tensor, other: Tensor, rank: int, layer: str, fixed: str) -> Tensor:
     """Give a shadow the rank ``rank``, and pin channels that are broadcast over channels of ``other``."""
     shadow = compact(shadow.reshape([1] * (rank - shadow.dim()) + list(shadow.shape)))
     other = compact(other.reshape([1] * (rank - other.dim()) + list(other.shape)))
@@ -193,7 +211,8 @@ def _lift(builder: Builder, shadow: Tensor, other: Tensor, rank: int, layer: str
     if bool((small(shadow) == NOBODY).all()):
         full = [d for d in theirs if shadow.shape[d] > 1]
         if full:
-            builder.fix(other, full, f"they are combined with a value of fixed size in {layer!r}")
+            what = fixed or "a value of fixed size"
+            builder.fix(other, full, f"they are combined in {layer!r} with {what}")
     elif bool((small(shadow) == NOBODY).any()):
         mask = (shadow == NOBODY).expand(torch.broadcast_shapes(shadow.shape, other.shape))
         builder.keep(other.expand(mask.shape)[mask], f"they are combined with a padded value in {layer!r}")

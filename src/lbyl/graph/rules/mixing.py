@@ -199,6 +199,7 @@ def conv(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
         along = [d for d in range(axis + 1, x.dim()) if varies(x, d)]
         if along and not varies(x, axis) and _takes_each_alone(weight, args[3:5], [d - axis - 1 for d in along]):
             builder.step(small(x).reshape(-1), f"{op} over positions", layer)
+            builder.whole.setdefault(weight.name, f"{op} in {layer_name(node)!r} mixes positions, and no channels")
             return x.narrow(axis, 0, 1).expand(shape)
         what = "slides over them, so that each output mixes neighbors" if along else "is called on mixed axes"
         why = f"{op} in {layer_name(node)!r} {what}"

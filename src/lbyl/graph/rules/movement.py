@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lbyl.graph.builder import Builder, ParameterRef, code_of, layer_name, output_shape
-from lbyl.graph.program import is_spelled_out
+from lbyl.graph.program import SIZES, is_spelled_out
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import DRAWN, as_number, merge
 from lbyl.graph.rules.experts import is_stacked_weight
@@ -154,12 +155,28 @@ def part(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
             return compact(node.target(builder.ids.find(pairs.flatten(dim, dim + 1)), *args[1:], **kwargs))
         if 2 * result.shape[dim] == size and start in (0, size // 2):
             _keep_equal(builder, x, dim, 2)
+        elif pieces := _pieces_by_size(builder, node, size, (start, start + result.shape[dim])):
+            _keep_equal(builder, x, dim, pieces)
         builder.shaped(x, node)
         builder.shaped(result, node)
         for bound in (start, start + result.shape[dim]):
             if 0 < bound < size:
                 builder.shaped(x.narrow(dim, 0, bound), node)
     return result
+
+
+def _pieces_by_size(builder: Builder, node: fx.Node, size: int, bounds: tuple[int, int]) -> int:
+    """Into how many equal pieces of an axis the code divides its size, to take some of them; 0 if it does not.
+
+    An example is a shift of ``x.shape[1] // 8`` channels in time. Bounds that the module keeps are no parts of the
+    size; one of them may be among its numbers by chance. A cut can't follow bounds that the code spells out anyway.
+    """
+    piece = math.gcd(size, *bounds)
+    inner = [bound for bound in bounds if 0 < bound < size]
+    if not node.meta.get(SIZES) or piece == 1 or not inner:
+        return 0
+    kept = builder.numbers.get(code_of(node), frozenset())
+    return 0 if all(bound in kept for bound in inner) else size // piece
 
 
 def _keep_equal(builder: Builder, x: Tensor, dim: int, pieces: int) -> None:
