@@ -111,7 +111,7 @@ NETWORKS = {
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.7),
         None,
         96,
-        bound={"Noise": 10, "Default": 60},
+        bound={"Noise": 10, "Default": 25},
     ),
     "resnet56_folded": Network(
         "ResNet-56 / CIFAR-10 without batch norm, in-block channels",
@@ -155,7 +155,7 @@ NETWORKS = {
         "_blocks.*._expand_conv",
         48,
         batch=4,
-        bound={"Noise": 20, "Default": 150},
+        bound={"Noise": 20, "Default": 80},
     ),
 }
 
@@ -324,7 +324,7 @@ def costs(cells: Sequence[dict[str, Any]]) -> Table:
     columns = ["network", "method", "seconds", "bound", "dreaming or probing", "solving", "renorm", "verifying"]
     threads = max((cell["threads"] for cell in of(cells, kind="cost")), default=0)
     note = (
-        f"One whole `lbyl.compress` at the middle ratio, verification included, {threads} threads. Peak: resident "
+        f"One whole `lbyl.compress` at the middle ratio, verification included, threads: {threads}. Peak: resident "
         "memory above that before the call."
     )
     return Table("Time and memory", [*columns, "peak MiB", "model MiB"], rows, note)

@@ -183,12 +183,13 @@ def facts(results: dict[str, dict[str, Any]]) -> str:
         f"{cells[network, 'onnx']['cut']['8']['ratio']['median']:.0%}"
         for network, table in zip(dict.fromkeys(network for network, _ in cells), latency["tables"], strict=True)
     ]
+    threads = costs[0]["threads"]
     passed = next(row[1] for row in coverage["details"][0]["rows"] if row[0] == "pass")
     lines = (
         "**Speed.** With half of the multiply-accumulates removed, these shares of the time remain in PyTorch / "
         f"onnxruntime: {', '.join(shares)} (CPU, {latency['threads']} thread, batch 1, widths in multiples of 8).",
         f"**Architectures.** {passed} classifiers of torchvision and timm can be cut and pass verification.",
-        f"**Time to compress.** The default took {took} on {costs[0]['threads']} CPU threads.",
+        f"**Time to compress.** The default took {took} on {threads} CPU thread{'s' * (threads != 1)}.",
     )
     return "\n".join(f"- {line}" for line in lines)
 
