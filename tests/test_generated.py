@@ -135,6 +135,38 @@ def test_the_default_for_causal_models_only() -> None:
     assert not any("model writes itself" in note for note in notes)
 
 
+class LastOnly(nn.Module):
+    """Tells the next token of a whole text alone, as many models do when they are not trained."""
+
+    def __init__(self, classes: int = WORDS, keep: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.states = nn.Embedding(WORDS, 16), nn.LSTM(16, 16, batch_first=True)
+        self.up, self.head, self.keep = nn.Linear(16, 24), nn.Linear(24, classes), keep
+
+    def forward(self, ids: Tensor) -> Tensor:
+        last = self.states(self.words(ids))[0][:, [-1]]
+        scores = self.head(torch.relu(self.up(last)))
+        return scores if self.keep else scores[:, 0]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_model_that_only_tells_what_follows_a_text_writes_too(keep: bool) -> None:
+    net = LastOnly(keep=keep).eval()
+    found = probes(net, example())
+    ids = token_ids(found.batches[0])
+    assert ids is not None
+    assert ids.shape[1] == 12
+    report = lbyl.compress(net, example(), ratio=0.25).report
+    assert any("model writes itself" in note for note in report.notes)
+    assert any(row.group == "up" and row.after < 24 for row in report.rows)
+
+
+def test_a_classifier_of_texts_does_not_write() -> None:
+    notes = lbyl.compress(LastOnly(classes=5).eval(), example(), ratio=0.25, forecast=False).report.notes
+    assert not any("model writes itself" in note for note in notes)
+
+
 @pytest.mark.parametrize("settings", [{"sequences": 0}, {"length": 1}, {"temperature": 0.0}])
 def test_settings(settings: dict[str, float]) -> None:
     with pytest.raises(lbyl.InputError):

@@ -100,6 +100,19 @@ class Noisy(Base):
         return y + torch.randn_like(y) + random.random() + float(np.random.rand())  # noqa: NPY002
 
 
+class RegistersWhatItNeeds(Base):
+    """Makes parts when it first runs, and puts a new one into another's place at every call."""
+
+    act: nn.Module
+    scale: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "act"):
+            self.act, self.scale = nn.ReLU(), nn.Parameter(torch.ones(()))
+        self.a[2] = nn.LeakyReLU()
+        return super().forward(self.act(x)) * self.scale
+
+
 KINDS = [Base, WritesInput, Counts, Replaces, KeepsArray, Noisy]
 
 
@@ -122,6 +135,17 @@ def test_a_forward_pass_that_writes_leaves_no_trace(kind: type[Base], restore: s
     assert all(torch.equal(before[name], after[name]) for name in before)
     kept = content(result.model)
     assert all(torch.equal(kept[name], before[name]) for name in kept if name.startswith(("own", "calls")))
+
+
+def test_parts_and_parameters_that_a_forward_pass_registers_are_not_left_behind() -> None:
+    net, x = RegistersWhatItNeeds().eval(), images(2, 3, 8, 8)
+    before = [*net.named_modules()], [*net.named_parameters()]
+    result = lbyl.compress(net, x, ratio=0.5, restore="prune", forecast=False)
+    assert result.report.rows[0].after == 6
+    assert [name for name, _ in before[0]] == [name for name, _ in net.named_modules()]
+    assert all(now is then for (_, now), (_, then) in zip(net.named_modules(), before[0], strict=True))
+    assert all(now is then for (_, now), (_, then) in zip(net.named_parameters(), before[1], strict=True))
+    assert result.model(x).shape == net(x).shape
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -28,7 +28,9 @@ _SAME = (
 _FROM_ZERO = frozenset((
     "sigmoid", "hardsigmoid", "log_sigmoid", "softplus", "exp", "exp2", "log", "log2", "log10", "cos", "cosh", "acos",
     "erfc", "logit", "reciprocal", "rsqrt", "softmax", "_softmax", "log_softmax", "fill", "logical_not", "eq", "ge",
-    "le",
+    "le", "bucketize", "searchsorted", "isin", "isclose", "lgamma", "digamma", "special_expit", "special_i0",
+    "special_i0e", "special_ndtr", "special_log_ndtr", "special_ndtri", "special_erfcx", "logaddexp", "logaddexp2",
+    "nextafter", "one_hot",
 ))  # fmt: skip
 """Operations that do not return zero for zero."""
 _SUMS = frozenset(("add", "sub", "rsub", "subtract", "clamp_min", "maximum", "fmax"))

@@ -28,6 +28,7 @@ from lbyl.graph.numbers import factors_of, numbers_of
 from lbyl.graph.origins import origins_of
 from lbyl.graph.program import Program
 from lbyl.graph.recording import record
+from lbyl.graph.repeats import notes_of_repeats
 from lbyl.graph.rules import find_rule
 from lbyl.graph.types import Graph, Group
 from lbyl.graph.written import settle, write_back
@@ -59,7 +60,8 @@ def trace(model: nn.Module, inputs: ExampleInputs, follow: bool = True) -> Graph
         program = _exported(model, inputs) if follow else export(model, inputs)
     with uncollected():
         graph = graph_of(model, program, find_compared(model, inputs))
-        return replace(graph, lengths=find_lengths(model, inputs, graph.sizes))
+        notes = *graph.notes, *notes_of_repeats(model, inputs)
+        return replace(graph, lengths=find_lengths(model, inputs, graph.sizes), notes=notes)
 
 
 def _exported(model: nn.Module, inputs: ExampleInputs) -> Program:

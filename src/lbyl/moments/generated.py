@@ -69,7 +69,7 @@ class Generated:
             InputError: the model does not give logits of the next token for integer tokens.
         """
         ids = token_ids(inputs)
-        if ids is None or not writes_text(model, inputs):
+        if ids is None or not continues_text(model, inputs):
             raise InputError(
                 "Generated: the model is not a causal language model (integer tokens in, a logit for each token of the "
                 "vocabulary out); use lbyl.Data with your own texts"
@@ -188,9 +188,9 @@ class _Writer:
         while text.shape[1] < self.length:
             # A causal model ignores later tokens, so padding may have any value.
             shown = functional.pad(text, (0, fixed - text.shape[1])) if fixed else text
-            logits = _logits(like_example(self.inputs, shown).call(self.model), shown)
+            logits = _any_logits(self.model, like_example(self.inputs, shown), shown)
             assert logits is not None
-            scores = logits[:, text.shape[1] - 1].float().cpu() / self.temperature
+            scores = logits[:, min(text.shape[1], logits.shape[1]) - 1].float().cpu() / self.temperature
             scores[:, ~self.allowed] = -torch.inf
             token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
             text = torch.cat([text, token.to(text)], 1)
@@ -211,7 +211,7 @@ def _allowed(model: nn.Module, inputs: ExampleInputs) -> Bool[Tensor, " vocabula
     example = token_ids(inputs)
     assert example is not None
     with torch.no_grad():
-        logits = _logits(inputs.cloned().call(model), example)
+        logits = _any_logits(model, inputs.cloned(), example)
     assert logits is not None
     allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
     special = _special_tokens(getattr(model, "config", None))
@@ -264,6 +264,47 @@ def writes_text(model: nn.Module, inputs: ExampleInputs) -> bool:
     scale = first.abs().max().clamp_min(1e-6)
     same = (first[:, :-1] - second[:, :-1]).abs().max() <= _ROUNDING * scale
     return bool(same) and bool((first[:, -1] - second[:, -1]).abs().max() > _ROUNDING * scale)
+
+
+def continues_text(model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether a model tells the next token of a text: for every position, or only after the last one."""
+    if writes_text(model, inputs):
+        return True
+    ids = token_ids(inputs)
+    if ids is None or ids.shape[1] < 2 or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 7
+    try:
+        with torch.no_grad():
+            texts = [like_example(inputs, text) for text in (ids, changed, ids[:, :-1])]
+            found = [_last_logits(model, text.call(model), ids) for text in texts]
+    except Exception:  # a user's model may raise anything
+        return False
+    first, second, shorter = found
+    if first is None or second is None or shorter is None:
+        return False
+    return bool((first - second).abs().max() > _ROUNDING * first.abs().max().clamp_min(1e-6))
+
+
+def _last_logits(model: nn.Module, output: Any, ids: Tensor) -> Tensor | None:
+    """The logits after the last token, as ``[sequences, 1, vocabulary]``, of a model that gives no others.
+
+    They are as many as a table of the model has rows for tokens. A classifier has fewer classes.
+    """
+    tables = {part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)}
+    for each in output_tensors(output):
+        last = each.unsqueeze(1) if each.dim() == 2 else each
+        if each.is_floating_point() and last.dim() == 3 and last.shape[:2] == (len(ids), 1):
+            return last if last.shape[2] in tables and last.shape[2] > int(ids.max()) else None
+    return None
+
+
+def _any_logits(model: nn.Module, inputs: ExampleInputs, ids: Tensor) -> Tensor | None:
+    """The logits of all positions, or those after the last token, ``[sequences, positions, vocabulary]``."""
+    output = inputs.call(model)
+    found = _logits(output, ids)
+    return _last_logits(model, output, ids) if found is None else found
 
 
 _ROUNDING = 1e-5

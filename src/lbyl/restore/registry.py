@@ -19,7 +19,7 @@ from lbyl.moments import (
     Weights,
 )
 from lbyl.moments.class_dream import answers_among_classes
-from lbyl.moments.generated import writes_text
+from lbyl.moments.generated import continues_text
 from lbyl.moments.photographs import takes_photographs
 from lbyl.moments.sentences import takes_sentences
 from lbyl.restore.base import Restorer
@@ -116,7 +116,7 @@ def _best(model: nn.Module, inputs: ExampleInputs) -> tuple[LeastSquares, str]:
     if norms_cover(model):
         why = f"auto: dreamed probes, because batch norms ({len(norms)}) describe the training data"
         return LeastSquares(moments=Dream()), f"{why}; also lbyl's own photographs, if inputs are color images"
-    if writes_text(model, inputs):
+    if continues_text(model, inputs):
         return LeastSquares(moments=Generated()), "auto: text that the model writes itself"
     if takes_sentences(model, inputs):
         why = "auto: English sentences that come with lbyl, tokenized with the model's tokenizer"

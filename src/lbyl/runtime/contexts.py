@@ -26,6 +26,8 @@ ATOMS = frozenset((bool, int, float, str, type(None)))
 CONTAINERS = (dict, list, set)
 TABLES = (
     "_buffers",
+    "_modules",
+    "_parameters",
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -153,10 +155,10 @@ def seeded(seed: int = 0) -> AbstractContextManager[None]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, and afterwards restore it and the global random generators.
 
-    Every module's mode, plain attributes, buffers, arrays and hooks are restored. Some modules cache values that they
-    compute from their weights (attention biases, masks). After a run in another precision, or a trace with fake
-    tensors, the cached values would be wrong. Other modules count their calls, or register hooks when they first run
-    and note that in an attribute. Experts run as `lbyl.runtime.experts` says.
+    Every module's mode, plain attributes, buffers, arrays and hooks are restored, and which parts and parameters it
+    has. Some modules cache values that they compute from their weights (attention biases, masks). After a run in
+    another precision, or a trace with fake tensors, the cached values would be wrong. Other modules count their calls,
+    or register hooks when they first run and note that in an attribute. Experts run as `lbyl.runtime.experts` says.
     """
     with alone(model), seeded():
         modes = {module: module.training for module in model.modules()}

@@ -56,7 +56,9 @@ def dropout(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     "isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "tril", "triu", "rrelu", "clip", "absolute", "negative",
     "positive", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "logit", "trunc",
     "frac", "sgn", "log2", "log10", "real", "imag", "angle", "conj", "conj_physical", "resolve_conj", "resolve_neg",
-    "sinc", "_conj", "_neg_view",
+    "sinc", "_conj", "_neg_view", "erfinv", "lgamma", "digamma", "deg2rad", "rad2deg", "signbit", "isposinf",
+    "isneginf",
+    *(f"special_{name}" for name in ("expit", "i0", "i0e", "i1", "i1e", "entr", "ndtr", "ndtri", "log_ndtr", "erfcx")),
 )  # fmt: skip
 def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """y = f(x), element by element. Bounds, as of a clamp, may be tensors."""
@@ -74,7 +76,8 @@ def unary(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     "masked_fill", "eq", "ne", "gt", "lt", "ge", "le", "logical_and", "logical_or", "bitwise_and", "bitwise_or",
     "remainder", "floor_divide", "fmod", "atan2", "multiply", "divide", "true_divide", "subtract", "fmax", "fmin",
     "logaddexp", "xlogy", "heaviside", "copysign", "hypot", "float_power", "logical_xor", "bitwise_xor", "complex",
-    "polar", "__and__", "__or__", "__xor__", "ldexp",
+    "polar", "__and__", "__or__", "__xor__", "ldexp", "arctan2", "nextafter", "isclose", "logaddexp2",
+    "special_xlog1py",
 )  # fmt: skip
 def combine(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """y = f(a, b, ...), element by element: channels that meet at one element are merged."""

@@ -240,7 +240,8 @@ def _with_computed_weight(
     held = [source for source in sources if source.op == "placeholder"]
     foreign = bool(held) and all(CONSTANT in source.meta for source in held)
     why = f"{op} in {where!r} with a weight that " + (
-        "is no parameter of the network (of a layer in a plain list? use nn.ModuleList)"
+        "is no parameter of the network (of a layer in a plain list? use nn.ModuleList; "
+        "of one that forward makes? make it in __init__)"
         if foreign
         else "the model computes"
     )

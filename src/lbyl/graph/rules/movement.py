@@ -23,7 +23,7 @@ from lbyl.runtime.reductions import aten_name
 
 @rule(
     "permute", "transpose", "t", "unsqueeze", "squeeze", "flip", "movedim", "moveaxis", "swapaxes", "swapdims", "roll",
-    "numpy_T", "mT", "rot90", "broadcast_to", "pixel_unshuffle", "repeat_interleave",
+    "numpy_T", "mT", "rot90", "broadcast_to", "pixel_unshuffle", "repeat_interleave", "diagonal",
 )  # fmt: skip
 def move(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the operation itself to the shadow."""
@@ -100,7 +100,9 @@ def repeat(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     return result
 
 
-@rule("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
+@rule(
+    "chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit", "dsplit"
+)
 def split(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Pieces along one axis. Pieces of equal size must keep equal sizes."""
     x = builder.shadow(args[0])
@@ -108,7 +110,8 @@ def split(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
         return builder.barrier(node, args, f"{node.target} on a value that the trace can't follow")
     assert callable(node.target)
     pieces = [compact(piece) for piece in node.target(x, *args[1:], **kwargs)]
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.dim()
+    usual = {"hsplit": int(x.dim() > 1), "dsplit": 2}.get(aten_name(node.target), 0)
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", usual)) % x.dim()
     if varies(compact(builder.ids.find(x)), dim):
         if len({piece.shape[dim] for piece in pieces}) == 1:
             _keep_equal(builder, x, dim, len(pieces))
@@ -304,13 +307,19 @@ def index(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
     name, x = str(node.target).split(".")[1], builder.shadow(args[0])
     if x is None:
         return builder.barrier(node, args, f"{name} on a value that the trace can't follow")
+    given: list[Any] = [*node.args]
+    if name == "take_along_dim":  # whose axis comes last
+        value, places, dim = (*args, kwargs.get("dim"))[:3]
+        if dim is None:
+            return builder.barrier(node, args, f"{name} over all axes in {layer_name(node)!r}")
+        args, given = (value, dim, places), [given[0], dim, given[1]]
     indices = args[1] if name == "index" else [*([None] * (args[1] % x.dim())), args[2]]
     picked = [d for d, item in enumerate(indices) if item is not None]
     x = compact(builder.ids.find(x))
     if not bool(builder.ids.issued(small(x)).any()):
         x = builder.join(x, picked)
     if any(varies(x, d) for d in picked):
-        known = _known(node.args[1][picked[0]] if name == "index" else node.args[2])  # pyright: ignore
+        known = _known(given[1][picked[0]] if name == "index" else given[2])
         if len(picked) > 1 or known is None or known.dim() != 1 or name not in ("index", "index_select"):
             return builder.barrier(node, args, f"{name} along channels in {layer_name(node)!r}")
         stay = _up_to(x, picked[0], known.tolist()) if known.numel() else x
@@ -369,11 +378,11 @@ def windows(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict
     return x.narrow(dim, 0, 1).unsqueeze(-1).expand(output_shape(node))
 
 
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli")
 def like(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A new value of the shape of another one, also after that one is cut. Fewer random numbers are other ones."""
     x = builder.shadow(args[0])
-    if x is not None and "rand" in str(node.target):
+    if x is not None and ("rand" in str(node.target) or "bernoulli" in str(node.target)):
         builder.pin(x, f"{DRAWN} in {layer_name(node)!r}")
     return constant(builder, node, args, kwargs) if x is None else x
 

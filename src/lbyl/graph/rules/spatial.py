@@ -44,7 +44,12 @@ def pool(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[st
         same = [s and taps == 1 for s, taps in zip(same, kernel, strict=True)]
     elif name.startswith("fractional"):
         same = [False] * len(same)
-    return _each_alone(builder, node, x, [d - len(same) for d, unchanged in enumerate(same) if not unchanged])
+    found, pooled = compact(builder.ids.find(x)), [d - len(same) for d, kept in enumerate(same) if not kept]
+    if any(varies(found, d) for d in pooled) and bool((small(found) == NOBODY).any()):
+        # Channels between zeros, as local response norms lay them.
+        why = f"{name} in {layer_name(node)!r} slides over channels, so that each of them is mixed with its neighbors"
+        return builder.barrier(node, [x], why)
+    return _each_alone(builder, node, x, pooled)
 
 
 def _shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -136,6 +141,7 @@ _OF_THOSE_THAT_STAY = (
 @rule(
     "mean", "sum", "amax", "amin", "var", "std", "norm", "logsumexp", "linalg_vector_norm", "max", "min", "softmax",
     "_softmax", "log_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "prod", "sort", "argsort",
+    "msort",
     "median", "nanmedian", "mode", "kthvalue", "topk", "argmax", "argmin", "any", "all", "count_nonzero", "nansum",
     "nanmean", "aminmax", "var_mean", "std_mean",
 )  # fmt: skip
@@ -150,7 +156,7 @@ def reduce(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
     if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor | ParameterRef):
         return combine(builder, node, args, kwargs)
     position = 2 if name in ("linalg_vector_norm", "norm", "kthvalue", "topk") else 1
-    usual = -1 if name in ("sort", "argsort", "kthvalue", "topk", "mode") else None
+    usual = -1 if name in ("sort", "argsort", "kthvalue", "topk", "mode") else 0 if name == "msort" else None
     dims = args[position] if len(args) > position else kwargs.get("dim", usual)
     dims = usual if isinstance(dims, bool) else dims
     if not isinstance(x, Tensor) or dims is None or isinstance(dims, Tensor):
