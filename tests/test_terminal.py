@@ -20,6 +20,10 @@ SAVED = Path(__file__).with_name("saved_0_1_0") / "own"
 SHOW = f"{LBYL} show {shlex.quote(str(SAVED))}"
 
 
+HIDDEN = ("COLUMNS", "PYTHONIOENCODING", "PYTHONUNBUFFERED")
+"""Variables that change what commands write, and that few users set."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A command of the shell, what it must end with, and what must be said."""
@@ -56,7 +60,7 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_output(row: Row, tmp_path: Path) -> None:
-    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "PYTHONIOENCODING")} | row.env
+    env = {name: value for name, value in os.environ.items() if name not in HIDDEN} | row.env
     found = subprocess.run(["sh", "-c", row.command], cwd=tmp_path, env=env, capture_output=True, check=False)
     said = found.stderr.decode()
     assert "Traceback" not in said

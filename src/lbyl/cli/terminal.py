@@ -56,6 +56,7 @@ def run(command: Callable[[], Any]) -> NoReturn:
             with suppress(ValueError):  # not in the main thread
                 signal.signal(number, _end)
     code: Any = 0
+    lost: list[Exception] = []
     try:
         command()
     except SystemExit as end:
@@ -67,10 +68,13 @@ def run(command: Callable[[], Any]) -> NoReturn:
         code = INTERRUPTED
         _say("interrupted")
     except OSError as error:
-        code = _unwritable(error)
-    code = _flushed(sys.stdout) or code
-    code = code or _flushed(sys.stderr)
-    sys.exit(code)
+        lost.append(error)
+    lost += _flushed(sys.stdout)
+    code = 1 if lost else code
+    lost += _flushed(sys.stderr)
+    if lost and not isinstance(lost[0], BrokenPipeError):  # the reader has closed the pipe, which is not an error
+        _say(f"error: can't write the output: {getattr(lost[0], 'strerror', None) or lost[0]}")
+    sys.exit(code or bool(lost))
 
 
 def _end(number: int, frame: Any) -> NoReturn:
@@ -78,23 +82,17 @@ def _end(number: int, frame: Any) -> NoReturn:
     raise _Ended(signal.Signals(number))
 
 
-def _flushed(stream: TextIO | None) -> int:
-    """Flush a stream. Returns 1 if that fails, and then keeps Python from trying again when it exits."""
+def _flushed(stream: TextIO | None) -> list[Exception]:
+    """Flush a stream. Returns the error if that fails, and then keeps Python from trying again when it exits."""
     if stream is None:
-        return 0
+        return []
     try:
         stream.flush()
-        return 0
+        return []
     except (OSError, ValueError) as error:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return _unwritable(error)
-
-
-def _unwritable(error: Exception) -> int:
-    if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe, which is not an error
-        _say(f"error: can't write the output: {getattr(error, 'strerror', None) or error}")
-    return 1
+        return [error]
 
 
 def _say(line: str) -> None:

@@ -115,27 +115,12 @@ def solve_sequentially(
     # Solved weights have their output dimension first, which is how consumers that are solved here store them as well.
     others = {target.consumer.weight for target in problem.found} - takers.keys()
     kept = as_stored(problem.found, {name: findings.values[name] for name in others & findings.values.keys()})
-    turns, recall = 0, problem.recall
+    turns = 0
 
     def solve_one(turn: ConsumerDue) -> None:
         nonlocal turns
         target = takers[turn.calls[0].weight]
-        sums = empty_sums(target, selection, state, settings, problem.seed)[0]
-        assert isinstance(sums, PatchSums)
-        known = recall.get(f"{target.consumer.weight}#output")
-        sums.output = list(known or ())
-        bias = state[target.consumer.bias].detach() if target.consumer.bias else None
-        weight, pairs, joined = target.weight(state), [*zip(turn.calls, turn.wanted, strict=True)], 1
-        # Fewer and larger products. A target without the bias would be as large as any tensor of the network.
-        if bias is None and sums.takes_all(turn.whole, weight, len(pairs)):
-            pairs, joined = [(turn.whole, turn.whole_wanted)], len(pairs)
-        for call, wanted in pairs:
-            if bias is not None:
-                wanted = wanted - (bias if call.op == "linear" else bias.reshape(-1, *[1] * (wanted.dim() - 2)))
-            sums.add(call, weight, wanted, joined=joined, with_output=not known)
-        if not known:
-            recall.keep(f"{target.consumer.weight}#output", sums.output)
-        solve_patches(target, sums, selection, settings, findings)
+        solve_patches(target, _sums(problem, state, target, turn), selection, settings, findings)
         give_back()
         turns += 1
         problem.report("solving in turn", turns, len(takers))
@@ -149,7 +134,7 @@ def solve_sequentially(
             solve_one,
             batch_statistics=probes.batch_statistics,
             renorm=renorm,
-            recall=recall,
+            recall=problem.recall,
         )
     except (NotPairable, RuntimeError) as error:
         return NotApplicable(first_line(error))
@@ -157,3 +142,23 @@ def solve_sequentially(
     if renorm:
         values = renormalize(state, values, walked.original, walked.cut)
     return SequentialResult(values, shifted(values, state, walked.missing), findings)
+
+
+def _sums(problem: LeastSquaresProblem, state: State, target: Target, turn: ConsumerDue) -> PatchSums:
+    """The sums over the calls of a consumer that is reached."""
+    sums, recall = empty_sums(target, problem.selection, state, problem.settings, problem.seed)[0], problem.recall
+    assert isinstance(sums, PatchSums)
+    known = recall.get(f"{target.consumer.weight}#output")
+    sums.output = list(known or ())
+    bias = state[target.consumer.bias].detach() if target.consumer.bias else None
+    weight, pairs, joined = target.weight(state), [*zip(turn.calls, turn.wanted, strict=True)], 1
+    # Fewer and larger products. A target without the bias would be as large as any tensor of the network.
+    if bias is None and sums.takes_all(turn.whole, weight, len(pairs)):
+        pairs, joined = [(turn.whole, turn.whole_wanted)], len(pairs)
+    for call, wanted in pairs:
+        if bias is not None:
+            wanted = wanted - (bias if call.op == "linear" else bias.reshape(-1, *[1] * (wanted.dim() - 2)))
+        sums.add(call, weight, wanted, joined=joined, with_output=not known)
+    if not known:
+        recall.keep(f"{target.consumer.weight}#output", sums.output)
+    return sums
