@@ -170,8 +170,11 @@ class Builder:
     """Values of which parts were written in place, as they were after the last one."""
     pieces: list[tuple[fx.Node, list[fx.Node]]] = field(default_factory=list)
     """These values, and the views of each of these parts, from the last one to the first."""
-    alike: dict[tuple[str, str], str] = field(default_factory=dict)
-    """Weights and masks that the code lays over them in place, and the layers where, see `lbyl.graph.rewritten`."""
+    alike: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Weights, and masks or factors over them that are cut with them, see `lbyl.graph.rewritten`.
+
+    The number says by how many axes those of the mask come later in the weight.
+    """
     read_in_parts: dict[str, str] = field(default_factory=dict)
     """Parameters whose parts multiply channels, as in ``x @ a[:n]``, and the layers that do so."""
     _free: dict[str, Tensor] = field(default_factory=dict)

@@ -33,14 +33,14 @@ def rewrite(builder: Builder, node: fx.Node, args: tuple[Any, ...]) -> Any:
     alike = find_rule(name) in (combine, unary) or name in (*_WRITES_WHERE, "copy")
     if not alike or not (writes(node) or alone):
         return None
-    masks = set[str]()
+    masks, shapes = set[str](), _shapes(builder)
     for source in _given(node):
         found = _parameters_behind(builder, source, _DEPTH)
         if found is None:
             return None
         masks |= found
     for mask in sorted(masks - {target.name}):
-        builder.alike.setdefault((target.name, mask), layer_name(node))
+        builder.alike[target.name, mask] = len(target.shape) - len(shapes[mask])
     return target
 
 
@@ -79,12 +79,15 @@ def _parameters_behind(builder: Builder, node: fx.Node, depth: int) -> set[str] 
     return set[str]().union(*found) if len(found) == len(behind) else None
 
 
+def _shapes(builder: Builder) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(node.meta["val"].shape) for node, name in builder.parameters.items()}
+
+
 def settle(builder: Builder) -> None:
     """After the walk, let masks lose what the weights lose that they are laid over, along every axis that both have."""
-    shapes = {name: tuple(node.meta["val"].shape) for node, name in builder.parameters.items()}
-    for weight, mask in builder.alike:
-        behind = len(shapes[weight]) - len(shapes[mask])
+    shapes = _shapes(builder)
+    for (weight, mask), behind in builder.alike.items():
         for record in [each for each in builder.slots.values() if each.parameter == weight]:
             dim = record.dim - behind
-            if dim >= 0 and shapes[mask][dim] == shapes[weight][record.dim] > 1:
+            if 0 <= dim < len(shapes[mask]) and shapes[mask][dim] == shapes[weight][record.dim] > 1:
                 builder.slot(mask, dim, record.ids, "carrier", record.blocks)

@@ -42,6 +42,10 @@ class Ids:
         one, other = self._maker[a], self._maker[b]
         return (a != b) & (one != 0) & (other != 0) & ((one != other) | (one == _SEVERAL))
 
+    def ascribe(self, ids: Tensor, others: Tensor) -> None:
+        """Say that a layer's channels have the same maker as those of another one, both of which make a sum."""
+        self._maker[self.find(ids)] = self._maker[self.find(others)]
+
     def find(self, ids: Tensor) -> Tensor:
         """The representative of each id; same shape, and constant along the same dimensions."""
         distinct = small(ids)

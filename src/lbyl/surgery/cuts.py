@@ -56,7 +56,7 @@ def plan_cuts(selection: Selection) -> tuple[Cut, ...]:
     cuts = []
     for key, slot in slots.items():
         keep = tuple(np.flatnonzero(stays[key]).tolist())
-        scale = scales.get(slot.parameter, 1.0)
+        scale = scales.pop(slot.parameter, 1.0)  # once, where two dimensions are cut
         cuts.append(Cut(slot.parameter, slot.dim, len(slot.channels), keep, slot.blocks, scale))
     return tuple(cuts)
 

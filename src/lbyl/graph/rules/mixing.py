@@ -12,6 +12,7 @@ from lbyl.graph.builder import Builder, ParameterRef, layer_name, nobody_like, o
 from lbyl.graph.program import CONSTANT
 from lbyl.graph.rules import rule
 from lbyl.graph.rules.elementwise import merge
+from lbyl.graph.rules.viewed import read_through_view
 from lbyl.graph.types import Depthwise
 from lbyl.graph.union_find import NOBODY, compact, small, varies
 from lbyl.runtime.reductions import aten_name
@@ -77,6 +78,10 @@ def linear(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[
         # A parameter used as an input (positions, learned queries) is treated like an input: it keeps its columns.
         builder.pin(small(own).reshape(-1), f"{x.name} is a parameter that {layer_name(node)!r} takes as its input")
         x = torch.full((), NOBODY).expand(x.shape)
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and bias is None:
+        read = read_through_view(builder, node, x)
+        if read is not None:
+            return read
     if not isinstance(x, Tensor) or not isinstance(weight, ParameterRef):
         return _with_computed_weight(builder, node, args, -1)
     if isinstance(bias, Tensor):
