@@ -16,6 +16,7 @@ import math
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +39,10 @@ TELLING = ("Default", "Budget", "Data", "GRAIL", "Energy")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-_BESIDE = tempfile.TemporaryDirectory()
+@cache
+def beside() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the tokenizer of weights that hold it in themselves, until the program ends."""
+    return tempfile.TemporaryDirectory()
 
 
 def load(folder: Path | None) -> tuple[Any, Any]:
@@ -56,8 +60,8 @@ def load(folder: Path | None) -> tuple[Any, Any]:
     model = hf.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **more)
     tokenizer = hf.AutoTokenizer.from_pretrained(place, **more)
     if folder is None:  # a GGUF holds its tokenizer, other weights have it beside them, where lbyl looks for it
-        tokenizer.save_pretrained(_BESIDE.name)
-        model.name_or_path = _BESIDE.name
+        tokenizer.save_pretrained(beside().name)
+        model.name_or_path = beside().name
     return model.eval(), tokenizer
 
 
